@@ -1,0 +1,64 @@
+"A trainer killed at a random moment, twenty times, leaves nothing that fails to load (design: trust)."
+import multiprocessing as mp, os, random, signal, time
+from pathlib import Path
+import numpy as np, pytest
+from flux4d.city import fixture_city
+from flux4d.clips import Clip, ClipConfig, build_index, select_clips
+from flux4d.pandaset import PandaSet
+from flux4d.cache import LiftCache
+from flux4d.train import Config, DataConfig, Loader, Run, TrainConfig, Trainer, load_checkpoint
+from flux4d.predictor import PredictorConfig
+from flux4d.unet import UNetConfig
+
+KILLS = 20
+
+
+def small_trainer(folder: Path) -> Trainer:
+    "A trainer small enough to save many checkpoints a second."
+    root = fixture_city()
+    clips = [Clip(PandaSet(root)[r["scene_id"]], r) for r in select_clips(build_index(root, ClipConfig()))]
+    cfg = Config(data=DataConfig(image_scale=.25, loader_threads=1), model=PredictorConfig(unet=UNetConfig(widths=(4, 8), blocks=1)),
+                 train=TrainConfig(iters=100_000, warmup=1, eval_every=0, log_every=1, save_ckpt_every=1, views_per_step=1))
+    trainer = Trainer(cfg, Loader(clips, cfg, LiftCache(folder / "cache")), Run(folder))
+    if (folder / "ckpt_last.pt").exists():
+        trainer.resume(folder / "ckpt_last.pt")
+    return trainer
+
+
+def work(folder: str) -> None:
+    "Child: train for ever, saving every step; now and then forget a cached lift so that it is written again."
+    import torch
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    trainer = small_trainer(Path(folder))
+    while True:
+        for f in (Path(folder) / "cache").glob("*.npz"):
+            f.unlink()
+        trainer.loader.lifted.cache_clear()
+        trainer.fit(trainer.step + 3)
+        for old in sorted(Path(folder).glob("ckpt_step_*.pt"))[:-3]:
+            old.unlink()
+
+
+def test_twenty_kills(tmp_path: Path) -> None:
+    "Checkpoints and cached lifts load after every kill, and the run goes on from where it was."
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["flux4d.train", "flux4d.city", "flux4d.clips", "flux4d.cache"])
+    rng, steps = random.Random(0), []
+    for k in range(KILLS):
+        child = context.Process(target=work, args=(str(tmp_path),), daemon=True)
+        child.start()
+        wait = time.time() + 60                       # the first child also imports and lifts
+        while not (tmp_path / "ckpt_last.pt").exists() and child.is_alive() and time.time() < wait:
+            time.sleep(.05)
+        time.sleep(rng.uniform(0, 1.5))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        steps.append(load_checkpoint(tmp_path / "ckpt_last.pt")["step"])
+        for f in tmp_path.glob("ckpt_step_*.pt"):
+            assert load_checkpoint(f)["step"] == int(f.stem[-6:])
+        for f in (tmp_path / "cache").glob("*.npz"):
+            with np.load(f) as z:
+                assert all(np.isfinite(z[n].astype(float)).all() for n in z.files if z[n].dtype.kind == "f")
+    assert steps == sorted(steps) and steps[-1] > steps[0], steps
+    assert small_trainer(tmp_path).step == steps[-1]
