@@ -15,19 +15,22 @@ from .voxels import VoxelConfig, Voxels
 from .unet import SparseUNet, UNetConfig, grid_position, interpolate_voxels, pool_mean, voxelise
 
 # %% auto #0
-__all__ = ['POOLED', 'OWN', 'PredictorConfig', 'point_features', 'time_bins', 'binned_features', 'voxel_features',
-           'voxel_channels', 'bounded', 'make_head', 'decode_residual', 'decode_velocity', 'BasePredictor']
+__all__ = ['PredictorConfig', 'drift', 'point_features', 'orientation', 'time_bins', 'binned_features', 'voxel_features',
+           'point_channels', 'voxel_channels', 'bounded', 'make_head', 'decode_residual', 'decode_velocity',
+           'BasePredictor']
 
-# %% ../nbs/31_predictor.ipynb #21f15859
+# %% ../nbs/31_predictor.ipynb #9c88dde2
 @dataclass(frozen=True)
 class PredictorConfig:
     "The predictor: what it is shown and how far it may go."
     unet:UNetConfig=UNetConfig() # the network between voxels and voxels
     hidden:int=96             # width of the two hidden layers of each head
     degree:int=0              # l of the motion polynomial; l+1 velocity blocks (supp. A.1)
-    time_bins:int=8           # channels groups per voxel that keep capture times apart
+    time_bins:int=8           # groups of channels per voxel that keep capture times apart
     bin_seconds:float=.2      # width of one bin, s; the input frames are 0.2 s apart
     bin_shift:float=.15       # start of the first bin before the clip's start, s; a sweep's returns end at its stamp
+    drift_cells:tuple=(2., 4., 8., 16.) # edges of the cells in which drift is measured, m
+    drift_height:float=.8     # their height, m; low, so that the road is apart from what drives on it
     position_bound:float=4.   # largest shift along an axis, in the Gaussian's own standard deviations
     quat_bound:float=.5       # largest quaternion residual per component; below 1, so the sum never vanishes
     scale_bound:float=3.      # largest change of the stored scale, about a factor of 20
@@ -36,23 +39,46 @@ class PredictorConfig:
     velocity_scale:float=10.  # m/s per unit of the head's output
     velocity_bound:float=50.  # largest velocity component, m/s
 
-# %% ../nbs/31_predictor.ipynb #71c9c932
-POOLED, OWN = 14, 23 # channels of a point that are averaged over its voxel; all of its channels
+# %% ../nbs/31_predictor.ipynb #19212891
+def drift(
+    points:Tensor,  # (M,3) ego0, m
+    seconds:Tensor, # (M,) since the clip's start
+    cell:float,     # edge of a cell, m
+    height:float,   # its height, m
+    ridge:float=.02, # added to the variance of time, s^2
+)->Tensor: # (M,4) slope of position over time in the point's cell, m/s; spread of time there, s
+    "Least-squares velocity of everything in a coarse cell."
+    at = (points.detach()/points.new_tensor([cell, cell, height])).floor().long()
+    key = ((at - at.min(0)[0])*at.new_tensor([1 << 40, 1 << 20, 1])).sum(1)
+    row = torch.unique(key, return_inverse=True)[1]; n = int(row.max()) + 1
+    x = torch.cat([points, seconds.to(points.dtype)[:,None]], 1)
+    x = x - pool_mean(x, row, n)[row]
+    m = pool_mean(x*x[:,3:], row, n)
+    return torch.cat([m[:,:3]/(m[:,3:] + ridge), m[:,3:].sqrt()], 1)[row].float()
 
+# %% ../nbs/31_predictor.ipynb #6cbdc992
 def point_features(
-    g:Gaussians,         # M Gaussians in the grid
-    to_ego:Tensor,       # (4,4) float64, world-to-ego0
+    g:Gaussians,         # M Gaussians in the grid, world
+    points:Tensor,       # (M,3) their centres, ego0, m
     seconds:Tensor,      # (M,) since the clip's start
-    at:Tensor,           # (M,3) position in cells, see `grid_position`
     voxel:VoxelConfig,
-)->Tensor: # (M,OWN) float32
+    cfg:PredictorConfig,
+)->Tensor: # (M,14+4*drift cells) float32
     "A Gaussian's own features, scaled to order one."
-    turn = to_ego[:3,:3].to(g.quats.dtype) @ quat_to_mat(g.quats)
+    at, _ = grid_position(points, voxel); unit = points.new_tensor([1/cfg.velocity_scale]*3 + [2.])
     parts = [2*at/at.new_tensor(voxel.shape) - 1, g.log_scales + 2.5, g.opacity_logits[:,None]/4, 2*g.colours - 1,
-             (2*seconds - 1)[:,None], 2*(at - at.detach().floor()) - 1, turn.reshape(-1,9)]
-    return torch.cat([p.float() for p in parts], 1)
+             (2*seconds - 1)[:,None], 2*(at - at.detach().floor()) - 1]
+    slopes = [drift(points.float(), seconds, c, cfg.drift_height)*unit for c in cfg.drift_cells]
+    return torch.cat([p.float() for p in parts + slopes], 1)
 
-# %% ../nbs/31_predictor.ipynb #51e688ff
+def orientation(
+    quats:Tensor, # (M,4) w,x,y,z, world
+    to_ego:Tensor, # (4,4) float64, world-to-ego0
+)->Tensor: # (M,9) float32, rotation matrix in ego0
+    "Orientation without the sign of the quaternion."
+    return (to_ego[:3,:3].to(quats.dtype) @ quat_to_mat(quats)).reshape(-1,9).float()
+
+# %% ../nbs/31_predictor.ipynb #d7a6cba5
 def time_bins(
     seconds:Tensor, # (M,) since the clip's start
     cfg:PredictorConfig,
@@ -63,7 +89,7 @@ def time_bins(
     return b.long(), (2*(u - b) - 1).clamp(-2, 2)
 
 def binned_features(
-    own:Tensor,     # (M,OWN) features of the points
+    own:Tensor,     # (M,C) from `point_features`
     seconds:Tensor, # (M,) since the clip's start
     row:Tensor,     # (M,) int64, voxel of each point
     n:int,          # voxels
@@ -75,25 +101,30 @@ def binned_features(
     count = torch.bincount(slot, minlength=n*cfg.time_bins)[:,None].log1p()
     return torch.cat([count, mean], 1).reshape(n, -1)
 
-# %% ../nbs/31_predictor.ipynb #003146c7
+# %% ../nbs/31_predictor.ipynb #c457039e
 def voxel_features(
-    own:Tensor,     # (M,OWN+extra) features of the points
+    own:Tensor,     # (M,C) from `point_features`, with extra channels if any
     seconds:Tensor, # (M,) since the clip's start
     v:Voxels,       # the points' voxels, every point inside
     cfg:PredictorConfig,
 )->Tensor: # (V,voxel_channels)
     "What the U-Net sees of each voxel."
-    row, n = v.voxel, len(v); pooled = torch.cat([own[:,:POOLED], own[:,OWN:], seconds[:,None]**2], 1)
-    mean = pool_mean(pooled, row, n); now = pool_mean(seconds[:,None], row, n)
-    spread = (mean[:,-1:] - now**2).clamp_min(1e-6).sqrt()
-    return torch.cat([mean[:,:-1], 4*spread, v.count[:,None].log1p()/3, binned_features(own, seconds, row, n, cfg)], 1)
+    row, n, s = v.voxel, len(v), seconds[:,None]
+    spread = pool_mean((s - pool_mean(s, row, n)[row])**2, row, n).sqrt()
+    return torch.cat([pool_mean(own, row, n), 4*spread, v.count[:,None].log1p()/3, binned_features(own, seconds, row, n, cfg)], 1)
+
+def point_channels(
+    cfg:PredictorConfig,
+)->int:
+    "How many channels `point_features` gives."
+    return 14 + 4*len(cfg.drift_cells)
 
 def voxel_channels(
     cfg:PredictorConfig,
     n_extra:int=0, # further channels per point
 )->int:
     "How many channels `voxel_features` gives."
-    return POOLED + n_extra + 2 + 8*cfg.time_bins
+    return point_channels(cfg) + n_extra + 2 + 8*cfg.time_bins
 
 # %% ../nbs/31_predictor.ipynb #271bc97c
 def bounded(
@@ -136,7 +167,7 @@ def decode_velocity(
     "Head output to velocity coefficients."
     return rotate_vectors(to_world.to(x.dtype), bounded(cfg.velocity_scale*x, cfg.velocity_bound).reshape(len(x), -1, 3))
 
-# %% ../nbs/31_predictor.ipynb #8aface1d
+# %% ../nbs/31_predictor.ipynb #9d301b7a
 class BasePredictor(nn.Module):
     "(dG, velocity) = f(G, T), paper Eq. 1."
 
@@ -145,14 +176,14 @@ class BasePredictor(nn.Module):
         voxel:VoxelConfig=VoxelConfig(),
         n_extra:int=0, # further channels per point, of order one, in ego0 axes
         predict_velocity:bool=True, # False: the residual only
-    ):
+    )->None:
         "A U-Net and one or two heads."
         super().__init__(); self.cfg, self.voxel, self.n_extra = cfg, voxel, n_extra
-        self.unet = SparseUNet(voxel_channels(cfg, n_extra), cfg.unet); n = self.unet.n_out + OWN + n_extra
+        self.unet = SparseUNet(voxel_channels(cfg, n_extra), cfg.unet); n = self.unet.n_out + point_channels(cfg) + n_extra + 9
         self.attributes = make_head(n, cfg.hidden, 14)
         self.motion = make_head(n, cfg.hidden, 3*(cfg.degree + 1)) if predict_velocity else None
 
-# %% ../nbs/31_predictor.ipynb #5662475b
+# %% ../nbs/31_predictor.ipynb #c749d572
 @patch
 def encode(self:BasePredictor,
     g:Gaussians,    # M Gaussians in the grid, world
@@ -162,12 +193,13 @@ def encode(self:BasePredictor,
     extra:Tensor|None, # (M,n_extra)
 )->Tensor: # (M,C) what each head sees of a point
     "A point's own features beside those of its surroundings."
-    seconds = (g.t*duration).float(); at, _ = grid_position(points, self.voxel)
-    own = point_features(g, to_ego, seconds, at, self.voxel)
+    seconds = (g.t*duration).float()
+    own = point_features(g, points, seconds, self.voxel, self.cfg)
     if self.n_extra: own = torch.cat([own, extra.float()], 1)
-    v = voxelise(points.detach(), own[:,:0], self.voxel)
+    v = voxelise(points, own, self.voxel)
     v = replace(v, features=voxel_features(own, seconds, v, self.cfg))
-    return torch.cat([own, interpolate_voxels(v.keys, self.unet(v, self.voxel.shape), points, self.voxel)], 1)
+    around = interpolate_voxels(v.keys, self.unet(v, self.voxel.shape), points.float(), self.voxel)
+    return torch.cat([own, orientation(g.quats, to_ego), around], 1)
 
 # %% ../nbs/31_predictor.ipynb #042d6f24
 @patch

@@ -1,0 +1,80 @@
+# The two commands of a newcomer are `make demo` and `make test`. What they need is made once: .venv, packages, made-up logs.
+#   make demo   train and evaluate on made-up logs, print the numbers and where the pictures are
+#   make test   modules in step with notebooks, notebooks run, README current, pytest       FLAGS="gpu data" runs those cells too
+#   make docs   the site, in _docs/           make lab     JupyterLab on the notebooks
+#   make export modules from notebooks        make readme  README.md from nbs/00_index.ipynb
+#   make record RUN=name   add a run's small files to git      make clean   remove what was made, except .venv and runs
+# PYTHON=/path/to/python uses that interpreter as it is and makes no .venv. TORCH="torch==2.13.0 --index-url ..." chooses the build.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test docs lab export readme record clean
+.DELETE_ON_ERROR:
+
+BASE_PYTHON ?= python3
+TORCH ?= torch==2.13.0
+FLAGS ?=
+WORKERS ?= 2
+ifndef PYTHON
+PYTHON := .venv/bin/python
+READY := .venv/.ready
+READY_DOCS := .venv/.ready-docs
+endif
+
+HOUSE = $(PYTHON) -c "import sys; from flux4d.house import house_main; sys.exit(house_main())"
+CITY = $(PYTHON) -c "import sys; from flux4d.city import city_main; sys.exit(city_main())"
+PIP = .venv/bin/python -m pip install -qq --disable-pip-version-check --root-user-action=ignore
+DEMO := papermill_runs/demo
+CITY_PARAMS ?= --logs 3 --frames 80 --scale 0.25 --seed 0
+DEMO_PARAMS ?= -p data_root data/city -p out_dir $(DEMO) -p image_scale 1.0
+
+help:
+	@sed -n '2,7s/^# *//p' Makefile
+
+.venv/.ready: pyproject.toml
+	@echo "making .venv: once, a few minutes"
+	@$(BASE_PYTHON) -m venv .venv || { echo "no virtual environment could be made: apt-get install python3-venv"; exit 1; }
+	@$(PIP) $(TORCH) -e '.[dev]'
+	@touch $@
+
+.venv/.ready-docs: .venv/.ready
+	@$(PIP) -e '.[docs]'
+	@touch $@
+
+demo: $(DEMO)/metrics.json
+	@$(HOUSE) show $(DEMO)
+
+$(DEMO)/metrics.json: nbs/60_stage6.ipynb $(wildcard flux4d/*.py) | $(READY)
+	@rm -rf $(DEMO) && mkdir -p $(DEMO)
+	$(CITY) data/city $(CITY_PARAMS)
+	$(PYTHON) -m papermill nbs/60_stage6.ipynb $(DEMO)/60_stage6.ipynb --no-progress-bar --log-output -k python3 $(DEMO_PARAMS)
+
+test: export OMP_NUM_THREADS := 1
+test: $(READY)
+	$(HOUSE) check
+	@echo "cells flagged gpu, slow or data run only when asked for (FLAGS='gpu data'); asked for: $(or $(FLAGS),none)"
+	$(PYTHON) -c "from nbdev.test import nbdev_test; nbdev_test(n_workers=$(WORKERS), flags='$(FLAGS)', timing=True)"
+	$(PYTHON) -m pytest -q -rs
+
+docs: $(READY_DOCS) $(READY)
+	$(HOUSE) pages build/pages
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build -q --strict -f docs/mkdocs.yml
+	@echo "the site is in _docs/"
+
+lab: $(READY)
+	$(PYTHON) -m jupyterlab nbs
+
+export: $(READY)
+	$(PYTHON) -c "from nbdev.doclinks import nbdev_export; nbdev_export(path=None)"
+	$(PYTHON) -c "from nbdev.clean import nbdev_clean; nbdev_clean(fname=None)"
+
+readme: $(READY)
+	$(HOUSE) readme
+
+record: $(READY)
+	git add -f $$($(HOUSE) record papermill_runs/$(RUN))
+
+clean:
+	rm -rf _docs _proc build dist .pytest_cache .cache data/city $(DEMO) *.egg-info
+	find nbs flux4d tests -name __pycache__ -o -name .ipynb_checkpoints | xargs -r rm -rf
