@@ -242,14 +242,15 @@ def rewind(self:Run,
     self.write("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in keep))
     if step == 0: (self.folder/"train.log").unlink(missing_ok=True)
 
-# %% ../nbs/32_train.ipynb #6658a4c7
+# %% ../nbs/32_train.ipynb #34a820d1
 def provenance(
     device:Any="cpu", # torch device the run uses
 )->dict: # versions and machine
-    "Package version, git commit, library versions and machine."
+    "Package version, git commit (else $FLUX4D_COMMIT), library versions and machine."
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(flux4d.__file__).parent)
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
-    return dict(flux4d=flux4d.__version__, commit=git.stdout.strip() or None, python=platform.python_version(),
+    commit = git.stdout.strip() if git.returncode == 0 else os.environ.get("FLUX4D_COMMIT")
+    return dict(flux4d=flux4d.__version__, commit=commit, python=platform.python_version(),
                 torch=torch.__version__, machine=gpu or f"{platform.machine()}, {os.cpu_count()} cores", gpu=gpu)
 
 # %% ../nbs/32_train.ipynb #ceba5f68
