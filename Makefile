@@ -26,8 +26,9 @@ HOUSE = $(PYTHON) -c "import sys; from flux4d.house import house_main; sys.exit(
 CITY = $(PYTHON) -c "import sys; from flux4d.city import city_main; sys.exit(city_main())"
 PIP = .venv/bin/python -m pip install -qq --disable-pip-version-check --root-user-action=ignore
 DEMO := papermill_runs/demo
-CITY_PARAMS ?= --logs 3 --frames 80 --scale 0.25 --seed 0
-DEMO_PARAMS ?= -p data_root data/city -p out_dir $(DEMO) -p image_scale 1.0
+CITY_PARAMS ?= --logs 3 --frames 50 --scale 0.25 --seed 0
+DEMO_SMALL := {init: {fill_blocks: [64, 16]}, voxel: {size: 0.4}, model: {hidden: 48, unet: {widths: [16, 32, 64], blocks: 1}}, train: {ema: 0.9}}
+DEMO_PARAMS ?= -p data_root data/city -p out_dir $(DEMO) -p image_scale 0.5 -p iters 110 -p eval_every 0 -p save_renders 1 -y "overrides: $(DEMO_SMALL)"
 
 help:
 	@sed -n '2,7s/^# *//p' Makefile
@@ -42,6 +43,7 @@ help:
 	@$(PIP) -e '.[docs]'
 	@touch $@
 
+demo: export OMP_NUM_THREADS := 1
 demo: $(DEMO)/metrics.json
 	@$(HOUSE) show $(DEMO)
 

@@ -19,9 +19,9 @@ from .clips import Clip, project_sweep, splat_depth
 # %% auto #0
 __all__ = ['LATE', 'FLATTEN', 'LiftConfig', 'voxel_downsample', 'knn_distance', 'Shot', 'take_shot', 'see', 'colour_points',
            'colour_late', 'return_times', 'sweep_of', 'colour_sweep', 'random_quats', 'lift_sweep', 'block_sides',
-           'cut_blocks', 'join_returns', 'gap_depth', 'ground_below', 'Blocks', 'frame_blocks', 'fill_gaps',
-           'clip_blocks', 'even_opacity', 'cap_by_coverage', 'camera_centre', 'lift_clip', 'dots', 'rainbow',
-           'bird_view', 'alignment_set', 'alignment_pictures']
+           'cut_blocks', 'near_pairs', 'join_returns', 'gap_depth', 'ground_below', 'Blocks', 'frame_blocks',
+           'fill_gaps', 'clip_blocks', 'even_opacity', 'cap_by_coverage', 'camera_centre', 'lift_clip', 'dots',
+           'rainbow', 'bird_view', 'alignment_set', 'alignment_pictures']
 
 # %% ../nbs/10_lift.ipynb #0690b0e2
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def knn_distance(
     d = cKDTree(cloud).query(points, min(k+1, len(cloud)), workers=-1)[0]
     return np.maximum(d[:,1:].mean(1), 1e-3)
 
-# %% ../nbs/10_lift.ipynb #710cdffd
+# %% ../nbs/10_lift.ipynb #f8d5933b
 class Shot(NamedTuple):
     "One image and the camera that took it."
     image:np.ndarray # (H,W,3) float32, 0..1
@@ -84,7 +84,6 @@ class Shot(NamedTuple):
     pose:np.ndarray  # (4,4) camera-to-world
     stamp:float      # epoch s
 
-# %% ../nbs/10_lift.ipynb #579c8956
 def take_shot(
     clip:Clip,   # the clip
     camera:str,  # name
@@ -256,7 +255,26 @@ def cut_blocks(
     inside = (uv < [image.shape[1], image.shape[0]]).all(1)
     return uv[inside], colour[inside], side[inside]
 
-# %% ../nbs/10_lift.ipynb #4a185f9d
+# %% ../nbs/10_lift.ipynb #f75c70c5
+def _runs(start:np.ndarray, length:np.ndarray)->tuple[np.ndarray,np.ndarray]:
+    "Owner and members of the runs start, start+1, .., start+length-1."
+    owner = np.repeat(np.arange(len(start)), length)
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(length) - length, length) + start[owner]
+
+def near_pairs(
+    tri:np.ndarray,  # (T,3,2) corners, px
+    at:np.ndarray,   # (B,2) px
+    cell:float,      # px, of the lattice the points are sorted into
+)->tuple[np.ndarray,np.ndarray]: # triangle (P,), point (P,): every pair of a triangle and a point in its bounding box, and a few more
+    "Points that may lie in triangles."
+    ij = np.floor(at/cell).astype(int); low = ij.min(0); w, h = ij.max(0) - low + 1
+    key = (ij - low)@[1,w]; order = np.argsort(key, kind="stable"); first = np.searchsorted(key[order], np.arange(w*h + 1))
+    a, b = (np.floor(c/cell).astype(int) - low for c in (tri.min(1), tri.max(1)))
+    a, b = np.maximum(a, 0), np.minimum(b, [w-1,h-1]); t, row = _runs(a[:,1], np.where((a <= b).all(1), b[:,1] - a[:,1] + 1, 0))
+    s, e = first[row*w + a[t,0]], first[row*w + b[t,0] + 1]; k, i = _runs(s, e - s)
+    return t[k], order[i]
+
+# %% ../nbs/10_lift.ipynb #5a9fcf9a
 FLATTEN = 6. # vertical distances count this many times less when returns are joined
 
 def join_returns(
@@ -265,15 +283,16 @@ def join_returns(
     gap:tuple[float,float], # px, width and height of the largest triangle
 )->tuple[np.ndarray,np.ndarray,np.ndarray]: # supported (B,) bool, corners (B,3) indices into the returns, weights (B,3)
     "The triangle of returns around each block."
-    flat = np.array([1, 1/FLATTEN])
-    try: tri = Delaunay(uv*flat) if len(uv) > 3 else None
-    except QhullError: tri = None
-    if tri is None: return np.zeros(len(at), bool), np.zeros((len(at),3), int), np.zeros((len(at),3))
-    k, walk = np.empty(len(at), int), np.lexsort((at[:,0], at[:,1]//16)) # the search starts where the last one ended: go row by row
-    k[walk] = tri.find_simplex(at[walk]*flat); A = tri.transform[k]
-    two = np.einsum("nij,nj->ni", A[:,:2], at*flat - A[:,2]); weight = np.column_stack([two, 1 - two.sum(1)])
-    corners = tri.simplices[k]; size = np.ptp(uv[corners], axis=1)
-    return (k >= 0) & (size < gap).all(1) & np.isfinite(weight).all(1), corners, weight
+    corners, weight, ok = np.zeros((len(at),3), int), np.zeros((len(at),3)), np.zeros(len(at), bool)
+    try: tri = Delaunay(uv/[1,FLATTEN]).simplices if len(uv) > 3 else np.zeros((0,3), int)
+    except QhullError: return ok, corners, weight
+    tri = tri[(np.ptp(uv[tri], axis=1) < gap).all(1)]
+    t, i = near_pairs(uv[tri], at, gap[0]/4)
+    a, b, c = (uv[tri[t,k]] - at[i] for k in range(3)); cross = lambda p, q: p[:,0]*q[:,1] - p[:,1]*q[:,0]
+    area = np.stack([cross(b, c), cross(c, a), cross(a, b)], 1); whole = area.sum(1); hit = np.abs(whole) > 1e-9
+    w = area[hit]/whole[hit,None]; inside = (w > -1e-9).all(1); i, t = i[hit][inside], t[hit][inside]
+    corners[i], weight[i], ok[i] = tri[t], w[inside], True
+    return ok, corners, weight
 
 # %% ../nbs/10_lift.ipynb #aa31ea46
 def gap_depth(

@@ -108,7 +108,7 @@ def seen(
     if n: return f"training frames ({n} of {len(frames)} were trained on)"
     return "unseen frames of training logs" if any(c.log.id in logs for c in held) else "unseen logs"
 
-# %% ../nbs/60_stage6.ipynb #d5250756
+# %% ../nbs/60_stage6.ipynb #c58f02a1
 def next_run(
     root:str="papermill_runs", # where runs live
 )->Path: # a folder that holds no run yet; a throw-away one while notebooks are being tested
@@ -133,7 +133,7 @@ def open_run(
 def validation(
     loader:Loader, # evaluation clips
     eval_cfg:EvalConfig, # how they are scored
-)->Callable: # a training callback
+)->Callable: # a training callback for every `eval_every` steps
     "Score the averaged weights and keep the best checkpoint (S6-32)."
     def call(trainer:Trainer)->dict:
         rebuild = partial(reconstruct, trainer.ema.module.eval())
@@ -141,7 +141,7 @@ def validation(
         found = {f"val_{k}": s[k]["psnr"]["mean"] for k in s if s[k]["count"]}
         trainer.run.say(f"step {trainer.step:6d}  " + "  ".join(f"{k} {v:.2f} dB" for k,v in found.items()))
         return found | trainer.keep_best(np.mean(list(found.values())))
-    return call
+    return every(loader.cfg.train.eval_every, call)
 
 # %% ../nbs/60_stage6.ipynb #6fc31f5c
 def metrics_of(

@@ -25,8 +25,10 @@ def imported(module):
     found = set()
     for n in ast.walk(tree(ROOT/f"flux4d/{module}.py")):
         if isinstance(n, ast.Import): found |= {a.name.split(".")[1] for a in n.names if a.name.startswith("flux4d.")}
-        if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("flux4d."): found.add(n.module.split(".")[1])
-        if isinstance(n, ast.ImportFrom) and n.module=="flux4d": found |= {a.name for a in n.names}
+        if not isinstance(n, ast.ImportFrom): continue
+        path = "flux4d." + (n.module or "") if n.level==1 else n.module # nbdev writes `from .x import`
+        if path.rstrip(".")=="flux4d": found |= {a.name for a in n.names}
+        elif path.startswith("flux4d."): found.add(path.split(".")[1])
     return frozenset(found)
 
 def reach(module, seen=()):
