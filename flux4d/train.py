@@ -28,9 +28,9 @@ from .voxels import VoxelConfig
 from .predictor import PredictorConfig, BasePredictor
 
 # %% auto #0
-__all__ = ['DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'config_from_dict', 'Batch', 'Loader', 'Run', 'provenance',
-           'save_checkpoint', 'load_checkpoint', 'load_weights', 'lr_at', 'build_model', 'reconstruct', 'Trainer',
-           'every']
+__all__ = ['DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'config_from_dict', 'merged', 'Batch', 'Loader', 'Run',
+           'provenance', 'save_checkpoint', 'load_checkpoint', 'load_weights', 'lr_at', 'build_model', 'reconstruct',
+           'Trainer', 'every']
 
 # %% ../nbs/32_train.ipynb #d19bb2ba
 @dataclass
@@ -92,6 +92,14 @@ def config_from_dict(
         raise DataError(f"config: {cls.__name__} has no field {sorted(unknown)[0]!r}; it knows {', '.join(hints)}.")
     build = lambda k,v: config_from_dict(v, hints[k]) if is_dataclass(hints[k]) else _detuple(v)
     return cls(**{k: build(k,v) for k,v in d.items()})
+
+# %% ../nbs/32_train.ipynb #84bd49ff
+def merged(
+    base:dict, # nested plain values
+    over:dict, # nested plain values that win
+)->dict: # a new nested dict
+    "One nested dict laid over another."
+    return base | {k: merged(base.get(k, {}), v) if isinstance(v, dict) else v for k,v in over.items()}
 
 # %% ../nbs/32_train.ipynb #03b03e37
 def _detuple(v:Any, # a plain value

@@ -44,14 +44,15 @@ def test_twenty_kills(tmp_path: Path) -> None:
     "Checkpoints and cached lifts load after every kill, and the run goes on from where it was."
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["flux4d.train", "flux4d.city", "flux4d.clips", "flux4d.cache"])
-    rng, steps = random.Random(0), []
+    rng, steps, last = random.Random(0), [], tmp_path / "ckpt_last.pt"
     for k in range(KILLS):
+        before = os.readlink(last) if last.exists() else ""
         child = context.Process(target=work, args=(str(tmp_path),), daemon=True)
         child.start()
-        wait = time.time() + 60                       # the first child also imports and lifts
-        while not (tmp_path / "ckpt_last.pt").exists() and child.is_alive() and time.time() < wait:
-            time.sleep(.05)
-        time.sleep(rng.uniform(0, 1.5))
+        wait = time.time() + 60                       # until it has saved something of its own
+        while (not last.exists() or os.readlink(last) == before) and child.is_alive() and time.time() < wait:
+            time.sleep(.02)
+        time.sleep(rng.uniform(0, 1.))
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         steps.append(load_checkpoint(tmp_path / "ckpt_last.pt")["step"])
