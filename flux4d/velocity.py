@@ -18,7 +18,7 @@ from .pandaset import atomic_write
 from .render import RenderConfig, Rendered, render
 
 # %% auto #0
-__all__ = ['FlowConfig', 'frame_gaps', 'view_gaps', 'image_velocity', 'clip_norm', 'render_velocity', 'flow_colours',
+__all__ = ['FlowConfig', 'frame_gaps', 'clip_gaps', 'view_gaps', 'image_velocity', 'clip_norm', 'render_velocity', 'flow_colours',
            'colour_wheel', 'blur_weight', 'velocity_weight', 'save_weight_map', 'render_weighted']
 
 # %% ../nbs/24_velocity.ipynb #0df928a3
@@ -36,7 +36,7 @@ class FlowConfig:
         if self.clip_px <= 0: raise ValueError(f"clip_px: is {self.clip_px}; choose a length above 0 px.")
         if self.blur_window and self.blur_window % 2 == 0: raise ValueError(f"blur_window: is {self.blur_window}; choose an odd number of pixels, or 0 for no blur.")
 
-# %% ../nbs/24_velocity.ipynb #3102e45e
+# %% ../nbs/24_velocity.ipynb #d761ff5c
 def frame_gaps(
     t:Tensor, # (F,) moments of successive frames, normalised or s, F >= 2
 )->Tensor: # (F,) time to the next frame, same unit
@@ -44,12 +44,19 @@ def frame_gaps(
     d = t.diff()
     return torch.cat([d, d[-1:]])
 
+def clip_gaps(
+    clip:Clip,  # the clip
+    camera:str, # name
+)->Tensor: # (F,) float64, s
+    "Seconds from each frame of a clip to the next."
+    return frame_gaps(torch.tensor([clip.t_of_camera(camera, f) for f in clip.frames], dtype=torch.float64))*clip.time.duration
+
 def view_gaps(
     clip:Clip,   # whose frames follow each other
     views:Views, # V views of it
 )->Tensor: # (V,) s
     "Seconds from each view to the next frame of its camera within the clip."
-    gaps = {c: frame_gaps(torch.tensor([clip.t_of_camera(c,f) for f in clip.frames], dtype=torch.float64))*clip.time.duration for c in set(views.camera)}
+    gaps = {c: clip_gaps(clip, c) for c in set(views.camera)}
     return torch.stack([gaps[c][clip.frames.index(int(f))] for f,c in zip(views.frame, views.camera)]).to(views.t)
 
 # %% ../nbs/24_velocity.ipynb #e6d53db4
