@@ -36,7 +36,7 @@ class FlowConfig:
         if self.clip_px <= 0: raise ValueError(f"clip_px: is {self.clip_px}; choose a length above 0 px.")
         if self.blur_window and self.blur_window % 2 == 0: raise ValueError(f"blur_window: is {self.blur_window}; choose an odd number of pixels, or 0 for no blur.")
 
-# %% ../nbs/24_velocity.ipynb #d761ff5c
+# %% ../nbs/24_velocity.ipynb #6ebfe636
 def frame_gaps(
     t:Tensor, # (F,) moments of successive frames, normalised or s, F >= 2
 )->Tensor: # (F,) time to the next frame, same unit
@@ -57,7 +57,7 @@ def view_gaps(
 )->Tensor: # (V,) s
     "Seconds from each view to the next frame of its camera within the clip."
     gaps = {c: clip_gaps(clip, c) for c in set(views.camera)}
-    return torch.stack([gaps[c][clip.frames.index(int(f))] for f,c in zip(views.frame, views.camera)]).to(views.t)
+    return torch.stack([gaps[c][clip.frames.index(f)] for f,c in zip(views.frame.tolist(), views.camera)]).to(views.t)
 
 # %% ../nbs/24_velocity.ipynb #e6d53db4
 def image_velocity(
