@@ -69,7 +69,7 @@ def three_way(
     fore, fast = np.asarray(label) < len(CLASSES) - 1, np.linalg.norm(gt, axis=1)*(.1/gap) >= moving
     return np.where(fore, 1 + fast, 0)
 
-# %% ../nbs/41_flow_metrics.ipynb #d9a80062
+# %% ../nbs/41_flow_metrics.ipynb #8d206d14
 EDGES = np.append(np.linspace(0, 2, 51), np.inf) # m per 0.1 s: 50 bins of 0.04, then an open one
 
 def normalised_error(
@@ -80,6 +80,7 @@ def normalised_error(
     "Error relative to the true displacement, the log's definition."
     return epe(pred, gt)/np.linalg.norm(gt, axis=1).clip(floor)
 
+# %% ../nbs/41_flow_metrics.ipynb #e277799a
 class SpeedBins:
     "Error and speed summed by meta-class and bin of true speed."
     def __init__(self)->None:
@@ -95,20 +96,20 @@ class SpeedBins:
         at = meta, np.searchsorted(EDGES, speed, "right") - 1
         for sums, x in ((self.error, error), (self.speed, speed), (self.count, 1)): np.add.at(sums, at, x)
 
-# %% ../nbs/41_flow_metrics.ipynb #887dc992
+# %% ../nbs/41_flow_metrics.ipynb #c35dbd98
 @patch
 def normalised(self:SpeedBins)->np.ndarray: # (M,B): m in the first column, shares in the others, NaN where a bin is empty
     "What every bin reports."
     with np.errstate(invalid="ignore"): return self.error/np.where(np.arange(len(EDGES) - 1) == 0, self.count, self.speed)
 
 @patch
-def as_dict(self:SpeedBins)->dict: # {meta-class: {static, dynamic}}, and their unweighted means over the classes that have any
+def as_dict(self:SpeedBins)->dict: # {meta-class: {static, dynamic}}; `all`: unweighted means over the classes that have any
     "Static error in m and dynamic share, null where there is nothing, with points and bins."
     e, n, some = self.normalised(), self.count, lambda x: float(np.nanmean(x)) if np.isfinite(x).any() else None
     rows = {m: dict(static=dict(mean=some(e[i,:1]), count=int(n[i,0])), dynamic=dict(mean=some(e[i,1:]), count=int(n[i,1:].sum()), bins=int((n[i,1:] > 0).sum())))
             for i,m in enumerate(METAS) if m != "IGNORED"}
     over = lambda k: [r[k]["mean"] for r in rows.values() if r[k]["mean"] is not None]
-    return rows | dict(mean={k: dict(mean=float(np.mean(v)) if (v := over(k)) else None, count=len(v)) for k in ("static","dynamic")})
+    return rows | dict(all={k: dict(mean=float(np.mean(v)) if (v := over(k)) else None, count=len(v)) for k in ("static","dynamic")})
 
 # %% ../nbs/41_flow_metrics.ipynb #405c3c7e
 class Average:
@@ -136,7 +137,7 @@ class Average:
         "Plain values, ready for JSON."
         return self.frames.as_dict() | dict(pooled=self.pooled, points=self.points.count)
 
-# %% ../nbs/41_flow_metrics.ipynb #2ac63d49
+# %% ../nbs/41_flow_metrics.ipynb #3e04054b
 @dataclass
 class FlowConfig:
     "How scene flow is scored (paper.md Sec. 8.2)."
@@ -158,15 +159,15 @@ class FlowConfig:
         "Refuse unknown words."
         if self.truth not in ("cuboids","exact","auto"): raise ValueError(f"truth: is {self.truth!r}; choose from cuboids, exact, auto.")
 
+# %% ../nbs/41_flow_metrics.ipynb #62c69db9
 class FlowSample(NamedTuple):
     "N scored returns of one frame."
     pred:np.ndarray  # (N,3) predicted displacement, m, world
     gt:np.ndarray    # (N,3) true displacement, m, world
     label:np.ndarray # (N,) places in CLASSES; the last one = in no box
-    reach:np.ndarray # (N,) m, the larger of ahead and aside, in the vehicle's frame
+    reach:np.ndarray # (N,) m, the larger of ahead and aside
     gap:float=.1     # s between the two ends of a displacement
 
-# %% ../nbs/41_flow_metrics.ipynb #764e6c01
 POINT_METRICS = "epe3d acc5 acc10 acc5_relative acc10_relative theta theta_moving".split()
 
 class FlowScores:
@@ -175,13 +176,14 @@ class FlowScores:
         cfg:FlowConfig=FlowConfig(), # thresholds
     )->None:
         "Empty."
-        self.cfg, self.count, self.left_out, self.labels = cfg, 0, {}, Counter()
+        self.cfg, self.count, self.unknown, self.left_out, self.labels = cfg, 0, 0, {}, Counter()
         self.metrics = {k: Average() for k in POINT_METRICS}
         self.groups  = {k: Average() for k in GROUPS}; self.all_groups = Mean()
         self.buckets = {k: Average() for k in BUCKETS}; self.bins = SpeedBins()
         self.v_rmse  = {k: Average(root=True) for k in ("full","dynamic")}
         self.bs_flow, self.nearest, self.fov, self.gap = Average(), Average(), Mean(), Mean()
 
+# %% ../nbs/41_flow_metrics.ipynb #c57b61ed
 @patch
 def add(self:FlowScores,
     s:FlowSample, # one frame
@@ -201,7 +203,7 @@ def add(self:FlowScores,
     self.bs_flow.add(np.linalg.norm(s.pred[group == 0], axis=1)); self.gap.add(s.gap); self.count += 1
     self.labels.update({CLASSES[i] or "no box": int(n) for i,n in zip(*np.unique(s.label, return_counts=True))})
 
-# %% ../nbs/41_flow_metrics.ipynb #fd07f724
+# %% ../nbs/41_flow_metrics.ipynb #58a9ed42
 @patch
 def as_dict(self:FlowScores)->dict: # nested plain values; what was never seen is null with count 0
     "The block `flow` of metrics.json. Leaves: mean, std, count over frames; pooled, points over returns."
@@ -211,11 +213,11 @@ def as_dict(self:FlowScores)->dict: # nested plain values; what was never seen i
     ways = dict(all=self.all_groups.as_dict() | dict(pooled=float(np.mean(pooled)) if pooled else None, points=n)) | d(self.groups)
     return dict(count=self.count, **d(self.metrics), epe_3way=ways, bucketed=dict(own=d(self.buckets), reference=self.bins.as_dict()),
                 v_rmse=v_rmse | {f"{k}_m_per_s": per_s(r) | dict(count=r["count"]) for k,r in v_rmse.items()},
-                counts=dict(points=n, **points), shares={k: v/n if n else None for k,v in points.items()},
+                counts=dict(points=n, **points, unknown=self.unknown), shares={k: v/n if n else None for k,v in points.items()},
                 bs_flow=self.bs_flow.as_dict(), nearest=self.nearest.as_dict(), fov_share=self.fov.as_dict(), seconds_ahead=self.gap.as_dict(),
                 labels=dict(self.labels.most_common()), left_out=self.left_out)
 
-# %% ../nbs/41_flow_metrics.ipynb #7a944fd5
+# %% ../nbs/41_flow_metrics.ipynb #639048c0
 def exact_flow(
     log:Log, # a made-up log, with `_truth` beside it
     frame:int, # frame id in the LOG
@@ -231,6 +233,7 @@ def exact_flow(
     for i,o in json.loads((folder/"objects.json").read_text()).items(): label[thing == int(i)] = class_ids([o["label"]], cfg.labels.unknown)[0]
     return FlowTruth(flow.astype(np.float64), np.ones(len(flow), bool), label, dynamic)
 
+# %% ../nbs/41_flow_metrics.ipynb #c168ec3b
 def flow_truth(
     log:Log, # the log
     frame:int, # frame id in the LOG, never counted from a clip's start (pitfall A1)
@@ -242,7 +245,7 @@ def flow_truth(
     if cfg.truth != "cuboids" and (exact := exact_flow(log, frame, cfg)): return exact
     return "the log has no exact truth" if cfg.truth == "exact" else flow_ground_truth(log, frame, cfg.sensors, cfg.labels)
 
-# %% ../nbs/41_flow_metrics.ipynb #a72d79f0
+# %% ../nbs/41_flow_metrics.ipynb #fccd428f
 def in_view(
     log:Log, # the log
     frame:int, # frame id in the LOG
@@ -257,6 +260,7 @@ def in_view(
         seen |= pixel_index(project(*where, points)[0], *size)[2] if hidden else project_sweep(points, *where, *size)[2]
     return seen
 
+# %% ../nbs/41_flow_metrics.ipynb #06e4c870
 class FrameTruth(NamedTuple):
     "The N returns of a frame that are scored."
     frame:int         # frame id in the LOG
@@ -267,7 +271,9 @@ class FrameTruth(NamedTuple):
     reach:np.ndarray  # (N,) m, the larger of ahead and aside
     gap:float         # s ahead
     share:float       # of the sweep that is in view
+    unknown:int       # returns in view of unknown motion
 
+# %% ../nbs/41_flow_metrics.ipynb #eb84d316
 def frame_truth(
     clip:Clip, # the clip
     frame:int, # frame id in the LOG
@@ -280,9 +286,9 @@ def frame_truth(
     sweep = log.sweep(frame, cfg.sensors); view = in_view(log, frame, sweep.points, clip.cameras if cameras is None else cameras, cfg.hidden); k = view & truth.valid
     reach = np.abs(transform_points(se3_inverse(log.ego_pose(frame)), sweep.points[k])[:,:2]).max(1)
     gap = float(log.lidar_stamps[frame+1] - log.lidar_stamps[frame]) if cfg.dt is None else cfg.dt
-    return FrameTruth(frame, sweep.points[k], sweep.stamps[k], truth.flow[k], truth.label[k], reach, gap, float(view.mean()))
+    return FrameTruth(frame, sweep.points[k], sweep.stamps[k], truth.flow[k], truth.label[k], reach, gap, float(view.mean()), int((view & ~truth.valid).sum()))
 
-# %% ../nbs/41_flow_metrics.ipynb #3c92b859
+# %% ../nbs/41_flow_metrics.ipynb #7f5b9ed4
 def check_times(
     t:Tensor, # (n,) of one frame's Gaussians, normalised
     clip:Clip, # the clip
@@ -293,6 +299,7 @@ def check_times(
     want = float(clip.time.normalise(clip.log.lidar_stamps[frame])); off = float((t - want).abs().max())*clip.time.duration
     if not off <= slack: raise ValueError(f"check 'time base': Gaussians of frame {frame} have t in {float(t.min()):.3g}..{float(t.max()):.3g}, their sweep is at {want:.3g}; t must be normalised to the clip with ClipTime.normalise.")
 
+# %% ../nbs/41_flow_metrics.ipynb #49c31cb2
 @torch.no_grad()
 def predicted_flow(
     g:Gaussians, # a reconstruction
@@ -315,7 +322,7 @@ def predicted_flow(
         flow[k] = (b - a).numpy()
     return flow, off
 
-# %% ../nbs/41_flow_metrics.ipynb #2a4ba325
+# %% ../nbs/41_flow_metrics.ipynb #12fadfb8
 @contextmanager
 def named(
     name:str, # of the check
@@ -341,6 +348,7 @@ def check_truth(
             back = t.flow[t.label == len(CLASSES) - 1]; moved = np.linalg.norm(back, axis=1).mean() if len(back) else 0.
             if moved > cfg.bs_max: raise DataError(f"{clip.id}: the background of frame {t.frame} moves {moved:.3f} m; give flow in the world frame, the vehicle's own motion left out.")
 
+# %% ../nbs/41_flow_metrics.ipynb #62bf16bc
 def clip_truth(
     clip:Clip, # the clip
     cfg:FlowConfig, # what is scored
@@ -361,7 +369,7 @@ def check_bs_flow(
         if len(history) > 2 and history[-1] >= max(history) and history[-1] > quiet:
             raise DataError(f"background is predicted to move {history[-1]:.3f} m a frame, more than ever before; raise the weight of the velocity term or lower the learning rate.")
 
-# %% ../nbs/41_flow_metrics.ipynb #98be34d4
+# %% ../nbs/41_flow_metrics.ipynb #4372d547
 def score_clip(
     scores:FlowScores, # counts
     clip:Clip, # the clip
@@ -376,8 +384,9 @@ def score_clip(
     if why: scores.left_out[clip.id] = why
     for t in frames:
         pred, off = predicted_flow(g, v, clip, t.frame, t.points, t.stamps, t.gap)
-        scores.add(FlowSample(pred, t.flow, t.label, t.reach, t.gap)); scores.nearest.add(off); scores.fov.add(t.share)
+        scores.add(FlowSample(pred, t.flow, t.label, t.reach, t.gap)); scores.nearest.add(off); scores.fov.add(t.share); scores.unknown += t.unknown
 
+# %% ../nbs/41_flow_metrics.ipynb #860488df
 FLOW_VARIANTS = "model", "zero_motion"
 
 @torch.no_grad()
@@ -396,15 +405,16 @@ def evaluate_flow(
         for n in names: score_clip(scores[n], clip, *((g, v if n == "model" else None) if truth[0] else (None, None)), cfg, truth=truth)
     return scores
 
-# %% ../nbs/41_flow_metrics.ipynb #7e630fd2
+# %% ../nbs/41_flow_metrics.ipynb #ac1128ff
 def flow_report(
     model:FlowScores, # what is judged
     still:FlowScores, # zero motion over the same frames
 )->str: # lines of text
-    "Shares of the groups, the FD error called out, and frames without motion."
+    "Shares of the groups, the FD error called out, false motion, and frames without motion."
     m, z = model.as_dict(), still.as_dict(); fd, base = m["epe_3way"]["FD"], z["epe_3way"]["FD"]
     if not m["count"]: return "no frame has ground truth: " + ("; ".join(dict.fromkeys(m["left_out"].values())) or "no clip was scored")
     lines = [f"{m['count']} frames, {m['counts']['points']} returns: " + ", ".join(f"{k} {m['counts'][k]} ({m['shares'][k]:.2%})" for k in GROUPS)]
     lines += [f"EPE, mean over frames: all {m['epe3d']['mean']:.4f} m, " + ", ".join(f"{k} {e:.4f} m" for k in GROUPS if (e := m["epe_3way"][k]["mean"]) is not None)]
     if fd["count"]: lines += [f"FD error {fd['mean']:.3f} m a frame is {fd['mean']/m['seconds_ahead']['mean']:.1f} m/s; zero motion has {base['mean']:.3f} m, so {1 - fd['mean']/base['mean']:.0%} of the motion is found"]
+    if m["bs_flow"]["count"]: lines += [f"background, which stands still, is predicted to move {m['bs_flow']['mean']:.3f} m a frame"]
     return "\n".join(lines + [f"{m['count'] - fd['count']} of {m['count']} frames have nothing in view that moves"])
