@@ -26,17 +26,17 @@ __all__ = ['open_clip', 'frame_list', 'frame_camera', 'TrueMotion', 'true_motion
            'true_image_flow', 'GateConfig', 'measure_fixed', 'gate_a', 'measure_per_frame', 'gate_b', 'tint',
            'speed_pictures', 'frame_pictures', 'save_pictures', 'walk', 'run_flow']
 
-# %% ../nbs/40_flow.ipynb #c722e997
+# %% ../nbs/40_flow.ipynb #408ea2f4
 def open_clip(
     root:str|Path, # data root
-    log:str="",    # log id, "" = the first
+    log:str|int="", # log id, "" = the first; papermill makes a number of 001
     start:int=0,   # first frame, log frame id
     camera:str="front_camera", # name
 )->Clip: # 16 frames
     "One clip of the evaluation length."
-    log = log or PandaSet(root).log_ids[0]
-    index = build_index(root, ClipConfig(cameras=(camera,), test_scenes=(log,), train_scenes=(), eval_stride=1))
-    return Clip(PandaSet(root)[log], select_clips(index, logs=(log,), starts=(start,))[0])
+    data = PandaSet(root); found = data[f"{log:03d}" if isinstance(log, int) else log or data.log_ids[0]]
+    index = build_index(root, ClipConfig(cameras=(camera,), test_scenes=(found.id,), train_scenes=(), eval_stride=1))
+    return Clip(found, select_clips(index, logs=(found.id,), starts=(start,))[0])
 
 def frame_list(
     text:str|int, # "0-15", "3" or "0-4,10"
@@ -215,13 +215,13 @@ def save_pictures(
     for name, x in pictures.items():
         with atomic_write(folder/f"{number:02d}_{name}.jpg") as tmp: Image.fromarray(x.clamp(0,1).mul(255).byte().numpy()).save(tmp, format="JPEG", quality=90)
 
-# %% ../nbs/40_flow.ipynb #d2cc6922
+# %% ../nbs/40_flow.ipynb #896ce270
 def walk(
     g:Gaussians,          # a scene
     velocity:Tensor|None, # (N,l+1,3) m/s^(j+1), world
     clip:Clip,            # its clip
     frames:list[int],     # clip-relative
-    camera:str,           # name
+    camera:str="front_camera", # name
     frame_ref:int|None=None, # clip-relative frame whose pose is the fixed one; None: each frame's own
     scale:float=1.,       # image scale
     folder:Path|None=None, # pictures go here; None: none are written
@@ -231,13 +231,14 @@ def walk(
     labels:CuboidConfig=CuboidConfig(), # what counts as moving
 )->dict|None: # gate A with a fixed pose, gate B without; None when there is no truth
     "Draw a clip's frames, write their pictures, measure the gate of the mode."
+    for old in folder.glob("*.jpg") if folder else (): old.unlink()
     rows, before, gaps, shutters = [], None, clip_gaps(clip, camera), clip.log.camera(camera).stamps
     for k in frames:
         f = clip.frames[k]; cam = frame_camera(clip, camera, f, f if frame_ref is None else clip.frames[frame_ref], scale, g.means.device)
         with torch.no_grad(): out, v_r, valid = render_velocity(g, velocity, clip.time.duration, cam, gaps[k], cfg, flow)
         if folder: save_pictures(folder, k, frame_pictures(out, v_r[0], flow, before)); before = out.rgb[0] if frame_ref is not None else None
-        if frame_ref is None: rows += [measure_per_frame(v_r[0], valid[0], dynamic_mask(clip.log, f, camera, scale, labels))]*clip.log.cuboid_path(f).is_file()
-        elif (m := true_motion(clip.log, f, labels)): rows.append(measure_fixed(v_r[0], valid[0], true_image_flow(m, cam, shutters[f], float(gaps[k])), flow, gates))
+        if frame_ref is None and clip.log.cuboid_path(f).is_file(): rows.append(measure_per_frame(v_r[0], valid[0], dynamic_mask(clip.log, f, camera, scale, labels)))
+        if frame_ref is not None and (m := true_motion(clip.log, f, labels)): rows.append(measure_fixed(v_r[0], valid[0], true_image_flow(m, cam, shutters[f], float(gaps[k])), flow, gates))
     return (gate_b(rows, gates) if frame_ref is None else gate_a(rows, gates)) if rows else None
 
 def run_flow(

@@ -24,7 +24,7 @@ from .train import Loader
 
 # %% auto #0
 __all__ = ['GROUPS', 'EDGES', 'POINT_METRICS', 'FLOW_VARIANTS', 'epe', 'accurate', 'theta_eps', 'three_way', 'normalised_error',
-           'SpeedBins', 'Average', 'FlowConfig', 'FlowSample', 'FlowScores', 'exact_flow', 'flow_truth', 'in_view',
+           'SpeedBins', 'Average', 'FlowScoreConfig', 'FlowSample', 'FlowScores', 'exact_flow', 'flow_truth', 'in_view',
            'FrameTruth', 'frame_truth', 'check_times', 'predicted_flow', 'named', 'check_truth', 'clip_truth',
            'check_bs_flow', 'score_clip', 'evaluate_flow', 'flow_report']
 
@@ -137,9 +137,9 @@ class Average:
         "Plain values, ready for JSON."
         return self.frames.as_dict() | dict(pooled=self.pooled, points=self.points.count)
 
-# %% ../nbs/41_flow_metrics.ipynb #3e04054b
+# %% ../nbs/41_flow_metrics.ipynb #6f0545b9
 @dataclass
-class FlowConfig:
+class FlowScoreConfig:
     "How scene flow is scored (paper.md Sec. 8.2)."
     sensors:tuple[int,...]=(0,) # LiDAR sensors whose returns are scored
     truth:str="auto"   # "cuboids", "exact" (made-up logs), or "auto": exact where there is such truth
@@ -159,7 +159,7 @@ class FlowConfig:
         "Refuse unknown words."
         if self.truth not in ("cuboids","exact","auto"): raise ValueError(f"truth: is {self.truth!r}; choose from cuboids, exact, auto.")
 
-# %% ../nbs/41_flow_metrics.ipynb #62c69db9
+# %% ../nbs/41_flow_metrics.ipynb #08df8960
 class FlowSample(NamedTuple):
     "N scored returns of one frame."
     pred:np.ndarray  # (N,3) predicted displacement, m, world
@@ -173,7 +173,7 @@ POINT_METRICS = "epe3d acc5 acc10 acc5_relative acc10_relative theta theta_movin
 class FlowScores:
     "Running means of every scene-flow metric."
     def __init__(self,
-        cfg:FlowConfig=FlowConfig(), # thresholds
+        cfg:FlowScoreConfig=FlowScoreConfig(), # thresholds
     )->None:
         "Empty."
         self.cfg, self.count, self.unknown, self.left_out, self.labels = cfg, 0, 0, {}, Counter()
@@ -217,11 +217,11 @@ def as_dict(self:FlowScores)->dict: # nested plain values; what was never seen i
                 bs_flow=self.bs_flow.as_dict(), nearest=self.nearest.as_dict(), fov_share=self.fov.as_dict(), seconds_ahead=self.gap.as_dict(),
                 labels=dict(self.labels.most_common()), left_out=self.left_out)
 
-# %% ../nbs/41_flow_metrics.ipynb #639048c0
+# %% ../nbs/41_flow_metrics.ipynb #c807d415
 def exact_flow(
     log:Log, # a made-up log, with `_truth` beside it
     frame:int, # frame id in the LOG
-    cfg:FlowConfig, # sensors, labels
+    cfg:FlowScoreConfig, # sensors, labels
 )->FlowTruth|None: # None when there is no such truth
     "What a made-up log knows of its returns."
     folder = log.folder.parent/"_truth"/log.id; path = folder/f"{frame:02d}.npz"
@@ -233,11 +233,11 @@ def exact_flow(
     for i,o in json.loads((folder/"objects.json").read_text()).items(): label[thing == int(i)] = class_ids([o["label"]], cfg.labels.unknown)[0]
     return FlowTruth(flow.astype(np.float64), np.ones(len(flow), bool), label, dynamic)
 
-# %% ../nbs/41_flow_metrics.ipynb #c168ec3b
+# %% ../nbs/41_flow_metrics.ipynb #31fdf9a9
 def flow_truth(
     log:Log, # the log
     frame:int, # frame id in the LOG, never counted from a clip's start (pitfall A1)
-    cfg:FlowConfig, # which truth
+    cfg:FlowScoreConfig, # which truth
 )->FlowTruth|str: # rows as in `log.sweep(frame, cfg.sensors)`; or why there is none
     "True displacement of a sweep until the next frame."
     if frame + 1 >= len(log.lidar_stamps): return f"frame {frame} is the log's last"
@@ -273,11 +273,11 @@ class FrameTruth(NamedTuple):
     share:float       # of the sweep that is in view
     unknown:int       # returns in view of unknown motion
 
-# %% ../nbs/41_flow_metrics.ipynb #eb84d316
+# %% ../nbs/41_flow_metrics.ipynb #12f555b6
 def frame_truth(
     clip:Clip, # the clip
     frame:int, # frame id in the LOG
-    cfg:FlowConfig, # what is scored
+    cfg:FlowScoreConfig, # what is scored
     cameras:list[str]|None=None, # names, None: the clip's
 )->FrameTruth|str: # or why there is none
     "Returns of a frame in view whose motion is known."
@@ -322,7 +322,7 @@ def predicted_flow(
         flow[k] = (b - a).numpy()
     return flow, off
 
-# %% ../nbs/41_flow_metrics.ipynb #12fadfb8
+# %% ../nbs/41_flow_metrics.ipynb #e783ad39
 @contextmanager
 def named(
     name:str, # of the check
@@ -334,7 +334,7 @@ def named(
 def check_truth(
     clip:Clip, # the clip
     truth:list[FrameTruth], # of its frames
-    cfg:FlowConfig, # bounds
+    cfg:FlowScoreConfig, # bounds
 )->None: # raises DataError
     "Stop when a clip's ground truth cannot be right."
     with named("labels"): check_labels(clip.log, [t.frame for t in truth], cfg=cfg.labels)
@@ -348,10 +348,10 @@ def check_truth(
             back = t.flow[t.label == len(CLASSES) - 1]; moved = np.linalg.norm(back, axis=1).mean() if len(back) else 0.
             if moved > cfg.bs_max: raise DataError(f"{clip.id}: the background of frame {t.frame} moves {moved:.3f} m; give flow in the world frame, the vehicle's own motion left out.")
 
-# %% ../nbs/41_flow_metrics.ipynb #62bf16bc
+# %% ../nbs/41_flow_metrics.ipynb #fdda9476
 def clip_truth(
     clip:Clip, # the clip
-    cfg:FlowConfig, # what is scored
+    cfg:FlowScoreConfig, # what is scored
     cameras:list[str]|None=None, # names, None: the clip's
 )->tuple[list[FrameTruth],str|None]: # frames that can be scored; why others cannot
     "Checked ground truth of a clip's input frames (S6-24)."
@@ -369,13 +369,13 @@ def check_bs_flow(
         if len(history) > 2 and history[-1] >= max(history) and history[-1] > quiet:
             raise DataError(f"background is predicted to move {history[-1]:.3f} m a frame, more than ever before; raise the weight of the velocity term or lower the learning rate.")
 
-# %% ../nbs/41_flow_metrics.ipynb #4372d547
+# %% ../nbs/41_flow_metrics.ipynb #35533821
 def score_clip(
     scores:FlowScores, # counts
     clip:Clip, # the clip
     g:Gaussians, # its reconstruction
     v:Tensor|None, # (M,l+1,3) m/s^(j+1), world; None = nothing moves
-    cfg:FlowConfig, # how to score
+    cfg:FlowScoreConfig, # how to score
     cameras:list[str]|None=None, # names, None: the clip's
     truth:tuple[list[FrameTruth],str|None]|None=None, # `clip_truth` of the clip, where it is at hand
 )->None: # adds to `scores`
@@ -386,14 +386,14 @@ def score_clip(
         pred, off = predicted_flow(g, v, clip, t.frame, t.points, t.stamps, t.gap)
         scores.add(FlowSample(pred, t.flow, t.label, t.reach, t.gap)); scores.nearest.add(off); scores.fov.add(t.share); scores.unknown += t.unknown
 
-# %% ../nbs/41_flow_metrics.ipynb #860488df
+# %% ../nbs/41_flow_metrics.ipynb #73d8e21a
 FLOW_VARIANTS = "model", "zero_motion"
 
 @torch.no_grad()
 def evaluate_flow(
     rebuild:Callable, # (clip, lifted Gaussians) -> Gaussians, velocity
     loader:Loader, # evaluation clips
-    cfg:FlowConfig=FlowConfig(), # how to score
+    cfg:FlowScoreConfig=FlowScoreConfig(), # how to score
     names:tuple[str,...]=FLOW_VARIANTS, # which variants
     progress:Callable=iter, # wraps the clips, such as tqdm
 )->dict[str,FlowScores]: # by variant
