@@ -34,7 +34,7 @@ __all__ = ['DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'config_from
            'provenance', 'save_checkpoint', 'load_checkpoint', 'load_weights', 'lr_at', 'Flux4DBase', 'build_model',
            'reconstruct', 'rebuilder', 'Trainer', 'load_model', 'every']
 
-# %% ../nbs/32_train.ipynb #953450e6
+# %% ../nbs/32_train.ipynb #eed09649
 @dataclass
 class DataConfig:
     "Which recordings, at which resolution."
@@ -48,6 +48,7 @@ class DataConfig:
 class TrainConfig:
     "How the weights are found."
     iters:int=30_000          # paper Sec. 4.1
+    minutes:float|None=None   # wall-clock budget: training ends, and the schedule with it, when either is spent; None = steps alone, reproducible
     lr:float=1e-3             # AdamW peak rate; UNKNOWN in the paper
     weight_decay:float=1e-5   # AdamW
     warmup:int=200            # steps of linear warm-up
@@ -325,14 +326,16 @@ def load_weights(
     model.load_state_dict({k:v for k,v in weights.items() if k not in other}, strict=False)
     return missing + [k for k in other if k in own]
 
-# %% ../nbs/32_train.ipynb #facc89a8
+# %% ../nbs/32_train.ipynb #7a79514f
 def lr_at(
     step:int, # from 0
-    cfg:TrainConfig, # read: lr, warmup, iters, final_lr
+    cfg:TrainConfig, # read: lr, warmup, iters, minutes, final_lr
+    seconds:float=0., # spent so far
 )->float: # learning rate of this step
     "Linear warm-up, cosine decay to `final_lr` of the peak."
     if step < cfg.warmup: return cfg.lr*(step + 1)/cfg.warmup
-    x = min(1., (step - cfg.warmup)/max(1, cfg.iters - cfg.warmup))
+    spent = seconds/(60*cfg.minutes) if cfg.minutes else 0.
+    x = min(1., max(spent, (step - cfg.warmup)/max(1, cfg.iters - cfg.warmup)))
     return cfg.lr*(cfg.final_lr + (1 - cfg.final_lr)*(1 + math.cos(math.pi*x))/2)
 
 # %% ../nbs/32_train.ipynb #a8e957e3
@@ -399,7 +402,7 @@ class Trainer:
         self.opt = torch.optim.AdamW(self.model.parameters(), lr=cfg.train.lr, weight_decay=cfg.train.weight_decay)
         self.step, self.skipped, self.best, self.seconds, self.callbacks = 0, 0, None, 0., []
 
-# %% ../nbs/32_train.ipynb #28c0bc09
+# %% ../nbs/32_train.ipynb #3fd8f1a2
 @patch
 def losses(self:Trainer,
     b:Batch, # one micro-step's data
@@ -425,7 +428,7 @@ def train_step(self:Trainer)->dict: # scalars of the step, tensors where a copy 
     "Advance by one step."
     tc = self.cfg.train; l = self.gradients()
     norm = nn.utils.clip_grad_norm_(self.model.parameters(), tc.grad_clip)
-    for p in self.opt.param_groups: p["lr"] = lr_at(self.step, tc)
+    for p in self.opt.param_groups: p["lr"] = lr_at(self.step, tc, self.seconds)
     if torch.isfinite(norm): self.opt.step(); self.ema.update_parameters(self.model)
     else: self.skipped += 1
     self.step += 1
@@ -476,16 +479,22 @@ def load_model(
     load_weights(model, {k.removeprefix("module."): v for k,v in s["ema"].items() if k.startswith("module.")}, Path(path).name)
     return model.eval(), cfg
 
-# %% ../nbs/32_train.ipynb #2e43ff2c
+# %% ../nbs/32_train.ipynb #28fa9845
 def every(
     n:int, # steps between calls; 0 = never
     f:Callable, # Trainer -> dict of values to record, or None
 )->Callable: # Trainer -> dict
     "A callback that runs after each n-th step and after the last."
     def call(trainer:Trainer)->dict:
-        due = n and (trainer.step % n == 0 or trainer.step == trainer.cfg.train.iters)
+        due = n and (trainer.step % n == 0 or trainer.done)
         return (f(trainer) or {}) if due else {}
     return call
+
+@patch(as_prop=True)
+def done(self:Trainer)->bool: # all steps taken, or the time spent
+    "Whether training has ended."
+    tc = self.cfg.train
+    return self.step >= tc.iters or bool(tc.minutes and self.seconds >= 60*tc.minutes)
 
 @patch
 def fit(self:Trainer,
@@ -495,9 +504,9 @@ def fit(self:Trainer,
     "Train, log, save, call back."
     tc = self.cfg.train; calls = [every(tc.save_ckpt_every, Trainer.save_quietly), *self.callbacks]; clock = time.perf_counter() - self.seconds
     for _ in progress(range(self.step, tc.iters if until is None else until)):
-        l = self.train_step()
-        if self.step % tc.log_every == 0 or self.step == tc.iters or self.step == 1: self.log(l, time.perf_counter() - clock)
-        self.seconds = time.perf_counter() - clock
+        if self.done: break
+        l = self.train_step(); self.seconds = time.perf_counter() - clock
+        if self.step % tc.log_every == 0 or self.step == 1 or self.done: self.log(l)
         for c in calls:
             if row := c(self): self.run.record(dict(step=self.step, **row))
     return self.run.rows()
@@ -510,12 +519,11 @@ def save_quietly(self:Trainer)->None:
 @patch
 def log(self:Trainer,
     l:dict, # scalars of the step
-    seconds:float, # training time so far
 )->None:
     "One console line and one record of a step (S6-03)."
     row = {k: v if isinstance(v, str) else float(v) for k,v in l.items()}
-    self.run.record(dict(step=self.step, **row, lr=lr_at(self.step - 1, self.cfg.train), skipped=self.skipped, seconds=round(seconds,2)))
-    self.run.say(f"step {self.step:6d}  " + "  ".join(f"{k} {row[k]:.4f}" for k in ("total","rgb","ssim","depth","vel","psnr")) + f"  {row['clip']}  {seconds:.0f} s")
+    self.run.record(dict(step=self.step, **row, lr=self.opt.param_groups[0]["lr"], skipped=self.skipped, seconds=round(self.seconds,2)))
+    self.run.say(f"step {self.step:6d}  " + "  ".join(f"{k} {row[k]:.4f}" for k in ("total","rgb","ssim","depth","vel","psnr")) + f"  {row['clip']}  {self.seconds:.0f} s")
 
 # %% ../nbs/32_train.ipynb #d0da1ea0
 @patch
