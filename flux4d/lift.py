@@ -22,11 +22,11 @@ from .clips import Clip
 
 # %% auto #0
 __all__ = ['LATE', 'FLATTEN', 'CELL', 'LiftConfig', 'ClipData', 'clip_data', 'voxel_downsample', 'thin', 'Grid', 'grid_of',
-           'image_numbers', 'unhidden', 'Look', 'look', 'nearest_return', 'window_distances', 'knn_distance', 'sample',
-           'colour_late', 'colour_returns', 'random_quats', 'times_of', 'lift_returns', 'block_sides', 'Tiles',
-           'cut_blocks', 'nearest_above', 'find_corners', 'corner_weights', 'gap_depth', 'ground_below', 'Blocks',
-           'clip_blocks', 'block_depth', 'continue_ground', 'fill_gaps', 'even_opacity', 'cap_by_coverage', 'lift_data',
-           'lift_clip', 'dots', 'rainbow', 'bird_view', 'alignment_set', 'alignment_pictures']
+           'image_numbers', 'unhidden', 'Look', 'look', 'nearest_return', 'directions', 'window_distances',
+           'knn_distance', 'colour_late', 'colour_returns', 'times_of', 'random_quats', 'lift_returns', 'block_sides',
+           'Tiles', 'cut_blocks', 'nearest_above', 'find_corners', 'corner_weights', 'gap_depth', 'ground_below',
+           'Blocks', 'clip_blocks', 'block_depth', 'continue_ground', 'fill_gaps', 'even_opacity', 'cap_by_coverage',
+           'lift_data', 'lift_clip', 'dots', 'rainbow', 'bird_view', 'alignment_set', 'alignment_pictures']
 
 # %% ../nbs/10_lift.ipynb #b413d369
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class LiftConfig:
             if getattr(self, name) not in words: raise ValueError(f"{name}: is {getattr(self, name)!r}; choose from {', '.join(words)}.")
         if not set(self.lidar_sensors) or set(self.lidar_sensors) - {0,1}: raise ValueError(f"lidar_sensors: is {self.lidar_sensors}; choose (0,), (1,) or (0, 1).")
 
-# %% ../nbs/10_lift.ipynb #f798a5c5
+# %% ../nbs/10_lift.ipynb #7b3b16f2
 @dataclass
 class ClipData:
     "The input of one clip in memory: F frames of C cameras, and F sweeps of up to N returns."
@@ -85,6 +85,11 @@ class ClipData:
     def focal(self)->float: # px
         "Shortest focal length; sizes the rasters."
         return float(self.K[...,0,0].min())
+
+    @cached_property
+    def seen(self)->Look: # every sweep in the images of its own frame
+        "What the cameras see of the sweeps, computed when first asked for."
+        return look(self)
 
 # %% ../nbs/10_lift.ipynb #8cf8d442
 def clip_data(
@@ -124,7 +129,7 @@ def thin(
         parts.append(torch.cat([voxel_downsample(rows[s == d], size) for d in (0,1) if (s == d).any()] or [rows[:0]]))
     rows = pad_sequence(parts, True, math.nan); return replace(data, points=rows[...,:3], stamps=rows[...,3], sensor=rows[...,4].nan_to_num(-1).to(torch.int8))
 
-# %% ../nbs/10_lift.ipynb #592b370e
+# %% ../nbs/10_lift.ipynb #f1a18a6b
 class Grid(NamedTuple):
     "A raster over every image, its cells counted through all images."
     px:Tensor    # (V,2) px, width and height of a cell; image f*C + c is number f*C + c
@@ -136,9 +141,9 @@ class Grid(NamedTuple):
         image:Tensor, # (...) int64, number of the image
     )->Tensor: # (...) int64, -1 off the raster
         "The cell each coordinate lies in."
-        (col, row), (rows, cols) = torch.floor(uv/self.px[image]).unbind(-1), self.shape; col, row = col + self.border[1], row + self.border[0]
-        ok = (col >= 0) & (row >= 0) & (col < cols) & (row < rows); whole = lambda a: torch.where(ok, a, 0).long()
-        return torch.where(ok, (image*rows + whole(row))*cols + whole(col), -1)
+        (col, row), (rows, cols), (y, x) = torch.floor(uv/self.px[image]).double().unbind(-1), self.shape, self.border
+        ok = (col.clamp(-x, cols-x-1) == col) & (row.clamp(-y, rows-y-1) == row)                  # NaN equals nothing
+        return torch.where(ok, (image*rows + row)*cols + (col + (y*cols + x)), -1).long()
 
 def grid_of(
     data:ClipData, # images and cameras
@@ -155,7 +160,7 @@ def image_numbers(
     "Number of each image, frames first."
     return torch.arange(data.shutter.numel(), device=data.K.device).view(*data.shutter.shape, 1)
 
-# %% ../nbs/10_lift.ipynb #2fc2b3c3
+# %% ../nbs/10_lift.ipynb #a44ba0f1
 def unhidden(
     data:ClipData, # cameras
     uv:Tensor,     # (F,C,N,2) px
@@ -178,75 +183,70 @@ class Look(NamedTuple):
     uv:Tensor   # (F,C,N,2) px, NaN behind the camera
     z:Tensor    # (F,C,N) m
     seen:Tensor # (F,C,N) bool, in the image and not hidden
+    colour:Tensor # (F,C,N,3) float32, 0..1, of the pixel there; anything outside the image
 
 def look(
     data:ClipData, # sweeps and cameras
     keep:Tensor|None=None, # (F,C,N) bool, returns to look at; None: all
 )->Look: # every sweep in the images of its own frame
     "Project all sweeps into all cameras of their frame."
-    uv, z = (a.float() for a in project(data.K, se3_inverse(data.pose), data.points[:,None])); inside = pixel_index(uv, *data.images.shape[3:1:-1])[2]
-    return Look(uv, z, unhidden(data, uv, z, inside if keep is None else inside & keep))
+    (h, w), (uv, z) = data.images.shape[2:4], (a.float() for a in project(data.K, se3_inverse(data.pose), data.points[:,None])); col, row, inside = pixel_index(uv, w, h)
+    colour = data.images.reshape(-1,3)[(image_numbers(data)*h + row)*w + col].float()/255
+    return Look(uv, z, unhidden(data, uv, z, inside if keep is None else inside & keep), colour)
 
-# %% ../nbs/10_lift.ipynb #06471ba6
+# %% ../nbs/10_lift.ipynb #bad9c2dd
 def nearest_return(
     cell:Tensor, # (...) int64, cell of each return, -1 = none
     z:Tensor,    # (...) float32, m, the same shape
     cells:int,   # how many cells
-)->Tensor: # (cells,) int64 index into the flattened returns, -1 where empty
+)->Tensor: # (cells,) int32 index into the flattened returns, -1 where empty
     "The nearest return of each cell, the first of equals."
     key = (z.contiguous().view(torch.int32).long() << 32) | torch.arange(z.numel(), device=z.device).view(z.shape) # positive floats sort like their bits
     best = key.new_full((cells+1,), 2**63-1).scatter_reduce_(0, torch.where(cell < 0, cells, cell).flatten(), key.flatten(), "amin")[:cells]
-    return torch.where(best < 2**63-1, best & 0xffffffff, -1)
+    return best.view(torch.int32)[::2]                                                            # the lower half of each key
+
+def directions(
+    x:Tensor, # (...,3) float32, from the cameras, world axes, m
+)->tuple[Tensor,Tensor,Tensor]: # elevation (...) deg, azimuth (...) 0..360 deg, distance (...) m
+    "Where one looks to see a point."
+    flat = torch.hypot(x[...,0], x[...,1])
+    return torch.rad2deg(torch.atan2(x[...,2], flat)), torch.rad2deg(torch.atan2(x[...,1], x[...,0])) + 180, torch.hypot(flat, x[...,2])
 
 def window_distances(
-    grid:Grid,     # raster whose border is at least the window's reach
-    seen:Look,     # of all sweeps
-    points:Tensor, # (F,N,3) float32, the returns that `seen` shows, m
-    at:Tensor,     # (P,2) px, where to look
-    image:Tensor,  # (P,) int64, number of the image
-    centre:Tensor, # (P,3) float32, m, distance to what
-    reach:int,     # cells
-)->Tensor: # (P,(2*reach+1)**2) m^2, infinite where there is nothing or the centre itself
+    i:Tensor,    # (F,rows,cols) int32, the return of each cell of directions, -1 = none; `reach` rows of border
+    x:Tensor,    # (F,N,3) float32, returns, from their frame's cameras, m
+    sweep:Tensor, # (P,) int64, where to look
+    at:tuple[Tensor,Tensor], # (P,) rows and columns
+    centre:Tensor, # (P,3) float32, from that frame's cameras, m
+    reach:int,   # cells
+)->Tensor: # (P,(2*reach+1)**2) m^2, infinite where there is nothing, and for the centre itself
     "Squared distances to the returns in the cells around."
-    (_, C, N), v = seen.z.shape, torch.arange(len(grid.px), device=at.device).view(*seen.z.shape[:2], 1)
-    i = nearest_return(grid.cells(seen.uv, v), seen.z, len(grid.px)*math.prod(grid.shape)); i = torch.where(i < 0, -1, i//(C*N)*N + i % N)
-    o = torch.arange(-reach, reach+1, device=at.device); near = i[grid.cells(at, image)[:,None] + (o[:,None]*grid.shape[1] + o).flatten()]
-    d = (points.view(-1,3)[near.clamp_min(0)] - centre[:,None]).square().sum(-1)
+    o, cols = torch.arange(-reach, reach+1, device=x.device), i.shape[2]; row = (sweep*i.shape[1] + at[0])[:,None] + o; col = (at[1][:,None] + o) % cols
+    near = i.flatten()[(row[:,:,None]*cols + col[:,None]).flatten(1)].long(); d = (x.view(-1,3)[near.clamp_min(0)] - centre[:,None]).square().sum(-1)
     return torch.where((near >= 0) & (d > 0), d, math.inf)
 
-# %% ../nbs/10_lift.ipynb #5b0012df
+# %% ../nbs/10_lift.ipynb #6e892c68
 def knn_distance(
-    data:ClipData, # cameras and sweeps
-    seen:Look,     # of these sweeps
+    data:ClipData, # sweeps
     f:Tensor,      # (P,) int64, frame of each return asked about, 0..F-1
-    c:Tensor,      # (P,) int64, camera that sees it
     n:Tensor,      # (P,) int64, its place in its sweep
     k:int=3,       # neighbours
     clip:bool=False, # count neighbours in all sweeps
-    finest:float=.15, # deg, first cell
-    reach:int=3,   # cells to each side
-    levels:int=6,  # cell sizes, each twice the one before
+    windows:tuple[tuple[float,int],...]=((.15,3), (.15,9), (.15,24), (.6,18)), # deg and cells: side of a cell, which divides 180, and reach to each side
 )->Tensor: # (P,) float32, m
     "Mean distance to the k nearest others."
-    x = (data.points - data.pose[0,0,:3,3]).float(); image, at, me = f*seen.z.shape[1] + c, seen.uv[f,c,n], x[f,n]
-    turned = [torch.arange(len(x), device=x.device).roll(s) for s in (range(1, len(x)) if clip else ())]; layers = [(seen, x)] + [(look(replace(data, points=data.points[i])), x[i]) for i in turned]
-    best, todo, z = torch.full_like(me[:,0], math.inf), torch.arange(len(f), device=x.device), seen.z[f,c,n]
-    for cell in (finest*2**i for i in range(levels)):
-        grid = grid_of(data, (cell, cell), (reach, reach))
-        d = torch.cat([window_distances(grid, s, p, at[todo], image[todo], me[todo], reach) for s,p in layers], 1).topk(k, 1, largest=False)[0].sqrt()
-        best[todo] = torch.minimum(best[todo], d.mean(1)); todo = todo[d[:,-1] > reach*math.radians(cell)*z[todo]]
+    F_, origin = len(data.points), data.pose[...,:3,3].mean(1); x = (data.points - origin[:,None]).float(); el, az, z = directions(x)
+    asked = [(g, (data.points[f,n] - origin[g]).float()) for g in ((f + s) % F_ for s in range(F_ if clip else 1))]; asked = [(g, q, *directions(q)) for g,q in asked]
+    best, todo, number = torch.full_like(asked[0][2], math.inf), torch.arange(len(f), device=x.device), torch.arange(F_, device=x.device)[:,None]
+    border, last = max(r for _,r in windows), None
+    for cell, reach in windows:
+        rows, cols = math.ceil(90/cell) + 2*border, round(360/cell); at = lambda el, az: ((el/cell + 45/cell).clamp(0, rows-2*border-1).long() + border, (az/cell).long().clamp_max(cols-1))
+        if cell != last: row, col = at(el.nan_to_num(0), az.nan_to_num(0)); last, i = cell, nearest_return(torch.where(z > 0, (number*rows + row)*cols + col, -1), z, F_*rows*cols).view(F_, rows, cols)
+        d = torch.cat([window_distances(i, x, g, at(a, b), q, reach) for g,q,a,b,_ in asked], 1).topk(k, 1, largest=False)[0].sqrt(); best[todo] = torch.minimum(best[todo], d.mean(1))
+        left = (d[:,-1] > reach*math.radians(cell)*asked[0][4]).nonzero()[:,0]; todo, asked = todo[left], [tuple(a[left] for a in q) for q in asked]
     return torch.where(best < math.inf, best.clamp_min(1e-3), .1)
 
-# %% ../nbs/10_lift.ipynb #36954f0f
-def sample(
-    images:Tensor, # (F,C,H,W,3) uint8
-    uv:Tensor,     # (F,C,N,2) px, may be NaN
-)->Tensor: # (F,C,N,3) float32, 0..1; anything outside the image
-    "The pixel under each return."
-    (h, w), n = images.shape[2:4], torch.arange(uv.shape[0]*uv.shape[1], device=uv.device).view(*uv.shape[:2], 1); col, row, _ = pixel_index(uv, w, h)
-    return images.reshape(-1, 3)[(n*h + row)*w + col].float()/255
-
-# %% ../nbs/10_lift.ipynb #5c57e45f
+# %% ../nbs/10_lift.ipynb #17b9c144
 LATE = .03 # s from the shutter; the mechanical LiDAR stays within a third of it
 
 def colour_late(
@@ -259,7 +259,7 @@ def colour_late(
     near = (data.frames[:,None] - data.frames).abs().argsort(dim=1, stable=True)[:,:3].T
     shots = [replace(data, **{k: getattr(data, k)[i] for k in ("images","K","pose","shutter")}) for i in near]; looks = [look(s, late) for s in shots]
     order = torch.stack([(s.stamps[:,None] - s.shutter[...,None]).abs() for s in shots]).argsort(dim=0, stable=True)
-    seen, colour = torch.stack([l.seen for l in looks]), torch.stack([sample(s.images, l.uv) for s,l in zip(shots, looks)])
+    seen, colour = (torch.stack([getattr(l, k) for l in looks]) for k in ("seen","colour"))
     nth = lambda j: (colour.gather(0, order[j][None,...,None].expand(-1,-1,-1,-1,3))[0], seen.gather(0, order[j][None])[0])
     first, kept = nth(0)
     if rule == "agree" and len(shots) > 1: second, ok = nth(1); kept = kept & ok & ((second - first).abs().amax(-1) < agree)
@@ -267,24 +267,17 @@ def colour_late(
 
 def colour_returns(
     data:ClipData, # images, cameras and sweeps
-    seen:Look,     # of these sweeps
     rule:str,      # `LiftConfig.late`
 )->tuple[Tensor,Tensor]: # colour (F,C,N,3), usable (F,C,N) bool
     "Colour every return in every camera that sees it."
-    colour, late = sample(data.images, seen.uv), seen.seen & ((data.stamps[:,None] - data.shutter[...,None]).abs() > LATE)
-    if rule == "own" or not late.any(): return colour, seen.seen
-    c, kept = colour_late(data, late, rule)
-    return torch.where(late[...,None], c, colour), seen.seen & (kept | ~late)
+    colour, seen = data.seen.colour, data.seen.seen; late = seen & ((data.stamps[:,None] - data.shutter[...,None]).abs() > LATE)
+    if rule == "own" or not late.any(): return colour, seen
+    n = late.any(1).int().argsort(dim=1, descending=True, stable=True)[:,:late.any(1).sum(1).amax()]; f = torch.arange(len(n), device=n.device)[:,None] # (F,L), the late ones first
+    each, late = n[:,None].expand(-1, late.shape[1], -1), late[f,:,n].mT; c, kept = colour_late(replace(data, points=data.points[f,n], stamps=data.stamps[f,n]), late, rule)
+    put = lambda a, new, i: a.scatter(2, i, torch.where(late.view(*late.shape, *[1]*(a.dim()-3)), new, a.gather(2, i)))
+    return put(colour, c, each[...,None].expand(-1,-1,-1,3)), put(seen, kept & seen.gather(2, each), each)
 
-# %% ../nbs/10_lift.ipynb #1c0edae7
-def random_quats(
-    n:int,   # how many
-    rng:torch.Generator, # where they are made, and from which seed
-)->Tensor: # (n,4) float32, unit, w,x,y,z
-    "Uniform random rotations."
-    q = torch.randn(n, 4, generator=rng, device=rng.device)
-    return q/q.norm(dim=1, keepdim=True)
-
+# %% ../nbs/10_lift.ipynb #6c5bafe1
 def times_of(
     data:ClipData, # stamps and duration
     f:Tensor,      # (P,) int64, frame 0..F-1
@@ -294,17 +287,26 @@ def times_of(
     "Normalised capture times, divided in float64."
     return ((stamp if source == "return" else data.sweep_stamps[f])/data.duration).float()
 
-# %% ../nbs/10_lift.ipynb #85cc700c
+# %% ../nbs/10_lift.ipynb #cc292366
+def random_quats(
+    n:int,   # how many
+    rng:torch.Generator, # where they are made, and from which seed
+)->Tensor: # (n,4) float32, unit, w,x,y,z
+    "Uniform random rotations."
+    q = torch.randn(n, 4, generator=rng, device=rng.device)
+    return q/q.norm(dim=1, keepdim=True)
+
+# %% ../nbs/10_lift.ipynb #9dbc5138
 def lift_returns(
     data:ClipData,  # the clip
     cfg:LiftConfig, # how to lift
     rng:torch.Generator, # of the rotations
 )->Gaussians: # kind LIDAR, world
     "The returns of all sweeps as Gaussians."
-    data = data if cfg.voxel_downsample is None else thin(data, cfg.voxel_downsample); seen = look(data)
-    colour, usable = colour_returns(data, seen, cfg.late)
+    data = data if cfg.voxel_downsample is None else thin(data, cfg.voxel_downsample); seen = data.seen
+    colour, usable = colour_returns(data, cfg.late)
     f, n = usable.any(1).nonzero(as_tuple=True); c = usable[f,:,n].int().argmax(1)
-    scale = cfg.scale_factor*knn_distance(data, seen, f, c, n, cfg.knn, cfg.neighbours == "clip")
+    scale = cfg.scale_factor*knn_distance(data, f, n, cfg.knn, cfg.neighbours == "clip")
     if cfg.fill: scale = torch.minimum(scale, cfg.return_px*data.images.shape[3]/1920*seen.z[f,c,n]/data.K[f,c,0,0].float())
     quats = random_quats(len(f), rng) if cfg.rotation == "random" else None
     return gaussians_from(data.points[f,n].float(), scale, colour[f,c,n], times_of(data, f, data.stamps[f,n], cfg.time_source), data.frames[f], LIDAR, quats, cfg.opacity)
@@ -412,7 +414,7 @@ def gap_depth(
     w = torch.where(high > (1 + agree)*low, torch.zeros_like(w).scatter_(1, like, 1.), w/w.sum(1, keepdim=True).clamp_min(1e-6))
     return 1/(w/zc).sum(1).clamp_min(1e-6), w
 
-# %% ../nbs/10_lift.ipynb #100a9a07
+# %% ../nbs/10_lift.ipynb #2d123f2a
 def ground_below(
     grid:Grid,    # of the returns
     i:Tensor,     # (V,rows,cols) int64, the return of each cell, -1 = none
@@ -420,15 +422,15 @@ def ground_below(
     z:Tensor,     # (R,) m
     rows:int,     # how far above the lowest return of a column the plane is fitted
     columns:int=7, # columns that share a lowest return
-    rounds:int=12, # of reweighting
+    rounds:int=10, # of reweighting
 )->tuple[Tensor,Tensor]: # plane (V,3): inverse depth (1/m) per 1000 px of u and of v, and at (0,0); border (V,cols) px, lowest return
     "The road's plane under each image's lowest returns."
     V, n = len(i), i.shape[2]; low = torch.where(i >= 0, torch.arange(i.shape[1], device=i.device)[:,None], -1).amax(1).float()
     low = F.max_pool1d(low, columns, 1, columns//2); low = torch.where(low < 0, low.amax(1, keepdim=True), low)
     lowest = (low[:,None] - torch.arange(rows, device=i.device)[:,None]).clamp_min(0).long(); r = i.gather(1, lowest).flatten(1); ok = r >= 0
-    A = torch.cat([torch.where(ok[...,None], uv[r.clamp_min(0)], 0)/1000, torch.ones_like(r[...,None])], -1).double(); y = 1/torch.where(ok, z[r.clamp_min(0)], 1).double(); w = ok.double()
+    A = torch.cat([torch.where(ok[...,None], uv[r.clamp_min(0)], 0)/1000, torch.ones_like(r[...,None])], -1).double(); y = 1/torch.where(ok, z[r.clamp_min(0)], 1).double(); w, Ay = ok.double(), torch.cat([A, y[...,None]], -1)
     for _ in range(rounds):
-        S, b = (A.mT @ (w[...,None]*torch.cat([A, y[...,None]], -1))).split((3,1), -1); cof = torch.linalg.cross(S.roll(-1, 1), S.roll(-2, 1), dim=-1)
+        S, b = (A.mT @ (w[...,None]*Ay)).split((3,1), -1); cof = torch.linalg.cross(S.roll(-1, 1), S.roll(-2, 1), dim=-1)
         p = (cof.mT @ b)/(S[:,:1]*cof[:,:1]).sum(-1, keepdim=True); w = ok/((A @ p)[...,0] - y).abs().add_(1e-5)
     return torch.where((ok.sum(1) < 30)[:,None], math.nan, p[...,0]).float(), (low + 1 - grid.border[0])*grid.px[:,1:]
 
@@ -455,7 +457,7 @@ def clip_blocks(
     b = Blocks(v, tiles.uv[m], tiles.colour[v,m], tiles.side[m], ray[v,m], torch.zeros_like(tiles.side[m]), data.shutter.flatten()[v])
     return block_depth(data, cfg, b)
 
-# %% ../nbs/10_lift.ipynb #51f333c9
+# %% ../nbs/10_lift.ipynb #cc0f8459
 CELL = (.2, .1) # deg, width and height of a cell: as wide as the returns of one beam are apart, as high as keeps beams apart
 
 def block_depth(
@@ -464,13 +466,13 @@ def block_depth(
     blocks:Blocks,  # without depth
 )->Blocks: # with depth and stamp where there is support
     "Depth of all blocks from the returns their own image sees in time."
-    b, v, seen, reach = blocks, blocks.image, look(data), math.ceil(cfg.fill_gap[0]/CELL[0]) - 1
+    b, v, seen, reach = blocks, blocks.image, data.seen, math.ceil(cfg.fill_gap[0]/CELL[0]) - 1
     soon = (data.stamps[:,None] - data.shutter[...,None]).abs() < (LATE if 0 in cfg.lidar_sensors else 1.)
     grid, gap = grid_of(data, CELL, (1,reach)), torch.stack([math.radians(a)*data.K[...,0,0].flatten().float() for a in cfg.fill_gap], -1)[v]
     cell = torch.where(seen.seen & soon, grid.cells(seen.uv, image_numbers(data)), -1); z, uv = seen.z.flatten(), seen.uv.nan_to_num(0).view(-1,2)
-    i = nearest_return(cell, z, len(grid.px)*math.prod(grid.shape)).view(-1, *grid.shape)
+    i = nearest_return(cell, z, len(grid.px)*math.prod(grid.shape)).view(-1, *grid.shape).long()
     corner = find_corners(i, uv, grid.cells(b.uv, v), b.uv, gap, reach); ok, w = corner_weights(corner, uv, b.uv, gap)
-    depth, w = gap_depth(z, sample(data.images, seen.uv).view(-1,3), b.colour, corner, w, cfg.fill_agree)
+    depth, w = gap_depth(z, seen.colour.view(-1,3), b.colour, corner, w, cfg.fill_agree)
     stamp = torch.where(ok, (w*data.stamps[:,None].expand_as(seen.z).flatten()[corner.clamp_min(0)].nan_to_num(0)).sum(1), b.stamp)
     depth = torch.where(ok, depth, continue_ground(grid, i, uv, z, b, gap[:,1]) if cfg.fill_ground else 0)
     return b._replace(z=depth, stamp=stamp)
@@ -502,7 +504,7 @@ def fill_gaps(
     means = data.pose[...,:3,3].reshape(-1,3)[b.image] + z[:,None]*b.ray
     return gaussians_from(means.float(), scale, b.colour, times_of(data, f, b.stamp, cfg.time_source), data.frames[f], LIDAR, quats, cfg.opacity)
 
-# %% ../nbs/10_lift.ipynb #427dc1ca
+# %% ../nbs/10_lift.ipynb #60618150
 def even_opacity(
     g:Gaussians,    # made from blocks
     data:ClipData,  # the cameras that see it
@@ -510,8 +512,8 @@ def even_opacity(
     most:float=.98, # no layer is more opaque than this
 )->Gaussians: # the same set, opacities raised
     "Make up for missing layers."
-    V, frames = data.shutter.numel(), len(data.frames); uv, _ = project(data.K.view(V,3,3), se3_inverse(data.pose).view(V,4,4), g.means.double()[None])
-    n = pixel_index(uv, *data.images.shape[3:1:-1])[2].sum(0)
+    V, frames, (h, w), x = data.shutter.numel(), len(data.frames), data.images.shape[2:4], g.means.double()[None]; some = max(1, 4_000_000//max(1, len(g))) # views at a time, for memory
+    cams = zip(data.K.view(V,3,3).split(some), se3_inverse(data.pose).view(V,4,4).split(some)); n = sum(pixel_index(project(K, T, x)[0], w, h)[2].sum(0) for K,T in cams)
     return replace(g, opacity_logits=opacity_inv((1 - (1 - opacity)**(frames/n.clamp(1, frames))).clamp_max(most)))
 
 # %% ../nbs/10_lift.ipynb #26984097
@@ -594,7 +596,7 @@ def bird_view(
     inside = pixel_index(uv, size, size)[2]; x = x[inside]
     return dots(np.zeros((size,size,3), np.uint8), uv[inside], rainbow(x[:,2], -3, 5), -x[:,2], 1)
 
-# %% ../nbs/10_lift.ipynb #14d55b93
+# %% ../nbs/10_lift.ipynb #96a886fc
 def alignment_set(
     clip:Clip,   # the clip
     frame:int,   # log frame id
@@ -603,7 +605,7 @@ def alignment_set(
     far:float=80., # m, black in the depth pictures
 )->dict[str,np.ndarray]: # name -> (H,W,3) uint8
     "The pictures of one frame."
-    data = clip_data(clip, cfg.lidar_sensors, [camera], frames=[frame]); s, g, image = look(data), lift_data(data, cfg), data.images[0,0].numpy(); uv, z = s.uv[s.seen].numpy(), s.z[s.seen].numpy()
+    data = clip_data(clip, cfg.lidar_sensors, [camera], frames=[frame]); s, g, image = data.seen, lift_data(data, cfg), data.images[0,0].numpy(); uv, z = s.uv[s.seen].numpy(), s.z[s.seen].numpy()
     guv, gz = (a.numpy() for a in project(data.K[0,0], se3_inverse(data.pose[0,0]), g.means.double())); grey = image.mean(-1, keepdims=True).repeat(3, -1).astype(np.uint8)
     shade = lambda z: np.repeat((1 - .9*np.clip(z/far, 0, 1))[:,None], 3, 1); black = np.zeros_like(image); points = clip.log.sweep(frame, cfg.lidar_sensors).points
     ego, here = clip.log.ego_pose(frame), np.eye(4); here[:3,3] = -ego[:3,3]; up = np.array([[0.,-1,0,0],[1,0,0,0],[0,0,1,0],[0,0,0,1]])
