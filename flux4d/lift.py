@@ -311,14 +311,14 @@ def lift_returns(
     quats = random_quats(len(f), rng) if cfg.rotation == "random" else None
     return gaussians_from(data.points[f,n].float(), scale, colour[f,c,n], times_of(data, f, data.stamps[f,n], cfg.time_source), data.frames[f], LIDAR, quats, cfg.opacity)
 
-# %% ../nbs/10_lift.ipynb #2814bec3
+# %% ../nbs/10_lift.ipynb #4d82bafc
 def block_sides(
     width:int, # px, of the image
     blocks:tuple[int,int], # px of an image 1920 wide, largest and smallest side
 )->list[int]: # px, each half of the one before
     "Sides of the blocks, largest first."
-    s = [max(1, round(blocks[1]*width/1920))]
-    while 2*s[0] <= max(1, round(blocks[0]*width/1920)): s.insert(0, 2*s[0])
+    s = [max(2, round(blocks[1]*width/1920))]
+    while 2*s[0] <= max(2, round(blocks[0]*width/1920)): s.insert(0, 2*s[0])
     return s
 
 # %% ../nbs/10_lift.ipynb #c0f0373d
@@ -516,21 +516,22 @@ def even_opacity(
     cams = zip(data.K.view(V,3,3).split(some), se3_inverse(data.pose).view(V,4,4).split(some)); n = sum(pixel_index(project(K, T, x)[0], w, h)[2].sum(0) for K,T in cams)
     return replace(g, opacity_logits=opacity_inv((1 - (1 - opacity)**(frames/n.clamp(1, frames))).clamp_max(most)))
 
-# %% ../nbs/10_lift.ipynb #26984097
+# %% ../nbs/10_lift.ipynb #6d33001d
 def cap_by_coverage(
     g:Gaussians,     # any set
     limit:int|None,  # how many to keep, None: all
     centre:Tensor,   # (3,) float64, where the cameras are, world, m
     cell:float=.25,  # deg
+    same:float=.05,  # distances within this share count as one, and the larger Gaussian comes first
 )->Gaussians: # at most `limit`, in the old order
     "Keep the nearest of every direction before the second nearest of any."
     if limit is None or len(g) <= limit: return g
     x, y, z = (g.means.double() - centre).unbind(1); dist = (x*x + y*y + z*z).sqrt()
     at = [torch.floor(torch.rad2deg(a)/cell).long() for a in (torch.atan2(y, x), torch.asin(z/dist.clamp_min(1e-9)))]; key = at[0]*100000 + at[1]
-    order = dist.argsort(stable=True); order = order[key[order].argsort(stable=True)]; rank = torch.empty_like(key)
+    large = g.log_scales.amax(1).argsort(descending=True, stable=True); near = large[(dist.clamp_min(1e-3).log()/same).floor()[large].argsort(stable=True)]
+    order = near[key[near].argsort(stable=True)]; rank = torch.empty_like(key)
     rank[order] = torch.arange(len(g), device=key.device) - torch.searchsorted(key[order], key[order])
-    order = dist.argsort(stable=True); order = order[rank[order].argsort(stable=True)]
-    return g[order[:limit].sort().values]
+    return g[near[rank[near].argsort(stable=True)][:limit].sort().values]
 
 # %% ../nbs/10_lift.ipynb #06841fba
 def lift_data(
