@@ -50,7 +50,7 @@ def occupancy(
     occ = torch.zeros(n, *size, dtype=torch.bool, device=points.device); occ[sweep[up], ij[up,0], ij[up,1]] = True
     return occ, ij
 
-# %% ../nbs/14_votes.ipynb #24bb975b
+# %% ../nbs/14_votes.ipynb #488bb24f
 def vote_shares(
     occ:Tensor, # (S,X+2R,Y+2R) bool, from `occupancy`
     cfg:VoteConfig, # read: reach, block
@@ -61,10 +61,10 @@ def vote_shares(
     d = torch.arange(-R, R+1, device=occ.device); shift = (d[:,None]*Y + d).flatten()
     hits, asked = torch.zeros(S, gx*gy, len(shift), device=occ.device), torch.zeros(S, gx*gy, 1, device=occ.device)
     for k in range(S):
-        at = occ[k].nonzero(); block = torch.div(at - R, cfg.block, rounding_mode="floor").clamp_max(at.new_tensor([gx-1, gy-1]))@at.new_tensor([gy,1])
+        at = occ[k].nonzero(); x, y = torch.div(at - R, cfg.block, rounding_mode="floor").unbind(1); block = x.clamp_max(gx-1)*gy + y.clamp_max(gy-1)
         for other, sign in ((k+1, 1), (k-1, -1)):
             if not 0 <= other < S: continue
-            hits[k].index_add_(0, block, flat[other][(at@at.new_tensor([Y,1]))[:,None] + sign*shift])
+            hits[k].index_add_(0, block, flat[other][(at[:,0]*Y + at[:,1])[:,None] + sign*shift])
             asked[k].index_add_(0, block, torch.ones(len(at), 1, device=occ.device))
     return _around(hits, gx, gy)/_around(asked, gx, gy).clamp_min(1)
 
