@@ -77,11 +77,11 @@ def run_variant(
     papermill.execute_notebook(str(root/notebook), str(root/folder/Path(notebook).name), p, kernel_name="python3", progress_bar=False, cwd=str(root), extra_arguments=["--log-level=CRITICAL"])
     return folder
 
-# %% ../nbs/51_ablation.ipynb #d7131511
+# %% ../nbs/51_ablation.ipynb #e1cf2a98
 SETTINGS = "interpolation", "future"
 COLUMNS = ({f"{c}, {s}": f"nvs.dynamic.{s}.{m}.mean" for c,m in (("PSNR","psnr"), ("SSIM","ssim"), ("D_RMSE","depth_rmse")) for s in SETTINGS}
     | {"V_RMSE": "scene_flow.v_rmse.dynamic.mean"} | {f"full PSNR, {s}": f"nvs.full.{s}.psnr.mean" for s in SETTINGS}
-    | {"FD EPE": "scene_flow.epe_3way.FD.mean", "FD EPE of zero motion": "zero_motion.epe_3way.FD.mean", "theta_eps": "scene_flow.theta.mean", "theta_eps, moving": "scene_flow.theta_moving.mean"}
+    | {"FD EPE": "scene_flow.epe_3way.FD.mean", "FD EPE of zero motion": "zero_motion.scene_flow.epe_3way.FD.mean", "theta_eps": "scene_flow.theta.mean", "theta_eps, moving": "scene_flow.theta_moving.mean"}
     | {"steps": "runtime.iters", "train s": "runtime.train_seconds", "machine": "runtime.machine", "evaluated on": "evaluated_on"}) # column -> where it is in metrics.json
 
 def found(
@@ -100,8 +100,8 @@ def pace(
     a, b = (late[0], late[-1]) if late else ({"seconds":0},)*2
     return (b["step"] - a["step"])/(b["seconds"] - a["seconds"]) if b["seconds"] > a["seconds"] else None
 
-# %% ../nbs/51_ablation.ipynb #1ebdcbfd
-BUDGET = "train.iters", "train.warmup", "train.save_ckpt_every", "train.log_every", "train.eval_every" # fields that follow from the number of steps
+# %% ../nbs/51_ablation.ipynb #280df0b6
+BUDGET = "runtime.iters", *(f"train.{k}" for k in ("iters","minutes","warmup","save_ckpt_every","log_every","eval_every")) # steps taken, and what follows from their number
 
 def mark(
     config:dict, # the content of config.yaml
@@ -109,7 +109,7 @@ def mark(
     but:tuple, # dotted fields that do not count
 )->str: # 8 characters, the same for runs that differ in nothing else
     "A short name for the circumstances of a run."
-    kept = {k:v for k,v in flattened(config).items() if k not in but}
+    kept = {k:v for k,v in (flattened(config) | {"runtime.iters": found(metrics, "runtime.iters")}).items() if k not in but}
     return hashlib.sha256(json.dumps([kept, sorted(metrics.get("per_clip", {})), metrics.get("evaluated_on")], sort_keys=True).encode()).hexdigest()[:8]
 
 def ablation_row(
@@ -171,21 +171,22 @@ def changes(
     both = lambda x,y: {c: less(x[c], y[c]) for c in numbers} | {"clips helped": clips_helped(x, y)}
     return [dict(change=k, **both(have[a], have[b]), **{"PSNR, paper": less(PAPER[a][0], PAPER[b][0]) if b in PAPER else None}) for k,(a,b) in STEPS.items() if a in have and b in have]
 
-# %% ../nbs/51_ablation.ipynb #91746bb2
+# %% ../nbs/51_ablation.ipynb #e6efcaeb
 def ablation_chart(
     rows:list[dict], # paired runs
 )->Figure: # one panel a metric
     "Every run against the first."
     panels = {k: [c for c in COLUMNS if c.split(", ")[0] == k] for k in ("PSNR","SSIM","D_RMSE","V_RMSE","full PSNR")}
-    fig = Figure(figsize=(14, .8 + .42*len(rows)), layout="constrained"); axs = fig.subplots(1, len(panels), sharey=True)
+    fig = Figure(figsize=(14, 1.3 + .45*len(rows)), layout="constrained"); axs = fig.subplots(1, len(panels), sharey=True)
     for ax,(k,columns) in zip(axs, panels.items()):
         for j,c in enumerate(columns):
             zero = rows[0][c]; at = [i + .36*(j - (len(columns) - 1)/2) for i in range(len(rows))]; some = [(y, r[c]) for y,r in zip(at, rows) if None not in (r[c], zero)]
-            ax.barh([y for y,_ in some], [v - zero for _,v in some], .34, color=f"C{j}", label=c.partition(", ")[2] or None)
-            for y,v in some: ax.text(v - zero, y, f" {v:.3g} ", fontsize=7, va="center", ha="left" if v >= zero else "right")
-        ax.set_title(k + (" (less is better)" if "RMSE" in k else ""), fontsize=9); ax.axvline(0, color="k", lw=.6); ax.margins(x=.25); ax.tick_params(labelsize=7)
+            ax.barh([y for y,_ in some], [v - zero for _,v in some], .34, color=f"C{j}" if len(columns) > 1 else "C7", label=c.partition(", ")[2] or None)
+            for y,v in some: ax.text(v - zero, y, f" {v:.4g} ", fontsize=7, va="center", ha="left" if v >= zero else "right")
+        ax.set_title(k + (" (less is better)" if "RMSE" in k else ""), fontsize=9); ax.axvline(0, color="k", lw=.6); ax.margins(x=.3); ax.locator_params(axis="x", nbins=4); ax.tick_params(labelsize=7)
         if not ax.patches: ax.text(.5, .5, "not measured", transform=ax.transAxes, ha="center", fontsize=8); ax.set_xticks([])
-    axs[0].set_yticks(range(len(rows)), [r["variant"] or r["run"] for r in rows], fontsize=8); axs[0].invert_yaxis(); axs[0].legend(fontsize=7)
+    axs[0].set_yticks(range(len(rows)), [r["variant"] or r["run"] for r in rows], fontsize=8); axs[0].invert_yaxis()
+    fig.legend(*axs[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return fig
 
 # %% ../nbs/51_ablation.ipynb #9b448c5e
