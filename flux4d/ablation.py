@@ -15,10 +15,10 @@ from .pandaset import DataError
 from .train import merged
 
 # %% auto #0
-__all__ = ['VARIANTS', 'TABLES', 'PAPER', 'SWITCHES', 'FIELDS', 'SETTINGS', 'COLUMNS', 'BUDGET', 'NOT_COMPARABLE', 'STEPS',
-           'flattened', 'differences', 'variant_of', 'run_variant', 'found', 'pace', 'mark', 'ablation_row', 'as_table',
-           'paper_tables', 'circumstances', 'clips_helped', 'changes', 'ablation_chart', 'time_table', 'near_in_time',
-           'recorded', 'paired', 'report']
+__all__ = ['VARIANTS', 'TABLES', 'PAPER', 'SWITCHES', 'FIELDS', 'SETTINGS', 'COLUMNS', 'BUDGET', 'SILENT', 'NOT_COMPARABLE',
+           'STEPS', 'flattened', 'differences', 'variant_of', 'run_variant', 'found', 'pace', 'mark', 'ablation_row',
+           'as_table', 'paper_tables', 'circumstances', 'clips_helped', 'changes', 'ablation_chart', 'time_table',
+           'near_in_time', 'recorded', 'paired', 'report']
 
 # %% ../nbs/51_ablation.ipynb #72670efe
 VARIANTS = dict(
@@ -100,16 +100,17 @@ def pace(
     a, b = (late[0], late[-1]) if late else ({"seconds":0},)*2
     return (b["step"] - a["step"])/(b["seconds"] - a["seconds"]) if b["seconds"] > a["seconds"] else None
 
-# %% ../nbs/51_ablation.ipynb #280df0b6
-BUDGET = "runtime.iters", *(f"train.{k}" for k in ("iters","minutes","warmup","save_ckpt_every","log_every","eval_every")) # steps taken, and what follows from their number
+# %% ../nbs/51_ablation.ipynb #30244fa1
+BUDGET = "runtime.iters", "train.iters", "train.minutes", "train.warmup" # steps taken, and what decides their number
+SILENT = "data.keep_frames", "data.keep_clips", "data.loader_threads", "train.prefetch", "train.log_every", "train.save_ckpt_every", "train.eval_every", "eval.save_renders" # change no result
 
 def mark(
     config:dict, # the content of config.yaml
     metrics:dict, # the content of metrics.json
-    but:tuple, # dotted fields that do not count
+    but:tuple, # dotted fields that do not count, beside SILENT
 )->str: # 8 characters, the same for runs that differ in nothing else
     "A short name for the circumstances of a run."
-    kept = {k:v for k,v in (flattened(config) | {"runtime.iters": found(metrics, "runtime.iters")}).items() if k not in but}
+    kept = {k:v for k,v in (flattened(config) | {"runtime.iters": found(metrics, "runtime.iters")}).items() if k not in but + SILENT}
     return hashlib.sha256(json.dumps([kept, sorted(metrics.get("per_clip", {})), metrics.get("evaluated_on")], sort_keys=True).encode()).hexdigest()[:8]
 
 def ablation_row(

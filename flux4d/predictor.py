@@ -18,7 +18,7 @@ from .unet import SparseUNet, UNetConfig, grid_position, mix_voxels, neighbours,
 # %% auto #0
 __all__ = ['PredictorConfig', 'drift', 'motion_hints', 'hint_channels', 'point_features', 'orientation', 'time_bins',
            'binned_features', 'voxel_features', 'point_channels', 'voxel_channels', 'bounded', 'make_head',
-           'decode_residual', 'decode_velocity', 'Layout', 'make_layout', 'BasePredictor']
+           'decode_residual', 'motion_channels', 'decode_velocity', 'Layout', 'make_layout', 'BasePredictor']
 
 # %% ../nbs/31_predictor.ipynb #fc4def75
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def make_head(
     nn.init.zeros_(layers[-1].weight); nn.init.zeros_(layers[-1].bias)
     return nn.Sequential(*layers)
 
-# %% ../nbs/31_predictor.ipynb #eb1d1abc
+# %% ../nbs/31_predictor.ipynb #210ba452
 def decode_residual(
     x:Tensor,     # (M,14) raw head output, ego0
     g:Gaussians,  # the M Gaussians it is for, world
@@ -180,13 +180,22 @@ def decode_residual(
     rest = [bounded(part[k], b) for k,b in (("log_scales", cfg.scale_bound), ("opacity_logits", cfg.opacity_bound), ("colour_logits", cfg.colour_bound))]
     return torch.cat([dp, dq, *rest], 1)
 
+def motion_channels(
+    cfg:PredictorConfig,
+)->int:
+    "How many numbers the motion head gives: the velocity blocks, and how far to follow the votes if there are any."
+    return 3*(cfg.degree + 1) + bool(cfg.votes.reach)
+
 def decode_velocity(
-    x:Tensor,        # (M,3(l+1)) raw head output, ego0
+    x:Tensor,        # (M,motion_channels) raw head output, ego0
+    hints:Tensor,    # (M,hint_channels) from `motion_hints`
     to_world:Tensor, # (4,4) ego0-to-world
     cfg:PredictorConfig,
 )->Tensor: # (M,l+1,3) coefficients, m/s^(j+1), world
     "Head output to velocity coefficients."
-    return rotate_vectors(to_world.to(x.dtype), bounded(cfg.velocity_scale*x, cfg.velocity_bound).reshape(len(x), -1, 3))
+    n = 3*(cfg.degree + 1); v = bounded(cfg.velocity_scale*x[:,:n], cfg.velocity_bound)
+    if cfg.votes.reach: v = torch.cat([v[:,:2] + torch.tanh(x[:,n:])*cfg.velocity_scale*hints[:,-4:-2].to(x.dtype), v[:,2:]], 1)
+    return rotate_vectors(to_world.to(x.dtype), v.reshape(len(x), -1, 3))
 
 # %% ../nbs/31_predictor.ipynb #1acb7e59
 @dataclass
@@ -217,7 +226,7 @@ def make_layout(
     rows, weights = neighbours(v.keys, points.float(), voxel) if len(at) else (at[:,None].expand(-1,8), at[:,None].expand(-1,8).float())
     return Layout(at, (g.kind == BACKGROUND).nonzero()[:,0], to_world, seconds, v, rows, weights, motion_hints(points, seconds, g.frame[at], voxel, cfg) if len(at) else points.new_zeros(0, hint_channels(cfg)))
 
-# %% ../nbs/31_predictor.ipynb #0f47cd83
+# %% ../nbs/31_predictor.ipynb #f0c35365
 class BasePredictor(nn.Module):
     "(dG, velocity) = f(G, T), paper Eq. 1."
 
@@ -231,7 +240,7 @@ class BasePredictor(nn.Module):
         super().__init__(); self.cfg, self.voxel, self.n_extra = cfg, voxel, n_extra
         self.unet = SparseUNet(voxel_channels(cfg, n_extra), cfg.unet); n = self.unet.n_out + point_channels(cfg) + n_extra + 9
         self.attributes = make_head(n, cfg.hidden, 14)
-        self.motion = make_head(n, cfg.hidden, 3*(cfg.degree + 1)) if predict_velocity else None
+        self.motion = make_head(n, cfg.hidden, motion_channels(cfg)) if predict_velocity else None
 
 # %% ../nbs/31_predictor.ipynb #f1ba07e4
 @patch
@@ -248,7 +257,7 @@ def encode(self:BasePredictor,
     around = mix_voxels(self.unet(v, self.voxel.shape), lay.rows, lay.weights)
     return torch.cat([own, orientation(g.quats, to_ego), around], 1)
 
-# %% ../nbs/31_predictor.ipynb #3a887d39
+# %% ../nbs/31_predictor.ipynb #e40559ce
 @patch
 def forward(self:BasePredictor,
     g:Gaussians,    # N Gaussians, world; lifted, or refined since
@@ -261,7 +270,7 @@ def forward(self:BasePredictor,
     if len(lay.at):
         some = g[lay.at]; h = self.encode(some, lay, None if extra is None else extra[lay.at])
         dG = dG.index_copy(0, lay.at, decode_residual(self.attributes(h).to(like), some, lay.to_world, self.cfg))
-        if self.motion: velocity = velocity.index_copy(0, lay.at, decode_velocity(self.motion(h).to(like), lay.to_world, self.cfg))
+        if self.motion: velocity = velocity.index_copy(0, lay.at, decode_velocity(self.motion(h).to(like), lay.hints, lay.to_world, self.cfg))
     return dG, velocity if self.motion else None
 
 @patch
