@@ -121,7 +121,7 @@ def rows_table(
     answer = lambda i: "; ".join(anchor(*at) for at in where.get(i, [])) or "open"
     return "\n".join(["| row | answered in |", "| --- | --- |", *(f"| {i} | {answer(i)} |" for i in rows)])
 
-# %% ../nbs/09_house.ipynb #8b7990e4
+# %% ../nbs/09_house.ipynb #08716443
 def measured(
     metrics:dict, # the content of a metrics.json
     at:tuple=(),  # keys above
@@ -136,15 +136,17 @@ def measured(
 
 def metrics_table(
     metrics:dict, # the content of a metrics.json
-)->str: # a markdown table: one row a group, one column a metric
+)->str: # markdown tables: one row a group, one column a metric; groups that measure the same share a table
     "A run's metrics, mean and count."
-    cells, counts = {}, {}
+    cells, counts, tables = {}, {}, {}
     for (*group,name),mean,count in measured(metrics):
         cells.setdefault(g := " ".join(group), {})[name] = "-" if mean is None else f"{mean:.4g}"
         counts[g] = max(count, counts.get(g, 0))
-    names = list(dict.fromkeys(n for c in cells.values() for n in c))
-    rows = [f"| {g} | " + " | ".join([*(c.get(n, "") for n in names), str(counts[g])]) + " |" for g,c in cells.items()]
-    return "\n".join(["| | " + " | ".join([*names, "count"]) + " |", "| --- " + "| ---: "*(len(names)+1) + "|", *rows])
+    for g,c in cells.items():
+        names = next((n for n in tables if set(c) <= set(n)), tuple(c))
+        tables.setdefault(names, []).append(f"| {g} | " + " | ".join([*(c.get(n, "") for n in names), str(counts[g])]) + " |")
+    head = lambda names: ["| | " + " | ".join([*names, "count"]) + " |", "| --- " + "| ---: "*(len(names)+1) + "|"]
+    return "\n\n".join("\n".join([*head(names), *rows]) for names,rows in tables.items())
 
 # %% ../nbs/09_house.ipynb #15ffadd3
 def record_files(
