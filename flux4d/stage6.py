@@ -23,13 +23,14 @@ from .flow_metrics import FlowScoreConfig, FlowScores, evaluate_flow, flow_repor
 __all__ = ['listed', 'frame_range', 'find_data', 'make_config', 'index_config', 'split_clips', 'seen', 'next_run', 'open_run',
            'validation', 'metrics_of']
 
-# %% ../nbs/60_stage6.ipynb #a2f1929d
+# %% ../nbs/60_stage6.ipynb #9c1dbf7a
 def listed(
     text:str|int|list|tuple, # "a,b" or a sequence
     kind:Callable=str, # what each entry becomes
 )->tuple: # entries
-    "A comma-separated parameter as a tuple."
+    "A comma-separated parameter as a tuple; a log id that the command line made a number gets its zeros back."
     parts = text.split(",") if isinstance(text, str) else text if isinstance(text, (list,tuple)) else [text]
+    if kind is str: parts = [f"{p:03d}" if isinstance(p, int) else p for p in parts]
     return tuple(kind(str(p).strip()) for p in parts if str(p).strip())
 
 def frame_range(
