@@ -5,6 +5,7 @@
 # %% ../nbs/11_background.ipynb #4655f01e
 from __future__ import annotations
 from dataclasses import dataclass
+from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -161,6 +162,7 @@ def init_gaussians(
     cameras:list[str]|None=None, # names, None: the clip's
     image_scale:float=1.,        # 1.0 = full resolution
     seed:int=0,                  # of rotations and hemisphere
-)->Gaussians: # kinds LIDAR, then BACKGROUND; world, CPU
+    device:Any="cpu",            # where it is lifted
+)->Gaussians: # kinds LIDAR, then BACKGROUND; world, on the device
     "G_init of a clip on disk."
-    return init_data(clip_data(clip, lift_cfg.lidar_sensors, cameras, image_scale), lift_cfg, bg_cfg, seed)
+    return init_data(clip_data(clip, lift_cfg.lidar_sensors, cameras, image_scale).to(device), lift_cfg, bg_cfg, seed)

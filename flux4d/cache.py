@@ -78,10 +78,11 @@ def cache_key(
     cameras:list[str]|None=None, # names, None: the clip's
     image_scale:float=1.,    # 1.0 = full resolution
     seed:int=0,              # of rotations and hemisphere
+    device:Any="cpu",        # where it is lifted; a GPU rounds and draws otherwise
 )->str: # 20 hex digits
     "Hash of everything the lifted clip depends on."
     cameras = list(clip.cameras if cameras is None else cameras)
-    what = [clip.id, clip.frames, clip.input_frames, clip.time.start, clip.time.end, asdict(lift_cfg), asdict(bg_cfg), cameras, image_scale, seed, data_identity(clip, cameras), _CODE]
+    what = [clip.id, clip.frames, clip.input_frames, clip.time.start, clip.time.end, asdict(lift_cfg), asdict(bg_cfg), cameras, image_scale, seed, torch.device(device).type, data_identity(clip, cameras), _CODE]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:20]
 
 # %% ../nbs/12_cache.ipynb #137f0712
@@ -89,9 +90,10 @@ class LiftCache:
     "Lifted clips on disk."
     def __init__(self,
         folder:str|Path, # made when needed
+        device:Any="cpu", # where clips are lifted
     )->None:
         "Open a cache and clear away what killed writers left more than an hour ago."
-        self.folder = Path(folder); self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.device = Path(folder), device; self.folder.mkdir(parents=True, exist_ok=True)
         for p in self.folder.glob(".*.npz.*.tmp"):
             if time.time() - p.stat().st_mtime > 3600: p.unlink(missing_ok=True)
 
@@ -101,7 +103,7 @@ class LiftCache:
         **kwargs:Any, # as for `cache_key`
     )->Path: # where it is or will be
         "File of a lifted clip."
-        return self.folder/f"{clip.id}_{cache_key(clip, *args, **kwargs)}.npz"
+        return self.folder/f"{clip.id}_{cache_key(clip, *args, device=self.device, **kwargs)}.npz"
 
     def _recover(self, path:Path)->None:
         "Take over a file that the old naming bug left, if it is sound."
@@ -121,14 +123,14 @@ class LiftCache:
         "The lifted clip, from disk if it is there and sound."
         args = (clip, lift_cfg, bg_cfg, cameras, image_scale, seed); path = self.path(*args); self._recover(path)
         if (d := load_arrays(path)) is not None: return unpack(d)
-        g = init_gaussians(*args); save_arrays(path, pack(g))
+        g = init_gaussians(*args, device=self.device).to("cpu"); save_arrays(path, pack(g))
         return g
 
 # %% ../nbs/12_cache.ipynb #81a1605b
-def _get(folder:Path, args:tuple)->int:
+def _get(cache:LiftCache, args:tuple)->int:
     "Lift one clip in a worker."
     torch.set_num_threads(1)
-    return len(LiftCache(folder).get(*args))
+    return len(cache.get(*args))
 
 def warm(
     cache:LiftCache,  # to fill
@@ -143,4 +145,4 @@ def warm(
     "Lift clips ahead of training, in parallel."
     jobs = [(c, lift_cfg, bg_cfg, cameras, image_scale, seed) for c in clip_list]
     if not workers: return [len(cache.get(*j)) for j in jobs]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool: return list(pool.map(_get, [cache.folder]*len(jobs), jobs))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool: return list(pool.map(_get, [cache]*len(jobs), jobs))

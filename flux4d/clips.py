@@ -16,18 +16,19 @@ from .frames import ClipTime, project, pixel_index, se3_inverse, scale_intrinsic
 from .pandaset import PandaSet, Log, DataError, atomic_write, report, safe_load_pickle, scaled_size, short_path
 
 # %% auto #0
-__all__ = ['TEST_SCENES', 'COORD', 'INDEX_NAMES', 'META_FIELDS', 'RECORD_FIELDS', 'ClipConfig', 'cut', 'make_record',
+__all__ = ['TEST_SCENES', 'PRESETS', 'COORD', 'INDEX_NAMES', 'META_FIELDS', 'RECORD_FIELDS', 'ClipConfig', 'cut', 'make_record',
            'fingerprint', 'build_index', 'tiny_index', 'write_index', 'load_index', 'index_hash', 'select_clips',
-           'inspect_index', 'index_main', 'Clip', 'project_sweep', 'Views', 'InputViews', 'TargetViews', 'splat_depth',
-           'load_views']
+           'inspect_index', 'index_main', 'Clip', 'long_log_clips', 'project_sweep', 'Views', 'InputViews',
+           'TargetViews', 'splat_depth', 'load_views']
 
 # %% ../nbs/04_clips.ipynb #e82b7df0
 TEST_SCENES = ("001", "011", "016", "065", "084", "090", "106", "115", "123", "158")
+PRESETS = "paper", "debug", "long_log"
 
 @dataclass(frozen=True)
 class ClipConfig:
     "How logs are cut into clips."
-    preset:str="paper" # "paper": the paper's three settings; "debug": equal pieces of every log
+    preset:str="paper" # "paper": the paper's three settings; "debug": equal pieces of every log; "long_log": every log whole, as a chain of interpolation clips
     cameras:tuple[str,...]=("front_camera",) # cameras a clip holds
     test_scenes:tuple[str,...]=TEST_SCENES # logs that give evaluation clips
     train_scenes:tuple[str,...]|None=None # logs that give training clips, None: all that are not test logs
@@ -44,7 +45,7 @@ class ClipConfig:
 
     def __post_init__(self)->None:
         "Refuse what cannot be cut."
-        if self.preset not in ("paper", "debug"): raise DataError(f"preset: is {self.preset!r}; choose paper or debug.")
+        if self.preset not in PRESETS: raise DataError(f"preset: is {self.preset!r}; choose from {', '.join(PRESETS)}.")
         for f in ("cameras", "input_frames"):
             if not getattr(self, f): raise DataError(f"{f}: is empty; name at least one.")
 
@@ -60,22 +61,25 @@ def cut(
     train = scene in cfg.train_scenes if cfg.train_scenes is not None else not test
     if cfg.preset == "debug":
         rules = [("debug", "test" if test else "train", round(cfg.debug_len_s*fps), round(cfg.debug_stride_s*fps))]
+    elif cfg.preset == "long_log": rules = [("long_log", "test" if test else "train", cfg.interp_len, cfg.interp_len-1)]
     else:
         rules  = [("eval_future", "test", cfg.future_len, cfg.eval_stride)]*test
         rules += [("train_future", "train", cfg.future_len, cfg.future_stride), ("train_interpolation", "train", cfg.interp_len, cfg.interp_stride)]*train
     for setting, split, length, stride in rules:
         if length < 1 or stride < 1: raise DataError(f"{setting}: cuts clips of {length} frames every {stride}; lengthen debug_len_s or debug_stride_s.")
-        for s in range(0, n_frames - length + 1, stride): yield setting, split, list(range(s, s+length)), stride
+        last = (n_frames - 1)//2*2 if setting == "long_log" else n_frames - 1; starts = list(range(0, last - length + 2, stride))
+        if setting == "long_log" and starts and starts[-1] + length <= last: starts.append(last - length + 1)
+        for s in starts: yield setting, split, list(range(s, s+length)), stride
 
 # %% ../nbs/04_clips.ipynb #df21a390
 def _clip_id(scene:str, setting:str, frames:list[int])->str:
     "Name of a clip, e.g. `001_eval_future_s000_e015`; debug clips have no setting in theirs."
     return f"{scene}_{'' if setting == 'debug' else setting + '_'}s{frames[0]:03d}_e{frames[-1]:03d}"
 
-def _frame_lists(frames:list[int], cfg:ClipConfig)->dict:
-    "Input and target frames, relative to the clip and absolute."
+def _frame_lists(frames:list[int], cfg:ClipConfig, judged:set[int]=frozenset())->dict:
+    "Input and target frames, relative to the clip and absolute; frames already judged elsewhere are neither."
     inputs = [i for i in cfg.input_frames if i < len(frames)]
-    targets = [i for i in range(len(frames)) if i not in inputs]
+    targets = [i for i in range(len(frames)) if i not in inputs and frames[i] not in judged]
     return dict(input_indices=inputs, target_indices=targets, input_frame_ids=[frames[i] for i in inputs], target_frame_ids=[frames[i] for i in targets])
 
 def _log_lists(log:Log, cfg:ClipConfig)->dict:
@@ -90,17 +94,18 @@ def _log_lists(log:Log, cfg:ClipConfig)->dict:
 # %% ../nbs/04_clips.ipynb #0f0b9fb2
 def make_record(
     scene:str, # log id
-    setting:str, # "train_interpolation", "train_future", "eval_future" or "debug"
+    setting:str, # "train_interpolation", "train_future", "eval_future", "debug" or "long_log"
     split:str, # "train" or "test"
     frames:list[int], # frame ids
     stride:int, # frames to the next clip
     lists:dict, # what the log's clips share
     fps:float, # frames per second asked for
     cfg:ClipConfig, # how it was cut
+    judged:set[int]=frozenset(), # frame ids that are targets of an earlier clip and must not be of this one
 )->dict[str,Any]: # the clip's entry in the index
     "One clip as plain Python."
     a, b = frames[0], frames[-1]+1; stamps = lists["stamps"]; part = lambda d: {c: v[a:b] for c,v in d.items()}
-    roles = _frame_lists(frames, cfg)
+    roles = _frame_lists(frames, cfg, judged)
     return dict(clip_id=_clip_id(scene, setting, frames), scene_id=scene, split=split, fps=fps, fps_actual=(len(stamps)-1)/(stamps[-1]-stamps[0]),
         setting=setting, clip_len_frames=len(frames), stride_frames=stride, **roles, frame_start=a, frame_end=b-1, frame_ids=frames,
         timestamps=dict(lidar=stamps[a:b], cameras=part(lists["cam_stamps"])), intrinsics=lists["intrinsics"],
@@ -136,11 +141,12 @@ def _cut_log(log:Log, cfg:ClipConfig)->tuple[list[dict],list[dict]]:
     "Records of one log, and the clips left out with their reasons."
     lists = _log_lists(log, cfg); lost = _missing(log, cfg.cameras); stamps = lists["stamps"]
     fps = cfg.fps or ((len(stamps)-1)/(stamps[-1]-stamps[0]) if len(stamps) > 1 else 10.)
-    clips, out = [], []
+    clips, out, judged = [], [], set()
     for setting, split, frames, stride in cut(log.id, len(stamps), fps, cfg):
         gap = next((lost[f] for f in frames if f in lost), None)
-        if gap: out.append(dict(clip_id=_clip_id(log.id, setting, frames), scene_id=log.id, reason=f"{gap} is missing"))
-        else: clips.append(make_record(log.id, setting, split, frames, stride, lists, fps, cfg))
+        if gap: out.append(dict(clip_id=_clip_id(log.id, setting, frames), scene_id=log.id, reason=f"{gap} is missing")); continue
+        clips.append(make_record(log.id, setting, split, frames, stride, lists, fps, cfg, judged))
+        if setting == "long_log": judged.update(clips[-1]["target_frame_ids"])
     if not clips and not out: out.append(dict(clip_id=log.id, scene_id=log.id, reason=f"{len(stamps)} frames are too few for a clip of its settings"))
     return clips, out
 
@@ -247,7 +253,7 @@ def _parser()->argparse.ArgumentParser:
     "Options of `flux4d-index`; every default is `ClipConfig`'s."
     d = ClipConfig(); p = argparse.ArgumentParser("flux4d-index", description="Cut PandaSet logs into clips.")
     p.add_argument("data_root", nargs="?"); p.add_argument("out_dir", nargs="?", default="indices")
-    p.add_argument("--preset", choices=("paper", "debug"), default=d.preset)
+    p.add_argument("--preset", choices=PRESETS, default=d.preset)
     for k in ("cameras", "test_scenes", "train_scenes", "tiny_scenes"): p.add_argument(f"--{k}".replace("_", "-"), nargs="*", default=getattr(d, k))
     p.add_argument("--tiny-count", type=int, help="this many logs in the tiny index instead of --tiny-scenes")
     for k in ("fps", "debug_len_s", "debug_stride_s"): p.add_argument(f"--{k}".replace("_", "-"), type=float, default=getattr(d, k))
@@ -316,6 +322,17 @@ def t_of_camera(self:Clip,
 )->float: # normalised clip time
     "When an image was taken."
     return float(self.time.normalise(self.log.camera(camera).stamps[frame]))
+
+# %% ../nbs/04_clips.ipynb #689c9511
+def long_log_clips(
+    data:PandaSet, # the data root
+    log_id:str, # a log of it
+    cameras:tuple[str,...]=("front_camera",), # cameras the clips hold
+)->list[Clip]: # in the order of the log
+    "A whole log as a chain of clips; every odd frame between two even ones is the target of exactly one."
+    kept, out = _cut_log(data[log_id], ClipConfig(preset="long_log", cameras=tuple(cameras), test_scenes=(log_id,)))
+    if out: raise DataError(f"{out[0]['clip_id']}: {out[0]['reason']}; a whole log needs 11 frames or more, and all their files.")
+    return [Clip(data[log_id], r) for r in kept]
 
 # %% ../nbs/04_clips.ipynb #637ffbad
 def _quadrant_far(near:np.ndarray, rows:int, cols:int)->np.ndarray:

@@ -5,7 +5,7 @@
 # %% ../nbs/05_cuboids.ipynb #f1bca6f3
 from __future__ import annotations
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +19,8 @@ from .clips import project_sweep
 # %% auto #0
 __all__ = ['LABELS', 'BUCKETS', 'METAS', 'CLASSES', 'BUCKET_OF', 'META_OF', 'CuboidConfig', 'class_ids', 'Boxes', 'load_cuboids',
            'box_pose', 'points_in_boxes', 'assign_points', 'tracks', 'same_track', 'moves', 'majority', 'dynamic_uuids',
-           'is_dynamic', 'label_table', 'draw_points', 'dynamic_mask', 'FlowTruth', 'flow_ground_truth', 'box_fit',
-           'check_labels']
+           'is_dynamic', 'label_table', 'draw_points', 'dynamic_mask', 'box_times', 'FlowTruth', 'flow_ground_truth',
+           'box_fit', 'check_labels']
 
 # %% ../nbs/05_cuboids.ipynb #294b1e52
 @dataclass
@@ -31,6 +31,7 @@ class CuboidConfig:
     vote:int=3        # frames of the majority vote that smooths the decision
     dilate:int=5      # how far a mask grows around each return, px at full resolution
     sensors:tuple[int,...]=(0,) # LiDAR sensors whose returns draw a mask
+    timed:bool=False  # flow: a box stands at the time of the middle return in it; False: at its frame's stamp
     unknown:str="error" # a label not in LABELS: "error" stops, "other" counts it as other
     near:float=40.    # boxes within this distance must contain returns, m
     min_hit:float=.6  # ... at least this share of the moving ones
@@ -270,6 +271,24 @@ def dynamic_mask(
     owner = assign_points(sweep.points[visible], sweep.sensor[visible], boxes)
     return draw_points(uv[visible][np.append(is_dynamic(log, frame, cfg), False)[owner]], w, h, max(1, round(cfg.dilate*scale)))
 
+# %% ../nbs/05_cuboids.ipynb #9e84410e
+def box_times(
+    log:Log, # the log
+    frame:int, # frame id in the LOG
+    sensors:tuple[int,...]=(0,), # LiDAR sensors
+)->np.ndarray: # (B,) epoch s, NaN where a box holds no return
+    "When the middle return of each box was taken."
+    sweep, boxes = log.sweep(frame, sensors), load_cuboids(log, frame); owner = assign_points(sweep.points, sweep.sensor, boxes)
+    order = np.lexsort((sweep.stamps, owner)); lo, hi = (np.searchsorted(owner[order], np.arange(len(boxes)), side) for side in ("left","right"))
+    return np.where(hi > lo, np.append(sweep.stamps[order], np.nan)[(lo + hi)//2], np.nan)
+
+def _one_gap_on(log:Log, frame:int, i:np.ndarray, j:np.ndarray, sensors:tuple[int,...])->Boxes:
+    "Boxes `i` of a frame one gap of the stamps later, at the pace from them to the boxes `j` of the next; those themselves where times are unknown or far from a gap apart."
+    a, b = load_cuboids(log, frame)[i], load_cuboids(log, frame + 1)[j]; gap = log.lidar_stamps[frame+1] - log.lidar_stamps[frame]
+    took = box_times(log, frame + 1, sensors)[j] - box_times(log, frame, sensors)[i]; share = gap/np.where(np.abs(took - gap) < gap/2, took, gap)
+    turn = (b.yaw - a.yaw + np.pi) % (2*np.pi) - np.pi
+    return replace(b, centre=a.centre + share[:,None]*(b.centre - a.centre), yaw=a.yaw + share*turn)
+
 # %% ../nbs/05_cuboids.ipynb #eaed2f89
 class FlowTruth(NamedTuple):
     "What happens to each of N returns until the next frame."
@@ -289,7 +308,9 @@ def flow_ground_truth(
     owner = assign_points(sweep.points, sweep.sensor, boxes); n, held = len(boxes), owner >= 0
     i, j = same_track(boxes, after) if after is not None else (np.zeros(0, np.int64),)*2
     step = np.tile(np.eye(4), (n + 1,1,1)); known = np.append(np.zeros(n, bool), True)  # the last row is for returns in no box
-    if len(i): step[i], known[i] = after.pose()[j] @ se3_inverse(boxes.pose()[i]), True
+    if len(i):
+        then = _one_gap_on(log, frame, i, j, sensors) if cfg.timed else after[j]
+        step[i], known[i] = then.pose() @ se3_inverse(boxes.pose()[i]), True
     flow = np.zeros((len(sweep),3)); x = sweep.points[held]
     flow[held] = transform_points(step[owner[held]], x[:,None])[:,0] - x
     moving = np.append(is_dynamic(log, frame, cfg), False)

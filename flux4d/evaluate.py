@@ -4,61 +4,25 @@
 
 # %% ../nbs/61_evaluate.ipynb #41da661d
 from __future__ import annotations
-import argparse, base64, html, json, math, re, shutil, sys
+import json, re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 import numpy as np, torch
-from PIL import Image
-from scipy.spatial import cKDTree
-from torch import Tensor, nn
+from torch import nn
 from .pandaset import DataError, PandaSet
-from .gaussians import LIDAR, Gaussians
-from .clips import TEST_SCENES, Clip, build_index, select_clips
-from .render import render
+from .clips import TEST_SCENES, Clip, build_index, long_log_clips, select_clips
 from .refine import FullConfig
-from .train import Config, Loader, Run, load_checkpoint, load_model, rebuilder, time_reconstruction
-from .house import measured
-from .nvs import REGIONS, SETTINGS, VARIANTS, EvalConfig, clip_video, evaluate_nvs
-from .cuboids import BUCKETS, METAS
-from .flow_metrics import FLOW_VARIANTS, GROUPS, POINT_METRICS, FlowScoreConfig, FlowScores, clip_truth, score_clip
-from .stage6 import index_config, metrics_of, next_run, seen
+from .train import Config, Loader, load_checkpoint, load_model, rebuilder
+from .nvs import VARIANTS
+from .baselines import BASELINES
+from .record import METHODS, About, seen
+from .stage6 import index_config, next_run
 
 # %% auto #0
-__all__ = ['BASELINES', 'OPT', 'STAT', 'COUNTED', 'LEAF', 'NVS', 'BINS', 'FLOW', 'BLOCK', 'SCHEMA', 'OPTIONAL', 'TABLE1',
-           'TABLE4', 'TABLE5', 'TABLE6', 'CSS', 'still', 'nearest_sweep', 'Subject', 'open_subject', 'rebuild_of',
-           'eval_clips_of', 'training_rows', 'judged_on', 'flow_of_clips', 'Shot', 'target_frames', 'plateau',
-           'analysis_of', 'faults', 'bare_nulls', 'count_faults', 'check_metrics', 'comparable', 'reasons_of',
-           'evaluate', 'report_folder', 'table', 'paper_rows', 'blocks_of', 'nvs_tables', 'flow_tables',
-           'analysis_lines', 'clip_table', 'class_table', 'timing_lines', 'report_text', 'inline_html', 'to_html',
-           'write_report', 'read_record', 'side_by_side', 'report_main']
-
-# %% ../nbs/61_evaluate.ipynb #7760921d
-BASELINES = "lift", "zero_motion", "static", "nearest"
-
-def still(
-    clip:Clip, # not looked at
-    g0:Gaussians, # (N) its lift
-)->tuple[Gaussians,Tensor]: # the lift; (N,1,3) m/s, zeros
-    "The lift, standing still."
-    return g0, g0.means.new_zeros(len(g0), 1, 3)
-
-def nearest_sweep(
-    clip:Clip, # whose sweeps and clock
-    g0:Gaussians, # (N) its lift
-    reach:float=2., # m, no displacement is longer
-)->tuple[Gaussians,Tensor]: # the lift; (N,1,3) m/s, world
-    "Velocities from each return to the nearest one of the next input sweep, of the one before for the last sweep."
-    _, v = still(clip, g0); frames = clip.input_frames; rows = [torch.nonzero((g0.kind == LIDAR) & (g0.frame == f))[:,0] for f in frames]
-    for i, own in enumerate(rows if len(rows) > 1 else []):
-        other = rows[i+1 if i+1 < len(rows) else i-1]
-        if not len(own) or not len(other): continue
-        off, j = cKDTree(g0.means[other].cpu().numpy()).query(g0.means[own].cpu().numpy()); to = other[torch.as_tensor(j, device=own.device)]
-        gap = ((g0.t[to] - g0.t[own])*clip.time.duration)[:,None]; near = torch.as_tensor(off < reach, device=own.device)[:,None]
-        v[own,0] = torch.where(near, (g0.means[to] - g0.means[own])/gap, 0.)
-    return g0, v
+__all__ = ['Subject', 'open_subject', 'rebuild_of', 'eval_clips_of', 'training_rows', 'judged_on', 'about_of', 'report_folder']
 
 # %% ../nbs/61_evaluate.ipynb #e9ac2aa2
 class Subject(NamedTuple):
@@ -74,14 +38,14 @@ class Subject(NamedTuple):
 
 def open_subject(
     checkpoint:str, # path, "" = none
-    baseline:str, # one of BASELINES, "" = the model, without a checkpoint the lift
+    baseline:str, # one of METHODS, "" = the model, without a checkpoint the lift
     device:str="cpu", # where the model goes
     cameras:tuple[str,...]=(), # () = the configuration's
     image_scale:float=0., # 0 = the configuration's
 )->Subject: # raises DataError
     "Load what shall be evaluated; its configuration comes with it."
     baseline = baseline or ("" if checkpoint else "lift")
-    if baseline and baseline not in BASELINES: raise DataError(f"baseline: {baseline!r} is unknown; choose from {', '.join(BASELINES)}.")
+    if baseline and baseline not in METHODS: raise DataError(f"baseline: {baseline!r} is unknown; choose from {', '.join(METHODS)}.")
     if baseline == "static" and not checkpoint: raise DataError("baseline: 'static' needs the Gaussians of a checkpoint; name one, or take lift.")
     model, cfg = load_model(checkpoint, device) if checkpoint else (None, FullConfig()); s = load_checkpoint(checkpoint) if checkpoint else {}
     cfg = replace(cfg, data=replace(cfg.data, cameras=cameras or cfg.data.cameras, image_scale=image_scale or cfg.data.image_scale)); path = Path(checkpoint)
@@ -94,8 +58,7 @@ def rebuild_of(
     loader:Loader, # reads the input views
 )->Callable: # (clip, lifted Gaussians) -> Gaussians, velocity
     "The reconstruction that a subject stands for."
-    if s.baseline in ("lift","zero_motion"): return still
-    if s.baseline == "nearest": return nearest_sweep
+    if s.baseline in BASELINES: return BASELINES[s.baseline]
     full = rebuilder(s.model, loader)
     if s.baseline != "static": return full
     return lambda clip, g0: (lambda g, v: (g, torch.zeros_like(v)))(*full(clip, g0))
@@ -107,9 +70,14 @@ def eval_clips_of(
     logs:tuple[str,...], # "002", or "2" as papermill hands it over; () = the paper's ten test logs
     starts:tuple[int,...]=(), # first frames, () = all
     limit:int=0, # at most this many, spread evenly; 0 = all
+    long_log:bool=False, # whole logs as chains of clips
 )->list[Clip]:
     "The clips an evaluation covers."
-    data = PandaSet(root); index = build_index(root, index_config(cameras, (), tuple(l.zfill(3) for l in logs)))
+    data = PandaSet(root); logs = tuple(l.zfill(3) for l in logs)
+    if long_log:
+        clips = [c for l in logs or [l for l in data.log_ids if l in TEST_SCENES] for c in long_log_clips(data, l, cameras) if not starts or c.frames[0] in starts]
+        return [clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, limit).round().astype(int))] if 0 < limit < len(clips) else clips
+    index = build_index(root, index_config(cameras, (), logs))
     return [Clip(data[r["scene_id"]], r) for r in select_clips(index, split="test", settings=("eval_future",), starts=starts or None, limit=limit or None)]
 
 def training_rows(
@@ -129,206 +97,14 @@ def judged_on(
     if not ids: return "unknown: no training record beside the checkpoint"
     return seen([SimpleNamespace(log=SimpleNamespace(id=m[1]), frames=range(int(m[2]), int(m[3]) + 1)) for m in found if m], clips) + ", by the logged steps"
 
-# %% ../nbs/61_evaluate.ipynb #5ba12371
-def flow_of_clips(
-    rebuild:Callable, # (clip, lifted Gaussians) -> Gaussians, velocity
-    loader:Loader, # evaluation clips
-    cfg:FlowScoreConfig=FlowScoreConfig(), # how to score
-)->tuple[dict[str,FlowScores],dict[str,dict]]: # by variant; {clip: {epe3d, FD, frames}}, m
-    "Score scene flow, in all and by clip."
-    total = {n: FlowScores(cfg) for n in FLOW_VARIANTS}; rows = {}; model = total["model"]
-    marks = lambda: [(m.count, m.count*(m.mean or 0.)) for m in (model.metrics["epe3d"].frames, model.groups["FD"].frames)] # frames, sum
-    for i,clip in enumerate(loader.clips):
-        truth, before = clip_truth(clip, cfg, loader.cfg.data.cameras), marks()
-        made = rebuild(clip, loader.lifted(i)) if truth[0] else (None, None)
-        for n in FLOW_VARIANTS: score_clip(total[n], clip, made[0], made[1] if n == "model" else None, cfg, truth=truth)
-        (e, frames), (fd, _) = (((s1 - s0)/(n1 - n0) if n1 > n0 else None, n1 - n0) for (n0,s0),(n1,s1) in zip(before, marks()))
-        rows[clip.id] = dict(epe3d=e, FD=fd, frames=frames)
-    return total, rows
-
-# %% ../nbs/61_evaluate.ipynb #811265e7
-class Shot(NamedTuple):
-    "One target frame."
-    psnr:float  # dB, full image
-    clip:str    # id
-    setting:str # 'interpolation' or 'future'
-    frame:int   # id in the LOG
-    camera:str  # name
-    picture:np.ndarray|None=None # (h,2w,3) uint8, prediction beside photo; None for all but the worst
-
-@torch.no_grad()
-def target_frames(
-    rebuild:Callable, # (clip, lifted Gaussians) -> Gaussians, velocity
-    loader:Loader, # evaluation clips
-    cfg:Config, # read: render
-    keep:int=5, # frames kept with their picture
-    width:int=320, # px of a picture's half
-)->list[Shot]: # the worst first
-    "Every target frame by its PSNR."
-    shots = []
-    for i,clip in enumerate(loader.clips):
-        g, v = rebuild(clip, loader.lifted(i))
-        for frame,camera in ((f,c) for f in clip.target_frames for c in loader.cfg.data.cameras):
-            view = loader.views(clip, [(frame,camera)]); pair = torch.cat([render(g, v, clip.time.duration, view, cfg.render).rgb[0], view.images[0]], 1).clamp(0, 1)
-            made, photo = pair.chunk(2, 1); p = float(-10*torch.log10((made - photo).square().mean().clamp(1e-10)))
-            shots.append(Shot(p, clip.id, "future" if frame in clip.future_frames else "interpolation", frame, camera, pair.mul(255).byte().cpu().numpy()))
-        shots = [s if k < keep else s._replace(picture=None) for k,s in enumerate(sorted(shots, key=lambda s: s.psnr))]
-    small = lambda x: np.asarray(Image.fromarray(x).resize((2*width, round(len(x)*2*width/x.shape[1])), Image.LANCZOS))
-    return [s if s.picture is None else s._replace(picture=small(s.picture)) for s in shots]
-
-# %% ../nbs/61_evaluate.ipynb #cb99a454
-def plateau(
-    rows:list[dict], # logged steps: `score` of validations, else `psnr` of training views
-    tol:float=.1, # dB below the best that still counts as there
-    blocks:int=12, # training PSNR is averaged over this many stretches
-)->dict|None: # None: fewer than 3 values
-    "From which step on PSNR no longer grows."
-    of = "validation" if sum("score" in r for r in rows) >= 3 else "training"
-    pairs = [(r["step"], r["score" if of == "validation" else "psnr"]) for r in rows if ("score" if of == "validation" else "psnr") in r]
-    if len(pairs) < 3: return None
-    if of == "training": pairs = [tuple(np.mean(b, axis=0).tolist()) for b in np.array_split(np.array(pairs), min(blocks, len(pairs)))]
-    steps, values = zip(*pairs); late = values[2*len(values)//3:]
-    return dict(of=of, step=int(next(s for s,v in pairs if v >= max(values) - tol)), last_step=int(steps[-1]), best=float(max(values)),
-                gain_last_third=float(np.max(late) - np.max(values[:2*len(values)//3])))
-
-def analysis_of(
-    metrics:dict, # nvs, scene_flow, zero_motion
-    clips:list[Clip], # that were scored
-    n_cameras:int, # cameras scored
-    rows:list[dict], # logged steps of training
-)->dict: # shares, fd, shortfall, plateau
-    "The four products."
-    m, z = metrics["scene_flow"], metrics["zero_motion"]["scene_flow"]; fd, base, gap = m["epe_3way"]["FD"]["mean"], z["epe_3way"]["FD"]["mean"], m["seconds_ahead"]["mean"]
-    nvs = metrics["nvs"]; bare = {k: sum(not c.log.cuboid_path(f).exists() for c in clips for f in getattr(c, f"{k}_frames"))*n_cameras for k in SETTINGS}
-    short = {k: dict(full=(a := nvs["full"][k]["count"]), dynamic=(b := nvs["dynamic"][k]["count"]), missing=a - b, without_labels=bare[k], nothing_moves=a - b - bare[k]) for k in SETTINGS}
-    return dict(shares=m["shares"], fd=dict(epe=fd, m_per_s=fd and fd/gap, zero_motion=base, found=1 - fd/base if base else None), shortfall=short, plateau=plateau(rows))
-
-# %% ../nbs/61_evaluate.ipynb #9585be33
-OPT  = (float, None) # a number or null
-STAT = dict(mean=OPT, std=OPT); COUNTED = STAT | dict(count=int); LEAF = COUNTED | dict(pooled=OPT, points=int)
-NVS  = {r: {s: dict(psnr=STAT, ssim=STAT, depth_rmse=STAT, count=int) for s in SETTINGS} for r in REGIONS}
-BINS = {m: dict(static=dict(mean=OPT, count=int), dynamic=dict(mean=OPT, count=int, bins=int)) for m in METAS if m != "IGNORED"}
-FLOW = dict(count=int, **dict.fromkeys(POINT_METRICS, LEAF), epe_3way=dict.fromkeys(("all", *GROUPS), LEAF),
-    bucketed=dict(own=dict.fromkeys(BUCKETS, LEAF), reference=BINS | dict(all=dict.fromkeys(("static","dynamic"), dict(mean=OPT, count=int)))),
-    v_rmse=dict.fromkeys(("full","dynamic"), LEAF) | dict.fromkeys(("full_m_per_s","dynamic_m_per_s"), dict(mean=OPT, pooled=OPT, count=int)),
-    counts=dict.fromkeys(("points", *GROUPS, "unknown"), int), shares=dict.fromkeys(GROUPS, OPT), bs_flow=LEAF, nearest=LEAF, fov_share=COUNTED, seconds_ahead=COUNTED,
-    labels={...: int}, left_out={...: str})
-BLOCK = dict(nvs=NVS, sky_alpha=OPT)
-SCHEMA = BLOCK | dict(scene_flow=FLOW, zero_motion=dict(scene_flow=FLOW), per_clip={...: {...: dict.fromkeys(SETTINGS, OPT)}}, per_clip_flow={...: dict(epe3d=OPT, FD=OPT, frames=int)},
-    evaluated_on=str, subject=str, baseline=str, logs=[str], cameras=[str], clips=int, views=int, comparable=str, reasons={...: str},
-    worst=[dict(psnr=float, clip=str, setting=str, frame=int, camera=str)], videos=[str],
-    analysis=dict(shares=dict.fromkeys(GROUPS, OPT), fd=dict.fromkeys(("epe","m_per_s","zero_motion","found"), OPT), plateau=(dict(of=str, step=int, last_step=int, best=float, gain_last_third=float), None),
-                  shortfall=dict.fromkeys(SETTINGS, dict.fromkeys(("full","dynamic","missing","without_labels","nothing_moves"), int))),
-    runtime=dict(train_seconds=float, iters=int, skipped_steps=int, seconds_per_clip=float, seconds_per_frame=float, gaussians_per_clip=float, image_scale=float, flux4d=str,
-                 commit=(str, None), python=str, torch=str, machine=str, gpu=(str, None), reconstruction=(dict(lift=float, network=float, total=float, gaussians=int, repeats=int), None)))
-OPTIONAL = dict.fromkeys(VARIANTS[1:], BLOCK) # variants that not every evaluation has
-
-# %% ../nbs/61_evaluate.ipynb #dc9a151e
-def faults(
-    value:Any, # plain values
-    want:Any=SCHEMA, # a type, (what, None) for nullable, [what], or a dict in which `...` stands for any other key
-    at:str="", # where `value` is, dotted
-)->list[str]: # one sentence a fault
-    "What in a record is not as the schema says."
-    if isinstance(want, tuple): return [] if value is None else faults(value, want[0], at)
-    if isinstance(want, list):
-        return [f"{at}: is no list"] if not isinstance(value, list) else [x for i,v in enumerate(value) for x in faults(v, want[0], f"{at}.{i}")]
-    if isinstance(want, dict):
-        if not isinstance(value, dict): return [f"{at}: is no group of values"]
-        dots = lambda k: f"{at}.{k}".lstrip("."); known = want | (OPTIONAL if want is SCHEMA else {})
-        return ([f"{dots(k)}: is missing" for k in want if k is not ... and k not in value] + [f"{dots(k)}: is not in the schema" for k in value if k not in known and ... not in want]
-                + [x for k,v in value.items() if k in known or ... in want for x in faults(v, known.get(k, want.get(...)), dots(k))])
-    fits = isinstance(value, (int,float) if want is float else want) and not isinstance(value, bool)
-    if not fits: return [f"{at}: is {value!r}, not {want.__name__}"]
-    return [f"{at}: is {value}"] if (want is float and not math.isfinite(value)) or (want is int and value < 0) else []
-
-# %% ../nbs/61_evaluate.ipynb #05376684
-def bare_nulls(
-    value:Any, # plain values
-    reasons:dict[str,str], # dotted path -> why everything below is null
-    at:str="", # where `value` is, dotted
-)->list[str]: # dotted paths
-    "Nulls that neither a count of 0 nor a reason explains."
-    if any(at == r or at.startswith(r + ".") for r in reasons): return []
-    if isinstance(value, dict): return [] if value.get("count") == 0 else [x for k,v in value.items() for x in bare_nulls(v, reasons, f"{at}.{k}".lstrip("."))]
-    return [at] if value is None else []
-
-def count_faults(
-    m:dict, # the record
-)->list[str]: # one sentence a fault
-    "Counts that contradict each other (S6-10, S6-24, S6-26)."
-    n = {r: sum(m["nvs"][r][s]["count"] for s in SETTINGS) for r in REGIONS}; f = m["scene_flow"]; c = f["counts"]
-    tests = {f"nvs: {n['full']} full images were counted, the clips have {m['views']}": n["full"] == m["views"],
-             f"nvs: {n['dynamic']} dynamic images out of {n['full']}": n["dynamic"] <= n["full"], f"worst: lists {len(m['worst'])} frames of {m['views']}": len(m["worst"]) <= m["views"],
-             f"scene_flow: {f['count']} frames, by clip {sum(r['frames'] for r in m['per_clip_flow'].values())}": f["count"] == sum(r["frames"] for r in m["per_clip_flow"].values()),
-             f"scene_flow: the groups have {sum(c[g] for g in GROUPS)} returns of {c['points']}": sum(c[g] for g in GROUPS) == c["points"]}
-    return [t for t,ok in tests.items() if not ok]
-
-def check_metrics(
-    m:dict, # the record
-)->dict: # the same; raises DataError
-    "Stop before a record is written that does not account for itself."
-    if bad := faults(m) or [f"{p}: is null with neither a count of 0 nor a reason" for p in bare_nulls(m, m["reasons"])] or count_faults(m):
-        raise DataError(f"metrics.json: {bad[0]}" + f" (and {len(bad) - 1} more)"*(len(bad) > 1) + "; nothing was written, mend what fills this entry.")
-    return m
-
-# %% ../nbs/61_evaluate.ipynb #793a1080
-def comparable(
-    clips:list[Clip], # that were scored
-    cfg:Config, # read: data
-)->str: # "yes", or "no: why"
-    "Whether the paper's PandaSet figures were measured on the same frames."
-    logs = {c.log.id for c in clips}; d = cfg.data
-    if any((c.log.root/"city.json").is_file() for c in clips): return "no: a made-up city"
-    why = ([f"logs {', '.join(sorted(logs))}, not the paper's ten" if len(logs) < 9 else "other logs than the paper's ten"] if logs != set(TEST_SCENES) else
-           [f"{len(clips)} clips, not 40"]*(len(clips) != 40)) + [f"images at scale {d.image_scale}"]*(d.image_scale != 1) + [f"cameras {', '.join(d.cameras)}"]*(d.cameras != ("front_camera",))
-    return "no: " + "; ".join(why) if why else "yes"
-
-# %% ../nbs/61_evaluate.ipynb #6f071d62
-def reasons_of(
-    m:dict, # the record, `reasons` still missing
-    clips:list[Clip], # that were scored
-    s:Subject, # what was evaluated
-)->dict[str,str]: # dotted path -> why it is null
-    "Why entries are null."
-    bare = sorted({c.log.id for c in clips if not any(c.log.cuboid_path(f).exists() for f in c.frames)}); all_bare = len(bare) == len({c.log.id for c in clips})
-    empty = f"no labels in log {', '.join(bare)}" if all_bare else "nothing that moves is in view"; out = {}
-    blocks = [("", m), *((f"{n}.", m[n]) for n in OPTIONAL if n in m)]
-    for p,b in blocks:
-        out |= {f"{p}nvs.dynamic.{k}": empty for k in SETTINGS if not b["nvs"]["dynamic"][k]["count"]}
-        out |= {f"{p}nvs.{r}.{k}.depth_rmse": "no LiDAR return in the region" for r in REGIONS for k in SETTINGS if b["nvs"][r][k]["count"] and b["nvs"][r][k]["depth_rmse"]["mean"] is None}
-        if b["sky_alpha"] is None: out[f"{p}sky_alpha"] = "no pixel is above every LiDAR return"
-    if not m["scene_flow"]["count"]: out |= dict.fromkeys(("scene_flow","zero_motion.scene_flow","analysis.shares"), empty)
-    if m["analysis"]["fd"]["epe"] is None: out["analysis.fd"] = empty
-    out |= {f"per_clip_flow.{i}": empty if all_bare else "no labels, or nothing that moves, in this clip" for i,r in m["per_clip_flow"].items() if None in r.values()}
-    if m["analysis"]["plateau"] is None: out["analysis.plateau"] = "nothing was trained" if s.model is None else "no training record beside the checkpoint, or fewer than three logged values"
-    if m["runtime"]["reconstruction"] is None: out["runtime.reconstruction"] = "a baseline has no network to time"
-    return out | {f"runtime.{k}": w for k,w in (("gpu","no GPU was used"),("commit","not run from a git checkout")) if m["runtime"][k] is None}
-
-# %% ../nbs/61_evaluate.ipynb #e56b5bbe
-def evaluate(
+# %% ../nbs/61_evaluate.ipynb #1186a931
+def about_of(
     s:Subject, # what is evaluated
-    loader:Loader, # evaluation clips
-    folder:Path, # where pictures and films go
-    save_renders:int=3, # clips whose pictures are kept
-    videos:int=3, # clips of which a film is made
-    progress:Callable=iter, # wraps the clips, such as tqdm
-)->dict: # a checked record (S6-08)
-    "Score novel views and scene flow, keep pictures, account for every entry."
-    clips, cfg, rebuild, ecfg = loader.clips, s.cfg, rebuild_of(s, loader), EvalConfig(save_renders=save_renders)
-    for old in ("renders","worst","videos"): shutil.rmtree(folder/old, ignore_errors=True) # of an evaluation that is replaced
-    names = VARIANTS if s.model is not None and not s.baseline else ("model","lift") if s.baseline in ("static","nearest") else ("model",)
-    ev = evaluate_nvs(rebuild, loader, cfg.render, ecfg, names, folder/"renders", progress); flow, by_clip = flow_of_clips(rebuild, loader, FlowScoreConfig(labels=ecfg.labels))
-    timing = time_reconstruction(s.model, loader, 20 if "cuda" in str(loader.device) else 1) if s.model is not None and not s.baseline else None
-    m = metrics_of(ev, SimpleNamespace(seconds=s.seconds, step=s.steps, skipped=s.skipped, cfg=cfg, device=loader.device), judged_on(s, clips), flow, timing)
-    shots = target_frames(rebuild, loader, cfg); (folder/"worst").mkdir(parents=True)
-    for k,x in enumerate(worst := shots[:5]): Image.fromarray(x.picture).save(folder/f"worst/{k}.jpg", quality=82)
-    for i,c in enumerate(clips[:videos]): clip_video(folder/f"videos/{c.id}.webp", c, *rebuild(c, loader.lifted(i)), loader, cfg.render, cfg.flow, width=640)
-    n = len(cfg.data.cameras)
-    m |= dict(subject=s.name, baseline=s.baseline, logs=sorted({c.log.id for c in clips}), cameras=list(cfg.data.cameras), clips=len(clips), views=sum(len(c.target_frames) for c in clips)*n,
-              comparable=comparable(clips, cfg), per_clip_flow=by_clip, worst=[{k: v for k,v in x._asdict().items() if k != "picture"} for x in worst],
-              videos=[f"videos/{c.id}.webp" for c in clips[:videos]], analysis=analysis_of(m, clips, n, training_rows(s.folder)))
-    return check_metrics(m | dict(reasons=reasons_of(m, clips, s)))
+    clips:list[Clip], # on these
+)->About:
+    "What the record says of a subject."
+    names = ("model",) if s.baseline in ("lift","zero_motion") else ("model","lift") if s.baseline else VARIANTS
+    return About(s.name, judged_on(s, clips), s.baseline, None if s.baseline else s.model, s.steps, s.seconds, s.skipped, training_rows(s.folder), names)
 
 # %% ../nbs/61_evaluate.ipynb #7ff8c437
 def report_folder(
@@ -338,213 +114,3 @@ def report_folder(
     "Where an evaluation goes: beside its checkpoint, never over the record of the training run."
     if s.folder and out_dir and Path(out_dir).resolve() == s.folder: raise DataError("out_dir: is the checkpoint's own folder, whose metrics.json would be replaced; choose another.")
     return Path(out_dir) if out_dir else s.folder/f"report{'_'*bool(s.baseline)}{s.baseline}" if s.folder else next_run()
-
-# %% ../nbs/61_evaluate.ipynb #b6c63b46
-def table(
-    head:list[str], # column titles
-    rows:list[list], # cells: text, numbers, None
-    digits:int=3, # after the point
-)->str: # markdown
-    "A table; what is not known is a dash."
-    show = lambda x: "-" if x is None else f"{x:.{digits}f}" if isinstance(x, float) else str(x)
-    return "\n".join(["| " + " | ".join(map(show, r)) + " |" for r in (head, ["---"] + ["---:"]*(len(head) - 1), *rows)])
-
-def paper_rows(
-    text:str, # one line a method: name | numbers, - where there is none
-)->list[list]: # name, numbers
-    "Rows of a printed table."
-    return [[name.strip(), *(None if x == "-" else x for x in nums.split())] for name,_,nums in (l.partition("|") for l in text.strip().splitlines())]
-
-# %% ../nbs/61_evaluate.ipynb #f5107262
-# printed figures, as text so that no digit is added
-TABLE1 = paper_rows("""NeuRAD (labels) | 23.01 0.734 1.98 - 24.61 0.685 2.30 - 60min
-StreetGS (labels) | 20.06 0.605 1.02 - 23.38 0.680 0.84 - 28min
-G3R (labels) | 21.85 0.670 2.33 - 24.35 0.686 1.96 - 17s
-EmerNeRF | 17.79 0.411 6.09 0.318 22.80 0.624 4.24 0.432 100min
-DeSiRe-GS | 19.08 0.477 3.36 0.297 22.25 0.608 24.89 0.322 120min
-DepthSplat | 16.87 0.425 6.18 - 21.40 0.595 2.73 - 0.87s
-L4GM | 17.36 0.343 - - 19.38 0.465 - - 0.32s
-STORM | 17.65 0.367 5.24 0.203 20.79 0.508 4.80 0.238 0.07s
-Flux4D | 21.99 0.662 1.63 0.157 23.84 0.675 1.07 0.182 3.9s""")
-TABLE4 = paper_rows("""NeuRAD (labels) | 21.52 0.557 3.03 -
-StreetGS (labels) | 19.09 0.499 1.49 -
-G3R (labels) | 21.13 0.570 2.09 -
-EmerNeRF | 19.64 0.516 5.00 0.346
-DeSiRe-GS | 18.86 0.513 26.07 0.325
-STORM | 19.63 0.489 5.19 0.251
-Flux4D | 21.81 0.598 1.42 0.193""")
-TABLE5 = paper_rows("""NSFP | 0.183 0.558 0.713 0.510 0.106 0.103 0.573 0.227
-FastNSF | 0.194 0.571 0.714 0.471 0.155 0.134 0.428 0.211
-STORM | 0.120 0.757 0.782 0.489 0.009 0.098 0.536 0.201
-Flux4D | 0.094 0.775 0.807 0.123 0.019 0.117 0.391 0.165""")
-TABLE6 = paper_rows("""NSFP | 0.128 0.093 0.668 0.046 0.975 0.060 0.819 0.071 0.945 0.080 0.852
-FastNSF | 0.196 0.153 0.581 0.043 0.960 0.075 0.701 0.041 0.894 0.102 0.784
-STORM | 0.005 0.087 0.713 0.000 1.000 0.195 1.000 0.093 1.012 0.076 0.931
-Flux4D | 0.019 0.078 0.701 0.011 0.866 0.021 0.661 0.027 0.966 0.031 0.800""")
-
-# %% ../nbs/61_evaluate.ipynb #6fb70125
-def blocks_of(
-    m:dict, # a record
-)->dict[str,tuple[dict,dict|None]]: # {row title: (its `nvs`, its `scene_flow` or None where it was not scored)}
-    "The variants that a record holds."
-    still = m["zero_motion"]["scene_flow"]
-    rows = {"ours: " + m["subject"]: (m["nvs"], m["scene_flow"])}
-    if "lift" in m: rows["its lift"] = m["lift"]["nvs"], still
-    if "zero_velocity" in m: rows["its motion removed"] = m["zero_velocity"]["nvs"], still
-    return rows
-
-def nvs_tables(
-    m:dict, # a record
-)->list[str]: # two tables
-    "Tables 1 and 4, the paper's rows and ours."
-    cell = lambda n, f, r, k: [n[r][k][x]["mean"] for x in ("psnr","ssim","depth_rmse")] + [f["v_rmse"][r]["mean"]]
-    secs = (t := m["runtime"]["reconstruction"]) and f"{t['total']:.2g}s"
-    ours, names = blocks_of(m).items(), ("PSNR","SSIM","D_RMSE m","V_RMSE"); note = [m["comparable"]]
-    one  = [[k, *cell(n, f, "dynamic", "interpolation"), *cell(n, f, "full", "interpolation"), secs if k.startswith("ours") else None] + note for k,(n,f) in ours]
-    four = [[k, *cell(n, f, "full", "future"), n["full"]["future"]["count"]] + note for k,(n,f) in ours]
-    return [table(["method", *(f"{r} {x}" for r in ("dyn","full") for x in names), "time", "comparable"], [r + ["paper"] for r in TABLE1] + one),
-            table(["method", *names, "images", "comparable"], [r + [None, "paper"] for r in TABLE4] + four)]
-
-# %% ../nbs/61_evaluate.ipynb #5f3d2986
-def flow_tables(
-    m:dict, # a record
-)->list[str]: # two tables
-    "Tables 5 and 6, the paper's rows and ours."
-    mean = lambda f, *ks: [f[k]["mean"] for k in ks]; way = lambda f: [f["epe_3way"][k]["mean"] for k in (*GROUPS,"all")]; note = [m["comparable"]]
-    five = lambda f: mean(f, "epe3d","acc5","acc10","theta_moving") + way(f) + [f["count"]]
-    def six(f:dict)->list:
-        b = f["bucketed"]["reference"]; pairs = [(k,s) for k in ("CAR","WHEELED_VRU","OTHER_VEHICLES","PEDESTRIAN") for s in ("static","dynamic")]
-        return [b[k][s]["mean"] for k,s in [("BACKGROUND","static"), *pairs, ("all","static"), ("all","dynamic")]]
-    ours = [("ours: " + m["subject"], m["scene_flow"]), ("zero motion", m["zero_motion"]["scene_flow"])]
-    classes = ["BG-S", *(f"{c}-{s}" for c in ("CAR","WVRU","VEH","PED") for s in "SD"), "mean S", "mean D"]
-    return [table(["method","EPE3D m","Acc5","Acc10","theta rad","EPE-BS","EPE-FS","EPE-FD","EPE-3way","frames","comparable"], [r + [None, "paper"] for r in TABLE5] + [[k, *five(f), *note] for k,f in ours]),
-            table(["method", *classes, "comparable"], [r + ["paper"] for r in TABLE6] + [[k, *six(f), *note] for k,f in ours])]
-
-# %% ../nbs/61_evaluate.ipynb #7dbec48e
-def analysis_lines(
-    m:dict, # a record
-)->list[str]: # lines of text
-    "The four products in words (S6-37)."
-    a, f = m["analysis"], m["scene_flow"]; fd, p = a["fd"], a["plateau"]; why = lambda k: m["reasons"].get(k, "")
-    share = ", ".join(f"{g} {a['shares'][g]:.2%} ({f['counts'][g]})" for g in GROUPS) if f["count"] else why("scene_flow")
-    found = "" if fd["found"] is None else f"; standing still would have {fd['zero_motion']:.3f} m, so " + (f"{fd['found']:.0%} of the motion is found" if fd["found"] >= 0 else "the motion makes it worse")
-    moving = why("analysis.fd") if fd["epe"] is None else f"{fd['epe']:.3f} m a frame, {fd['m_per_s']:.1f} m/s" + found
-    lack = lambda s: f"{s['missing']} of {s['full']} images have no dynamic score ({s['without_labels']} without labels, {s['nothing_moves']} in which nothing moves)"
-    short = "; ".join(f"{k} {lack(s)}" for k,s in a["shortfall"].items())
-    flat = why("analysis.plateau") if p is None else (f"{p['of']} PSNR is within 0.1 dB of its best, {p['best']:.2f} dB, from step {p['step']} of {p['last_step']} on; "
-                                                      f"the last third gained {p['gain_last_third']:+.2f} dB")
-    return [f"- **Shares of returns.** {share}", f"- **Error of what moves (FD).** {moving}", f"- **Dynamic count.** {short}", f"- **Plateau.** {flat}"]
-
-# %% ../nbs/61_evaluate.ipynb #03738067
-def clip_table(
-    m:dict, # a record
-)->str: # markdown
-    "One row a clip."
-    rows = [[i, *(m["per_clip"][i]["model"][k] for k in SETTINGS), *(r[k] for k in ("epe3d","FD")), r["frames"]] for i,r in m["per_clip_flow"].items()]
-    return table(["clip","interpolation dB","future dB","EPE3D m","FD m","flow frames"], rows)
-
-def class_table(
-    m:dict, # a record
-)->str: # markdown
-    "Scene flow by class: the log's own bucketed error, and returns by label."
-    f = m["scene_flow"]; labels = ", ".join(f"{k} {n}" for k,n in f["labels"].items()) or m["reasons"].get("scene_flow", "none")
-    return table(["class","normalised error","returns"], [[k, b["mean"], b["points"]] for k,b in f["bucketed"]["own"].items()]) + f"\n\nReturns by label: {labels}."
-
-def timing_lines(
-    m:dict, # a record
-)->list[str]: # lines of text
-    "How long what took, and on which machine (S6-28)."
-    r = m["runtime"]; t = r["reconstruction"]
-    lines = [f"- machine: {r['machine']}, torch {r['torch']}, images at scale {r['image_scale']:g}", f"- {r['seconds_per_clip']:.3g} s a clip from its lift, {r['seconds_per_frame']:.3g} s a rendered view, {r['gaussians_per_clip']:.0f} Gaussians a clip"]
-    if t: lines.append(f"- from memory: lift {t['lift']:.3g} s, network {t['network']:.3g} s, total {t['total']:.3g} s (median of {t['repeats']})")
-    return lines + [f"- trained for {r['iters']} steps in {r['train_seconds']:.0f} s"]*bool(r["iters"])
-
-# %% ../nbs/61_evaluate.ipynb #5489e1cd
-def report_text(
-    m:dict, # a record
-)->str: # markdown
-    "An evaluation in words, tables and pictures."
-    (one, four), (five, six), r = nvs_tables(m), flow_tables(m), m["nvs"]; part = lambda title, *body: [f"## {title}", *body]
-    count = ", ".join(f"{k} {r['full'][k]['count']} ({r['dynamic'][k]['count']} with moving regions)" for k in SETTINGS)
-    say = [f"# Evaluation of {m['subject']}", f"Clips: {m['clips']}, of logs {', '.join(m['logs'])}; evaluated on {m['evaluated_on']}. "
-           f"Target images: {count}. Scene flow: {m['scene_flow']['count']} frames, {m['scene_flow']['counts']['points']} returns.", f"Comparable with the paper: **{m['comparable']}**."]
-    say += part("Analysis", "\n".join(analysis_lines(m))) + part("Interpolation (paper Table 1)", one) + part("Future, full images (paper Table 4)", four)
-    say += part("Scene flow (paper Table 5)", five, "theta is taken where the true flow exceeds 0.1 m per 0.1 s.")
-    say += part("Bucketed error (paper Table 6)", six) + part("By clip", clip_table(m)) + part("By class", class_table(m)) + part("Time", "\n".join(timing_lines(m)))
-    seen_as = lambda k, x: f"![{x['clip']}](worst/{k}.jpg)\n{x['psnr']:.2f} dB, frame {x['frame']} of {x['clip']} ({x['setting']}, {x['camera']}), prediction and photo"
-    say += part("Worst frames", *(seen_as(k, x) for k,x in enumerate(m["worst"])))
-    say += part("Films", "\n".join(f"- [{Path(v).stem}]({v})" for v in m["videos"]) or "None was asked for.")
-    return "\n\n".join(say + part("Left empty", "\n".join(f"- `{k}`: {v}" for k,v in m["reasons"].items()) or "Nothing.")) + "\n"
-
-# %% ../nbs/61_evaluate.ipynb #5995adf6
-CSS = """body{font:14px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em} img{max-width:100%;display:block}
-table{border-collapse:collapse;font-size:12px;margin:1em 0} td,th{border:1px solid #ccc;padding:2px 6px;text-align:right} td:first-child,th:first-child{text-align:left}"""
-
-def inline_html(
-    text:str, # markdown of one paragraph
-    folder:Path, # pictures are looked up here
-)->str: # HTML; pictures as data
-    "Pictures, links, bold and code."
-    data = lambda p: base64.b64encode((folder/p).read_bytes()).decode()
-    text = re.sub(r"!\[([^\]]*)\]\(([^)]+)\)", lambda x: f'<img alt="{x[1]}" src="data:image/jpeg;base64,{data(html.unescape(x[2]))}">', html.escape(text, quote=False))
-    for a,b in ((r"\[([^\]]+)\]\(([^)]+)\)", r'<a href="\2">\1</a>'), (r"\*\*(.+?)\*\*", r"<b>\1</b>"), (r"`([^`]+)`", r"<code>\1</code>")): text = re.sub(a, b, text)
-    return text
-
-# %% ../nbs/61_evaluate.ipynb #20a665c2
-def to_html(
-    text:str, # a report's markdown
-    folder:Path, # of the run, for its pictures
-)->str: # one page that needs no other file, except the films it links to
-    "A report as a page."
-    def block(b:str)->str:
-        say = lambda x: inline_html(x, folder); lines = b.splitlines()
-        if m := re.match(r"(#+) (.*)", b): return f"<h{len(m[1])}>{say(m[2])}</h{len(m[1])}>"
-        if b.startswith("- "): return "<ul>" + "".join(f"<li>{say(l[2:])}</li>" for l in lines) + "</ul>"
-        if not b.startswith("|"): return f"<p>{say(b)}</p>"
-        row = lambda l, tag: "<tr>" + "".join(f"<{tag}>{say(c.strip())}</{tag}>" for c in l.strip("| ").split(" | ")) + "</tr>"
-        return "<table>" + row(lines[0], "th") + "".join(row(l, "td") for l in lines[2:]) + "</table>"
-    title = html.escape(text.splitlines()[0].lstrip("# "))
-    return f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{CSS}</style>' + "\n".join(map(block, text.strip().split("\n\n"))) + "</html>\n"
-
-def write_report(
-    run:Run, # its folder holds the pictures
-    m:dict, # a record
-)->list[Path]: # metrics.json, report.md, report.html
-    "Write a checked record and its two reports; the record comes last, because it marks a run as finished."
-    text = report_text(check_metrics(m)); pages = [run.write("report.md", text), run.write("report.html", to_html(text, run.folder))]
-    return [run.write("metrics.json", m), *pages]
-
-# %% ../nbs/61_evaluate.ipynb #3622cac9
-def read_record(
-    path:str|Path, # a run's folder or its metrics.json
-)->dict: # its content; raises DataError
-    "A run's metrics."
-    path = Path(path); path = path/"metrics.json" if path.is_dir() else path
-    if not path.is_file(): raise DataError(f"{path.parent.name}/{path.name}: no such file; give the folder of a run that reached its evaluation.")
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e: raise DataError(f"{path.parent.name}/{path.name}: is no JSON ({e}); evaluate the run again.") from e
-
-# %% ../nbs/61_evaluate.ipynb #78be79fc
-def side_by_side(
-    records:dict[str,dict], # by name
-)->str: # lines of text, one a quantity, one column a run
-    "The measured means of runs."
-    found = {n: {" ".join(k): (v, c) for k,v,c in measured(m)} for n,m in records.items()}; keys = list(dict.fromkeys(k for f in found.values() for k in f))
-    said = lambda m, k: str(m.get(k, "-")) if k in ("evaluated_on","comparable") else f"{x:.4g}" if isinstance(x := m.get("runtime", {}).get(k), (int,float)) else str(x or "-")
-    rows = [["", *found]] + [[k, *(said(m, k) for m in records.values())] 
-                            for k in ("evaluated_on","comparable","machine","iters","seconds_per_clip","seconds_per_frame")]
-    rows += [[k, *("-" if f.get(k, (None, 0))[0] is None else f"{f[k][0]:.4g} ({f[k][1]})" for f in found.values())] for k in keys if any(f.get(k, (None, 0))[0] is not None for f in found.values())]
-    width = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join([r[0].ljust(width[0]), *(c.rjust(w) for c,w in zip(r[1:], width[1:]))]).rstrip() for r in rows)
-
-def report_main(
-    argv:list[str]|None=None, # words of the command line; sys.argv when None
-)->int: # exit status
-    "Compare the metrics.json of several runs, mean and count, side by side."
-    ap = argparse.ArgumentParser(prog="flux4d-report", description=report_main.__doc__)
-    ap.add_argument("run", nargs="+", help="a run's folder, or its metrics.json"); a = ap.parse_args(argv)
-    try:
-        records = {}
-        for p in map(Path, a.run): records[name if (name := (p if p.is_dir() else p.parent).resolve().name) not in records else str(p)] = read_record(p)
-        print(side_by_side(records)); return 0
-    except DataError as e: print(e, file=sys.stderr); return 1

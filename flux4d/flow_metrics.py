@@ -363,10 +363,11 @@ def clip_truth(
 def check_bs_flow(
     history:list[float], # mean predicted flow of BS at successive validations, m
     quiet:float=.01,     # m, below this nothing needs to fall
+    noise:float=.1,      # share by which the last may exceed all before it; a plateau is no climb
 )->None: # raises DataError
     "Stop when predicted background flow still climbs at the end of training."
     with named("predicted BS flow"):
-        if len(history) > 2 and history[-1] >= max(history) and history[-1] > quiet:
+        if len(history) > 2 and history[-1] > max(quiet, (1 + noise)*max(history[:-1])):
             raise DataError(f"background is predicted to move {history[-1]:.3f} m a frame, more than ever before; raise the weight of the velocity term or lower the learning rate.")
 
 # %% ../nbs/41_flow_metrics.ipynb #35533821

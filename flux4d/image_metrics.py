@@ -4,15 +4,17 @@
 
 # %% ../nbs/23_image_metrics.ipynb #936acdce
 from __future__ import annotations
-import math
+import importlib, math, warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 import torch
 from torch import Tensor
 from fastcore.basics import patch
 from .losses import psnr_of_mse, ssim_map
 
 # %% auto #0
-__all__ = ['MetricConfig', 'masked_mean', 'psnr', 'ssim_metric', 'depth_rmse', 'Mean']
+__all__ = ['MetricConfig', 'masked_mean', 'psnr', 'ssim_metric', 'depth_rmse', 'lpips_metric', 'Mean']
 
 # %% ../nbs/23_image_metrics.ipynb #1185c18f
 @dataclass
@@ -71,6 +73,27 @@ def depth_rmse(
     hit = gt > 0
     if cfg.max_depth is not None: hit = hit & (gt <= cfg.max_depth)
     return masked_mean((pred - gt).square(), hit if mask is None else hit & mask, "LiDAR depth").sqrt()
+
+# %% ../nbs/23_image_metrics.ipynb #2c680d89
+def _lpips_net(download:bool)->torch.nn.Module:
+    "LPIPS on AlexNet; an exception says what is missing."
+    vision, package = (importlib.import_module(m) for m in ("torchvision.models","lpips"))
+    weights = Path(torch.hub.get_dir())/"checkpoints"/vision.AlexNet_Weights.DEFAULT.url.split("/")[-1]
+    if not (download or weights.is_file()): raise FileNotFoundError(f"{weights.name} is not in torch's cache, where lpips_metric(device, download=True) puts it")
+    with warnings.catch_warnings(): warnings.simplefilter("ignore"); return package.LPIPS(net="alex", verbose=False)
+
+# %% ../nbs/23_image_metrics.ipynb #2a8d1c4c
+def lpips_metric(
+    device:str|torch.device, # where to compare
+    download:bool=False, # fetch the backbone's weights, 240 MB, where they are not in torch's cache
+)->tuple[Callable|None,str|None]: # (pred (H,W,3), gt (H,W,3)) -> float, and None; or None, and why
+    "LPIPS of two images, 0..1, if it can be had on this machine."
+    try: net = _lpips_net(download).to(device).eval().requires_grad_(False)
+    except Exception as e: # a missing package, one built for another torch, no network: all mean no LPIPS
+        what = f"package {e.name} is missing" if isinstance(e, ModuleNotFoundError) else " ".join(str(e).split())[:200].rstrip(".") or type(e).__name__
+        return None, f"no LPIPS: {what}; pip install lpips, with a torchvision that fits this torch, and have the weights of its AlexNet."
+    image = lambda x: torch.as_tensor(x, device=device).float().clamp(0, 1).movedim(-1, 0)[None]*2 - 1
+    return torch.no_grad()(lambda pred, gt: float(net(image(pred), image(gt)))), None
 
 # %% ../nbs/23_image_metrics.ipynb #256d8884
 class Mean:

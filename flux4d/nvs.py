@@ -7,25 +7,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-import numpy as np, torch
-from PIL import Image
+from typing import Any, NamedTuple
+import numpy as np, torch, torch.nn.functional as F
+from PIL import Image, ImageDraw
 from scipy.ndimage import minimum_filter1d
 from torch import Tensor
 from fastcore.basics import patch
-from .clips import Clip, Views
+from .clips import Clip, TargetViews, Views
 from .cuboids import CuboidConfig, check_labels, dynamic_mask
 from .gaussians import Gaussians
 from .image_metrics import Mean, MetricConfig, psnr, ssim_metric, depth_rmse
 from .render import RenderConfig, Rendered, render
 from .train import Loader
-from .velocity import FlowConfig, view_gaps
-from .flow import speed_pictures, tint
+from .velocity import FlowConfig, colour_wheel, flow_colours, render_velocity, view_gaps
+from .flow import tint
+from .flow_metrics import named
 
 # %% auto #0
-__all__ = ['REGIONS', 'SETTINGS', 'METRICS', 'VARIANTS', 'sky_mask', 'EvalConfig', 'Scores', 'moving_mask', 'save_pair',
-           'variants', 'Evaluation', 'evaluate_nvs', 'film_frame', 'clip_video']
+__all__ = ['REGIONS', 'SETTINGS', 'METRICS', 'VARIANTS', 'PANELS', 'sky_mask', 'EvalConfig', 'ViewScore', 'score_view', 'Scores',
+           'moving_mask', 'check_clip', 'shrink', 'as_bytes', 'save_pair', 'variants', 'timed', 'distinct', 'Target',
+           'targets', 'Evaluation', 'evaluate_nvs', 'film_frame', 'clip_video']
 
 # %% ../nbs/42_nvs.ipynb #7803d6ee
 def sky_mask(
@@ -51,40 +53,49 @@ class EvalConfig:
 
 REGIONS, SETTINGS, METRICS = ("full","dynamic"), ("interpolation","future"), ("psnr","ssim","depth_rmse")
 
+class ViewScore(NamedTuple):
+    "One rendered view beside its photo."
+    full:dict[str,float|None]         # by METRICS: dB, 1, m; None where no pixel has a return
+    dynamic:dict[str,float|None]|None # the same where things move; None: nothing does, or there are no labels
+    sky:float|None                    # mean alpha of the sky; None: no sky
+
+def score_view(
+    out:Rendered, # one view: rgb (1,H,W,3), depth (1,H,W) m, alpha (1,H,W)
+    view:Views, # the photo and LiDAR depth it is compared with
+    moving:Tensor|None, # (H,W) bool; None without labels
+    cfg:MetricConfig=MetricConfig(), # SSIM window and depth range
+    sky:Tensor|None=None, # (H,W) bool; None: not asked
+)->ViewScore:
+    "Compare a view with its photo, by region; each number is computed here and nowhere else."
+    def region(m:Tensor|None)->dict:
+        hit = view.depth > 0 if m is None else (view.depth > 0) & m; d = depth_rmse(out.depth, view.depth, m, cfg) if hit.any() else None
+        return dict(psnr=float(psnr(out.rgb, view.images, m)), ssim=float(ssim_metric(out.rgb, view.images, m, cfg)), depth_rmse=None if d is None else float(d))
+    some = moving is not None and bool(moving.any())
+    return ViewScore(region(None), region(moving[None]) if some else None, float(out.alpha[0][sky].mean()) if sky is not None and sky.any() else None)
+
+# %% ../nbs/42_nvs.ipynb #25fcf51a
 class Scores:
     "Running means of every metric by region and setting."
-    def __init__(self,
-        metric:MetricConfig=MetricConfig(), # SSIM window and depth range
-    )->None:
+    def __init__(self)->None:
         "Empty."
-        self.metric = metric
         self.cells = {(r,s): {m: Mean() for m in METRICS} for r in REGIONS for s in SETTINGS}
         self.counts, self.sky = dict.fromkeys(self.cells, 0), Mean()
 
-# %% ../nbs/42_nvs.ipynb #25fcf51a
-@patch
-def add(self:Scores,
-    setting:str, # 'interpolation' or 'future'
-    out:Rendered, # one rendered view: rgb (1,H,W,3), depth (1,H,W), alpha (1,H,W)
-    view:Views, # the photo and LiDAR depth it is compared with
-    moving:Tensor|None, # (H,W) bool; None without labels
-)->float: # PSNR of the full image, dB
-    "Score one view."
-    for region, mask in (("full",None), ("dynamic",moving)):
-        if region == "dynamic" and (mask is None or not mask.any()): continue
-        cell = self.cells[region,setting]; m = None if mask is None else mask[None]
-        cell["psnr"].add(psnr(out.rgb, view.images, m)); cell["ssim"].add(ssim_metric(out.rgb, view.images, m, self.metric))
-        hit = view.depth > 0 if m is None else (view.depth > 0) & m
-        if hit.any(): cell["depth_rmse"].add(depth_rmse(out.depth, view.depth, m, self.metric))
-        self.counts[region,setting] += 1
-    if (sky := sky_mask(view.depth[0])).any(): self.sky.add(float(out.alpha[0][torch.as_tensor(sky, device=out.alpha.device)].mean()))
-    return float(psnr(out.rgb, view.images))
+    def add(self,
+        setting:str, # 'interpolation' or 'future'
+        score:ViewScore, # of one view
+    )->None:
+        "Count one view."
+        for region,found in (("full",score.full), ("dynamic",score.dynamic)):
+            if found is None: continue
+            for m,v in found.items(): self.cells[region,setting][m].add(v)
+            self.counts[region,setting] += 1
+        self.sky.add(score.sky)
 
-@patch
-def as_dict(self:Scores)->dict: # {region: {setting: {metric: {mean, std}, count}}}
-    "Plain values for metrics.json; an empty cell is null with count 0."
-    cell = lambda r,s: {m: dict(mean=v.mean, std=v.std) for m,v in self.cells[r,s].items()} | dict(count=self.counts[r,s])
-    return {r: {s: cell(r,s) for s in SETTINGS} for r in REGIONS}
+    def as_dict(self)->dict: # {region: {setting: {metric: {mean, std}, count}}}
+        "Plain values for metrics.json; an empty cell is null with count 0."
+        cell = lambda r,s: {m: dict(mean=v.mean, std=v.std) for m,v in self.cells[r,s].items()} | dict(count=self.counts[r,s])
+        return {r: {s: cell(r,s) for s in SETTINGS} for r in REGIONS}
 
 # %% ../nbs/42_nvs.ipynb #1f60dde0
 def moving_mask(
@@ -99,15 +110,40 @@ def moving_mask(
     if not clip.log.cuboid_path(frame).exists(): return None
     return torch.as_tensor(dynamic_mask(clip.log, frame, camera, scale, labels), device=device)
 
+def check_clip(
+    clip:Clip, # about to be scored
+    labels:CuboidConfig, # distance, share and number
+)->None: # raises DataError that names the check
+    "Stop when the labels of target frames do not fit their returns (S6-30)."
+    frames = [f for f in clip.target_frames if clip.log.cuboid_path(f).exists()]
+    with named("labels"): frames and check_labels(clip.log, frames, cfg=labels)
+
+# %% ../nbs/42_nvs.ipynb #f884a302
+def shrink(
+    x:Tensor, # (H,W) or (H,W,C)
+    width:int, # px, at most
+)->Tensor: # (h,w) or (h,w,C), on the same device
+    "A picture no wider than asked, by averages over areas."
+    if x.shape[1] <= width: return x
+    planes = x.float().reshape(*x.shape[:2], -1).permute(2,0,1)[None]
+    small = F.interpolate(planes, (round(x.shape[0]*width/x.shape[1]), width), mode="area")[0].permute(1,2,0)
+    return small[...,0] if x.dim() == 2 else small
+
+def as_bytes(
+    x:Tensor, # (h,w,3) 0..1
+)->np.ndarray: # (h,w,3) uint8
+    "A picture as bytes on the CPU."
+    return x.clamp(0,1).mul(255).byte().cpu().numpy()
+
 def save_pair(
     path:Path, # .jpg
     pred:Tensor, # (H,W,3) 0..1
     photo:Tensor, # (H,W,3) 0..1
+    width:int=960, # px, at most
 )->None:
     "Prediction above photo, in one picture."
     path.parent.mkdir(parents=True, exist_ok=True)
-    both = torch.cat([pred, photo]).clamp(0,1).mul(255).byte().cpu().numpy()
-    Image.fromarray(both).save(path, quality=88)
+    Image.fromarray(as_bytes(torch.cat([shrink(pred, width), shrink(photo, width)]))).save(path, quality=88)
 
 # %% ../nbs/42_nvs.ipynb #67aebb97
 VARIANTS = ("model","lift","zero_velocity")
@@ -119,18 +155,96 @@ def variants(
     g0:Gaussians, # its lift
 )->tuple[dict[str,tuple],float]: # {variant: (Gaussians, velocity or None)}; seconds of the reconstruction
     "The model's reconstruction, the lift alone, and the model without motion."
-    sync = torch.cuda.synchronize if g0.means.is_cuda else (lambda: None)
-    sync(); start = time.perf_counter(); g, v = rebuild(clip, g0); sync()
-    return dict(model=(g,v), lift=(g0,None), zero_velocity=(g,None)), time.perf_counter() - start
+    (g, v), seconds = timed(lambda: rebuild(clip, g0), g0.means.is_cuda)
+    return dict(model=(g,v), lift=(g0,None), zero_velocity=(g,None)), seconds
 
+def timed(
+    f:Callable, # () -> anything
+    gpu:bool, # wait for the GPU before and after
+)->tuple[Any,float]: # what f returned; s
+    "Call a function and look at the clock."
+    sync = torch.cuda.synchronize if gpu else (lambda: None)
+    sync(); start = time.perf_counter(); got = f(); sync()
+    return got, time.perf_counter() - start
+
+def distinct(
+    scenes:dict[str,tuple], # {name: (Gaussians, velocity (N,l+1,3) m/s or None)}
+)->dict[str,tuple[str,...]]: # {name of the first: names of all that are the same object}
+    "Which scenes need a render of their own; one whose velocities are all zero is one without."
+    same = {}
+    for n,(g,v) in scenes.items(): same.setdefault((id(g), id(v) if v is not None and bool(v.any()) else None), []).append(n)
+    return {names[0]: tuple(names) for names in same.values()}
+
+# %% ../nbs/42_nvs.ipynb #9e5ade5d
+class Target(NamedTuple):
+    "One target view under one scene."
+    setting:str     # 'interpolation' or 'future'
+    names:tuple[str,...] # of the scenes that look like this
+    view:TargetViews # the view, photo included
+    out:Rendered    # its render; features (1,H,W,2) = v_r in px where that was asked for
+    score:ViewScore # render against photo
+    seconds:float   # of rendering it
+
+@torch.no_grad()
+def targets(
+    scenes:dict[str,tuple], # {name: (Gaussians, velocity (N,l+1,3) m/s or None)}
+    clip:Clip, # whose targets
+    loader:Loader, # reads them
+    render_cfg:RenderConfig, # how to render
+    cfg:EvalConfig, # how to score
+    speed:FlowConfig|None=None, # also draw v_r of the scene called 'model'
+)->Iterator[Target]:
+    "Every target view of a clip under every scene, each rendered and compared once."
+    own, secs_of = distinct(scenes), lambda f: timed(f, "cuda" in str(loader.device)); length = clip.time.duration
+    with_speed = lambda g, v, views: (lambda out, v_r, _: out._replace(features=v_r))(*render_velocity(g, v, length, views, view_gaps(clip, views), render_cfg, speed))
+    for setting, frames in (("interpolation",clip.interpolation_frames), ("future",clip.future_frames)):
+        for views in _chunks(loader, clip, frames, cfg.views_per_call):
+            judged = [_judged(clip, views[k:k+1], loader, cfg) for k in range(len(views))]
+            for n,names in own.items():
+                out, secs = secs_of(lambda: with_speed(*scenes[n], views) if speed and "model" in names else render(*scenes[n], length, views, render_cfg))
+                for k,(view,moving,sky) in enumerate(judged):
+                    one = Rendered(*(None if x is None else x[k:k+1] for x in out))
+                    yield Target(setting, names, view, one, score_view(one, view, moving, cfg.metric, sky), secs/len(views))
+
+# %% ../nbs/42_nvs.ipynb #730e82b6
+def _judged(clip:Clip, view:Views, loader:Loader, cfg:EvalConfig)->tuple[Views,Tensor|None,Tensor]:
+    "One view with its masks: what moves, and the sky."
+    moving = moving_mask(clip, int(view.frame[0]), view.camera[0], loader.cfg.data.image_scale, cfg.labels, loader.device)
+    return view, moving, torch.as_tensor(sky_mask(view.depth[0]), device=view.depth.device)
+
+def _chunks(loader:Loader, clip:Clip, frames:list[int], n:int)->Iterator[Views]:
+    "Target views of a clip, at most n at once."
+    pairs = [(f,c) for f in frames for c in loader.cfg.data.cameras]
+    for j in range(0, len(pairs), n): yield loader.views(clip, pairs[j:j+n])
+
+# %% ../nbs/42_nvs.ipynb #9af5cae9
 @dataclass
 class Evaluation:
-    "What `evaluate_nvs` returns."
+    "Novel views, added up."
     scores:dict[str,Scores] # by variant
-    per_clip:dict[str,dict] # full-image PSNR by clip, variant and setting
-    seconds_per_clip:Mean   # reconstruction, s
-    seconds_per_frame:Mean  # rendering one view, s
-    gaussians:Mean          # number of Gaussians a clip has
+    per_clip:dict[str,dict]=field(default_factory=dict) # full-image PSNR by clip, variant and setting
+    seconds_per_clip:Mean=field(default_factory=Mean)   # reconstruction, s
+    seconds_per_frame:Mean=field(default_factory=Mean)  # rendering one view, s
+    gaussians:Mean=field(default_factory=Mean)          # number of Gaussians a clip has
+
+@patch
+def score_targets(self:Evaluation,
+    scenes:dict[str,tuple], # {name: (Gaussians, velocity or None)}; names as in `scores`
+    clip:Clip, # whose targets
+    loader:Loader, # reads them
+    render_cfg:RenderConfig, # how to render
+    cfg:EvalConfig, # how to score
+    renders:Path|None=None, # folder for pictures of the variants; None: none
+    speed:FlowConfig|None=None, # also draw v_r of the scene called 'model'
+    see:Callable=lambda t: None, # is shown every `Target` of the scene called 'model'
+)->None:
+    "Count every target view of a clip."
+    found = {n: {s: [] for s in SETTINGS} for n in scenes}
+    for t in targets(scenes, clip, loader, render_cfg, cfg, speed):
+        for n in t.names: self.scores[n].add(t.setting, t.score); found[n][t.setting].append(t.score.full["psnr"])
+        for n in set(t.names) & set(VARIANTS) if renders else (): save_pair(renders/f"{clip.id}_{t.setting}_{int(t.view.frame[0]):02d}_{n}.jpg", t.out.rgb[0], t.view.images[0])
+        if "model" in t.names: self.seconds_per_frame.add(t.seconds); see(t)
+    self.per_clip[clip.id] = {n: {s: float(np.mean(p)) if p else None for s,p in by.items()} for n,by in found.items()}
 
 # %% ../nbs/42_nvs.ipynb #39304f89
 @torch.no_grad()
@@ -144,68 +258,49 @@ def evaluate_nvs(
     progress:Callable=iter, # wraps the clips, such as tqdm
 )->Evaluation:
     "Score target views of every clip (S6-09, S6-10)."
-    ev = Evaluation({n: Scores(cfg.metric) for n in names}, {}, Mean(), Mean(), Mean())
+    ev = Evaluation({n: Scores() for n in names})
     for i in progress(range(len(loader.clips[:cfg.max_clips]))):
-        clip, g0 = loader.clips[i], loader.lifted(i)
-        if clip.log.cuboid_path(clip.frames[0]).exists(): check_labels(clip.log, clip.target_frames, cfg=cfg.labels)
-        made, secs = variants(rebuild, clip, g0)
-        ev.seconds_per_clip.add(secs); ev.gaussians.add(len(g0))
-        ev.per_clip[clip.id] = {n: _score_clip(ev, n, clip, *made[n], loader, render_cfg, cfg, renders if i < cfg.save_renders else None) for n in names}
+        clip, g0 = loader.clips[i], loader.lifted(i); check_clip(clip, cfg.labels)
+        made, secs = variants(rebuild, clip, g0); ev.seconds_per_clip.add(secs); ev.gaussians.add(len(g0))
+        ev.score_targets({n: made[n] for n in names}, clip, loader, render_cfg, cfg, renders if i < cfg.save_renders else None)
     return ev
 
-# %% ../nbs/42_nvs.ipynb #e061f832
-def _score_clip(ev:Evaluation, name:str, clip:Clip, g:Gaussians, v:Tensor|None, loader:Loader, render_cfg:RenderConfig, cfg:EvalConfig, renders:Path|None)->dict:
-    "Score one variant of one clip; mean full-image PSNR by setting."
-    found = {}
-    for setting, frames in (("interpolation",clip.interpolation_frames), ("future",clip.future_frames)):
-        psnrs = []
-        for views in _chunks(loader, clip, frames, cfg.views_per_call):
-            sync = torch.cuda.synchronize if g.means.is_cuda else (lambda: None)
-            sync(); start = time.perf_counter(); out = render(g, v, clip.time.duration, views, render_cfg); sync()
-            if name == "model": ev.seconds_per_frame.add((time.perf_counter() - start)/len(views))
-            for k in range(len(views)):
-                one = Rendered(*(None if x is None else x[k:k+1] for x in out))
-                psnrs.append(ev.scores[name].add(setting, one, views[k:k+1], moving_mask(clip, int(views.frame[k]), views.camera[k], loader.cfg.data.image_scale, cfg.labels, loader.device)))
-                if renders: save_pair(renders/f"{clip.id}_{setting}_{int(views.frame[k]):02d}_{name}.jpg", one.rgb[0], views.images[k])
-        found[setting] = float(np.mean(psnrs)) if psnrs else None
-    return found
-
-def _chunks(loader:Loader, clip:Clip, frames:list[int], n:int)->Iterator[Views]:
-    "Target views of a clip, at most n at once."
-    pairs = [(f,c) for f in frames for c in loader.cfg.data.cameras]
-    for j in range(0, len(pairs), n): yield loader.views(clip, pairs[j:j+n])
-
 # %% ../nbs/42_nvs.ipynb #ada0fff4
+PANELS = "prediction", "photo", "|prediction - photo|", "depth", "|v_r|", "v_r"
+
 @torch.no_grad()
 def film_frame(
-    g:Gaussians, # a scene
-    v:Tensor|None, # (N,l+1,3) velocity
-    duration:float, # s
-    view:Views, # one view
-    dt:Tensor, # (1,) s to the next frame
-    cfg:RenderConfig, # how to render
+    out:Rendered, # one view; features (1,H,W,2) = v_r in px to the next frame
+    photo:Tensor, # (H,W,3) 0..1
     flow:FlowConfig=FlowConfig(), # read: clip_px, drawn red
     far:float=80., # depth drawn brightest, m
-)->np.ndarray: # (2H,2W,3) uint8
-    "Prediction and photo above depth and |v_r|."
-    out, speed = speed_pictures(g, v, duration, view, dt, cfg, flow)
-    rows = [torch.cat([out.rgb[0].cpu(), view.images[0].cpu()], 1), torch.cat([tint(out.depth[0]/far), speed[0]], 1)]
-    return torch.cat(rows).clamp(0,1).mul(255).byte().numpy()
+    width:int=400, # px of a panel, at most
+)->Image.Image: # three panels wide, two high
+    "The six panels of a frame."
+    rgb, seen, depth, v_r = (shrink(x, width) for x in (out.rgb[0].clamp(0,1), photo, out.depth[0]/far, out.features[0])); hsv = flow_colours(v_r, flow.clip_px)
+    k = max(9, len(hsv)//6); hsv[:k,-k:] = colour_wheel(k).to(hsv); small = [x.cpu() for x in (rgb, seen, (rgb - seen).abs(), depth, v_r.norm(dim=-1)/flow.clip_px, hsv)]
+    rows = [torch.cat([x if x.dim() == 3 else tint(x) for x in small[j:j+3]], 1) for j in (0, 3)]; h, w = small[0].shape[:2]
+    draw = ImageDraw.Draw(im := Image.fromarray(as_bytes(torch.cat(rows))))
+    for j,name in enumerate(PANELS): draw.text((w*(j % 3) + 4, h*(j//3) + 2), name, fill="white", stroke_width=1, stroke_fill="black")
+    return im
 
+@torch.no_grad()
 def clip_video(
     path:Path, # .webp
     clip:Clip, # whose frames
     g:Gaussians, # its reconstruction
-    v:Tensor|None, # (N,l+1,3) velocity
+    v:Tensor|None, # (N,l+1,3) velocity, m/s
     loader:Loader, # reads the photos
     cfg:RenderConfig, # how to render
     flow:FlowConfig=FlowConfig(), # read: clip_px
-    width:int=960, # px of the film
+    done:dict[int,Image.Image]|None=None, # {log frame id: picture} of frames that were drawn already
+    width:int=400, # px of a panel, at most
 )->Path: # the film
     "Film of every frame of a clip in its first camera."
-    path.parent.mkdir(parents=True, exist_ok=True); camera = loader.cfg.data.cameras[0]
-    views = loader.views(clip, [(f,camera) for f in clip.frames]); dt = view_gaps(clip, views)
-    shots = [Image.fromarray(film_frame(g, v, clip.time.duration, views[k:k+1], dt[k:k+1], cfg, flow)) for k in range(len(views))]
-    shots = [s.resize((width, round(s.height*width/s.width)), Image.LANCZOS) for s in shots]
-    shots[0].save(path, save_all=True, append_images=shots[1:], duration=100, loop=0, quality=80)
+    path.parent.mkdir(parents=True, exist_ok=True); camera = loader.cfg.data.cameras[0]; shots = dict(done or {})
+    for f in (f for f in clip.frames if f not in shots):
+        view = loader.views(clip, [(f,camera)]); out, v_r, _ = render_velocity(g, v, clip.time.duration, view, view_gaps(clip, view), cfg, flow)
+        shots[f] = film_frame(out._replace(features=v_r), view.images[0], flow, width=width)
+    first, *rest = [shots[f] for f in clip.frames]
+    first.save(path, save_all=True, append_images=rest, duration=100, loop=0, quality=80, method=2)
     return path

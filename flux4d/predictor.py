@@ -4,7 +4,7 @@
 
 # %% ../nbs/31_predictor.ipynb #daf524eb
 from __future__ import annotations
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from .frames import quat_mul, quat_to_mat, rotate_vectors, se3_inverse, transfor
 from .gaussians import BACKGROUND, FLAT, LIDAR, Gaussians
 from .voxels import VoxelConfig, Voxels
 from .votes import VoteConfig, votes
-from .unet import SparseUNet, UNetConfig, grid_position, mix_voxels, neighbours, pool_mean, voxelise
+from .unet import SparseUNet, UNetConfig, count_rows, grid_position, mix_voxels, neighbours, pool_mean, voxelise
 
 # %% auto #0
 __all__ = ['PredictorConfig', 'drift', 'motion_hints', 'hint_channels', 'point_features', 'orientation', 'time_bins',
@@ -69,14 +69,14 @@ def motion_hints(
     "Drift in cells of every size, then the votes."
     p, v = points.float(), cfg.velocity_scale
     found = [drift(p, seconds, c, cfg.drift_height)*p.new_tensor([1/v, 1/v, 1/v, 2.]) for c in cfg.drift_cells]
-    if cfg.votes.reach: found.append(votes(p, seconds, frame, voxel, cfg.votes)*p.new_tensor([1/v, 1/v, 1., 1.]))
+    if cfg.votes.reach: found.append(votes(p, seconds, frame, voxel, cfg.votes)*p.new_tensor([1/v, 1/v, 1., 1., 1.]))
     return torch.cat(found + [p.new_zeros(len(p), 0)], 1)
 
 def hint_channels(
     cfg:PredictorConfig,
 )->int:
     "How many channels `motion_hints` gives."
-    return 4*len(cfg.drift_cells) + 4*bool(cfg.votes.reach)
+    return 4*len(cfg.drift_cells) + 5*bool(cfg.votes.reach)
 
 # %% ../nbs/31_predictor.ipynb #d030d7a3
 def point_features(
@@ -119,7 +119,7 @@ def binned_features(
     "Per voxel and time bin: log count, mean colour, mean offset, mean time in the bin; zeros where empty."
     b, place = time_bins(seconds, cfg); slot = row*cfg.time_bins + b
     mean = pool_mean(torch.cat([own[:,7:10], own[:,11:14], place[:,None]], 1), slot, n*cfg.time_bins)
-    count = torch.bincount(slot, minlength=n*cfg.time_bins)[:,None].log1p()
+    count = count_rows(slot, n*cfg.time_bins)[:,None].log1p()
     return torch.cat([count, mean], 1).reshape(n, -1)
 
 # %% ../nbs/31_predictor.ipynb #d8e32929
@@ -194,7 +194,7 @@ def decode_velocity(
 )->Tensor: # (M,l+1,3) coefficients, m/s^(j+1), world
     "Head output to velocity coefficients."
     n = 3*(cfg.degree + 1); v = bounded(cfg.velocity_scale*x[:,:n], cfg.velocity_bound)
-    if cfg.votes.reach: v = torch.cat([v[:,:2] + torch.tanh(x[:,n:])*cfg.velocity_scale*hints[:,-4:-2].to(x.dtype), v[:,2:]], 1)
+    if cfg.votes.reach: v = torch.cat([v[:,:2] + (hints[:,-1:] + torch.tanh(x[:,n:]))*cfg.velocity_scale*hints[:,-5:-3].to(x.dtype), v[:,2:]], 1)
     return rotate_vectors(to_world.to(x.dtype), v.reshape(len(x), -1, 3))
 
 # %% ../nbs/31_predictor.ipynb #1acb7e59
@@ -209,6 +209,7 @@ class Layout:
     rows:Tensor      # (M,8) int64 voxels around each
     weights:Tensor   # (M,8) their shares
     hints:Tensor     # (M,hint_channels) motion of its neighbourhood
+    tables:dict=field(default_factory=dict) # of the U-Net's layers, filled by the first passes
 
 @torch.no_grad()
 def make_layout(
@@ -254,7 +255,7 @@ def encode(self:BasePredictor,
     own = [point_features(g, points, lay.seconds, lay.voxels.coords[lay.voxels.voxel], self.voxel), lay.hints]
     own = torch.cat(own + ([extra.float()] if self.n_extra else []), 1)
     v = replace(lay.voxels, features=voxel_features(own, lay.seconds, lay.voxels, self.cfg))
-    around = mix_voxels(self.unet(v, self.voxel.shape), lay.rows, lay.weights)
+    around = mix_voxels(self.unet(v, self.voxel.shape, lay.tables), lay.rows, lay.weights)
     return torch.cat([own, orientation(g.quats, to_ego), around], 1)
 
 # %% ../nbs/31_predictor.ipynb #e40559ce

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import atexit, os, shutil, tempfile
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np, torch
@@ -14,14 +15,16 @@ from .clips import Clip, ClipConfig, build_index, index_hash, load_index, select
 from .cache import LiftCache
 from .render import render
 from .refine import Flux4D, FullConfig
-from .train import Loader, Run, Trainer, config_from_dict, config_to_dict, every, merged, provenance, rebuilder, time_reconstruction
-from .house import metrics_table, repo_root
-from .nvs import EvalConfig, Evaluation, clip_video, evaluate_nvs
-from .flow_metrics import FlowScoreConfig, FlowScores, evaluate_flow, flow_report
+from .train import Loader, Run, Trainer, config_from_dict, config_to_dict, every, merged, provenance, rebuilder
+from .house import repo_root
+from .flow_metrics import FlowScoreConfig, FlowScores, check_bs_flow, clip_truth, score_clip
+from .nvs import EvalConfig, check_clip, evaluate_nvs
+from .record import About, check_baselines, evaluate, forget, one_clip_loader, seen
+from .report import analysis_lines, summary_table, write_report
 
 # %% auto #0
-__all__ = ['listed', 'frame_range', 'find_data', 'make_config', 'index_config', 'split_clips', 'seen', 'next_run', 'open_run',
-           'validation', 'metrics_of']
+__all__ = ['listed', 'frame_range', 'find_data', 'make_config', 'index_config', 'split_clips', 'next_run', 'open_run',
+           'background_flow', 'validation']
 
 # %% ../nbs/60_stage6.ipynb #9c1dbf7a
 def listed(
@@ -77,9 +80,10 @@ def index_config(
     cameras:tuple[str,...], # names
     train_logs:tuple[str,...], # () = every log that is not a test log
     eval_logs:tuple[str,...], # () = the paper's ten test logs
+    stride:int=0, # frames from one training clip to the next; 0 = the paper's
 )->ClipConfig:
     "How logs are cut when no index is given; a log may be on both sides."
-    over = dict(test_scenes=eval_logs) if eval_logs else {}
+    over = (dict(test_scenes=eval_logs) if eval_logs else {}) | (dict(interp_stride=stride, future_stride=stride) if stride else {})
     return ClipConfig(cameras=cameras, train_scenes=train_logs or None, **over)
 
 def split_clips(
@@ -94,16 +98,6 @@ def split_clips(
     data = PandaSet(root); clips = lambda **how: [Clip(data[r["scene_id"]], r) for r in select_clips(index, **how)]
     return (clips(split="train", exclude_frames=tuple(without), limit=max_train or None),
             clips(split="test", starts=starts or None, limit=max_eval or None))
-
-def seen(
-    train:list[Clip], # training clips
-    held:list[Clip], # evaluation clips
-)->str: # 'unseen logs', 'unseen frames of training logs', or how many frames were trained on
-    "What an evaluation says about generalisation."
-    used = {(c.log.id, f) for c in train for f in c.frames}; logs = {l for l,_ in used}
-    frames = [(c.log.id, f) for c in held for f in c.frames]; n = sum(f in used for f in frames)
-    if n: return f"training frames ({n} of {len(frames)} were trained on)"
-    return "unseen frames of training logs" if any(c.log.id in logs for c in held) else "unseen logs"
 
 # %% ../nbs/60_stage6.ipynb #83a72738
 def next_run(
@@ -129,30 +123,28 @@ def open_run(
     run.write("meta.json", meta)
     return run
 
+def background_flow(
+    loader:Loader, # read: its first clip
+    cfg:FlowScoreConfig, # how flow is scored
+)->Callable: # (clip, lifted Gaussians) -> Gaussians, velocity  ->  m a frame; None without labels
+    "How far a reconstruction of the first clip moves what stands still; its truth is read and checked once."
+    clip = loader.clips[0]; truth = lru_cache(1)(lambda: clip_truth(clip, cfg, loader.cfg.data.cameras))
+    def call(rebuild:Callable)->float|None:
+        s = FlowScores(cfg); score_clip(s, clip, *rebuild(clip, loader.lifted(0)), cfg, truth=truth())
+        return s.bs_flow.frames.mean
+    return call
+
 def validation(
     loader:Loader, # evaluation clips
     eval_cfg:EvalConfig, # how they are scored
 )->Callable: # a training callback for every `eval_every` steps
-    "Score the averaged weights and keep the best checkpoint (S6-32)."
+    "Score the averaged weights, watch the background (S6-30), keep the best checkpoint (S6-32)."
+    background = background_flow(loader, FlowScoreConfig(labels=eval_cfg.labels))
     def call(trainer:Trainer)->dict:
         rebuild = rebuilder(trainer.ema.module.eval(), loader)
         s = evaluate_nvs(rebuild, loader, trainer.cfg.render, eval_cfg, names=("model",)).scores["model"].as_dict()["full"]
-        found = {f"val_{k}": s[k]["psnr"]["mean"] for k in s if s[k]["count"]}
-        trainer.run.say(f"step {trainer.step:6d}  " + "  ".join(f"{k} {v:.2f} dB" for k,v in found.items()))
-        return found | trainer.keep_best(np.mean(list(found.values())))
+        found = {f"val_{k}": s[k]["psnr"]["mean"] for k in s if s[k]["count"]}; score = np.mean(list(found.values()))
+        if (bs := background(rebuild)) is not None: found["bs_flow"] = bs
+        trainer.run.say(f"step {trainer.step:6d}  " + "  ".join(f"{k} {v:.2f} dB" if k != "bs_flow" else f"background moves {v:.4f} m" for k,v in found.items()))
+        return found | trainer.keep_best(score)
     return every(loader.cfg.train.eval_every, call)
-
-# %% ../nbs/60_stage6.ipynb #9f4616c0
-def metrics_of(
-    ev:Evaluation, # scored variants
-    trainer:Trainer, # read: steps, training time
-    evaluated_on:str, # see `seen`
-    flow:dict[str,FlowScores], # scene flow of the model and of zero motion
-    timing:dict, # see `time_reconstruction`
-)->dict: # metrics.json
-    "The metrics of a run, with what produced them."
-    blocks = {n: dict(nvs=s.as_dict(), sky_alpha=s.sky.mean) for n,s in ev.scores.items()}
-    runtime = dict(train_seconds=trainer.seconds, iters=trainer.step, skipped_steps=trainer.skipped, seconds_per_clip=ev.seconds_per_clip.mean, seconds_per_frame=ev.seconds_per_frame.mean,
-                   gaussians_per_clip=ev.gaussians.mean, image_scale=trainer.cfg.data.image_scale, **provenance(trainer.device))
-    scene_flow = dict(scene_flow=flow["model"].as_dict(), zero_motion=dict(scene_flow=flow["zero_motion"].as_dict()))
-    return blocks.pop("model") | blocks | scene_flow | dict(per_clip=ev.per_clip, evaluated_on=evaluated_on, runtime=runtime | dict(reconstruction=timing))

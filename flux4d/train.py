@@ -435,7 +435,7 @@ class Trainer:
         self.cfg, self.loader, self.run, self.index_hash, self.device = cfg, loader, run, index_hash, loader.device
         self.model = build_model(cfg, kind).to(self.device)
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(cfg.train.ema), use_buffers=True)
-        self.opt = torch.optim.AdamW(self.model.parameters(), lr=cfg.train.lr, weight_decay=cfg.train.weight_decay)
+        self.opt = torch.optim.AdamW(self.model.parameters(), lr=cfg.train.lr, weight_decay=cfg.train.weight_decay, fused=torch.device(self.device).type == "cuda")
         self.step, self.skipped, self.best, self.seconds, self.callbacks = 0, 0, None, 0., []
 
 # %% ../nbs/32_train.ipynb #3fd8f1a2

@@ -5,7 +5,9 @@
 # %% ../nbs/30_unet.ipynb #f49903d6
 from __future__ import annotations
 import logging, warnings
+from copy import copy
 from dataclasses import dataclass
+from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,9 +21,9 @@ with warnings.catch_warnings():
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR) # nor do its containers ever meet torch's tracer
 
 # %% auto #0
-__all__ = ['grid_position', 'cell_key', 'pool_mean', 'voxelise', 'corner_weights', 'neighbours', 'mix_voxels',
-           'interpolate_voxels', 'SparseConv', 'conv_dtype', 'UNetConfig', 'VoxelNorm', 'make_norm', 'ConvBlock',
-           'SparseUNet']
+__all__ = ['AGAIN', 'grid_position', 'cell_key', 'count_rows', 'pool_mean', 'voxelise', 'corner_weights', 'neighbours',
+           'mix_voxels', 'interpolate_voxels', 'SparseConv', 'exchanged', 'kept_tables', 'conv_dtype', 'UNetConfig',
+           'VoxelNorm', 'make_norm', 'ConvBlock', 'SparseUNet']
 
 # %% ../nbs/30_unet.ipynb #02f5821b
 def grid_position(
@@ -42,14 +44,20 @@ def cell_key(
     return (cell[...,0]*ny + cell[...,1])*nz + cell[...,2]
 
 # %% ../nbs/30_unet.ipynb #a909cd69
+def count_rows(
+    row:Tensor, # (M,) int64, group of each point
+    n:int,      # number of groups
+)->Tensor: # (n,) int64
+    "How many points each group has; unlike `bincount` it does not wait for the GPU."
+    return row.new_zeros(n).index_add(0, row, torch.ones_like(row))
+
 def pool_mean(
     x:Tensor,   # (M,F) features of points
     row:Tensor, # (M,) int64, group of each point
     n:int,      # number of groups
 )->Tensor: # (n,F), 0 for an empty group
     "Mean of the features in each group."
-    count = torch.bincount(row, minlength=n).clamp_min(1)
-    return x.new_zeros(n, x.shape[1]).index_add(0, row, x)/count[:,None]
+    return x.new_zeros(n, x.shape[1]).index_add(0, row, x)/count_rows(row, n).clamp_min(1)[:,None]
 
 def voxelise(
     points:Tensor,   # (N,3) ego0, m
@@ -105,6 +113,8 @@ def interpolate_voxels(
     return mix_voxels(features, *neighbours(keys, points, cfg))
 
 # %% ../nbs/30_unet.ipynb #fe0f8b07
+AGAIN = ", again" # ends the name of a strided layer's table with its sides exchanged
+
 class SparseConv(spconv.conv.SparseConvolution):
     "A sparse 3D convolution that runs on the device and in the precision of its input."
 
@@ -115,15 +125,35 @@ class SparseConv(spconv.conv.SparseConvolution):
         kind:str="same", # 'same' = 3x3x3 on the voxels given, 'down' = 2x2x2 stride 2, 'up' = the inverse of the 'down' of the same key
     )->None:
         "Choose kernel and stride by kind."
-        same = kind == "same"
+        same, self.key, self.kind = kind == "same", key, kind
         super().__init__(3, n_in, n_out, 3 if same else 2, 1 if same else 2, bias=False, indice_key=key, subm=same, inverse=kind == "up")
 
     def forward(self,
         x:spconv.SparseConvTensor, # input voxels
     )->spconv.SparseConvTensor: # output voxels
-        "Convolve."
+        "Convolve; a 'down' whose table is there already reads it from the other side."
         self.algo = ConvAlgo.MaskImplicitGemm if x.features.is_cuda else ConvAlgo.Native
+        again = self.kind == "down" and x.find_indice_pair(self.key) is not None
+        self.inverse, self.indice_key = again or self.kind == "up", self.key + AGAIN*again
         return self._conv_forward(torch.is_grad_enabled(), x, self.weight.to(x.features.dtype), None)
+
+# %% ../nbs/30_unet.ipynb #97cd399c
+def exchanged(
+    table:Any, # spconv's table of a strided layer
+)->Any: # the same kind of table
+    "The table with its two sides exchanged."
+    t = copy(table); pairs = ("indices","out_indices"), ("spatial_shape","out_spatial_shape"), ("pair_fwd","pair_bwd"), ("pair_mask_fwd_splits","pair_mask_bwd_splits"), ("mask_argsort_fwd_splits","mask_argsort_bwd_splits")
+    for a,b in pairs:
+        if hasattr(table, a): setattr(t, a, getattr(table, b)); setattr(t, b, getattr(table, a))
+    if hasattr(table, "indice_pairs"): t.indice_pairs = table.indice_pairs.flip(0)
+    return t
+
+def kept_tables(
+    x:spconv.SparseConvTensor, # after the last layer
+)->dict: # name -> table
+    "The tables of a pass, ready to serve another one on the same voxels."
+    return x.indice_dict | {k + AGAIN: exchanged(d) for k,d in x.indice_dict.items() if not (d.is_subm or k.endswith(AGAIN))}
+
 
 # %% ../nbs/30_unet.ipynb #e0fcf0ae
 def conv_dtype(
@@ -233,13 +263,16 @@ def padded_shape(self:SparseUNet,
 def forward(self:SparseUNet,
     v:Voxels, # occupied cells with features (V,n_in)
     shape:tuple[int,int,int], # cells of the grid
+    tables:dict|None=None, # what earlier passes over the same voxels found out; filled here
 )->Tensor: # (V,n_out) float32, in the order of `v`
     "Features of each voxel in the light of its surroundings."
-    dtype, skips = conv_dtype(self.cfg.precision, v.features.device), []
+    dtype, skips, shape = conv_dtype(self.cfg.precision, v.features.device), [], self.padded_shape(shape)
+    known = {} if tables is None else tables.setdefault((torch.is_grad_enabled(), *shape), {})
     with torch.autocast(v.features.device.type, enabled=False):
-        x = spconv.SparseConvTensor(self.stem(v.features.float()).to(dtype), F.pad(v.coords, (1,0)).int(), self.padded_shape(shape), 1)
+        x = spconv.SparseConvTensor(self.stem(v.features.float()).to(dtype), F.pad(v.coords, (1,0)).int(), shape, 1, indice_dict=dict(known))
         for i,enc in enumerate(self.enc): x = enc(x if i == 0 else self.down[i-1](x)); skips.append(x)
         for i,dec in reversed(list(enumerate(self.dec))):
             x = self.up[i](x)
             x = dec(x.replace_feature(torch.cat([x.features, skips[i].features], 1)))
+        if not known: known.update(kept_tables(x))
         return x.features.float()

@@ -11,7 +11,7 @@ from torch import Tensor
 from .voxels import VoxelConfig
 
 # %% auto #0
-__all__ = ['VoteConfig', 'height_above_ground', 'occupancy', 'vote_shares', 'best_shift', 'votes']
+__all__ = ['VoteConfig', 'height_above_ground', 'stands', 'occupancy', 'vote_shares', 'best_shift', 'votes']
 
 # %% ../nbs/14_votes.ipynb #24c9c4fe
 @dataclass(frozen=True)
@@ -20,52 +20,65 @@ class VoteConfig:
     reach:int=16          # cells, largest shift along an axis between two input frames; 0 = no votes
     cell:float=.25        # m, edge of a cell on the ground
     block:int=4           # cells, edge of a block; three by three blocks vote together
+    gaps:int=3            # sweeps asked on each side; a shift must hold again and again
     height:tuple[float,float]=(.3, 3.) # m above the ground that counts; below is road, above are trees and signs
-    ground_cell:float=2.  # m, edge of the cells whose lowest point is the ground
+    ground_cell:float=2.  # m, edge of the cells in which the ground is looked for
+    ground_share:float=.2 # of a cell's points that may lie below its ground; filled gaps scatter
     still:float=.08       # 1/m, share of the votes that a longer shift must win to be preferred
+    lead:float=.25        # share of the votes by which a shift must beat standing still to be trusted
 
 # %% ../nbs/14_votes.ipynb #475e3613
 def height_above_ground(
     points:Tensor, # (M,3) ego0, m
     cell:float=2., # m, edge of the cells
-)->Tensor: # (M,) m, >= 0
-    "Height above the lowest point around."
-    ij = (points[:,:2]/cell).floor().long(); ij = ij - ij.amin(0); n = ij.amax(0) + 1; key = ij[:,0]*n[1] + ij[:,1]
-    low = points.new_full((int(n[0]*n[1]),), torch.inf).scatter_reduce(0, key, points[:,2], "amin").reshape(1, 1, *n.tolist())
-    return points[:,2] - (-F.max_pool2d(-low, 3, 1, 1)).flatten()[key]
+    share:float=.2, # of a cell's points below what counts as its ground
+    least:int=4,   # points, cells with fewer have no ground of their own
+)->Tensor: # (M,) m; 0 where no ground is near
+    "Height above the ground around, which few points may undercut."
+    ij = (points[:,:2]/cell).floor().long(); ij = ij - ij.amin(0); n = (ij.amax(0) + 1).tolist(); key = ij[:,0]*n[1] + ij[:,1]
+    order = points[:,2].argsort(); order = order[key[order].argsort(stable=True)]; count = key.new_zeros(n[0]*n[1]).index_add(0, key, torch.ones_like(key))
+    pick = order[(count.cumsum(0) - count + (share*count).long()).clamp_max(len(points) - 1)]
+    low = torch.where(count >= least, points[pick,2], torch.inf).reshape(1, 1, *n)
+    return (points[:,2] - (-F.max_pool2d(-low, 3, 1, 1)).flatten()[key]).nan_to_num(0., 0., 0.)
 
 # %% ../nbs/14_votes.ipynb #42f26b2b
+def stands(
+    points:Tensor, # (M,3) ego0, m
+    cfg:VoteConfig, # read: ground_cell, ground_share, height
+)->Tensor: # (M,) bool
+    "What stands above the road and below the trees."
+    h = height_above_ground(points, cfg.ground_cell, cfg.ground_share)
+    return (h > cfg.height[0]) & (h < cfg.height[1])
+
 def occupancy(
     points:Tensor, # (M,3) ego0, m
     sweep:Tensor,  # (M,) int64, number of each point's sweep, 0..S-1
     n:int,         # sweeps
     grid:VoxelConfig, # read: low, high
     cfg:VoteConfig,
-)->tuple[Tensor,Tensor]: # (S,X+2R,Y+2R) bool, with a border of the reach R; (M,2) int64 cell of each point, border included
+)->tuple[Tensor,Tensor]: # (S,X+2B,Y+2B) bool, with a border B of the reach over all gaps; (M,2) int64 cell of each point, border included
     "Ground cells in which something stands."
-    size = [int((b - a)/cfg.cell) + 2*cfg.reach for a,b in zip(grid.low[:2], grid.high[:2])]
-    ij = ((points[:,:2] - points.new_tensor(grid.low[:2]))/cfg.cell).floor().long() + cfg.reach
-    h = height_above_ground(points, cfg.ground_cell); up = (h > cfg.height[0]) & (h < cfg.height[1])
-    ij = torch.minimum(ij.clamp_min(cfg.reach), ij.new_tensor(size) - cfg.reach - 1)
+    border = cfg.reach*cfg.gaps; size = [int((b - a)/cfg.cell) + 2*border for a,b in zip(grid.low[:2], grid.high[:2])]
+    ij = ((points[:,:2] - points.new_tensor(grid.low[:2]))/cfg.cell).floor().long() + border
+    up = stands(points, cfg); ij = torch.minimum(ij.clamp_min(border), ij.new_tensor(size) - border - 1)
     occ = torch.zeros(n, *size, dtype=torch.bool, device=points.device); occ[sweep[up], ij[up,0], ij[up,1]] = True
     return occ, ij
 
 # %% ../nbs/14_votes.ipynb #488bb24f
 def vote_shares(
-    occ:Tensor, # (S,X+2R,Y+2R) bool, from `occupancy`
-    cfg:VoteConfig, # read: reach, block
+    occ:Tensor, # (S,X+2B,Y+2B) bool, from `occupancy`
+    cfg:VoteConfig, # read: reach, gaps, block
 )->Tensor: # (S,X/block,Y/block,(2R+1)^2) share of hits by shift, 0 where nothing stands
     "How well each shift lays the neighbouring sweeps over a block."
-    S, R, Y = len(occ), cfg.reach, occ.shape[2]; gx, gy = ((n - 2*R)//cfg.block for n in occ.shape[1:])
+    S, R, B, Y = len(occ), cfg.reach, cfg.reach*cfg.gaps, occ.shape[2]; gx, gy = ((n - 2*B)//cfg.block for n in occ.shape[1:])
     flat = torch.maximum(occ.float(), .5*F.max_pool2d(occ.float(), 3, 1, 1)).flatten(1) # a neighbouring cell is half a hit
     d = torch.arange(-R, R+1, device=occ.device); shift = (d[:,None]*Y + d).flatten()
     hits, asked = torch.zeros(S, gx*gy, len(shift), device=occ.device), torch.zeros(S, gx*gy, 1, device=occ.device)
     for k in range(S):
-        at = occ[k].nonzero(); x, y = torch.div(at - R, cfg.block, rounding_mode="floor").unbind(1); block = x.clamp_max(gx-1)*gy + y.clamp_max(gy-1)
-        for other, sign in ((k+1, 1), (k-1, -1)):
-            if not 0 <= other < S: continue
-            hits[k].index_add_(0, block, flat[other][(at[:,0]*Y + at[:,1])[:,None] + sign*shift])
-            asked[k].index_add_(0, block, torch.ones(len(at), 1, device=occ.device))
+        at = occ[k].nonzero(); x, y = torch.div(at - B, cfg.block, rounding_mode="floor").unbind(1); block = x.clamp_max(gx-1)*gy + y.clamp_max(gy-1)
+        others = [o for o in range(max(0, k - cfg.gaps), min(S, k + cfg.gaps + 1)) if o != k]
+        hits[k].index_add_(0, block, sum(flat[o][(at[:,0]*Y + at[:,1])[:,None] + (o - k)*shift] for o in others))
+        asked[k].index_add_(0, block, torch.full((len(at), 1), float(len(others)), device=occ.device))
     return _around(hits, gx, gy)/_around(asked, gx, gy).clamp_min(1)
 
 def _around(x:Tensor, gx:int, gy:int)->Tensor:
@@ -83,7 +96,7 @@ def best_shift(
     xy = torch.stack(torch.meshgrid(d, d, indexing="ij"), -1).reshape(-1,2).float()
     best = (share - cfg.still*cfg.cell*xy.norm(dim=1)).argmax(-1)[...,None]; i, j = best//S, best % S
     step = torch.tensor([-1,0,1], device=share.device); near_i, near_j = (i + step.repeat_interleave(3)).clamp(0, S-1), (j + step.repeat(3)).clamp(0, S-1)
-    near = near_i*S + near_j; w = share.gather(-1, near)**4
+    near = near_i*S + near_j; w = share.gather(-1, near)**8
     shift = (w[...,None]*xy[near]).sum(-2)/w.sum(-1, keepdim=True).clamp_min(1e-9)*cfg.cell
     return torch.cat([shift, share.gather(-1, best), share[...,S*S//2,None]], -1)
 
@@ -94,12 +107,13 @@ def votes(
     frame:Tensor,   # (M,) int64 source frame of each point
     grid:VoxelConfig, # read: low, high
     cfg:VoteConfig=VoteConfig(),
-)->Tensor: # (M,4) float32: velocity along x and y, m/s; share of votes for it; share for standing still; zeros with a single sweep
+)->Tensor: # (M,5) float32: velocity along x and y, m/s; share of votes for it; share for standing still; 1 where it is trusted, else 0; zeros with a single sweep
     "Where the sweeps say each point's neighbourhood is going."
     frames, sweep = torch.unique(frame, return_inverse=True); n = len(frames)
-    if n < 2: return points.new_zeros(len(points), 4).float()
+    if n < 2: return points.new_zeros(len(points), 5).float()
     mean = torch.zeros(n, device=points.device).index_add(0, sweep, seconds.float())/torch.bincount(sweep, minlength=n); gap = (mean[-1] - mean[0])/(n - 1)
     occ, ij = occupancy(points.float(), sweep, n, grid, cfg); found = best_shift(vote_shares(occ, cfg), cfg)
-    block = torch.div(ij - cfg.reach, cfg.block, rounding_mode="floor")
+    block = torch.div(ij - cfg.reach*cfg.gaps, cfg.block, rounding_mode="floor")
     block = torch.minimum(block, block.new_tensor(found.shape[1:3]) - 1)
-    return found[sweep, block[:,0], block[:,1]]/torch.stack([gap, gap, gap.new_ones(()), gap.new_ones(())])
+    said = found[sweep, block[:,0], block[:,1]]/torch.stack([gap, gap, gap.new_ones(()), gap.new_ones(())])
+    return torch.cat([said, ((said[:,2] - said[:,3] > cfg.lead) & stands(points.float(), cfg))[:,None].float()], 1)
