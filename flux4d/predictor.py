@@ -69,14 +69,14 @@ def motion_hints(
     "Drift in cells of every size, then the votes."
     p, v = points.float(), cfg.velocity_scale
     found = [drift(p, seconds, c, cfg.drift_height)*p.new_tensor([1/v, 1/v, 1/v, 2.]) for c in cfg.drift_cells]
-    if cfg.votes.reach: found.append(votes(p, seconds, frame, voxel, cfg.votes)*p.new_tensor([1/v, 1/v, 1., 1., 1.]))
+    if cfg.votes.reach: found.append(votes(p, seconds, frame, voxel, cfg.votes)*p.new_tensor([1/v, 1/v, 1., 1., 1., 1.]))
     return torch.cat(found + [p.new_zeros(len(p), 0)], 1)
 
 def hint_channels(
     cfg:PredictorConfig,
 )->int:
     "How many channels `motion_hints` gives."
-    return 4*len(cfg.drift_cells) + 5*bool(cfg.votes.reach)
+    return 4*len(cfg.drift_cells) + 6*bool(cfg.votes.reach)
 
 # %% ../nbs/31_predictor.ipynb #d030d7a3
 def point_features(
@@ -194,7 +194,9 @@ def decode_velocity(
 )->Tensor: # (M,l+1,3) coefficients, m/s^(j+1), world
     "Head output to velocity coefficients."
     n = 3*(cfg.degree + 1); v = bounded(cfg.velocity_scale*x[:,:n], cfg.velocity_bound)
-    if cfg.votes.reach: v = torch.cat([v[:,:2] + (hints[:,-1:] + torch.tanh(x[:,n:]))*cfg.velocity_scale*hints[:,-5:-3].to(x.dtype), v[:,2:]], 1)
+    if cfg.votes.reach:
+        vote, trust, may = cfg.velocity_scale*hints[:,-6:-4].to(x.dtype), hints[:,-2:-1].to(x.dtype), hints[:,-1:].to(x.dtype)
+        v = may*torch.cat([v[:,:2] + (trust + torch.tanh(x[:,n:]))*vote, v[:,2:]], 1)
     return rotate_vectors(to_world.to(x.dtype), v.reshape(len(x), -1, 3))
 
 # %% ../nbs/31_predictor.ipynb #1acb7e59

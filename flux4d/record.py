@@ -318,7 +318,7 @@ def reasons_of(
     empty = f"no labels in log {', '.join(bare)}" if all_bare else "nothing that moves is in view"; out = {}
     blocks = [("", m), *((f"{n}.", x) for n,x in others_in(m).items() if x["nvs"])]
     for p,b in blocks:
-        out |= {f"{p}nvs.dynamic.{k}": empty for k in SETTINGS if not b["nvs"]["dynamic"][k]["count"]}
+        out |= {f"{p}nvs.dynamic.{k}": empty if b["nvs"]["full"][k]["count"] else "the clips have no such frames" for k in SETTINGS if not b["nvs"]["dynamic"][k]["count"]}
         out |= {f"{p}nvs.{r}.{k}.depth_rmse": "no LiDAR return in the region" for r in REGIONS for k in SETTINGS if b["nvs"][r][k]["count"] and b["nvs"][r][k]["depth_rmse"]["mean"] is None}
         if b.get("sky_alpha", 0) is None: out[f"{p}sky_alpha"] = "no pixel is above every LiDAR return"
     out |= {f"per_clip.{i}.{n}.{k}": "the clip has no such frames" for i,r in m["per_clip"].items() for n,x in r.items() for k in SETTINGS if x[k] is None}

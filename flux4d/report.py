@@ -16,8 +16,8 @@ from .record import check_metrics
 # %% auto #0
 __all__ = ['TABLE1', 'TABLE2', 'TABLE4', 'TABLE5', 'TABLE6', 'ALSO', 'CLASS_COLUMNS', 'QUANTITIES', 'NOTE', 'CSS', 'table',
            'paper_rows', 'whole_logs', 'blocks_of', 'nvs_tables', 'flow_cells', 'class_cells', 'flow_tables',
-           'views_cells', 'summary_table', 'analysis_lines', 'clip_table', 'class_table', 'timing_lines', 'report_text',
-           'inline_html', 'to_html', 'write_report', 'read_record', 'side_by_side', 'report_main']
+           'views_cells', 'summary_table', 'analysis_lines', 'clip_table', 'class_table', 'timing_lines', 'empty_lines',
+           'report_text', 'inline_html', 'to_html', 'write_report', 'read_record', 'side_by_side', 'report_main']
 
 # %% ../nbs/45_report.ipynb #b6c63b46
 def table(
@@ -134,7 +134,7 @@ def views_cells(
     f:dict, # a `scene_flow`
 )->list: # PSNR, SSIM, D_RMSE, V_RMSE: interpolation in moving regions and in full, future in full
     "The cells of Tables 1 and 4."
-    cells = lambda r, k: [n and n[r][k][x]["mean"] for x in ("psnr","ssim","depth_rmse")] + [f["v_rmse"][r]["mean"]]
+    cells = lambda r, k: [n and n[r][k][x]["mean"] for x in ("psnr","ssim","depth_rmse")] + [f["v_rmse"][r]["mean"] if k != "future" or n is None or n["full"][k]["count"] else None]
     return cells("dynamic","interpolation") + cells("full","interpolation") + cells("full","future")
 
 def summary_table(
@@ -191,15 +191,22 @@ def timing_lines(
 NOTE = ("V_RMSE is taken at the returns of input frames, in m per 0.1 s and component, and is one number for interpolation and future; theta where the true flow exceeds 0.1 m per 0.1 s; "
         "S is an error in m, D a share of the motion. The time is that from a lift to a scene, on the machine named below.")
 
+def empty_lines(
+    reasons:dict[str,str], # dotted path: why it is null
+)->list[str]: # lines of text, one a reason
+    "What is empty, by its reason."
+    by = {w: [k for k,v in reasons.items() if v == w] for w in dict.fromkeys(reasons.values())}
+    return [f"- {', '.join(f'`{k}`' for k in ks[:4])}" + f" and {len(ks) - 4} more"*(len(ks) > 4) + f": {w}" for w,ks in by.items()]
+
 def report_text(
     m:dict, # a record
 )->str: # markdown
     "An evaluation in words, tables and pictures."
     views, (five, six), r = nvs_tables(m), flow_tables(m), m["nvs"]; part = lambda title, *body: [f"## {title}", *body]
     count = ", ".join(f"{k} {r['full'][k]['count']} ({r['dynamic'][k]['count']} with moving regions)" for k in SETTINGS)
-    lpips = ", ".join(f"{k} {x['mean']:.3f} ({x['count']})" for k,x in m["lpips"].items() if x and x["count"]) or m["reasons"].get("lpips", "none")
+    lpips = ", ".join(f"{k} {x['mean']:.3f} ({x['count']})" for k,x in m["lpips"].items() if x and x["count"])
     say = [f"# Evaluation of {m['subject']}", f"Clips: {m['clips']}, of logs {', '.join(m['logs'])}; evaluated on {m['evaluated_on']}. "
-           f"Target images: {count}. Scene flow: {m['scene_flow']['count']} frames, {m['scene_flow']['counts']['points']} returns. LPIPS of full images: {lpips}", f"Comparable with the paper: **{m['comparable']}**."]
+           f"Target images: {count}. Scene flow: {m['scene_flow']['count']} frames, {m['scene_flow']['counts']['points']} returns." + f" LPIPS of full images: {lpips}."*bool(lpips), f"Comparable with the paper: **{m['comparable']}**."]
     say += part("Summary", summary_table(m), NOTE) + part("Analysis", "\n".join(analysis_lines(m)))
     say += sum(map(part, ["Whole logs (paper Table 2)"] if whole_logs(m) else ["Interpolation (paper Table 1)", "Future, full images (paper Table 4)"], views), [])
     say += part("Scene flow (paper Table 5)", five)
@@ -207,7 +214,7 @@ def report_text(
     seen_as = lambda k, x: f"![{x['clip']}](worst/{k}.jpg)\n{x['psnr']:.2f} dB, frame {x['frame']} of {x['clip']} ({x['setting']}, {x['camera']}), prediction and photo"
     say += part("Worst frames", *(seen_as(k, x) for k,x in enumerate(m["worst"])))
     say += part("Films", *([f"![{Path(v).stem}]({v})\n[{Path(v).stem}]({v})" for v in m["videos"]] or ["None was asked for."]))
-    return "\n\n".join(say + part("Left empty", "\n".join(f"- `{k}`: {v}" for k,v in m["reasons"].items()) or "Nothing.")) + "\n"
+    return "\n\n".join(say + part("Left empty", "\n".join(empty_lines(m["reasons"])) or "Nothing.")) + "\n"
 
 # %% ../nbs/45_report.ipynb #5995adf6
 CSS = """body{font:14px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em} img{max-width:100%;display:block}

@@ -292,10 +292,10 @@ def rewind(self:Run,
 def provenance(
     device:Any="cpu", # torch device the run uses
 )->dict: # versions and machine
-    "Package version, git commit (else $FLUX4D_COMMIT), library versions and machine."
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(flux4d.__file__).parent)
+    "Package version, git commit ($FLUX4D_COMMIT where a copy of the code has no history of its own), library versions and machine."
+    home = Path(flux4d.__file__).parent; ask = lambda *a: subprocess.run(["git", *a], capture_output=True, text=True, cwd=home).stdout.strip()
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
-    commit = git.stdout.strip() if git.returncode == 0 else os.environ.get("FLUX4D_COMMIT")
+    commit = os.environ.get("FLUX4D_COMMIT") or ((ask("rev-parse", "HEAD") + " with changes"*bool(ask("status", "--porcelain", "--", str(home)))) or None)
     return dict(flux4d=flux4d.__version__, commit=commit, python=platform.python_version(),
                 torch=torch.__version__, machine=gpu or f"{platform.machine()}, {os.cpu_count()} cores", gpu=gpu)
 

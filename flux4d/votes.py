@@ -24,8 +24,10 @@ class VoteConfig:
     height:tuple[float,float]=(.3, 3.) # m above the ground that counts; below is road, above are trees and signs
     ground_cell:float=2.  # m, edge of the cells in which the ground is looked for
     ground_share:float=.2 # of a cell's points that may lie below its ground; filled gaps scatter
+    near:float=.75        # m, a sweep is asked whether something still stands here only if it has any point this near
     still:float=.08       # 1/m, share of the votes that a longer shift must win to be preferred
-    lead:float=.25        # share of the votes by which a shift must beat standing still to be trusted
+    lead:float=.3         # share of the votes by which a shift must beat standing still to be trusted
+    column:tuple[float,float]=(.1, 4.) # m above the ground, what moves with whatever stands in the same cell
 
 # %% ../nbs/14_votes.ipynb #475e3613
 def height_above_ground(
@@ -56,30 +58,35 @@ def occupancy(
     n:int,         # sweeps
     grid:VoxelConfig, # read: low, high
     cfg:VoteConfig,
-)->tuple[Tensor,Tensor]: # (S,X+2B,Y+2B) bool, with a border B of the reach over all gaps; (M,2) int64 cell of each point, border included
-    "Ground cells in which something stands."
+)->tuple[Tensor,Tensor,Tensor]: # (S,X+2B,Y+2B) bool, with a border B of the reach over all gaps; the same for cells with any point near; (M,2) int64 cell of each point, border included
+    "Ground cells in which something stands, and those that the sweep looked at."
     border = cfg.reach*cfg.gaps; size = [int((b - a)/cfg.cell) + 2*border for a,b in zip(grid.low[:2], grid.high[:2])]
     ij = ((points[:,:2] - points.new_tensor(grid.low[:2]))/cfg.cell).floor().long() + border
     up = stands(points, cfg); ij = torch.minimum(ij.clamp_min(border), ij.new_tensor(size) - border - 1)
-    occ = torch.zeros(n, *size, dtype=torch.bool, device=points.device); occ[sweep[up], ij[up,0], ij[up,1]] = True
-    return occ, ij
+    occ, near = torch.zeros(2, n, *size, dtype=torch.bool, device=points.device); r = round(cfg.near/cfg.cell)
+    occ[sweep[up], ij[up,0], ij[up,1]] = True; near[sweep, ij[:,0], ij[:,1]] = True
+    return occ, F.max_pool2d(near.float(), 2*r + 1, 1, r) > 0, ij
 
 # %% ../nbs/14_votes.ipynb #488bb24f
 def vote_shares(
     occ:Tensor, # (S,X+2B,Y+2B) bool, from `occupancy`
+    near:Tensor, # the same, from `occupancy`
     cfg:VoteConfig, # read: reach, gaps, block
-)->Tensor: # (S,X/block,Y/block,(2R+1)^2) share of hits by shift, 0 where nothing stands
+)->tuple[Tensor,Tensor]: # (S,X/block,Y/block,(2R+1)^2) share of hits by shift, 0 where nothing stands; (S,X/block,Y/block) share that stays, of the sweeps that look
     "How well each shift lays the neighbouring sweeps over a block."
     S, R, B, Y = len(occ), cfg.reach, cfg.reach*cfg.gaps, occ.shape[2]; gx, gy = ((n - 2*B)//cfg.block for n in occ.shape[1:])
     flat = torch.maximum(occ.float(), .5*F.max_pool2d(occ.float(), 3, 1, 1)).flatten(1) # a neighbouring cell is half a hit
     d = torch.arange(-R, R+1, device=occ.device); shift = (d[:,None]*Y + d).flatten()
-    hits, asked = torch.zeros(S, gx*gy, len(shift), device=occ.device), torch.zeros(S, gx*gy, 1, device=occ.device)
+    hits, asked, stay = (torch.zeros(S, gx*gy, n, device=occ.device) for n in (len(shift), 1, 2))
     for k in range(S):
         at = occ[k].nonzero(); x, y = torch.div(at - B, cfg.block, rounding_mode="floor").unbind(1); block = x.clamp_max(gx-1)*gy + y.clamp_max(gy-1)
         others = [o for o in range(max(0, k - cfg.gaps), min(S, k + cfg.gaps + 1)) if o != k]
-        hits[k].index_add_(0, block, sum(flat[o][(at[:,0]*Y + at[:,1])[:,None] + (o - k)*shift] for o in others))
+        here = at[:,0]*Y + at[:,1]; look = torch.stack([near[o].flatten()[here] for o in others]).float()
+        hits[k].index_add_(0, block, sum(flat[o][here[:,None] + (o - k)*shift] for o in others))
         asked[k].index_add_(0, block, torch.full((len(at), 1), float(len(others)), device=occ.device))
-    return _around(hits, gx, gy)/_around(asked, gx, gy).clamp_min(1)
+        stay[k].index_add_(0, block, torch.stack([(look*torch.stack([flat[o][here] for o in others])).sum(0), look.sum(0)], 1))
+    hits, asked, stay = (_around(x, gx, gy) for x in (hits, asked, stay))
+    return hits/asked.clamp_min(1), stay[...,0]/stay[...,1].clamp_min(1)
 
 def _around(x:Tensor, gx:int, gy:int)->Tensor:
     "Sum over each block and its eight neighbours."
@@ -89,6 +96,7 @@ def _around(x:Tensor, gx:int, gy:int)->Tensor:
 # %% ../nbs/14_votes.ipynb #60fcdc4f
 def best_shift(
     share:Tensor, # (...,(2R+1)^2) share of hits by shift
+    stay:Tensor, # (...) share that stays
     cfg:VoteConfig, # read: reach, cell, still
 )->Tensor: # (...,4) shift along x and y, m; its share; the share of standing still
     "What the votes say."
@@ -98,7 +106,7 @@ def best_shift(
     step = torch.tensor([-1,0,1], device=share.device); near_i, near_j = (i + step.repeat_interleave(3)).clamp(0, S-1), (j + step.repeat(3)).clamp(0, S-1)
     near = near_i*S + near_j; w = share.gather(-1, near)**8
     shift = (w[...,None]*xy[near]).sum(-2)/w.sum(-1, keepdim=True).clamp_min(1e-9)*cfg.cell
-    return torch.cat([shift, share.gather(-1, best), share[...,S*S//2,None]], -1)
+    return torch.cat([shift, share.gather(-1, best), torch.maximum(stay, share[...,S*S//2])[...,None]], -1)
 
 @torch.no_grad()
 def votes(
@@ -107,13 +115,14 @@ def votes(
     frame:Tensor,   # (M,) int64 source frame of each point
     grid:VoxelConfig, # read: low, high
     cfg:VoteConfig=VoteConfig(),
-)->Tensor: # (M,5) float32: velocity along x and y, m/s; share of votes for it; share for standing still; 1 where it is trusted, else 0; zeros with a single sweep
+)->Tensor: # (M,6) float32: velocity along x and y, m/s; share of votes for it; share for standing still; 1 where it is trusted; 1 where something stands that may move; zeros with a single sweep
     "Where the sweeps say each point's neighbourhood is going."
     frames, sweep = torch.unique(frame, return_inverse=True); n = len(frames)
-    if n < 2: return points.new_zeros(len(points), 5).float()
+    if n < 2: return points.new_zeros(len(points), 6).float()
     mean = torch.zeros(n, device=points.device).index_add(0, sweep, seconds.float())/torch.bincount(sweep, minlength=n); gap = (mean[-1] - mean[0])/(n - 1)
-    occ, ij = occupancy(points.float(), sweep, n, grid, cfg); found = best_shift(vote_shares(occ, cfg), cfg)
+    occ, near, ij = occupancy(points.float(), sweep, n, grid, cfg); found = best_shift(*vote_shares(occ, near, cfg), cfg)
     block = torch.div(ij - cfg.reach*cfg.gaps, cfg.block, rounding_mode="floor")
     block = torch.minimum(block, block.new_tensor(found.shape[1:3]) - 1)
     said = found[sweep, block[:,0], block[:,1]]/torch.stack([gap, gap, gap.new_ones(()), gap.new_ones(())])
-    return torch.cat([said, ((said[:,2] - said[:,3] > cfg.lead) & stands(points.float(), cfg))[:,None].float()], 1)
+    h = height_above_ground(points.float(), cfg.ground_cell, cfg.ground_share); may = occ[sweep, ij[:,0], ij[:,1]] & (h > cfg.column[0]) & (h < cfg.column[1])
+    return torch.cat([said, torch.stack([may & (said[:,2] - said[:,3] > cfg.lead), may], 1).float()], 1)
