@@ -12,11 +12,11 @@ from urllib.parse import quote, unquote
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['ROOMS', 'ROWS', 'row_ids', 'Notebook', 'read_notebook', 'repo_root', 'notebooks', 'notebooks_table', 'ids_in',
-           'row_sections', 'anchor', 'rows_table', 'measured', 'metrics_table', 'record_files', 'runs_of_record',
-           'run_summary', 'results_table', 'show_run', 'visible', 'output_text', 'as_markdown', 'relink', 'from_root',
-           'readme_text', 'readme_faults', 'write_readme', 'site_link', 'write_pages', 'differing', 'generated_faults',
-           'house_main']
+__all__ = ['ROOMS', 'ROWS', 'row_ids', 'RESULTS', 'Notebook', 'read_notebook', 'repo_root', 'notebooks', 'notebooks_table',
+           'ids_in', 'row_sections', 'anchor', 'rows_table', 'measured', 'metrics_table', 'record_files',
+           'runs_of_record', 'run_summary', 'results_row', 'results_table', 'show_run', 'visible', 'output_text',
+           'as_markdown', 'relink', 'from_root', 'readme_text', 'readme_faults', 'write_readme', 'site_link',
+           'write_pages', 'differing', 'generated_faults', 'house_main']
 
 # %% ../nbs/09_house.ipynb #0f1cdd0b
 @dataclass
@@ -156,10 +156,11 @@ def record_files(
     pictures = sorted(run.rglob("*.jpg")); size = sum(p.stat().st_size for p in pictures)
     if len(pictures) > 8 or size > 2**20:
         raise ValueError(f"{run.name}: {len(pictures)} JPEGs of {size/2**20:.2f} MB; a run of record keeps at most 8 of 1 MB in all: delete some")
-    needed = [run/n for n in ("config.yaml", "metrics.json", "metrics.jsonl")]
+    trained = not (run/"metrics.json").is_file() or json.loads((run/"metrics.json").read_text(encoding="utf-8")).get("runtime", {}).get("iters", 1)
+    needed = [run/n for n in ("config.yaml", "metrics.json", *["metrics.jsonl"]*bool(trained))]; report = [run/"report.md"]*(run/"report.md").is_file()
     missing = [p.name for p in needed if not p.is_file()] + ([] if list(run.glob("*.ipynb")) else ["the executed notebook"])
     if missing: raise FileNotFoundError(f"{run.name} is no complete run: {', '.join(missing)} missing; run it to its end first")
-    return [*sorted(run.glob("*.ipynb")), *needed, *pictures]
+    return [*sorted(run.glob("*.ipynb")), *needed, *report, *pictures]
 
 def runs_of_record(
     root:Path, # the repository
@@ -179,11 +180,25 @@ def run_summary(
     said = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k,v in notes.items())
     return f"**{run.name}**: {said}\n\n{metrics_table(metrics)}"
 
+RESULTS = {"full PSNR dB": "nvs full * psnr", "moving PSNR dB": "nvs dynamic * psnr", "depth RMSE m": "nvs full * depth_rmse", "FD EPE m": "scene_flow epe_3way FD", "at rest": "zero_motion scene_flow epe_3way FD", "BS EPE m": "scene_flow epe_3way BS"}
+
+def results_row(
+    run:Path, # a run's folder
+    metrics:dict, # its metrics
+)->str: # a row; interpolation / future where a metric has both
+    "A run in a line."
+    have = {" ".join(k): v for k,v,_ in measured(metrics)}; show = lambda v: "-" if v is None else f"{v:.4g}"; r = metrics["runtime"]
+    cells = [" / ".join(show(have.get(path.replace("*", s))) for s in (("interpolation","future") if "*" in path else ("",))) for path in RESULTS.values()]
+    name = f"[{run.name}](../papermill_runs/{run.name}/report.md)" if (run/"report.md").is_file() else run.name; took = f"{r['iters']} steps, {r['train_seconds']:.0f} s" if r.get("iters") else "nothing"
+    return f"| {name} | {metrics['evaluated_on']} | {took} | {r['machine']} | " + " | ".join(cells) + f" | {show((r.get('reconstruction') or {}).get('total'))} |"
+
 def results_table(
     root:Path, # the repository
 )->str: # markdown
-    "The runs of record, summed up."
-    return "\n\n".join(map(run_summary, runs_of_record(root))) or "No run of record is committed yet."
+    "The runs of record, a row each; those that measured something else are summed up below."
+    runs = {r: json.loads((r/"metrics.json").read_text(encoding="utf-8")) for r in runs_of_record(root)}; full = [r for r,m in runs.items() if {"nvs","scene_flow","runtime"} <= set(m)]
+    head = ["run","evaluated on","trained","machine",*RESULTS,"reconstruction s"]; table = ["| " + " | ".join(head) + " |", "| --- "*4 + "| ---: "*(len(head) - 4) + "|", *(results_row(r, runs[r]) for r in full)]
+    return "\n\n".join(["\n".join(table)]*bool(full) + [run_summary(r) for r in runs if r not in full]) or "No run of record is committed yet."
 
 # %% ../nbs/09_house.ipynb #c83eba61
 def show_run(

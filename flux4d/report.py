@@ -6,7 +6,7 @@
 from __future__ import annotations
 import argparse, base64, html, json, re, sys
 from pathlib import Path
-from .pandaset import DataError
+from .pandaset import DataError, atomic_write
 from .house import measured
 from .train import Run
 from .flow_metrics import GROUPS
@@ -17,7 +17,8 @@ from .record import check_metrics
 __all__ = ['TABLE1', 'TABLE2', 'TABLE4', 'TABLE5', 'TABLE6', 'ALSO', 'CLASS_COLUMNS', 'QUANTITIES', 'NOTE', 'CSS', 'table',
            'paper_rows', 'whole_logs', 'blocks_of', 'nvs_tables', 'flow_cells', 'class_cells', 'flow_tables',
            'views_cells', 'summary_table', 'analysis_lines', 'clip_table', 'class_table', 'timing_lines', 'empty_lines',
-           'report_text', 'inline_html', 'to_html', 'write_report', 'read_record', 'side_by_side', 'report_main']
+           'report_text', 'inline_html', 'to_html', 'write_pages', 'write_report', 'read_record', 'same_frames',
+           'with_baselines', 'side_by_side', 'report_main']
 
 # %% ../nbs/45_report.ipynb #b6c63b46
 def table(
@@ -247,12 +248,22 @@ def to_html(
     title = html.escape(text.splitlines()[0].lstrip("# "))
     return f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{CSS}</style>' + "\n".join(map(block, text.strip().split("\n\n"))) + "</html>\n"
 
+def write_pages(
+    folder:Path, # of a run, with its pictures
+    m:dict, # a record
+)->list[Path]: # report.md, report.html
+    "Write a record's two reports."
+    text = report_text(m); pages = {"report.md": text, "report.html": to_html(text, folder)}
+    for name, page in pages.items():
+        with atomic_write(folder/name) as tmp: tmp.write_text(page, encoding="utf-8")
+    return [folder/name for name in pages]
+
 def write_report(
     run:Run, # its folder holds the pictures
     m:dict, # a record
 )->list[Path]: # metrics.json, report.md, report.html
     "Write a checked record and its two reports; the record comes last, because it marks a run as finished."
-    text = report_text(check_metrics(m)); pages = [run.write("report.md", text), run.write("report.html", to_html(text, run.folder))]
+    pages = write_pages(run.folder, check_metrics(m))
     return [run.write("metrics.json", m), *pages]
 
 # %% ../nbs/45_report.ipynb #3622cac9
@@ -264,6 +275,24 @@ def read_record(
     if not path.is_file(): raise DataError(f"{path.parent.name}/{path.name}: no such file; give the folder of a run that reached its evaluation.")
     try: return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e: raise DataError(f"{path.parent.name}/{path.name}: is no JSON ({e}); evaluate the run again.") from e
+
+# %% ../nbs/45_report.ipynb #8fcf1319
+def same_frames(
+    a:dict, # a record
+    b:dict, # another
+)->bool:
+    "Whether two records scored the same images and returns."
+    marks = lambda m: [m["logs"], m["cameras"], m["views"], sorted(m["per_clip"]), m["runtime"]["image_scale"], m["scene_flow"]["count"], m["scene_flow"]["counts"]["points"]]
+    return marks(a) == marks(b)
+
+def with_baselines(
+    m:dict, # a record
+    others:dict[str,dict], # records by name, whose baselines are wanted
+)->dict: # a copy, the others' baselines beside its own; raises DataError for a record of other frames
+    "A record with the baselines that other runs scored on the same frames."
+    if bad := [n for n,o in others.items() if not same_frames(m, o)]: raise DataError(f"{bad[0]}: scored other frames than {m['subject']}; name runs over the same clips, cameras and image scale.")
+    place = lambda o: "" if o["runtime"]["machine"] == m["runtime"]["machine"] else f", on {o['runtime']['machine']}"
+    return m | dict(baselines={k + place(o): x for o in others.values() for k,x in o["baselines"].items() if k not in m["baselines"]} | m["baselines"])
 
 # %% ../nbs/45_report.ipynb #78be79fc
 def side_by_side(
@@ -281,11 +310,14 @@ def side_by_side(
 def report_main(
     argv:list[str]|None=None, # words of the command line; sys.argv when None
 )->int: # exit status
-    "Compare the metrics.json of several runs, mean and count, side by side."
+    "Compare the metrics.json of several runs, mean and count, side by side; or write the first one's report anew."
     ap = argparse.ArgumentParser(prog="flux4d-report", description=report_main.__doc__)
-    ap.add_argument("run", nargs="+", help="a run's folder, or its metrics.json"); a = ap.parse_args(argv)
+    ap.add_argument("run", nargs="+", help="a run's folder, or its metrics.json")
+    ap.add_argument("--report", action="store_true", help="write report.md and report.html of the first run, the baselines of the others beside its own"); a = ap.parse_args(argv)
     try:
         records = {}
         for p in map(Path, a.run): records[name if (name := (p if p.is_dir() else p.parent).resolve().name) not in records else str(p)] = read_record(p)
-        print(side_by_side(records)); return 0
+        if a.report: (_, m), *others = records.items(); print(*(p.name for p in write_pages(Path(a.run[0]), with_baselines(m, dict(others)))))
+        else: print(side_by_side(records))
+        return 0
     except DataError as e: print(e, file=sys.stderr); return 1

@@ -69,29 +69,27 @@ def occupancy(
 
 # %% ../nbs/14_votes.ipynb #488bb24f
 def vote_shares(
-    occ:Tensor, # (S,X+2B,Y+2B) bool, from `occupancy`
+    occ:Tensor,  # (S,X+2B,Y+2B) bool, from `occupancy`
     near:Tensor, # the same, from `occupancy`
     cfg:VoteConfig, # read: reach, gaps, block
-)->tuple[Tensor,Tensor]: # (S,X/block,Y/block,(2R+1)^2) share of hits by shift, 0 where nothing stands; (S,X/block,Y/block) share that stays, of the sweeps that look
+)->tuple[Tensor,Tensor,Tensor]: # (K,(2R+1)^2) share of hits by shift for the K blocks of all sweeps in which something stands; (K,) share that stays, of the sweeps that look; (S,X/block,Y/block) int64 row of each block, K = none
     "How well each shift lays the neighbouring sweeps over a block."
-    S, R, B, Y = len(occ), cfg.reach, cfg.reach*cfg.gaps, occ.shape[2]; gx, gy = ((n - 2*B)//cfg.block for n in occ.shape[1:])
-    flat = torch.maximum(occ.float(), .5*F.max_pool2d(occ.float(), 3, 1, 1)).flatten(1) # a neighbouring cell is half a hit
-    d = torch.arange(-R, R+1, device=occ.device); shift = (d[:,None]*Y + d).flatten()
-    hits, asked, stay = (torch.zeros(S, gx*gy, n, device=occ.device) for n in (len(shift), 1, 2))
-    for k in range(S):
-        at = occ[k].nonzero(); x, y = torch.div(at - B, cfg.block, rounding_mode="floor").unbind(1); block = x.clamp_max(gx-1)*gy + y.clamp_max(gy-1)
-        others = [o for o in range(max(0, k - cfg.gaps), min(S, k + cfg.gaps + 1)) if o != k]
-        here = at[:,0]*Y + at[:,1]; look = torch.stack([near[o].flatten()[here] for o in others]).float()
-        hits[k].index_add_(0, block, sum(flat[o][here[:,None] + (o - k)*shift] for o in others))
-        asked[k].index_add_(0, block, torch.full((len(at), 1), float(len(others)), device=occ.device))
-        stay[k].index_add_(0, block, torch.stack([(look*torch.stack([flat[o][here] for o in others])).sum(0), look.sum(0)], 1))
-    hits, asked, stay = (_around(x, gx, gy) for x in (hits, asked, stay))
-    return hits/asked.clamp_min(1), stay[...,0]/stay[...,1].clamp_min(1)
+    S, R, B, Y = len(occ), cfg.reach, cfg.reach*cfg.gaps, occ.shape[2]; gx, gy = ((n - 2*B)//cfg.block for n in occ.shape[1:]); sweep, x, y = occ.nonzero().unbind(1)
+    bx, by = (torch.div(v - B, cfg.block, rounding_mode="floor").clamp_max(n-1) for v,n in ((x, gx), (y, gy))); blocks, own = torch.unique((sweep*gx + bx)*gy + by, return_inverse=True)
+    flat = torch.maximum(occ.float(), .5*F.max_pool2d(occ.float(), 3, 1, 1)).flatten(1); here = x*Y + y # a neighbouring cell is half a hit
+    d = torch.arange(-R, R+1, device=occ.device); shift = (d[:,None]*Y + d).flatten(); hits, asked, stay = (torch.zeros(len(blocks), n, device=occ.device) for n in (len(shift), 1, 2))
+    for gap in (g for g in range(-cfg.gaps, cfg.gaps + 1) if g):
+        p = ((sweep + gap >= 0) & (sweep + gap < S)).nonzero()[:,0]; other, at, to = sweep[p] + gap, here[p], own[p]; look = near.flatten(1)[other, at].float()
+        hits.index_add_(0, to, flat[other[:,None], at[:,None] + gap*shift]); asked.index_add_(0, to, torch.ones_like(look)[:,None])
+        stay.index_add_(0, to, torch.stack([look*flat[other, at], look], 1))
+    row = torch.full((S*gx*gy,), len(blocks), device=occ.device); row[blocks] = torch.arange(len(blocks), device=occ.device); row = row.view(S, gx, gy)
+    hits, asked, stay = (_around(v, row) for v in (hits, asked, stay))
+    return hits/asked.clamp_min(1), stay[:,0]/stay[:,1].clamp_min(1), row
 
-def _around(x:Tensor, gx:int, gy:int)->Tensor:
+def _around(v:Tensor, row:Tensor)->Tensor:
     "Sum over each block and its eight neighbours."
-    x = x.reshape(len(x), gx, gy, -1).permute(0,3,1,2)
-    return F.avg_pool2d(x, 3, 1, 1, divisor_override=1).permute(0,2,3,1)
+    at = F.pad(row, (1,1,1,1), value=len(v)); there = (row < len(v)).nonzero().T; v = F.pad(v, (0,0,0,1))
+    return sum(v[at[there[0], there[1] + i, there[2] + j]] for i in range(3) for j in range(3))
 
 # %% ../nbs/14_votes.ipynb #60fcdc4f
 def best_shift(
@@ -120,9 +118,9 @@ def votes(
     frames, sweep = torch.unique(frame, return_inverse=True); n = len(frames)
     if n < 2: return points.new_zeros(len(points), 6).float()
     mean = torch.zeros(n, device=points.device).index_add(0, sweep, seconds.float())/torch.bincount(sweep, minlength=n); gap = (mean[-1] - mean[0])/(n - 1)
-    occ, near, ij = occupancy(points.float(), sweep, n, grid, cfg); found = best_shift(*vote_shares(occ, near, cfg), cfg)
+    occ, near, ij = occupancy(points.float(), sweep, n, grid, cfg); share, stay, row = vote_shares(occ, near, cfg); found = F.pad(best_shift(share, stay, cfg), (0,0,0,1))
     block = torch.div(ij - cfg.reach*cfg.gaps, cfg.block, rounding_mode="floor")
-    block = torch.minimum(block, block.new_tensor(found.shape[1:3]) - 1)
-    said = found[sweep, block[:,0], block[:,1]]/torch.stack([gap, gap, gap.new_ones(()), gap.new_ones(())])
+    block = torch.minimum(block, block.new_tensor(row.shape[1:]) - 1)
+    said = found[row[sweep, block[:,0], block[:,1]]]/torch.stack([gap, gap, gap.new_ones(()), gap.new_ones(())])
     h = height_above_ground(points.float(), cfg.ground_cell, cfg.ground_share); may = occ[sweep, ij[:,0], ij[:,1]] & (h > cfg.column[0]) & (h < cfg.column[1])
     return torch.cat([said, torch.stack([may & (said[:,2] - said[:,3] > cfg.lead), may], 1).float()], 1)
