@@ -20,7 +20,7 @@ from .clips import project_sweep
 __all__ = ['LABELS', 'BUCKETS', 'METAS', 'CLASSES', 'BUCKET_OF', 'META_OF', 'CuboidConfig', 'class_ids', 'Boxes', 'load_cuboids',
            'box_pose', 'points_in_boxes', 'assign_points', 'tracks', 'same_track', 'moves', 'majority', 'dynamic_uuids',
            'is_dynamic', 'label_table', 'draw_points', 'dynamic_mask', 'box_times', 'FlowTruth', 'flow_ground_truth',
-           'box_fit', 'check_labels']
+           'hidden', 'box_fit', 'check_labels']
 
 # %% ../nbs/05_cuboids.ipynb #294b1e52
 @dataclass
@@ -318,20 +318,32 @@ def flow_ground_truth(
     return FlowTruth(flow, known[owner], label[owner], moving[owner])
 
 # %% ../nbs/05_cuboids.ipynb #fdd89572
+def hidden(
+    boxes:Boxes, # M boxes
+    points:np.ndarray, # (N,3) returns, world, m
+    origin:np.ndarray, # (3,) where the beams start, world, m
+)->np.ndarray: # (M,) bool
+    "Boxes in front of which beams end, more than pass through."
+    x, to = points - origin, boxes.centre - origin; r, d = np.linalg.norm(x, axis=1), np.linalg.norm(to, axis=1); reach = np.linalg.norm(boxes.size, axis=1)/2
+    cone = x @ to.T >= r[:,None]*d*np.cos(np.arctan(boxes.size.min(1)/2/d))      # beams that meet the ball inside a box
+    before, beyond = (cone & (r[:,None] < d - reach)).sum(0), (cone & (r[:,None] > d + reach)).sum(0)
+    return (before > 0) & (before >= beyond)
+
 def box_fit(
     log:Log, # the log
     frame:int, # frame id of the returns
     label_frame:int|None=None, # frame id of the labels; None = the same
     cfg:CuboidConfig=CuboidConfig(), # what is near
     sensors:tuple[int,...]=(0,1), # LiDAR sensors
-)->tuple[np.ndarray,np.ndarray]: # returns in each near moving box (M,); the same with 0.3 m around it (M,)
+)->tuple[np.ndarray,np.ndarray,np.ndarray]: # returns in each near moving box (M,); the same with 0.3 m around it (M,); whether it is in sight (M,)
     "How well moving boxes fit the returns of a frame."
     k = frame if label_frame is None else label_frame; boxes, sweep = load_cuboids(log, k), log.sweep(frame, sensors)
     near = np.linalg.norm((boxes.centre - log.lidar_poses[frame][:3,3])[:,:2], axis=1) < cfg.near
     b = boxes[is_dynamic(log, k, cfg) & near & np.isin(boxes.sensor_id, (-1,*sensors))]
     b.centre[:,2] += .075; b.size[:,2] -= .15                             # copies: lift the floor by 15 cm
     mine = (b.sensor_id == -1) | (b.sensor_id == sweep.sensor[:,None])
-    return tuple((points_in_boxes(sweep.points, b, grow) & mine).sum(0) for grow in (0., np.array([.3,.3,0.])))
+    inside, around = ((points_in_boxes(sweep.points, b, grow) & mine).sum(0) for grow in (0., np.array([.3,.3,0.])))
+    return inside, around, (inside > 0) | ~hidden(b, sweep.points, log.lidar_poses[frame][:3,3])
 
 # %% ../nbs/05_cuboids.ipynb #a4303bab
 def check_labels(
@@ -339,11 +351,12 @@ def check_labels(
     frames:int|list[int], # frame ids in the LOG, of the returns
     shift:int=0, # read the labels this many frames late, to see what a fault looks like
     cfg:CuboidConfig=CuboidConfig(), # distance, share and number
-)->dict: # boxes; hit: share of them that contain returns; fit: share of the returns around them that are inside
+)->dict: # boxes; hit: share of them that contain returns, of those in sight if they are enough; fit: share of the returns around them that are inside
     "Stop when the moving boxes do not contain the returns."
     frames = [frames] if isinstance(frames, int) else list(frames)
-    inside, around = (np.concatenate(x) for x in zip(*(box_fit(log, f, f + shift, cfg) for f in frames))); n = len(inside)
-    found = dict(boxes=n, hit=float((inside > 0).mean()) if n else None, fit=float(inside.sum()/around.sum()) if around.any() else None)
+    inside, around, seen = (np.concatenate(x) for x in zip(*(box_fit(log, f, f + shift, cfg) for f in frames)))
+    asked = inside[seen] if seen.sum() >= cfg.min_boxes else inside; n = len(asked)
+    found = dict(boxes=n, hit=float((asked > 0).mean()) if n else None, fit=float(inside.sum()/around.sum()) if around.any() else None)
     if n >= cfg.min_boxes and found["hit"] < cfg.min_hit:
         report(log.cuboid_path(frames[0] + shift), f"has moving boxes near the sensor of which only {found['hit']:.0%} contain returns of frame {frames[0]}",
                "look labels up by the log's frame id, and get the files again if they were")
