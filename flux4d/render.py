@@ -12,7 +12,7 @@ from .gaussians import FLAT, Gaussians, LIDAR, advance
 from .raster import rasterise
 
 # %% auto #0
-__all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'pick_backend', 'render', 'compare_backends']
+__all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'pick_backend', 'backdrop', 'render', 'compare_backends']
 
 # %% ../nbs/21_render.ipynb #e542d582
 @dataclass
@@ -24,7 +24,7 @@ class RenderConfig:
     max_scale:float=1.   # m, largest standard deviation of a LiDAR Gaussian when drawn (supp. A.2)
     eps2d:float=.3       # px^2 added to each splat's variances
     antialiased:bool=False # lower a splat's opacity as eps2d widens it
-    background:tuple[float,float,float]=(0.,0.,0.) # colour where no Gaussian is
+    background:tuple[float,float,float]|None=None # colour where no Gaussian is; None: the mean colour of the LiDAR Gaussians
 
 # %% ../nbs/21_render.ipynb #7ee051f9
 @dataclass
@@ -108,6 +108,15 @@ def pick_backend(
     return table[backend]
 
 # %% ../nbs/21_render.ipynb #7e4326c6
+def backdrop(
+    g:Gaussians, # N Gaussians
+    cfg:RenderConfig, # read: background
+)->Tensor: # (3,) without graph
+    "What shows through where nothing is drawn."
+    if cfg.background is not None: return g.means.new_tensor(cfg.background)
+    solid = (g.kind == LIDAR).to(g.means)[:,None]
+    return (g.colours.detach()*solid).sum(0)/solid.sum().clamp_min(1)
+
 def render(
     g:Gaussians,            # N Gaussians, world
     velocity:Tensor|None,   # (N,l+1,3) m/s^(j+1), world; None = nothing moves
@@ -123,7 +132,7 @@ def render(
         values = _channels(g, means, views.world_to_cam.to(means), like(features))
         draw = pick_backend(cfg.backend, means.device)
         image,alpha = draw(means, g.unit_quats, drawn_scales(g, cfg.max_scale), g.opacities, values, views, cfg)
-        rgb = image[...,:3] + (1 - alpha)[...,None]*image.new_tensor(cfg.background)
+        rgb = image[...,:3] + (1 - alpha)[...,None]*backdrop(g, cfg)
         return Rendered(rgb, image[...,4]/image[...,3].clamp_min(1e-10), alpha, None if features is None else image[...,5:])
 
 def _channels(

@@ -144,6 +144,7 @@ def summary_table(
     "Ours, the baselines and the paper, by every metric of Tables 1, 4, 5 and 6."
     column = lambda n, f, s: views_cells(n, f) + flow_cells(f) + class_cells(f) + [s]
     ours = {"ours": column(m["nvs"], m["scene_flow"], m["runtime"]["seconds_per_clip"]/m["source_frames"])}
+    if "zero_velocity" in m: ours |= {"static": column(m["zero_velocity"]["nvs"], m["zero_motion"]["scene_flow"], None)} # ours, its motion removed
     ours |= {k: column(x["nvs"], x["scene_flow"], x["seconds_per_frame"]) for k,x in m["baselines"].items()}
     views = TABLE2[-1][1:] + [None]*4 if whole_logs(m) else TABLE1[-1][1:9] + TABLE4[-1][1:5] # of whole logs there is no future
     paper = views + TABLE5[-1][1:9] + TABLE6[-1][1:12] + ["0.31"]; note = "" if m["comparable"] == "yes" else " (not comparable: other logs)"
@@ -292,7 +293,7 @@ def with_baselines(
     "A record with the baselines that other runs scored on the same frames."
     if bad := [n for n,o in others.items() if not same_frames(m, o)]: raise DataError(f"{bad[0]}: scored other frames than {m['subject']}; name runs over the same clips, cameras and image scale.")
     place = lambda o: "" if o["runtime"]["machine"] == m["runtime"]["machine"] else f", on {o['runtime']['machine']}"
-    return m | dict(baselines={k + place(o): x for o in others.values() for k,x in o["baselines"].items() if k not in m["baselines"]} | m["baselines"])
+    return m | dict(baselines=m["baselines"] | {k + place(o): x for o in others.values() for k,x in o["baselines"].items() if k not in m["baselines"]})
 
 # %% ../nbs/45_report.ipynb #78be79fc
 def side_by_side(
