@@ -27,6 +27,7 @@ class VoteConfig:
     near:float=.75        # m, a sweep is asked whether something still stands here only if it has any point this near
     still:float=.08       # 1/m, share of the votes that a longer shift must win to be preferred
     lead:float=.3         # share of the votes by which a shift must beat standing still to be trusted
+    least:int=8           # standing cells in a block and its neighbours, below which a shift is not trusted
     column:tuple[float,float]=(.1, 4.) # m above the ground, what moves with whatever stands in the same cell
 
 # %% ../nbs/14_votes.ipynb #475e3613
@@ -72,19 +73,19 @@ def vote_shares(
     occ:Tensor,  # (S,X+2B,Y+2B) bool, from `occupancy`
     near:Tensor, # the same, from `occupancy`
     cfg:VoteConfig, # read: reach, gaps, block
-)->tuple[Tensor,Tensor,Tensor]: # (K,(2R+1)^2) share of hits by shift for the K blocks of all sweeps in which something stands; (K,) share that stays, of the sweeps that look; (S,X/block,Y/block) int64 row of each block, K = none
+)->tuple[Tensor,Tensor,Tensor,Tensor]: # (K,(2R+1)^2) share of hits by shift for the K blocks of all sweeps in which something stands; (K,) share that stays, of the sweeps that look; (K,) standing cells; (S,X/block,Y/block) int64 row of each block, K = none
     "How well each shift lays the neighbouring sweeps over a block."
     S, R, B, Y = len(occ), cfg.reach, cfg.reach*cfg.gaps, occ.shape[2]; gx, gy = ((n - 2*B)//cfg.block for n in occ.shape[1:]); sweep, x, y = occ.nonzero().unbind(1)
     bx, by = (torch.div(v - B, cfg.block, rounding_mode="floor").clamp_max(n-1) for v,n in ((x, gx), (y, gy))); blocks, own = torch.unique((sweep*gx + bx)*gy + by, return_inverse=True)
     flat = torch.maximum(occ.float(), .5*F.max_pool2d(occ.float(), 3, 1, 1)).flatten(1); here = x*Y + y # a neighbouring cell is half a hit
-    d = torch.arange(-R, R+1, device=occ.device); shift = (d[:,None]*Y + d).flatten(); hits, asked, stay = (torch.zeros(len(blocks), n, device=occ.device) for n in (len(shift), 1, 2))
+    d = torch.arange(-R, R+1, device=occ.device); shift = (d[:,None]*Y + d).flatten(); hits, asked, stay, cells = (torch.zeros(len(blocks), n, device=occ.device) for n in (len(shift), 1, 2, 1)); cells.index_add_(0, own, torch.ones_like(own)[:,None].float())
     for gap in (g for g in range(-cfg.gaps, cfg.gaps + 1) if g):
         p = ((sweep + gap >= 0) & (sweep + gap < S)).nonzero()[:,0]; other, at, to = sweep[p] + gap, here[p], own[p]; look = near.flatten(1)[other, at].float()
         hits.index_add_(0, to, flat[other[:,None], at[:,None] + gap*shift]); asked.index_add_(0, to, torch.ones_like(look)[:,None])
         stay.index_add_(0, to, torch.stack([look*flat[other, at], look], 1))
     row = torch.full((S*gx*gy,), len(blocks), device=occ.device); row[blocks] = torch.arange(len(blocks), device=occ.device); row = row.view(S, gx, gy)
-    hits, asked, stay = (_around(v, row) for v in (hits, asked, stay))
-    return hits/asked.clamp_min(1), stay[:,0]/stay[:,1].clamp_min(1), row
+    hits, asked, stay, cells = (_around(v, row) for v in (hits, asked, stay, cells))
+    return hits/asked.clamp_min(1), stay[:,0]/stay[:,1].clamp_min(1), cells[:,0], row
 
 def _around(v:Tensor, row:Tensor)->Tensor:
     "Sum over each block and its eight neighbours."
@@ -118,9 +119,10 @@ def votes(
     frames, sweep = torch.unique(frame, return_inverse=True); n = len(frames)
     if n < 2: return points.new_zeros(len(points), 6).float()
     mean = torch.zeros(n, device=points.device).index_add(0, sweep, seconds.float())/torch.bincount(sweep, minlength=n); gap = (mean[-1] - mean[0])/(n - 1)
-    occ, near, ij = occupancy(points.float(), sweep, n, grid, cfg); share, stay, row = vote_shares(occ, near, cfg); found = F.pad(best_shift(share, stay, cfg), (0,0,0,1))
+    occ, near, ij = occupancy(points.float(), sweep, n, grid, cfg); share, stay, cells, row = vote_shares(occ, near, cfg)
+    found = F.pad(torch.cat([best_shift(share, stay, cfg), (cells >= cfg.least)[:,None].float()], 1), (0,0,0,1))
     block = torch.div(ij - cfg.reach*cfg.gaps, cfg.block, rounding_mode="floor")
     block = torch.minimum(block, block.new_tensor(row.shape[1:]) - 1)
-    said = found[row[sweep, block[:,0], block[:,1]]]/torch.stack([gap, gap, gap.new_ones(()), gap.new_ones(())])
+    at = found[row[sweep, block[:,0], block[:,1]]]; said, enough = at[:,:4]/torch.stack([gap, gap, gap.new_ones(()), gap.new_ones(())]), at[:,4] > 0
     h = height_above_ground(points.float(), cfg.ground_cell, cfg.ground_share); may = occ[sweep, ij[:,0], ij[:,1]] & (h > cfg.column[0]) & (h < cfg.column[1])
-    return torch.cat([said, torch.stack([may & (said[:,2] - said[:,3] > cfg.lead), may], 1).float()], 1)
+    return torch.cat([said, torch.stack([may & enough & (said[:,2] - said[:,3] > cfg.lead), may], 1).float()], 1)
