@@ -11,7 +11,7 @@ from torch import Tensor
 from .voxels import VoxelConfig
 
 # %% auto #0
-__all__ = ['VoteConfig', 'height_above_ground', 'stands', 'occupancy', 'vote_shares', 'best_shift', 'votes']
+__all__ = ['VoteConfig', 'height_above_ground', 'stands', 'occupancy', 'vote_shares', 'best_shift', 'confirm', 'votes']
 
 # %% ../nbs/14_votes.ipynb #24c9c4fe
 @dataclass(frozen=True)
@@ -26,8 +26,12 @@ class VoteConfig:
     ground_share:float=.2 # of a cell's points that may lie below its ground; filled gaps scatter
     near:float=.75        # m, a sweep is asked whether something still stands here only if it has any point this near
     still:float=.08       # 1/m, share of the votes that a longer shift must win to be preferred
-    lead:float=.3         # share of the votes by which a shift must beat standing still to be trusted
-    least:int=8           # standing cells in a block and its neighbours, below which a shift is not trusted
+    lead:float=.3         # share of the votes by which a shift must beat standing still to be a witness
+    least:int=8           # standing cells in a block and its neighbours, below which it is none
+    hint:float=.2         # lead that is enough where witnesses confirm it
+    agree:float=2.5       # m/s, a witness's velocity is at most this far off
+    witnesses:int=2       # sweeps with a witness that a trusted vote needs
+    rounds:int=3          # times that what was confirmed becomes a witness itself
     column:tuple[float,float]=(.1, 4.) # m above the ground, what moves with whatever stands in the same cell
 
 # %% ../nbs/14_votes.ipynb #475e3613
@@ -107,6 +111,30 @@ def best_shift(
     shift = (w[...,None]*xy[near]).sum(-2)/w.sum(-1, keepdim=True).clamp_min(1e-9)*cfg.cell
     return torch.cat([shift, share.gather(-1, best), torch.maximum(stay, share[...,S*S//2])[...,None]], -1)
 
+
+# %% ../nbs/14_votes.ipynb #bbd8faec
+def confirm(
+    found:Tensor, # (K,4) from `best_shift`
+    cells:Tensor, # (K,) standing cells, from `vote_shares`
+    row:Tensor,   # (S,X/block,Y/block) int64 row of each block, K = none
+    gap:float,    # s from sweep to sweep
+    cfg:VoteConfig, # read: lead, least, hint, agree, witnesses, rounds, gaps, cell, block
+)->tuple[Tensor,Tensor]: # (K,2) shift, m, the mean over what agrees; (K,) bool, trusted
+    "Trust a vote where the sweep itself, and the sweeps in which the thing would be elsewhere, say the same."
+    K, G, place = len(found), cfg.gaps, (row < len(found)).nonzero(); place = place[row[row < K].argsort()]; at = F.pad(row, (1,1,1,1,G,G), value=K)
+    shift, lead = found[:,:2], found[:,2] - found[:,3]; sure = (lead > cfg.lead) & (cells >= cfg.least); i, j = torch.cartesian_prod(*[torch.arange(3, device=row.device)]*2).T
+    for _ in range(cfg.rounds):
+        count, total, known, theirs = torch.zeros_like(lead), shift, F.pad(sure, (0,1)), F.pad(shift, (0,0,0,1))
+        for k in range(-G, G + 1):
+            x, y = ((place[:,1+a] + .5 + k*shift[:,a]/(cfg.cell*cfg.block)).floor().long().clamp(-1, n)[:,None] for a,n in ((0, row.shape[1]), (1, row.shape[2])))
+            near = at[place[:,:1] + k + G, (x + i).clamp_max(at.shape[1] - 1), (y + j).clamp_max(at.shape[2] - 1)]
+            ok = known[near] & ((theirs[near] - shift[:,None]).norm(dim=2) < cfg.agree*gap) & (near != torch.arange(K, device=row.device)[:,None])
+            n = ok.sum(1); count = count + (n > 0); total = total + (theirs[near]*ok[...,None]).sum(1)/n.clamp_min(1)[:,None]
+        sure, shift = (lead > cfg.hint) & (count >= cfg.witnesses), total/(1 + count)[:,None]
+    return shift, sure
+
+
+# %% ../nbs/14_votes.ipynb #96918d08
 @torch.no_grad()
 def votes(
     points:Tensor,  # (M,3) ego0, m
@@ -120,9 +148,9 @@ def votes(
     if n < 2: return points.new_zeros(len(points), 6).float()
     mean = torch.zeros(n, device=points.device).index_add(0, sweep, seconds.float())/torch.bincount(sweep, minlength=n); gap = (mean[-1] - mean[0])/(n - 1)
     occ, near, ij = occupancy(points.float(), sweep, n, grid, cfg); share, stay, cells, row = vote_shares(occ, near, cfg)
-    found = F.pad(torch.cat([best_shift(share, stay, cfg), (cells >= cfg.least)[:,None].float()], 1), (0,0,0,1))
+    found = best_shift(share, stay, cfg); shift, sure = confirm(found, cells, row, gap, cfg); found = F.pad(torch.cat([shift/gap, found[:,2:], sure[:,None].float()], 1), (0,0,0,1))
     block = torch.div(ij - cfg.reach*cfg.gaps, cfg.block, rounding_mode="floor")
     block = torch.minimum(block, block.new_tensor(row.shape[1:]) - 1)
-    at = found[row[sweep, block[:,0], block[:,1]]]; said, enough = at[:,:4]/torch.stack([gap, gap, gap.new_ones(()), gap.new_ones(())]), at[:,4] > 0
+    said = found[row[sweep, block[:,0], block[:,1]]]
     h = height_above_ground(points.float(), cfg.ground_cell, cfg.ground_share); may = occ[sweep, ij[:,0], ij[:,1]] & (h > cfg.column[0]) & (h < cfg.column[1])
-    return torch.cat([said, torch.stack([may & enough & (said[:,2] - said[:,3] > cfg.lead), may], 1).float()], 1)
+    return torch.cat([said[:,:4], said[:,4:]*may[:,None], may[:,None].float()], 1)
