@@ -33,8 +33,8 @@ from .predictor import PredictorConfig, BasePredictor, Layout, make_layout
 # %% auto #0
 __all__ = ['DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'config_from_dict', 'merged', 'Batch', 'Loader',
            'input_views', 'Run', 'provenance', 'save_checkpoint', 'load_checkpoint', 'load_weights', 'lr_at',
-           'Flux4DBase', 'build_model', 'reconstruct', 'rebuilder', 'time_reconstruction', 'Trainer', 'load_model',
-           'every']
+           'Flux4DBase', 'build_model', 'reconstruct', 'rebuilder', 'time_reconstruction', 'Trainer', 'backed',
+           'load_model', 'every']
 
 # %% ../nbs/32_train.ipynb #eed09649
 @dataclass
@@ -60,6 +60,7 @@ class TrainConfig:
     views_per_step:int=2      # target views rendered in one call
     grad_accum_steps:int=1    # micro-steps a step averages over (G-03)
     supervise_inputs:bool=True # input frames are supervised beside the targets
+    random_background:bool=False # supervised views are drawn over another colour at every step
     fixed_target_frame:int|None=None # clip-relative frame that every step trains on (S5-15)
     prefetch:int=4            # micro-steps loaded ahead
     seed:int=0                # of weights, clip order and views
@@ -439,6 +440,14 @@ class Trainer:
         self.step, self.skipped, self.best, self.seconds, self.callbacks = 0, 0, None, 0., []
 
 # %% ../nbs/32_train.ipynb #3fd8f1a2
+def backed(
+    cfg:Config, # read: render, train
+    step:int, # training step
+)->RenderConfig: # how supervised views are drawn
+    "What shows through is the render's own background, or a colour that changes from step to step: a pure function of seed and step."
+    if not cfg.train.random_background: return cfg.render
+    return replace(cfg.render, background=tuple(np.random.default_rng([cfg.train.seed, 2, step]).random(3).tolist()))
+
 @patch
 def losses(self:Trainer,
     b:Batch, # one micro-step's data
@@ -446,7 +455,7 @@ def losses(self:Trainer,
     velocity:Tensor, # (N,l+1,3) m/s^(j+1), world
 )->dict: # scalars total, rgb, ssim, depth, vel, psnr
     "Render the supervised views, compare (paper Eq. 3-5, supp. A.1)."
-    out, weight = render_weighted(g, velocity, b.clip.time.duration, b.views, b.dt, self.cfg.render, self.cfg.flow)
+    out, weight = render_weighted(g, velocity, b.clip.time.duration, b.views, b.dt, backed(self.cfg, self.step), self.cfg.flow)
     return reconstruction_loss(out, b.views, velocity, g.kind, self.cfg.loss, weight)
 
 @patch

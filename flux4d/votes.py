@@ -27,10 +27,10 @@ class VoteConfig:
     near:float=.75        # m, a sweep is asked whether something still stands here only if it has any point this near
     still:float=.08       # 1/m, share of the votes that a longer shift must win to be preferred
     lead:float=.3         # share of the votes by which a shift must beat standing still to be a witness
-    least:int=8           # standing cells in a block and its neighbours, below which it is none
-    hint:float=.2         # lead that is enough where witnesses confirm it
+    least:int=4           # standing cells in a block and its neighbours, below which it is none
+    hint:float=.15        # lead that is enough where witnesses confirm it
     agree:float=2.5       # m/s, a witness's velocity is at most this far off
-    witnesses:int=2       # sweeps with a witness that a trusted vote needs
+    witnesses:int=3       # sweeps with a witness that a trusted vote needs
     rounds:int=3          # times that what was confirmed becomes a witness itself
     column:tuple[float,float]=(.1, 4.) # m above the ground, what moves with whatever stands in the same cell
 
