@@ -18,7 +18,7 @@ from .unet import SparseUNet, UNetConfig, count_rows, grid_position, mix_voxels,
 # %% auto #0
 __all__ = ['PredictorConfig', 'drift', 'motion_hints', 'hint_channels', 'point_features', 'orientation', 'time_bins',
            'binned_features', 'voxel_features', 'point_channels', 'voxel_channels', 'bounded', 'make_head',
-           'decode_residual', 'motion_channels', 'decode_velocity', 'Layout', 'make_layout', 'BasePredictor']
+           'decode_residual', 'motion_channels', 'decode_velocity', 'settle', 'Layout', 'make_layout', 'BasePredictor']
 
 # %% ../nbs/31_predictor.ipynb #fc4def75
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class PredictorConfig:
     colour_bound:float=4.     # largest change of a colour logit
     velocity_scale:float=10.  # m/s per unit of the head's output
     velocity_bound:float=50.  # largest velocity component, m/s
+    settle:float=.5           # m/s, a departure from the first guess counts, once trained, by what it exceeds this
 
 # %% ../nbs/31_predictor.ipynb #31b71d9f
 def drift(
@@ -191,13 +192,23 @@ def decode_velocity(
     hints:Tensor,    # (M,hint_channels) from `motion_hints`
     to_world:Tensor, # (4,4) ego0-to-world
     cfg:PredictorConfig,
+    settled:bool=False, # True: small departures from the first guess are noise
 )->Tensor: # (M,l+1,3) coefficients, m/s^(j+1), world
     "Head output to velocity coefficients."
-    n = 3*(cfg.degree + 1); v = bounded(cfg.velocity_scale*x[:,:n], cfg.velocity_bound)
+    n = 3*(cfg.degree + 1); leave = bounded(cfg.velocity_scale*x[:,:n], cfg.velocity_bound); may, guess = 1., torch.zeros_like(leave)
     if cfg.votes.reach:
         vote, trust, may = cfg.velocity_scale*hints[:,-6:-4].to(x.dtype), hints[:,-2:-1].to(x.dtype), hints[:,-1:].to(x.dtype)
-        v = may*torch.cat([v[:,:2] + (trust + torch.tanh(x[:,n:]))*vote, v[:,2:]], 1)
-    return rotate_vectors(to_world.to(x.dtype), v.reshape(len(x), -1, 3))
+        leave = torch.cat([leave[:,:2] + torch.tanh(x[:,n:])*vote, leave[:,2:]], 1); guess = torch.cat([trust*vote, guess[:,2:]], 1)
+    if settled: leave = settle(leave, cfg.settle)
+    return rotate_vectors(to_world.to(x.dtype), (may*(guess + leave)).reshape(len(x), -1, 3))
+
+def settle(
+    leave:Tensor, # (M,3(l+1)) departures, velocity first
+    least:float,  # m/s
+)->Tensor: # same shape
+    "The departure's velocity shortened by `least`, all its blocks in proportion."
+    pace = leave[:,:3].norm(dim=1, keepdim=True)
+    return leave*(pace - least).clamp_min(0)/pace.clamp_min(1e-9)
 
 # %% ../nbs/31_predictor.ipynb #1acb7e59
 @dataclass
@@ -273,7 +284,7 @@ def forward(self:BasePredictor,
     if len(lay.at):
         some = g[lay.at]; h = self.encode(some, lay, None if extra is None else extra[lay.at])
         dG = dG.index_copy(0, lay.at, decode_residual(self.attributes(h).to(like), some, lay.to_world, self.cfg))
-        if self.motion: velocity = velocity.index_copy(0, lay.at, decode_velocity(self.motion(h).to(like), lay.hints, lay.to_world, self.cfg))
+        if self.motion: velocity = velocity.index_copy(0, lay.at, decode_velocity(self.motion(h).to(like), lay.hints, lay.to_world, self.cfg, settled=not self.training))
     return dG, velocity if self.motion else None
 
 @patch

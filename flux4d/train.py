@@ -60,7 +60,7 @@ class TrainConfig:
     views_per_step:int=2      # target views rendered in one call
     grad_accum_steps:int=1    # micro-steps a step averages over (G-03)
     supervise_inputs:bool=True # input frames are supervised beside the targets
-    random_background:bool=False # supervised views are drawn over another colour at every step
+    random_background:bool=True # supervised views are drawn over another colour at every step
     fixed_target_frame:int|None=None # clip-relative frame that every step trains on (S5-15)
     prefetch:int=4            # micro-steps loaded ahead
     seed:int=0                # of weights, clip order and views
@@ -124,6 +124,7 @@ class Batch:
     inputs:Callable     # () -> InputViews, all that a reconstruction may look at
     views:TargetViews|None=None # supervised views; None where nothing is supervised
     dt:Tensor|None=None # (V,) s from each of them to the next frame
+    number:int=0        # of the micro-step, from 0
 
 class Loader:
     "Batches by step number; decoded frames and lifted clips stay in memory, the next ones load in threads."
@@ -233,7 +234,7 @@ def _load(self:Loader, step:int, micro:int)->Batch:
     "Load one batch."
     i, pairs = self.draw(step, micro); clip = self.clips[i]
     views = self.views(clip, pairs)
-    return Batch(clip, self.lifted(i), self.layout(i), lambda: self.inputs(clip), views, view_gaps(clip, views))
+    return Batch(clip, self.lifted(i), self.layout(i), lambda: self.inputs(clip), views, view_gaps(clip, views), step*self.cfg.train.grad_accum_steps + micro)
 
 # %% ../nbs/32_train.ipynb #47ff966d
 class Run:
@@ -442,11 +443,11 @@ class Trainer:
 # %% ../nbs/32_train.ipynb #3fd8f1a2
 def backed(
     cfg:Config, # read: render, train
-    step:int, # training step
+    number:int, # of the micro-step
 )->RenderConfig: # how supervised views are drawn
-    "What shows through is the render's own background, or a colour that changes from step to step: a pure function of seed and step."
+    "What shows through is the render's own background, or a colour that changes from micro-step to micro-step: a pure function of seed and micro-step."
     if not cfg.train.random_background: return cfg.render
-    return replace(cfg.render, background=tuple(np.random.default_rng([cfg.train.seed, 2, step]).random(3).tolist()))
+    return replace(cfg.render, background=tuple(np.random.default_rng([cfg.train.seed, 2, number]).random(3).tolist()))
 
 @patch
 def losses(self:Trainer,
@@ -455,7 +456,7 @@ def losses(self:Trainer,
     velocity:Tensor, # (N,l+1,3) m/s^(j+1), world
 )->dict: # scalars total, rgb, ssim, depth, vel, psnr
     "Render the supervised views, compare (paper Eq. 3-5, supp. A.1)."
-    out, weight = render_weighted(g, velocity, b.clip.time.duration, b.views, b.dt, backed(self.cfg, self.step), self.cfg.flow)
+    out, weight = render_weighted(g, velocity, b.clip.time.duration, b.views, b.dt, backed(self.cfg, b.number), self.cfg.flow)
     return reconstruction_loss(out, b.views, velocity, g.kind, self.cfg.loss, weight)
 
 @patch
