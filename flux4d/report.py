@@ -228,7 +228,7 @@ def inline_html(
 )->str: # HTML; pictures as data, films as links
     "Pictures, links, bold and code."
     data = lambda p: "data:image/jpeg;base64," + base64.b64encode((folder/p).read_bytes()).decode()
-    src = lambda p: p if p.endswith(".webp") else data(p) # a film stays a file
+    src = lambda p: data(p) if not p.endswith(".webp") and (folder/p).is_file() else p # a film stays a file, and so does a picture that was left behind
     text = re.sub(r"!\[([^\]]*)\]\(([^)]+)\)", lambda x: f'<img alt="{x[1]}" src="{src(html.unescape(x[2]))}">', html.escape(text, quote=False))
     for a,b in ((r"\[([^\]]+)\]\(([^)]+)\)", r'<a href="\2">\1</a>'), (r"\*\*(.+?)\*\*", r"<b>\1</b>"), (r"`([^`]+)`", r"<code>\1</code>")): text = re.sub(a, b, text)
     return text
