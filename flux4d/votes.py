@@ -11,7 +11,7 @@ from torch import Tensor
 from .voxels import VoxelConfig
 
 # %% auto #0
-__all__ = ['VoteConfig', 'height_above_ground', 'stands', 'occupancy', 'vote_shares', 'best_shift', 'confirm', 'votes']
+__all__ = ['VoteConfig', 'height_above_ground', 'occupancy', 'vote_shares', 'best_shift', 'confirm', 'votes']
 
 # %% ../nbs/14_votes.ipynb #24c9c4fe
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class VoteConfig:
     least:int=4           # standing cells in a block and its neighbours, below which it is none
     hint:float=.15        # lead that is enough where witnesses confirm it
     agree:float=2.5       # m/s, a witness's velocity is at most this far off
-    witnesses:int=3       # sweeps with a witness that a trusted vote needs
+    witnesses:int=3       # sweeps with a witness that a trusted vote needs, or all there are
     rounds:int=3          # times that what was confirmed becomes a witness itself
     column:tuple[float,float]=(.1, 4.) # m above the ground, what moves with whatever stands in the same cell
 
@@ -49,25 +49,18 @@ def height_above_ground(
     return (points[:,2] - (-F.max_pool2d(-low, 3, 1, 1)).flatten()[key]).nan_to_num(0., 0., 0.)
 
 # %% ../nbs/14_votes.ipynb #42f26b2b
-def stands(
-    points:Tensor, # (M,3) ego0, m
-    cfg:VoteConfig, # read: ground_cell, ground_share, height
-)->Tensor: # (M,) bool
-    "What stands above the road and below the trees."
-    h = height_above_ground(points, cfg.ground_cell, cfg.ground_share)
-    return (h > cfg.height[0]) & (h < cfg.height[1])
-
 def occupancy(
     points:Tensor, # (M,3) ego0, m
+    height:Tensor, # (M,) above ground, m
     sweep:Tensor,  # (M,) int64, number of each point's sweep, 0..S-1
     n:int,         # sweeps
     grid:VoxelConfig, # read: low, high
     cfg:VoteConfig,
 )->tuple[Tensor,Tensor,Tensor]: # (S,X+2B,Y+2B) bool, with a border B of the reach over all gaps; the same for cells with any point near; (M,2) int64 cell of each point, border included
-    "Ground cells in which something stands, and those that the sweep looked at."
+    "Ground cells in which something stands, above the road and below the trees, and those that the sweep looked at."
     border = cfg.reach*cfg.gaps; size = [int((b - a)/cfg.cell) + 2*border for a,b in zip(grid.low[:2], grid.high[:2])]
     ij = ((points[:,:2] - points.new_tensor(grid.low[:2]))/cfg.cell).floor().long() + border
-    up = stands(points, cfg); ij = torch.minimum(ij.clamp_min(border), ij.new_tensor(size) - border - 1)
+    up = (height > cfg.height[0]) & (height < cfg.height[1]); ij = torch.minimum(ij.clamp_min(border), ij.new_tensor(size) - border - 1)
     occ, near = torch.zeros(2, n, *size, dtype=torch.bool, device=points.device); r = round(cfg.near/cfg.cell)
     occ[sweep[up], ij[up,0], ij[up,1]] = True; near[sweep, ij[:,0], ij[:,1]] = True
     return occ, F.max_pool2d(near.float(), 2*r + 1, 1, r) > 0, ij
@@ -111,7 +104,6 @@ def best_shift(
     shift = (w[...,None]*xy[near]).sum(-2)/w.sum(-1, keepdim=True).clamp_min(1e-9)*cfg.cell
     return torch.cat([shift, share.gather(-1, best), torch.maximum(stay, share[...,S*S//2])[...,None]], -1)
 
-
 # %% ../nbs/14_votes.ipynb #bbd8faec
 def confirm(
     found:Tensor, # (K,4) from `best_shift`
@@ -126,13 +118,12 @@ def confirm(
     for _ in range(cfg.rounds):
         count, total, known, theirs = torch.zeros_like(lead), shift, F.pad(sure, (0,1)), F.pad(shift, (0,0,0,1))
         for k in range(-G, G + 1):
-            x, y = ((place[:,1+a] + .5 + k*shift[:,a]/(cfg.cell*cfg.block)).floor().long().clamp(-1, n)[:,None] for a,n in ((0, row.shape[1]), (1, row.shape[2])))
-            near = at[place[:,:1] + k + G, (x + i).clamp_max(at.shape[1] - 1), (y + j).clamp_max(at.shape[2] - 1)]
+            x, y = ((place[:,1+a] + .5 + k*shift[:,a]/(cfg.cell*cfg.block)).floor().long()[:,None] for a in (0, 1))
+            near = at[place[:,:1] + k + G, (x + i).clamp(0, at.shape[1] - 1), (y + j).clamp(0, at.shape[2] - 1)] # the border holds no block
             ok = known[near] & ((theirs[near] - shift[:,None]).norm(dim=2) < cfg.agree*gap) & (near != torch.arange(K, device=row.device)[:,None])
             n = ok.sum(1); count = count + (n > 0); total = total + (theirs[near]*ok[...,None]).sum(1)/n.clamp_min(1)[:,None]
-        sure, shift = (lead > cfg.hint) & (count >= cfg.witnesses), total/(1 + count)[:,None]
+        sure, shift = (lead > cfg.hint) & (count >= min(cfg.witnesses, len(row))), total/(1 + count)[:,None]
     return shift, sure
-
 
 # %% ../nbs/14_votes.ipynb #96918d08
 @torch.no_grad()
@@ -147,10 +138,10 @@ def votes(
     frames, sweep = torch.unique(frame, return_inverse=True); n = len(frames)
     if n < 2: return points.new_zeros(len(points), 6).float()
     mean = torch.zeros(n, device=points.device).index_add(0, sweep, seconds.float())/torch.bincount(sweep, minlength=n); gap = (mean[-1] - mean[0])/(n - 1)
-    occ, near, ij = occupancy(points.float(), sweep, n, grid, cfg); share, stay, cells, row = vote_shares(occ, near, cfg)
+    h = height_above_ground(points.float(), cfg.ground_cell, cfg.ground_share); occ, near, ij = occupancy(points.float(), h, sweep, n, grid, cfg); share, stay, cells, row = vote_shares(occ, near, cfg)
     found = best_shift(share, stay, cfg); shift, sure = confirm(found, cells, row, gap, cfg); found = F.pad(torch.cat([shift/gap, found[:,2:], sure[:,None].float()], 1), (0,0,0,1))
     block = torch.div(ij - cfg.reach*cfg.gaps, cfg.block, rounding_mode="floor")
     block = torch.minimum(block, block.new_tensor(row.shape[1:]) - 1)
     said = found[row[sweep, block[:,0], block[:,1]]]
-    h = height_above_ground(points.float(), cfg.ground_cell, cfg.ground_share); may = occ[sweep, ij[:,0], ij[:,1]] & (h > cfg.column[0]) & (h < cfg.column[1])
+    may = occ[sweep, ij[:,0], ij[:,1]] & (h > cfg.column[0]) & (h < cfg.column[1])
     return torch.cat([said[:,:4], said[:,4:]*may[:,None], may[:,None].float()], 1)
