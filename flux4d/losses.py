@@ -25,6 +25,7 @@ class LossConfig:
     velocity:float=5e-3 # weight of the mean speed, s/m
     use_depth:bool=True # False: no depth supervision
     max_depth:float|None=None # returns beyond do not supervise, m; None = every return counts
+    berhu:float|None=None # depth errors beyond count by their square, m; None = L1 throughout (paper)
     ssim_window:int=11 # side of the Gaussian window, px
     ssim_sigma:float=1.5 # its standard deviation, px
 
@@ -121,10 +122,11 @@ def depth_loss(
     pred:Tensor, # (V,H,W) expected depth, m
     gt:Tensor,   # (V,H,W) projected LiDAR depth, m, 0 = none
     max_depth:float|None=None, # returns beyond do not count, m
+    berhu:float|None=None, # m, errors beyond count by their square; None = L1 throughout
 )->Tensor: # scalar, m
-    "L1 in metres over the pixels that have a return (Eq. 4)."
-    valid = gt > 0 if max_depth is None else (gt > 0) & (gt <= max_depth)
-    return mean_where((pred - gt).abs(), valid)
+    "L1 in metres over the pixels that have a return (Eq. 4), or the reverse Huber loss (Laina et al. 2016), which meets it smoothly."
+    off, valid = (pred - gt).abs(), gt > 0 if max_depth is None else (gt > 0) & (gt <= max_depth)
+    return mean_where(off if berhu is None else torch.where(off > berhu, (off*off + berhu*berhu)/(2*berhu), off), valid)
 
 # %% ../nbs/22_losses.ipynb #0b9ea779
 def velocity_loss(
@@ -154,7 +156,7 @@ def reconstruction_loss(
     zero = rendered.rgb.new_zeros(())
     l = dict(rgb=rgb_loss(rendered.rgb, views.images, weight),
              ssim=1 - ssim(rendered.rgb, views.images, cfg.ssim_window, cfg.ssim_sigma),
-             depth=depth_loss(rendered.depth, views.depth, cfg.max_depth) if cfg.use_depth and views.depth is not None else zero,
+             depth=depth_loss(rendered.depth, views.depth, cfg.max_depth, cfg.berhu) if cfg.use_depth and views.depth is not None else zero,
              vel=zero if velocity is None else velocity_loss(velocity, kind))
     total = cfg.rgb*l["rgb"] + cfg.ssim*l["ssim"] + cfg.depth*l["depth"] + cfg.velocity*l["vel"]
     with torch.no_grad(): mse = (rendered.rgb.clamp(0,1) - views.images).square().mean()

@@ -90,13 +90,14 @@ def split_clips(
     root:Path, # data root
     index:dict, # clip index
     without:set[int], # log frame ids that training must not touch
+    settings:tuple[str,...], # kinds of training clip, () = all
     starts:tuple[int,...], # first frames of evaluation clips, () = all
     max_train:int, # 0 = all
     max_eval:int, # 0 = all
 )->tuple[list[Clip],list[Clip]]: # training clips, evaluation clips
     "The clips a run trains on and the ones it is evaluated on."
     data = PandaSet(root); clips = lambda **how: [Clip(data[r["scene_id"]], r) for r in select_clips(index, **how)]
-    return (clips(split="train", exclude_frames=tuple(without), limit=max_train or None),
+    return (clips(split="train", settings=settings or None, exclude_frames=tuple(without), limit=max_train or None),
             clips(split="test", starts=starts or None, limit=max_eval or None))
 
 # %% ../nbs/60_stage6.ipynb #83a72738
