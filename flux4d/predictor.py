@@ -6,19 +6,21 @@
 from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
-import torch
+import math, torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
 from .frames import quat_mul, quat_to_mat, rotate_vectors, se3_inverse, transform_points
 from .gaussians import BACKGROUND, FLAT, LIDAR, Gaussians
 from .voxels import VoxelConfig, Voxels
-from .votes import VoteConfig, votes
+from .votes import CLOSER, VoteConfig, two_looks
 from .unet import SparseUNet, UNetConfig, count_rows, grid_position, mix_voxels, neighbours, pool_mean, voxelise
 
 # %% auto #0
 __all__ = ['PredictorConfig', 'drift', 'motion_hints', 'hint_channels', 'point_features', 'orientation', 'time_bins',
            'binned_features', 'voxel_features', 'point_channels', 'voxel_channels', 'bounded', 'make_head',
-           'decode_residual', 'motion_channels', 'decode_velocity', 'settle', 'Layout', 'make_layout', 'BasePredictor']
+           'decode_residual', 'motion_channels', 'since_start', 'decode_velocity', 'settle', 'Layout', 'make_layout',
+           'BasePredictor']
 
 # %% ../nbs/31_predictor.ipynb #fc4def75
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class PredictorConfig:
     drift_cells:tuple=(2., 4., 8., 16.) # edges of the cells in which drift is measured, m
     drift_height:float=.8     # their height, m; low, so that the road is apart from what drives on it
     votes:VoteConfig=VoteConfig() # how sweeps are searched for displacements
+    closer:VoteConfig=CLOSER  # how they are searched again for what is small and slow
     position_bound:float=4.   # largest shift along an axis, in the Gaussian's own standard deviations
     quat_bound:float=.5       # largest quaternion residual per component; below 1, so the sum never vanishes
     scale_bound:float=3.      # largest change of the stored scale, about a factor of 20
@@ -40,7 +43,8 @@ class PredictorConfig:
     colour_bound:float=4.     # largest change of a colour logit
     velocity_scale:float=10.  # m/s per unit of the head's output
     velocity_bound:float=50.  # largest velocity component, m/s
-    settle:float=.5           # m/s, a departure from the first guess counts, once trained, by what it exceeds this
+    stray:float=1.            # largest departure from a trusted vote along an axis, m/s and m/s^2
+    settle:float=.5           # m/s, a departure from rest, once trained, does not count up to here and counts in full from twice this
 
 # %% ../nbs/31_predictor.ipynb #31b71d9f
 def drift(
@@ -65,19 +69,19 @@ def motion_hints(
     seconds:Tensor, # (M,) since the clip's start
     frame:Tensor,   # (M,) int64 source frame
     voxel:VoxelConfig,
-    cfg:PredictorConfig, # read: drift_cells, drift_height, votes, velocity_scale
+    cfg:PredictorConfig, # read: drift_cells, drift_height, votes, closer, velocity_scale
 )->Tensor: # (M,hint_channels) float32
     "Drift in cells of every size, then the votes."
     p, v = points.float(), cfg.velocity_scale
     found = [drift(p, seconds, c, cfg.drift_height)*p.new_tensor([1/v, 1/v, 1/v, 2.]) for c in cfg.drift_cells]
-    if cfg.votes.reach: found.append(votes(p, seconds, frame, voxel, cfg.votes)*p.new_tensor([1/v, 1/v, 1., 1., 1., 1.]))
+    if cfg.votes.reach: found.append(two_looks(p, seconds, frame, voxel, cfg.votes, cfg.closer)*p.new_tensor([1/v]*4 + [1.]*4))
     return torch.cat(found + [p.new_zeros(len(p), 0)], 1)
 
 def hint_channels(
     cfg:PredictorConfig,
 )->int:
     "How many channels `motion_hints` gives."
-    return 4*len(cfg.drift_cells) + 6*bool(cfg.votes.reach)
+    return 4*len(cfg.drift_cells) + 8*bool(cfg.votes.reach)
 
 # %% ../nbs/31_predictor.ipynb #d030d7a3
 def point_features(
@@ -187,28 +191,37 @@ def motion_channels(
     "How many numbers the motion head gives: the velocity blocks, and how far to follow the votes if there are any."
     return 3*(cfg.degree + 1) + bool(cfg.votes.reach)
 
+def since_start(
+    own:Tensor,     # (M,l+1,3) coefficients about each point's own time, m/s^(j+1)
+    seconds:Tensor, # (M,) that time, since the clip's start
+)->Tensor: # (M,l+1,3) coefficients about the clip's start
+    "The same polynomial of time, written from another origin."
+    n, back = own.shape[1], -seconds.to(own.dtype)[:,None]
+    return torch.stack([sum(math.comb(j, k)*back**(j-k)*own[:,j] for j in range(k, n)) for k in range(n)], 1)
+
 def decode_velocity(
     x:Tensor,        # (M,motion_channels) raw head output, ego0
     hints:Tensor,    # (M,hint_channels) from `motion_hints`
+    seconds:Tensor,  # (M,) own time, since the clip's start
     to_world:Tensor, # (4,4) ego0-to-world
     cfg:PredictorConfig,
-    settled:bool=False, # True: small departures from the first guess are noise
+    settled:bool=False, # True: small departures from rest are noise
 )->Tensor: # (M,l+1,3) coefficients, m/s^(j+1), world
-    "Head output to velocity coefficients."
-    n = 3*(cfg.degree + 1); leave = bounded(cfg.velocity_scale*x[:,:n], cfg.velocity_bound); may, guess = 1., torch.zeros_like(leave)
+    "Head output to velocity coefficients: the first guess, and what the network adds to it, about each point's own time."
+    n, v, may = cfg.degree + 1, cfg.velocity_scale, 1.; raw = v*x[:,:3*n].reshape(-1, n, 3); own = bounded(raw, cfg.velocity_bound)
     if cfg.votes.reach:
-        vote, trust, may = cfg.velocity_scale*hints[:,-6:-4].to(x.dtype), hints[:,-2:-1].to(x.dtype), hints[:,-1:].to(x.dtype)
-        leave = torch.cat([leave[:,:2] + torch.tanh(x[:,n:])*vote, leave[:,2:]], 1); guess = torch.cat([trust*vote, guess[:,2:]], 1)
-    if settled: leave = settle(leave, cfg.settle)
-    return rotate_vectors(to_world.to(x.dtype), (may*(guess + leave)).reshape(len(x), -1, 3))
+        vote, trust, may = v*hints[:,-8:-4].to(x.dtype).reshape(-1,2,2), hints[:,-2,None,None].to(x.dtype), hints[:,-1,None,None].to(x.dtype)
+        own = own + F.pad((torch.tanh(x[:,3*n:])*vote[:,0])[:,None], (0,1,0,n-1))
+        guess = F.pad(vote[:,:n], (0,1,0,max(0, n-2))) + bounded(raw, cfg.stray); own = torch.where(trust > 0, guess, settle(own, cfg.settle) if settled else own)
+    elif settled: own = settle(own, cfg.settle)
+    return rotate_vectors(to_world.to(x.dtype), since_start(may*own, seconds))
 
 def settle(
-    leave:Tensor, # (M,3(l+1)) departures, velocity first
-    least:float,  # m/s
+    own:Tensor,  # (M,l+1,3) coefficients, velocity first
+    least:float, # m/s
 )->Tensor: # same shape
-    "The departure's velocity shortened by `least`, all its blocks in proportion."
-    pace = leave[:,:3].norm(dim=1, keepdim=True)
-    return leave*(pace - least).clamp_min(0)/pace.clamp_min(1e-9)
+    "Zero where the velocity is below `least`, as it is above twice that, in proportion between."
+    return own*(own[:,:1].norm(dim=2, keepdim=True)/max(least, 1e-9) - 1).clamp(0, 1)
 
 # %% ../nbs/31_predictor.ipynb #1acb7e59
 @dataclass
@@ -284,7 +297,7 @@ def forward(self:BasePredictor,
     if len(lay.at):
         some = g[lay.at]; h = self.encode(some, lay, None if extra is None else extra[lay.at])
         dG = dG.index_copy(0, lay.at, decode_residual(self.attributes(h).to(like), some, lay.to_world, self.cfg))
-        if self.motion: velocity = velocity.index_copy(0, lay.at, decode_velocity(self.motion(h).to(like), lay.hints, lay.to_world, self.cfg, settled=not self.training))
+        if self.motion: velocity = velocity.index_copy(0, lay.at, decode_velocity(self.motion(h).to(like), lay.hints, lay.seconds, lay.to_world, self.cfg, settled=not self.training))
     return dG, velocity if self.motion else None
 
 @patch

@@ -11,7 +11,8 @@ from torch import Tensor
 from .voxels import VoxelConfig
 
 # %% auto #0
-__all__ = ['VoteConfig', 'height_above_ground', 'occupancy', 'vote_shares', 'best_shift', 'confirm', 'votes']
+__all__ = ['CLOSER', 'VoteConfig', 'height_above_ground', 'occupancy', 'vote_shares', 'best_shift', 'met', 'confirm', 'landscape',
+           'look_up', 'block_cells', 'slide', 'agreed', 'votes', 'two_looks']
 
 # %% ../nbs/14_votes.ipynb #24c9c4fe
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class VoteConfig:
     witnesses:int=3       # sweeps with a witness that a trusted vote needs, or all there are
     rounds:int=3          # times that what was confirmed becomes a witness itself
     column:tuple[float,float]=(.1, 4.) # m above the ground, what moves with whatever stands in the same cell
+    fine:float=.125       # m, edge of the cells in which paths are fitted
+    width:float=.15       # m, standard deviation of the blur by which a cell draws a path
+    loose:float=2.        # m/s and m/s^2, standard deviation of a path from its vote and from constant speed
+    slides:int=24         # steps of the fit; 0 = straight paths, as voted
+    settles:int=3         # times that a path becomes the mean of those that meet it
 
 # %% ../nbs/14_votes.ipynb #475e3613
 def height_above_ground(
@@ -105,6 +111,18 @@ def best_shift(
     return torch.cat([shift, share.gather(-1, best), torch.maximum(stay, share[...,S*S//2])[...,None]], -1)
 
 # %% ../nbs/14_votes.ipynb #bbd8faec
+def met(
+    row:Tensor,   # (S,X/block,Y/block) int64 row of each block, K = none
+    moved:Tensor, # (K,2) how far each block has got, m
+    k:int,        # sweeps later
+    cfg:VoteConfig, # read: cell, block
+)->Tensor: # (K,9) rows of the blocks around the place where each block is then, K = none
+    "What a block meets where it arrives in another sweep."
+    K = len(moved); place = (row < K).nonzero(); place = place[row[row < K].argsort()]; step = torch.arange(3, device=row.device)
+    x, y = ((place[:,1+a] + .5 + moved[:,a]/(cfg.cell*cfg.block)).floor().long()[:,None] for a in (0, 1)); s = place[:,:1] + k; there = (s >= 0) & (s < len(row))
+    at = F.pad(row, (1,1,1,1), value=K); near = at[s.clamp(0, len(row) - 1), (x + step.repeat_interleave(3)).clamp(0, at.shape[1] - 1), (y + step.repeat(3)).clamp(0, at.shape[2] - 1)] # the border holds no block
+    return torch.where(there & (near != torch.arange(K, device=row.device)[:,None]), near, K)
+
 def confirm(
     found:Tensor, # (K,4) from `best_shift`
     cells:Tensor, # (K,) standing cells, from `vote_shares`
@@ -113,17 +131,93 @@ def confirm(
     cfg:VoteConfig, # read: lead, least, hint, agree, witnesses, rounds, gaps, cell, block
 )->tuple[Tensor,Tensor]: # (K,2) shift, m, the mean over what agrees; (K,) bool, trusted
     "Trust a vote where the sweep itself, and the sweeps in which the thing would be elsewhere, say the same."
-    K, G, place = len(found), cfg.gaps, (row < len(found)).nonzero(); place = place[row[row < K].argsort()]; at = F.pad(row, (1,1,1,1,G,G), value=K)
-    shift, lead = found[:,:2], found[:,2] - found[:,3]; sure = (lead > cfg.lead) & (cells >= cfg.least); i, j = torch.cartesian_prod(*[torch.arange(3, device=row.device)]*2).T
+    shift, lead = found[:,:2], found[:,2] - found[:,3]; sure = (lead > cfg.lead) & (cells >= cfg.least)
     for _ in range(cfg.rounds):
         count, total, known, theirs = torch.zeros_like(lead), shift, F.pad(sure, (0,1)), F.pad(shift, (0,0,0,1))
-        for k in range(-G, G + 1):
-            x, y = ((place[:,1+a] + .5 + k*shift[:,a]/(cfg.cell*cfg.block)).floor().long()[:,None] for a in (0, 1))
-            near = at[place[:,:1] + k + G, (x + i).clamp(0, at.shape[1] - 1), (y + j).clamp(0, at.shape[2] - 1)] # the border holds no block
-            ok = known[near] & ((theirs[near] - shift[:,None]).norm(dim=2) < cfg.agree*gap) & (near != torch.arange(K, device=row.device)[:,None])
+        for k in range(-cfg.gaps, cfg.gaps + 1):
+            near = met(row, k*shift, k, cfg); ok = known[near] & ((theirs[near] - shift[:,None]).norm(dim=2) < cfg.agree*gap)
             n = ok.sum(1); count = count + (n > 0); total = total + (theirs[near]*ok[...,None]).sum(1)/n.clamp_min(1)[:,None]
         sure, shift = (lead > cfg.hint) & (count >= min(cfg.witnesses, len(row))), total/(1 + count)[:,None]
     return shift, sure
+
+# %% ../nbs/14_votes.ipynb #a05b90a2
+def landscape(
+    xy:Tensor,    # (P,2) what stands, ego0, m
+    sweep:Tensor, # (P,) int64
+    n:int,        # sweeps
+    grid:VoxelConfig, # read: low, high
+    cfg:VoteConfig, # read: fine, width
+)->Tensor: # (S,3,X,Y) how much stands near each fine cell, 0..1, and its slope along x and y, 1/m
+    "Blurred pictures of the sweeps, seen from above."
+    size = [int((b - a)/cfg.fine) for a,b in zip(grid.low[:2], grid.high[:2])]; D = xy.new_zeros(n, 1, *size); u = (xy - xy.new_tensor(grid.low[:2]))/cfg.fine - .5
+    for corner in (u.new_tensor(c) for c in ((0,0), (0,1), (1,0), (1,1))): # each point is shared by the four cells around it
+        ij = u.floor() + corner; share = (1 - (u - ij).abs()).prod(1); ok = ((ij >= 0) & (ij < ij.new_tensor(size))).all(1); ij = ij[ok].long()
+        D.index_put_((sweep[ok], torch.zeros_like(sweep[ok]), ij[:,0], ij[:,1]), share[ok], accumulate=True)
+    D = D.clamp_max(1.)
+    r = round(3*cfg.width/cfg.fine); w = torch.exp(-.5*(torch.arange(-r, r+1, device=xy.device)*cfg.fine/cfg.width)**2); w = w/w.sum()
+    D = F.conv2d(F.conv2d(D, w[None,None,:,None], padding=(r,0)), w[None,None,None], padding=(0,r))
+    return torch.cat([D, F.pad(D[:,:,2:] - D[:,:,:-2], (0,0,1,1))/(2*cfg.fine), F.pad(D[...,2:] - D[...,:-2], (1,1))/(2*cfg.fine)], 1)
+
+def look_up(
+    D:Tensor, # (S,3,X,Y) from `landscape`
+    xy:Tensor, # (P,S,2) a place per sweep, ego0, m
+    grid:VoxelConfig, # read: low
+    cfg:VoteConfig, # read: fine
+)->Tensor: # (P,S,3) what is there, between cells; 0 outside
+    "The landscapes at places of their own."
+    u = 2*(xy - xy.new_tensor(grid.low[:2]))/cfg.fine/xy.new_tensor(D.shape[2:]) - 1
+    return F.grid_sample(D, u.flip(-1).transpose(0,1)[:,None], align_corners=False)[:,:,0].permute(2,0,1)
+
+# %% ../nbs/14_votes.ipynb #10641973
+def block_cells(
+    xy:Tensor,    # (P,2) what stands, ego0, m
+    sweep:Tensor, # (P,) int64
+    sure:Tensor,  # (K,) bool, blocks asked for
+    row:Tensor,   # (S,X/block,Y/block) int64 row of each block, K = none
+    grid:VoxelConfig, # read: low
+    cfg:VoteConfig, # read: fine, cell, block
+)->tuple[Tensor,Tensor,Tensor]: # of Q pairs: (Q,) int64 row of a block; (Q,2) a fine cell of it or of its neighbours, by the mean of what stands there, m; (Q,) its sweep
+    "The cells that slide with each block."
+    ij = ((xy - xy.new_tensor(grid.low[:2]))/cfg.fine).floor().long(); key = torch.cat([sweep[:,None], ij], 1)
+    key, own = torch.unique(key, dim=0, return_inverse=True); n = torch.bincount(own)[:,None]; mean = xy.new_zeros(len(key), 2).index_add_(0, own, xy)/n
+    at = ((mean - mean.new_tensor(grid.low[:2]))/(cfg.cell*cfg.block)).floor().long(); at = torch.minimum(at.clamp_min(0), at.new_tensor(row.shape[1:]) - 1)
+    step = torch.arange(3, device=row.device); around = F.pad(row, (1,1,1,1), value=len(sure))[key[:,:1], at[:,:1] + step.repeat_interleave(3), at[:,1:] + step.repeat(3)]
+    cell, which = F.pad(sure, (0,1))[around].nonzero().unbind(1)
+    return around[cell,which], mean[cell], key[cell,0]
+
+def slide(
+    v:Tensor,     # (K,2) voted velocity, m/s
+    times:Tensor, # (S,) of the sweeps, s
+    pairs:tuple[Tensor,Tensor,Tensor], # from `block_cells`
+    D:Tensor,     # (S,3,X,Y) from `landscape`
+    grid:VoxelConfig, # read: low
+    cfg:VoteConfig, # read: width, loose, slides, fine
+)->Tensor: # (K,2,2) velocity, m/s, and acceleration, m/s^2, at the time of the block's own sweep
+    "Paths that lead each block through what stands in all sweeps."
+    own, here, sweep = pairs; t = times - times[sweep,None]; base = torch.stack([t, t*t/2], -1); path = torch.stack([v, torch.zeros_like(v)], 1)
+    total = lambda x: x.new_zeros(len(v), *x.shape[1:]).index_add_(0, own, x); prior = (cfg.width/cfg.loose)**2*torch.eye(2, device=v.device)
+    for _ in range(cfg.slides):
+        moved = base @ path[own]; found = look_up(D, here[:,None] + moved, grid, cfg); w = found[...,0]*(t != 0)
+        pull = cfg.width**2*found[...,1:]/found[...,:1].clamp_min(1e-4); to = moved + 1.5*pull.clamp(-cfg.width, cfg.width)
+        A = total(torch.einsum("ps,psi,psj->pij", w, base, base)) + prior; b = total(torch.einsum("ps,psi,psj->pij", w, base, to))
+        path = torch.linalg.solve(A, b + prior @ torch.stack([v, torch.zeros_like(v)], 1))
+    return path
+
+# %% ../nbs/14_votes.ipynb #b13916c3
+def agreed(
+    path:Tensor,  # (K,2,2) velocity, m/s, and acceleration, m/s^2, at the time of the block's own sweep
+    sure:Tensor,  # (K,) bool, blocks with a path
+    row:Tensor,   # (S,X/block,Y/block) int64 row of each block, K = none
+    times:Tensor, # (S,) of the sweeps, s
+    cfg:VoteConfig, # read: agree, cell, block
+)->Tensor: # (K,2,2) the mean of each path and of those it meets, by sweep
+    "One thing, one path: blocks take the mean of what they meet in every sweep."
+    own = times[(row < len(path)).nonzero()[row[row < len(path)].argsort(),0]]; count, total, known, theirs = torch.ones_like(own), path, F.pad(sure, (0,1)), F.pad(path, (0,0,0,0,0,1))
+    for k in range(1 - len(times), len(times)):
+        t = k*(times[-1] - times[0])/(len(times) - 1); near = met(row, path[:,0]*t + path[:,1]*t*t/2, k, cfg)
+        now = torch.stack([theirs[near,0] - theirs[near,1]*t, theirs[near,1]], 2); ok = known[near] & ((now[:,:,0] - path[:,None,0]).norm(dim=2) < cfg.agree)
+        n = ok.sum(1); count = count + (n > 0); total = total + (now*ok[...,None,None]).sum(1)/n.clamp_min(1)[:,None,None]
+    return total/count[:,None,None]
 
 # %% ../nbs/14_votes.ipynb #96918d08
 @torch.no_grad()
@@ -133,15 +227,37 @@ def votes(
     frame:Tensor,   # (M,) int64 source frame of each point
     grid:VoxelConfig, # read: low, high
     cfg:VoteConfig=VoteConfig(),
-)->Tensor: # (M,6) float32: velocity along x and y, m/s; share of votes for it; share for standing still; 1 where it is trusted; 1 where something stands that may move; zeros with a single sweep
+)->Tensor: # (M,8) float32: velocity along x and y, m/s; acceleration, m/s^2; share of votes for it; share for standing still; 1 where it is trusted; 1 where something stands that may move; zeros with a single sweep
     "Where the sweeps say each point's neighbourhood is going."
     frames, sweep = torch.unique(frame, return_inverse=True); n = len(frames)
-    if n < 2: return points.new_zeros(len(points), 6).float()
+    if n < 2: return points.new_zeros(len(points), 8).float()
     mean = torch.zeros(n, device=points.device).index_add(0, sweep, seconds.float())/torch.bincount(sweep, minlength=n); gap = (mean[-1] - mean[0])/(n - 1)
     h = height_above_ground(points.float(), cfg.ground_cell, cfg.ground_share); occ, near, ij = occupancy(points.float(), h, sweep, n, grid, cfg); share, stay, cells, row = vote_shares(occ, near, cfg)
-    found = best_shift(share, stay, cfg); shift, sure = confirm(found, cells, row, gap, cfg); found = F.pad(torch.cat([shift/gap, found[:,2:], sure[:,None].float()], 1), (0,0,0,1))
+    found = best_shift(share, stay, cfg); shift, sure = confirm(found, cells, row, gap, cfg); path = torch.stack([shift/gap, torch.zeros_like(shift)], 1)
+    if cfg.slides:
+        up = (h > cfg.height[0]) & (h < cfg.height[1]); xy, k = points[up,:2].float(), sweep[up]; D = landscape(xy, k, n, grid, cfg)
+        path = slide(path[:,0], mean, block_cells(xy, k, sure, row, grid, cfg), D, grid, cfg)
+        for _ in range(cfg.settles): path = agreed(path, sure, row, mean, cfg)
+    found = F.pad(torch.cat([path.flatten(1), found[:,2:], sure[:,None].float()], 1), (0,0,0,1))
     block = torch.div(ij - cfg.reach*cfg.gaps, cfg.block, rounding_mode="floor")
     block = torch.minimum(block, block.new_tensor(row.shape[1:]) - 1)
     said = found[row[sweep, block[:,0], block[:,1]]]
     may = occ[sweep, ij[:,0], ij[:,1]] & (h > cfg.column[0]) & (h < cfg.column[1])
-    return torch.cat([said[:,:4], said[:,4:]*may[:,None], may[:,None].float()], 1)
+    return torch.cat([said[:,:6], said[:,6:]*may[:,None], may[:,None].float()], 1)
+
+# %% ../nbs/14_votes.ipynb #0c9770aa
+CLOSER = VoteConfig(reach=6, cell=.125, block=3, agree=.7, witnesses=4, slides=0) # for what is small and slow
+
+def two_looks(
+    points:Tensor,  # (M,3) ego0, m
+    seconds:Tensor, # (M,) since the clip's start
+    frame:Tensor,   # (M,) int64 source frame of each point
+    grid:VoxelConfig, # read: low, high
+    cfg:VoteConfig=VoteConfig(), # the first look
+    closer:VoteConfig=CLOSER, # the second; reach 0 = none
+)->Tensor: # (M,8) as from `votes`
+    "Votes, and those of a closer look where none is trusted."
+    said = votes(points, seconds, frame, grid, cfg)
+    if not closer.reach: return said
+    small = votes(points, seconds, frame, grid, closer); heard = (said[:,6] == 0) & (small[:,6] > 0) & (said[:,7] > 0)
+    return torch.where(heard[:,None], torch.cat([small[:,:7], said[:,7:]], 1), said)
