@@ -200,7 +200,7 @@ def slide(
         moved = base @ path[own]; found = look_up(D, here[:,None] + moved, grid, cfg); w = found[...,0]*(t != 0)
         pull = cfg.width**2*found[...,1:]/found[...,:1].clamp_min(1e-4); to = moved + 1.5*pull.clamp(-cfg.width, cfg.width)
         A = total(torch.einsum("ps,psi,psj->pij", w, base, base)) + prior; b = total(torch.einsum("ps,psi,psj->pij", w, base, to))
-        path = torch.linalg.solve(A, b + prior @ torch.stack([v, torch.zeros_like(v)], 1))
+        path = A.flip(1,2)*A.new_tensor([[1,-1],[-1,1]]) @ (b + prior @ torch.stack([v, torch.zeros_like(v)], 1))/(A[:,0,0]*A[:,1,1] - A[:,0,1]**2)[:,None,None] # two equations, solved by Cramer's rule
     return path
 
 # %% ../nbs/14_votes.ipynb #b13916c3
