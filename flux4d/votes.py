@@ -11,8 +11,8 @@ from torch import Tensor
 from .voxels import VoxelConfig
 
 # %% auto #0
-__all__ = ['CLOSER', 'VoteConfig', 'height_above_ground', 'occupancy', 'vote_shares', 'best_shift', 'met', 'confirm', 'landscape',
-           'look_up', 'block_cells', 'slide', 'agreed', 'votes', 'two_looks']
+__all__ = ['CLOSER', 'VoteConfig', 'height_above_ground', 'occupancy', 'vote_shares', 'best_shift', 'met', 'places', 'confirm',
+           'landscape', 'look_up', 'block_cells', 'slide', 'agreed', 'votes', 'two_looks']
 
 # %% ../nbs/14_votes.ipynb #24c9c4fe
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def occupancy(
     up = (height > cfg.height[0]) & (height < cfg.height[1]); ij = torch.minimum(ij.clamp_min(border), ij.new_tensor(size) - border - 1)
     occ, near = torch.zeros(2, n, *size, dtype=torch.bool, device=points.device); r = round(cfg.near/cfg.cell)
     occ[sweep[up], ij[up,0], ij[up,1]] = True; near[sweep, ij[:,0], ij[:,1]] = True
-    return occ, F.max_pool2d(near.float(), 2*r + 1, 1, r) > 0, ij
+    return occ, F.max_pool2d(F.max_pool2d(near.float(), (2*r + 1, 1), 1, (r, 0)), (1, 2*r + 1), 1, (0, r)) > 0, ij
 
 # %% ../nbs/14_votes.ipynb #488bb24f
 def vote_shares(
@@ -113,15 +113,25 @@ def best_shift(
 # %% ../nbs/14_votes.ipynb #bbd8faec
 def met(
     row:Tensor,   # (S,X/block,Y/block) int64 row of each block, K = none
-    moved:Tensor, # (K,2) how far each block has got, m
-    k:int,        # sweeps later
+    place:Tensor, # (K,3) int64 sweep, x and y of each block
+    moved:Tensor, # (K,J,2) how far each block has got, m
+    later:Tensor, # (J,) int64, sweeps later
     cfg:VoteConfig, # read: cell, block
-)->Tensor: # (K,9) rows of the blocks around the place where each block is then, K = none
-    "What a block meets where it arrives in another sweep."
-    K = len(moved); place = (row < K).nonzero(); place = place[row[row < K].argsort()]; step = torch.arange(3, device=row.device)
-    x, y = ((place[:,1+a] + .5 + moved[:,a]/(cfg.cell*cfg.block)).floor().long()[:,None] for a in (0, 1)); s = place[:,:1] + k; there = (s >= 0) & (s < len(row))
-    at = F.pad(row, (1,1,1,1), value=K); near = at[s.clamp(0, len(row) - 1), (x + step.repeat_interleave(3)).clamp(0, at.shape[1] - 1), (y + step.repeat(3)).clamp(0, at.shape[2] - 1)] # the border holds no block
-    return torch.where(there & (near != torch.arange(K, device=row.device)[:,None]), near, K)
+)->Tensor: # (K,J,9) rows of the blocks around the place where each block is then, K = none
+    "What a block meets where it arrives in other sweeps."
+    K, step = len(place), torch.arange(3, device=row.device); xy = (place[:,None,1:] + .5 + moved/(cfg.cell*cfg.block)).floor().long()
+    s = place[:,:1] + later; there = ((s >= 0) & (s < len(row)))[...,None]; at = F.pad(row, (1,1,1,1), value=K) # the border holds no block
+    x, y = ((xy[...,a,None] + k).clamp(0, at.shape[1+a] - 1) for a,k in ((0, step.repeat_interleave(3)), (1, step.repeat(3))))
+    near = at[s.clamp(0, len(row) - 1)[...,None], x, y]
+    return torch.where(there & (near != torch.arange(K, device=row.device)[:,None,None]), near, K)
+
+def places(
+    row:Tensor, # (S,X/block,Y/block) int64 row of each of K blocks, the largest number = none
+    K:int,      # blocks
+)->Tensor: # (K,3) int64 sweep, x and y of each block
+    "Where each block is."
+    at = (row < K).nonzero()
+    return torch.empty_like(at).index_copy_(0, row[row < K], at)
 
 def confirm(
     found:Tensor, # (K,4) from `best_shift`
@@ -131,13 +141,13 @@ def confirm(
     cfg:VoteConfig, # read: lead, least, hint, agree, witnesses, rounds, gaps, cell, block
 )->tuple[Tensor,Tensor]: # (K,2) shift, m, the mean over what agrees; (K,) bool, trusted
     "Trust a vote where the sweep itself, and the sweeps in which the thing would be elsewhere, say the same."
+    place, k = places(row, len(found)), torch.arange(-cfg.gaps, cfg.gaps + 1, device=row.device)
     shift, lead = found[:,:2], found[:,2] - found[:,3]; sure = (lead > cfg.lead) & (cells >= cfg.least)
     for _ in range(cfg.rounds):
-        count, total, known, theirs = torch.zeros_like(lead), shift, F.pad(sure, (0,1)), F.pad(shift, (0,0,0,1))
-        for k in range(-cfg.gaps, cfg.gaps + 1):
-            near = met(row, k*shift, k, cfg); ok = known[near] & ((theirs[near] - shift[:,None]).norm(dim=2) < cfg.agree*gap)
-            n = ok.sum(1); count = count + (n > 0); total = total + (theirs[near]*ok[...,None]).sum(1)/n.clamp_min(1)[:,None]
-        sure, shift = (lead > cfg.hint) & (count >= min(cfg.witnesses, len(row))), total/(1 + count)[:,None]
+        near = met(row, place, k[:,None]*shift[:,None], k, cfg); theirs = F.pad(shift, (0,0,0,1))[near]
+        ok = F.pad(sure, (0,1))[near] & ((theirs - shift[:,None,None]).norm(dim=3) < cfg.agree*gap); n = ok.sum(2); count = (n > 0).sum(1)
+        said = (theirs*ok[...,None]).sum(2)/n.clamp_min(1)[...,None]; shift = (shift + said.sum(1))/(1 + count)[:,None]
+        sure = (lead > cfg.hint) & (count >= min(cfg.witnesses, len(row)))
     return shift, sure
 
 # %% ../nbs/14_votes.ipynb #a05b90a2
@@ -151,8 +161,8 @@ def landscape(
     "Blurred pictures of the sweeps, seen from above."
     size = [int((b - a)/cfg.fine) for a,b in zip(grid.low[:2], grid.high[:2])]; D = xy.new_zeros(n, 1, *size); u = (xy - xy.new_tensor(grid.low[:2]))/cfg.fine - .5
     for corner in (u.new_tensor(c) for c in ((0,0), (0,1), (1,0), (1,1))): # each point is shared by the four cells around it
-        ij = u.floor() + corner; share = (1 - (u - ij).abs()).prod(1); ok = ((ij >= 0) & (ij < ij.new_tensor(size))).all(1); ij = ij[ok].long()
-        D.index_put_((sweep[ok], torch.zeros_like(sweep[ok]), ij[:,0], ij[:,1]), share[ok], accumulate=True)
+        ij = u.floor() + corner; share = (1 - (u - ij).abs()).prod(1)*((ij >= 0) & (ij < ij.new_tensor(size))).all(1); ij = torch.minimum(ij.clamp_min(0), ij.new_tensor(size) - 1).long()
+        D.view(-1).index_add_(0, (sweep*size[0] + ij[:,0])*size[1] + ij[:,1], share)
     D = D.clamp_max(1.)
     r = round(3*cfg.width/cfg.fine); w = torch.exp(-.5*(torch.arange(-r, r+1, device=xy.device)*cfg.fine/cfg.width)**2); w = w/w.sum()
     D = F.conv2d(F.conv2d(D, w[None,None,:,None], padding=(r,0)), w[None,None,None], padding=(0,r))
@@ -178,12 +188,12 @@ def block_cells(
     cfg:VoteConfig, # read: fine, cell, block
 )->tuple[Tensor,Tensor,Tensor]: # of Q pairs: (Q,) int64 row of a block; (Q,2) a fine cell of it or of its neighbours, by the mean of what stands there, m; (Q,) its sweep
     "The cells that slide with each block."
-    ij = ((xy - xy.new_tensor(grid.low[:2]))/cfg.fine).floor().long(); key = torch.cat([sweep[:,None], ij], 1)
-    key, own = torch.unique(key, dim=0, return_inverse=True); n = torch.bincount(own)[:,None]; mean = xy.new_zeros(len(key), 2).index_add_(0, own, xy)/n
+    ij = ((xy - xy.new_tensor(grid.low[:2]))/cfg.fine).floor().long(); key, own = torch.unique((sweep << 40) + ((ij[:,0] + (1 << 19)) << 20) + ij[:,1] + (1 << 19), return_inverse=True)
+    n = torch.bincount(own)[:,None]; mean = xy.new_zeros(len(key), 2).index_add_(0, own, xy)/n; k = key >> 40
     at = ((mean - mean.new_tensor(grid.low[:2]))/(cfg.cell*cfg.block)).floor().long(); at = torch.minimum(at.clamp_min(0), at.new_tensor(row.shape[1:]) - 1)
-    step = torch.arange(3, device=row.device); around = F.pad(row, (1,1,1,1), value=len(sure))[key[:,:1], at[:,:1] + step.repeat_interleave(3), at[:,1:] + step.repeat(3)]
+    step = torch.arange(3, device=row.device); around = F.pad(row, (1,1,1,1), value=len(sure))[k[:,None], at[:,:1] + step.repeat_interleave(3), at[:,1:] + step.repeat(3)]
     cell, which = F.pad(sure, (0,1))[around].nonzero().unbind(1)
-    return around[cell,which], mean[cell], key[cell,0]
+    return around[cell,which], mean[cell], k[cell]
 
 def slide(
     v:Tensor,     # (K,2) voted velocity, m/s
@@ -199,7 +209,7 @@ def slide(
     for _ in range(cfg.slides):
         moved = base @ path[own]; found = look_up(D, here[:,None] + moved, grid, cfg); w = found[...,0]*(t != 0)
         pull = cfg.width**2*found[...,1:]/found[...,:1].clamp_min(1e-4); to = moved + 1.5*pull.clamp(-cfg.width, cfg.width)
-        A = total(torch.einsum("ps,psi,psj->pij", w, base, base)) + prior; b = total(torch.einsum("ps,psi,psj->pij", w, base, to))
+        weighted = (w[...,None]*base).mT; A, b = total(weighted @ base) + prior, total(weighted @ to)
         path = A.flip(1,2)*A.new_tensor([[1,-1],[-1,1]]) @ (b + prior @ torch.stack([v, torch.zeros_like(v)], 1))/(A[:,0,0]*A[:,1,1] - A[:,0,1]**2)[:,None,None] # two equations, solved by Cramer's rule
     return path
 
@@ -212,12 +222,11 @@ def agreed(
     cfg:VoteConfig, # read: agree, cell, block
 )->Tensor: # (K,2,2) the mean of each path and of those it meets, by sweep
     "One thing, one path: blocks take the mean of what they meet in every sweep."
-    own = times[(row < len(path)).nonzero()[row[row < len(path)].argsort(),0]]; count, total, known, theirs = torch.ones_like(own), path, F.pad(sure, (0,1)), F.pad(path, (0,0,0,0,0,1))
-    for k in range(1 - len(times), len(times)):
-        t = k*(times[-1] - times[0])/(len(times) - 1); near = met(row, path[:,0]*t + path[:,1]*t*t/2, k, cfg)
-        now = torch.stack([theirs[near,0] - theirs[near,1]*t, theirs[near,1]], 2); ok = known[near] & ((now[:,:,0] - path[:,None,0]).norm(dim=2) < cfg.agree)
-        n = ok.sum(1); count = count + (n > 0); total = total + (now*ok[...,None,None]).sum(1)/n.clamp_min(1)[:,None,None]
-    return total/count[:,None,None]
+    place, k = places(row, len(path)), torch.arange(1 - len(times), len(times), device=row.device); t = k*(times[-1] - times[0])/(len(times) - 1)
+    near = met(row, place, path[:,:1]*t[:,None] + path[:,1:]*(t*t/2)[:,None], k, cfg); theirs = F.pad(path, (0,0,0,0,0,1))[near]
+    now = torch.stack([theirs[...,0,:] - theirs[...,1,:]*t[:,None,None], theirs[...,1,:]], 3); ok = F.pad(sure, (0,1))[near] & ((now[...,0,:] - path[:,None,None,0]).norm(dim=3) < cfg.agree)
+    n = ok.sum(2); said = (now*ok[...,None,None]).sum(2)/n.clamp_min(1)[...,None,None]
+    return (path + said.sum(1))/(1 + (n > 0).sum(1))[:,None,None]
 
 # %% ../nbs/14_votes.ipynb #96918d08
 @torch.no_grad()
@@ -227,12 +236,13 @@ def votes(
     frame:Tensor,   # (M,) int64 source frame of each point
     grid:VoxelConfig, # read: low, high
     cfg:VoteConfig=VoteConfig(),
+    height:Tensor|None=None, # (M,) above ground, m; None = found here
 )->Tensor: # (M,8) float32: velocity along x and y, m/s; acceleration, m/s^2; share of votes for it; share for standing still; 1 where it is trusted; 1 where something stands that may move; zeros with a single sweep
     "Where the sweeps say each point's neighbourhood is going."
     frames, sweep = torch.unique(frame, return_inverse=True); n = len(frames)
     if n < 2: return points.new_zeros(len(points), 8).float()
     mean = torch.zeros(n, device=points.device).index_add(0, sweep, seconds.float())/torch.bincount(sweep, minlength=n); gap = (mean[-1] - mean[0])/(n - 1)
-    h = height_above_ground(points.float(), cfg.ground_cell, cfg.ground_share); occ, near, ij = occupancy(points.float(), h, sweep, n, grid, cfg); share, stay, cells, row = vote_shares(occ, near, cfg)
+    h = height_above_ground(points.float(), cfg.ground_cell, cfg.ground_share) if height is None else height; occ, near, ij = occupancy(points.float(), h, sweep, n, grid, cfg); share, stay, cells, row = vote_shares(occ, near, cfg)
     found = best_shift(share, stay, cfg); shift, sure = confirm(found, cells, row, gap, cfg); path = torch.stack([shift/gap, torch.zeros_like(shift)], 1)
     if cfg.slides:
         up = (h > cfg.height[0]) & (h < cfg.height[1]); xy, k = points[up,:2].float(), sweep[up]; D = landscape(xy, k, n, grid, cfg)
@@ -257,7 +267,7 @@ def two_looks(
     closer:VoteConfig=CLOSER, # the second; reach 0 = none
 )->Tensor: # (M,8) as from `votes`
     "Votes, and those of a closer look where none is trusted."
-    said = votes(points, seconds, frame, grid, cfg)
+    h = height_above_ground(points.float(), cfg.ground_cell, cfg.ground_share); said = votes(points, seconds, frame, grid, cfg, h)
     if not closer.reach: return said
-    small = votes(points, seconds, frame, grid, closer); heard = (said[:,6] == 0) & (small[:,6] > 0) & (said[:,7] > 0)
+    small = votes(points, seconds, frame, grid, closer, h); heard = (said[:,6] == 0) & (small[:,6] > 0) & (said[:,7] > 0)
     return torch.where(heard[:,None], torch.cat([small[:,:7], said[:,7:]], 1), said)
