@@ -43,7 +43,7 @@ class PredictorConfig:
     colour_bound:float=4.     # largest change of a colour logit
     velocity_scale:float=10.  # m/s per unit of the head's output
     velocity_bound:float=50.  # largest velocity component, m/s
-    stray:float=1.            # largest departure from a trusted vote along an axis, m/s and m/s^2
+    stray:float=1.            # largest departure from a trusted vote along an axis, and the scale of it, m/s and m/s^2
     settle:float=.5           # m/s, a departure from rest, once trained, does not count up to here and counts in full from twice this
 
 # %% ../nbs/31_predictor.ipynb #31b71d9f
@@ -208,11 +208,11 @@ def decode_velocity(
     settled:bool=False, # True: small departures from rest are noise
 )->Tensor: # (M,l+1,3) coefficients, m/s^(j+1), world
     "Head output to velocity coefficients: the first guess, and what the network adds to it, about each point's own time."
-    n, v, may = cfg.degree + 1, cfg.velocity_scale, 1.; raw = v*x[:,:3*n].reshape(-1, n, 3); own = bounded(raw, cfg.velocity_bound)
+    n, v, may = cfg.degree + 1, cfg.velocity_scale, 1.; raw = x[:,:3*n].reshape(-1, n, 3); own = bounded(v*raw, cfg.velocity_bound)
     if cfg.votes.reach:
         vote, trust, may = v*hints[:,-8:-4].to(x.dtype).reshape(-1,2,2), hints[:,-2,None,None].to(x.dtype), hints[:,-1,None,None].to(x.dtype)
         own = own + F.pad((torch.tanh(x[:,3*n:])*vote[:,0])[:,None], (0,1,0,n-1))
-        guess = F.pad(vote[:,:n], (0,1,0,max(0, n-2))) + bounded(raw, cfg.stray); own = torch.where(trust > 0, guess, settle(own, cfg.settle) if settled else own)
+        guess = F.pad(vote[:,:n], (0,1,0,max(0, n-2))) + bounded(cfg.stray*raw, cfg.stray); own = torch.where(trust > 0, guess, settle(own, cfg.settle) if settled else own)
     elif settled: own = settle(own, cfg.settle)
     return rotate_vectors(to_world.to(x.dtype), since_start(may*own, seconds))
 
