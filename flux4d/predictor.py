@@ -43,7 +43,7 @@ class PredictorConfig:
     colour_bound:float=4.     # largest change of a colour logit
     velocity_scale:float=10.  # m/s per unit of the head's output
     velocity_bound:float=50.  # largest velocity component, m/s
-    stray:float=1.            # largest departure from a trusted vote along an axis, and the scale of it, m/s and m/s^2
+    stray:float=.5            # largest departure from a trusted vote along an axis, and the scale of it, m/s and m/s^2
     settle:float=.5           # m/s, a departure from rest, once trained, does not count up to here and counts in full from twice this
 
 # %% ../nbs/31_predictor.ipynb #31b71d9f
