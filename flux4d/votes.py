@@ -133,6 +133,7 @@ def places(
     at = (row < K).nonzero()
     return torch.empty_like(at).index_copy_(0, row[row < K], at)
 
+# %% ../nbs/14_votes.ipynb #e7df9afc
 def confirm(
     found:Tensor, # (K,4) from `best_shift`
     cells:Tensor, # (K,) standing cells, from `vote_shares`
@@ -175,8 +176,8 @@ def look_up(
     cfg:VoteConfig, # read: fine
 )->Tensor: # (P,S,3) what is there, between cells; 0 outside
     "The landscapes at places of their own."
-    u = 2*(xy - xy.new_tensor(grid.low[:2]))/cfg.fine/xy.new_tensor(D.shape[2:]) - 1
-    return F.grid_sample(D, u.flip(-1).transpose(0,1)[:,None], align_corners=False)[:,:,0].permute(2,0,1)
+    u = torch.stack([2*(xy[...,a] - grid.low[a])/(cfg.fine*D.shape[2+a]) - 1 for a in (1, 0)], -1)
+    return F.grid_sample(D, u.transpose(0,1)[:,None], align_corners=False)[:,:,0].permute(2,0,1)
 
 # %% ../nbs/14_votes.ipynb #10641973
 def block_cells(
@@ -205,12 +206,12 @@ def slide(
 )->Tensor: # (K,2,2) velocity, m/s, and acceleration, m/s^2, at the time of the block's own sweep
     "Paths that lead each block through what stands in all sweeps."
     own, here, sweep = pairs; t = times - times[sweep,None]; base = torch.stack([t, t*t/2], -1); path = torch.stack([v, torch.zeros_like(v)], 1)
-    total = lambda x: x.new_zeros(len(v), *x.shape[1:]).index_add_(0, own, x); prior = (cfg.width/cfg.loose)**2*torch.eye(2, device=v.device)
+    total = lambda x: x.new_zeros(len(v), *x.shape[1:]).index_add_(0, own, x); prior = (cfg.width/cfg.loose)**2*torch.eye(2, device=v.device); first, sign = prior @ path, 2*torch.eye(2, device=v.device) - 1
     for _ in range(cfg.slides):
         moved = base @ path[own]; found = look_up(D, here[:,None] + moved, grid, cfg); w = found[...,0]*(t != 0)
         pull = cfg.width**2*found[...,1:]/found[...,:1].clamp_min(1e-4); to = moved + 1.5*pull.clamp(-cfg.width, cfg.width)
         weighted = (w[...,None]*base).mT; A, b = total(weighted @ base) + prior, total(weighted @ to)
-        path = A.flip(1,2)*A.new_tensor([[1,-1],[-1,1]]) @ (b + prior @ torch.stack([v, torch.zeros_like(v)], 1))/(A[:,0,0]*A[:,1,1] - A[:,0,1]**2)[:,None,None] # two equations, solved by Cramer's rule
+        path = A.flip(1,2)*sign @ (b + first)/(A[:,0,0]*A[:,1,1] - A[:,0,1]**2)[:,None,None] # two equations, solved by Cramer's rule
     return path
 
 # %% ../nbs/14_votes.ipynb #b13916c3
