@@ -21,12 +21,13 @@ from .pandaset import DataError
 from .clips import Clip
 
 # %% auto #0
-__all__ = ['LATE', 'FLATTEN', 'CELL', 'LiftConfig', 'ClipData', 'clip_data', 'voxel_downsample', 'thin', 'Grid', 'grid_of',
-           'image_numbers', 'unhidden', 'Look', 'look', 'nearest_return', 'directions', 'window_distances',
-           'knn_distance', 'colour_late', 'colour_returns', 'times_of', 'random_quats', 'lift_returns', 'block_sides',
-           'Tiles', 'cut_blocks', 'nearest_above', 'find_corners', 'corner_weights', 'gap_depth', 'ground_below',
-           'Blocks', 'clip_blocks', 'block_depth', 'continue_ground', 'fill_gaps', 'even_opacity', 'cap_by_coverage',
-           'lift_data', 'lift_clip', 'dots', 'rainbow', 'bird_view', 'alignment_set', 'alignment_pictures']
+__all__ = ['LATE', 'FLATTEN', 'CELL', 'LiftConfig', 'Returns', 'ClipData', 'clip_data', 'clip_returns', 'voxel_downsample',
+           'thin', 'Grid', 'grid_of', 'image_numbers', 'unhidden', 'Look', 'look', 'nearest_return', 'directions',
+           'window_distances', 'knn_distance', 'colour_late', 'colour_returns', 'times_of', 'random_quats',
+           'lift_returns', 'block_sides', 'Tiles', 'cut_blocks', 'nearest_above', 'find_corners', 'corner_weights',
+           'gap_depth', 'ground_below', 'Blocks', 'clip_blocks', 'block_depth', 'continue_ground', 'fill_gaps',
+           'even_opacity', 'cap_by_coverage', 'lift_data', 'lift_clip', 'dots', 'rainbow', 'bird_view', 'alignment_set',
+           'alignment_pictures']
 
 # %% ../nbs/10_lift.ipynb #b413d369
 @dataclass(frozen=True)
@@ -60,6 +61,18 @@ class LiftConfig:
         if not set(self.lidar_sensors) or set(self.lidar_sensors) - {0,1}: raise ValueError(f"lidar_sensors: is {self.lidar_sensors}; choose (0,), (1,) or (0, 1).")
 
 # %% ../nbs/10_lift.ipynb #7b3b16f2
+class Returns(NamedTuple):
+    "What the LiDAR saw in a clip's input sweeps, all around, whether or not a camera sees it."
+    points:Tensor  # (R,3) float64, world, m
+    seconds:Tensor # (R,) float64, since the clip's start
+    frame:Tensor   # (R,) int64 log frame ids
+
+    def to(self,
+        device:Any, # torch device
+    )->Returns:
+        "The same returns on another device."
+        return Returns(*(v.to(device) for v in self))
+
 @dataclass
 class ClipData:
     "The input of one clip in memory: F frames of C cameras, and F sweeps of up to N returns."
@@ -91,6 +104,12 @@ class ClipData:
         "What the cameras see of the sweeps, computed when first asked for."
         return look(self)
 
+    @property
+    def returns(self)->Returns: # in the order of the sweeps
+        "All returns, without the padding."
+        there = ~self.points[...,0].isnan()
+        return Returns(self.points[there], self.stamps[there], self.frames[:,None].expand_as(there)[there])
+
 # %% ../nbs/10_lift.ipynb #8cf8d442
 def clip_data(
     clip:Clip,      # the clip
@@ -107,6 +126,14 @@ def clip_data(
     return ClipData(x([[log.image(c, f, image_scale) for c in cameras] for f in frames]), each(lambda cam, f: scale_intrinsics(cam.K, image_scale)), each(lambda cam, f: cam.poses[f]),
         each(lambda cam, f: cam.stamps[f] - start), pad([s.points for s in sweeps], math.nan), pad([s.stamps - start for s in sweeps], math.nan), pad([s.sensor for s in sweeps], -1),
         x(log.lidar_stamps[frames]) - start, torch.tensor(frames), clip.time.duration, clip.id)
+
+def clip_returns(
+    clip:Clip, # the clip
+    lidar_sensors:tuple[int,...]=(0,), # as in `LiftConfig`
+)->Returns: # of the input frames, on the CPU
+    "Read all that the LiDAR saw; no image is opened."
+    sweeps = [clip.log.sweep(f, lidar_sensors) for f in clip.input_frames]; join = lambda rows: torch.from_numpy(np.concatenate(rows))
+    return Returns(join([s.points for s in sweeps]), join([s.stamps for s in sweeps]) - clip.time.start, torch.tensor(clip.input_frames).repeat_interleave(torch.tensor([len(s) for s in sweeps])))
 
 # %% ../nbs/10_lift.ipynb #6f26b832
 def voxel_downsample(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from .frames import quat_mul, quat_to_mat, rotate_vectors, se3_inverse, transform_points
 from .gaussians import BACKGROUND, FLAT, LIDAR, Gaussians
+from .lift import Returns
 from .voxels import VoxelConfig, Voxels
 from .votes import CLOSER, VoteConfig, two_looks
 from .unet import SparseUNet, UNetConfig, count_rows, grid_position, mix_voxels, neighbours, pool_mean, voxelise
@@ -19,8 +20,8 @@ from .unet import SparseUNet, UNetConfig, count_rows, grid_position, mix_voxels,
 # %% auto #0
 __all__ = ['PredictorConfig', 'drift', 'motion_hints', 'hint_channels', 'point_features', 'orientation', 'time_bins',
            'binned_features', 'voxel_features', 'point_channels', 'voxel_channels', 'bounded', 'make_head',
-           'decode_residual', 'motion_channels', 'since_start', 'decode_velocity', 'settle', 'Layout', 'make_layout',
-           'BasePredictor']
+           'decode_residual', 'motion_channels', 'since_start', 'decode_velocity', 'settle', 'Layout', 'in_grid',
+           'make_layout', 'BasePredictor']
 
 # %% ../nbs/31_predictor.ipynb #fc4def75
 @dataclass(frozen=True)
@@ -70,11 +71,12 @@ def motion_hints(
     frame:Tensor,   # (M,) int64 source frame
     voxel:VoxelConfig,
     cfg:PredictorConfig, # read: drift_cells, drift_height, votes, closer, velocity_scale
+    voters:tuple[Tensor,Tensor,Tensor]|None=None, # (R,3) ego0, m, (R,) seconds and (R,) frame of the returns that vote; None = the points
 )->Tensor: # (M,hint_channels) float32
     "Drift in cells of every size, then the votes."
     p, v = points.float(), cfg.velocity_scale
     found = [drift(p, seconds, c, cfg.drift_height)*p.new_tensor([1/v, 1/v, 1/v, 2.]) for c in cfg.drift_cells]
-    if cfg.votes.reach: found.append(two_looks(p, seconds, frame, voxel, cfg.votes, cfg.closer)*p.new_tensor([1/v]*4 + [1.]*4))
+    if cfg.votes.reach: found.append(two_looks(*voters or (p, seconds, frame), voxel, cfg.votes, cfg.closer, (p, frame))*p.new_tensor([1/v]*4 + [1.]*4))
     return torch.cat(found + [p.new_zeros(len(p), 0)], 1)
 
 def hint_channels(
@@ -237,6 +239,15 @@ class Layout:
     hints:Tensor     # (M,hint_channels) motion of its neighbourhood
     tables:dict=field(default_factory=dict) # of the U-Net's layers, filled by the first passes
 
+def in_grid(
+    r:Returns,       # on the device of `to_world`
+    to_world:Tensor, # (4,4) float64 ego0-to-world
+    voxel:VoxelConfig, # read: low, shape, size
+)->tuple[Tensor,Tensor,Tensor]: # (R,3) ego0, m; (R,) s since the clip's start; (R,) int64 frame
+    "The returns inside the network's grid."
+    points = transform_points(se3_inverse(to_world), r.points); kept = grid_position(points, voxel)[1]
+    return points[kept].float(), r.seconds[kept].float(), r.frame[kept]
+
 @torch.no_grad()
 def make_layout(
     g:Gaussians,    # N lifted Gaussians, world
@@ -244,6 +255,7 @@ def make_layout(
     duration:float, # length of the clip, s
     voxel:VoxelConfig,
     cfg:PredictorConfig, # read: what `motion_hints` reads
+    returns:Returns|None=None, # all around, of the input sweeps, on the same device; None = only the Gaussians tell what moves
 )->Layout: # on the Gaussians' device
     "Sort a lifted clip into the grid."
     to_world = torch.as_tensor(ego0, dtype=torch.float64, device=g.means.device)
@@ -251,7 +263,8 @@ def make_layout(
     at = (grid_position(points, voxel)[1] & (g.kind == LIDAR)).nonzero()[:,0]; points = points[at]
     seconds, v = (g.t[at]*duration).float(), voxelise(points, points[:,:0], voxel)
     rows, weights = neighbours(v.keys, points.float(), voxel) if len(at) else (at[:,None].expand(-1,8), at[:,None].expand(-1,8).float())
-    return Layout(at, (g.kind == BACKGROUND).nonzero()[:,0], to_world, seconds, v, rows, weights, motion_hints(points, seconds, g.frame[at], voxel, cfg) if len(at) else points.new_zeros(0, hint_channels(cfg)))
+    voters = None if returns is None else in_grid(returns, to_world, voxel)
+    return Layout(at, (g.kind == BACKGROUND).nonzero()[:,0], to_world, seconds, v, rows, weights, motion_hints(points, seconds, g.frame[at], voxel, cfg, voters) if len(at) else points.new_zeros(0, hint_channels(cfg)))
 
 # %% ../nbs/31_predictor.ipynb #f0c35365
 class BasePredictor(nn.Module):
@@ -305,6 +318,7 @@ def layout(self:BasePredictor,
     g:Gaussians,    # N lifted Gaussians, world
     ego0:Any,       # (4,4) array or tensor, ego0-to-world
     duration:float, # length of the clip, s
+    returns:Returns|None=None, # as for `make_layout`
 )->Layout: # on the Gaussians' device
     "The layout of a lifted clip for this predictor."
-    return make_layout(g, ego0, duration, self.voxel, self.cfg)
+    return make_layout(g, ego0, duration, self.voxel, self.cfg, returns)

@@ -20,7 +20,7 @@ import flux4d
 from .pandaset import DataError, atomic_write
 from .clips import Clip, InputViews, Views, TargetViews, load_views
 from .gaussians import Gaussians
-from .lift import ClipData, LiftConfig, clip_data, look
+from .lift import ClipData, LiftConfig, Returns, clip_data, clip_returns, look
 from .background import BackgroundConfig, init_data
 from .frames import se3_inverse
 from .cache import LiftCache
@@ -164,7 +164,14 @@ def _lifted(self:Loader, i:int, # clip number
 def _layout(self:Loader, i:int, # clip number
 )->Layout: # on the device
     "Sort one clip into the grid."
-    return make_layout(self.lifted(i), self.clips[i].ego0, self.clips[i].time.duration, self.cfg.voxel, self.cfg.model)
+    clip = self.clips[i]
+    return make_layout(self.lifted(i), clip.ego0, clip.time.duration, self.cfg.voxel, self.cfg.model, self.returns(clip))
+
+@patch
+def returns(self:Loader, clip:Clip, # any clip
+)->Returns: # on the device
+    "All that the LiDAR saw in the clip's input sweeps."
+    return clip_returns(clip, self.cfg.init.lidar_sensors).to(self.device)
 
 # %% ../nbs/32_train.ipynb #4bd7b9b5
 @patch
@@ -399,7 +406,7 @@ def rebuilder(
 )->Callable: # (clip, lifted Gaussians) -> Gaussians, velocity
     "A model as a function of a clip and its lift, for everything that evaluates or shows."
     def rebuild(clip:Clip, g0:Gaussians)->tuple[Gaussians,Tensor]:
-        layout = model.base.layout(g0, clip.ego0, clip.time.duration)
+        layout = model.base.layout(g0, clip.ego0, clip.time.duration, loader.returns(clip))
         return reconstruct(model, Batch(clip, g0, layout, lambda: loader.inputs(clip)))
     return torch.no_grad()(rebuild)
 
@@ -418,7 +425,7 @@ def time_reconstruction(
     for _ in range(repeats + 3):
         with torch.no_grad():
             start, again = clock(), replace(data); g0 = init_data(again, cfg.init, cfg.background, cfg.train.seed); lifted = clock()
-            layout = model.base.layout(g0, clip.ego0, clip.time.duration)
+            layout = model.base.layout(g0, clip.ego0, clip.time.duration, again.returns)
             reconstruct(model, Batch(clip, g0, layout, lambda: input_views(again, clip, cfg.data.cameras))); spent.append((lifted - start, clock() - lifted, clock() - start))
     lift, network, total = np.median(spent[3:], axis=0)
     return dict(lift=float(lift), network=float(network), total=float(total), gaussians=len(g0), repeats=repeats)

@@ -5,14 +5,16 @@
 # %% ../nbs/14_votes.ipynb #6876660c
 from __future__ import annotations
 from dataclasses import dataclass
+from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .voxels import VoxelConfig
 
 # %% auto #0
-__all__ = ['CLOSER', 'VoteConfig', 'height_above_ground', 'occupancy', 'vote_shares', 'best_shift', 'met', 'places', 'confirm',
-           'landscape', 'look_up', 'block_cells', 'slide', 'agreed', 'votes', 'two_looks']
+__all__ = ['CLOSER', 'VoteConfig', 'height_above_ground', 'cell_of', 'occupancy', 'vote_shares', 'best_shift', 'met', 'places',
+           'confirm', 'landscape', 'look_up', 'block_cells', 'slide', 'agreed', 'Poll', 'poll', 'ask', 'heights',
+           'votes', 'two_looks']
 
 # %% ../nbs/14_votes.ipynb #24c9c4fe
 @dataclass(frozen=True)
@@ -42,34 +44,45 @@ class VoteConfig:
 
 # %% ../nbs/14_votes.ipynb #475e3613
 def height_above_ground(
-    points:Tensor, # (M,3) ego0, m
+    points:Tensor, # (M,3) that show the ground, ego0, m
     cell:float=2., # m, edge of the cells
     share:float=.2, # of a cell's points below what counts as its ground
     least:int=4,   # points, cells with fewer have no ground of their own
-)->Tensor: # (M,) m; 0 where no ground is near
+    asked:Tensor|None=None, # (N,3) whose height it is, ego0, m; None = the same points
+)->Tensor: # (N,) m; 0 where no ground is near
     "Height above the ground around, which few points may undercut."
-    ij = (points[:,:2]/cell).floor().long(); ij = ij - ij.amin(0); n = (ij.amax(0) + 1).tolist(); key = ij[:,0]*n[1] + ij[:,1]
+    ij = (points[:,:2]/cell).floor().long(); low = ij.amin(0); n = (ij.amax(0) - low + 1).tolist(); at = lambda ij: ((ij - low)*ij.new_tensor([n[1], 1])).sum(1); key = at(ij)
     order = points[:,2].argsort(); order = order[key[order].argsort(stable=True)]; count = key.new_zeros(n[0]*n[1]).index_add(0, key, torch.ones_like(key))
     pick = order[(count.cumsum(0) - count + (share*count).long()).clamp_max(len(points) - 1)]
-    low = torch.where(count >= least, points[pick,2], torch.inf).reshape(1, 1, *n)
-    return (points[:,2] - (-F.max_pool2d(-low, 3, 1, 1)).flatten()[key]).nan_to_num(0., 0., 0.)
+    ground = -F.max_pool2d(-torch.where(count >= least, points[pick,2], torch.inf).reshape(1, 1, *n), 3, 1, 1).flatten()
+    if asked is None: asked = points
+    else: key = at(torch.minimum(torch.maximum((asked[:,:2]/cell).floor().long(), low), ij.amax(0)))
+    return (asked[:,2] - ground[key]).nan_to_num(0., 0., 0.)
 
 # %% ../nbs/14_votes.ipynb #42f26b2b
+def cell_of(
+    points:Tensor, # (M,3) ego0, m
+    grid:VoxelConfig, # read: low, high
+    cfg:VoteConfig, # read: reach, gaps, cell
+)->tuple[Tensor,list[int]]: # (M,2) int64 cell of each point, the nearest inside for what lies outside; cells along x and y; both with a border of the reach over all gaps
+    "Cells on the ground."
+    border = cfg.reach*cfg.gaps; size = [int((b - a)/cfg.cell) + 2*border for a,b in zip(grid.low[:2], grid.high[:2])]
+    ij = ((points[:,:2] - points.new_tensor(grid.low[:2]))/cfg.cell).floor().long() + border
+    return torch.minimum(ij.clamp_min(border), ij.new_tensor(size) - border - 1), size
+
 def occupancy(
     points:Tensor, # (M,3) ego0, m
     height:Tensor, # (M,) above ground, m
     sweep:Tensor,  # (M,) int64, number of each point's sweep, 0..S-1
     n:int,         # sweeps
     grid:VoxelConfig, # read: low, high
-    cfg:VoteConfig,
-)->tuple[Tensor,Tensor,Tensor]: # (S,X+2B,Y+2B) bool, with a border B of the reach over all gaps; the same for cells with any point near; (M,2) int64 cell of each point, border included
+    cfg:VoteConfig, # read: height, near, reach, gaps, cell
+)->tuple[Tensor,Tensor]: # (S,X+2B,Y+2B) bool, with a border B of the reach over all gaps; the same for cells with any point near
     "Ground cells in which something stands, above the road and below the trees, and those that the sweep looked at."
-    border = cfg.reach*cfg.gaps; size = [int((b - a)/cfg.cell) + 2*border for a,b in zip(grid.low[:2], grid.high[:2])]
-    ij = ((points[:,:2] - points.new_tensor(grid.low[:2]))/cfg.cell).floor().long() + border
-    up = (height > cfg.height[0]) & (height < cfg.height[1]); ij = torch.minimum(ij.clamp_min(border), ij.new_tensor(size) - border - 1)
-    occ, near = torch.zeros(2, n, *size, dtype=torch.bool, device=points.device); r = round(cfg.near/cfg.cell)
+    (ij, size), up, r = cell_of(points, grid, cfg), (height > cfg.height[0]) & (height < cfg.height[1]), round(cfg.near/cfg.cell)
+    occ, near = torch.zeros(2, n, *size, dtype=torch.bool, device=points.device)
     occ[sweep[up], ij[up,0], ij[up,1]] = True; near[sweep, ij[:,0], ij[:,1]] = True
-    return occ, F.max_pool2d(F.max_pool2d(near.float(), (2*r + 1, 1), 1, (r, 0)), (1, 2*r + 1), 1, (0, r)) > 0, ij
+    return occ, F.max_pool2d(F.max_pool2d(near.float(), (2*r + 1, 1), 1, (r, 0)), (1, 2*r + 1), 1, (0, r)) > 0
 
 # %% ../nbs/14_votes.ipynb #488bb24f
 def vote_shares(
@@ -230,45 +243,86 @@ def agreed(
     return (path + said.sum(1))/(1 + (n > 0).sum(1))[:,None,None]
 
 # %% ../nbs/14_votes.ipynb #96918d08
+class Poll(NamedTuple):
+    "What K blocks of S sweeps say."
+    frames:Tensor # (S,) int64 of the sweeps
+    said:Tensor   # (K+1,7) velocity along x and y, m/s; acceleration, m/s^2; share of votes for it; share for standing still; 1 where trusted; the last row for no block
+    row:Tensor    # (S,X/block,Y/block) int64 row of each block, K = none
+    stands:Tensor # (S,X+2B,Y+2B) bool, something stands in the cell or beside it
+
 @torch.no_grad()
-def votes(
-    points:Tensor,  # (M,3) ego0, m
+def poll(
+    points:Tensor,  # (M,3) returns, ego0, m
     seconds:Tensor, # (M,) since the clip's start
-    frame:Tensor,   # (M,) int64 source frame of each point
+    frame:Tensor,   # (M,) int64 source frame of each
+    height:Tensor,  # (M,) above ground, m
     grid:VoxelConfig, # read: low, high
     cfg:VoteConfig=VoteConfig(),
-    height:Tensor|None=None, # (M,) above ground, m; None = found here
-)->Tensor: # (M,8) float32: velocity along x and y, m/s; acceleration, m/s^2; share of votes for it; share for standing still; 1 where it is trusted; 1 where something stands that may move; zeros with a single sweep
-    "Where the sweeps say each point's neighbourhood is going."
+)->Poll: # of two sweeps or more
+    "Let the returns vote."
     frames, sweep = torch.unique(frame, return_inverse=True); n = len(frames)
-    if n < 2: return points.new_zeros(len(points), 8).float()
     mean = torch.zeros(n, device=points.device).index_add(0, sweep, seconds.float())/torch.bincount(sweep, minlength=n); gap = (mean[-1] - mean[0])/(n - 1)
-    h = height_above_ground(points.float(), cfg.ground_cell, cfg.ground_share) if height is None else height; occ, near, ij = occupancy(points.float(), h, sweep, n, grid, cfg); share, stay, cells, row = vote_shares(occ, near, cfg)
+    occ, near = occupancy(points, height, sweep, n, grid, cfg); share, stay, cells, row = vote_shares(occ, near, cfg)
     found = best_shift(share, stay, cfg); shift, sure = confirm(found, cells, row, gap, cfg); path = torch.stack([shift/gap, torch.zeros_like(shift)], 1)
     if cfg.slides:
-        up = (h > cfg.height[0]) & (h < cfg.height[1]); xy, k = points[up,:2].float(), sweep[up]; D = landscape(xy, k, n, grid, cfg)
+        up = (height > cfg.height[0]) & (height < cfg.height[1]); xy, k = points[up,:2], sweep[up]; D = landscape(xy, k, n, grid, cfg)
         path = slide(path[:,0], mean, block_cells(xy, k, sure, row, grid, cfg), D, grid, cfg)
         for _ in range(cfg.settles): path = agreed(path, sure, row, mean, cfg)
-    found = F.pad(torch.cat([path.flatten(1), found[:,2:], sure[:,None].float()], 1), (0,0,0,1))
-    block = torch.div(ij - cfg.reach*cfg.gaps, cfg.block, rounding_mode="floor")
-    block = torch.minimum(block, block.new_tensor(row.shape[1:]) - 1)
-    said = found[row[sweep, block[:,0], block[:,1]]]
-    may = occ[sweep, ij[:,0], ij[:,1]] & (h > cfg.column[0]) & (h < cfg.column[1])
-    return torch.cat([said[:,:6], said[:,6:]*may[:,None], may[:,None].float()], 1)
+    said = F.pad(torch.cat([path.flatten(1), found[:,2:], sure[:,None].float()], 1), (0,0,0,1))
+    return Poll(frames, said, row, F.max_pool2d(occ.float()[:,None], 3, 1, 1)[:,0] > 0)
+
+def ask(
+    p:Poll,        # the votes
+    points:Tensor, # (N,3) ego0, m
+    frame:Tensor,  # (N,) int64 source frame of each, one of the poll's
+    height:Tensor, # (N,) above ground, m
+    grid:VoxelConfig, # read: low, high
+    cfg:VoteConfig=VoteConfig(), # of the poll
+)->Tensor: # (N,8): the seven numbers of `Poll.said`, of which the last three are 0 for what may not move; 1 where something stands that may
+    "What the block around each point says."
+    ij, sweep = cell_of(points, grid, cfg)[0], torch.searchsorted(p.frames, frame).clamp_max(len(p.frames) - 1)
+    block = torch.div(ij - cfg.reach*cfg.gaps, cfg.block, rounding_mode="floor"); block = torch.minimum(block, block.new_tensor(p.row.shape[1:]) - 1)
+    said = p.said[p.row[sweep, block[:,0], block[:,1]]]; may = p.stands[sweep, ij[:,0], ij[:,1]] & (height > cfg.column[0]) & (height < cfg.column[1])
+    return torch.cat([said[:,:4], said[:,4:]*may[:,None], may[:,None].float()], 1)
+
+def heights(
+    points:Tensor, # (M,3) returns, ego0, m
+    asked:Tensor,  # (N,3) ego0, m
+    cfg:VoteConfig, # read: ground_cell, ground_share
+)->tuple[Tensor,Tensor]: # (M,), (N,) above the ground that the returns show, m
+    "Heights of those that vote and of those that ask."
+    return height_above_ground(points, cfg.ground_cell, cfg.ground_share, asked=torch.cat([points, asked])).split((len(points), len(asked)))
+
+@torch.no_grad()
+def votes(
+    points:Tensor,  # (M,3) returns, ego0, m
+    seconds:Tensor, # (M,) since the clip's start
+    frame:Tensor,   # (M,) int64 source frame of each
+    grid:VoxelConfig, # read: low, high
+    cfg:VoteConfig=VoteConfig(),
+    asked:tuple[Tensor,Tensor]|None=None, # (N,3) ego0, m, and (N,) source frame of the points that want to know; None = the returns themselves
+    height:tuple[Tensor,Tensor]|None=None, # (M,), (N,) from `heights`; None = found here
+)->Tensor: # (N,8) float32: velocity along x and y, m/s; acceleration, m/s^2; share of votes for it; share for standing still; 1 where it is trusted; 1 where something stands that may move; zeros with a single sweep
+    "Where the sweeps say each point's neighbourhood is going."
+    points = points.float(); at, when = (points, frame) if asked is None else (asked[0].float(), asked[1])
+    if len(torch.unique(frame)) < 2: return points.new_zeros(len(at), 8)
+    h, own = heights(points, at, cfg) if height is None else height
+    return ask(poll(points, seconds, frame, h, grid, cfg), at, when, own, grid, cfg)
 
 # %% ../nbs/14_votes.ipynb #0c9770aa
 CLOSER = VoteConfig(reach=6, cell=.125, block=3, agree=.7, witnesses=4, slides=0) # for what is small and slow
 
 def two_looks(
-    points:Tensor,  # (M,3) ego0, m
+    points:Tensor,  # (M,3) returns, ego0, m
     seconds:Tensor, # (M,) since the clip's start
-    frame:Tensor,   # (M,) int64 source frame of each point
+    frame:Tensor,   # (M,) int64 source frame of each
     grid:VoxelConfig, # read: low, high
     cfg:VoteConfig=VoteConfig(), # the first look
     closer:VoteConfig=CLOSER, # the second; reach 0 = none
-)->Tensor: # (M,8) as from `votes`
+    asked:tuple[Tensor,Tensor]|None=None, # as for `votes`
+)->Tensor: # (N,8) as from `votes`
     "Votes, and those of a closer look where none is trusted."
-    h = height_above_ground(points.float(), cfg.ground_cell, cfg.ground_share); said = votes(points, seconds, frame, grid, cfg, h)
+    h = heights(points.float(), (points if asked is None else asked[0]).float(), cfg); said = votes(points, seconds, frame, grid, cfg, asked, h)
     if not closer.reach: return said
-    small = votes(points, seconds, frame, grid, closer, h); heard = (said[:,6] == 0) & (small[:,6] > 0) & (said[:,7] > 0)
+    small = votes(points, seconds, frame, grid, closer, asked, h); heard = (said[:,6] == 0) & (small[:,6] > 0) & (said[:,7] > 0)
     return torch.where(heard[:,None], torch.cat([small[:,:7], said[:,7:]], 1), said)
