@@ -7,12 +7,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from .gaussians import FLAT, Gaussians, LIDAR, advance
 from .raster import rasterise
 
 # %% auto #0
-__all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'pick_backend', 'backdrop', 'render', 'compare_backends']
+__all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'pick_backend', 'backdrop', 'solid_depth', 'render',
+           'compare_backends']
 
 # %% ../nbs/21_render.ipynb #e542d582
 @dataclass
@@ -24,6 +26,7 @@ class RenderConfig:
     max_scale:float=1.   # m, largest standard deviation of a LiDAR Gaussian when drawn (supp. A.2)
     eps2d:float=.3       # px^2 added to each splat's variances
     antialiased:bool=False # lower a splat's opacity as eps2d widens it
+    depth_reach:float=8. # px of an image 1920 wide, how far the depth of LiDAR Gaussians is carried to pixels that none of them touches; 0 = not at all
     background:tuple[float,float,float]|None=None # colour where no Gaussian is; None: the mean colour of the LiDAR Gaussians
 
 # %% ../nbs/21_render.ipynb #7ee051f9
@@ -49,7 +52,7 @@ class Cameras:
 class Rendered(NamedTuple):
     "V pictures."
     rgb:Tensor   # (V,H,W,3) 0..1, over the background
-    depth:Tensor # (V,H,W) expected depth of the LiDAR Gaussians along the optical axis, m; 0 where there are none
+    depth:Tensor # (V,H,W) expected depth of the LiDAR Gaussians along the optical axis, m; 0 where there are none near
     alpha:Tensor # (V,H,W) 0..1
     features:Tensor|None # (V,H,W,F) blended like colours, over zero
 
@@ -117,6 +120,16 @@ def backdrop(
     solid = (g.kind == LIDAR).to(g.means)[:,None]
     return (g.colours.detach()*solid).sum(0)/solid.sum().clamp_min(1)
 
+def solid_depth(
+    z:Tensor,     # (V,H,W) depths of the LiDAR Gaussians times their blending weights, m
+    solid:Tensor, # (V,H,W) sum of these weights
+    reach:int,    # px
+)->Tensor: # (V,H,W) m
+    "Expected depth; where no LiDAR Gaussian is, that of a square around, without gradient."
+    n = 2*reach + 1; mean = lambda x: F.avg_pool2d(F.avg_pool2d(x, (1, n), 1, (0, reach)), (n, 1), 1, (reach, 0))
+    with torch.no_grad(): near = mean(z)/mean(solid).clamp_min(1e-10)
+    return torch.where(solid > 0, z/solid.clamp_min(1e-10), near)
+
 def render(
     g:Gaussians,            # N Gaussians, world
     velocity:Tensor|None,   # (N,l+1,3) m/s^(j+1), world; None = nothing moves
@@ -133,7 +146,7 @@ def render(
         draw = pick_backend(cfg.backend, means.device)
         image,alpha = draw(means, g.unit_quats, drawn_scales(g, cfg.max_scale), g.opacities, values, views, cfg)
         rgb = image[...,:3] + (1 - alpha)[...,None]*backdrop(g, cfg)
-        return Rendered(rgb, image[...,4]/image[...,3].clamp_min(1e-10), alpha, None if features is None else image[...,5:])
+        return Rendered(rgb, solid_depth(image[...,4], image[...,3], round(cfg.depth_reach*views.width/1920)), alpha, None if features is None else image[...,5:])
 
 def _channels(
     g:Gaussians,         # N Gaussians
