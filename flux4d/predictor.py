@@ -255,7 +255,7 @@ def make_layout(
     duration:float, # length of the clip, s
     voxel:VoxelConfig,
     cfg:PredictorConfig, # read: what `motion_hints` reads
-    returns:Returns|None=None, # all around, of the input sweeps, on the same device; None = only the Gaussians tell what moves
+    returns:Returns|None, # all around, of the input sweeps, on the same device; None = only the Gaussians tell what moves
 )->Layout: # on the Gaussians' device
     "Sort a lifted clip into the grid."
     to_world = torch.as_tensor(ego0, dtype=torch.float64, device=g.means.device)
@@ -318,7 +318,7 @@ def layout(self:BasePredictor,
     g:Gaussians,    # N lifted Gaussians, world
     ego0:Any,       # (4,4) array or tensor, ego0-to-world
     duration:float, # length of the clip, s
-    returns:Returns|None=None, # as for `make_layout`
+    returns:Returns|None, # as for `make_layout`
 )->Layout: # on the Gaussians' device
     "The layout of a lifted clip for this predictor."
     return make_layout(g, ego0, duration, self.voxel, self.cfg, returns)

@@ -26,7 +26,7 @@ class VoteConfig:
     gaps:int=3            # sweeps asked on each side; a shift must hold again and again
     height:tuple[float,float]=(.3, 3.) # m above the ground that counts; below is road, above are trees and signs
     ground_cell:float=2.  # m, edge of the cells in which the ground is looked for
-    ground_share:float=.2 # of a cell's points that may lie below its ground; filled gaps scatter
+    ground_share:float=.2 # of a cell's points that may lie below its ground; some points stray
     near:float=.75        # m, a sweep is asked whether something still stands here only if it has any point this near
     still:float=.08       # 1/m, share of the votes that a longer shift must win to be preferred
     lead:float=.3         # share of the votes by which a shift must beat standing still to be a witness
@@ -271,6 +271,7 @@ def poll(
     said = F.pad(torch.cat([path.flatten(1), found[:,2:], sure[:,None].float()], 1), (0,0,0,1))
     return Poll(frames, said, row, F.max_pool2d(occ.float()[:,None], 3, 1, 1)[:,0] > 0)
 
+# %% ../nbs/14_votes.ipynb #c35eba20
 def ask(
     p:Poll,        # the votes
     points:Tensor, # (N,3) ego0, m
@@ -285,6 +286,7 @@ def ask(
     said = p.said[p.row[sweep, block[:,0], block[:,1]]]; may = p.stands[sweep, ij[:,0], ij[:,1]] & (height > cfg.column[0]) & (height < cfg.column[1])
     return torch.cat([said[:,:4], said[:,4:]*may[:,None], may[:,None].float()], 1)
 
+# %% ../nbs/14_votes.ipynb #0acc92c5
 def heights(
     points:Tensor, # (M,3) returns, ego0, m
     asked:Tensor,  # (N,3) ego0, m
@@ -305,7 +307,7 @@ def votes(
 )->Tensor: # (N,8) float32: velocity along x and y, m/s; acceleration, m/s^2; share of votes for it; share for standing still; 1 where it is trusted; 1 where something stands that may move; zeros with a single sweep
     "Where the sweeps say each point's neighbourhood is going."
     points = points.float(); at, when = (points, frame) if asked is None else (asked[0].float(), asked[1])
-    if len(torch.unique(frame)) < 2: return points.new_zeros(len(at), 8)
+    if not len(frame) or (frame == frame[0]).all(): return points.new_zeros(len(at), 8)
     h, own = heights(points, at, cfg) if height is None else height
     return ask(poll(points, seconds, frame, h, grid, cfg), at, when, own, grid, cfg)
 
