@@ -12,10 +12,13 @@ from scipy.spatial import cKDTree
 from torch import Tensor, nn
 from .gaussians import LIDAR, Gaussians
 from .clips import Clip
+from .lift import clip_returns
+from .voxels import VoxelConfig
+from .predictor import PredictorConfig, decode_velocity, make_layout, motion_channels
 
 # %% auto #0
 __all__ = ['BASELINES', 'still', 'sweep_rows', 'nearest_sweep', 'NSFPConfig', 'DistanceMap', 'above_ground', 'flow_net',
-           'fit_flow', 'nsfp']
+           'fit_flow', 'nsfp', 'motion_prior_alone']
 
 # %% ../nbs/43_baselines.ipynb #fd04a31d
 def still(
@@ -152,5 +155,23 @@ def nsfp(
         if len(a) and len(b): v[a,0] = fit_flow(x[a], x[b], cfg)[0](x[a])/gap
     return g0, v
 
+# %% ../nbs/43_baselines.ipynb #fd84959c
+@torch.no_grad()
+def motion_prior_alone(
+    clip:Clip, # whose returns are matched between sweeps, all around
+    g0:Gaussians, # (N) its lift, world
+    voxel:VoxelConfig=VoxelConfig(), # read: the range in which motion is looked for
+    cfg:PredictorConfig=PredictorConfig(degree=1), # read: the prior's settings; degree 1 keeps its acceleration
+    lidar_sensors:tuple[int,...]=(0,), # whose returns are matched
+)->tuple[Gaussians,Tensor]: # the lift; (N,2,3) coefficients, m/s and m/s^2, world
+    "The lift, moving as the motion prior says: what a network predicts that has learned nothing."
+    returns = clip_returns(clip, lidar_sensors).to(g0.means.device)
+    layout = make_layout(g0, clip.ego0, clip.time.duration, voxel, cfg, returns)
+    nothing = g0.means.new_zeros(len(layout.at), motion_channels(cfg))
+    found = decode_velocity(nothing, layout.hints, layout.seconds, layout.to_world, cfg, settled=True)
+    v = g0.means.new_zeros(len(g0), cfg.degree + 1, 3)
+    return g0, v.index_copy(0, layout.at, found.to(v.dtype))
+
 # %% ../nbs/43_baselines.ipynb #938d7553
-BASELINES:dict[str,Callable[[Clip,Gaussians],tuple[Gaussians,Tensor]]] = dict(lift=still, zero_motion=still, nearest=nearest_sweep, nsfp=nsfp)
+BASELINES:dict[str,Callable[[Clip,Gaussians],tuple[Gaussians,Tensor]]] = dict(
+    lift=still, zero_motion=still, motion_prior=motion_prior_alone, nearest=nearest_sweep, nsfp=nsfp)

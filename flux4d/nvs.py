@@ -45,7 +45,7 @@ def sky_mask(
 @dataclass
 class EvalConfig:
     "How target views are scored."
-    max_clips:int|None=None # evaluate the first clips only
+    depth_sensors:tuple[int,...]=(0,) # LiDARs whose returns a rendered depth is compared with, whatever the lift used
     save_renders:int=3      # clips whose pictures are written (S6-08)
     views_per_call:int=5    # target views rendered at once
     labels:CuboidConfig=field(default_factory=CuboidConfig) # what counts as moving
@@ -259,7 +259,7 @@ def evaluate_nvs(
 )->Evaluation:
     "Score target views of every clip (S6-09, S6-10)."
     ev = Evaluation({n: Scores() for n in names})
-    for i in progress(range(len(loader.clips[:cfg.max_clips]))):
+    for i in progress(range(len(loader.clips))):
         clip, g0 = loader.clips[i], loader.lifted(i); check_clip(clip, cfg.labels)
         made, secs = variants(rebuild, clip, g0); ev.seconds_per_clip.add(secs); ev.gaussians.add(len(g0))
         ev.score_targets({n: made[n] for n in names}, clip, loader, render_cfg, cfg, renders if i < cfg.save_renders else None)

@@ -31,7 +31,7 @@ from .voxels import VoxelConfig
 from .predictor import PredictorConfig, BasePredictor, Layout, make_layout
 
 # %% auto #0
-__all__ = ['DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'config_from_dict', 'merged', 'Batch', 'Loader',
+__all__ = ['DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'config_from_dict', 'merged', 'flattened', 'Batch', 'Loader',
            'input_views', 'Run', 'provenance', 'save_checkpoint', 'load_checkpoint', 'load_weights', 'lr_at',
            'Flux4DBase', 'build_model', 'reconstruct', 'rebuilder', 'time_reconstruction', 'Trainer', 'backed',
            'load_model', 'every']
@@ -41,6 +41,7 @@ __all__ = ['DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'config_from
 class DataConfig:
     "Which recordings, at which resolution."
     cameras:tuple[str,...]=("front_camera",) # paper: front camera only
+    settings:tuple[str,...]=()               # kinds of training clip, such as train_future; (): every kind of the index. The paper trains a model for each
     image_scale:float=1.0                    # 1.0 = full resolution; nothing else ever resizes an image (G-03)
     keep_frames:int=1200                     # decoded frames kept in memory; one full-HD frame is 14 MB
     keep_clips:int=200                       # lifted clips kept in memory; one is about 20 MB
@@ -107,6 +108,17 @@ def merged(
 )->dict: # a new nested dict
     "One nested dict laid over another."
     return base | {k: merged(base.get(k, {}), v) if isinstance(v, dict) else v for k,v in over.items()}
+
+def flattened(
+    d:dict, # nested
+    at:str="", # dotted prefix
+)->dict[str,Any]: # {dotted field: value}
+    "A nested dict by dotted names."
+    out = {}
+    for key, value in d.items():
+        name = f"{at}.{key}".lstrip(".")
+        out |= flattened(value, name) if isinstance(value, dict) else {name: value}
+    return out
 
 # %% ../nbs/32_train.ipynb #b68a71e0
 def _detuple(v:Any, # a plain value
