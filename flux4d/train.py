@@ -476,7 +476,7 @@ def losses(self:Trainer,
 )->dict: # scalars total, rgb, ssim, depth, vel, psnr
     "Render the supervised views, compare (paper Eq. 3-5, supp. A.1)."
     out, weight = render_weighted(g, velocity, b.clip.time.duration, b.views, b.dt, backed(self.cfg, b.number), self.cfg.flow)
-    return reconstruction_loss(out, b.views, velocity, g.kind, self.cfg.loss, weight)
+    return reconstruction_loss(out, b.views, velocity, g.kind, self.cfg.loss, weight, b.clip.time.duration)
 
 @patch
 def gradients(self:Trainer)->dict: # scalars of the last micro-step's last stage, PSNR of its first, and its clip's id
