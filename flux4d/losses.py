@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from .gaussians import LIDAR
 
 # %% auto #0
@@ -19,15 +20,15 @@ __all__ = ['LossConfig', 'gaussian_window', 'blur', 'ssim_map', 'ssim', 'mean_wh
 @dataclass
 class LossConfig:
     "Weights and details of the training loss (paper Eq. 3-5)."
-    rgb:float=.8       # weight of the colour term
-    ssim:float=.2      # weight of 1 - SSIM
-    depth:float=.01    # weight of the depth term, 1/m
-    velocity:float=5e-3 # weight of the mean speed, s/m
+    rgb:NonNegativeFloat=.8 # weight of the colour term
+    ssim:NonNegativeFloat=.2 # weight of 1 - SSIM
+    depth:NonNegativeFloat=.01 # weight of the depth term, 1/m
+    velocity:NonNegativeFloat=5e-3 # weight of the mean speed, s/m
     use_depth:bool=True # False: no depth supervision
-    max_depth:float|None=None # returns beyond do not supervise, m; None = every return counts
-    berhu:float|None=None # depth errors beyond count by their square, m; None = L1 throughout (paper)
-    ssim_window:int=11 # side of the Gaussian window, px
-    ssim_sigma:float=1.5 # its standard deviation, px
+    max_depth:PositiveFloat|None=None # returns beyond do not supervise, m; None = every return counts
+    berhu:PositiveFloat|None=None # depth errors beyond count by their square, m; None = L1 throughout (paper)
+    ssim_window:PositiveInt=11 # side of the Gaussian window, px
+    ssim_sigma:PositiveFloat=1.5 # its standard deviation, px
 
 # %% ../nbs/22_losses.ipynb #00959a89
 def gaussian_window(

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import minimum_filter1d
 from torch import Tensor
 from fastcore.basics import patch
+from pydantic import NonNegativeInt, PositiveInt
 from .clips import Clip, TargetViews, Views
 from .cuboids import CuboidConfig, check_labels, dynamic_mask
 from .gaussians import Gaussians
@@ -45,9 +46,9 @@ def sky_mask(
 @dataclass
 class EvalConfig:
     "How target views are scored."
-    max_clips:int|None=None # evaluate the first clips only
-    save_renders:int=3      # clips whose pictures are written (S6-08)
-    views_per_call:int=5    # target views rendered at once
+    max_clips:PositiveInt|None=None # evaluate the first clips only
+    save_renders:NonNegativeInt=3 # clips whose pictures are written (S6-08)
+    views_per_call:PositiveInt=5 # target views rendered at once
     labels:CuboidConfig=field(default_factory=CuboidConfig) # what counts as moving
     metric:MetricConfig=field(default_factory=MetricConfig) # SSIM window and depth range (S6-14)
 

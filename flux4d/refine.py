@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from fastcore.basics import patch
+from pydantic import NonNegativeFloat, PositiveInt
 from .clips import InputViews
 from .frames import quat_mul, rotate_vectors, se3_inverse, transform_points
 from .gaussians import FLAT, Gaussians
@@ -27,11 +28,11 @@ __all__ = ['N_FEEDBACK', 'RefineConfig', 'FullConfig', 'feedback_error', 'Feedba
 @dataclass
 class RefineConfig:
     "Iterative refinement (paper Sec. 3.4)."
-    steps:int=3        # stages in all; 1 = the base alone (S5-05)
+    steps:PositiveInt=3 # stages in all; 1 = the base alone (S5-05)
     unet:UNetConfig=UNetConfig(widths=(32,64,128,256), blocks=1) # of the refiner; its own weights, one network for every stage
-    rgb:float=1.       # weight of the squared colour error in the feedback, per pixel
-    depth:float=5.     # weight of the relative depth error in the feedback, per return
-    floor:float=1.     # px, what fills less of the input views hears little
+    rgb:NonNegativeFloat=1. # weight of the squared colour error in the feedback, per pixel
+    depth:NonNegativeFloat=5. # weight of the relative depth error in the feedback, per return
+    floor:NonNegativeFloat=1. # px, what fills less of the input views hears little
 
     def __post_init__(self)->None:
         "Refuse a model without a stage."
