@@ -5,14 +5,16 @@
 # %% ../nbs/11_background.ipynb #4655f01e
 from __future__ import annotations
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from .frames import project, pixel_index, se3_inverse
 from .gaussians import Gaussians, gaussians_from, cat, BACKGROUND, LIDAR
 from .clips import Clip
+from .settings import OpenShare, Share
 from .lift import LiftConfig, ClipData, Blocks, block_sides, clip_data, clip_blocks, even_opacity, lift_data
 
 # %% auto #0
@@ -24,19 +26,24 @@ __all__ = ['BackgroundConfig', 'pick', 'disagreement', 'far_depth', 'far_field',
 @dataclass(frozen=True)
 class BackgroundConfig:
     "What stands where no return does."
-    mode:str="grid"                # "grid": blocks of the input images pushed far away; "hemisphere": the paper; "none"
-    num_sky_points:int=1_000_000   # hemisphere: points drawn (supp. A.2); those no camera sees are then left out
-    radius_factor:float=4.         # hemisphere: radius per longest side of the LiDAR Gaussians' bounding box (supp. A.2)
-    distance:float=600.            # m, grid: depth of the far field
-    nearer:tuple=(300., 150., 100., 75., 60., 48., 40., 32., 26., 20.) # m, grid: tried too, where the input images tell depths apart; () = never
-    gain:float=.02                 # grid: a nearer depth must lower the images' colour difference by this much, 0..1
-    evidence:int=64                # grid: px of an image 1920 wide, side of the cells whose blocks share their evidence
-    scale_factor:float=.5          # hemisphere: rendered standard deviation per mean spacing of the points
-    opacity:float=.5               # grid: six input images overlap, so each may be half transparent
-    sky_opacity:float=.9           # hemisphere: one layer, scattered at random; .5 is the paper's opacity of every Gaussian (supp. A.2)
-    inside_points:int=0            # points drawn inside a sphere, for robustness (Sec. 4.1; their number is not known); those no camera sees are left out
-    inside_factor:float=.5         # its radius per longest side of the LiDAR Gaussians' bounding box; not known, this one holds the box's length
-    inside_opacity:float=.5        # of these points (supp. A.2)
+    # "grid": blocks of the input images pushed far away; "hemisphere": the paper; "none"
+    mode:Literal["grid","hemisphere","none"]="grid"
+    num_sky_points:PositiveInt=1_000_000 # hemisphere: points drawn (supp. A.2); those no camera sees are then left out
+    # hemisphere: radius per longest side of the LiDAR Gaussians' bounding box (supp. A.2)
+    radius_factor:PositiveFloat=4.
+    distance:PositiveFloat=600. # m, grid: depth of the far field
+    # m, grid: tried too, where the input images tell depths apart; () = never
+    nearer:tuple[PositiveFloat,...]=(300., 150., 100., 75., 60., 48., 40., 32., 26., 20.)
+    gain:Share=.02 # grid: a nearer depth must lower the images' colour difference by this much, 0..1
+    evidence:PositiveInt=64 # grid: px of an image 1920 wide, side of the cells whose blocks share their evidence
+    scale_factor:PositiveFloat=.5 # hemisphere: rendered standard deviation per mean spacing of the points
+    opacity:OpenShare=.5 # grid: six input images overlap, so each may be half transparent
+    sky_opacity:OpenShare=.9 # hemisphere: one layer, scattered at random; .5 is the paper's opacity of every Gaussian (supp. A.2)
+    # points drawn inside a sphere, for robustness (Sec. 4.1; their number is not known); those no camera sees are left out
+    inside_points:NonNegativeInt=0
+    # its radius per longest side of the LiDAR Gaussians' bounding box; not known, this one holds the box's length
+    inside_factor:PositiveFloat=.5
+    inside_opacity:OpenShare=.5 # of these points (supp. A.2)
 
     def __post_init__(self)->None:
         "Refuse unknown words."

@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from .gaussians import LIDAR, Gaussians
 from .clips import Clip
+from .settings import Seed
 from .lift import clip_returns
 from .voxels import VoxelConfig
 from .predictor import PredictorConfig, decode_velocity, make_layout, motion_channels
+
 
 # %% auto #0
 __all__ = ['BASELINES', 'still', 'sweep_rows', 'nearest_sweep', 'NSFPConfig', 'DistanceMap', 'above_ground', 'flow_net',
@@ -55,21 +58,22 @@ def nearest_sweep(
 @dataclass(frozen=True)
 class NSFPConfig:
     "How a flow field is fitted to a pair of sweeps."
-    iterations:int=400 # most steps
-    patience:int=30    # steps without a better loss, then stop
-    better:float=1e-4  # m, smallest gain of the mean distance that counts
-    lr:float=.004      # of Adam
-    width:int=128      # of the hidden layers (the papers')
-    layers:int=8       # hidden layers (the papers')
-    unit:float=10.     # m, coordinates are divided by this
-    points:int=8192    # returns of a sweep that a fit uses, drawn at random
-    truncation:float=4. # m, no distance counts for more; 20 m/s between sweeps 0.2 s apart
-    cell:float=.2      # m, of the distance transform
-    cells:int=2**26    # most cells of it; a wider street gets larger ones
-    ground:float=.3    # m above the lowest return around, below this is ground and stands still; 0: all is fitted
-    patch:float=2.     # m, side of the squares that ground is sought in
+    iterations:PositiveInt=400 # most steps
+    patience:PositiveInt=30 # steps without a better loss, then stop
+    better:NonNegativeFloat=1e-4 # m, smallest gain of the mean distance that counts
+    lr:PositiveFloat=.004 # of Adam
+    width:PositiveInt=128 # of the hidden layers (the papers')
+    layers:PositiveInt=8 # hidden layers (the papers')
+    unit:PositiveFloat=10. # m, coordinates are divided by this
+    points:PositiveInt=8192 # returns of a sweep that a fit uses, drawn at random
+    truncation:PositiveFloat=4. # m, no distance counts for more; 20 m/s between sweeps 0.2 s apart
+    cell:PositiveFloat=.2 # m, of the distance transform
+    cells:PositiveInt=2**26 # most cells of it; a wider street gets larger ones
+    # m above the lowest return around, below this is ground and stands still; 0: all is fitted
+    ground:NonNegativeFloat=.3
+    patch:PositiveFloat=2. # m, side of the squares that ground is sought in
     backward:bool=False # also bring the moved cloud back with a second network (NSFP; Fast NSF is made to be quick)
-    seed:int=0         # of the networks' first weights and of the draw
+    seed:Seed=0 # of the networks' first weights and of the draw
 
 # %% ../nbs/43_baselines.ipynb #6005ac79
 class DistanceMap:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing import Literal
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from .gaussians import LIDAR
 
 # %% auto #0
@@ -19,21 +21,23 @@ __all__ = ['LossConfig', 'gaussian_window', 'blur', 'ssim_map', 'ssim', 'mean_wh
 @dataclass
 class LossConfig:
     "Weights and details of the training loss (paper Eq. 3-5)."
-    rgb:float=.8       # weight of the colour term
-    ssim:float=.2      # weight of 1 - SSIM
-    depth:float=.01    # weight of the depth term, 1/m
-    velocity:float=5e-3 # weight of the mean speed, per unit of `velocity_unit`
-    velocity_unit:str="second" # what speed is counted in: "second" = m/s; "clip" = metres per clip, the paper's normalised time (supp. A.2)
+    rgb:NonNegativeFloat=.8 # weight of the colour term
+    ssim:NonNegativeFloat=.2 # weight of 1 - SSIM
+    depth:NonNegativeFloat=.01 # weight of the depth term, 1/m
+    velocity:NonNegativeFloat=5e-3 # weight of the mean speed, per unit of `velocity_unit`
+    # what speed is counted in: "second" = m/s; "clip" = metres per clip, the paper's normalised time (supp. A.2)
+    velocity_unit:Literal["second","clip"]="second"
     use_depth:bool=True # False: no depth supervision
-    max_depth:float|None=None # returns beyond do not supervise, m; None = every return counts
-    berhu:float|None=None # depth errors beyond count by their square, m; None = L1 throughout (paper)
-    ssim_window:int=11 # side of the Gaussian window, px
-    ssim_sigma:float=1.5 # its standard deviation, px
+    max_depth:PositiveFloat|None=None # returns beyond do not supervise, m; None = every return counts
+    berhu:PositiveFloat|None=None # depth errors beyond count by their square, m; None = L1 throughout (paper)
+    ssim_window:PositiveInt=11 # side of the Gaussian window, px
+    ssim_sigma:PositiveFloat=1.5 # its standard deviation, px
 
     def __post_init__(self)->None:
         "Refuse unknown words."
         if self.velocity_unit not in ("second", "clip"):
             raise ValueError(f"velocity_unit: is {self.velocity_unit!r}; choose 'second' (m/s) or 'clip' (metres per clip).")
+
 
 # %% ../nbs/22_losses.ipynb #00959a89
 def gaussian_window(

@@ -23,18 +23,28 @@ PAPER = dict(
     data=dict(settings=("train_future",)), # one setting per model (Sec. 4.1)
     init=dict(
         fill=False, # returns alone
+        late="own", # a return has its own frame's colour
         scale_factor=1., # the mean distance of three neighbours is the scale (supp. A.2)
         time_source="sweep"), # a Gaussian's time is its sweep's stamp (supp. A.2)
-    background=dict(mode="hemisphere", num_sky_points=1_000_000, scale_factor=1., sky_opacity=.5), # supp. A.2
+    background=dict(
+        mode="hemisphere", num_sky_points=1_000_000, sky_opacity=.5, # supp. A.2
+        scale_factor=.73, # what the rule of three neighbours gives for evenly drawn points
+        inside_points=10_000), # points inside a sphere (Sec. 4.1); their number is not known
     model=dict(
         degree=1, # motion polynomial (supp. A.1)
         votes=dict(reach=0), # no motion prior
-        closer=dict(reach=0),
         drift_cells=(), # no local velocity among the features
-        settle=0.), # no dead zone
+        settle=0., # no dead zone
+        unet=dict(norm="batch")), # supp. A.2
+    render=dict(
+        depth_reach=0., # no depth where no Gaussian is
+        background=(0., 0., 0.)), # black, as 3D Gaussian splatting has it
+    loss=dict(depth=.01, # Sec. 4.1, L1
+        velocity_unit="clip"), # time is normalised per clip (supp. A.2)
     flow=dict(enabled=True), # supp. A.1
-    loss=dict(depth=.01), # Sec. 4.1
-    train=dict(supervise_inputs=False, random_background=False))
+    train=dict(supervise_inputs=False, random_background=False), # targets only, over a fixed colour
+    refine=dict(error="training", told="plain", # the gradient of Eq. 3 (Sec. 3.4, supp. Alg. 2)
+        unet=dict(norm="batch")))
 
 # %% ../nbs/52_presets.ipynb #62cccd4c
 SMALL = dict(
@@ -47,7 +57,7 @@ SMALL = dict(
 PRESETS = dict(
     default=DEFAULT,
     paper=PAPER,
-    learned=merged(DEFAULT, dict(model=dict(votes=dict(reach=0), closer=dict(reach=0)))),
+    learned=merged(DEFAULT, dict(model=dict(votes=dict(reach=0)))),
     base=merged(DEFAULT, dict(refine=dict(steps=1), model=dict(degree=0), flow=dict(enabled=False))),
     draft=merged(DEFAULT, SMALL))
 

@@ -6,10 +6,11 @@
 from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from fastcore.basics import patch
+from pydantic import NonNegativeFloat, PositiveInt
 from .clips import InputViews
 from .frames import mat_to_quat, quat_mul, rotate_vectors, se3_inverse, transform_points
 from .gaussians import FLAT, Gaussians
@@ -28,13 +29,17 @@ __all__ = ['N_FEEDBACK', 'RefineConfig', 'FullConfig', 'feedback_error', 'Feedba
 @dataclass
 class RefineConfig:
     "Iterative refinement (paper Sec. 3.4)."
-    steps:int=3        # stages in all; 1 = the base alone (S5-05)
+    steps:PositiveInt=3 # stages in all; 1 = the base alone (S5-05)
     unet:UNetConfig=UNetConfig(widths=(32,64,128,256), blocks=1) # of the refiner; its own weights, one network for every stage
-    rgb:float=1.       # weight of the squared colour error in the feedback, per pixel
-    depth:float=5.     # weight of the relative depth error in the feedback, per return
-    floor:float=1.     # px, what fills less of the input views hears little
-    error:str="robust" # whose gradient feeds back: "robust" = squared colour and relative depth errors; "training" = Eq. 3 with the weights of `loss` (Sec. 3.4, supp. Alg. 2)
-    told:str="scaled"  # how the refiner reads it: "scaled" = per filled pixel, each attribute by its typical size; "plain" = dL/dG, each channel by its largest (G3R)
+    rgb:NonNegativeFloat=1. # weight of the squared colour error in the feedback, per pixel
+    depth:NonNegativeFloat=5. # weight of the relative depth error in the feedback, per return
+    floor:NonNegativeFloat=1. # px, what fills less of the input views hears little
+    # whose gradient feeds back: "robust" = squared colour and relative depth errors; "training" = Eq. 3 with the weights
+    # of `loss` (Sec. 3.4, supp. Alg. 2)
+    error:Literal["robust","training"]="robust"
+    # how the refiner reads it: "scaled" = per filled pixel, each attribute by its typical size; "plain" = dL/dG, each
+    # channel by its largest (G3R)
+    told:Literal["scaled","plain"]="scaled"
 
     def __post_init__(self)->None:
         "Refuse a model without a stage, and unknown words."
