@@ -325,8 +325,8 @@ def run_arithmetic(
         raise ValueError(f"{source!r} cannot be computed ({e})") from e
 
 # %% ../nbs/09_house.ipynb #0f242610
-SOURCES = re.compile(r"<!-- figures\n(.*?)-->", re.S)
-NOT_PROSE = re.compile(r"```.*?```|`[^`\n]*`|\]\([^)]*\)|\$[^$\n]*\$|<!--.*?-->|^    .*$|(?:Sec|Eq|Table|Fig|Alg)s?\. ?[\d.]+|^#+ .*$", re.S|re.M)
+SOURCES = re.compile(r"^<!-- figures\n((?:.*\n)*?)-->", re.M)
+NOT_PROSE = re.compile(r"```[\s\S]*?```|`[^`\n]*`|\]\([^)]*\)|\$[^$\n]*\$|<!--[\s\S]*?-->|^    .*$|(?:Sec|Eq|Table|Fig|Alg)s?\. ?[\d.]+|^#+ .*$", re.M)
 NUMBER = re.compile(r"(?<![\w.,])[+−-]?\d+(?:,\d{3})*(?:\.\d+)?(?!\w|\.\d)")
 UNITS = re.compile(r"\s(?:dB|m|mm|s|ms|px|%|steps)(?!\w)")
 
@@ -387,18 +387,20 @@ def text_faults(
             if line[0].startswith("holds "):
                 faults += holds_fault(line[0][len("holds "):], root)
                 continue
-            figure, _, source = map(str.strip, line[0].partition(" = "))
-            k = next((k for k in range(at, len(numbers)) if numbers[k].text == figure), None)
-            if k is None:
-                faults.append(f"{figure} ({source}) does not stand in the text above its source, in the order of the sources")
-                continue
-            faults += [f"{f.text} has no source" for f in numbers[at:k] if f.wanted]
-            at = k + 1
-            new, why = checked_figure(figure, source, root)
-            faults += why
-            if new != figure:
-                inside = marker.start(1) + line.start()
-                edits += [(numbers[k].start, numbers[k].end, new), (inside, inside + len(figure), new)]
+            printed, _, source = map(str.strip, line[0].partition(" = "))
+            for entry in re.finditer(r"[^ ]+?(?=, |$)", printed):
+                figure = entry[0]
+                k = next((k for k in range(at, len(numbers)) if numbers[k].text == figure), None)
+                if k is None:
+                    faults.append(f"{figure} ({source}) does not stand in the text above its source, in the order of the sources")
+                    continue
+                faults += [f"{f.text} has no source" for f in numbers[at:k] if f.wanted]
+                at = k + 1
+                new, why = checked_figure(figure, source, root)
+                faults += why
+                if new != figure:
+                    inside = marker.start(1) + line.start() + entry.start()
+                    edits += [(numbers[k].start, numbers[k].end, new), (inside, inside + len(figure), new)]
         faults += [f"{f.text} has no source" for f in numbers[at:] if f.wanted]
         begin = marker.end() if marker else len(text)
     for start, end, new in sorted(edits, reverse=True):
