@@ -7,11 +7,13 @@ from __future__ import annotations
 import argparse, hashlib, json, pickle
 from dataclasses import dataclass, asdict, replace, fields
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Annotated, Any, Iterator, Literal
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+from annotated_types import MinLen
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from .frames import ClipTime, project, pixel_index, se3_inverse, scale_intrinsics
 from .pandaset import PandaSet, Log, DataError, atomic_write, report, safe_load_pickle, scaled_size, short_path
 
@@ -28,20 +30,23 @@ PRESETS = "paper", "debug", "long_log"
 @dataclass(frozen=True)
 class ClipConfig:
     "How logs are cut into clips."
-    preset:str="paper" # "paper": the paper's three settings; "debug": equal pieces of every log; "long_log": every log whole, as a chain of interpolation clips
-    cameras:tuple[str,...]=("front_camera",) # cameras a clip holds
+    # "paper": the paper's three settings; "debug": equal pieces of every log; "long_log": every log whole, as a
+    # chain of interpolation clips
+    preset:Literal["paper","debug","long_log"]="paper"
+    cameras:Annotated[tuple[str,...], MinLen(1)]=("front_camera",) # cameras a clip holds
     test_scenes:tuple[str,...]=TEST_SCENES # logs that give evaluation clips
     train_scenes:tuple[str,...]|None=None # logs that give training clips, None: all that are not test logs
-    tiny_scenes:tuple[str,...]|int=("001", "002") # logs of the tiny index, or how many from the first on
-    input_frames:tuple[int,...]=(0, 2, 4, 6, 8, 10) # what the network sees, counted from the clip's start
-    interp_len:int=11    # frames of a training clip for interpolation
-    interp_stride:int=6  # frames from one to the next, which shares 5
-    future_len:int=16    # frames of a clip for future prediction
-    future_stride:int=11 # frames from one to the next, which shares 5
-    eval_stride:int=20   # frames from one evaluation clip to the next, which share none
-    fps:float=10.        # turns the debug preset's seconds into frames, 0: the measured rate
-    debug_len_s:float=1.5    # s, length of a debug clip
-    debug_stride_s:float=1.5 # s, from one debug clip to the next
+    tiny_scenes:tuple[str,...]|PositiveInt=("001", "002") # logs of the tiny index, or how many from the first on
+    # what the network sees, counted from the clip's start
+    input_frames:Annotated[tuple[NonNegativeInt,...], MinLen(1)]=(0, 2, 4, 6, 8, 10)
+    interp_len:PositiveInt=11 # frames of a training clip for interpolation
+    interp_stride:PositiveInt=6 # frames from one to the next, which shares 5
+    future_len:PositiveInt=16 # frames of a clip for future prediction
+    future_stride:PositiveInt=11 # frames from one to the next, which shares 5
+    eval_stride:PositiveInt=20 # frames from one evaluation clip to the next, which share none
+    fps:NonNegativeFloat=10. # turns the debug preset's seconds into frames, 0: the measured rate
+    debug_len_s:PositiveFloat=1.5 # s, length of a debug clip
+    debug_stride_s:PositiveFloat=1.5 # s, from one debug clip to the next
 
     def __post_init__(self)->None:
         "Refuse what cannot be cut."

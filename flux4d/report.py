@@ -283,7 +283,7 @@ def same_frames(
     b:dict, # another
 )->bool:
     "Whether two records scored the same images and returns."
-    marks = lambda m: [m["logs"], m["cameras"], m["views"], sorted(m["per_clip"]), m["runtime"]["image_scale"], m["scene_flow"]["count"], m["scene_flow"]["counts"]["points"]]
+    marks = lambda m: [m.get("scored_with"), m["logs"], m["cameras"], m["views"], sorted(m["per_clip"]), m["runtime"]["image_scale"], m["scene_flow"]["count"], m["scene_flow"]["counts"]["points"]]
     return marks(a) == marks(b)
 
 def with_baselines(

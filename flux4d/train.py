@@ -7,16 +7,19 @@ from __future__ import annotations
 import json, math, time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, is_dataclass, asdict, replace
+from dataclasses import dataclass, field, fields, asdict, replace
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any
 import numpy as np, torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastcore.basics import patch
+from annotated_types import Interval, MinLen
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from .pandaset import DataError
+from .settings import Seed, Share, read_settings
 from .run import Run, load_checkpoint, load_weights, provenance, save_checkpoint, trained_entry, trained_frames
 from .clips import Clip, InputViews, Views, TargetViews, check_frames, fingerprint, load_views
 from .gaussians import Gaussians
@@ -30,42 +33,48 @@ from .voxels import VoxelConfig
 from .predictor import PredictorConfig, BasePredictor, Layout, make_layout
 
 # %% auto #0
-__all__ = ['DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'config_from_dict', 'merged', 'differences', 'Batch',
-           'Loader', 'lr_at', 'Flux4DBase', 'build_model', 'reconstruct', 'rebuilder', 'time_reconstruction', 'Trainer',
-           'backed', 'load_model', 'every']
+__all__ = ['DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'config_from_dict', 'merged', 'flattened', 'differences',
+           'Batch', 'Loader', 'lr_at', 'Flux4DBase', 'build_model', 'reconstruct', 'rebuilder', 'time_reconstruction',
+           'Trainer', 'backed', 'load_model', 'every']
 
 # %% ../nbs/32_train.ipynb #eed09649
 @dataclass
 class DataConfig:
     "Which recordings, at which resolution."
-    cameras:tuple[str,...]=("front_camera",) # paper: front camera only
-    image_scale:float=1.0                    # 1.0 = full resolution; nothing else ever resizes an image (G-03)
-    keep_frames:int=1200                     # decoded frames kept in memory; one full-HD frame is 14 MB
-    keep_clips:int=200                       # lifted clips kept in memory; one is about 20 MB
-    loader_threads:int=4                     # threads that decode ahead of the training step
+    cameras:Annotated[tuple[str,...], MinLen(1)]=("front_camera",) # paper: front camera only
+    # kinds of training clip, such as train_future; (): every kind of the index. The paper trains a model for each
+    settings:tuple[str,...]=()
+    # 1.0 = full resolution; nothing else ever resizes an image (G-03)
+    image_scale:Annotated[float, Interval(gt=0, le=1)]=1.0
+    keep_frames:NonNegativeInt=1200 # decoded frames kept in memory; one full-HD frame is 14 MB
+    keep_clips:NonNegativeInt=200 # lifted clips kept in memory; one is about 20 MB
+    loader_threads:PositiveInt=4 # threads that decode ahead of the training step
 
 @dataclass
 class TrainConfig:
     "How the weights are found."
-    iters:int=30_000          # paper Sec. 4.1
-    minutes:float|None=None   # wall-clock budget: training ends, and the schedule with it, when either is spent; None = steps alone, reproducible
-    lr:float=1e-3             # AdamW peak rate; UNKNOWN in the paper
-    weight_decay:float=1e-5   # AdamW
-    warmup:int=200            # steps of linear warm-up
-    warmup_share:float=.1     # of a budget in minutes, after which the warm-up ends even if its steps are not taken
-    final_lr:float=.02        # last rate as a share of the peak, reached on a cosine
-    grad_clip:float=1.        # largest gradient norm
-    ema:float=.99             # decay of the averaged weights that are evaluated
-    views_per_step:int=2      # target views rendered in one call
-    grad_accum_steps:int=1    # micro-steps a step averages over (G-03)
+    iters:NonNegativeInt=30_000 # paper Sec. 4.1
+    # wall-clock budget: training ends, and the schedule with it, when either is spent; None = steps alone,
+    # reproducible
+    minutes:PositiveFloat|None=None
+    lr:PositiveFloat=1e-3 # AdamW peak rate; UNKNOWN in the paper
+    weight_decay:NonNegativeFloat=1e-5 # AdamW
+    warmup:NonNegativeInt=200 # steps of linear warm-up
+    # of a budget in minutes, after which the warm-up ends even if its steps are not taken
+    warmup_share:Share=.1
+    final_lr:Share=.02 # last rate as a share of the peak, reached on a cosine
+    grad_clip:PositiveFloat=1. # largest gradient norm
+    ema:Annotated[float, Interval(ge=0, lt=1)]=.99 # decay of the averaged weights that are evaluated
+    views_per_step:PositiveInt=2 # target views rendered in one call
+    grad_accum_steps:PositiveInt=1 # micro-steps a step averages over (G-03)
     supervise_inputs:bool=True # input frames are supervised beside the targets
     random_background:bool=True # supervised views are drawn over another colour at every step
-    fixed_target_frame:int|None=None # clip-relative frame that every step trains on (S5-15)
-    prefetch:int=4            # micro-steps loaded ahead
-    seed:int=0                # of weights, clip order and views
-    log_every:int=20          # steps between records
-    save_ckpt_every:int=1000  # steps between checkpoints (S3-10)
-    eval_every:int=1000       # steps between validations; 0 = never (S6-32)
+    fixed_target_frame:NonNegativeInt|None=None # clip-relative frame that every step trains on (S5-15)
+    prefetch:NonNegativeInt=4 # micro-steps loaded ahead
+    seed:Seed=0 # of weights, clip order and views
+    log_every:PositiveInt=20 # steps between records
+    save_ckpt_every:NonNegativeInt=1000 # steps between checkpoints (S3-10)
+    eval_every:NonNegativeInt=1000 # steps between validations; 0 = never (S6-32)
 
 # %% ../nbs/32_train.ipynb #002dae83
 @dataclass
@@ -91,13 +100,10 @@ def config_to_dict(
 def config_from_dict(
     d:dict, # nested plain values
     cls:type=Config, # the dataclass to fill
-)->Any: # an instance of `cls`; raises DataError for an unknown key
+    name:str="", # dotted name of where the values stand, for sentences
+)->Any: # an instance of `cls`; raises DataError for an unknown key, a wrong type or a value out of range
     "The inverse of `config_to_dict`; what is left out keeps its default."
-    hints = get_type_hints(cls)
-    if unknown := set(d) - set(hints):
-        raise DataError(f"config: {cls.__name__} has no field {sorted(unknown)[0]!r}; it knows {', '.join(hints)}.")
-    build = lambda k,v: config_from_dict(v, hints[k]) if is_dataclass(hints[k]) else _detuple(v)
-    return cls(**{k: build(k,v) for k,v in d.items()})
+    return read_settings(cls, d, name)
 
 # %% ../nbs/32_train.ipynb #c65254c1
 def merged(
@@ -105,13 +111,20 @@ def merged(
     over:dict, # nested plain values that win
 )->dict: # a new nested dict
     "One nested dict laid over another."
-    return base | {k: merged(base.get(k, {}), v) if isinstance(v, dict) else v for k,v in over.items()}
+    inner = {key: value for key, value in base.items() if isinstance(value, dict)}
+    return base | {key: merged(inner.get(key, {}), value) if isinstance(value, dict) else value for key, value in over.items()}
 
-# %% ../nbs/32_train.ipynb #b68a71e0
-def _detuple(v:Any, # a plain value
-)->Any: # lists as tuples, all the way down
-    "YAML has no tuples; dataclass defaults have no lists."
-    return tuple(_detuple(x) for x in v) if isinstance(v, list) else v
+def flattened(
+    d:dict, # nested
+    at:str="", # dotted prefix
+)->dict[str,Any]: # {dotted field: value}
+    "A nested dict by dotted names."
+    out = {}
+    for key, value in d.items():
+        name = f"{at}.{key}".lstrip(".")
+        out |= flattened(value, name) if isinstance(value, dict) else {name: value}
+    return out
+
 
 # %% ../nbs/32_train.ipynb #a32t0001
 def differences(
@@ -401,7 +414,7 @@ def losses(self:Trainer,
 )->dict: # scalars total, rgb, ssim, depth, vel, psnr
     "Render the supervised views, compare (paper Eq. 3-5, supp. A.1)."
     out, weight = render_weighted(g, velocity, b.clip.time.duration, b.views, b.dt, backed(self.cfg, b.number), self.cfg.flow)
-    return reconstruction_loss(out, b.views, velocity, g.kind, self.cfg.loss, weight)
+    return reconstruction_loss(out, b.views, velocity, g.kind, self.cfg.loss, weight, b.clip.time.duration)
 
 @patch
 def gradients(self:Trainer)->dict: # scalars of the last micro-step's last stage, PSNR of its first, and its clip's id
