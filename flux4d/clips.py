@@ -21,7 +21,7 @@ from .pandaset import PandaSet, Log, DataError, atomic_write, report, safe_load_
 __all__ = ['TEST_SCENES', 'PRESETS', 'COORD', 'INDEX_NAMES', 'META_FIELDS', 'RECORD_FIELDS', 'ClipConfig', 'cut', 'make_record',
            'fingerprint', 'build_index', 'tiny_index', 'write_index', 'load_index', 'index_hash', 'select_clips',
            'inspect_index', 'index_main', 'Clip', 'long_log_clips', 'project_sweep', 'Views', 'InputViews',
-           'TargetViews', 'splat_depth', 'load_views']
+           'TargetViews', 'splat_depth', 'check_frames', 'load_views']
 
 # %% ../nbs/04_clips.ipynb #e82b7df0
 TEST_SCENES = ("001", "011", "016", "065", "084", "090", "106", "115", "123", "158")
@@ -429,6 +429,16 @@ def splat_depth(
     return np.where(np.isfinite(depth), depth, 0)
 
 # %% ../nbs/04_clips.ipynb #11527d02
+def check_frames(
+    clip:Clip, # the clip
+    frames:list[int], # log frame ids
+    kind:type[Views], # what is to be made of them
+)->None: # raises ValueError
+    "Refuse frames that such views of a clip must not show: `InputViews` are of input frames only."
+    allowed = clip.input_frames if issubclass(kind, InputViews) else clip.frames
+    if not len(frames) or set(frames) - set(allowed):
+        raise ValueError(f"{kind.__name__} of {clip.id} must be chosen from frames {allowed}, got {list(frames)}; a clip never leaks its targets.")
+
 def load_views(
     clip:Clip, # the clip
     frames:list[int], # log frame ids
@@ -439,8 +449,7 @@ def load_views(
     lidar_sensors:tuple[int,...]=(0,), # sensors that give depth
 )->Views: # one view per frame and camera, frames first
     "Load images, cameras and depth of some frames of a clip."
-    allowed = clip.input_frames if issubclass(kind, InputViews) else clip.frames
-    if not len(frames) or set(frames) - set(allowed): raise ValueError(f"{kind.__name__} of {clip.id} must be chosen from frames {allowed}, got {list(frames)}; a clip never leaks its targets.")
+    check_frames(clip, frames, kind)
     rows = []
     for f in frames:
         points = clip.log.sweep(f, lidar_sensors).points if with_depth else np.zeros((0,3))
