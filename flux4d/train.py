@@ -63,8 +63,7 @@ class TrainConfig:
     lr:PositiveFloat=1e-3 # AdamW peak rate; UNKNOWN in the paper
     weight_decay:NonNegativeFloat=1e-5 # AdamW
     warmup:NonNegativeInt=200 # steps of linear warm-up
-    # of a budget in minutes, after which the warm-up ends even if its steps are not taken
-    warmup_share:Share=.1
+    warmup_share:Share=.1 # of a budget in minutes, after which the warm-up ends even if its steps are not taken
     final_lr:Share=.02 # last rate as a share of the peak, reached on a cosine
     grad_clip:PositiveFloat=1. # largest gradient norm
     ema:Annotated[float, Interval(ge=0, lt=1)]=.99 # decay of the averaged weights that are evaluated
@@ -131,7 +130,6 @@ def flattened(
         name = f"{at}.{key}".lstrip(".")
         out |= flattened(value, name) if isinstance(value, dict) else {name: value}
     return out
-
 
 # %% ../nbs/32_train.ipynb #a32t0001
 def differences(
