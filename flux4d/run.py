@@ -4,7 +4,7 @@
 
 # %% ../nbs/08_run.ipynb #a08r0004
 from __future__ import annotations
-import errno, json, os, platform, shutil, subprocess, zlib
+import errno, io, json, os, platform, shutil, subprocess, zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,9 +31,8 @@ def full_disk_said(
     "Say in one sentence that the disk is full."
     try:
         yield
-    except (OSError, RuntimeError) as e: # torch reports a failed write as RuntimeError
-        full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(e)
-        if not full:
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DataError(f"{path.parent.name}/{path.name}: the disk is full; free some space and go on with resume_from=last.") from None
 
@@ -236,9 +235,11 @@ def save_checkpoint(
 )->Path: # the file
     "Write a checkpoint atomically and point its aliases at it."
     path = Path(path)
+    packed = io.BytesIO()                        # torch does not say why it could not write to a file
+    torch.save(state, packed)
     with full_disk_said(path):
         with atomic_write(path) as tmp:
-            torch.save(state, tmp)
+            tmp.write_bytes(packed.getbuffer())
         for a in aliases:
             _point(path.with_name(a), path)
     return path

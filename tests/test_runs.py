@@ -336,9 +336,10 @@ def test_a_full_disk_is_said_and_leaves_no_torn_line(trainer, monkeypatch):
         t.run.record(dict(step=2))
     monkeypatch.undo()
     assert (t.run.folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
-    def full(*_):
-        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file: No space left on device")
-    monkeypatch.setattr(torch, "save", full)
+    def full(self, data):
+        plain(self, "wb").close()
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(DataError, match="ckpt_step_000000.pt: the disk is full"):
         t.save()
     assert not list(t.run.folder.glob(".*.tmp"))
@@ -572,12 +573,13 @@ def test_an_interrupt_saves_and_says_how_to_go_on(trainer, number):
         return sound(*args)
     t.losses = losses
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted, match=f"interrupted at step 3, saved as ckpt_step_000003.pt; go on with -p resume_from last -p out_dir .*run") as e:
+    with pytest.raises(Interrupted, match="interrupted at step 2, saved as ckpt_step_000002.pt; go on with -p resume_from last -p out_dir .*run") as e:
         t.fit(6)
     assert signal.getsignal(number) is before and e.value._render_traceback_() == [str(e.value)]
     assert not (t.run.folder / "metrics.json").exists()
     again = trainer(cfg=with_train(log_every=1), goes_on=True)
     again.resume(again.run.folder / "ckpt_last.pt")
+    assert again.step == 2 and again.pending == []
     again.fit(6)
     same = lambda t: [{k: v for k, v in r.items() if k != "seconds"} for r in step_rows(t)]
     assert same(again) == same(straight)                         # bit for bit
@@ -604,6 +606,30 @@ def test_an_interrupt_while_waiting_or_validating_takes_effect_at_once(trainer):
     with pytest.raises(Interrupted, match="at step 1"):
         waiting.fit(5)
     assert time.time() - start < 10
+
+
+def test_an_update_is_never_cut_in_two(trainer):
+    t = trainer()
+    update = t.opt.step
+    def step():
+        os.kill(os.getpid(), signal.SIGINT)
+        update()
+    t.opt.step = step
+    with pytest.raises(Interrupted, match="at step 1"):
+        t.fit(5)
+    s = load_checkpoint(t.run.folder / "ckpt_last.pt")
+    assert s["step"] == 1 and s["ema"]["n_averaged"] == 1 and len(s["pending"]) == 0
+
+
+def test_a_second_interrupt_ends_without_saving(trainer):
+    t = trainer()
+    t.fit(1)
+    def save(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    t.losses, t.save = lambda *_: os.kill(os.getpid(), signal.SIGINT), save
+    with pytest.raises(KeyboardInterrupt):
+        t.fit(5)
 
 
 def test_no_batch_is_loaded_after_training_ends(trainer):
