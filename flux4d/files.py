@@ -42,7 +42,7 @@ def quoted(
 )->str: # letters, digits and a few signs, everything else as ?
     "Quote a file's own words safely."
     text = text[:length+1] if isinstance(text, str) else repr(text)[:length+1]
-    plain = re.sub(r"[^\w.,:/<>()\[\]'+\- ]", "?", text, flags=re.ASCII).replace(". ", ".?")
+    plain = re.sub(r"[^\w.,:=/<>()\[\]'+\- ]", "?", text, flags=re.ASCII).replace(". ", ".?")
     return plain[:length] + "..." if len(plain) > length else plain
 
 # %% ../nbs/02_files.ipynb #1f684472
