@@ -8,10 +8,12 @@ from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from fastcore.basics import patch
 from scipy.ndimage import maximum_filter1d
+from annotated_types import Interval
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from .frames import pixel_index, scale_intrinsics, se3, se3_inverse, transform_points
 from .pandaset import DataError, Log, report, safe_load_pickle, scaled_size, short_path
 from .clips import project_sweep
@@ -26,16 +28,16 @@ __all__ = ['LABELS', 'BUCKETS', 'METAS', 'CLASSES', 'BUCKET_OF', 'META_OF', 'Cub
 @dataclass
 class CuboidConfig:
     "What counts as moving, and where (S6-18, S6-19)."
-    moved:float=.05   # a track that goes further than this from one frame to the next moves, m
-    turned:float=1.   # ... or turns by more than this, deg
-    vote:int=3        # frames of the majority vote that smooths the decision
-    dilate:int=5      # how far a mask grows around each return, px at full resolution
-    sensors:tuple[int,...]=(0,) # LiDAR sensors whose returns draw a mask
+    moved:NonNegativeFloat=.05 # a track that goes further than this from one frame to the next moves, m
+    turned:NonNegativeFloat=1. # ... or turns by more than this, deg
+    vote:PositiveInt=3 # frames of the majority vote that smooths the decision
+    dilate:NonNegativeInt=5 # how far a mask grows around each return, px at full resolution
+    sensors:tuple[Literal[0,1],...]=(0,) # LiDAR sensors whose returns draw a mask
     timed:bool=False  # flow: a box stands at the time of the middle return in it; False: at its frame's stamp
-    unknown:str="error" # a label not in LABELS: "error" stops, "other" counts it as other
-    near:float=40.    # boxes within this distance must contain returns, m
-    min_hit:float=.6  # ... at least this share of the moving ones
-    min_boxes:int=5   # fewer moving boxes give no verdict: two hidden pedestrians prove nothing
+    unknown:Literal["error","other"]="error" # a label not in LABELS: "error" stops, "other" counts it as other
+    near:NonNegativeFloat=40. # boxes within this distance must contain returns, m
+    min_hit:Annotated[float, Interval(ge=0, le=1)]=.6 # ... at least this share of the moving ones
+    min_boxes:NonNegativeInt=5 # fewer moving boxes give no verdict: two hidden pedestrians prove nothing
 
 # %% ../nbs/05_cuboids.ipynb #cd086c01
 _NAMES = {
