@@ -404,7 +404,7 @@ def _table(
     _need(all(c is not None for c in columns), "a column that is not there")
     return Table(names, index, columns)
 
-# %% ../nbs/02_unpickle.ipynb #72c04ae9
+# %% ../nbs/02_unpickle.ipynb #310dd1d0
 def _pandas_index(x:Index)->Any:
     "An index of pandas."
     pd = need_pandas()
@@ -424,7 +424,7 @@ def _pandas_column(x:Any)->Any:
     if isinstance(x, Category): return pd.Categorical.from_codes(x.codes, _pandas_index(Index(x.names, None)), ordered=x.ordered)
     return x.astype(x.dtype.newbyteorder("=")) if not x.dtype.isnative else x
 
-# %% ../nbs/02_unpickle.ipynb #52cd3614
+# %% ../nbs/02_unpickle.ipynb #dcebf6fa
 @patch
 def frame(self:Table)->Any: # a pandas.DataFrame
     "The table as pandas knows it."
@@ -435,7 +435,7 @@ def frame(self:Table)->Any: # a pandas.DataFrame
     made.columns = _pandas_index(self.names)
     return made
 
-# %% ../nbs/02_unpickle.ipynb #276b6882
+# %% ../nbs/02_unpickle.ipynb #39652b2f
 LIMIT = 2**28 # bytes of an unpacked file; a sweep has 8e6
 
 def read_bounded(
@@ -479,7 +479,7 @@ def _as_data(path:Path, gz:bool|None, admitted:dict[str,frozenset], limit:int)->
     except Exception as e: what, remedy = f"is truncated or not a pickle ({type(e).__name__})", "get the file again"
     report(path, what, remedy)
 
-# %% ../nbs/02_unpickle.ipynb #61b14a2c
+# %% ../nbs/02_unpickle.ipynb #924b0cf1
 def load_table(
     path:str|Path, # a pickled table, gzipped or not
     limit:int=LIMIT, # bytes it may have, unpacked
