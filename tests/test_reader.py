@@ -232,7 +232,7 @@ HOSTILE = {
     "memo": b"Nr\0\0\0\x04", "longer memo": b"Nr\xff\xff\xff\xff",
     "long bytes": b"\x8e" + struct.pack("<Q", 2**40), "long bytearray": b"\x96" + struct.pack("<Q", 2**36), "long text": b"\x8d" + struct.pack("<Q", 2**40),
     "persistent id": b"Pid\n", "extension": b"\x82\1", "instance": b"(iposix\nsystem\n", "new object with names": b"cpandas\nDataFrame\n)}\x92",
-    "a name with a newline": b"\x8c\x0bos\nsystem. x\x8c\x04a\nb.\x93", "a very long name": b"\x8c\xff" + b"a"*255 + b"\x8c\xff" + b"b"*255 + b"\x93",
+    "a name with a newline": text("os\nsystem. x") + text("a\nb") + b"\x93", "a very long name": b"\x8c\xff" + b"a"*255 + b"\x8c\xff" + b"b"*255 + b"\x93",
     "a call of a note": b"cpandas\nDataFrame\n)\x81)R", "keys that are no text": b"}K\1K\2s", "an attribute": text("pandas") + text("DataFrame.to_pickle") + b"\x93",
     "nested": b"]" + b"\x85"*10**5 + b"cpandas\nIndex\n\x86"}
 
@@ -246,6 +246,34 @@ def test_hostile_pickles_end_in_a_sentence(root, name):
     assert len(str(e.value)) < 500 and time.perf_counter() - start < 3
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18 # KB
     assert len(Log(root, "001").sweep(4)) == 200 # what is read afterwards is sound
+
+SWEEP = pickle.dumps(sweep_table(), 4)
+WRONG = {"objects over bytes": (b"\x8c\x02f8", b"\x8c\x02O8"), "a smaller type": (b"\x8c\x02f8", b"\x8c\x02f4"), "a type of no size": (b"\x8c\x02f8", b"\x8c\x02V0"), "dates": (b"\x8c\x02f8", b"\x8c\x02M8"),
+         "a block of more rows": (b"K\5K\6\x86", b"K\5K\7\x86"), "places beyond the table": (b"K\0K\5K\1\x87", b"K\2K\7K\1\x87"), "places twice": (b"K\5K\6K\1\x87", b"K\0K\1K\1\x87"), "a step of 0": (b"K\0K\5K\1\x87", b"K\0K\5K\0\x87"),
+         "an index of more rows": (b"\x8c\x04stop\x94K\6", b"\x8c\x04stop\x94K\7"), "an index of 1e9 rows": (b"\x8c\x04stop\x94K\6", b"\x8c\x04stop\x94J\0\0\0\x40")}
+
+@pytest.mark.parametrize("name", WRONG)
+def test_tables_that_disagree_with_themselves(root, name):
+    old, new = WRONG[name]
+    assert old in SWEEP
+    (root/"001/lidar/03.pkl.gz").write_bytes(gzip.compress(SWEEP.replace(old, new)))
+    with pytest.raises(DataError) as e: Log(root, "001").sweep(3)
+    sentence(e, "001/lidar/03.pkl.gz", "more than 16777216 rows" if "1e9" in name else "")
+
+def test_bytes_at_random_end_in_a_sentence_or_a_table(tmp_path):
+    rng = np.random.default_rng(0)
+    read = 0
+    for name in ("sweep", "text", "kinds", "objects"):
+        sound = pickle.dumps(TABLES[name], 4)
+        for k in range(150):
+            data = bytearray(sound)
+            for i in rng.integers(2, len(data), 1 + k % 3): data[i] = rng.integers(256)
+            (tmp_path/"t.pkl").write_bytes(data)
+            try:
+                safe_load_pickle(tmp_path/"t.pkl")
+                read += 1
+            except DataError as e: assert str(e).endswith(".") and "\n" not in str(e)
+    assert read > 20
 
 def test_gzip_bombs_are_not_unpacked(root):
     p = root/"001/lidar/03.pkl.gz"
