@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from annotated_types import Gt, MinLen
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from .frames import ClipTime, project, pixel_index, se3_inverse, scale_intrinsics
+from .files import missing_text
 from .pandaset import PandaSet, Log, DataError, atomic_write, report, safe_load_pickle, scaled_size, short_path
 if TYPE_CHECKING: # loaded where images become tensors, so that the commands start at once
     import torch
@@ -172,12 +173,12 @@ def fingerprint(
 
 # %% ../nbs/04_clips.ipynb #2934dd47
 def _missing(log:Log, cameras:tuple[str,...])->dict[int,str]:
-    "Frame id -> the file it lacks, from one listing per folder."
+    "Frame id -> the file it lacks and what lies beside it, from one listing per folder."
     lost = {}
     for folder, name in [("lidar", "{:02d}.pkl.gz")] + [(f"camera/{c}", "{:02d}.jpg") for c in cameras]:
         there = {p.name for p in (log.folder/folder).iterdir()}
         for f in log.frame_ids:
-            if name.format(f) not in there: lost.setdefault(f, f"{folder}/{name.format(f)}")
+            if name.format(f) not in there: lost.setdefault(f, f"{folder}/{name.format(f)} {missing_text(log.folder/folder/name.format(f))}")
     return lost
 
 def _cut_log(log:Log, cfg:ClipConfig)->tuple[list[dict],list[dict]]:
@@ -187,7 +188,7 @@ def _cut_log(log:Log, cfg:ClipConfig)->tuple[list[dict],list[dict]]:
     clips, out, judged = [], [], set(); usual = float(np.median(np.diff(stamps))) if len(stamps) > 1 else 0.
     for setting, split, frames, stride in cut(log.id, len(stamps), fps, cfg):
         gap = next((lost[f] for f in frames if f in lost), None)
-        reason = f"{gap} is missing" if gap else irregular_step(np.array(stamps[frames[0]:frames[-1]+1]), usual, cfg.max_step_ratio)
+        reason = gap or irregular_step(np.array(stamps[frames[0]:frames[-1]+1]), usual, cfg.max_step_ratio)
         if reason:
             out.append(dict(clip_id=_clip_id(log.id, setting, frames), scene_id=log.id, reason=reason))
             continue
@@ -643,6 +644,7 @@ def load_views(
     "Load images, cameras and depth of some frames of a clip."
     import torch
     check_frames(clip, frames, kind)
+    clip.log.image_size(clip.cameras if cameras is None else cameras)
     rows = []
     for f in frames:
         points = clip.log.sweep(f, lidar_sensors).points if with_depth else np.zeros((0,3))

@@ -115,7 +115,8 @@ def load_cuboids(
 )->Boxes: # its boxes, world frame
     "Labelled boxes of one frame."
     path = log.cuboid_path(frame); stat = path.stat() if path.is_file() else None
-    return _read_boxes(path, (stat.st_mtime_ns, stat.st_size) if stat else ())
+    boxes = _read_boxes(path, (stat.st_mtime_ns, stat.st_size) if stat else ())
+    return replace(boxes, centre=log.from_world(boxes.centre)) if log.origin.any() else boxes
 
 # %% ../nbs/05_cuboids.ipynb #4f0d3536
 @patch
