@@ -94,7 +94,7 @@ def check_time_unit(
     path, stamps = log.folder/"lidar/timestamps.json", log.lidar_stamps
     step = float(np.median(np.diff(stamps))) if len(stamps) > 1 else 0.
     unit = time_unit(step)
-    if unit: report(path, f"steps by {step:g} from frame to frame, which are {unit}", f"divide its stamps by {TIME_UNITS[unit]:g} to get seconds")
+    if unit: report(path, f"steps by {step:.0f} from frame to frame, which are {unit}", f"divide its stamps by {TIME_UNITS[unit]:.0f} to get seconds")
 
 # %% ../nbs/04_clips.ipynb #f78e89b1
 def irregular_step(

@@ -4,7 +4,7 @@
 
 # %% ../nbs/03_pandaset.ipynb #ae8755d4
 from __future__ import annotations
-import argparse, contextlib, functools, gzip, importlib, io, json, os, pickle, tempfile
+import contextlib, functools, gzip, importlib, io, json, os, pickle, tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,7 @@ from .frames import pose_to_mat, intrinsics_matrix
 # %% auto #0
 __all__ = ['ADMITTED', 'CAMERAS', 'DataError', 'short_path', 'report', 'atomic_write', 'need_pandas', 'safe_load_pickle',
            'read_stamps', 'read_poses', 'read_intrinsics', 'Sweep', 'read_sweep', 'scaled_size', 'read_image',
-           'fabricate_log', 'find_pandaset', 'PandaSet', 'Camera', 'Log', 'vehicle_axes', 'check_log', 'check_main']
+           'fabricate_log', 'find_pandaset', 'PandaSet', 'Camera', 'Log', 'vehicle_axes', 'check_log']
 
 # %% ../nbs/03_pandaset.ipynb #63512682
 class DataError(ValueError):
@@ -510,20 +510,3 @@ def check_log(
         if images and stamps is not None: _check_images(log, name, range(count), found)
     if stamps is not None: _check_sweeps(log, stamps, found)
     return found
-
-# %% ../nbs/03_pandaset.ipynb #1acfe1ac
-def check_main(
-    argv:list[str]|None=None, # command line, None: the process's own
-)->int: # 0 when every log is sound, 1 otherwise
-    "Command `flux4d-check`: list every fault of a data root."
-    p = argparse.ArgumentParser("flux4d-check", description="List every fault of a PandaSet data root.")
-    p.add_argument("data_root"); p.add_argument("logs", nargs="*", help="log ids, default all")
-    p.add_argument("--no-images", action="store_true", help="do not decode the images")
-    a = p.parse_args(argv); total = 0
-    try:
-        data = PandaSet(a.data_root)
-        for id in a.logs or data.log_ids:
-            log = data[id]; faults = check_log(log, not a.no_images); total += len(faults); print(*faults, sep="\n", end="\n"*bool(faults))
-            print(f"{id}: {len(list((log.folder/'lidar').glob('*.pkl.gz')))} sweeps, {len(log.cameras)} cameras, {len(faults)} faults")
-    except DataError as e: total += 1; print(e)
-    return int(total > 0)
