@@ -101,7 +101,7 @@ def check_time_unit(
     path, stamps = log.folder/"lidar/timestamps.json", log.lidar_stamps
     step = float(np.median(np.diff(stamps))) if len(stamps) > 1 else 0.
     unit = time_unit(step)
-    if unit: report(path, f"steps by {step:g} from frame to frame, which are {unit}", f"divide its stamps by {TIME_UNITS[unit]:g} to get seconds")
+    if unit: report(path, f"steps by {step:.0f} from frame to frame, which are {unit}", f"divide its stamps by {TIME_UNITS[unit]:.0f} to get seconds")
 
 # %% ../nbs/04_clips.ipynb #f78e89b1
 def irregular_step(
@@ -395,12 +395,13 @@ def inspect_index(
     stop:bool=False, # stop in the debugger with `index` and `record` at hand
 )->None: # prints
     "Print a summary, the coordinate block and one record."
-    m, clips = index["meta"], index["clips"]; kinds = sorted({(c["setting"], c["split"]) for c in clips})
+    m, clips = index["meta"], index["clips"]
+    if clip is not None and not 0 <= clip < len(clips):
+        raise DataError(f"clip: {clip} is not in this index; " + (f"choose a number from 0 to {len(clips)-1}." if clips else "it holds no clip."))
+    kinds = sorted({(c["setting"], c["split"]) for c in clips})
     print(f"{m['preset']} preset, {len(m['scenes'])} logs, {len(clips)} clips, {len(m['left_out'])} left out, hash {index_hash(index)}")
     for k in kinds: print(f"  {k[0]:20} {k[1]:6}{sum((c['setting'], c['split']) == k for c in clips):6}")
     print("coord:", *(f"{k}={v}" for k,v in m["coord"].items()), sep="\n  ")
-    if clip is not None and not 0 <= clip < len(clips):
-        raise DataError(f"clip: {clip} is not in this index; " + (f"choose a number from 0 to {len(clips)-1}." if clips else "it holds no clip."))
     record = None if clip is None else clips[clip]
     for k in ("clip_id", "split", "setting", "fps_actual", "input_frame_ids", "target_frame_ids", "lidar_paths") if record else (): print(f"{k}: {record[k]}"[:110])
     if stop: breakpoint()
