@@ -13,7 +13,7 @@ from torch import Tensor
 from .frames import project, pixel_index, se3_inverse
 from .gaussians import Gaussians, gaussians_from, cat, BACKGROUND
 from .clips import Clip
-from .lift import LiftConfig, ClipData, Blocks, block_sides, clip_data, clip_blocks, even_opacity, lift_data
+from .lift import LiftConfig, ClipData, Blocks, block_sides, clip_data, clip_blocks, even_opacity, lift_data, sound_stamps
 
 # %% auto #0
 __all__ = ['BackgroundConfig', 'pick', 'disagreement', 'far_depth', 'far_field', 'bounding_box', 'draw_hemisphere', 'hemisphere',
@@ -151,6 +151,7 @@ def init_data(
     seed:int=0,        # of rotations and hemisphere
 )->Gaussians: # kinds LIDAR, then BACKGROUND; world, on the data's device
     "G_init of a clip in memory: everything a reconstruction starts from."
+    data = sound_stamps(data, lift_cfg.late_after)
     blocks = clip_blocks(data, lift_cfg) if lift_cfg.fill or bg_cfg.mode == "grid" else None
     g = lift_data(data, lift_cfg, seed, blocks); bg = background(data, g, blocks, lift_cfg, bg_cfg, seed)
     return g if bg is None else cat([g, bg])

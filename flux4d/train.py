@@ -418,6 +418,7 @@ def time_reconstruction(
 )->dict: # medians in s: lift, network, total; gaussians; repeats
     "From images and returns in memory to Gaussians and velocities."
     cfg, clip, dev = loader.cfg, loader.clips[0], loader.device; data = clip_data(clip, cfg.init.lidar_sensors, cfg.data.cameras, cfg.data.image_scale).to(dev)
+    returns = loader.returns(clip)
     def clock()->float:
         if torch.device(dev).type == "cuda": torch.cuda.synchronize(dev)
         return time.perf_counter()
@@ -425,7 +426,7 @@ def time_reconstruction(
     for _ in range(repeats + 3):
         with torch.no_grad():
             start, again = clock(), replace(data); g0 = init_data(again, cfg.init, cfg.background, cfg.train.seed); lifted = clock()
-            layout = model.base.layout(g0, clip.ego0, clip.time.duration, again.returns)
+            layout = model.base.layout(g0, clip.ego0, clip.time.duration, returns)
             reconstruct(model, Batch(clip, g0, layout, lambda: input_views(again, clip, cfg.data.cameras))); spent.append((lifted - start, clock() - lifted, clock() - start))
     lift, network, total = np.median(spent[3:], axis=0)
     return dict(lift=float(lift), network=float(network), total=float(total), gaussians=len(g0), repeats=repeats)
