@@ -12,13 +12,13 @@ import yaml
 from matplotlib.figure import Figure
 from .house import repo_root
 from .pandaset import DataError
-from .train import merged
+from .train import flattened, merged
 
 # %% auto #0
 __all__ = ['VARIANTS', 'TABLES', 'PAPER', 'SWITCHES', 'FIELDS', 'SETTINGS', 'COLUMNS', 'BUDGET', 'SILENT', 'NOT_COMPARABLE',
-           'STEPS', 'flattened', 'differences', 'variant_of', 'run_variant', 'found', 'pace', 'mark', 'ablation_row',
-           'as_table', 'paper_tables', 'circumstances', 'clips_helped', 'changes', 'ablation_chart', 'time_table',
-           'near_in_time', 'recorded', 'paired', 'report']
+           'STEPS', 'differences', 'variant_of', 'run_variant', 'found', 'pace', 'mark', 'ablation_row', 'as_table',
+           'paper_tables', 'circumstances', 'clips_helped', 'changes', 'ablation_chart', 'time_table', 'near_in_time',
+           'recorded', 'paired', 'report']
 
 # %% ../nbs/51_ablation.ipynb #72670efe
 VARIANTS = dict(
@@ -36,13 +36,6 @@ PAPER = dict( # moving regions: PSNR dB, SSIM, D_RMSE m, V_RMSE (paper Tables 7 
 # %% ../nbs/51_ablation.ipynb #686a9da7
 SWITCHES = dict(num_refine="refine.steps", poly_degree="model.degree", velocity_reweighting="flow.enabled") # parameter -> field
 FIELDS = *SWITCHES.values(), "loss.velocity" # all in which variants differ
-
-def flattened(
-    d:dict, # nested
-    at:str="", # dotted prefix
-)->dict: # {dotted field: value}
-    "A nested dict by dotted names."
-    return {n: w for k,v in d.items() for n,w in (flattened(v, f"{at}{k}.") if isinstance(v, dict) else {f"{at}{k}": v}).items()}
 
 def differences(
     a:dict, # configuration
@@ -81,7 +74,8 @@ def run_variant(
 SETTINGS = "interpolation", "future"
 COLUMNS = ({f"{c}, {s}": f"nvs.dynamic.{s}.{m}.mean" for c,m in (("PSNR","psnr"), ("SSIM","ssim"), ("D_RMSE","depth_rmse")) for s in SETTINGS}
     | {"V_RMSE": "scene_flow.v_rmse.dynamic.mean"} | {f"full PSNR, {s}": f"nvs.full.{s}.psnr.mean" for s in SETTINGS}
-    | {"FD EPE": "scene_flow.epe_3way.FD.mean", "FD EPE of zero motion": "zero_motion.scene_flow.epe_3way.FD.mean", "theta_eps": "scene_flow.theta.mean", "theta_eps, moving": "scene_flow.theta_moving.mean"}
+    | {"FD EPE": "scene_flow.epe_3way.FD.mean", "FD EPE of the motion prior alone": "baselines.motion_prior.scene_flow.epe_3way.FD.mean", "V_RMSE of the motion prior alone": "baselines.motion_prior.scene_flow.v_rmse.dynamic.mean",
+       "FD EPE of zero motion": "zero_motion.scene_flow.epe_3way.FD.mean", "theta_eps": "scene_flow.theta.mean", "theta_eps, moving": "scene_flow.theta_moving.mean"}
     | {"steps": "runtime.iters", "train s": "runtime.train_seconds", "machine": "runtime.machine", "evaluated on": "evaluated_on"}) # column -> where it is in metrics.json
 
 def found(

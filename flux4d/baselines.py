@@ -10,12 +10,18 @@ import torch
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from .gaussians import LIDAR, Gaussians
 from .clips import Clip
+from .settings import Seed
+from .lift import clip_returns
+from .voxels import VoxelConfig
+from .predictor import PredictorConfig, decode_velocity, make_layout, motion_channels
+
 
 # %% auto #0
 __all__ = ['BASELINES', 'still', 'sweep_rows', 'nearest_sweep', 'NSFPConfig', 'DistanceMap', 'above_ground', 'flow_net',
-           'fit_flow', 'nsfp']
+           'fit_flow', 'nsfp', 'motion_prior_alone']
 
 # %% ../nbs/43_baselines.ipynb #fd04a31d
 def still(
@@ -52,21 +58,22 @@ def nearest_sweep(
 @dataclass(frozen=True)
 class NSFPConfig:
     "How a flow field is fitted to a pair of sweeps."
-    iterations:int=400 # most steps
-    patience:int=30    # steps without a better loss, then stop
-    better:float=1e-4  # m, smallest gain of the mean distance that counts
-    lr:float=.004      # of Adam
-    width:int=128      # of the hidden layers (the papers')
-    layers:int=8       # hidden layers (the papers')
-    unit:float=10.     # m, coordinates are divided by this
-    points:int=8192    # returns of a sweep that a fit uses, drawn at random
-    truncation:float=4. # m, no distance counts for more; 20 m/s between sweeps 0.2 s apart
-    cell:float=.2      # m, of the distance transform
-    cells:int=2**26    # most cells of it; a wider street gets larger ones
-    ground:float=.3    # m above the lowest return around, below this is ground and stands still; 0: all is fitted
-    patch:float=2.     # m, side of the squares that ground is sought in
+    iterations:PositiveInt=400 # most steps
+    patience:PositiveInt=30 # steps without a better loss, then stop
+    better:NonNegativeFloat=1e-4 # m, smallest gain of the mean distance that counts
+    lr:PositiveFloat=.004 # of Adam
+    width:PositiveInt=128 # of the hidden layers (the papers')
+    layers:PositiveInt=8 # hidden layers (the papers')
+    unit:PositiveFloat=10. # m, coordinates are divided by this
+    points:PositiveInt=8192 # returns of a sweep that a fit uses, drawn at random
+    truncation:PositiveFloat=4. # m, no distance counts for more; 20 m/s between sweeps 0.2 s apart
+    cell:PositiveFloat=.2 # m, of the distance transform
+    cells:PositiveInt=2**26 # most cells of it; a wider street gets larger ones
+    # m above the lowest return around, below this is ground and stands still; 0: all is fitted
+    ground:NonNegativeFloat=.3
+    patch:PositiveFloat=2. # m, side of the squares that ground is sought in
     backward:bool=False # also bring the moved cloud back with a second network (NSFP; Fast NSF is made to be quick)
-    seed:int=0         # of the networks' first weights and of the draw
+    seed:Seed=0 # of the networks' first weights and of the draw
 
 # %% ../nbs/43_baselines.ipynb #6005ac79
 class DistanceMap:
@@ -152,5 +159,23 @@ def nsfp(
         if len(a) and len(b): v[a,0] = fit_flow(x[a], x[b], cfg)[0](x[a])/gap
     return g0, v
 
+# %% ../nbs/43_baselines.ipynb #fd84959c
+@torch.no_grad()
+def motion_prior_alone(
+    clip:Clip, # whose returns are matched between sweeps, all around
+    g0:Gaussians, # (N) its lift, world
+    voxel:VoxelConfig=VoxelConfig(), # read: the range in which motion is looked for
+    cfg:PredictorConfig=PredictorConfig(degree=1), # read: the prior's settings; degree 1 keeps its acceleration
+    lidar_sensors:tuple[int,...]=(0,), # whose returns are matched
+)->tuple[Gaussians,Tensor]: # the lift; (N,2,3) coefficients, m/s and m/s^2, world
+    "The lift, moving as the motion prior says: what a network predicts that has learned nothing."
+    returns = clip_returns(clip, lidar_sensors).to(g0.means.device)
+    layout = make_layout(g0, clip.ego0, clip.time.duration, voxel, cfg, returns)
+    nothing = g0.means.new_zeros(len(layout.at), motion_channels(cfg))
+    found = decode_velocity(nothing, layout.hints, layout.seconds, layout.to_world, cfg, settled=True)
+    v = g0.means.new_zeros(len(g0), cfg.degree + 1, 3)
+    return g0, v.index_copy(0, layout.at, found.to(v.dtype))
+
 # %% ../nbs/43_baselines.ipynb #938d7553
-BASELINES:dict[str,Callable[[Clip,Gaussians],tuple[Gaussians,Tensor]]] = dict(lift=still, zero_motion=still, nearest=nearest_sweep, nsfp=nsfp)
+BASELINES:dict[str,Callable[[Clip,Gaussians],tuple[Gaussians,Tensor]]] = dict(
+    lift=still, zero_motion=still, motion_prior=motion_prior_alone, nearest=nearest_sweep, nsfp=nsfp)

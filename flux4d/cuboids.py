@@ -9,10 +9,12 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from fastcore.basics import patch
 from scipy.ndimage import maximum_filter1d
+from annotated_types import Interval
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from .frames import pixel_index, scale_intrinsics, se3, se3_inverse, transform_points
 from .pandaset import DataError, Log, need_pandas, report, safe_load_pickle, scaled_size, short_path
 from .clips import project_sweep
@@ -27,23 +29,22 @@ __all__ = ['LABELS', 'BUCKETS', 'METAS', 'CLASSES', 'BUCKET_OF', 'META_OF', 'Cub
 @dataclass
 class CuboidConfig:
     "What counts as moving, and where (S6-18, S6-19)."
-    moved:float=.05   # a track that goes further than this from one frame to the next moves, m
-    turned:float=1.   # ... or turns by more than this, deg
-    vote:int=3        # frames of the majority vote that smooths the decision
-    dilate:int=5      # how far a mask grows around each return, px at full resolution
-    sensors:tuple[int,...]=(0,) # LiDAR sensors whose returns draw a mask
+    moved:NonNegativeFloat=.05 # a track that goes further than this from one frame to the next moves, m
+    turned:NonNegativeFloat=1. # ... or turns by more than this, deg
+    vote:PositiveInt=3 # frames of the majority vote that smooths the decision
+    dilate:NonNegativeInt=5 # how far a mask grows around each return, px at full resolution
+    sensors:tuple[Literal[0,1],...]=(0,) # LiDAR sensors whose returns draw a mask
     timed:bool=False  # flow: a box stands at the time of the middle return in it; False: at its frame's stamp
-    unknown:str="error" # a label not in LABELS: "error" refuses the file, "ignore" scores no return of such a box, "other" counts it as other
-    near:float=40.    # boxes within this distance must contain returns, m
-    min_hit:float=.6  # ... at least this share of the moving ones
-    min_boxes:int=5   # fewer moving boxes give no verdict: two hidden pedestrians prove nothing
-    min_fit:float=.8  # share of the returns in and around moving boxes that lie inside; log 002 has .93 at the least, boxes turned by 90 deg .80 at the most
-    min_fill:float=.58 # share of its extent that the returns in a box span, median; log 002 has .88 at the least, the city .62, boxes twice as large .53 at the most
-    min_returns:int=10 # boxes with fewer returns say nothing about their extent
-
-    def __post_init__(self)->None:
-        "Refuse an unknown word."
-        if self.unknown not in ("error", "ignore", "other"): raise DataError(f"unknown: is {self.unknown!r}; choose error, ignore or other.")
+    # a label not in LABELS: "error" refuses the file, "ignore" scores no return of such a box, "other" counts it as other
+    unknown:Literal["error","ignore","other"]="error"
+    near:NonNegativeFloat=40. # boxes within this distance must contain returns, m
+    min_hit:Annotated[float, Interval(ge=0, le=1)]=.6 # ... at least this share of the moving ones
+    min_boxes:NonNegativeInt=5 # fewer moving boxes give no verdict: two hidden pedestrians prove nothing
+    # share of the returns in and around moving boxes that lie inside; log 002 has .93 at the least, boxes turned by 90 deg .80 at the most
+    min_fit:Annotated[float, Interval(ge=0, le=1)]=.8
+    # share of its extent that the returns in a box span, median; log 002 has .88 at the least, the city .62, boxes twice as large .53 at the most
+    min_fill:Annotated[float, Interval(ge=0, le=1)]=.58
+    min_returns:NonNegativeInt=10 # boxes with fewer returns say nothing about their extent
 
 # %% ../nbs/05_cuboids.ipynb #cd086c01
 _NAMES = {
@@ -71,7 +72,7 @@ def class_ids(
     "Class ids of label names."
     ids = {n: i for i,n in enumerate(CLASSES)}
     odd = sorted({str(n) for n in labels if n not in LABELS})
-    if odd and unknown == "error": raise DataError(f"{source}: names the class {odd[0]!r}, which has no bucket; add it to LABELS, or set unknown to 'ignore' or 'other'.")
+    if odd and unknown not in ("ignore", "other"): raise DataError(f"{source}: names the class {odd[0]!r}, which has no bucket; add it to LABELS, or set unknown to 'ignore' or 'other'.")
     return np.array([ids[n] if n in LABELS else ids["unlisted"] for n in labels], np.int64)
 
 # %% ../nbs/05_cuboids.ipynb #b9116adc

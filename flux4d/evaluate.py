@@ -4,21 +4,20 @@
 
 # %% ../nbs/61_evaluate.ipynb #41da661d
 from __future__ import annotations
-import json, re
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 import numpy as np, torch
 from torch import nn
 from .pandaset import DataError, PandaSet
 from .clips import TEST_SCENES, Clip, build_index, long_log_clips, select_clips
-from .refine import FullConfig
-from .train import Config, Loader, load_checkpoint, load_model, rebuilder
+from .presets import preset_config
+from .train import Config, Loader, load_checkpoint, load_model, rebuilder, trained_frames
 from .nvs import VARIANTS
 from .baselines import BASELINES
-from .record import METHODS, About, seen
+from .record import METHODS, About, frames_of, seen
 from .stage6 import index_config, next_run
 
 # %% auto #0
@@ -35,6 +34,7 @@ class Subject(NamedTuple):
     steps:int        # trained
     seconds:float    # of training
     skipped:int      # steps without an update
+    trained:dict|None=None # {(log id, identity): frames} that its steps used; None: not known
 
 def open_subject(
     checkpoint:str, # path, "" = none
@@ -42,15 +42,17 @@ def open_subject(
     device:str="cpu", # where the model goes
     cameras:tuple[str,...]=(), # () = the configuration's
     image_scale:float=0., # 0 = the configuration's
+    preset:str="", # configuration where there is no checkpoint; "" = default
 )->Subject: # raises DataError
     "Load what shall be evaluated; its configuration comes with it."
+    if checkpoint and preset: raise DataError("preset: the checkpoint brings its own configuration; leave one of the two out.")
     baseline = baseline or ("" if checkpoint else "lift")
     if baseline and baseline not in METHODS: raise DataError(f"baseline: {baseline!r} is unknown; choose from {', '.join(METHODS)}.")
     if baseline == "static" and not checkpoint: raise DataError("baseline: 'static' needs the Gaussians of a checkpoint; name one, or take lift.")
-    model, cfg = load_model(checkpoint, device) if checkpoint else (None, FullConfig()); s = load_checkpoint(checkpoint) if checkpoint else {}
+    model, cfg = load_model(checkpoint, device) if checkpoint else (None, preset_config(preset or "default")); s = load_checkpoint(checkpoint) if checkpoint else {}
     cfg = replace(cfg, data=replace(cfg.data, cameras=cameras or cfg.data.cameras, image_scale=image_scale or cfg.data.image_scale)); path = Path(checkpoint)
     name = " of ".join([baseline]*bool(baseline) + [f"{path.resolve().parent.name}/{path.name}"]*bool(checkpoint))
-    return Subject(name, baseline, model, cfg, path.resolve().parent if checkpoint else None, *(s.get(k, 0) for k in ("step","seconds","skipped")))
+    return Subject(name, baseline, model, cfg, path.resolve().parent if checkpoint else None, *(s.get(k, 0) for k in ("step","seconds","skipped")), trained_frames(s) if checkpoint else None)
 
 # %% ../nbs/61_evaluate.ipynb #75011310
 def rebuild_of(
@@ -91,11 +93,8 @@ def judged_on(
     s:Subject, # what is evaluated
     clips:list[Clip], # the clips it is evaluated on
 )->str: # a phrase for the record
-    "What an evaluation says about generalisation, by the training steps that were logged."
-    if s.model is None: return "clips that nothing was trained on"
-    ids = {r["clip"] for r in training_rows(s.folder) if "clip" in r}; found = [re.fullmatch(r"(.+?)_(?:.*_)?s(\d+)_e(\d+)", i) for i in ids]
-    if not ids: return "unknown: no training record beside the checkpoint"
-    return seen([SimpleNamespace(log=SimpleNamespace(id=m[1]), frames=range(int(m[2]), int(m[3]) + 1)) for m in found if m], clips) + ", by the logged steps"
+    "What an evaluation says about generalisation, by the frames that the checkpoint was trained on."
+    return "clips that nothing was trained on" if s.model is None else seen(s.trained, clips)
 
 # %% ../nbs/61_evaluate.ipynb #1186a931
 def about_of(

@@ -8,17 +8,20 @@ import math, warnings
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from annotated_types import MinLen
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from .frames import project, pixel_index, unproject, se3_inverse, scale_intrinsics, transform_points
 from .gaussians import Gaussians, gaussians_from, opacity_inv, cat, LIDAR
 from .pandaset import DataError
 from .clips import Clip, unhidden
+from .settings import OpenShare, Share
 
 # %% auto #0
 __all__ = ['FLATTEN', 'CELL', 'LiftConfig', 'Returns', 'ClipData', 'clip_data', 'clip_returns', 'voxel_downsample', 'thin',
@@ -33,27 +36,33 @@ __all__ = ['FLATTEN', 'CELL', 'LiftConfig', 'Returns', 'ClipData', 'clip_data', 
 @dataclass(frozen=True)
 class LiftConfig:
     "How returns and images become Gaussians."
-    lidar_sensors:tuple[int,...]=(0,)   # 0 the 360-degree LiDAR (the paper), 1 the forward one; (0, 1) is denser
-    late:str="agree"                    # returns taken far from the shutter: "agree" keeps those two images agree on, "nearest" colours them from the image nearest in time, "own" from their frame's
-    late_after:float=.03                # s from the shutter, from where on a return is late; PandaSet's mechanical LiDAR stays within a third of it
-    voxel_downsample:float|None=None    # m, one mean return per cell of each sweep; None: every return
-    knn:int=3                           # neighbours that set the size of a return (supp. A.2)
-    neighbours:str="sweep"              # whose neighbours: of the same "sweep", or of the whole "clip"
-    scale_factor:float=.5               # rendered standard deviation per mean neighbour distance
-    opacity:float=.5                    # supp. A.2
-    rotation:str="random"               # "random" (supp. A.2) or "identity"; the same ball either way
-    time_source:str="return"            # a Gaussian's time: of its own "return", or of its "sweep" (the paper)
-    max_gaussians:int|None=None         # keep this many, by coverage; None: all
+    # 0 the 360-degree LiDAR (the paper), 1 the forward one; (0, 1) is denser
+    lidar_sensors:Annotated[tuple[Literal[0,1],...], MinLen(1)]=(0,)
+    # returns taken far from the shutter: "agree" keeps those two images agree on, "nearest" colours them from the
+    # image nearest in time, "own" from their frame's
+    late:Literal["agree","nearest","own"]="agree"
+    # s from the shutter, from where on a return is late; PandaSet's mechanical LiDAR stays within a third of it
+    late_after:PositiveFloat=.03
+    voxel_downsample:PositiveFloat|None=None # m, one mean return per cell of each sweep; None: every return
+    knn:PositiveInt=3 # neighbours that set the size of a return (supp. A.2)
+    neighbours:Literal["sweep","clip"]="sweep" # whose neighbours: of the same "sweep", or of the whole "clip"
+    scale_factor:PositiveFloat=.5 # rendered standard deviation per mean neighbour distance
+    opacity:OpenShare=.5 # supp. A.2
+    rotation:Literal["random","identity"]="random" # "random" (supp. A.2) or "identity"; the same ball either way
+    # a Gaussian's time: of its own "return", or of its "sweep" (the paper)
+    time_source:Literal["return","sweep"]="return"
+    max_gaussians:PositiveInt|None=None # keep this many, by coverage; None: all
     fill:bool=True                      # fill the gaps between returns; False is the paper
-    fill_blocks:tuple[int,int]=(16, 4)  # px of an image 1920 wide, largest and smallest block
-    fill_detail:float=.05               # split a block whose colours deviate more than this, 0..1
-    fill_scale:float=.45                # rendered standard deviation per side of a block
-    fill_gap:tuple[float,float]=(.9, 4.7) # deg, width and height of the largest gap that is bridged
+    fill_blocks:tuple[PositiveInt,PositiveInt]=(16, 4) # px of an image 1920 wide, largest and smallest block
+    fill_detail:Share=.05 # split a block whose colours deviate more than this, 0..1
+    fill_scale:PositiveFloat=.45 # rendered standard deviation per side of a block
+    # deg, width and height of the largest gap that is bridged
+    fill_gap:tuple[NonNegativeFloat,NonNegativeFloat]=(.9, 4.7)
     fill_ground:bool=True               # continue the road under the lowest beam
-    fill_agree:float=.1                 # the sides of a gap may differ in depth by this share; else the side of like colour decides
-    fill_behind:float=.01               # share by which what is filled lies behind the surface, so that returns are drawn over it
+    fill_agree:Share=.1 # the sides of a gap may differ in depth by this share; else the side of like colour decides
+    fill_behind:Share=.01 # share by which what is filled lies behind the surface, so that returns are drawn over it
     fill_even:bool=True                 # make what few input images see more opaque, so that all directions end alike
-    return_px:float=1.                  # px of an image 1920 wide, largest standard deviation of a return when gaps are filled
+    return_px:PositiveFloat=1. # px of an image 1920 wide, largest standard deviation of a return when gaps are filled
 
     def __post_init__(self)->None:
         "Refuse unknown words."
@@ -120,6 +129,7 @@ def clip_data(
     "Read what a lift needs."
     log, start = clip.log, clip.time.start; cameras, frames = clip.cameras if cameras is None else cameras, clip.input_frames if frames is None else frames
     cams, sweeps = [log.camera(c) for c in cameras], [log.sweep(f, lidar_sensors) for f in frames]
+    for f, sweep in zip(frames, sweeps): clip.check_returns(f, sweep.stamps)
     x, pad = lambda rows: torch.from_numpy(np.array(rows)), lambda rows, fill: pad_sequence([torch.from_numpy(np.ascontiguousarray(r)) for r in rows], True, fill)
     each = lambda f: x([[f(cam, i) for cam in cams] for i in frames])
     return ClipData(x([[log.image(c, f, image_scale) for c in cameras] for f in frames]), each(lambda cam, f: scale_intrinsics(cam.K, image_scale)), each(lambda cam, f: cam.poses[f]),

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image, ImageDraw
 from scipy.ndimage import minimum_filter1d
 from torch import Tensor
 from fastcore.basics import patch
+from pydantic import NonNegativeInt, PositiveInt
 from .clips import Clip, TargetViews, Views
 from .cuboids import CuboidConfig, check_labels, dynamic_mask
 from .gaussians import Gaussians
@@ -45,9 +46,9 @@ def sky_mask(
 @dataclass
 class EvalConfig:
     "How target views are scored."
-    max_clips:int|None=None # evaluate the first clips only
-    save_renders:int=3      # clips whose pictures are written (S6-08)
-    views_per_call:int=5    # target views rendered at once
+    depth_sensors:tuple[Literal[0,1],...]=(0,) # LiDARs whose returns a rendered depth is compared with, whatever the lift used
+    save_renders:NonNegativeInt=3 # clips whose pictures are written (S6-08)
+    views_per_call:PositiveInt=5 # target views rendered at once
     labels:CuboidConfig=field(default_factory=CuboidConfig) # what counts as moving
     metric:MetricConfig=field(default_factory=MetricConfig) # SSIM window and depth range (S6-14)
 
@@ -259,7 +260,7 @@ def evaluate_nvs(
 )->Evaluation:
     "Score target views of every clip (S6-09, S6-10)."
     ev = Evaluation({n: Scores() for n in names})
-    for i in progress(range(len(loader.clips[:cfg.max_clips]))):
+    for i in progress(range(len(loader.clips))):
         clip, g0 = loader.clips[i], loader.lifted(i); check_clip(clip, cfg.labels)
         made, secs = variants(rebuild, clip, g0); ev.seconds_per_clip.add(secs); ev.gaussians.add(len(g0))
         ev.score_targets({n: made[n] for n in names}, clip, loader, render_cfg, cfg, renders if i < cfg.save_renders else None)

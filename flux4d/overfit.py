@@ -77,8 +77,7 @@ def fit_directly(
     "Fit the Gaussians' own 14 numbers, with no network between."
     x = g.flat().clone().requires_grad_(); rate = torch.ones_like(x[:1]); rate[:,:3] = .02
     dx = torch.zeros_like(x, requires_grad=True); opt = torch.optim.Adam([dx], lr)
-    still = torch.zeros(len(g),1,3, device=x.device)
     for _ in range(iters):
         out = render(g.with_flat(x.detach() + dx*rate), None, batch.clip.time.duration, batch.views, trainer.cfg.render)
-        opt.zero_grad(); reconstruction_loss(out, batch.views, still, g.kind, trainer.cfg.loss)["total"].backward(); opt.step()
+        opt.zero_grad(); reconstruction_loss(out, batch.views, None, g.kind, trainer.cfg.loss)["total"].backward(); opt.step()
     return g.with_flat((x + dx*rate).detach())

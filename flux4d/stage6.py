@@ -7,6 +7,7 @@ from __future__ import annotations
 import atexit, os, shutil, tempfile
 from collections.abc import Callable
 from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, torch
@@ -15,16 +16,17 @@ from .clips import Clip, ClipConfig, build_index, index_hash, load_index, select
 from .cache import LiftCache
 from .render import render
 from .refine import Flux4D, FullConfig
-from .train import Loader, Run, Trainer, config_from_dict, config_to_dict, every, merged, provenance, rebuilder
+from .presets import preset_config
+from .train import Loader, Run, Trainer, config_from_dict, config_to_dict, every, merged, provenance, rebuilder, trained_frames
 from .house import repo_root
 from .flow_metrics import FlowScoreConfig, FlowScores, check_bs_flow, clip_truth, score_clip
 from .nvs import EvalConfig, check_clip, evaluate_nvs
-from .record import About, check_baselines, evaluate, forget, one_clip_loader, seen
+from .record import About, check_baselines, evaluate, forget, frames_of, one_clip_loader, seen
 from .report import analysis_lines, summary_table, write_report
 
 # %% auto #0
-__all__ = ['listed', 'frame_range', 'find_data', 'make_config', 'index_config', 'split_clips', 'next_run', 'open_run',
-           'background_flow', 'validation']
+__all__ = ['listed', 'frame_range', 'find_data', 'make_config', 'index_config', 'keep_aside', 'split_clips', 'next_run',
+           'open_run', 'background_flow', 'validation']
 
 # %% ../nbs/60_stage6.ipynb #9c1dbf7a
 def listed(
@@ -59,21 +61,33 @@ def find_data(
 
 # %% ../nbs/60_stage6.ipynb #0c43d371
 def make_config(
-    *, cameras:str, lidar_sensors:str, image_scale:float, iters:int, minutes:float, log_every:int, save_ckpt_every:int, eval_every:int, seed:int,
-    views_per_step:int, grad_accum_steps:int, fixed_target_frame:int, use_depth:bool, num_sky_points:int, max_gaussians:int,
-    num_refine:int, poly_degree:int, velocity_reweighting:bool,
+    preset:str="default", # one of PRESETS
+    *, cameras:str, lidar_sensors:str, train_settings:str, image_scale:float, iters:int, minutes:float, log_every:int, save_ckpt_every:int, eval_every:int, seed:int,
+    views_per_step:int, grad_accum_steps:int, fixed_target_frame:int,
+    num_refine:int|None=None, poly_degree:int|None=None, velocity_reweighting:bool|None=None, use_depth:bool|None=None,
+    num_sky_points:int|None=None, max_gaussians:int|None=None, # None: the preset's
     overrides:dict, # nested fields that win over all of the above
-)->FullConfig: # raises DataError for a field nobody knows
+)->FullConfig: # raises DataError for a preset or a field nobody knows
     "The run's configuration from the notebook's parameters."
     named = dict(
         data=dict(cameras=listed(cameras), image_scale=image_scale),
-        init=dict(lidar_sensors=listed(lidar_sensors, int), max_gaussians=max_gaussians or None),
-        background=dict(mode="hemisphere", num_sky_points=num_sky_points) if num_sky_points else dict(mode="grid"),
-        model=dict(degree=poly_degree), refine=dict(steps=num_refine), flow=dict(enabled=velocity_reweighting),
-        loss=dict(use_depth=use_depth),
-        train=dict(iters=iters, minutes=minutes or None, log_every=log_every, save_ckpt_every=save_ckpt_every, eval_every=eval_every, seed=seed, views_per_step=views_per_step,
-                   grad_accum_steps=grad_accum_steps, fixed_target_frame=None if fixed_target_frame < 0 else fixed_target_frame, warmup=min(200, iters//10 + 1)))
-    return config_from_dict(merged(named, overrides), FullConfig)
+        train=dict(
+            iters=iters, minutes=minutes or None, log_every=log_every, save_ckpt_every=save_ckpt_every, eval_every=eval_every, seed=seed,
+            views_per_step=views_per_step, grad_accum_steps=grad_accum_steps,
+            fixed_target_frame=None if fixed_target_frame < 0 else fixed_target_frame, warmup=min(200, iters//10 + 1)))
+    sky = dict(mode="hemisphere", num_sky_points=num_sky_points) if num_sky_points else dict(mode="grid")
+    asked = [
+        (lidar_sensors != "", dict(init=dict(lidar_sensors=listed(lidar_sensors, int)))),
+        (train_settings != "", dict(data=dict(settings=listed(train_settings)))),
+        (num_refine is not None, dict(refine=dict(steps=num_refine))),
+        (poly_degree is not None, dict(model=dict(degree=poly_degree))),
+        (velocity_reweighting is not None, dict(flow=dict(enabled=velocity_reweighting))),
+        (use_depth is not None, dict(loss=dict(use_depth=use_depth))),
+        (num_sky_points is not None, dict(background=sky)),
+        (max_gaussians is not None, dict(init=dict(max_gaussians=max_gaussians or None)))]
+    for given, fields in asked:
+        named = merged(named, fields) if given else named
+    return preset_config(preset, merged(named, overrides))
 
 # %% ../nbs/60_stage6.ipynb #82184412
 def index_config(
@@ -86,6 +100,24 @@ def index_config(
     over = (dict(test_scenes=eval_logs) if eval_logs else {}) | (dict(interp_stride=stride, future_stride=stride) if stride else {})
     return ClipConfig(cameras=cameras, train_scenes=train_logs or None, **over)
 
+# %% ../nbs/60_stage6.ipynb #dd76d8fc
+def keep_aside(
+    clips:list[Clip], # training clips
+    most:int, # clips to keep aside
+)->tuple[list[Clip],list[Clip]]: # clips to train on, clips to validate on; no frame is in both. Raises DataError when nothing is left to train on
+    "Keep the last clip of some training logs for validation, logs spread evenly; clips with future frames before others."
+    longest = max((len(c.frames) for c in clips), default=0)
+    last = {c.log.id: c for c in sorted(clips, key=lambda c: (len(c.frames) == longest, c.frames[-1]))}
+    logs = sorted(last)
+    chosen = np.unique(np.linspace(0, len(logs) - 1, min(most, len(logs))).round().astype(int)) if most else []
+    aside = [last[logs[i]] for i in chosen]
+    used = {(c.log.id, f) for c in aside for f in c.frames}
+    rest = [c for c in clips if not any((c.log.id, f) in used for f in c.frames)]
+    if clips and not rest:
+        raise DataError(f"val_clips: keeping {len(aside)} of {len(clips)} training clips aside leaves none to train on; give more frames, or set eval_every=0.")
+    return rest, aside
+
+# %% ../nbs/60_stage6.ipynb #5f4a3e2d
 def split_clips(
     root:Path, # data root
     index:dict, # clip index
@@ -94,11 +126,14 @@ def split_clips(
     starts:tuple[int,...], # first frames of evaluation clips, () = all
     max_train:int, # 0 = all
     max_eval:int, # 0 = all
-)->tuple[list[Clip],list[Clip]]: # training clips, evaluation clips
-    "The clips a run trains on and the ones it is evaluated on."
-    data = PandaSet(root); clips = lambda **how: [Clip(data[r["scene_id"]], r) for r in select_clips(index, **how)]
-    return (clips(split="train", settings=settings or None, exclude_frames=tuple(without), limit=max_train or None),
-            clips(split="test", starts=starts or None, limit=max_eval or None))
+    aside:int=0, # training clips kept for validation
+)->tuple[list[Clip],list[Clip],list[Clip]]: # training clips, validation clips, evaluation clips
+    "The clips a run trains on, those it watches itself on, and those it is judged by."
+    data = PandaSet(root)
+    def clips(**how)->list[Clip]:
+        return [Clip(data[r["scene_id"]], r) for r in select_clips(index, **how)]
+    train = clips(split="train", settings=settings or None, exclude_frames=tuple(without), limit=max_train or None)
+    return *keep_aside(train, aside), clips(split="test", starts=starts or None, limit=max_eval or None)
 
 # %% ../nbs/60_stage6.ipynb #83a72738
 def next_run(
@@ -136,7 +171,7 @@ def background_flow(
     return call
 
 def validation(
-    loader:Loader, # evaluation clips
+    loader:Loader, # clips kept aside
     eval_cfg:EvalConfig, # how they are scored
 )->Callable: # a training callback for every `eval_every` steps
     "Score the averaged weights, watch the background (S6-30), keep the best checkpoint (S6-32)."

@@ -7,11 +7,14 @@ from __future__ import annotations
 import logging, warnings
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
+from annotated_types import MinLen
+from pydantic import PositiveInt
+from .settings import Share
 from .voxels import VoxelConfig, Voxels
 with warnings.catch_warnings():
     warnings.simplefilter("ignore") # spconv uses names that newer torch versions deprecate
@@ -173,11 +176,14 @@ def conv_dtype(
 @dataclass(frozen=True)
 class UNetConfig:
     "The sparse U-Net."
-    widths:tuple=(32, 64, 128, 256, 256) # channels per level; each level halves the resolution
-    blocks:int=2          # convolutions per level, on the way down and on the way up
-    norm:str="clip"       # 'clip' = batch norm with the clip's own statistics, 'batch' = with running ones, 'layer'
-    slope:float=.1        # of LeakyReLU below zero
-    precision:str="auto"  # 'auto' = 'tf32' on a GPU, 'float32' on the CPU; see `conv_dtype`
+    # channels per level; each level halves the resolution
+    widths:Annotated[tuple[PositiveInt,...], MinLen(1)]=(32, 64, 128, 256, 256)
+    blocks:PositiveInt=2 # convolutions per level, on the way down and on the way up
+    # 'clip' = batch norm with the clip's own statistics, 'batch' = with running ones, 'layer'
+    norm:Literal["clip","batch","layer"]="clip"
+    slope:Share=.1 # of LeakyReLU below zero
+    # 'auto' = 'tf32' on a GPU, 'float32' on the CPU; see `conv_dtype`
+    precision:Literal["auto","float32","tf32","float16"]="auto"
 
 class VoxelNorm(nn.BatchNorm1d):
     "BatchNorm1d over voxels that also takes a single voxel: the limit of zero variance."

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 import numpy as np
+from pydantic import PositiveFloat
 from .frames import Array
 
 # %% auto #0
@@ -17,9 +18,9 @@ __all__ = ['VoxelConfig', 'Voxels', 'cell_of', 'voxelise_np', 'voxel_report', 'p
 @dataclass(frozen=True)
 class VoxelConfig:
     "The grid the network sees, in ego0."
-    size:float=.2                  # edge of a voxel, m
-    low:tuple=(-10., -50., -6.)    # lower corner, ego0, m
-    high:tuple=(140., 50., 14.)    # upper corner, ego0, m
+    size:PositiveFloat=.2 # edge of a voxel, m
+    low:tuple[float,float,float]=(-10., -50., -6.) # lower corner, ego0, m
+    high:tuple[float,float,float]=(140., 50., 14.) # upper corner, ego0, m
 
     def __post_init__(self)->None:
         "Refuse a grid without cells."
