@@ -13,14 +13,14 @@ from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['ROOMS', 'ROWS', 'row_ids', 'RESULTS', 'RUN_FILES', 'OPERATORS', 'CALLS', 'SOURCES', 'NOT_PROSE', 'NUMBER', 'UNITS',
-           'MADE', 'EXAMPLES', 'NEEDS_PATH', 'Notebook', 'read_notebook', 'repo_root', 'notebooks', 'notebooks_table',
-           'ids_in', 'row_sections', 'anchor', 'rows_table', 'measured', 'metrics_table', 'is_number', 'read_metrics',
-           'record_files', 'runs_of_record', 'run_summary', 'results_row', 'results_table', 'show_run', 'run_file',
-           'run_value', 'chain_of', 'evaluated', 'run_arithmetic', 'Figure', 'figures_in', 'printed_like',
-           'is_printed_right', 'text_faults', 'holds_fault', 'checked_figure', 'kept_runs', 'figure_faults', 'visible',
-           'output_text', 'as_markdown', 'relink', 'from_root', 'readme_text', 'readme_faults', 'write_readme',
-           'site_link', 'digest', 'remove_pages', 'write_pages', 'differing', 'generated_faults', 'as_sentence',
-           'house_main', 'house_command']
+           'MADE', 'HOUSE_EXAMPLES', 'NEEDS_PATH', 'Notebook', 'read_notebook', 'repo_root', 'notebooks',
+           'notebooks_table', 'ids_in', 'row_sections', 'anchor', 'rows_table', 'measured', 'metrics_table',
+           'is_number', 'read_metrics', 'record_files', 'runs_of_record', 'run_summary', 'results_row', 'results_table',
+           'show_run', 'run_file', 'run_value', 'chain_of', 'evaluated', 'run_arithmetic', 'Figure', 'figures_in',
+           'printed_like', 'is_printed_right', 'text_faults', 'holds_fault', 'checked_figure', 'kept_runs',
+           'figure_faults', 'visible', 'output_text', 'as_markdown', 'relink', 'from_root', 'readme_text',
+           'readme_faults', 'write_readme', 'site_link', 'digest', 'remove_pages', 'write_pages', 'differing',
+           'generated_faults', 'as_sentence', 'house_main', 'house_command']
 
 # %% ../nbs/09_house.ipynb #0f1cdd0b
 @dataclass
@@ -624,7 +624,7 @@ def generated_faults(
                 *(f"nbs/{n} is not clean: run make export" for n in differing(copy/"nbs", root/"nbs", "*.ipynb"))]
 
 # %% ../nbs/09_house.ipynb #bd892e7a
-EXAMPLES = """examples:
+HOUSE_EXAMPLES = """examples:
   flux4d-house check                                  is everything made from the notebooks as they are?
   flux4d-house figures --write                        put right the figures of runs in the notebooks' prose
   flux4d-house show papermill_runs/run_001            print what a run measured and the names of its pictures
@@ -643,7 +643,7 @@ def house_main(
     argv:list[str]|None=None, # words of the command line; sys.argv when None
 )->int: # exit status
     "Check and make what is derived from the notebooks; show and keep runs."
-    ap = argparse.ArgumentParser(prog="flux4d-house", description=house_main.__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(prog="flux4d-house", description=house_main.__doc__, epilog=HOUSE_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("command", choices=["check","readme","pages","figures","show","record"])
     ap.add_argument("path", nargs="?", type=Path, help="show, record: a run's folder; pages: the folder to write, new or written by this command before")
     ap.add_argument("--write", action="store_true", help="figures: replace stale figures in the notebooks and in the README")
