@@ -9,38 +9,20 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 from .pandaset import DataError, atomic_write
-from .house import as_sentence, is_number, measured, read_metrics
+from .house import as_sentence, is_number, literal, measured, one_line, read_metrics
 if TYPE_CHECKING:
     from flux4d.train import Run
 # what needs torch is imported where it is used: `flux4d-report --help` answers at once
 
 # %% auto #0
-__all__ = ['MARKUP', 'TABLE1', 'TABLE2', 'TABLE4', 'TABLE5', 'TABLE6', 'ALSO', 'CLASS_COLUMNS', 'QUANTITIES', 'NOTE', 'CSS',
-           'PAGE', 'PICTURES', 'BEGINNINGS', 'REPORT_EXAMPLES', 'one_line', 'literal', 'literal_names', 'table',
-           'paper_rows', 'whole_logs', 'blocks_of', 'nvs_tables', 'flow_cells', 'class_cells', 'flow_tables',
-           'views_cells', 'summary_table', 'analysis_lines', 'clip_table', 'class_table', 'timing_lines', 'empty_lines',
-           'report_text', 'below', 'picture_source', 'to_html', 'write_pages', 'write_report', 'leaves',
-           'relation_faults', 'foreign_faults', 'read_record', 'same_frames', 'with_baselines', 'side_by_side',
-           'report_again', 'report_main']
+__all__ = ['TABLE1', 'TABLE2', 'TABLE4', 'TABLE5', 'TABLE6', 'ALSO', 'CLASS_COLUMNS', 'QUANTITIES', 'NOTE', 'CSS', 'PAGE',
+           'PICTURES', 'BEGINNINGS', 'REPORT_EXAMPLES', 'literal_names', 'table', 'paper_rows', 'whole_logs',
+           'blocks_of', 'nvs_tables', 'flow_cells', 'class_cells', 'flow_tables', 'views_cells', 'summary_table',
+           'analysis_lines', 'clip_table', 'class_table', 'timing_lines', 'empty_lines', 'report_text', 'below',
+           'picture_source', 'to_html', 'write_pages', 'write_report', 'leaves', 'relation_faults', 'foreign_faults',
+           'read_record', 'same_frames', 'with_baselines', 'side_by_side', 'report_again', 'report_main']
 
 # %% ../nbs/45_report.ipynb #4d0bb2d1
-MARKUP = re.compile(r"[\\\[\]<>|*~]|&(?=#?\w+;)|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
-
-def one_line(
-    text:str, # any text
-    length:int=300, # characters, at most
-)->str:
-    "A text without line breaks and control characters."
-    shown = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return shown if len(shown) <= length else shown[:length - 3] + "..."
-
-def literal(
-    name:str, # of a run, clip, log, camera, class or machine
-)->str: # Markdown that shows the name and does nothing else
-    "A name as text."
-    shown = "".join(c if c.isprintable() else " " for c in name).replace("`", "'")
-    return MARKUP.sub(r"\\\g<0>", shown)
-
 def literal_names(
     value:Any, # a record or a part of it
 )->Any: # a copy in which every text and every key is literal
