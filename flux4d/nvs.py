@@ -297,11 +297,12 @@ def clip_video(
     done:dict[int,Image.Image]|None=None, # {log frame id: picture} of frames that were drawn already
     width:int=400, # px of a panel, at most
 )->Path: # the film
-    "Film of every frame of a clip in its first camera."
+    "Film of every frame of a clip in its first camera, as fast as it was driven."
     path.parent.mkdir(parents=True, exist_ok=True); camera = loader.cfg.data.cameras[0]; shots = dict(done or {})
     for f in (f for f in clip.frames if f not in shots):
         view = loader.views(clip, [(f,camera)]); out, v_r, _ = render_velocity(g, v, clip.time.duration, view, view_gaps(clip, view), cfg, flow)
         shots[f] = film_frame(out._replace(features=v_r), view.images[0], flow, width=width)
     first, *rest = [shots[f] for f in clip.frames]
-    first.save(path, save_all=True, append_images=rest, duration=100, loop=0, quality=80, method=2)
+    pace = round(1000*clip.time.duration/max(len(rest), 1)) # ms a frame
+    first.save(path, save_all=True, append_images=rest, duration=pace, loop=0, quality=80, method=2)
     return path
