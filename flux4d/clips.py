@@ -18,14 +18,15 @@ from .frames import ClipTime, project, pixel_index, se3_inverse, scale_intrinsic
 from .pandaset import PandaSet, Log, DataError, atomic_write, report, safe_load_pickle, scaled_size, short_path
 
 # %% auto #0
-__all__ = ['TEST_SCENES', 'PRESETS', 'COORD', 'INDEX_NAMES', 'META_FIELDS', 'RECORD_FIELDS', 'ClipConfig', 'cut', 'make_record',
-           'fingerprint', 'build_index', 'tiny_index', 'write_index', 'load_index', 'index_hash', 'select_clips',
-           'inspect_index', 'index_main', 'Clip', 'long_log_clips', 'project_sweep', 'Views', 'InputViews',
-           'TargetViews', 'splat_depth', 'load_views']
+__all__ = ['TEST_SCENES', 'PRESETS', 'TRAIN_SETTINGS', 'COORD', 'INDEX_NAMES', 'META_FIELDS', 'RECORD_FIELDS', 'ClipConfig',
+           'cut', 'make_record', 'fingerprint', 'build_index', 'tiny_index', 'write_index', 'load_index', 'index_hash',
+           'select_clips', 'inspect_index', 'index_main', 'Clip', 'long_log_clips', 'project_sweep', 'Views',
+           'InputViews', 'TargetViews', 'splat_depth', 'load_views']
 
 # %% ../nbs/04_clips.ipynb #e82b7df0
 TEST_SCENES = ("001", "011", "016", "065", "084", "090", "106", "115", "123", "158")
 PRESETS = "paper", "debug", "long_log"
+TRAIN_SETTINGS = "train_interpolation", "train_future", "debug", "long_log" # kinds of clip that training may use
 
 @dataclass(frozen=True)
 class ClipConfig:

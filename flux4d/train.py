@@ -11,21 +11,21 @@ from dataclasses import dataclass, field, fields, asdict, replace
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 import numpy as np, torch, yaml
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastcore.basics import patch
-from annotated_types import Interval, MinLen
+from annotated_types import Interval
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 import flux4d
 from .pandaset import DataError, atomic_write
-from .clips import Clip, InputViews, Views, TargetViews, load_views
+from .clips import TRAIN_SETTINGS, Clip, InputViews, Views, TargetViews, load_views
 from .gaussians import Gaussians
 from .lift import ClipData, LiftConfig, Returns, clip_data, clip_returns, look
 from .background import BackgroundConfig, init_data
 from .frames import se3_inverse
-from .settings import Seed, Share, read_settings
+from .settings import Distinct, Name, Seed, Share, Some, read_settings
 from .cache import LiftCache
 from .render import RenderConfig
 from .losses import LossConfig, reconstruction_loss
@@ -43,9 +43,9 @@ __all__ = ['DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'config_from
 @dataclass
 class DataConfig:
     "Which recordings, at which resolution."
-    cameras:Annotated[tuple[str,...], MinLen(1)]=("front_camera",) # paper: front camera only
+    cameras:Some[Name]=("front_camera",) # paper: front camera only
     # kinds of training clip, such as train_future; (): every kind of the index. The paper trains a model for each
-    settings:tuple[str,...]=()
+    settings:Distinct[Literal[TRAIN_SETTINGS]]=()
     # 1.0 = full resolution; nothing else ever resizes an image (G-03)
     image_scale:Annotated[float, Interval(gt=0, le=1)]=1.0
     keep_frames:NonNegativeInt=1200 # decoded frames kept in memory; one full-HD frame is 14 MB
