@@ -5,23 +5,27 @@
 # %% ../nbs/04_clips.ipynb #07c349c7
 from __future__ import annotations
 import argparse, hashlib, json, pickle
+from collections.abc import Callable
 from dataclasses import dataclass, asdict, replace, fields
 from pathlib import Path
-from typing import Annotated, Any, Iterator, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Iterator, Literal, NamedTuple
 import numpy as np
-import torch
 from fastcore.basics import patch
-from torch import Tensor
-from annotated_types import MinLen
+from annotated_types import Gt, MinLen
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from .frames import ClipTime, project, pixel_index, se3_inverse, scale_intrinsics
 from .pandaset import PandaSet, Log, DataError, atomic_write, report, safe_load_pickle, scaled_size, short_path
+if TYPE_CHECKING: # loaded where images become tensors, so that the commands start at once
+    import torch
+    from torch import Tensor
 
 # %% auto #0
-__all__ = ['TEST_SCENES', 'PRESETS', 'TRAIN_SETTINGS', 'COORD', 'INDEX_NAMES', 'META_FIELDS', 'RECORD_FIELDS', 'ClipConfig',
-           'cut', 'make_record', 'fingerprint', 'build_index', 'tiny_index', 'write_index', 'load_index', 'index_hash',
-           'select_clips', 'inspect_index', 'index_main', 'Clip', 'long_log_clips', 'project_sweep', 'Views',
-           'InputViews', 'TargetViews', 'splat_depth', 'load_views']
+__all__ = ['TEST_SCENES', 'PRESETS', 'TRAIN_SETTINGS', 'TIME_UNITS', 'SANE_STEP', 'COORD', 'INDEX_NAMES', 'META_SCHEMA',
+           'RECORD_SCHEMA', 'META_FIELDS', 'RECORD_FIELDS', 'ClipConfig', 'cut', 'time_unit', 'check_time_unit',
+           'irregular_step', 'make_record', 'fingerprint', 'build_index', 'tiny_index', 'left_out_lines', 'write_index',
+           'is_name', 'is_path', 'Field', 'load_index', 'index_hash', 'select_clips', 'inspect_index', 'index_main',
+           'Clip', 'long_log_clips', 'project_sweep', 'Views', 'InputViews', 'TargetViews', 'splat_depth',
+           'check_frames', 'load_views']
 
 # %% ../nbs/04_clips.ipynb #e82b7df0
 TEST_SCENES = ("001", "011", "016", "065", "084", "090", "106", "115", "123", "158")
@@ -48,6 +52,7 @@ class ClipConfig:
     fps:NonNegativeFloat=10. # turns the debug preset's seconds into frames, 0: the measured rate
     debug_len_s:PositiveFloat=1.5 # s, length of a debug clip
     debug_stride_s:PositiveFloat=1.5 # s, from one debug clip to the next
+    max_step_ratio:Annotated[float, Gt(1)]=1.5 # a clip with a longer step than this many usual steps of its log is left out
 
     def __post_init__(self)->None:
         "Refuse what cannot be cut."
@@ -76,6 +81,39 @@ def cut(
         last = (n_frames - 1)//2*2 if setting == "long_log" else n_frames - 1; starts = list(range(0, last - length + 2, stride))
         if setting == "long_log" and starts and starts[-1] + length <= last: starts.append(last - length + 1)
         for s in starts: yield setting, split, list(range(s, s+length)), stride
+
+# %% ../nbs/04_clips.ipynb #263698a2
+TIME_UNITS = dict(milliseconds=1e3, microseconds=1e6, nanoseconds=1e9) # per second
+SANE_STEP = .005, 5. # s, from a LiDAR at 200 Hz to keyframes every five seconds
+
+def time_unit(
+    step:float, # usual step from frame to frame, in the file's unit
+)->str|None: # "milliseconds", "microseconds" or "nanoseconds"; None when seconds, or nothing, explains it
+    "The unit that makes a step of time sensible when seconds do not."
+    low, high = SANE_STEP
+    if step <= high: return None
+    return next((unit for unit, per_second in TIME_UNITS.items() if low <= step/per_second <= high), None)
+
+def check_time_unit(
+    log:Log, # the log
+)->None: # raises DataError
+    "Stop at stamps that are not in seconds."
+    path, stamps = log.folder/"lidar/timestamps.json", log.lidar_stamps
+    step = float(np.median(np.diff(stamps))) if len(stamps) > 1 else 0.
+    unit = time_unit(step)
+    if unit: report(path, f"steps by {step:g} from frame to frame, which are {unit}", f"divide its stamps by {TIME_UNITS[unit]:g} to get seconds")
+
+# %% ../nbs/04_clips.ipynb #f78e89b1
+def irregular_step(
+    stamps:np.ndarray, # (F,) epoch s, of a clip or a log
+    usual:float, # s, median step of the log
+    ratio:float, # a step may be this many times as long
+)->str|None: # what is wrong, None when the steps are even
+    "Name the longest step when it is too long."
+    steps = np.diff(stamps)
+    if not len(steps) or steps.max() <= ratio*usual: return None
+    k = int(steps.argmax())
+    return f"steps by {steps[k]:.3f} s at its frame {k} where {usual:.3f} s are usual"
 
 # %% ../nbs/04_clips.ipynb #df21a390
 def _clip_id(scene:str, setting:str, frames:list[int])->str:
@@ -147,10 +185,13 @@ def _cut_log(log:Log, cfg:ClipConfig)->tuple[list[dict],list[dict]]:
     "Records of one log, and the clips left out with their reasons."
     lists = _log_lists(log, cfg); lost = _missing(log, cfg.cameras); stamps = lists["stamps"]
     fps = cfg.fps or ((len(stamps)-1)/(stamps[-1]-stamps[0]) if len(stamps) > 1 else 10.)
-    clips, out, judged = [], [], set()
+    clips, out, judged = [], [], set(); usual = float(np.median(np.diff(stamps))) if len(stamps) > 1 else 0.
     for setting, split, frames, stride in cut(log.id, len(stamps), fps, cfg):
         gap = next((lost[f] for f in frames if f in lost), None)
-        if gap: out.append(dict(clip_id=_clip_id(log.id, setting, frames), scene_id=log.id, reason=f"{gap} is missing")); continue
+        reason = f"{gap} is missing" if gap else irregular_step(np.array(stamps[frames[0]:frames[-1]+1]), usual, cfg.max_step_ratio)
+        if reason:
+            out.append(dict(clip_id=_clip_id(log.id, setting, frames), scene_id=log.id, reason=reason))
+            continue
         clips.append(make_record(log.id, setting, split, frames, stride, lists, fps, cfg, judged))
         if setting == "long_log": judged.update(clips[-1]["target_frame_ids"])
     if not clips and not out: out.append(dict(clip_id=log.id, scene_id=log.id, reason=f"{len(stamps)} frames are too few for a clip of its settings"))
@@ -164,9 +205,11 @@ def build_index(
     "Cut every log of a data root."
     data = PandaSet(root); clips, left_out, prints = [], [], {}
     for id in data.log_ids:
-        log = data[id]; kept, out = _cut_log(log, cfg); clips += kept; left_out += out
+        log = data[id]; check_time_unit(log); kept, out = _cut_log(log, cfg); clips += kept; left_out += out
         prints[id] = fingerprint(log, cfg.cameras)
-    if not clips: report(root, "gives no clip at all", "get more frames of its logs or shorten the clips")
+    if not clips:
+        first = f" ({left_out[0]['clip_id']}: {left_out[0]['reason']})" if left_out else ""
+        report(root, f"gives no clip at all{first}", "get more frames of its logs or shorten the clips")
     config = json.loads(json.dumps(asdict(cfg)))
     return dict(meta=dict(version=1, preset=cfg.preset, config=config, coord=dict(COORD), scenes=data.log_ids, fingerprint=prints, left_out=left_out), clips=clips)
 
@@ -180,11 +223,21 @@ def tiny_index(
     meta = m | dict(scenes=ids, fingerprint={s: m["fingerprint"][s] for s in ids}, left_out=[o for o in m["left_out"] if o["scene_id"] in ids])
     return dict(meta=meta, clips=[c for c in index["clips"] if c["scene_id"] in ids])
 
+# %% ../nbs/04_clips.ipynb #be319b14
+def left_out_lines(
+    index:dict[str,Any], # an index
+    limit:int|None=20, # at most this many clips by name, None: all
+)->list[str]: # a headline and a line per clip, empty when nothing was left out
+    "Which clips an index does without, and why."
+    out = index["meta"]["left_out"]
+    if not out: return []
+    shown = out if limit is None else out[:limit]
+    lines = [f"{len(out)} clips left out:"] + [f"  {o['clip_id']}: {o['reason']}" for o in shown]
+    if len(shown) < len(out): lines.append(f"  and {len(out) - len(shown)} more")
+    return lines
+
 # %% ../nbs/04_clips.ipynb #de67db7f
 INDEX_NAMES = "pandaset_full_clips.pkl", "pandaset_tiny_clips.pkl"
-META_FIELDS = "version preset config coord scenes fingerprint left_out".split()
-RECORD_FIELDS = ("clip_id scene_id split fps fps_actual setting clip_len_frames stride_frames input_indices target_indices input_frame_ids "
-                 "target_frame_ids frame_start frame_end frame_ids timestamps intrinsics extrinsics image_paths lidar_paths views").split()
 
 def write_index(
     root:str|Path, # data root
@@ -197,18 +250,113 @@ def write_index(
         with atomic_write(path) as tmp: tmp.write_bytes(pickle.dumps(index, protocol=4))
     return paths
 
+# %% ../nbs/04_clips.ipynb #357c388a
+def is_name(
+    x:Any, # from a file
+)->bool: # may it become part of a path?
+    "A plain name: text without separators, without a leading dot, drive or control characters."
+    return isinstance(x, str) and 0 < len(x) <= 200 and x.isprintable() and x[0] != "." and not set(x) & set("/\\:")
+
+def is_path(
+    x:Any, # from a file
+)->bool: # does it stay below the data root?
+    "A relative path made of plain names."
+    return isinstance(x, str) and all(is_name(part) for part in x.split("/"))
+
+# %% ../nbs/04_clips.ipynb #556e81cb
+def _whole(x:Any)->bool:
+    "A whole number from 0 on."
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+
+def _number(x:Any)->bool:
+    "A finite number."
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and bool(np.isfinite(x))
+
+def _list_of(holds:Callable)->Callable:
+    "A list of such things."
+    return lambda x: isinstance(x, (list, tuple)) and all(map(holds, x))
+
+def _dict_of(holds:Callable)->Callable:
+    "A dictionary from plain names to such things."
+    return lambda x: isinstance(x, dict) and all(map(is_name, x)) and all(map(holds, x.values()))
+
+def _keys(**fields:Callable)->Callable:
+    "A dictionary with at least these keys."
+    return lambda x: isinstance(x, dict) and all(k in x and holds(x[k]) for k,holds in fields.items())
+
+def _poses(x:Any)->bool:
+    "A list of finite 4x4 matrices."
+    try: return isinstance(x, list) and (m := np.array(x, np.float64)).shape[1:] == (4,4) and bool(np.isfinite(m).all())
+    except (TypeError, ValueError, RecursionError): return False
+
+def _pair(x:Any)->bool:
+    "A camera and a frame."
+    return isinstance(x, (list, tuple)) and len(x) == 2 and is_name(x[0]) and _whole(x[1])
+
+# %% ../nbs/04_clips.ipynb #c41c6254
+class Field(NamedTuple):
+    "What a field of an index must hold."
+    holds:Callable # value -> bool
+    want:str # the same in words
+
+_frames, _stamps, _text = _list_of(_whole), _list_of(_number), lambda x: isinstance(x, str)
+_K = _keys(fx=_number, fy=_number, cx=_number, cy=_number)
+META_SCHEMA = dict(
+    version=Field(_whole, "a whole number"), preset=Field(_text, "text"),
+    config=Field(_keys(cameras=_list_of(is_name)), "the settings of the cut, with plain names of cameras"),
+    coord=Field(lambda x: isinstance(x, dict), "the coordinate block"), scenes=Field(_list_of(is_name), "a list of plain names of logs"),
+    fingerprint=Field(_dict_of(_text), "a mark for each log's plain name"),
+    left_out=Field(_list_of(_keys(clip_id=_text, scene_id=_text, reason=_text)), "a list of clips with reasons"))
+RECORD_SCHEMA = dict(
+    clip_id=Field(is_name, "a plain name"), scene_id=Field(is_name, "a plain name"), setting=Field(is_name, "a plain name"),
+    split=Field(lambda x: isinstance(x, str) and x in ("train", "test"), "train or test"),
+    **dict.fromkeys(("fps", "fps_actual"), Field(lambda x: _number(x) and x > 0, "a positive number")),
+    **dict.fromkeys(("clip_len_frames", "stride_frames", "frame_start", "frame_end"), Field(_whole, "a whole number from 0 on")),
+    **dict.fromkeys("frame_ids input_indices target_indices input_frame_ids target_frame_ids".split(), Field(_frames, "a list of whole numbers from 0 on")),
+    timestamps=Field(_keys(lidar=_stamps, cameras=_dict_of(_stamps)), "lists of stamps by sensor"),
+    intrinsics=Field(_dict_of(_K), "fx, fy, cx, cy by camera"),
+    extrinsics=Field(_keys(lidar=_poses, cameras=_dict_of(_poses)), "lists of 4x4 poses by sensor"),
+    image_paths=Field(_dict_of(_list_of(is_path)), "lists of paths below the data root by camera"),
+    lidar_paths=Field(_list_of(is_path), "a list of paths below the data root"),
+    views=Field(_keys(input=_list_of(_pair), target=_list_of(_pair)), "pairs of camera and frame"))
+META_FIELDS, RECORD_FIELDS = tuple(META_SCHEMA), tuple(RECORD_SCHEMA)
+
+# %% ../nbs/04_clips.ipynb #7082b3a5
+def _wrong_field(values:dict, schema:dict[str,Field])->str|None:
+    "The first field that does not hold what it must, in words."
+    for name, field in schema.items():
+        if not field.holds(values[name]): return f"{name} must be {field.want}, got {str(values[name])[:40]!r}"
+
+def _wrong_record(record:dict, meta:dict)->str|None:
+    "What is wrong with a record whose fields have their types."
+    if record["scene_id"] not in meta["scenes"]: return f"scene_id {record['scene_id']!r} is not among the index's logs"
+    other = set(record["image_paths"]) - set(meta["config"]["cameras"])
+    if other: return f"image_paths name the camera {min(other)!r}, which is not among the index's cameras"
+    frames, n = record["frame_ids"], len(record["frame_ids"])
+    if frames != list(range(frames[0], frames[0] + n) if n else []): return "frame_ids must be consecutive"
+    if not {*record["input_frame_ids"], *record["target_frame_ids"]} <= set(frames): return "input_frame_ids and target_frame_ids must lie in frame_ids"
+    lists = [record["timestamps"]["lidar"], record["lidar_paths"], *record["timestamps"]["cameras"].values(), *record["image_paths"].values()]
+    if any(len(v) != n for v in lists): return f"its lists must have {n} entries, one per frame"
+
+# %% ../nbs/04_clips.ipynb #dc053468
 def load_index(
     path:str|Path, # an index file
     root:str|Path|None=None, # data root it must have been built for
 )->dict[str,Any]: # "meta" and "clips"
-    "Read an index, and compare it with the data when the root is given."
-    index = safe_load_pickle(path, admitted={})
+    "Read an index whose every field has its type, and compare it with the data when the root is given."
+    index, again = safe_load_pickle(path, admitted={}), "write it again with flux4d-index"
     has = lambda d, names: isinstance(d, dict) and set(names) <= d.keys()
-    if not (has(index, ("meta", "clips")) and has(index["meta"], META_FIELDS) and all(has(c, RECORD_FIELDS) for c in index["clips"])): report(path, "lacks fields of a clip index", "write it again with flux4d-index")
-    if root is not None:
-        for id, mark in index["meta"]["fingerprint"].items():
-            if not (Path(root)/id).is_dir() or fingerprint(Log(root, id), index["meta"]["config"]["cameras"]) != mark:
-                report(path, f"was built for other data than log {id} here", "write it again with flux4d-index")
+    whole = has(index, ("meta", "clips")) and has(index["meta"], META_FIELDS) and isinstance(index["clips"], list)
+    if not (whole and all(has(c, RECORD_FIELDS) for c in index["clips"])): report(path, "lacks fields of a clip index", again)
+    meta = index["meta"]
+    if wrong := _wrong_field(meta, META_SCHEMA): report(path, f"its {wrong}", again)
+    for k, record in enumerate(index["clips"]):
+        wrong = _wrong_field(record, RECORD_SCHEMA) or _wrong_record(record, meta)
+        if wrong: report(path, f"in clip {k}, {wrong}", again)
+    for id, mark in meta["fingerprint"].items() if root is not None else ():
+        held = (Path(root)/id/"lidar").is_dir() # `id` is a plain name
+        if not held or fingerprint(Log(root, id), meta["config"]["cameras"]) != mark:
+            report(path, f"was built for other data than log {id} here", again)
     return index
 
 # %% ../nbs/04_clips.ipynb #2da5fb7e
@@ -216,7 +364,8 @@ def index_hash(
     index:dict[str,Any], # an index
 )->str: # 16 hex digits
     "Identity of an index: its cut and the data it was cut from."
-    text = json.dumps([index["meta"]["config"], index["meta"]["fingerprint"], [c["clip_id"] for c in index["clips"]]], sort_keys=True)
+    config = {k: v for k,v in index["meta"]["config"].items() if k != "max_step_ratio"} # what it leaves out shows in the names
+    text = json.dumps([config, index["meta"]["fingerprint"], [c["clip_id"] for c in index["clips"]]], sort_keys=True)
     return hashlib.sha1(text.encode()).hexdigest()[:16]
 
 # %% ../nbs/04_clips.ipynb #c322dbeb
@@ -250,15 +399,23 @@ def inspect_index(
     print(f"{m['preset']} preset, {len(m['scenes'])} logs, {len(clips)} clips, {len(m['left_out'])} left out, hash {index_hash(index)}")
     for k in kinds: print(f"  {k[0]:20} {k[1]:6}{sum((c['setting'], c['split']) == k for c in clips):6}")
     print("coord:", *(f"{k}={v}" for k,v in m["coord"].items()), sep="\n  ")
+    if clip is not None and not 0 <= clip < len(clips):
+        raise DataError(f"clip: {clip} is not in this index; " + (f"choose a number from 0 to {len(clips)-1}." if clips else "it holds no clip."))
     record = None if clip is None else clips[clip]
     for k in ("clip_id", "split", "setting", "fps_actual", "input_frame_ids", "target_frame_ids", "lidar_paths") if record else (): print(f"{k}: {record[k]}"[:110])
     if stop: breakpoint()
 
 # %% ../nbs/04_clips.ipynb #ad41855d
+_EXAMPLE = """example:
+  flux4d-index data/pandaset indices --test-scenes 001 011
+  flux4d-index --inspect indices/pandaset_full_clips.pkl --clip 3"""
+
 def _parser()->argparse.ArgumentParser:
     "Options of `flux4d-index`; every default is `ClipConfig`'s."
-    d = ClipConfig(); p = argparse.ArgumentParser("flux4d-index", description="Cut PandaSet logs into clips.")
-    p.add_argument("data_root", nargs="?"); p.add_argument("out_dir", nargs="?", default="indices")
+    d = ClipConfig()
+    p = argparse.ArgumentParser("flux4d-index", description="Cut PandaSet logs into clips.", epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("data_root", nargs="?", help="folder that holds 001, 002 and so on")
+    p.add_argument("out_dir", nargs="?", default="indices", help="folder for the two index files, default indices")
     p.add_argument("--preset", choices=PRESETS, default=d.preset)
     for k in ("cameras", "test_scenes", "train_scenes", "tiny_scenes"): p.add_argument(f"--{k}".replace("_", "-"), nargs="*", default=getattr(d, k))
     p.add_argument("--tiny-count", type=int, help="this many logs in the tiny index instead of --tiny-scenes")
@@ -279,9 +436,15 @@ def index_main(
         if a.inspect: inspect_index(load_index(a.inspect, a.data_root), a.clip, a.stop); return 0
         if not a.data_root: p.error("give the data root, or --inspect INDEX")
         paths = write_index(a.data_root, a.out_dir, ClipConfig(**cfg))
-        for path, index in zip(paths, map(load_index, paths)): print(f"{path.name}: {len(index['clips'])} clips, {len(index['meta']['left_out'])} left out")
-        for o in load_index(paths[0])["meta"]["left_out"]: print(f"  {o['clip_id']}: {o['reason']}")
-    except DataError as e: print(e); return 1
+        full, tiny = map(load_index, paths)
+        for path, index in zip(paths, (full, tiny)): print(f"wrote {path}: {len(index['clips'])} clips")
+        print(*left_out_lines(full), sep="\n", end="\n"*bool(full["meta"]["left_out"]))
+    except DataError as e:
+        print(e)
+        return 1
+    except OSError as e:
+        print(f"{e.filename or a.out_dir}: cannot be read or written ({e.strerror}); choose a folder you may write to, on a disk with room.")
+        return 1
     return 0
 
 # %% ../nbs/04_clips.ipynb #1dc118b6
@@ -293,6 +456,7 @@ class Clip:
     )->None:
         "Open a clip and compare it with the log."
         self.log, self.record = log, record; self.id, self.setting, self.split = (record[k] for k in ("clip_id", "setting", "split"))
+        if not is_name(self.id): raise DataError(f"clip_id: {str(self.id)[:40]!r} is not a plain name; write the index again with flux4d-index.") # it becomes part of paths
         self.frames, self.input_frames, self.target_frames = (list(record[k]) for k in ("frame_ids", "input_frame_ids", "target_frame_ids"))
         if len(self.frames) < 2 or not self.input_frames: raise DataError(f"{self.id}: is an empty clip; write the index again with flux4d-index.")
         own, stamps = np.asarray(record["timestamps"]["lidar"]), log.lidar_stamps[self.frames[0]:self.frames[-1]+1]
@@ -322,12 +486,39 @@ def ego0(self:Clip)->np.ndarray: # (4,4) float64 vehicle-to-world
     return self.log.ego_pose(self.frames[0])
 
 @patch
+def check_times(self:Clip,
+    t:np.ndarray|float, # normalised times
+    path:Path, # the file they come from
+    what:str, # what it says, e.g. "puts frame 7"
+    reach:float, # how far outside [0, 1] they may lie
+)->None: # raises DataError
+    "Stop at times that are not of this clip."
+    low, high = float(np.min(t)), float(np.max(t))
+    if -reach - 1e-3 <= low and high <= 1 + reach + 1e-3: return # stamps are stored in steps of 0.1 ms
+    off = low if low < -reach else high
+    report(path, f"{what} at {off:.4g} of clip {self.id}, more than {reach:.2g} outside 0..1", "compare its unit, clock and order with lidar/timestamps.json")
+
+@patch
+def check_returns(self:Clip,
+    frame:int, # log frame id
+    stamps:np.ndarray, # (N,) epoch s, of the returns of its sweep
+)->None: # raises DataError
+    "Stop at returns that were not measured in this clip; two frames' time before and after it are allowed."
+    if not len(stamps): return
+    reach = max(self.time.slack, 2/(len(self.frames) - 1))
+    self.check_times(self.time.normalise(stamps), self.log.sweep_path(frame), "holds returns", reach)
+
+@patch
 def t_of_camera(self:Clip,
     camera:str, # name
     frame:int, # log frame id
 )->float: # normalised clip time
-    "When an image was taken."
-    return float(self.time.normalise(self.log.camera(camera).stamps[frame]))
+    "When an image was taken; within the clip, or a tenth of it outside (`ClipTime.slack`)."
+    cam = self.log.camera(camera)
+    t = float(self.time.normalise(cam.stamps[frame]))
+    path = cam.folder/"timestamps.json"
+    if frame in self.frames: self.check_times(t, path, f"puts frame {frame}", self.time.reach)
+    return t
 
 # %% ../nbs/04_clips.ipynb #689c9511
 def long_log_clips(
@@ -337,7 +528,7 @@ def long_log_clips(
 )->list[Clip]: # in the order of the log
     "A whole log as a chain of clips; every odd frame between two even ones is the target of exactly one."
     kept, out = _cut_log(data[log_id], ClipConfig(preset="long_log", cameras=tuple(cameras), test_scenes=(log_id,)))
-    if out: raise DataError(f"{out[0]['clip_id']}: {out[0]['reason']}; a whole log needs 11 frames or more, and all their files.")
+    if out: raise DataError(f"{out[0]['clip_id']}: {out[0]['reason']}; a whole log needs 11 frames or more, at even steps, and all their files.")
     return [Clip(data[log_id], r) for r in kept]
 
 # %% ../nbs/04_clips.ipynb #637ffbad
@@ -412,7 +603,8 @@ def __getitem__(self:Views,
     i:int|slice|list|Tensor, # which views
 )->Views: # of the same type; an int gives one view with V = 1
     "A part of the views."
-    rows = np.atleast_1d(np.arange(len(self))[i.cpu().numpy() if isinstance(i, Tensor) else i])
+    import torch
+    rows = np.atleast_1d(np.arange(len(self))[i.cpu().numpy() if isinstance(i, torch.Tensor) else i])
     j = torch.as_tensor(rows, device=self.t.device)
     return self._map(lambda x: x[j], [self.camera[r] for r in rows])
 
@@ -430,6 +622,16 @@ def splat_depth(
     return np.where(np.isfinite(depth), depth, 0)
 
 # %% ../nbs/04_clips.ipynb #11527d02
+def check_frames(
+    clip:Clip, # the clip
+    frames:list[int], # log frame ids
+    kind:type[Views], # what is to be made of them
+)->None: # raises ValueError
+    "Refuse frames that such views of a clip must not show: `InputViews` are of input frames only."
+    allowed = clip.input_frames if issubclass(kind, InputViews) else clip.frames
+    if not len(frames) or set(frames) - set(allowed):
+        raise ValueError(f"{kind.__name__} of {clip.id} must be chosen from frames {allowed}, got {list(frames)}; a clip never leaks its targets.")
+
 def load_views(
     clip:Clip, # the clip
     frames:list[int], # log frame ids
@@ -440,8 +642,8 @@ def load_views(
     lidar_sensors:tuple[int,...]=(0,), # sensors that give depth
 )->Views: # one view per frame and camera, frames first
     "Load images, cameras and depth of some frames of a clip."
-    allowed = clip.input_frames if issubclass(kind, InputViews) else clip.frames
-    if not len(frames) or set(frames) - set(allowed): raise ValueError(f"{kind.__name__} of {clip.id} must be chosen from frames {allowed}, got {list(frames)}; a clip never leaks its targets.")
+    import torch
+    check_frames(clip, frames, kind)
     rows = []
     for f in frames:
         points = clip.log.sweep(f, lidar_sensors).points if with_depth else np.zeros((0,3))

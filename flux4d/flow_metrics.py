@@ -318,7 +318,7 @@ def predicted_flow(
     x, t = torch.as_tensor(points, dtype=torch.float64), g.t[own].cpu().double(); v = None if velocity is None else velocity[own].cpu().double()
     start = clip.time.normalise(np.round(stamps, 3)); flow = np.zeros(points.shape)
     for s in np.unique(start):
-        k = np.flatnonzero(start == s); a, b = advance(x[k], None if v is None else v[k], t[k], [s, s + dt/clip.time.duration], clip.time.duration)
+        k = np.flatnonzero(start == s); a, b = advance(x[k], None if v is None else v[k], t[k], [s, s + dt/clip.time.duration], clip.time.duration, slack=1.) # a return's time and a frame later
         flow[k] = (b - a).numpy()
     return flow, off
 

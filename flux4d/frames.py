@@ -12,9 +12,9 @@ import numpy as np
 Array = Any # a NumPy array or a torch tensor
 
 # %% auto #0
-__all__ = ['Array', 'normalise', 'quat_mul', 'quat_to_mat', 'mat_to_quat', 'se3', 'se3_inverse', 'pose_to_mat',
-           'transform_points', 'rotate_vectors', 'intrinsics_matrix', 'scale_intrinsics', 'project', 'pixel_index',
-           'unproject', 'ClipTime', 'check_normalised']
+__all__ = ['Array', 'TIME_SLACK', 'ONE_SWEEP', 'normalise', 'quat_mul', 'quat_to_mat', 'mat_to_quat', 'se3', 'se3_inverse',
+           'pose_to_mat', 'transform_points', 'rotate_vectors', 'intrinsics_matrix', 'scale_intrinsics', 'project',
+           'pixel_index', 'unproject', 'time_reach', 'ClipTime', 'check_normalised']
 
 # %% ../nbs/01_frames.ipynb #ca1a41e1
 def _lib(
@@ -168,11 +168,22 @@ def unproject(
     return transform_points(cam_to_world, _stack([x, y, z]))
 
 # %% ../nbs/01_frames.ipynb #fc7e91f6
+TIME_SLACK = .1  # share of a clip's length that a time may lie outside it
+ONE_SWEEP = .11 # s, and at least this much: a camera may fire a whole sweep before its frame's stamp
+
+def time_reach(
+    duration:float, # length of the clip, s
+    slack:float=TIME_SLACK, # share of it
+)->float: # how far outside [0, 1] a normalised time may lie
+    "The tolerance for times of views: a tenth of the clip, in short clips one sweep."
+    return max(slack, ONE_SWEEP/duration)
+
 @dataclass(frozen=True)
 class ClipTime:
     "The clock of one clip."
     start:float # epoch s of the first frame's LiDAR stamp
     end:float   # epoch s of the last frame's LiDAR stamp
+    slack:float=TIME_SLACK # how far outside the clip a time may lie, as a share of its length
 
     def __post_init__(self)->None:
         "Refuse a clock that does not run forward."
@@ -182,6 +193,11 @@ class ClipTime:
     def duration(self)->float: # s
         "Length of the clip."
         return self.end - self.start
+
+    @property
+    def reach(self)->float: # share of the clip
+        "How far outside [0, 1] a time of this clip may lie."
+        return time_reach(self.duration, self.slack)
 
     def normalise(self,
         stamp:Array, # epoch s, float64, scalar or array
@@ -199,10 +215,12 @@ class ClipTime:
 def check_normalised(
     t:Array, # normalised times, array or tensor
     name:str="t", # what to call them in the message
-    slack:float=1., # how far outside [0, 1] is still a time of this clip
+    slack:float=TIME_SLACK, # how far outside [0, 1] is still a time of this clip
 )->None: # raises ValueError when the times look like seconds
     "Stop when times are not normalised to their clip."
     t = t if hasattr(t, "min") else np.asarray(t)
     lo, hi = float(t.min()), float(t.max())
-    if not (-slack <= lo and hi <= 1 + slack):
-        raise ValueError(f"{name} spans {lo:g}..{hi:g} but must be normalised to its clip (0..1); convert stamps with ClipTime.normalise.")
+    rounding = 1e-3 # stamps are stored in steps of 0.1 ms
+    if not (-slack - rounding <= lo and hi <= 1 + slack + rounding):
+        raise ValueError(f"{name} spans {lo:g}..{hi:g} but must be normalised to its clip (0..1, at most {slack:.2g} outside); "
+                         "convert stamps with ClipTime.normalise.")

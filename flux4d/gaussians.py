@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
-from .frames import normalise, quat_mul, mat_to_quat, transform_points, check_normalised
+from .frames import TIME_SLACK, normalise, quat_mul, mat_to_quat, transform_points, check_normalised, time_reach
 
 # %% auto #0
 __all__ = ['colour_act', 'colour_inv', 'LIDAR', 'BACKGROUND', 'FLAT', 'scale_act', 'scale_inv', 'opacity_act', 'opacity_inv',
@@ -169,10 +169,12 @@ def advance(
     t:Tensor,        # (N,) own time, normalised
     t_target:Any,    # scalar or (V,), target time, normalised
     duration:float,  # length of the clip, s
+    slack:float=TIME_SLACK, # how far outside the clip the target may lie, as a share of its length
 )->Tensor: # (N,3) for a scalar target, else (V,N,3), world, m
     "Centres at another time (paper Eq. 2, supp. A.1 Eq. 2)."
+    # times on a GPU were checked when they were made (`Clip.t_of_camera`); reading them here would stop the GPU
+    if not getattr(t_target, "is_cuda", False): check_normalised(torch.as_tensor(t_target), "target time", time_reach(duration, slack))
     t_target = torch.as_tensor(t_target, dtype=means.dtype, device=means.device)[...,None,None]
-    check_normalised(t_target, "target time")
     if velocity is None: return means.expand(*t_target.shape[:-2], *means.shape)
     if velocity.shape[1] == 1: return means + velocity[:,0]*((t_target - t[:,None])*duration)
     s, s1, p = t[:,None]*duration, t_target*duration, means

@@ -128,6 +128,7 @@ def clip_data(
     "Read what a lift needs."
     log, start = clip.log, clip.time.start; cameras, frames = clip.cameras if cameras is None else cameras, clip.input_frames if frames is None else frames
     cams, sweeps = [log.camera(c) for c in cameras], [log.sweep(f, lidar_sensors) for f in frames]
+    for f, sweep in zip(frames, sweeps): clip.check_returns(f, sweep.stamps)
     x, pad = lambda rows: torch.from_numpy(np.array(rows)), lambda rows, fill: pad_sequence([torch.from_numpy(np.ascontiguousarray(r)) for r in rows], True, fill)
     each = lambda f: x([[f(cam, i) for cam in cams] for i in frames])
     return ClipData(x([[log.image(c, f, image_scale) for c in cameras] for f in frames]), each(lambda cam, f: scale_intrinsics(cam.K, image_scale)), each(lambda cam, f: cam.poses[f]),

@@ -54,7 +54,7 @@ def forget(
     loader:Loader, # whose stores are emptied
 )->None:
     "Let go of all decoded frames and lifted clips."
-    for store in (loader.frame, loader.lifted, loader.layout): store.cache_clear()
+    for store in (loader.frame, loader.input_depth, loader.lifted, loader.layout): store.cache_clear()
 
 # %% ../nbs/44_record.ipynb #82b58763
 METHODS = *BASELINES, "static"

@@ -4,7 +4,7 @@
 
 # %% ../nbs/32_train.ipynb #dbee7c11
 from __future__ import annotations
-import json, math, os, platform, subprocess, time
+import json, math, time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, asdict, replace
@@ -12,20 +12,19 @@ from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
-import numpy as np, torch, yaml
+import numpy as np, torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastcore.basics import patch
 from annotated_types import Interval
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-import flux4d
-from .pandaset import DataError, atomic_write
-from .clips import TRAIN_SETTINGS, Clip, InputViews, Views, TargetViews, load_views
-from .gaussians import Gaussians
-from .lift import ClipData, LiftConfig, Returns, clip_data, clip_returns, look
-from .background import BackgroundConfig, init_data
-from .frames import se3_inverse
+from .pandaset import DataError
 from .settings import Distinct, Name, Seed, Share, Some, read_settings
+from .run import Run, load_checkpoint, load_weights, provenance, save_checkpoint, trained_entry, trained_frames
+from .clips import TRAIN_SETTINGS, Clip, InputViews, Views, TargetViews, check_frames, fingerprint, load_views
+from .gaussians import Gaussians
+from .lift import LiftConfig, Returns, clip_data, clip_returns
+from .background import BackgroundConfig, init_data
 from .cache import LiftCache
 from .render import RenderConfig
 from .losses import LossConfig, reconstruction_loss
@@ -34,10 +33,9 @@ from .voxels import VoxelConfig
 from .predictor import PredictorConfig, BasePredictor, Layout, make_layout
 
 # %% auto #0
-__all__ = ['DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'config_from_dict', 'merged', 'flattened', 'Batch', 'Loader',
-           'input_views', 'Run', 'provenance', 'save_checkpoint', 'load_checkpoint', 'load_weights', 'lr_at',
-           'Flux4DBase', 'build_model', 'reconstruct', 'rebuilder', 'time_reconstruction', 'Trainer', 'backed',
-           'load_model', 'every']
+__all__ = ['DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'config_from_dict', 'merged', 'flattened', 'differences',
+           'Batch', 'Loader', 'lr_at', 'Flux4DBase', 'build_model', 'reconstruct', 'rebuilder', 'time_reconstruction',
+           'Trainer', 'backed', 'load_model', 'every']
 
 # %% ../nbs/32_train.ipynb #eed09649
 @dataclass
@@ -62,6 +60,7 @@ class TrainConfig:
     lr:PositiveFloat=1e-3 # AdamW peak rate; UNKNOWN in the paper
     weight_decay:NonNegativeFloat=1e-5 # AdamW
     warmup:NonNegativeInt=200 # steps of linear warm-up
+    warmup_share:Share=.1 # of a budget in minutes, after which the warm-up ends even if its steps are not taken
     final_lr:Share=.02 # last rate as a share of the peak, reached on a cosine
     grad_clip:PositiveFloat=1. # largest gradient norm
     ema:Annotated[float, Interval(ge=0, lt=1)]=.99 # decay of the averaged weights that are evaluated
@@ -126,6 +125,22 @@ def flattened(
     return out
 
 
+# %% ../nbs/32_train.ipynb #a32t0001
+def differences(
+    before:dict, # nested plain values
+    after:dict, # nested plain values
+    path:str="", # name of the part, for messages
+)->list[str]: # "train.lr: 0.001 -> 0.0005", one for each field that differs
+    "Which fields of two configurations differ."
+    out = []
+    for k in sorted(set(before) | set(after)):
+        a, b = before.get(k), after.get(k)
+        if isinstance(a, dict) or isinstance(b, dict):
+            out += differences(a or {}, b or {}, f"{path}{k}.")
+        elif a != b:
+            out.append(f"{path}{k}: {a} -> {b}")
+    return out
+
 # %% ../nbs/32_train.ipynb #ce86f74e
 @dataclass
 class Batch:
@@ -145,12 +160,15 @@ class Loader:
         cfg:Config, # read: data, init, background, voxel, model, train
         cache:LiftCache, # lifted clips on disk
         device:Any="cpu", # where tensors end up
+        target_sensors:tuple[int,...]|None=None, # LiDARs whose returns give the depth of `TargetViews`; None: the lift's own
     )->None:
         "Prepare the stores; nothing is read yet."
         if not clips: raise DataError("clip index: no clip is left after selection; check the logs, settings, starts and excluded frames asked for.")
         self.clips, self.cfg, self.cache, self.device = clips, cfg, cache, device
         self.holder = {(c.log.id, f): c for c in clips for f in c.frames} # a clip for every frame
+        self.target_sensors = cfg.init.lidar_sensors if target_sensors is None else tuple(target_sensors)
         self.frame  = lru_cache(cfg.data.keep_frames)(self._frame)
+        self.input_depth = lru_cache(cfg.data.keep_frames)(self._input_depth)
         self.lifted = lru_cache(cfg.data.keep_clips)(self._lifted)
         self.layout = lru_cache(cfg.data.keep_clips)(self._layout)
         self.pool, self.ahead = ThreadPoolExecutor(cfg.data.loader_threads), {}
@@ -162,8 +180,18 @@ def _frame(self:Loader, log_id:str, # log
     frame:int, # log frame id
 )->Views: # one view on the device; images as bytes, time not yet set
     "Decode one frame of one camera."
-    v = load_views(self.holder[log_id, frame], [frame], (camera,), self.cfg.data.image_scale, lidar_sensors=self.cfg.init.lidar_sensors)
+    v = load_views(self.holder[log_id, frame], [frame], (camera,), self.cfg.data.image_scale, lidar_sensors=self.target_sensors)
     return replace(v, images=(v.images*255).round().byte()).to(self.device)
+
+@patch
+def _input_depth(self:Loader, log_id:str, # log
+    camera:str, # camera name
+    frame:int, # log frame id
+)->Tensor: # (1,H,W) m, 0 = no visible return; on the device
+    "Depth of one frame by the returns that the lift uses."
+    clip, sensors = self.holder[log_id, frame], self.cfg.init.lidar_sensors
+    if set(sensors) == set(self.target_sensors): return self.frame(log_id, camera, frame).depth
+    return load_views(clip, [frame], (camera,), self.cfg.data.image_scale, lidar_sensors=sensors).depth.to(self.device)
 
 @patch
 def _lifted(self:Loader, i:int, # clip number
@@ -207,27 +235,18 @@ def views(self:Loader,
     clip:Clip, # whose clock the views are timed by
     pairs:list[tuple[int,str]], # (log frame id, camera) of each view
     kind:type=TargetViews, # InputViews or TargetViews
-)->Views: # on the device
+)->Views: # on the device; raises ValueError for frames that such views of the clip must not show
     "Some views of a clip as one batch."
+    check_frames(clip, [f for f,_ in pairs], kind)
     got = [self.frame(clip.log.id, c, f) for f,c in pairs]
+    if issubclass(kind, InputViews):
+        depth = [self.input_depth(clip.log.id, c, f) for f,c in pairs]
+    else:
+        depth = [v.depth for v in got]
     join = lambda k: torch.cat([getattr(v,k) for v in got])
     t = torch.tensor([clip.t_of_camera(c,f) for f,c in pairs], dtype=torch.float32, device=self.device)
     return kind(images=join("images").float()/255, K=join("K"), world_to_cam=join("world_to_cam"), t=t,
-                frame=join("frame"), camera=[c for _,c in pairs], depth=join("depth"))
-
-def input_views(
-    data:ClipData, # a clip in memory
-    clip:Clip,     # whose clock the views are timed by
-    cameras:tuple[str,...], # names, in the data's order
-)->InputViews: # on the data's device
-    "The input views of a clip in memory; depth is the nearest visible return of each pixel."
-    n, C, h, w = data.images.shape[:4]; seen = look(data); pairs = [(int(f), c) for f in data.frames.tolist() for c in cameras]
-    at = torch.where(seen.seen, ((torch.arange(n*C, device=seen.uv.device).view(n,C,1)*h + seen.uv[...,1].nan_to_num(0).long())*w + seen.uv[...,0].nan_to_num(0).long()), 0)
-    depth = seen.z.new_full((n*C*h*w,), math.inf).scatter_reduce_(0, at.flatten(), torch.where(seen.seen, seen.z, math.inf).flatten(), "amin").view(-1,h,w)
-    t = torch.tensor([clip.t_of_camera(c,f) for f,c in pairs], dtype=torch.float32, device=data.images.device)
-    flat = lambda x: x.flatten(0,1)
-    return InputViews(flat(data.images).float()/255, flat(data.K).float(), se3_inverse(flat(data.pose)).float(), t, data.frames.repeat_interleave(C),
-                      [c for _,c in pairs], torch.where(depth.isfinite(), depth, 0.))
+                frame=join("frame"), camera=[c for _,c in pairs], depth=torch.cat(depth))
 
 @patch
 def inputs(self:Loader,
@@ -255,123 +274,20 @@ def _load(self:Loader, step:int, micro:int)->Batch:
     views = self.views(clip, pairs)
     return Batch(clip, self.lifted(i), self.layout(i), lambda: self.inputs(clip), views, view_gaps(clip, views), step*self.cfg.train.grad_accum_steps + micro)
 
-# %% ../nbs/32_train.ipynb #47ff966d
-class Run:
-    "The folder of one run."
-    def __init__(self,
-        folder:str|Path, # where the run writes
-        overwrite:bool=False, # replace a finished run (one with metrics.json)
-    )->None: # raises DataError when a finished run is there
-        "Open or make the folder."
-        self.folder = Path(folder); self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder/"metrics.json").exists() and not overwrite:
-            raise DataError(f"{self.folder.name}/metrics.json: this run is finished; choose another out_dir or set overwrite=True.")
-        (self.folder/"metrics.json").unlink(missing_ok=True)
-
-    def write(self,
-        name:str, # file name in the folder
-        content:Any, # str as it is; anything else as YAML or JSON by the name's suffix
-    )->Path: # the file
-        "Write a small file atomically."
-        if not isinstance(content, str):
-            content = yaml.safe_dump(content, sort_keys=False) if name.endswith(".yaml") else json.dumps(content, indent=1)
-        with atomic_write(self.folder/name) as tmp: Path(tmp).write_text(content)
-        return self.folder/name
-
-# %% ../nbs/32_train.ipynb #8beff608
-@patch
-def say(self:Run,
-    line:str, # one console line
-)->None:
-    "Print a line and keep it in train.log (S5-16)."
-    print(line, flush=True)
-    with (self.folder/"train.log").open("a") as f: f.write(line + "\n")
-
-@patch
-def record(self:Run,
-    row:dict, # one logged step
-)->None:
-    "Append one object to metrics.jsonl."
-    with (self.folder/"metrics.jsonl").open("a") as f: f.write(json.dumps(row) + "\n")
-
-@patch
-def rows(self:Run)->list[dict]:
-    "The logged steps so far."
-    f = self.folder/"metrics.jsonl"
-    return [json.loads(l) for l in f.read_text().splitlines()] if f.exists() else []
-
-@patch
-def rewind(self:Run,
-    step:int, # steps that stand
-)->None:
-    "Forget logged steps that a resumed run will take again."
-    keep = [r for r in self.rows() if r["step"] <= step]
-    self.write("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in keep))
-    if step == 0: (self.folder/"train.log").unlink(missing_ok=True)
-
-# %% ../nbs/32_train.ipynb #6bd4559d
-def provenance(
-    device:Any="cpu", # torch device the run uses
-)->dict: # versions and machine
-    "Package version, git commit ($FLUX4D_COMMIT where a copy of the code has no history of its own), library versions and machine."
-    home = Path(flux4d.__file__).parent; ask = lambda *a: subprocess.run(["git", *a], capture_output=True, text=True, cwd=home).stdout.strip()
-    gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
-    commit = os.environ.get("FLUX4D_COMMIT") or ((ask("rev-parse", "HEAD") + " with changes"*bool(ask("status", "--porcelain", "--", str(home)))) or None)
-    return dict(flux4d=flux4d.__version__, commit=commit, python=platform.python_version(),
-                torch=torch.__version__, machine=gpu or f"{platform.machine()}, {os.cpu_count()} cores", gpu=gpu)
-
-# %% ../nbs/32_train.ipynb #9749fd1b
-def save_checkpoint(
-    path:str|Path, # ckpt_step_XXXXXX.pt
-    state:dict, # tensors and plain values
-    aliases:tuple[str,...]=("ckpt_last.pt",), # links in the same folder that shall point at it
-)->Path: # the file
-    "Write a checkpoint atomically and point its aliases at it."
-    path = Path(path)
-    with atomic_write(path) as tmp: torch.save(state, tmp)
-    for a in aliases:
-        link = path.with_name(f".{a}.{os.getpid()}"); link.unlink(missing_ok=True)
-        link.symlink_to(path.name); os.replace(link, path.with_name(a))
-    return path
-
-def load_checkpoint(
-    path:str|Path, # a checkpoint or a link to one
-    device:Any="cpu", # where its tensors go
-)->dict: # what `save_checkpoint` was given; raises DataError when the file is missing, truncated or not ours
-    "Read a checkpoint without running code from it."
-    path = Path(path)
-    if not path.exists(): raise DataError(f"{path.name}: no such checkpoint in {path.parent.name or '.'}; check resume_from or the checkpoint parameter.")
-    try: state = torch.load(path, map_location=device, weights_only=True)
-    except Exception: state = None
-    if not isinstance(state, dict) or "model" not in state:
-        raise DataError(f"{path.name}: not a readable flux4d checkpoint (truncated, or another program's); take an earlier ckpt_step file.")
-    return state
-
-# %% ../nbs/32_train.ipynb #0c1bfce0
-def load_weights(
-    model:nn.Module, # to be filled
-    weights:dict, # a state dict
-    name:str="checkpoint", # file name for messages
-    strict:bool=True, # False: load what fits
-)->list[str]: # keys the model has and the weights lack; raises DataError when strict and anything differs
-    "Fill a model from a state dict."
-    own = model.state_dict()
-    missing = [k for k in own if k not in weights]
-    other = [k for k in weights if k not in own or own[k].shape != weights[k].shape]
-    if strict and (missing or other):
-        raise DataError(f"{name}: made for another architecture ({(missing + other)[0]} differs, {len(missing)} missing, {len(other)} foreign); use its own config.yaml, or resume_optimizer=False to load what fits.")
-    model.load_state_dict({k:v for k,v in weights.items() if k not in other}, strict=False)
-    return missing + [k for k in other if k in own]
-
 # %% ../nbs/32_train.ipynb #7a79514f
 def lr_at(
     step:int, # from 0
-    cfg:TrainConfig, # read: lr, warmup, iters, minutes, final_lr
+    cfg:TrainConfig, # read: lr, warmup, warmup_share, iters, minutes, final_lr
     seconds:float=0., # spent so far
+    started:float=0., # seconds spent when the first step was done
 )->float: # learning rate of this step
     "Linear warm-up, cosine decay to `final_lr` of the peak."
-    if step < cfg.warmup: return cfg.lr*(step + 1)/cfg.warmup
-    spent = seconds/(60*cfg.minutes) if cfg.minutes else 0.
+    ramp, spent = (step + 1)/max(1, cfg.warmup), 0.
+    if cfg.minutes:
+        budget = 60*cfg.minutes
+        spent = seconds/budget
+        ramp = max(ramp, (seconds - started)/max(1e-9, cfg.warmup_share*(budget - started)))
+    if step < cfg.warmup and ramp <= 1: return cfg.lr*ramp
     x = min(1., max(spent, (step - cfg.warmup)/max(1, cfg.iters - cfg.warmup)))
     return cfg.lr*(cfg.final_lr + (1 - cfg.final_lr)*(1 + math.cos(math.pi*x))/2)
 
@@ -430,6 +346,7 @@ def time_reconstruction(
 )->dict: # medians in s: lift, network, total; gaussians; repeats
     "From images and returns in memory to Gaussians and velocities."
     cfg, clip, dev = loader.cfg, loader.clips[0], loader.device; data = clip_data(clip, cfg.init.lidar_sensors, cfg.data.cameras, cfg.data.image_scale).to(dev)
+    loader.inputs(clip)                        # decoded before the clock starts
     def clock()->float:
         if torch.device(dev).type == "cuda": torch.cuda.synchronize(dev)
         return time.perf_counter()
@@ -438,7 +355,8 @@ def time_reconstruction(
         with torch.no_grad():
             start, again = clock(), replace(data); g0 = init_data(again, cfg.init, cfg.background, cfg.train.seed); lifted = clock()
             layout = model.base.layout(g0, clip.ego0, clip.time.duration, again.returns)
-            reconstruct(model, Batch(clip, g0, layout, lambda: input_views(again, clip, cfg.data.cameras))); spent.append((lifted - start, clock() - lifted, clock() - start))
+            reconstruct(model, Batch(clip, g0, layout, lambda: loader.inputs(clip)))
+            spent.append((lifted - start, clock() - lifted, clock() - start))
     lift, network, total = np.median(spent[3:], axis=0)
     return dict(lift=float(lift), network=float(network), total=float(total), gaussians=len(g0), repeats=repeats)
 
@@ -457,7 +375,26 @@ class Trainer:
         self.model = build_model(cfg, kind).to(self.device)
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(cfg.train.ema), use_buffers=True)
         self.opt = torch.optim.AdamW(self.model.parameters(), lr=cfg.train.lr, weight_decay=cfg.train.weight_decay, fused=torch.device(self.device).type == "cuda")
-        self.step, self.skipped, self.best, self.seconds, self.callbacks = 0, 0, None, 0., []
+        self.step, self.skipped, self.best, self.seconds, self.started, self.callbacks = 0, 0, None, 0., 0., []
+        self.trained, self.unknown_before = {}, False # (log id, identity) -> frames trained on; whether earlier ones are unknown
+        self.identity = lru_cache(None)(lambda log: fingerprint(log, ())) # hash of a log's stamps and poses
+        self.clip_ids = [c.id for c in loader.clips]  # what the numbers in `pending` and in the logged rows count
+        self.pending = []                             # clips of the micro-steps since the last logged row
+
+# %% ../nbs/32_train.ipynb #a32t0006
+@patch
+def note_clip(self:Trainer,
+    clip:Clip, # about to be trained on
+)->None:
+    "Remember that a clip entered a step."
+    self.trained.setdefault((clip.log.id, self.identity(clip.log)), set()).update(clip.frames)
+    if clip.id not in self.clip_ids: self.clip_ids.append(clip.id)
+    self.pending.append(self.clip_ids.index(clip.id))
+
+@patch
+def note_trained(self:Trainer)->None:
+    "Write what was trained on to meta.json."
+    self.run.note(trained=trained_entry(self.trained, self.unknown_before), train_clips=self.clip_ids)
 
 # %% ../nbs/32_train.ipynb #3fd8f1a2
 def backed(
@@ -484,6 +421,7 @@ def gradients(self:Trainer)->dict: # scalars of the last micro-step's last stage
     self.model.train(); self.opt.zero_grad(set_to_none=True); n = self.cfg.train.grad_accum_steps
     for micro in range(n):
         b, psnrs = self.loader.batch(self.step, micro), []
+        self.note_clip(b.clip)
         for g, velocity in self.model.stages(b):
             l = self.losses(b, g, velocity); (l["total"]/n).backward(); psnrs.append(l["psnr"])
     return {k: v.detach() for k,v in l.items()} | dict(psnr_0=psnrs[0], clip=b.clip.id)
@@ -493,7 +431,7 @@ def train_step(self:Trainer)->dict: # scalars of the step, tensors where a copy 
     "Advance by one step."
     tc = self.cfg.train; l = self.gradients()
     norm = nn.utils.clip_grad_norm_(self.model.parameters(), tc.grad_clip)
-    for p in self.opt.param_groups: p["lr"] = lr_at(self.step, tc, self.seconds)
+    for p in self.opt.param_groups: p["lr"] = lr_at(self.step, tc, self.seconds, self.started)
     if torch.isfinite(norm): self.opt.step(); self.ema.update_parameters(self.model)
     else: self.skipped += 1
     self.step += 1
@@ -505,16 +443,19 @@ def state(self:Trainer)->dict: # tensors and plain values
     "All that a resumed run needs, and where it comes from."
     rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
     return dict(model=self.model.state_dict(), ema=self.ema.state_dict(), optimizer=self.opt.state_dict(), rng=rng, step=self.step,
-                skipped=self.skipped, best=self.best, seconds=self.seconds, config=config_to_dict(self.cfg), kind=self.model.home,
+                skipped=self.skipped, best=self.best, seconds=self.seconds, started=self.started, config=config_to_dict(self.cfg), kind=self.model.home,
+                trained=trained_entry(self.trained, self.unknown_before), train_clips=list(self.clip_ids), pending=list(self.pending),
                 index_hash=self.index_hash, **{k:v for k,v in provenance(self.device).items() if k in ("flux4d","commit")})
 
 @patch
 def save(self:Trainer,
     aliases:tuple[str,...]=("ckpt_last.pt",), # links to point at it
 )->Path: # ckpt_step_XXXXXX.pt
-    "Save a checkpoint of the current step."
+    "Save a checkpoint of the current step, and note in meta.json what it was trained on."
+    self.note_trained()
     return save_checkpoint(self.run.folder/f"ckpt_step_{self.step:06d}.pt", self.state(), aliases)
 
+# %% ../nbs/32_train.ipynb #a32t0009
 @patch
 def resume(self:Trainer,
     path:str|Path, # a checkpoint
@@ -522,15 +463,48 @@ def resume(self:Trainer,
 )->list[str]: # keys that the checkpoint did not have
     "Continue from a checkpoint."
     s = load_checkpoint(path, self.device)
+    name = Path(path).name
     if optimizer and s["index_hash"] != self.index_hash:
-        raise DataError(f"{Path(path).name}: was trained on another clip index; use that index, or resume_optimizer=False to start a new run from its weights.")
-    missing = load_weights(self.model, s["model"], Path(path).name, strict=optimizer)
-    load_weights(self.ema, s["ema"], Path(path).name, strict=optimizer)
-    if optimizer:
-        self.opt.load_state_dict(s["optimizer"]); torch.set_rng_state(s["rng"]["cpu"].cpu())
-        self.step, self.skipped, self.best, self.seconds = s["step"], s["skipped"], s["best"], s["seconds"]
+        raise DataError(f"{name}: was trained on another clip index; use that index, or resume_optimizer=False to start a new run from its weights.")
+    missing = load_weights(self.model, s["model"], name, strict=optimizer)
+    load_weights(self.ema, s["ema"], name, strict=optimizer)
+    before = trained_frames(s)
+    self.trained, self.unknown_before = before or {}, before is None
+    if optimizer: self._restore(s)
     self.run.rewind(self.step)
+    self._say_resumed(name, s, missing)
     return missing
+
+@patch
+def _restore(self:Trainer,
+    s:dict, # a checkpoint's content
+)->None:
+    "Take over optimiser, counters and generators."
+    self.opt.load_state_dict(s["optimizer"])
+    self.step, self.skipped, self.best, self.seconds = s["step"], s["skipped"], s["best"], s["seconds"]
+    self.started, self.pending = s.get("started", 0.), list(s.get("pending", []))
+    known = s.get("train_clips", [])           # the logged rows count these
+    self.clip_ids = known + [i for i in self.clip_ids if i not in known]
+    torch.set_rng_state(s["rng"]["cpu"].cpu())
+    gpus = [r.cpu() for r in s["rng"]["cuda"]]
+    if gpus and len(gpus) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(gpus)
+
+@patch
+def _say_resumed(self:Trainer,
+    name:str, # the checkpoint's file name
+    s:dict, # its content
+    missing:list[str], # tensors that it lacked
+)->None:
+    "Say where a run goes on, and what is not as it was."
+    self.run.say(f"goes on from {name} at step {self.step}" if self.step else f"starts at step 0 from the weights of {name}, step {s['step']}")
+    then = merged(config_to_dict(type(self.cfg)()), s["config"])
+    if changed := differences(then, config_to_dict(self.cfg)):
+        self.run.say(f"differs from the configuration of {name} in " + "; ".join(changed))
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        self.run.say(f"{name} lacks {len(missing)} tensors, which start untrained: {', '.join(missing[:5])}{more}")
+    if self.unknown_before:
+        self.run.say(f"{name} does not say which frames it was trained on, so neither will this run")
 
 # %% ../nbs/32_train.ipynb #cccd3d9e
 def load_model(
@@ -570,10 +544,13 @@ def fit(self:Trainer,
     tc = self.cfg.train; calls = [every(tc.save_ckpt_every, Trainer.save_quietly), *self.callbacks]; clock = time.perf_counter() - self.seconds
     for _ in progress(range(self.step, tc.iters if until is None else until)):
         if self.done: break
-        l = self.train_step(); self.seconds = time.perf_counter() - clock
+        l = self.train_step()
+        self.seconds = time.perf_counter() - clock
+        if self.step == 1: self.started = self.seconds
         if self.step % tc.log_every == 0 or self.step == 1 or self.done: self.log(l)
         for c in calls:
             if row := c(self): self.run.record(dict(step=self.step, **row))
+    self.note_trained()
     return self.run.rows()
 
 @patch
@@ -587,7 +564,8 @@ def log(self:Trainer,
 )->None:
     "One console line and one record of a step (S6-03)."
     row = {k: v if isinstance(v, str) else float(v) for k,v in l.items()}
-    self.run.record(dict(step=self.step, **row, lr=self.opt.param_groups[0]["lr"], skipped=self.skipped, seconds=round(self.seconds,2)))
+    self.run.record(dict(step=self.step, **row, lr=self.opt.param_groups[0]["lr"], skipped=self.skipped, seconds=round(self.seconds,2), clips=self.pending))
+    self.pending = []
     self.run.say(f"step {self.step:6d}  " + "  ".join(f"{k} {row[k]:.4f}" for k in ("total","rgb","ssim","depth","vel","psnr")) + f"  {row['clip']}  {self.seconds:.0f} s")
 
 # %% ../nbs/32_train.ipynb #d0da1ea0

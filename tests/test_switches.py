@@ -16,24 +16,14 @@ from flux4d.lift import LiftConfig
 from flux4d.losses import LossConfig
 from flux4d.pandaset import PandaSet
 from flux4d.predictor import PredictorConfig, decode_velocity, hint_channels
+from flux4d.presets import PRESETS, preset_config
 from flux4d.refine import Flux4D, FullConfig, RefineConfig, feedback, feedback_features
 from flux4d.train import Loader, Run, Trainer, config_from_dict, merged, reconstruct
 from flux4d.votes import VoteConfig
 
 SMALL = dict(data=dict(image_scale=.25, loader_threads=1), init=dict(fill_blocks=[64, 32]), voxel=dict(size=.4),
-             model=dict(unet=dict(widths=[8, 16], blocks=1), hidden=16), refine=dict(unet=dict(widths=[8, 16], blocks=1)),
-             train=dict(iters=2, warmup=1, log_every=1, eval_every=0, save_ckpt_every=0))
-PAPER = dict(
-    init=dict(lidar_sensors=[0], late="own", scale_factor=1., opacity=.5, rotation="random", time_source="sweep", fill=False),
-    background=dict(mode="hemisphere", num_sky_points=20_000, radius_factor=4., scale_factor=.73, sky_opacity=.5, inside_points=2_000),
-    model=dict(degree=1, votes=dict(reach=0), drift_cells=[], settle=0., unet=dict(norm="batch")),
-    render=dict(depth_reach=0., background=[0., 0., 0.]),
-    loss=dict(depth=.01, berhu=None, velocity=5e-3, velocity_unit="clip"),
-    flow=dict(enabled=True),
-    train=dict(supervise_inputs=False, random_background=False),
-    refine=dict(steps=3, error="training", told="plain", unet=dict(norm="batch")))
-CHOICES = dict(paper=PAPER, learned=dict(model=dict(votes=dict(reach=0))),
-               base=dict(model=dict(degree=0), refine=dict(steps=1), flow=dict(enabled=False)))
+             model=dict(unet=dict(widths=[8, 16], blocks=1), hidden=16), refine=dict(unet=dict(widths=[8, 16], blocks=1)), train=dict(iters=2, warmup=1, log_every=1, eval_every=0, save_ckpt_every=0))
+TINY_SKY = dict(paper=dict(background=dict(num_sky_points=20_000, inside_points=2_000))) # a million points take longer than the test may
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +33,9 @@ def clips():
     return [Clip(PandaSet(root)[r["scene_id"]], r) for r in select_clips(build_index(root, ClipConfig()))]
 
 
-@pytest.mark.parametrize("name", CHOICES)
-def test_choices_train_together(clips, tmp_path, name):
-    cfg = config_from_dict(merged(SMALL, CHOICES[name]), FullConfig)
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_train(clips, tmp_path, name):
+    cfg = preset_config(name, merged(SMALL, TINY_SKY.get(name, {})))
     loader = Loader(clips[:1], cfg, LiftCache(tmp_path/"cache"))
     trainer = Trainer(cfg, loader, Run(tmp_path/"run"), kind=Flux4D)
     before = [p.clone() for p in trainer.model.parameters()]
