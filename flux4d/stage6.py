@@ -177,6 +177,8 @@ def read_training(
     check_out_dir(p.out_dir)
     if p.resume_from not in ("", "last") and not Path(p.resume_from).is_file():
         raise DataError(f"resume_from: {p.resume_from} is no file; name a checkpoint, or write last.")
+    if p.resume_from == "last" and p.out_dir and not (Path(p.out_dir)/"ckpt_last.pt").is_file():
+        raise DataError(f"resume_from: is last, but {p.out_dir} holds no ckpt_last.pt; name another out_dir, or leave resume_from empty.")
     return replace(p, device=find_device(p.device)), cfg, eval_cfg
 
 # %% ../nbs/60_stage6.ipynb #82184412
@@ -223,14 +225,16 @@ def split_clips(
     root:Path, # data root
     index:dict, # clip index
     p:TrainingParameters, # read: train_logs, eval_logs, train_without_frames, eval_starts, max_train_clips, max_eval_clips
-    settings:tuple[str,...]=(), # kinds of training clip, () = all
+    cfg:FullConfig, # read: data.settings, the kinds of training clip
     aside:int=0, # training clips kept for validation
 )->tuple[list[Clip],list[Clip],list[Clip]]: # training clips, validation clips, evaluation clips
     "The clips a run trains on, those it watches itself on, and those it is judged by."
     data = PandaSet(root)
     def clips(**how)->list[Clip]:
         return [Clip(data[r["scene_id"]], r) for r in select_clips(index, **how)]
-    train = clips(split="train", logs=p.train_logs or None, settings=settings or None, exclude_frames=tuple(p.train_without_frames), limit=p.max_train_clips or None)
+    train = clips(
+        split="train", logs=p.train_logs or None, settings=cfg.data.settings or None,
+        exclude_frames=tuple(p.train_without_frames), limit=p.max_train_clips or None)
     starts = {r["frame_start"] for r in index["clips"] if r["split"] == "test" and (not p.eval_logs or r["scene_id"] in p.eval_logs)}
     refuse_missing("eval_starts", p.eval_starts, starts, "first frames of evaluation clips")
     shortest = min(len(c.frames) for c in train)

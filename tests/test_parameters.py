@@ -172,6 +172,7 @@ def test_numbers_that_yaml_takes_for_text():
     (dict(index_path="no.pkl"), "index_path: no.pkl is no file"),
     (dict(index_path="no.pkl", train_stride=2), "train_stride: is 2, but the clips of index_path are cut already"),
     (dict(resume_from="no.pt"), "resume_from: no.pt is no file"),
+    (dict(resume_from="last", out_dir="papermill_runs"), "resume_from: is last, but papermill_runs holds no ckpt_last.pt"),
     (dict(data_root="nowhere"), "data_root: nowhere is no folder; name one that holds PandaSet's log folders"),
     (dict(out_dir=f"{__file__}/run"), "out_dir: test_parameters.py is a file, not a folder")))
 def test_what_is_refused(values, text):
@@ -219,7 +220,7 @@ def logs(tmp_path_factory):
     (dict(fixed_target_frame=11), "fixed_target_frame: is 11, but the shortest training clip has frames 0 to 10; choose one of them.")))
 def test_what_the_data_does_not_have(logs, values, text):
     p = read_parameters(TrainingParameters, dict(eval_logs="001", train_logs="002") | values)
-    with pytest.raises(DataError) as e: split_clips(logs, make_index(logs, p), p)
+    with pytest.raises(DataError) as e: split_clips(logs, make_index(logs, p), p, FullConfig())
     assert str(e.value) == text
 
 def test_evaluation_clips_that_are_not_there(logs):
@@ -229,7 +230,7 @@ def test_evaluation_clips_that_are_not_there(logs):
 def test_logs_choose_among_the_clips_of_an_index(logs, elsewhere, tmp_path_factory):
     index = build_index(logs, ClipConfig(test_scenes=("001", "002"), train_scenes=("001", "002")))
     p = read_parameters(TrainingParameters, dict(train_logs="002", eval_logs="001"))
-    train, _, judged = split_clips(logs, index, p)
+    train, _, judged = split_clips(logs, index, p, FullConfig())
     assert ({c.log.id for c in train}, {c.log.id for c in judged}) == ({"002"}, {"001"})
 
 
