@@ -93,7 +93,7 @@ class Subject(NamedTuple):
 
 def open_subject(
     checkpoint:str, # path, "" = none
-    baseline:str, # one of METHODS, "" = the model, without a checkpoint the lift
+    baseline:str="", # one of METHODS, "" = the model, without a checkpoint the lift
     device:str="cpu", # where the model goes
     cameras:tuple[str,...]=(), # () = the configuration's
     image_scale:float=0., # 0 = the configuration's
