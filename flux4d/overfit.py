@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import numpy as np, torch
 from annotated_types import Ge, Interval
 from PIL import Image
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
-from .settings import Device, Name, Seed, find_device, read_parameters
+from .settings import Device, Name, Seed, find_device, read_parameters, refuse_missing
 from .train import Config, Trainer, Loader, Batch, build_model, reconstruct
 from .gaussians import Gaussians, LIDAR
 from .render import render
@@ -56,10 +56,11 @@ class OverfitParameters:
     data_root:str=""
     clip_number:NonNegativeInt=0
     iters:PositiveInt=40
+    minutes:NonNegativeFloat=0.
     out_dir:Name="papermill_runs/overfit"
     device:Device=""
     seed:Seed=0
-    image_scale:Annotated[float, Interval(gt=0, le=1)]=1.
+    image_scale:Annotated[float, Interval(gt=0, le=1)]=.5
     use_depth:bool=True
     save_ckpt_every:NonNegativeInt=1000
     log_every:PositiveInt=1
@@ -67,7 +68,7 @@ class OverfitParameters:
     fixed_target_frame:Annotated[int, Ge(-1)]=-1
     free_iters:NonNegativeInt=0
     overrides:dict=field(default_factory=lambda: {
-        "init": {"fill_blocks": [64, 16]}, "model": {"unet": {"widths": [16, 32, 64], "blocks": 1}}, "train": {"ema": .9}})
+        "init": {"fill_blocks": [64, 16]}, "model": {"unet": {"widths": [16, 32, 64], "blocks": 1}}, "train": {"lr": .01, "ema": .8}})
 
 # %% ../nbs/33_overfit.ipynb #ffbf2e57
 def overfit_gate(
