@@ -384,6 +384,8 @@ def select_clips(
     keep = [c for c in index["clips"] if all(v is None or c[k] in v for k,v in asked.items()) and not set(exclude_frames) & set(c["frame_ids"])]
     if not keep:
         given = ", ".join(f"{k} {'/'.join(map(str, v))}" for k,v in asked.items() if v is not None) or "these conditions"
+        if exclude_frames:
+            given += f", leaving out frames {min(exclude_frames)} to {max(exclude_frames)}"
         raise DataError(f"index: holds no clip with {given}; relax a condition or build the index with train_scenes and test_scenes that give such clips.")
     if limit is None or limit >= len(keep): return keep
     return [keep[i] for i in np.linspace(0, len(keep)-1, limit).round().astype(int)]

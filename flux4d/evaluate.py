@@ -21,7 +21,7 @@ from .train import Config, Loader, load_checkpoint, load_model, rebuilder, train
 from .nvs import VARIANTS, EvalConfig
 from .baselines import BASELINES
 from .record import METHODS, About, frames_of, seen
-from .stage6 import asked_root, check_out_dir, index_config, next_run, scoring
+from .stage6 import asked_root, check_images, check_out_dir, index_config, next_run, scoring
 
 # %% auto #0
 __all__ = ['EvaluationParameters', 'check_subject', 'read_evaluation', 'Subject', 'open_subject', 'rebuild_of', 'eval_clips_of',

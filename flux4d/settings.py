@@ -232,6 +232,14 @@ def read_settings(
         raise DataError(f"{name}.{e}" if name and field_first else f"{name}: {e}" if name else str(e)) from None
 
 # %% ../nbs/07_settings.ipynb #e3a3a73a
+def _is_plain(
+    value:Any, # of a variable
+)->bool:
+    "Whether a command line could have given it."
+    if isinstance(value, (list, dict)):
+        return all(_is_plain(entry) for entry in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, (bool, int, float, str))
+
 def read_parameters(
     cls:type, # a dataclass that lists the notebook's parameters
     namespace:Mapping, # the notebook's variables, `globals()`
@@ -239,8 +247,8 @@ def read_parameters(
     "Read a notebook's parameters before it touches a file."
     known = [f.name for f in fields(cls)]
     for key, value in namespace.items():
-        near = get_close_matches(key, known, 1, .8) if isinstance(value, (bool, int, float, str, dict, list)) else []
-        if near and key not in known and not key.startswith("_"):
+        near = get_close_matches(key, known, 1, .8) if key not in known and _is_plain(value) else []
+        if near and not key.startswith("_"):
             raise DataError(f"{key}: is no parameter of this notebook; did you mean {near[0]}?")
     return read_settings(cls, {key: namespace[key] for key in known if key in namespace})
 

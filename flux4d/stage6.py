@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np, torch
 from annotated_types import Ge, Interval
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
-from .pandaset import DataError, PandaSet
+from .pandaset import DataError, PandaSet, scaled_size
 from .clips import TRAIN_SETTINGS, Clip, ClipConfig, build_index, index_hash, load_index, select_clips
 from .settings import Device, Distinct, LogId, Name, Seed, Some, find_device, read_parameters, refuse_missing
 from .cache import LiftCache
@@ -30,8 +30,8 @@ from .report import analysis_lines, summary_table, write_report
 
 # %% auto #0
 __all__ = ['Frames', 'frame_range', 'TrainingParameters', 'asked_root', 'find_data', 'check_out_dir', 'make_config', 'scoring',
-           'read_training', 'index_config', 'keep_aside', 'make_index', 'split_clips', 'next_run', 'open_run',
-           'background_flow', 'validation']
+           'read_training', 'index_config', 'keep_aside', 'make_index', 'check_images', 'split_clips', 'next_run',
+           'open_run', 'background_flow', 'validation']
 
 # %% ../nbs/60_stage6.ipynb #9c1dbf7a
 def frame_range(
@@ -76,18 +76,18 @@ class TrainingParameters:
     minutes:NonNegativeFloat=0.
     log_every:PositiveInt=10
     save_ckpt_every:NonNegativeInt=1000
-    lift_workers:NonNegativeInt=0
+    lift_workers:Annotated[int, Interval(ge=0, le=256)]=0
     eval_every:NonNegativeInt=1000
     resume_from:str=""
     resume_optimizer:bool=True
     save_renders:NonNegativeInt=3
     baselines:Distinct[Literal[METHODS]]=("lift", "zero_motion")
     eval_overrides:dict=field(default_factory=dict)
-    num_refine:PositiveInt|None=None
+    num_refine:Annotated[int, Interval(ge=1, le=100)]|None=None
     poly_degree:Annotated[int, Interval(ge=0, le=5)]|None=None
     velocity_reweighting:bool|None=None
     use_depth:bool|None=None
-    num_sky_points:NonNegativeInt|None=None
+    num_sky_points:Annotated[int, Interval(ge=0, le=100_000_000)]|None=None
     max_gaussians:NonNegativeInt|None=None
     views_per_step:PositiveInt=2
     grad_accum_steps:PositiveInt=1
@@ -220,6 +220,19 @@ def make_index(
     for name in ("train_logs", "eval_logs"):
         refuse_missing(name, getattr(p, name), there, "logs of the index" if index else "logs of the data root")
     return index or build_index(root, index_config(p.cameras, p.train_logs, p.eval_logs, p.train_stride))
+
+def check_images(
+    clip:Clip, # any of the run
+    cfg:FullConfig, # read: data, loss
+    eval_cfg:EvalConfig, # read: metric
+)->None: # raises DataError
+    "Refuse an image scale that leaves no room for the window of the structural similarity."
+    least = max(cfg.loss.ssim_window, eval_cfg.metric.ssim_window)
+    for name in cfg.data.cameras:
+        camera = clip.log.camera(name)
+        w, h = scaled_size(camera.width, camera.height, cfg.data.image_scale)
+        if min(w, h) < least:
+            raise DataError(f"image_scale: is {cfg.data.image_scale}, which makes images of {w} x {h} px; choose one that leaves at least {least} px.")
 
 def split_clips(
     root:Path, # data root

@@ -48,7 +48,7 @@ class DataConfig:
     image_scale:Annotated[float, Interval(gt=0, le=1)]=1.0
     keep_frames:NonNegativeInt=1200 # decoded frames kept in memory; one full-HD frame is 14 MB
     keep_clips:NonNegativeInt=200 # lifted clips kept in memory; one is about 20 MB
-    loader_threads:PositiveInt=4 # threads that decode ahead of the training step
+    loader_threads:Annotated[int, Interval(ge=1, le=256)]=4 # threads that decode ahead of the training step
 
 @dataclass
 class TrainConfig:
@@ -69,7 +69,7 @@ class TrainConfig:
     supervise_inputs:bool=True # input frames are supervised beside the targets
     random_background:bool=True # supervised views are drawn over another colour at every step
     fixed_target_frame:NonNegativeInt|None=None # clip-relative frame that every step trains on (S5-15)
-    prefetch:NonNegativeInt=4 # micro-steps loaded ahead
+    prefetch:Annotated[int, Interval(ge=0, le=1000)]=4 # micro-steps loaded ahead
     seed:Seed=0 # of weights, clip order and views
     log_every:PositiveInt=20 # steps between records
     save_ckpt_every:NonNegativeInt=1000 # steps between checkpoints (S3-10)

@@ -1,7 +1,7 @@
 """Every parameter of a notebook and every field of a configuration is checked by its type and range, before a file is touched.
 
 Which values are wrong follows from the declarations, so a new parameter is covered as soon as it is declared."""
-import ast, math, sys
+import ast, math, re, sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
@@ -18,7 +18,7 @@ from flux4d.overfit import OverfitParameters
 from flux4d.pandaset import DataError, fabricate_log
 from flux4d.refine import FullConfig
 from flux4d.settings import read_parameters, read_settings
-from flux4d.stage6 import TrainingParameters, make_index, read_training, split_clips
+from flux4d.stage6 import TrainingParameters, check_images, make_config, make_index, read_training, split_clips
 from flux4d.train import config_from_dict, config_to_dict
 
 ROOT = repo_root(Path(__file__).parent)
@@ -135,6 +135,22 @@ def test_cell_and_dataclass_agree(nb):
     read = read_parameters(cls, given)
     assert read == cls() and read_parameters(cls, vars(read)) == read # a gate that runs twice changes nothing
 
+def assigned(source):
+    "Names that a cell itself assigns, not those inside its functions."
+    waiting = ast.parse(re.sub(r"^[%!].*", "", source, flags=re.M)).body
+    while waiting:
+        n = waiting.pop()
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)): continue
+        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store): yield n.id
+        waiting += ast.iter_child_nodes(n)
+
+@pytest.mark.parametrize("nb", NOTEBOOKS)
+def test_no_other_variable_is_taken_for_a_misspelt_parameter(nb):
+    cells = [c["source"] for c in read_notebook(ROOT/f"nbs/{nb}.ipynb").cells if c["cell_type"]=="code"]
+    objects = {"train_clips", "eval_clips", "model"} # clips and a network, which no command line gives
+    names = {name for source in cells for name in assigned(source)} - objects - {f.name for f in fields(NOTEBOOKS[nb])}
+    read_parameters(NOTEBOOKS[nb], dict.fromkeys(names, 1))
+
 
 # by example
 
@@ -159,6 +175,7 @@ def test_numbers_that_yaml_takes_for_text():
     (dict(overrides={"train": 5}), "overrides.train: is 5; give fields by name"),
     (dict(overrides={"data": {"image_scale": {"a": 1}}}), "overrides.data.image_scale: is {'a': 1}; choose"),
     (dict(overrides={"voxel": {"low": [200, -50, -6]}}), "overrides.voxel: The voxel grid"),
+    (dict(overrides={"voxel": {"size": 1e-6}}), "overrides.voxel.size: is 1e-06, which makes more cells than can be numbered"),
     (dict(overrides={"flow": {"blur_window": 4}}), "overrides.flow.blur_window: is 4; choose an odd number"),
     (dict(overrides={"render": {"near": 1e5}}), "overrides.render.near: is 100000.0; choose less than far"),
     (dict(eval_overrides={"metric": {"max_depth": 0}}), "eval_overrides.metric.max_depth: is 0; choose a number above 0 or none."),
@@ -217,11 +234,18 @@ def logs(tmp_path_factory):
     (dict(train_logs="003"), "train_logs: '003' is not among the logs of the data root; there are 001, 002."),
     (dict(eval_logs="1,7"), "eval_logs: '007' is not among the logs of the data root; there are 001, 002."),
     (dict(eval_starts="0,5"), "eval_starts: 5 is not among the first frames of evaluation clips; there are 0."),
+    (dict(train_without_frames="0-19"), "index: holds no clip with split train, scene_id 002, leaving out frames 0 to 19; relax a condition or build the index "
+                                        "with train_scenes and test_scenes that give such clips."),
     (dict(fixed_target_frame=11), "fixed_target_frame: is 11, but the shortest training clip has frames 0 to 10; choose one of them.")))
 def test_what_the_data_does_not_have(logs, values, text):
     p = read_parameters(TrainingParameters, dict(eval_logs="001", train_logs="002") | values)
     with pytest.raises(DataError) as e: split_clips(logs, make_index(logs, p), p, FullConfig())
     assert str(e.value) == text
+
+def test_images_too_small_for_their_measures(logs):
+    p = read_parameters(TrainingParameters, dict(eval_logs="001", train_logs="002", image_scale=.01))
+    clip = split_clips(logs, make_index(logs, p), p, FullConfig())[2][0]
+    with pytest.raises(DataError, match=r"image_scale: is 0.01, which makes images of \d+ x \d+ px; choose one that leaves at least 11 px."): check_images(clip, make_config(p), EvalConfig())
 
 def test_evaluation_clips_that_are_not_there(logs):
     with pytest.raises(DataError, match="eval_logs: '007' is not among the logs of the data root; there are 001, 002."): eval_clips_of(logs, ("front_camera",), ("007",))
