@@ -16,7 +16,7 @@ from .frames import project, pixel_index, se3_inverse
 from .gaussians import Gaussians, gaussians_from, cat, BACKGROUND, LIDAR
 from .clips import Clip
 from .settings import OpenShare, Share
-from .lift import LiftConfig, ClipData, Blocks, block_sides, clip_data, clip_blocks, even_opacity, lift_data
+from .lift import LiftConfig, ClipData, Blocks, block_sides, clip_data, clip_blocks, even_opacity, lift_data, sound_stamps
 
 # %% auto #0
 __all__ = ['BackgroundConfig', 'pick', 'disagreement', 'far_depth', 'far_field', 'bounding_box', 'draw_hemisphere',
@@ -218,6 +218,7 @@ def init_data(
     seed:int=0,        # of rotations and hemisphere
 )->Gaussians: # kinds LIDAR, then BACKGROUND; world, on the data's device
     "G_init of a clip in memory: everything a reconstruction starts from."
+    data = sound_stamps(data, lift_cfg.late_after)
     blocks = clip_blocks(data, lift_cfg) if lift_cfg.fill or bg_cfg.mode == "grid" else None
     g = lift_data(data, lift_cfg, seed, blocks)
     ball = [inside_ball(data, g, bg_cfg, seed)] if bg_cfg.inside_points else []

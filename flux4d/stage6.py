@@ -21,7 +21,8 @@ from .cache import LiftCache
 from .render import render
 from .refine import Flux4D, FullConfig
 from .presets import PRESETS, preset_config
-from .train import Loader, Run, Trainer, config_from_dict, config_to_dict, every, merged, provenance, rebuilder, trained_frames
+from .run import Run, newest_run, refuse_damaged
+from .train import Loader, Trainer, config_from_dict, config_to_dict, every, files_of, merged, provenance, read_resumable, rebuilder, trained_frames
 from .house import repo_root
 from .flow_metrics import FlowScoreConfig, FlowScores, check_bs_flow, clip_truth, score_clip
 from .nvs import EvalConfig, check_clip, evaluate_nvs
@@ -31,7 +32,7 @@ from .report import analysis_lines, summary_table, write_report
 # %% auto #0
 __all__ = ['Frames', 'frame_range', 'TrainingParameters', 'asked_root', 'find_data', 'check_out_dir', 'make_config', 'scoring',
            'read_training', 'index_config', 'keep_aside', 'make_index', 'check_images', 'split_clips', 'next_run',
-           'open_run', 'background_flow', 'validation']
+           'resume_point', 'open_run', 'background_flow', 'validation']
 
 # %% ../nbs/60_stage6.ipynb #9c1dbf7a
 def frame_range(
@@ -177,8 +178,9 @@ def read_training(
     check_out_dir(p.out_dir)
     if p.resume_from not in ("", "last") and not Path(p.resume_from).is_file():
         raise DataError(f"resume_from: {p.resume_from} is no file; name a checkpoint, or write last.")
-    if p.resume_from == "last" and p.out_dir and not (Path(p.out_dir)/"ckpt_last.pt").is_file():
-        raise DataError(f"resume_from: is last, but {p.out_dir} holds no ckpt_last.pt; name another out_dir, or leave resume_from empty.")
+    own = (p.out_dir or newest_run()) if p.resume_from == "last" else None
+    if own and not (Path(own)/"ckpt_last.pt").is_file():
+        raise DataError(f"resume_from: is last, but {own} holds no ckpt_last.pt; name another out_dir, or leave resume_from empty.")
     return replace(p, device=find_device(p.device)), cfg, eval_cfg
 
 # %% ../nbs/60_stage6.ipynb #82184412
@@ -265,6 +267,21 @@ def next_run(
         return Path(folder)
     return next(f for n in range(1, 1000) if not (f := Path(root)/f"run_{n:03d}").exists())
 
+def resume_point(
+    resume_from:str, # a checkpoint, "last", or "" for a fresh start
+    out_dir:str, # "" = choose
+    optimizer:bool=True, # False: only the weights are taken
+)->tuple[Path|None,Path,bool]: # checkpoint, folder of the run, whether the run in that folder goes on; raises DataError
+    "Where a run starts and where it writes; `last` without a folder is the run that saved last. Nothing is made yet."
+    if not resume_from:
+        return None, Path(out_dir) if out_dir else next_run(), False
+    last = resume_from == "last"
+    own = Path(out_dir) if out_dir else newest_run() if last else None
+    checkpoint = own/"ckpt_last.pt" if last else Path(resume_from)
+    read_resumable(checkpoint, optimizer)
+    folder = own or next_run()
+    return checkpoint, folder, optimizer and checkpoint.resolve().parent == folder.resolve()
+
 def open_run(
     folder:Path, # the run's folder
     cfg:FullConfig, # everything
@@ -272,11 +289,13 @@ def open_run(
     index:dict, # clip index; its coordinate contract goes into config.yaml (G-11)
     meta:dict, # what else to say of the run
     overwrite:bool=False, # replace a finished run
+    goes_on:bool=False, # continue the run that is there
 )->Run:
     "Open a run's folder and write config.yaml and meta.json."
-    run = Run(folder, overwrite)
+    run = Run(folder, overwrite, goes_on)
     run.write("config.yaml", config_to_dict(cfg) | {"eval": config_to_dict(eval_cfg), "coord": dict(index["meta"]["coord"])})
-    run.write("meta.json", meta)
+    if goes_on: run.note(**meta)
+    else: run.write("meta.json", meta)
     return run
 
 def background_flow(
