@@ -5,12 +5,13 @@
 # %% ../nbs/11_background.ipynb #4655f01e
 from __future__ import annotations
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from annotated_types import Interval
+from pydantic import PositiveFloat, PositiveInt
 from .frames import project, pixel_index, se3_inverse
 from .gaussians import Gaussians, gaussians_from, cat, BACKGROUND, LIDAR
 from .clips import Clip
@@ -28,7 +29,7 @@ class BackgroundConfig:
     "What stands where no return does."
     # "grid": blocks of the input images pushed far away; "hemisphere": the paper; "none"
     mode:Literal["grid","hemisphere","none"]="grid"
-    num_sky_points:PositiveInt=1_000_000 # hemisphere: points drawn (supp. A.2); those no camera sees are then left out
+    num_sky_points:Annotated[int, Interval(ge=1, le=100_000_000)]=1_000_000 # hemisphere: points drawn (supp. A.2); those no camera sees are then left out
     # hemisphere: radius per longest side of the LiDAR Gaussians' bounding box (supp. A.2)
     radius_factor:PositiveFloat=4.
     distance:PositiveFloat=600. # m, grid: depth of the far field
@@ -40,7 +41,7 @@ class BackgroundConfig:
     opacity:OpenShare=.5 # grid: six input images overlap, so each may be half transparent
     sky_opacity:OpenShare=.9 # hemisphere: one layer, scattered at random; .5 is the paper's opacity of every Gaussian (supp. A.2)
     # points drawn inside a sphere, for robustness (Sec. 4.1; their number is not known); those no camera sees are left out
-    inside_points:NonNegativeInt=0
+    inside_points:Annotated[int, Interval(ge=0, le=100_000_000)]=0
     # its radius per longest side of the LiDAR Gaussians' bounding box; not known, this one holds the box's length
     inside_factor:PositiveFloat=.5
     inside_opacity:OpenShare=.5 # of these points (supp. A.2)

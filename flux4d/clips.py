@@ -21,16 +21,17 @@ if TYPE_CHECKING: # loaded where images become tensors, so that the commands sta
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['TEST_SCENES', 'PRESETS', 'TIME_UNITS', 'SANE_STEP', 'COORD', 'INDEX_NAMES', 'META_SCHEMA', 'RECORD_SCHEMA',
-           'META_FIELDS', 'RECORD_FIELDS', 'ClipConfig', 'cut', 'time_unit', 'check_time_unit', 'irregular_step',
-           'make_record', 'fingerprint', 'build_index', 'tiny_index', 'left_out_lines', 'write_index', 'is_name',
-           'is_path', 'Field', 'load_index', 'index_hash', 'select_clips', 'inspect_index', 'index_main', 'Clip',
-           'long_log_clips', 'unhidden', 'project_sweep', 'Views', 'InputViews', 'TargetViews', 'splat_depth',
+__all__ = ['TEST_SCENES', 'PRESETS', 'TRAIN_SETTINGS', 'TIME_UNITS', 'SANE_STEP', 'COORD', 'INDEX_NAMES', 'META_SCHEMA',
+           'RECORD_SCHEMA', 'META_FIELDS', 'RECORD_FIELDS', 'ClipConfig', 'cut', 'time_unit', 'check_time_unit',
+           'irregular_step', 'make_record', 'fingerprint', 'build_index', 'tiny_index', 'left_out_lines', 'write_index',
+           'is_name', 'is_path', 'Field', 'load_index', 'index_hash', 'select_clips', 'inspect_index', 'index_main',
+           'Clip', 'long_log_clips', 'unhidden', 'project_sweep', 'Views', 'InputViews', 'TargetViews', 'splat_depth',
            'check_frames', 'load_views']
 
 # %% ../nbs/04_clips.ipynb #e82b7df0
 TEST_SCENES = ("001", "011", "016", "065", "084", "090", "106", "115", "123", "158")
 PRESETS = "paper", "debug", "long_log"
+TRAIN_SETTINGS = "train_interpolation", "train_future", "debug", "long_log" # kinds of clip that training may use
 
 @dataclass(frozen=True)
 class ClipConfig:
@@ -384,6 +385,8 @@ def select_clips(
     keep = [c for c in index["clips"] if all(v is None or c[k] in v for k,v in asked.items()) and not set(exclude_frames) & set(c["frame_ids"])]
     if not keep:
         given = ", ".join(f"{k} {'/'.join(map(str, v))}" for k,v in asked.items() if v is not None) or "these conditions"
+        if exclude_frames:
+            given += f", leaving out frames {min(exclude_frames)} to {max(exclude_frames)}"
         raise DataError(f"index: holds no clip with {given}; relax a condition or build the index with train_scenes and test_scenes that give such clips.")
     if limit is None or limit >= len(keep): return keep
     return [keep[i] for i in np.linspace(0, len(keep)-1, limit).round().astype(int)]

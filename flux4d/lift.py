@@ -8,20 +8,19 @@ import math, warnings
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from annotated_types import MinLen
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from .frames import project, pixel_index, unproject, se3_inverse, scale_intrinsics, transform_points
 from .gaussians import Gaussians, gaussians_from, opacity_inv, cat, LIDAR
 from .pandaset import DataError
 from .clips import Clip, unhidden
-from .settings import OpenShare, Share
+from .settings import OpenShare, Share, Some
 
 # %% auto #0
 __all__ = ['FLATTEN', 'CELL', 'LiftConfig', 'Returns', 'ClipData', 'clip_data', 'clip_returns', 'voxel_downsample', 'thin',
@@ -37,7 +36,7 @@ __all__ = ['FLATTEN', 'CELL', 'LiftConfig', 'Returns', 'ClipData', 'clip_data', 
 class LiftConfig:
     "How returns and images become Gaussians."
     # 0 the 360-degree LiDAR (the paper), 1 the forward one; (0, 1) is denser
-    lidar_sensors:Annotated[tuple[Literal[0,1],...], MinLen(1)]=(0,)
+    lidar_sensors:Some[Literal[0,1]]=(0,)
     # returns taken far from the shutter: "agree" keeps those two images agree on, "nearest" colours them from the
     # image nearest in time, "own" from their frame's
     late:Literal["agree","nearest","own"]="agree"

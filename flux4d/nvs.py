@@ -20,6 +20,7 @@ from .cuboids import CuboidConfig, check_labels, dynamic_mask
 from .gaussians import Gaussians
 from .image_metrics import Mean, MetricConfig, psnr, ssim_metric, depth_rmse
 from .render import RenderConfig, Rendered, render
+from .settings import Some
 from .train import Loader
 from .velocity import FlowConfig, colour_wheel, flow_colours, render_velocity, view_gaps
 from .flow import tint
@@ -46,7 +47,7 @@ def sky_mask(
 @dataclass
 class EvalConfig:
     "How target views are scored."
-    depth_sensors:tuple[Literal[0,1],...]=(0,) # LiDARs whose returns a rendered depth is compared with, whatever the lift used
+    depth_sensors:Some[Literal[0,1]]=(0,) # LiDARs whose returns a rendered depth is compared with, whatever the lift used
     save_renders:NonNegativeInt=3 # clips whose pictures are written (S6-08)
     views_per_call:PositiveInt=5 # target views rendered at once
     labels:CuboidConfig=field(default_factory=CuboidConfig) # what counts as moving
