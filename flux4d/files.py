@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Iterator
 
 # %% auto #0
-__all__ = ['DataError', 'short_path', 'report', 'quoted', 'listing', 'beside', 'report_missing', 'remove_unfinished',
-           'WriteError', 'atomic_write']
+__all__ = ['DataError', 'short_path', 'report', 'quoted', 'listing', 'beside', 'missing_text', 'report_missing',
+           'remove_unfinished', 'WriteError', 'atomic_write']
 
 # %% ../nbs/02_files.ipynb #9994b2b9
 class DataError(ValueError):
@@ -42,7 +42,7 @@ def quoted(
 )->str: # letters, digits and a few signs, everything else as ?
     "Quote a file's own words safely."
     text = text[:length+1] if isinstance(text, str) else repr(text)[:length+1]
-    plain = re.sub(r"[^\w.,:/<>()\[\]'+\- ]", "?", text, flags=re.ASCII).replace(". ", ".?")
+    plain = re.sub(r"[^\w.,:=/<>()\[\]'+\- ]", "?", text, flags=re.ASCII).replace(". ", ".?")
     return plain[:length] + "..." if len(plain) > length else plain
 
 # %% ../nbs/02_files.ipynb #1f684472
@@ -88,6 +88,13 @@ def beside(
             return f"{quoted(p.name)} is there", f"convert it to {path.name}"
     other = _numbered_otherwise(path, there)
     return (other, "number them from 0 as the stamps count") if other else None
+
+def missing_text(
+    path:str|Path, # a file that is missing
+)->str: # "is missing", and what lies beside it
+    "Say that a file is missing, in half a sentence."
+    kin = beside(path)
+    return f"is missing, but {kin[0]}: {kin[1]}" if kin else "is missing"
 
 def report_missing(
     path:str|Path, # the file that is not there

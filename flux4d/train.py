@@ -12,18 +12,18 @@ from dataclasses import dataclass, field, fields, asdict, replace
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 import numpy as np, torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastcore.basics import patch
-from annotated_types import Interval, MinLen
+from annotated_types import Interval
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from .pandaset import DataError
-from .settings import Seed, Share, read_settings
+from .settings import Distinct, Name, Seed, Share, Some, read_settings
 from .run import (PARTS, Run, check_checkpoint, check_numbers, load_checkpoint, load_weights, provenance, prune_checkpoints, save_checkpoint,
                         trained_entry, trained_frames)
-from .clips import Clip, InputViews, Views, TargetViews, check_frames, fingerprint, load_views
+from .clips import TRAIN_SETTINGS, Clip, InputViews, Views, TargetViews, check_frames, fingerprint, load_views
 from .gaussians import Gaussians
 from .lift import LiftConfig, Returns, clip_data, clip_returns
 from .background import BackgroundConfig, init_data
@@ -44,14 +44,14 @@ __all__ = ['UNREADABLE', 'DataConfig', 'TrainConfig', 'Config', 'config_to_dict'
 @dataclass
 class DataConfig:
     "Which recordings, at which resolution."
-    cameras:Annotated[tuple[str,...], MinLen(1)]=("front_camera",) # paper: front camera only
+    cameras:Some[Name]=("front_camera",) # paper: front camera only
     # kinds of training clip, such as train_future; (): every kind of the index. The paper trains a model for each
-    settings:tuple[str,...]=()
+    settings:Distinct[Literal[TRAIN_SETTINGS]]=()
     # 1.0 = full resolution; nothing else ever resizes an image (G-03)
     image_scale:Annotated[float, Interval(gt=0, le=1)]=1.0
     keep_frames:NonNegativeInt=1200 # decoded frames kept in memory; one full-HD frame is 14 MB
     keep_clips:NonNegativeInt=200 # lifted clips kept in memory; one is about 20 MB
-    loader_threads:PositiveInt=4 # threads that decode ahead of the training step
+    loader_threads:Annotated[int, Interval(ge=1, le=256)]=4 # threads that decode ahead of the training step
 
 @dataclass
 class TrainConfig:
@@ -72,7 +72,7 @@ class TrainConfig:
     supervise_inputs:bool=True # input frames are supervised beside the targets
     random_background:bool=True # supervised views are drawn over another colour at every step
     fixed_target_frame:NonNegativeInt|None=None # clip-relative frame that every step trains on (S5-15)
-    prefetch:NonNegativeInt=4 # micro-steps loaded ahead
+    prefetch:Annotated[int, Interval(ge=0, le=1000)]=4 # micro-steps loaded ahead
     seed:Seed=0 # of weights, clip order and views
     log_every:PositiveInt=20 # steps between records
     save_ckpt_every:NonNegativeInt=1000 # steps between checkpoints (S3-10); 0 = by the clock, and at the end
@@ -361,6 +361,7 @@ def time_reconstruction(
 )->dict: # medians in s: lift, network, total; gaussians; repeats
     "From images and returns in memory to Gaussians and velocities."
     cfg, clip, dev = loader.cfg, loader.clips[0], loader.device; data = clip_data(clip, cfg.init.lidar_sensors, cfg.data.cameras, cfg.data.image_scale).to(dev)
+    returns = loader.returns(clip)
     loader.inputs(clip)                        # decoded before the clock starts
     def clock()->float:
         if torch.device(dev).type == "cuda": torch.cuda.synchronize(dev)
@@ -369,7 +370,7 @@ def time_reconstruction(
     for _ in range(repeats + 3):
         with torch.no_grad():
             start, again = clock(), replace(data); g0 = init_data(again, cfg.init, cfg.background, cfg.train.seed); lifted = clock()
-            layout = model.base.layout(g0, clip.ego0, clip.time.duration, again.returns)
+            layout = model.base.layout(g0, clip.ego0, clip.time.duration, returns)
             reconstruct(model, Batch(clip, g0, layout, lambda: loader.inputs(clip)))
             spent.append((lifted - start, clock() - lifted, clock() - start))
     lift, network, total = np.median(spent[3:], axis=0)

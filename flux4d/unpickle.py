@@ -176,9 +176,16 @@ class _Reader(pickle._Unpickler):
 class _Odd(Exception):
     "A note that has none of the known forms; the message says which."
 
+class _TooMuch(Exception):
+    "A note of more than any table holds; the message says of what."
+
 def _need(condition:Any, what:str)->None:
     "Stop at an unknown form."
     if not condition: raise _Odd(what)
+
+def _at_most(n:int, limit:int, what:str)->None:
+    "Stop at more than any table holds."
+    if n > limit: raise _TooMuch(f"more than {limit} {what}")
 
 def _is(x:Any, word:str)->bool:
     "Is this a note of that word?"
@@ -304,7 +311,9 @@ def _column(x:Any)->Any:
         _need(values.dtype.hasobject, "text")
         return Text(values, _nothing_is_nan(kind))
     _need(word == "category" and _is(kind, "category_type") and type(kind.state) is dict and values.dtype.kind == "i", "categories")
-    return Category(values, _index(kind.state.get("categories")).values, kind.state.get("ordered") is True)
+    names = _index(kind.state.get("categories"))
+    _need(not len(values) or -1 <= values.min() and values.max() < len(names), "categories")
+    return Category(values, names.values, kind.state.get("ordered") is True)
 
 # %% ../nbs/02_unpickle.ipynb #13e4b86f
 class Index(NamedTuple):
@@ -326,7 +335,7 @@ def _index(x:Any)->Index:
     _need(name is None or type(name) in (str, int, float), "a name of an index")
     if word == "range":
         values = range(*(_int(d.get(k)) for k in ("start", "stop", "step")))
-        _need(len(values) <= MAX_ROWS, f"more than {MAX_ROWS} rows")
+        _at_most(len(values), MAX_ROWS, "rows")
         return Index(values, name)
     _need(word == "index", "an index")
     values = _column(d.get("data"))
@@ -399,12 +408,12 @@ def _table(
     for values, places in blocks:
         values = _column(values)
         size += values.nbytes if isinstance(values, np.ndarray) else 8*_length(values)
-        _need(size <= limit, f"more than {limit >> 20} MB")
+        _at_most(size >> 20, limit >> 20, "MB")
         _place(columns, values, _places(places, len(names)), len(index))
     _need(all(c is not None for c in columns), "a column that is not there")
     return Table(names, index, columns)
 
-# %% ../nbs/02_unpickle.ipynb #72c04ae9
+# %% ../nbs/02_unpickle.ipynb #310dd1d0
 def _pandas_index(x:Index)->Any:
     "An index of pandas."
     pd = need_pandas()
@@ -424,7 +433,7 @@ def _pandas_column(x:Any)->Any:
     if isinstance(x, Category): return pd.Categorical.from_codes(x.codes, _pandas_index(Index(x.names, None)), ordered=x.ordered)
     return x.astype(x.dtype.newbyteorder("=")) if not x.dtype.isnative else x
 
-# %% ../nbs/02_unpickle.ipynb #52cd3614
+# %% ../nbs/02_unpickle.ipynb #dcebf6fa
 @patch
 def frame(self:Table)->Any: # a pandas.DataFrame
     "The table as pandas knows it."
@@ -435,7 +444,7 @@ def frame(self:Table)->Any: # a pandas.DataFrame
     made.columns = _pandas_index(self.names)
     return made
 
-# %% ../nbs/02_unpickle.ipynb #276b6882
+# %% ../nbs/02_unpickle.ipynb #39652b2f
 LIMIT = 2**28 # bytes of an unpacked file; a sweep has 8e6
 
 def read_bounded(
@@ -466,20 +475,23 @@ def _load(path:Path, gz:bool|None, admitted:dict[str,frozenset], limit:int)->tup
     reader = _Reader(read_bounded(path, gz, limit), path, admitted)
     return reader.load(), reader.notes
 
-def _as_data(path:Path, gz:bool|None, admitted:dict[str,frozenset], limit:int)->Any:
-    "What a file holds: a `Table`, or plain values."
+def _as_data(path:Path, gz:bool|None, admitted:dict[str,frozenset], limit:int, frame:bool=False)->Any:
+    "What a file holds: a `Table` (or a frame of pandas), or plain values."
     try:
         value, notes = _load(path, gz, admitted, limit)
-        if _is(value, "frame"): return _table(value, limit)
+        if _is(value, "frame"):
+            table = _table(value, limit)
+            return table.frame() if frame else table
         if notes: report(path, "holds neither a table nor plain values", "get the file again")
         return value
     except (DataError, ImportError): raise
+    except _TooMuch as e: what, remedy = f"holds {e}", _UNTRUSTED
     except _Odd as e: what, remedy = f"holds {e} in a form that is not known here: it was written by a newer pandas or is damaged", f"{_REWRITE}, or get it again"
     except MemoryError: what, remedy = "does not fit into memory", _UNTRUSTED
     except Exception as e: what, remedy = f"is truncated or not a pickle ({type(e).__name__})", "get the file again"
     report(path, what, remedy)
 
-# %% ../nbs/02_unpickle.ipynb #61b14a2c
+# %% ../nbs/02_unpickle.ipynb #924b0cf1
 def load_table(
     path:str|Path, # a pickled table, gzipped or not
     limit:int=LIMIT, # bytes it may have, unpacked
@@ -496,5 +508,4 @@ def safe_load_pickle(
     limit:int=LIMIT, # bytes it may have, unpacked
 )->Any: # a pandas.DataFrame, or the plain values that the file holds
     "Load a pickle without running it."
-    value = _as_data(Path(path), gz, admitted, limit)
-    return value.frame() if isinstance(value, Table) else value
+    return _as_data(Path(path), gz, admitted, limit, frame=True)
