@@ -431,6 +431,31 @@ def test_newest_run(tmp_path):
     assert newest_run(tmp_path).name == "a"
 
 
+def test_where_a_run_starts_and_writes(trainer, tmp_path, monkeypatch):
+    from flux4d.stage6 import resume_point
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no run in papermill_runs has a checkpoint"):
+        resume_point("last", "")
+    assert not list(tmp_path.iterdir())                          # nothing is left behind
+    t = trainer("papermill_runs/run_001")
+    t.fit(1)
+    own, last = t.run.folder, t.save().with_name("ckpt_last.pt")
+    as_is = lambda *a, **k: tuple(x.resolve() if isinstance(x, Path) else x for x in resume_point(*a, **k))
+    assert as_is("last", "") == as_is("last", str(own)) == as_is(str(last), str(own)) == (last.resolve(), own.resolve(), True)
+    assert resume_point(str(last), "new") == (last, Path("new"), False) and not Path("new").exists()
+    with pytest.raises(DataError, match="run_001: holds steps and checkpoints of an earlier run"):
+        resume_point("", str(own))
+    with pytest.raises(DataError, match="run_001: holds steps"):
+        resume_point("last", str(own), optimizer=False)          # its steps would be lost
+    assert resume_point("", str(own), overwrite=True) == (None, own, False)
+    (own / "metrics.json").write_text("{}")
+    with pytest.raises(DataError, match="this run is finished"):
+        resume_point("last", "")
+    (own / "ckpt_last.pt").unlink()
+    with pytest.raises(DataError, match="ckpt_last.pt: no such checkpoint in run_001"):
+        resume_point("last", str(own))
+
+
 def spoil(what: str):
     "A change that makes a checkpoint wrong."
     def change(s: dict) -> None:
