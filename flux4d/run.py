@@ -4,10 +4,9 @@
 
 # %% ../nbs/08_run.ipynb #a08r0004
 from __future__ import annotations
-import errno, io, json, os, platform, shutil, subprocess, zlib
-from collections.abc import Callable, Iterable, Iterator
+import errno, json, os, platform, shutil, subprocess, zlib
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 import torch, yaml
@@ -16,33 +15,22 @@ from PIL import Image
 from torch import Tensor, nn
 from fastcore.basics import patch
 import flux4d
-from .pandaset import DataError, atomic_write, short_path
+from .files import DataError, WriteError, atomic_write, missing_text, remove_unfinished, short_path
 
 # %% auto #0
-__all__ = ['PARTS', 'full_disk_said', 'refuse_held', 'Run', 'logged_rows', 'commit_of', 'provenance', 'save_checkpoint',
-           'prune_checkpoints', 'newest_run', 'check_checkpoint', 'check_numbers', 'load_checkpoint', 'trained_entry',
-           'trained_frames', 'load_weights', 'damage_of', 'damaged_files', 'refuse_damaged']
+__all__ = ['PARTS', 'refuse_held', 'Run', 'logged_rows', 'commit_of', 'provenance', 'save_checkpoint', 'prune_checkpoints',
+           'newest_run', 'check_checkpoint', 'check_numbers', 'load_checkpoint', 'trained_entry', 'trained_frames',
+           'load_weights', 'damage_of', 'damaged_files', 'refuse_damaged']
 
 # %% ../nbs/08_run.ipynb #47ff966d
-@contextmanager
-def full_disk_said(
-    path:Path, # the file that is written
-)->Iterator[None]:
-    "Say in one sentence that the disk is full."
-    try:
-        yield
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DataError(f"{path.parent.name}/{path.name}: the disk is full; free some space and go on with resume_from=last.") from None
-
 def refuse_held(
     folder:Path, # where a run shall write
     goes_on:bool=False, # steps and checkpoints may be there
 )->None: # raises DataError
     "Refuse a folder whose content would be lost."
     if (folder/"metrics.json").exists():
-        raise DataError(f"{folder.name}/metrics.json: this run is finished; choose another out_dir or set overwrite=True.")
+        raise DataError(f"{folder.name}/metrics.json: this run is finished; "
+                        "choose another out_dir or set overwrite=True.")
     log = folder/"metrics.jsonl"
     held = ["steps"]*(log.is_file() and log.stat().st_size > 0) + ["checkpoints"]*any(folder.glob("ckpt_*.pt"))
     if held and not goes_on:
@@ -66,19 +54,22 @@ class Run:
     def _lock(self)->None:
         "Keep other processes out for as long as this one lives."
         try:
-            self.lock = FileLock(self.folder.resolve()/".lock", timeout=0, is_singleton=True) # one per process and folder
+            path = self.folder.resolve()/".lock"
+            self.lock = FileLock(path, timeout=0, is_singleton=True) # one per process and folder
             self.lock.acquire()
         except Timeout:
-            raise DataError(f"{self.folder.name}: another process writes to this folder; wait for it or end it, or choose another out_dir.") from None
+            raise DataError(f"{self.folder.name}: another process writes to this folder; "
+                            "wait for it or end it, or choose another out_dir.") from None
 
     def _begin(self)->None:
-        "Clear away, before the first write, what is not this run's: an old result, and halves of files that a killed writer left."
+        "Clear away, before the first write, an old result and the halves of files that a killed writer left."
         if self.begun:
             return
         self.begun = True
         (self.folder/"metrics.json").unlink(missing_ok=True)
-        for left in self.folder.glob(".*.tmp"):
-            left.unlink(missing_ok=True)          # nobody else writes here, see the lock
+        remove_unfinished(self.folder)
+        for left in self.folder.glob(".ckpt_*.tmp"):
+            if left.is_symlink(): left.unlink()   # a link that was to become ckpt_last.pt
 
     def write(self,
         name:str, # file name in the folder
@@ -87,8 +78,9 @@ class Run:
         "Write a small file atomically."
         self._begin()
         if not isinstance(content, str):
-            content = yaml.safe_dump(content, sort_keys=False) if name.endswith(".yaml") else json.dumps(content, indent=1)
-        with full_disk_said(self.folder/name), atomic_write(self.folder/name) as tmp:
+            as_yaml = name.endswith(".yaml")
+            content = yaml.safe_dump(content, sort_keys=False) if as_yaml else json.dumps(content, indent=1)
+        with atomic_write(self.folder/name) as tmp:
             Path(tmp).write_text(content, encoding="utf-8")
         return self.folder/name
 
@@ -102,13 +94,16 @@ def _append(self:Run,
     self._begin()
     path = self.folder/name
     before = path.stat().st_size if path.exists() else 0
-    with full_disk_said(path):
-        try:
-            with path.open("a", encoding="utf-8") as f:
-                f.write(line + "\n")
-        except OSError:
-            if path.exists(): os.truncate(path, before)
+    try:
+        with path.open("a", encoding="utf-8") as f:
+            f.write(line + "\n")
+    except OSError as e:
+        if path.exists():
+            os.truncate(path, before)
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        full = f"{self.folder.name}/{name}: could not be written because the disk is full"
+        raise WriteError(f"{full}; free some space and go on with resume_from=last.") from None
 
 @patch
 def say(self:Run,
@@ -141,7 +136,8 @@ def logged_rows(
             rows.append(row)
         except (ValueError, RecursionError):
             if k < len(lines) - 1: # a finished line ends with a line break, so the last one here is empty
-                raise DataError(f"{path.parent.name}/{path.name}: line {k + 1} is not a logged step; remove it, or start another run.") from None
+                raise DataError(f"{path.parent.name}/{path.name}: line {k + 1} is not a logged step; "
+                                "remove it, or start another run.") from None
     return rows
 
 @patch
@@ -153,12 +149,12 @@ def rows(self:Run)->list[dict]:
 def rewind(self:Run,
     step:int, # steps that stand; 0 starts over
 )->None:
-    "Forget logged steps that a resumed run will take again; a start from step 0 has no log and no last checkpoint either."
+    "Forget logged steps that will be taken again; a start from step 0 has no log and no last checkpoint either."
     self.rewound = True
     keep = [r for r in self.rows() if r["step"] <= step] if step else []
     self.write("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in keep))
     if step == 0:
-        for name in ("train.log", "ckpt_last.pt", "ckpt_best.pt"): # the numbered checkpoints stay until a new one is there
+        for name in ("train.log", "ckpt_last.pt", "ckpt_best.pt"): # numbered checkpoints stay until a new one is there
             (self.folder/name).unlink(missing_ok=True)
 
 # %% ../nbs/08_run.ipynb #a08r0011
@@ -205,7 +201,7 @@ def commit_of(
 def provenance(
     device:Any="cpu", # torch device the run uses
 )->dict: # versions and machine
-    "Package version, git commit ($FLUX4D_COMMIT where a copy of the code has no history of its own), library versions and machine."
+    "Versions of package and libraries, machine, and git commit, or $FLUX4D_COMMIT where a copy has no history."
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
     commit = os.environ.get("FLUX4D_COMMIT") or commit_of(Path(flux4d.__file__).parent)
     return dict(flux4d=flux4d.__version__, commit=commit, python=platform.python_version(),
@@ -235,13 +231,10 @@ def save_checkpoint(
 )->Path: # the file
     "Write a checkpoint atomically and point its aliases at it."
     path = Path(path)
-    packed = io.BytesIO()                        # torch does not say why it could not write to a file
-    torch.save(state, packed)
-    with full_disk_said(path):
-        with atomic_write(path) as tmp:
-            tmp.write_bytes(packed.getbuffer())
-        for a in aliases:
-            _point(path.with_name(a), path)
+    with atomic_write(path) as tmp:
+        torch.save(state, tmp)
+    for a in aliases:
+        _point(path.with_name(a), path)
     return path
 
 def prune_checkpoints(
@@ -264,11 +257,13 @@ def newest_run(
     "The run that saved a checkpoint last."
     found = [p for p in Path(root).glob("*/ckpt_last.pt") if p.exists()]
     if not found:
-        raise DataError(f"resume_from: no run in {Path(root).name} has a checkpoint; name a checkpoint, or leave resume_from empty to start a run.")
+        raise DataError(f"resume_from: no run in {Path(root).name} has a checkpoint; "
+                        "name a checkpoint, or leave resume_from empty to start a run.")
     return max(found, key=os.path.getmtime).parent
 
 # %% ../nbs/08_run.ipynb #a08r0032
-PARTS = dict(model=dict, ema=dict, optimizer=dict, rng=dict, config=dict, step=int, skipped=int, seconds=(int, float), kind=str, index_hash=str)
+PARTS = dict(model=dict, ema=dict, optimizer=dict, rng=dict, config=dict, # what a checkpoint holds, and of which type
+             step=int, skipped=int, seconds=(int, float), kind=str, index_hash=str)
 
 def check_checkpoint(
     state:dict, # a checkpoint's content
@@ -278,11 +273,14 @@ def check_checkpoint(
     "Refuse a checkpoint that lacks a part, or has something else in its place."
     for part in parts:
         value = state.get(part)
-        if not isinstance(value, PARTS[part]) or isinstance(value, bool) or isinstance(value, (int, float)) and not 0 <= value < 1e15:
+        sound = isinstance(value, PARTS[part]) and not isinstance(value, bool)
+        if not sound or isinstance(value, (int, float)) and not 0 <= value < 1e15:
             what = "lacks" if part not in state else "has something else for"
-            raise DataError(f"{name}: {what} {part!r}, so it is no whole flux4d checkpoint; take another ckpt_step file.")
+            raise DataError(f"{name}: {what} {part!r}, so it is no whole flux4d checkpoint; "
+                            "take another ckpt_step file.")
         if part == "kind" and not value.startswith("flux4d."):
-            raise DataError(f"{name}: names the model {value[:80]!r}, which is not of this package; take a checkpoint of flux4d.")
+            raise DataError(f"{name}: names the model {value[:80]!r}, which is not of this package; "
+                            "take a checkpoint of flux4d.")
 
 def check_numbers(
     values:Any, # nested dicts and lists with tensors
@@ -302,11 +300,16 @@ def load_checkpoint(
 )->dict: # what `save_checkpoint` was given; raises DataError when the file is missing, truncated or not ours
     "Read a checkpoint without running code from it."
     path = Path(path)
-    if not path.exists(): raise DataError(f"{path.name}: no such checkpoint in {path.parent.name or '.'}; check resume_from or the checkpoint parameter.")
-    try: state = torch.load(path, map_location=device, weights_only=True)
-    except Exception: state = None
+    if not path.exists():
+        raise DataError(f"{path.name}: no such checkpoint in {path.parent.name or '.'}; "
+                        "check resume_from or the checkpoint parameter.")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception:
+        state = None
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise DataError(f"{path.name}: not a readable flux4d checkpoint (truncated, or another program's); take an earlier ckpt_step file.")
+        raise DataError(f"{path.name}: not a readable flux4d checkpoint (truncated, or another program's); "
+                        "take an earlier ckpt_step file.")
     return state
 
 # %% ../nbs/08_run.ipynb #a08r0021
@@ -314,7 +317,7 @@ def trained_entry(
     frames:dict[tuple[str,str],set[int]], # log frame ids by (log id, identity)
     unknown_before:bool=False, # True: there was training before that nobody noted
 )->dict: # plain values
-    "What was trained on, as checkpoints and meta.json hold it; a second data set's log of the same id has its identity in the key."
+    "What was trained on, as checkpoints hold it; a second data set's log of the same id has its identity in the key."
     logs = {}
     for (log, identity), ids in sorted(frames.items()):
         key = log if log not in logs else f"{log}@{identity}"
@@ -330,10 +333,12 @@ def trained_frames(
     said = state.get("trained", dict(unknown_before=True))
     try:
         if said.get("unknown_before"): return None
-        return {(key.partition("@")[0], str(e["identity"])): {int(f) for f in e["frames"]} for key, e in said["logs"].items()}
+        entries = [(key.partition("@")[0], entry) for key, entry in said["logs"].items()]
+        return {(log, str(e["identity"])): {int(f) for f in e["frames"]} for log, e in entries}
     except (AttributeError, KeyError, TypeError, ValueError):
         name = name or (Path(source).name if source is not state else "checkpoint")
-        raise DataError(f"{name}: its 'trained' does not name logs with identity and frames; take a checkpoint or meta.json that flux4d wrote.") from None
+        raise DataError(f"{name}: its 'trained' does not name logs with identity and frames; "
+                        "take a checkpoint or meta.json that flux4d wrote.") from None
 
 # %% ../nbs/08_run.ipynb #0c1bfce0
 def load_weights(
@@ -350,7 +355,9 @@ def load_weights(
     missing = [k for k in own if k not in weights]
     other = [k for k in weights if k not in own or own[k].shape != weights[k].shape]
     if strict and (missing or other):
-        raise DataError(f"{name}: made for another architecture ({(missing + other)[0]} differs, {len(missing)} missing, {len(other)} foreign); use its own config.yaml, or resume_optimizer=False to load what fits.")
+        first, counts = (missing + other)[0], f"{len(missing)} missing, {len(other)} foreign"
+        raise DataError(f"{name}: made for another architecture ({first} differs, {counts}); "
+                        "use its own config.yaml, or resume_optimizer=False to load what fits.")
     model.load_state_dict({k:v for k,v in weights.items() if k not in other}, strict=False)
     return missing + [k for k in other if k in own]
 
@@ -385,7 +392,7 @@ def damage_of(
 )->str|None: # a sentence, None for a sound file
     "What is wrong with a file, as far as opening it tells."
     try:
-        if not path.is_file(): return f"{short_path(path)}: is missing; get the file again or leave its clips out."
+        if not path.is_file(): return f"{short_path(path)}: {missing_text(path)}; get the file again or leave its clips out."
         if path.stat().st_size == 0: return f"{short_path(path)}: is empty; get the file again or leave its clips out."
         sound = _unpacks(path) if path.suffix == ".gz" else _decodes(path)
     except (OSError, SyntaxError, zlib.error, Image.DecompressionBombError) as e:

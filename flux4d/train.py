@@ -19,10 +19,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastcore.basics import patch
 from annotated_types import Interval
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from .pandaset import DataError
+from .files import DataError, WriteError
 from .settings import Distinct, Name, Seed, Share, Some, read_settings
-from .run import (PARTS, Run, check_checkpoint, check_numbers, load_checkpoint, load_weights, provenance, prune_checkpoints, save_checkpoint,
-                        trained_entry, trained_frames)
+from .run import (PARTS, Run, check_checkpoint, check_numbers, load_checkpoint, load_weights, provenance,
+                        prune_checkpoints, save_checkpoint, trained_entry, trained_frames)
 from .clips import TRAIN_SETTINGS, Clip, InputViews, Views, TargetViews, check_frames, fingerprint, load_views
 from .gaussians import Gaussians
 from .lift import LiftConfig, Returns, clip_data, clip_returns
@@ -159,7 +159,7 @@ class Loader:
         cfg:Config, # read: data, init, background, voxel, model, train
         cache:LiftCache, # lifted clips on disk
         device:Any="cpu", # where tensors end up
-        target_sensors:tuple[int,...]|None=None, # LiDARs whose returns give the depth of `TargetViews`; None: the lift's own
+        target_sensors:tuple[int,...]|None=None, # LiDARs that give the depth of `TargetViews`; None: the lift's own
     )->None:
         "Prepare the stores; nothing is read yet."
         if not clips: raise DataError("clip index: no clip is left after selection; check the logs, settings, starts and excluded frames asked for.")
@@ -179,7 +179,8 @@ def _frame(self:Loader, log_id:str, # log
     frame:int, # log frame id
 )->Views: # one view on the device; images as bytes, time not yet set
     "Decode one frame of one camera."
-    v = load_views(self.holder[log_id, frame], [frame], (camera,), self.cfg.data.image_scale, lidar_sensors=self.target_sensors)
+    clip, scale = self.holder[log_id, frame], self.cfg.data.image_scale
+    v = load_views(clip, [frame], (camera,), scale, lidar_sensors=self.target_sensors)
     return replace(v, images=(v.images*255).round().byte()).to(self.device)
 
 @patch
@@ -281,12 +282,17 @@ def files_of(
     "The files that hold the frames of some clips; see `damaged_files`."
     frames = sorted({(c.log.root, c.log.id, f) for c in clips for f in c.frames})
     logs = {(c.log.root, c.log.id): c.log for c in clips}
-    return [p for root, log, f in frames for p in (logs[root, log].sweep_path(f), *(logs[root, log].image_path(c, f) for c in cameras))]
+    out = []
+    for root, log_id, f in frames:
+        log = logs[root, log_id]
+        out += [log.sweep_path(f), *(log.image_path(c, f) for c in cameras)]
+    return out
 
 @patch
 def rest(self:Loader)->None:
     "Let go of batches that were to be loaded ahead, so that no thread goes on when training ends."
-    for f in self.ahead.values(): f.cancel()
+    for batch in self.ahead.values():
+        batch.cancel()
     self.ahead = {}
 
 # %% ../nbs/32_train.ipynb #7a79514f
@@ -392,13 +398,15 @@ class Trainer:
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(cfg.train.ema), use_buffers=True)
         self.opt = torch.optim.AdamW(self.model.parameters(), lr=cfg.train.lr, weight_decay=cfg.train.weight_decay, fused=torch.device(self.device).type == "cuda")
         self.step, self.skipped, self.best, self.seconds, self.started, self.callbacks = 0, 0, None, 0., 0., []
-        self.trained, self.unknown_before = {}, False # (log id, identity) -> frames trained on; whether earlier ones are unknown
+        self.trained = {}                             # (log id, identity) -> frames trained on
+        self.unknown_before = False                   # whether the weights come from training that nobody noted
         self.identity = lru_cache(None)(lambda log: fingerprint(log, ())) # hash of a log's stamps and poses
         self.clip_ids = [c.id for c in loader.clips]  # what the numbers in `pending` and in the logged rows count
-        self.pending = []                             # clips of the micro-steps since the last logged row; None: could not be read
-        self.in_a_row, self.first_skip, self.totals = 0, "", []  # skipped steps without one between; what the first was; losses by micro-step
+        self.pending = []                             # clips of micro-steps since the last logged row; None: unreadable
+        self.in_a_row, self.first_skip = 0, ""        # steps skipped since the last update; what the first of them was
+        self.totals = []                              # (micro-step, loss) of the step
         self.unread = {}                              # sentence about a file that went bad -> how often it was needed
-        self.source = {k: v for k,v in provenance(self.device).items() if k in ("flux4d", "commit")} # what trains
+        self.source = {k: v for k,v in provenance(self.device).items() if k in ("flux4d", "commit")}
         self.saved_step, self.saved_at = 0, time.perf_counter()
         self.stop = self.may_stop = False             # asked to stop; whether that can happen at once
 
@@ -438,8 +446,8 @@ def losses(self:Trainer,
     return reconstruction_loss(out, b.views, velocity, g.kind, self.cfg.loss, weight, b.clip.time.duration)
 
 @patch
-def gradients(self:Trainer)->dict|None: # scalars of the last micro-step's last stage, PSNR of its first, its clip's id; None: nothing could be read
-    "Fill `.grad` with the mean gradient of the step's micro-steps (G-03), summed over stages."
+def gradients(self:Trainer)->dict|None: # scalars of the last micro-step's last stage, PSNR of its first, its clip's id
+    "Fill `.grad` with the mean gradient of the micro-steps (G-03), summed over stages; None: nothing could be read."
     self.model.train()
     self.opt.zero_grad(set_to_none=True)
     n, done, self.totals = self.cfg.train.grad_accum_steps, None, []
@@ -455,8 +463,8 @@ def gradients(self:Trainer)->dict|None: # scalars of the last micro-step's last 
     return done
 
 @patch
-def train_step(self:Trainer)->dict|None: # scalars of the step, tensors where a copy would wait for the GPU; None: nothing could be read
-    "Advance by one step."
+def train_step(self:Trainer)->dict|None: # scalars of the step, tensors where a copy would wait for the GPU
+    "Advance by one step; None: nothing could be read for it."
     tc = self.cfg.train
     with self._undone_when_stopped(): l = self.gradients()
     for p in self.opt.param_groups: p["lr"] = lr_at(self.step, tc, self.seconds, self.started)
@@ -483,6 +491,8 @@ def _read(self:Trainer,
     "The batch of a micro-step; notes what it was, or why there is none."
     try:
         b = self.loader.batch(self.step, micro)
+    except WriteError:                            # no fault of the data
+        raise
     except UNREADABLE as e:
         why = str(e) or type(e).__name__
         self.pending.append(None)
@@ -525,7 +535,7 @@ class Interrupted(Exception):
 def stop_signals(
     asked:Callable, # called with the signal's number and the frame
 )->Iterator[None]:
-    "Call a function on interrupt and on SIGTERM; only the main thread can, and a signal that the process ignores stays ignored."
+    "Call a function on interrupt and SIGTERM; only the main thread can, and what the process ignores stays ignored."
     main = threading.current_thread() is threading.main_thread()
     old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM) if main}
     old = {s: h for s,h in old.items() if h is not signal.SIG_IGN}
@@ -561,7 +571,8 @@ def _can_stop(self:Trainer)->Iterator[None]:
 @contextmanager
 def _undone_when_stopped(self:Trainer)->Iterator[None]:
     "A request to stop takes effect at once inside, and what was done inside is taken back."
-    buffers, rng = [b.clone() for b in self.model.buffers()], torch.get_rng_state() # running statistics, if the network has any
+    buffers = [b.clone() for b in self.model.buffers()] # running statistics, if the network has any
+    rng = torch.get_rng_state()
     pending, unread = len(self.pending), dict(self.unread)
     try:
         with self._can_stop(): yield
@@ -576,13 +587,14 @@ def _undone_when_stopped(self:Trainer)->Iterator[None]:
 @patch
 def state(self:Trainer)->dict: # tensors and plain values
     "All that a resumed run needs, and where it comes from."
-    counts = dict(step=self.step, skipped=self.skipped, in_a_row=self.in_a_row, first_skip=self.first_skip, unread=dict(self.unread),
-                  best=self.best, seconds=self.seconds, started=self.started)
+    counts = dict(step=self.step, skipped=self.skipped, in_a_row=self.in_a_row, first_skip=self.first_skip,
+                  unread=dict(self.unread), best=self.best, seconds=self.seconds, started=self.started)
+    seen = dict(trained=trained_entry(self.trained, self.unknown_before), train_clips=list(self.clip_ids),
+                pending=list(self.pending))
     rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
     return dict(model=self.model.state_dict(), ema=self.ema.state_dict(), optimizer=self.opt.state_dict(), rng=rng,
                 **counts, config=config_to_dict(self.cfg), kind=self.model.home,
-                trained=trained_entry(self.trained, self.unknown_before), train_clips=list(self.clip_ids), pending=list(self.pending),
-                index_hash=self.index_hash, **self.source)
+                **seen, index_hash=self.index_hash, **self.source)
 
 @patch
 def save(self:Trainer,
@@ -622,7 +634,8 @@ def resume(self:Trainer,
     s = read_resumable(path, optimizer, self.device)
     name = Path(path).name
     if optimizer and s["index_hash"] != self.index_hash:
-        raise DataError(f"{name}: was trained on another clip index; use that index, or resume_optimizer=False to start a new run from its weights.")
+        raise DataError(f"{name}: was trained on another clip index; use that index, "
+                        "or resume_optimizer=False to start a new run from its weights.")
     missing = load_weights(self.model, s["model"], name, strict=optimizer)
     load_weights(self.ema, s["ema"], name, strict=optimizer)
     before = trained_frames(s, name)
@@ -643,9 +656,11 @@ def _restore(self:Trainer,
 )->None:
     "Take over optimiser, counters and generators."
     self.opt.load_state_dict(s["optimizer"])
-    self.step, self.skipped, self.seconds, self.started = s["step"], s["skipped"], float(s["seconds"]), float(s.get("started", 0.))
+    self.step, self.skipped = s["step"], s["skipped"]
+    self.seconds, self.started = float(s["seconds"]), float(s.get("started", 0.))
     self.best = None if s.get("best") is None else float(s["best"])
-    self.in_a_row, self.first_skip, self.unread = int(s.get("in_a_row", 0)), str(s.get("first_skip", "")), dict(s.get("unread", {}))
+    self.in_a_row, self.first_skip = int(s.get("in_a_row", 0)), str(s.get("first_skip", ""))
+    self.unread = dict(s.get("unread", {}))
     self.pending, self.saved_step = list(s.get("pending", [])), self.step
     known = s.get("train_clips", [])           # the logged rows count these
     self.clip_ids = known + [i for i in self.clip_ids if i not in known]
@@ -660,10 +675,14 @@ def _say_resumed(self:Trainer,
     missing:list[str], # tensors that it lacked
 )->None:
     "Say where a run goes on, and what is not as it was."
-    self.run.say(f"goes on from {name} at step {self.step}" if self.step else f"starts at step 0 from the weights of {name}, step {s['step']}")
+    new = f"starts at step 0 from the weights of {name}, step {s['step']}"
+    self.run.say(f"goes on from {name} at step {self.step}" if self.step else new)
     then = flattened(config_to_dict(type(self.cfg)())) | flattened(s["config"])
     if changed := differences(then, config_to_dict(self.cfg)):
         self.run.say(f"differs from the configuration of {name} in " + "; ".join(changed))
+    then, now = set(s.get("train_clips", [])), {c.id for c in self.loader.clips}
+    if self.step and then and then != now:
+        self.run.say(f"differs from the clips of {name}: {len(then - now)} are left out, {len(now - then)} are new")
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         self.run.say(f"{name} lacks {len(missing)} tensors, which start untrained: {', '.join(missing[:5])}{more}")
@@ -684,7 +703,8 @@ def load_model(
     except (ImportError, AttributeError, ValueError):
         kind = None
     if not (isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "config")):
-        raise DataError(f"{Path(path).name}: names the model {s['kind'][:80]!r}, which this version does not have; take a checkpoint of this version.")
+        raise DataError(f"{Path(path).name}: names the model {s['kind'][:80]!r}, which this version does not have; "
+                        "take a checkpoint of this version.")
     cfg = config_from_dict(s["config"], kind.config)
     model = kind(cfg).to(device)
     load_weights(model, {k.removeprefix("module."): v for k,v in s["ema"].items() if k.startswith("module.")}, Path(path).name)
@@ -748,10 +768,10 @@ def _steps(self:Trainer,
 @patch
 def _farewell(self:Trainer)->str: # a sentence
     "Save where training was interrupted, and say how to go on."
-    if not self.step: line = "interrupted before the first step; start again"
-    else:
-        path = self.save()
-        line = f"interrupted at step {self.step}, saved as {path.name}; go on with -p resume_from last -p out_dir {self.run.folder}"
+    line = "interrupted before the first step; start again"
+    if self.step:
+        how = f"-p resume_from last -p out_dir {self.run.folder}"
+        line = f"interrupted at step {self.step}, saved as {self.save().name}; go on with {how}"
     self.run.say(line)
     return line
 
@@ -766,10 +786,13 @@ def log(self:Trainer,
 )->None:
     "One console line and one record of a step (S6-03)."
     row = {k: v if isinstance(v, str) else float(v) for k,v in (l or {}).items()}
-    counts = dict(skipped=self.skipped, seconds=round(self.seconds,2)) | (dict(unread=sum(self.unread.values())) if self.unread else {})
+    counts = dict(skipped=self.skipped, seconds=round(self.seconds,2))
+    if self.unread: counts["unread"] = sum(self.unread.values())
     self.run.record(dict(step=self.step, **row, lr=self.opt.param_groups[0]["lr"], **counts, clips=self.pending))
     self.pending = []
-    if l is not None: self.run.say(f"step {self.step:6d}  " + "  ".join(f"{k} {row[k]:.4f}" for k in ("total","rgb","ssim","depth","vel","psnr")) + f"  {row['clip']}  {self.seconds:.0f} s")
+    if l is not None:
+        figures = "  ".join(f"{k} {row[k]:.4f}" for k in ("total","rgb","ssim","depth","vel","psnr"))
+        self.run.say(f"step {self.step:6d}  {figures}  {row['clip']}  {self.seconds:.0f} s")
 
 # %% ../nbs/32_train.ipynb #d0da1ea0
 @patch

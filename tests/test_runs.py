@@ -104,6 +104,7 @@ def test_rows_keep_their_meaning_when_the_clips_change(trainer, city):
     again = trainer(clips=clips_of(city)[1:], goes_on=True)
     again.resume(again.run.folder / "ckpt_last.pt")
     again.fit(10)
+    assert "differs from the clips of ckpt_last.pt: 1 are left out, 2 are new" in (again.run.folder / "train.log").read_text()
     ids = again.run.meta()["train_clips"]
     assert {ids[i] for i in named(again)[:5]} == {t.loader.clips[0].id}
     assert not {ids[i] for i in named(again)[5:]} & {t.loader.clips[0].id}
@@ -332,15 +333,14 @@ def test_a_full_disk_is_said_and_leaves_no_torn_line(trainer, monkeypatch):
     t.run.record(dict(step=1))
     plain = Path.open
     monkeypatch.setattr(Path, "open", lambda self, mode="r", **how: FullFile(plain(self, mode, **how)) if mode == "a" else plain(self, mode, **how))
-    with pytest.raises(DataError, match="run/metrics.jsonl: the disk is full; free some space and go on with resume_from=last"):
+    with pytest.raises(DataError, match="run/metrics.jsonl: could not be written because the disk is full; free some space and go on with resume_from=last"):
         t.run.record(dict(step=2))
     monkeypatch.undo()
     assert (t.run.folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
-    def full(self, data):
-        plain(self, "wb").close()
+    def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(DataError, match="ckpt_step_000000.pt: the disk is full"):
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(DataError, match="ckpt_step_000000.pt: could not be written because the disk is full; free some space"):
         t.save()
     assert not list(t.run.folder.glob(".*.tmp"))
 
