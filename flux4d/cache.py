@@ -4,7 +4,7 @@
 
 # %% ../nbs/12_cache.ipynb #33508de7
 from __future__ import annotations
-import hashlib, json, multiprocessing, time, zipfile
+import hashlib, json, multiprocessing, zipfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from . import frames, gaussians, pandaset, clips, lift, background
 from .gaussians import Gaussians
-from .pandaset import atomic_write
+from .files import atomic_write, remove_unfinished
 from .clips import Clip
 from .lift import LiftConfig
 from .background import BackgroundConfig, init_gaussians
@@ -92,10 +92,9 @@ class LiftCache:
         folder:str|Path, # made when needed
         device:Any="cpu", # where clips are lifted
     )->None:
-        "Open a cache and clear away what killed writers left more than an hour ago."
+        "Open a cache and clear away what killed writers left."
         self.folder, self.device = Path(folder), device; self.folder.mkdir(parents=True, exist_ok=True)
-        for p in self.folder.glob(".*.npz.*.tmp"):
-            if time.time() - p.stat().st_mtime > 3600: p.unlink(missing_ok=True)
+        remove_unfinished(self.folder, "*.npz")
 
     def path(self,
         clip:Clip, # the clip
