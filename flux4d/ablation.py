@@ -5,20 +5,24 @@
 # %% ../nbs/51_ablation.ipynb #fc0e825f
 from __future__ import annotations
 import hashlib, json
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 import yaml
+from annotated_types import Interval
 from matplotlib.figure import Figure
+from pydantic import NonNegativeInt
 from .house import repo_root
 from .pandaset import DataError
+from .settings import Distinct, LogId, Seed, read_parameters
 from .train import flattened, merged
 
 # %% auto #0
 __all__ = ['VARIANTS', 'TABLES', 'PAPER', 'SWITCHES', 'FIELDS', 'SETTINGS', 'COLUMNS', 'BUDGET', 'SILENT', 'NOT_COMPARABLE',
-           'STEPS', 'differences', 'variant_of', 'run_variant', 'found', 'pace', 'mark', 'ablation_row', 'as_table',
-           'paper_tables', 'circumstances', 'clips_helped', 'changes', 'ablation_chart', 'time_table', 'near_in_time',
-           'recorded', 'paired', 'report']
+           'STEPS', 'differences', 'variant_of', 'AblationParameters', 'run_variant', 'found', 'pace', 'mark',
+           'ablation_row', 'as_table', 'paper_tables', 'circumstances', 'clips_helped', 'changes', 'ablation_chart',
+           'time_table', 'near_in_time', 'recorded', 'paired', 'report']
 
 # %% ../nbs/51_ablation.ipynb #72670efe
 VARIANTS = dict(
@@ -51,6 +55,25 @@ def variant_of(
     "Which variant a configuration is."
     flat = flattened(config); is_one = lambda v: all(flat.get(f) == v[p] for p,f in SWITCHES.items()) and bool(flat.get("loss.velocity")) == ("overrides" not in v)
     return next((k for k,v in VARIANTS.items() if is_one(v)), None)
+
+# %% ../nbs/51_ablation.ipynb #afd2a5a5
+@dataclass(frozen=True)
+class AblationParameters:
+    "The parameters of this notebook, as the cell above explains them; () means what empty means there."
+    data_root:str=""
+    train_logs:Distinct[LogId]=()
+    eval_logs:Distinct[LogId]=()
+    eval_starts:Distinct[NonNegativeInt]=()
+    train_without_frames:str=""
+    image_scale:Annotated[float, Interval(gt=0, le=1)]=1.
+    iters:NonNegativeInt=2
+    seed:Seed=0
+    out_dir:str=""
+    variants:Distinct[Literal[tuple(VARIANTS)]]=()
+    records:str=""
+    equal_time:str=""
+    overrides:dict=field(default_factory=dict)
+    others:dict=field(default_factory=dict)
 
 # %% ../nbs/51_ablation.ipynb #78293160
 def run_variant(

@@ -5,17 +5,18 @@
 # %% ../nbs/11_background.ipynb #4655f01e
 from __future__ import annotations
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from annotated_types import Interval
+from pydantic import PositiveFloat, PositiveInt
 from .frames import project, pixel_index, se3_inverse
 from .gaussians import Gaussians, gaussians_from, cat, BACKGROUND, LIDAR
 from .clips import Clip
 from .settings import OpenShare, Share
-from .lift import LiftConfig, ClipData, Blocks, block_sides, clip_data, clip_blocks, even_opacity, lift_data
+from .lift import LiftConfig, ClipData, Blocks, block_sides, clip_data, clip_blocks, even_opacity, lift_data, sound_stamps
 
 # %% auto #0
 __all__ = ['BackgroundConfig', 'pick', 'disagreement', 'far_depth', 'far_field', 'bounding_box', 'draw_hemisphere',
@@ -28,7 +29,7 @@ class BackgroundConfig:
     "What stands where no return does."
     # "grid": blocks of the input images pushed far away; "hemisphere": the paper; "none"
     mode:Literal["grid","hemisphere","none"]="grid"
-    num_sky_points:PositiveInt=1_000_000 # hemisphere: points drawn (supp. A.2); those no camera sees are then left out
+    num_sky_points:Annotated[int, Interval(ge=1, le=100_000_000)]=1_000_000 # hemisphere: points drawn (supp. A.2); those no camera sees are then left out
     # hemisphere: radius per longest side of the LiDAR Gaussians' bounding box (supp. A.2)
     radius_factor:PositiveFloat=4.
     distance:PositiveFloat=600. # m, grid: depth of the far field
@@ -40,7 +41,7 @@ class BackgroundConfig:
     opacity:OpenShare=.5 # grid: six input images overlap, so each may be half transparent
     sky_opacity:OpenShare=.9 # hemisphere: one layer, scattered at random; .5 is the paper's opacity of every Gaussian (supp. A.2)
     # points drawn inside a sphere, for robustness (Sec. 4.1; their number is not known); those no camera sees are left out
-    inside_points:NonNegativeInt=0
+    inside_points:Annotated[int, Interval(ge=0, le=100_000_000)]=0
     # its radius per longest side of the LiDAR Gaussians' bounding box; not known, this one holds the box's length
     inside_factor:PositiveFloat=.5
     inside_opacity:OpenShare=.5 # of these points (supp. A.2)
@@ -217,6 +218,7 @@ def init_data(
     seed:int=0,        # of rotations and hemisphere
 )->Gaussians: # kinds LIDAR, then BACKGROUND; world, on the data's device
     "G_init of a clip in memory: everything a reconstruction starts from."
+    data = sound_stamps(data, lift_cfg.late_after)
     blocks = clip_blocks(data, lift_cfg) if lift_cfg.fill or bg_cfg.mode == "grid" else None
     g = lift_data(data, lift_cfg, seed, blocks)
     ball = [inside_ball(data, g, bg_cfg, seed)] if bg_cfg.inside_points else []

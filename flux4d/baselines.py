@@ -16,12 +16,13 @@ from .clips import Clip
 from .settings import Seed
 from .lift import clip_returns
 from .voxels import VoxelConfig
+from .votes import height_above_ground
 from .predictor import PredictorConfig, decode_velocity, make_layout, motion_channels
 
 
 # %% auto #0
-__all__ = ['BASELINES', 'still', 'sweep_rows', 'nearest_sweep', 'NSFPConfig', 'DistanceMap', 'above_ground', 'flow_net',
-           'fit_flow', 'nsfp', 'motion_prior_alone']
+__all__ = ['BASELINES', 'still', 'sweep_rows', 'nearest_sweep', 'NSFPConfig', 'DistanceMap', 'is_above', 'flow_net', 'fit_flow',
+           'nsfp', 'motion_prior_alone']
 
 # %% ../nbs/43_baselines.ipynb #fd04a31d
 def still(
@@ -106,16 +107,12 @@ def _spread(square:Tensor, axis:int, reach:int)->None:
             to = square.narrow(axis, a, n-s); torch.minimum(to, old.narrow(axis, b, n-s) + s*s, out=to)
 
 # %% ../nbs/43_baselines.ipynb #9aa81026
-def above_ground(
-    x:Tensor, # (N,3) m, z up
-    height:float=.3, # m
-    patch:float=2., # m, side of a square
+def is_above(
+    points:Tensor, # (N,3) m, z up
+    cfg:NSFPConfig, # read: ground, patch
 )->Tensor: # (N,) bool
     "Which returns rise above the lowest one around."
-    ij = torch.floor(x[:,:2]/patch).long(); ij = ij - ij.amin(0); rows, cols = (ij.amax(0) + 1).tolist(); at = ij[:,0]*cols + ij[:,1]
-    low = x.new_full((rows*cols,), torch.inf).scatter_reduce_(0, at, x[:,2], "amin")
-    low = -F.max_pool2d(-low.view(1, rows, cols), 3, 1, 1)
-    return x[:,2] > low.flatten()[at] + height
+    return height_above_ground(points, cfg.patch, share=0., least=1) > cfg.ground
 
 # %% ../nbs/43_baselines.ipynb #75f99e0d
 def flow_net(
@@ -153,7 +150,7 @@ def nsfp(
 )->tuple[Gaussians,Tensor]: # the lift; (N,1,3) m/s, world
     "Velocities from a field fitted to each input sweep and its neighbour."
     _, v = still(clip, g0); x = g0.means.detach()
-    up = lambda r: r[above_ground(x[r], cfg.ground, cfg.patch)] if cfg.ground else r
+    up = lambda r: r[is_above(x[r], cfg)] if cfg.ground else r
     for own, other in sweep_rows(clip, g0):
         a, b = up(own), up(other); gap = float(g0.t[other].mean() - g0.t[own].mean())*clip.time.duration
         if len(a) and len(b): v[a,0] = fit_flow(x[a], x[b], cfg)[0](x[a])/gap

@@ -4,7 +4,7 @@
 
 # %% ../nbs/04_clips.ipynb #07c349c7
 from __future__ import annotations
-import argparse, hashlib, json, pickle
+import argparse, hashlib, json, math, pickle
 from collections.abc import Callable
 from dataclasses import dataclass, asdict, replace, fields
 from pathlib import Path
@@ -21,16 +21,17 @@ if TYPE_CHECKING: # loaded where images become tensors, so that the commands sta
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['TEST_SCENES', 'PRESETS', 'TIME_UNITS', 'SANE_STEP', 'COORD', 'INDEX_NAMES', 'META_SCHEMA', 'RECORD_SCHEMA',
-           'META_FIELDS', 'RECORD_FIELDS', 'ClipConfig', 'cut', 'time_unit', 'check_time_unit', 'irregular_step',
-           'make_record', 'fingerprint', 'build_index', 'tiny_index', 'left_out_lines', 'write_index', 'is_name',
-           'is_path', 'Field', 'load_index', 'index_hash', 'select_clips', 'inspect_index', 'index_main', 'Clip',
-           'long_log_clips', 'project_sweep', 'Views', 'InputViews', 'TargetViews', 'splat_depth', 'check_frames',
-           'load_views']
+__all__ = ['TEST_SCENES', 'PRESETS', 'TRAIN_SETTINGS', 'TIME_UNITS', 'SANE_STEP', 'COORD', 'INDEX_NAMES', 'META_SCHEMA',
+           'RECORD_SCHEMA', 'META_FIELDS', 'RECORD_FIELDS', 'ClipConfig', 'cut', 'time_unit', 'check_time_unit',
+           'irregular_step', 'make_record', 'fingerprint', 'build_index', 'tiny_index', 'left_out_lines', 'write_index',
+           'is_name', 'is_path', 'Field', 'load_index', 'index_hash', 'select_clips', 'inspect_index', 'index_main',
+           'Clip', 'long_log_clips', 'unhidden', 'project_sweep', 'Views', 'InputViews', 'TargetViews', 'splat_depth',
+           'check_frames', 'load_views']
 
 # %% ../nbs/04_clips.ipynb #e82b7df0
 TEST_SCENES = ("001", "011", "016", "065", "084", "090", "106", "115", "123", "158")
 PRESETS = "paper", "debug", "long_log"
+TRAIN_SETTINGS = "train_interpolation", "train_future", "debug", "long_log" # kinds of clip that training may use
 
 @dataclass(frozen=True)
 class ClipConfig:
@@ -101,7 +102,7 @@ def check_time_unit(
     path, stamps = log.folder/"lidar/timestamps.json", log.lidar_stamps
     step = float(np.median(np.diff(stamps))) if len(stamps) > 1 else 0.
     unit = time_unit(step)
-    if unit: report(path, f"steps by {step:g} from frame to frame, which are {unit}", f"divide its stamps by {TIME_UNITS[unit]:g} to get seconds")
+    if unit: report(path, f"steps by {step:.0f} from frame to frame, which are {unit}", f"divide its stamps by {TIME_UNITS[unit]:.0f} to get seconds")
 
 # %% ../nbs/04_clips.ipynb #f78e89b1
 def irregular_step(
@@ -384,6 +385,8 @@ def select_clips(
     keep = [c for c in index["clips"] if all(v is None or c[k] in v for k,v in asked.items()) and not set(exclude_frames) & set(c["frame_ids"])]
     if not keep:
         given = ", ".join(f"{k} {'/'.join(map(str, v))}" for k,v in asked.items() if v is not None) or "these conditions"
+        if exclude_frames:
+            given += f", leaving out frames {min(exclude_frames)} to {max(exclude_frames)}"
         raise DataError(f"index: holds no clip with {given}; relax a condition or build the index with train_scenes and test_scenes that give such clips.")
     if limit is None or limit >= len(keep): return keep
     return [keep[i] for i in np.linspace(0, len(keep)-1, limit).round().astype(int)]
@@ -395,12 +398,13 @@ def inspect_index(
     stop:bool=False, # stop in the debugger with `index` and `record` at hand
 )->None: # prints
     "Print a summary, the coordinate block and one record."
-    m, clips = index["meta"], index["clips"]; kinds = sorted({(c["setting"], c["split"]) for c in clips})
+    m, clips = index["meta"], index["clips"]
+    if clip is not None and not 0 <= clip < len(clips):
+        raise DataError(f"clip: {clip} is not in this index; " + (f"choose a number from 0 to {len(clips)-1}." if clips else "it holds no clip."))
+    kinds = sorted({(c["setting"], c["split"]) for c in clips})
     print(f"{m['preset']} preset, {len(m['scenes'])} logs, {len(clips)} clips, {len(m['left_out'])} left out, hash {index_hash(index)}")
     for k in kinds: print(f"  {k[0]:20} {k[1]:6}{sum((c['setting'], c['split']) == k for c in clips):6}")
     print("coord:", *(f"{k}={v}" for k,v in m["coord"].items()), sep="\n  ")
-    if clip is not None and not 0 <= clip < len(clips):
-        raise DataError(f"clip: {clip} is not in this index; " + (f"choose a number from 0 to {len(clips)-1}." if clips else "it holds no clip."))
     record = None if clip is None else clips[clip]
     for k in ("clip_id", "split", "setting", "fps_actual", "input_frame_ids", "target_frame_ids", "lidar_paths") if record else (): print(f"{k}: {record[k]}"[:110])
     if stop: breakpoint()
@@ -532,31 +536,60 @@ def long_log_clips(
     return [Clip(data[log_id], r) for r in kept]
 
 # %% ../nbs/04_clips.ipynb #637ffbad
-def _quadrant_far(near:np.ndarray, rows:int, cols:int)->np.ndarray:
+def _quadrant_far(
+    near:Tensor, # (V,rows,cols) nearest depth of each cell, infinite where empty
+    up:int,      # rows a quadrant reaches up or down
+    aside:int,   # columns it reaches to either side
+)->Tensor: # (V,rows,cols)
     "The largest of the four quadrants' smallest depth around each cell; a quadrant includes the cell's own row and column."
-    h, w = near.shape; p = np.pad(near, ((rows,rows), (cols,cols)), constant_values=np.inf)
-    running = lambda a,n: np.minimum.reduce([a[k:len(a)-n+k] for k in range(n+1)])
-    q = running(running(p, rows).T, cols).T
-    return np.maximum.reduce([q[:h,:w], q[:h,cols:], q[rows:,:w], q[rows:,cols:]])
+    import torch
+    import torch.nn.functional as F
+    rows, cols = near.shape[1:]
+    padded = F.pad(-near[:,None], (aside, aside, up, up), value=-math.inf)
+    least = -F.max_pool2d(padded, (up+1, aside+1), 1)[:,0]
+    above, below = least[:,:rows], least[:,up:]
+    return torch.stack([above[...,:cols], above[...,aside:], below[...,:cols], below[...,aside:]]).amax(0)
 
 # %% ../nbs/04_clips.ipynb #0c84b7b6
+def unhidden(
+    uv:Tensor,     # (V,N,2) px
+    z:Tensor,      # (V,N) m
+    inside:Tensor, # (V,N) bool, in the image
+    focal:Tensor,  # (V,) px
+    width:int,     # px
+    height:int,    # px
+    cell:float=.2, # deg, cell of the coarse depth image
+    window:tuple[float,float]=(1.2, .6), # deg, reach of a quadrant: vertical, horizontal
+    margin:float=.1, # how much nearer, as a share of the depth, an occluder must be
+)->Tensor: # (V,N) bool, in the image and not hidden
+    "Which returns of V images nothing nearer surrounds."
+    import torch
+    px = math.radians(cell)*focal
+    rows, cols = (int(n/float(px.min())) + 1 for n in (height, width))
+    image, which = inside.nonzero(as_tuple=True)
+    col, row = torch.floor(uv[image,which]/px[image,None]).long().unbind(-1)
+    at = (image*rows + row.clamp_max(rows-1))*cols + col.clamp_max(cols-1)
+    near = z.new_full((len(px)*rows*cols,), math.inf).scatter_reduce_(0, at, z[image,which], "amin")
+    up, aside = (max(1, round(w/cell)) for w in window)
+    far = _quadrant_far(near.view(len(px), rows, cols), up, aside).flatten()
+    seen = torch.zeros_like(inside)
+    seen[image,which] = z[image,which] <= (1 + margin)*far[at]
+    return seen
+
 def project_sweep(
     points:np.ndarray, # (N,3) returns of one sweep, world, m
     K:np.ndarray, # (3,3) pinhole matrix, px
     world_to_cam:np.ndarray, # (4,4)
     width:int, # px
     height:int, # px
-    cell:float=.2, # deg, cell of the coarse depth image
-    window:tuple[float,float]=(1.2, .6), # deg, reach of a quadrant: vertical, horizontal
-    margin:float=.1, # how much nearer, as a share of the depth, an occluder must be
+    **how:Any, # cell, window, margin: as for `unhidden`
 )->tuple[np.ndarray,np.ndarray,np.ndarray]: # uv (N,2) px, z (N,) m, visible (N,) bool: in the image and not hidden
     "Project a sweep and tell which returns the camera sees."
-    uv, z = project(K, world_to_cam, points); visible = pixel_index(uv, width, height)[2]
-    i = np.flatnonzero(visible); px = np.radians(cell)*K[0,0]; reach = [max(1, round(w/cell)) for w in window]
-    col, row = (uv[i]/px).astype(int).T; near = np.full((int(height/px)+1, int(width/px)+1), np.inf)
-    np.minimum.at(near, (row, col), z[i])
-    visible[i] = z[i] <= (1 + margin)*_quadrant_far(near, *reach)[row, col]
-    return uv, z, visible
+    uv, z = project(K, world_to_cam, points)
+    inside = pixel_index(uv, width, height)[2]
+    import torch
+    one = [torch.from_numpy(a)[None] for a in (uv, z, inside)]
+    return uv, z, unhidden(*one, torch.tensor(K[:1,0]), width, height, **how)[0].numpy()
 
 # %% ../nbs/04_clips.ipynb #7485f3ed
 @dataclass

@@ -7,10 +7,12 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np, torch
+from annotated_types import Interval
 from matplotlib import colormaps
 from PIL import Image
+from pydantic import NonNegativeInt
 from scipy.spatial import cKDTree
 from torch import Tensor
 from .clips import Clip, ClipConfig, build_index, project_sweep, select_clips
@@ -19,12 +21,30 @@ from .frames import pixel_index, project, scale_intrinsics, se3_inverse
 from .gaussians import Gaussians, LIDAR
 from .pandaset import DataError, Log, PandaSet, atomic_write, scaled_size
 from .render import Cameras, RenderConfig, Rendered
+from .settings import Device, LogId, Name, find_device, read_parameters
 from .velocity import FlowConfig, clip_gaps, colour_wheel, flow_colours, render_velocity
 
 # %% auto #0
-__all__ = ['open_clip', 'frame_list', 'frame_camera', 'TrueMotion', 'true_motion', 'true_velocity', 'ImageTruth',
-           'true_image_flow', 'GateConfig', 'measure_fixed', 'gate_a', 'what_training_adds', 'measure_per_frame',
-           'gate_b', 'tint', 'speed_pictures', 'frame_pictures', 'save_pictures', 'walk', 'run_flow']
+__all__ = ['FlowParameters', 'open_clip', 'frame_list', 'frame_camera', 'TrueMotion', 'true_motion', 'true_velocity',
+           'ImageTruth', 'true_image_flow', 'GateConfig', 'measure_fixed', 'gate_a', 'what_training_adds',
+           'measure_per_frame', 'gate_b', 'tint', 'speed_pictures', 'frame_pictures', 'save_pictures', 'walk',
+           'run_flow']
+
+# %% ../nbs/40_flow.ipynb #bccd3f72
+@dataclass(frozen=True)
+class FlowParameters:
+    "The parameters of this notebook, as the cell above explains them."
+    mode:Literal["fixed","per_frame","both"]="both"
+    checkpoint:str=""
+    data_root:str=""
+    log:Literal[""]|LogId=""
+    start:NonNegativeInt=0
+    render_frames:Name="0-15"
+    frame_ref:NonNegativeInt=0
+    camera:Name="front_camera"
+    out_dir:Name="papermill_runs/flow"
+    image_scale:Annotated[float, Interval(ge=0, le=1)]=0.
+    device:Device=""
 
 # %% ../nbs/40_flow.ipynb #408ea2f4
 def open_clip(

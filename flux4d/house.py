@@ -12,15 +12,15 @@ from urllib.parse import quote, unquote
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['ROOMS', 'ROWS', 'row_ids', 'RESULTS', 'RUN_FILES', 'OPERATORS', 'CALLS', 'SOURCES', 'NOT_PROSE', 'NUMBER', 'UNITS',
-           'MADE', 'EXAMPLES', 'NEEDS_PATH', 'Notebook', 'read_notebook', 'repo_root', 'notebooks', 'notebooks_table',
-           'ids_in', 'row_sections', 'anchor', 'rows_table', 'measured', 'metrics_table', 'is_number', 'read_metrics',
-           'record_files', 'runs_of_record', 'run_summary', 'results_row', 'results_table', 'show_run', 'run_file',
-           'run_value', 'chain_of', 'evaluated', 'run_arithmetic', 'Figure', 'figures_in', 'printed_like',
-           'is_printed_right', 'text_faults', 'holds_fault', 'checked_figure', 'kept_runs', 'figure_faults', 'visible',
-           'output_text', 'as_markdown', 'relink', 'from_root', 'readme_text', 'readme_faults', 'write_readme',
-           'site_link', 'digest', 'remove_pages', 'write_pages', 'differing', 'generated_faults', 'as_sentence',
-           'house_main', 'house_command']
+__all__ = ['ROOMS', 'ROWS', 'row_ids', 'MARKUP', 'RESULTS', 'RUN_FILES', 'OPERATORS', 'CALLS', 'SOURCES', 'NOT_PROSE', 'NUMBER',
+           'UNITS', 'MADE', 'HOUSE_EXAMPLES', 'NEEDS_PATH', 'Notebook', 'read_notebook', 'repo_root', 'notebooks',
+           'notebooks_table', 'ids_in', 'row_sections', 'anchor', 'rows_table', 'one_line', 'literal', 'measured',
+           'metrics_table', 'is_number', 'read_metrics', 'record_files', 'runs_of_record', 'run_summary', 'results_row',
+           'results_table', 'show_run', 'run_file', 'run_value', 'chain_of', 'evaluated', 'run_arithmetic', 'Figure',
+           'figures_in', 'printed_like', 'is_printed_right', 'text_faults', 'holds_fault', 'checked_figure',
+           'kept_runs', 'figure_faults', 'visible', 'output_text', 'as_markdown', 'relink', 'from_root', 'readme_text',
+           'readme_faults', 'write_readme', 'site_link', 'digest', 'remove_pages', 'write_pages', 'differing',
+           'generated_faults', 'as_sentence', 'house_main', 'house_command']
 
 # %% ../nbs/09_house.ipynb #0f1cdd0b
 @dataclass
@@ -33,8 +33,11 @@ def read_notebook(
     path:Path, # an .ipynb file
 )->Notebook: # its cells, each source joined to one string
     "Read a notebook's cells."
-    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    return Notebook(Path(path), [dict(c, source="".join(c["source"])) for c in cells])
+    try:
+        cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+        return Notebook(Path(path), [dict(c, source="".join(c["source"])) for c in cells])
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise ValueError(f"{Path(path).name}: is no notebook; take it out of its folder, or get it back from git.") from e
 
 # %% ../nbs/09_house.ipynb #701fc258
 def repo_root(
@@ -125,6 +128,24 @@ def rows_table(
     answer = lambda i: "; ".join(anchor(*at) for at in where.get(i, [])) or "open"
     return "\n".join(["| row | answered in |", "| --- | --- |", *(f"| {i} | {answer(i)} |" for i in rows)])
 
+# %% ../nbs/09_house.ipynb #c8aa9773
+MARKUP = re.compile(r"[\\\[\]<>|*~]|&(?=#?\w+;)|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+
+def one_line(
+    text:str, # any text
+    length:int=300, # characters, at most
+)->str:
+    "A text without line breaks and control characters."
+    shown = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return shown if len(shown) <= length else shown[:length - 3] + "..."
+
+def literal(
+    name:str, # of a run, clip, log, camera, class or machine
+)->str: # Markdown that shows the name and does nothing else
+    "A name as text."
+    shown = "".join(c if c.isprintable() else " " for c in name).replace("`", "'")
+    return MARKUP.sub(r"\\\g<0>", shown)
+
 # %% ../nbs/09_house.ipynb #08716443
 def measured(
     metrics:dict, # the content of a metrics.json
@@ -144,7 +165,7 @@ def metrics_table(
     "A run's metrics, mean and count."
     cells, counts, tables = {}, {}, {}
     for (*group,name),mean,count in measured(metrics):
-        cells.setdefault(g := " ".join(group), {})[name] = "-" if mean is None else f"{mean:.4g}"
+        cells.setdefault(g := literal(" ".join(group)), {})[literal(name)] = "-" if mean is None else f"{mean:.4g}"
         counts[g] = max(count, counts.get(g, 0))
     for g,c in cells.items():
         names = next((n for n in tables if set(c) <= set(n)), tuple(c))
@@ -212,7 +233,7 @@ def run_summary(
     "What a run measured, and under which circumstances."
     if not (run/"metrics.json").is_file(): raise FileNotFoundError(f"{run.name} has no metrics.json: the run did not reach its evaluation")
     metrics = read_metrics(run/"metrics.json")
-    notes = {k:v for k,v in {**metrics, **metrics.get("runtime", {})}.items() if isinstance(v, (str,int,float))}
+    notes = {literal(k): literal(v) if isinstance(v, str) else v for k,v in {**metrics, **metrics.get("runtime", {})}.items() if isinstance(v, (str,int,float))}
     said = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k,v in notes.items())
     return f"**{run.name}**: {said}\n\n{metrics_table(metrics)}"
 
@@ -226,7 +247,7 @@ def results_row(
     have = {" ".join(k): v for k,v,_ in measured(metrics)}; show = lambda v: "-" if v is None else f"{v:.4g}"; r = metrics["runtime"]
     cells = [" / ".join(show(have.get(path.replace("*", s))) for s in (("interpolation","future") if "*" in path else ("",))) for path in RESULTS.values()]
     name = f"[{run.name}](../papermill_runs/{run.name}/report.md)" if (run/"report.md").is_file() else run.name; took = f"{r['iters']} steps, {r['train_seconds']:.0f} s" if r.get("iters") else "nothing"
-    return f"| {name} | {metrics['evaluated_on']} | {took} | {r['machine']} | " + " | ".join(cells) + f" | {show((r.get('reconstruction') or {}).get('total'))} |"
+    return f"| {name} | {literal(str(metrics['evaluated_on']))} | {took} | {literal(str(r['machine']))} | " + " | ".join(cells) + f" | {show((r.get('reconstruction') or {}).get('total'))} |"
 
 def results_table(
     root:Path, # the repository
@@ -536,8 +557,13 @@ def write_readme(
     "Run the index, clean it, and write the README."
     import nbformat
     from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
     path = root/"nbs/00_index.ipynb"; nb = nbformat.read(path, 4)
-    NotebookClient(nb, timeout=300, kernel_name="python3", extra_arguments=["--log-level=ERROR"], resources={"metadata":{"path":str(root/"nbs")}}).execute()
+    client = NotebookClient(nb, timeout=300, kernel_name="python3", extra_arguments=["--log-level=ERROR"], resources={"metadata":{"path":str(root/"nbs")}})
+    try:
+        client.execute()
+    except CellExecutionError as e:
+        raise RuntimeError(f"nbs/00_index.ipynb: a cell ended in {e.ename}, {e.evalue}; mend it and run make readme again.") from e
     nbformat.write(nb, path)
     subprocess.run([sys.executable, "-c", "from nbdev.clean import nbdev_clean; nbdev_clean(fname='nbs/00_index.ipynb')"], cwd=root, check=True)
     (root/"README.md").write_text(readme_text(root), encoding="utf-8")
@@ -624,7 +650,7 @@ def generated_faults(
                 *(f"nbs/{n} is not clean: run make export" for n in differing(copy/"nbs", root/"nbs", "*.ipynb"))]
 
 # %% ../nbs/09_house.ipynb #bd892e7a
-EXAMPLES = """examples:
+HOUSE_EXAMPLES = """examples:
   flux4d-house check                                  is everything made from the notebooks as they are?
   flux4d-house figures --write                        put right the figures of runs in the notebooks' prose
   flux4d-house show papermill_runs/run_001            print what a run measured and the names of its pictures
@@ -643,14 +669,14 @@ def house_main(
     argv:list[str]|None=None, # words of the command line; sys.argv when None
 )->int: # exit status
     "Check and make what is derived from the notebooks; show and keep runs."
-    ap = argparse.ArgumentParser(prog="flux4d-house", description=house_main.__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(prog="flux4d-house", description=house_main.__doc__, epilog=HOUSE_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("command", choices=["check","readme","pages","figures","show","record"])
     ap.add_argument("path", nargs="?", type=Path, help="show, record: a run's folder; pages: the folder to write, new or written by this command before")
     ap.add_argument("--write", action="store_true", help="figures: replace stale figures in the notebooks and in the README")
     a = ap.parse_args(argv)
     try:
         lines = house_command(a.command, a.path, a.write)
-    except (OSError, ValueError, RuntimeError) as e:
+    except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as e:
         lines = [as_sentence(e)]
     print(*lines, sep="\n", end="\n"*bool(lines), file=sys.stderr)
     return int(bool(lines))
@@ -674,10 +700,14 @@ def house_command(
         return [*generated_faults(root), *readme_faults(root), *figure_faults(root)]
     if command == "figures":
         faults = figure_faults(root, write)
-        if write:
-            (root/"README.md").write_text(readme_text(root), encoding="utf-8")
-            return figure_faults(root)
-        return faults
+        if not write:
+            return faults
+        (root/"README.md").write_text(readme_text(root), encoding="utf-8")
+        left = figure_faults(root)
+        for fault in faults:
+            if fault not in left:
+                print(f"put right: {fault}")
+        return left
     if command == "readme":
         write_readme(root)
     if command == "pages":

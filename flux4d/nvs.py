@@ -20,6 +20,7 @@ from .cuboids import CuboidConfig, check_labels, dynamic_mask
 from .gaussians import Gaussians
 from .image_metrics import Mean, MetricConfig, psnr, ssim_metric, depth_rmse
 from .render import RenderConfig, Rendered, render
+from .settings import Some
 from .train import Loader
 from .velocity import FlowConfig, colour_wheel, flow_colours, render_velocity, view_gaps
 from .flow import tint
@@ -46,7 +47,7 @@ def sky_mask(
 @dataclass
 class EvalConfig:
     "How target views are scored."
-    depth_sensors:tuple[Literal[0,1],...]=(0,) # LiDARs whose returns a rendered depth is compared with, whatever the lift used
+    depth_sensors:Some[Literal[0,1]]=(0,) # LiDARs whose returns a rendered depth is compared with, whatever the lift used
     save_renders:NonNegativeInt=3 # clips whose pictures are written (S6-08)
     views_per_call:PositiveInt=5 # target views rendered at once
     labels:CuboidConfig=field(default_factory=CuboidConfig) # what counts as moving
@@ -297,11 +298,12 @@ def clip_video(
     done:dict[int,Image.Image]|None=None, # {log frame id: picture} of frames that were drawn already
     width:int=400, # px of a panel, at most
 )->Path: # the film
-    "Film of every frame of a clip in its first camera."
+    "Film of every frame of a clip in its first camera, as fast as it was driven."
     path.parent.mkdir(parents=True, exist_ok=True); camera = loader.cfg.data.cameras[0]; shots = dict(done or {})
     for f in (f for f in clip.frames if f not in shots):
         view = loader.views(clip, [(f,camera)]); out, v_r, _ = render_velocity(g, v, clip.time.duration, view, view_gaps(clip, view), cfg, flow)
         shots[f] = film_frame(out._replace(features=v_r), view.images[0], flow, width=width)
     first, *rest = [shots[f] for f in clip.frames]
-    first.save(path, save_all=True, append_images=rest, duration=100, loop=0, quality=80, method=2)
+    pace = round(1000*clip.time.duration/max(len(rest), 1)) # ms a frame
+    first.save(path, save_all=True, append_images=rest, duration=pace, loop=0, quality=80, method=2)
     return path

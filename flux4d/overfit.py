@@ -4,11 +4,15 @@
 
 # %% ../nbs/33_overfit.ipynb #6a592a8a
 from __future__ import annotations
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 import numpy as np, torch
+from annotated_types import Ge, Interval
 from PIL import Image
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
+from .settings import Device, Name, Seed, find_device, read_parameters, refuse_missing
 from .train import Config, Trainer, Loader, Batch, build_model, reconstruct
 from .gaussians import Gaussians, LIDAR
 from .render import render
@@ -17,7 +21,8 @@ from .losses import reconstruction_loss
 from .image_metrics import psnr, ssim_metric
 
 # %% auto #0
-__all__ = ['save_image', 'save_debug', 'overfit_gate', 'score_scene', 'gate_scores', 'gate_faults', 'covered', 'fit_directly']
+__all__ = ['save_image', 'save_debug', 'OverfitParameters', 'overfit_gate', 'score_scene', 'gate_scores', 'gate_faults',
+           'covered', 'fit_directly']
 
 # %% ../nbs/33_overfit.ipynb #1dcab8b9
 def save_image(
@@ -43,6 +48,27 @@ def save_debug(
     if weight is not None: folder.mkdir(parents=True, exist_ok=True); save_weight_map(folder/"rgb_weight.png", weight[0], trainer.cfg.flow.clip_px)
     for name, x in dict(pred_rgb=out.rgb, gt_rgb=views.images, pred_depth=out.depth, gt_depth=views.depth).items(): save_image(folder/f"{name}.png", x[0])
     return {}
+
+# %% ../nbs/33_overfit.ipynb #a6da69ef
+@dataclass(frozen=True)
+class OverfitParameters:
+    "The parameters of this notebook, as the cell above explains them."
+    data_root:str=""
+    clip_number:NonNegativeInt=0
+    iters:PositiveInt=40
+    minutes:NonNegativeFloat=0.
+    out_dir:Name="papermill_runs/overfit"
+    device:Device=""
+    seed:Seed=0
+    image_scale:Annotated[float, Interval(gt=0, le=1)]=.5
+    use_depth:bool=True
+    save_ckpt_every:NonNegativeInt=1000
+    log_every:PositiveInt=1
+    views_per_step:PositiveInt=1
+    fixed_target_frame:Annotated[int, Ge(-1)]=-1
+    free_iters:NonNegativeInt=0
+    overrides:dict=field(default_factory=lambda: {
+        "init": {"fill_blocks": [64, 16]}, "model": {"unet": {"widths": [16, 32, 64], "blocks": 1}}, "train": {"lr": .01, "ema": .8}})
 
 # %% ../nbs/33_overfit.ipynb #ffbf2e57
 def overfit_gate(

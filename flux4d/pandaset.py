@@ -4,7 +4,7 @@
 
 # %% ../nbs/03_pandaset.ipynb #ae8755d4
 from __future__ import annotations
-import argparse, contextlib, functools, io, json, os, warnings
+import contextlib, functools, io, json, os, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator
@@ -18,7 +18,7 @@ from .unpickle import ADMITTED, Category, Table, Text, load_table, need_pandas, 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'CAMERAS', 'read_stamps', 'read_poses', 'read_intrinsics', 'Sweep', 'read_sweep', 'scaled_size',
            'open_image', 'read_image', 'fabricate_log', 'find_pandaset', 'PandaSet', 'Camera', 'Log', 'vehicle_axes',
-           'rig_fault', 'check_log', 'check_main']
+           'rig_fault', 'check_log']
 
 # %% ../nbs/03_pandaset.ipynb #6162841e
 _AGAIN = "get the file again"
@@ -549,20 +549,3 @@ def check_log(
         except DataError as e:
             if not found: found.append(str(e))
     return found
-
-# %% ../nbs/03_pandaset.ipynb #1acfe1ac
-def check_main(
-    argv:list[str]|None=None, # command line, None: the process's own
-)->int: # 0 when every log is sound, 1 otherwise
-    "Command `flux4d-check`: list every fault of a data root."
-    p = argparse.ArgumentParser("flux4d-check", description="List every fault of a PandaSet data root.")
-    p.add_argument("data_root"); p.add_argument("logs", nargs="*", help="log ids, default all")
-    p.add_argument("--no-images", action="store_true", help="do not decode the images")
-    a = p.parse_args(argv); total = 0
-    try:
-        data = PandaSet(a.data_root)
-        for id in a.logs or data.log_ids:
-            log = data[id]; faults = check_log(log, not a.no_images); total += len(faults); print(*faults, sep="\n", end="\n"*bool(faults))
-            print(f"{id}: {len(list((log.folder/'lidar').glob('*.pkl.gz')))} sweeps, {len(log.cameras)} cameras, {len(faults)} faults")
-    except DataError as e: total += 1; print(e)
-    return int(total > 0)

@@ -33,7 +33,7 @@ class PredictorConfig:
     unet:UNetConfig=UNetConfig() # the network between voxels and voxels
     hidden:PositiveInt=96 # width of the two hidden layers of each head
     degree:Annotated[int, Interval(ge=0, le=5)]=0 # l of the motion polynomial; l+1 velocity blocks (supp. A.1)
-    time_bins:PositiveInt=8 # groups of channels per voxel that keep capture times apart
+    time_bins:Annotated[int, Interval(ge=1, le=256)]=8 # groups of channels per voxel that keep capture times apart
     bin_seconds:PositiveFloat=.2 # width of one bin, s; the input frames are 0.2 s apart
     # start of the first bin before the clip's start, s; a sweep's returns end at its stamp
     bin_shift:NonNegativeFloat=.15

@@ -65,11 +65,12 @@ PRESETS = dict(
 def preset_config(
     name:str="default", # one of PRESETS
     over:dict|None=None, # nested fields that win over the preset's
+    source:str="", # where they come from, such as a parameter's name, for sentences
 )->FullConfig: # raises DataError for a name or a field nobody knows
     "The configuration that a preset stands for, with single fields changed."
     if name not in PRESETS:
         raise DataError(f"preset: {name!r} is unknown; choose from {', '.join(PRESETS)}.")
-    return config_from_dict(merged(PRESETS[name], over or {}), FullConfig)
+    return config_from_dict(merged(PRESETS[name], over or {}), FullConfig, source)
 
 # %% ../nbs/52_presets.ipynb #265dfde9
 def preset_table()->str: # markdown

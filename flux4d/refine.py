@@ -6,11 +6,12 @@
 from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from fastcore.basics import patch
-from pydantic import NonNegativeFloat, PositiveInt
+from annotated_types import Interval
+from pydantic import NonNegativeFloat
 from .clips import InputViews
 from .frames import mat_to_quat, quat_mul, rotate_vectors, se3_inverse, transform_points
 from .gaussians import FLAT, Gaussians
@@ -29,7 +30,7 @@ __all__ = ['N_FEEDBACK', 'RefineConfig', 'FullConfig', 'feedback_error', 'Feedba
 @dataclass
 class RefineConfig:
     "Iterative refinement (paper Sec. 3.4)."
-    steps:PositiveInt=3 # stages in all; 1 = the base alone (S5-05)
+    steps:Annotated[int, Interval(ge=1, le=100)]=3 # stages in all; 1 = the base alone (S5-05)
     unet:UNetConfig=UNetConfig(widths=(32,64,128,256), blocks=1) # of the refiner; its own weights, one network for every stage
     rgb:NonNegativeFloat=1. # weight of the squared colour error in the feedback, per pixel
     depth:NonNegativeFloat=5. # weight of the relative depth error in the feedback, per return

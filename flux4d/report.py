@@ -9,38 +9,20 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 from .pandaset import DataError, atomic_write
-from .house import as_sentence, measured, read_metrics
+from .house import as_sentence, is_number, literal, measured, one_line, read_metrics
 if TYPE_CHECKING:
     from flux4d.train import Run
 # what needs torch is imported where it is used: `flux4d-report --help` answers at once
 
 # %% auto #0
-__all__ = ['MARKUP', 'TABLE1', 'TABLE2', 'TABLE4', 'TABLE5', 'TABLE6', 'ALSO', 'CLASS_COLUMNS', 'QUANTITIES', 'NOTE', 'CSS',
-           'PAGE', 'PICTURES', 'BEGINNINGS', 'EXAMPLES', 'one_line', 'literal', 'literal_names', 'table', 'paper_rows',
-           'whole_logs', 'blocks_of', 'nvs_tables', 'flow_cells', 'class_cells', 'flow_tables', 'views_cells',
-           'summary_table', 'analysis_lines', 'clip_table', 'class_table', 'timing_lines', 'empty_lines', 'report_text',
-           'below', 'picture_source', 'to_html', 'write_pages', 'write_report', 'names_in', 'relation_faults',
-           'foreign_faults', 'read_record', 'same_frames', 'with_baselines', 'side_by_side', 'report_again',
-           'report_main']
+__all__ = ['TABLE1', 'TABLE2', 'TABLE4', 'TABLE5', 'TABLE6', 'ALSO', 'CLASS_COLUMNS', 'QUANTITIES', 'NOTE', 'CSS', 'PAGE',
+           'PICTURES', 'BEGINNINGS', 'REPORT_EXAMPLES', 'literal_names', 'table', 'paper_rows', 'whole_logs',
+           'blocks_of', 'nvs_tables', 'flow_cells', 'class_cells', 'flow_tables', 'views_cells', 'summary_table',
+           'analysis_lines', 'clip_table', 'class_table', 'timing_lines', 'empty_lines', 'report_text', 'below',
+           'picture_source', 'to_html', 'write_pages', 'write_report', 'leaves', 'relation_faults', 'foreign_faults',
+           'read_record', 'same_frames', 'with_baselines', 'side_by_side', 'report_again', 'report_main']
 
 # %% ../nbs/45_report.ipynb #4d0bb2d1
-MARKUP = re.compile(r"[\\\[\]<>|*~]|&(?=#?\w+;)|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
-
-def one_line(
-    text:str, # any text
-    length:int=300, # characters, at most
-)->str:
-    "A text without line breaks and control characters."
-    shown = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return shown if len(shown) <= length else shown[:length - 3] + "..."
-
-def literal(
-    name:str, # of a run, clip, log, camera, class or machine
-)->str: # Markdown that shows the name and does nothing else
-    "A name as text."
-    shown = "".join(c if c.isprintable() else " " for c in name).replace("`", "'")
-    return MARKUP.sub(r"\\\g<0>", shown)
-
 def literal_names(
     value:Any, # a record or a part of it
 )->Any: # a copy in which every text and every key is literal
@@ -335,15 +317,15 @@ def write_report(
     return [run.write("metrics.json", m), *pages]
 
 # %% ../nbs/45_report.ipynb #3622cac9
-def names_in(
+def leaves(
     value:Any, # plain values
-)->list[str]: # every text and every key
-    "The names of a record."
+)->list: # every key and every value that is no group
+    "The names and numbers of a record."
     if isinstance(value, dict):
-        return [*map(str, value), *(n for v in value.values() for n in names_in(v))]
+        return [*value, *(x for v in value.values() for x in leaves(v))]
     if isinstance(value, list):
-        return [n for v in value for n in names_in(v)]
-    return [value] if isinstance(value, str) else []
+        return [x for v in value for x in leaves(v)]
+    return [value]
 
 def relation_faults(
     m:dict, # a record that follows the schema
@@ -369,12 +351,11 @@ def foreign_faults(
 )->list[str]: # one sentence a fault
     "Why a record cannot be used."
     from flux4d.record import bare_nulls, count_faults, faults
-    if odd := [n for n in names_in(m) if not n.isprintable()]:
+    if odd := [x for x in leaves(m) if isinstance(x, str) and not x.isprintable()]:
         return [f"{odd[0]!r} is a name with characters that cannot be shown"]
-    try:
-        found = faults(m)
-    except OverflowError:
-        return ["a number is too large for a float"]
+    if any(isinstance(x, int) and not isinstance(x, bool) and not is_number(x) for x in leaves(m)):
+        return ["a number in it is too large for a float"]
+    found = faults(m)
     if not whole:
         return [x for x in found if not x.endswith((": is missing", ": is not in the schema"))]
     nulls = [] if found else [f"{p}: is null with neither a count of 0 nor a reason" for p in bare_nulls(m, m["reasons"])]
@@ -432,7 +413,7 @@ def side_by_side(
     width = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join([r[0].ljust(width[0]), *(c.rjust(w) for c,w in zip(r[1:], width[1:]))]).rstrip() for r in rows)
 
-EXAMPLES = """examples:
+REPORT_EXAMPLES = """examples:
   flux4d-report papermill_runs/run_001 papermill_runs/run_002              the means of two runs, side by side
   flux4d-report papermill_runs/run_001 papermill_runs/baselines --report   run_001's report, with the baselines beside it"""
 
@@ -452,7 +433,7 @@ def report_main(
     argv:list[str]|None=None, # words of the command line; sys.argv when None
 )->int: # exit status
     "Compare the metrics.json of several runs, mean and count, side by side; or write the first one's report anew."
-    ap = argparse.ArgumentParser(prog="flux4d-report", description=report_main.__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(prog="flux4d-report", description=report_main.__doc__, epilog=REPORT_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("run", nargs="+", help="a run's folder, or its metrics.json")
     ap.add_argument("--report", action="store_true", help="write report.md and report.html of the first run, the baselines of the others beside its own")
     a = ap.parse_args(argv)

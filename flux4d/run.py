@@ -4,83 +4,176 @@
 
 # %% ../nbs/08_run.ipynb #a08r0004
 from __future__ import annotations
-import json, os, platform, subprocess
+import errno, json, os, platform, shutil, subprocess, zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 import torch, yaml
-from torch import nn
+from filelock import FileLock, Timeout
+from PIL import Image
+from torch import Tensor, nn
 from fastcore.basics import patch
 import flux4d
-from .pandaset import DataError, atomic_write
+from .pandaset import DataError, atomic_write, short_path
 
 # %% auto #0
-__all__ = ['Run', 'commit_of', 'provenance', 'save_checkpoint', 'load_checkpoint', 'trained_entry', 'trained_frames',
-           'load_weights']
+__all__ = ['PARTS', 'full_disk_said', 'Run', 'logged_rows', 'commit_of', 'provenance', 'save_checkpoint', 'prune_checkpoints',
+           'newest_run', 'check_checkpoint', 'check_numbers', 'load_checkpoint', 'trained_entry', 'trained_frames',
+           'load_weights', 'damage_of', 'damaged_files', 'refuse_damaged']
 
 # %% ../nbs/08_run.ipynb #47ff966d
+@contextmanager
+def full_disk_said(
+    path:Path, # the file that is written
+)->Iterator[None]:
+    "Say in one sentence that the disk is full."
+    try:
+        yield
+    except (OSError, RuntimeError) as e: # torch reports a failed write as RuntimeError
+        full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(e)
+        if not full:
+            raise
+        raise DataError(f"{path.parent.name}/{path.name}: the disk is full; free some space and go on with resume_from=last.") from None
+
 class Run:
     "The folder of one run."
     def __init__(self,
         folder:str|Path, # where the run writes
-        overwrite:bool=False, # replace a finished run (one with metrics.json)
-    )->None: # raises DataError when a finished run is there
-        "Open or make the folder."
-        self.folder = Path(folder)
+        overwrite:bool=False, # replace what an earlier run left
+        goes_on:bool=False, # continue the run that is there
+    )->None: # raises DataError when another run is there, or another process writes to it
+        "Open or make the folder; nothing in it is changed yet."
+        self.folder, self.lock, self.begun, self.rewound = Path(folder), None, False, False
+        if not overwrite:
+            self._refuse_others(goes_on)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder/"metrics.json").exists() and not overwrite:
-            raise DataError(f"{self.folder.name}/metrics.json: this run is finished; choose another out_dir or set overwrite=True.")
+        self._lock()
+
+    def _refuse_others(self,
+        goes_on:bool, # steps and checkpoints may be there
+    )->None:
+        "Refuse a folder whose content would be lost."
+        name = self.folder.name
+        if (self.folder/"metrics.json").exists():
+            raise DataError(f"{name}/metrics.json: this run is finished; choose another out_dir or set overwrite=True.")
+        log = self.folder/"metrics.jsonl"
+        held = ["steps"]*(log.is_file() and log.stat().st_size > 0) + ["checkpoints"]*any(self.folder.glob("ckpt_*.pt"))
+        if held and not goes_on:
+            raise DataError(f"{name}: holds {' and '.join(held)} of an earlier run; go on with resume_from=last, "
+                            "choose another out_dir, or set overwrite=True to replace them.")
+
+    def _lock(self)->None:
+        "Keep other processes out for as long as this one lives."
+        try:
+            self.lock = FileLock(self.folder.resolve()/".lock", timeout=0, is_singleton=True) # one per process and folder
+            self.lock.acquire()
+        except Timeout:
+            raise DataError(f"{self.folder.name}: another process writes to this folder; wait for it or end it, or choose another out_dir.") from None
+
+    def _begin(self)->None:
+        "Clear away, before the first write, what is not this run's: an old result, and halves of files that a killed writer left."
+        if self.begun:
+            return
+        self.begun = True
         (self.folder/"metrics.json").unlink(missing_ok=True)
+        for left in self.folder.glob(".*.tmp"):
+            left.unlink(missing_ok=True)          # nobody else writes here, see the lock
 
     def write(self,
         name:str, # file name in the folder
         content:Any, # str as it is; anything else as YAML or JSON by the name's suffix
     )->Path: # the file
         "Write a small file atomically."
+        self._begin()
         if not isinstance(content, str):
             content = yaml.safe_dump(content, sort_keys=False) if name.endswith(".yaml") else json.dumps(content, indent=1)
-        with atomic_write(self.folder/name) as tmp:
+        with full_disk_said(self.folder/name), atomic_write(self.folder/name) as tmp:
             Path(tmp).write_text(content, encoding="utf-8")
         return self.folder/name
 
 # %% ../nbs/08_run.ipynb #8beff608
+@patch
+def _append(self:Run,
+    name:str, # file name in the folder
+    line:str, # without its end
+)->None:
+    "Add a line to a file; what a full disk cuts off is taken back."
+    self._begin()
+    path = self.folder/name
+    before = path.stat().st_size if path.exists() else 0
+    with full_disk_said(path):
+        try:
+            with path.open("a", encoding="utf-8") as f:
+                f.write(line + "\n")
+        except OSError:
+            if path.exists(): os.truncate(path, before)
+            raise
+
 @patch
 def say(self:Run,
     line:str, # one console line
 )->None:
     "Print a line and keep it in train.log (S5-16)."
     print(line, flush=True)
-    with (self.folder/"train.log").open("a", encoding="utf-8") as f:
-        f.write(line + "\n")
+    self._append("train.log", line)
 
 @patch
 def record(self:Run,
     row:dict, # one logged step
 )->None:
     "Append one object to metrics.jsonl."
-    with (self.folder/"metrics.jsonl").open("a", encoding="utf-8") as f:
-        f.write(json.dumps(row) + "\n")
+    self._append("metrics.jsonl", json.dumps(row))
+
+# %% ../nbs/08_run.ipynb #a08r0030
+def logged_rows(
+    path:Path, # a metrics.jsonl
+)->list[dict]: # its rows, [] when there is no such file; raises DataError for a line that is no object
+    "The logged steps of a run; a last line that a killed writer left unfinished is dropped."
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    rows = []
+    for k, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int): raise ValueError
+            rows.append(row)
+        except (ValueError, RecursionError):
+            if k < len(lines) - 1: # a finished line ends with a line break, so the last one here is empty
+                raise DataError(f"{path.parent.name}/{path.name}: line {k + 1} is not a logged step; remove it, or start another run.") from None
+    return rows
 
 @patch
 def rows(self:Run)->list[dict]:
     "The logged steps so far."
-    f = self.folder/"metrics.jsonl"
-    return [json.loads(l) for l in f.read_text(encoding="utf-8").splitlines()] if f.exists() else []
+    return logged_rows(self.folder/"metrics.jsonl")
 
 @patch
 def rewind(self:Run,
-    step:int, # steps that stand
+    step:int, # steps that stand; 0 starts over
 )->None:
-    "Forget logged steps that a resumed run will take again."
-    keep = [r for r in self.rows() if r["step"] <= step]
+    "Forget logged steps that a resumed run will take again; a start from step 0 has no log and no last checkpoint either."
+    self.rewound = True
+    keep = [r for r in self.rows() if r["step"] <= step] if step else []
     self.write("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in keep))
-    if step == 0: (self.folder/"train.log").unlink(missing_ok=True)
+    if step == 0:
+        for name in ("train.log", "ckpt_last.pt", "ckpt_best.pt"): # the numbered checkpoints stay until a new one is there
+            (self.folder/name).unlink(missing_ok=True)
 
 # %% ../nbs/08_run.ipynb #a08r0011
 @patch
 def meta(self:Run)->dict: # {} when there is none
     "What meta.json says."
     path = self.folder/"meta.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (ValueError, RecursionError):
+        known = None
+    if not isinstance(known, dict):
+        raise DataError(f"{self.folder.name}/meta.json: is not a JSON object; remove it, it is written again.")
+    return known
 
 @patch
 def note(self:Run,
@@ -120,18 +213,87 @@ def provenance(
                 torch=torch.__version__, machine=gpu or f"{platform.machine()}, {os.cpu_count()} cores", gpu=gpu)
 
 # %% ../nbs/08_run.ipynb #9749fd1b
+def _point(
+    alias:Path, # the name
+    path:Path, # a file in the same folder
+)->None:
+    "Make a name point at a file: by a link, or by a copy where the file system has no links."
+    link = alias.with_name(f".{alias.name}.{os.getpid()}.tmp")
+    link.unlink(missing_ok=True)
+    try:
+        link.symlink_to(path.name)
+    except (OSError, NotImplementedError):
+        try:
+            os.link(path, link)
+        except (OSError, NotImplementedError):
+            shutil.copyfile(path, link)
+    os.replace(link, alias)
+
 def save_checkpoint(
     path:str|Path, # ckpt_step_XXXXXX.pt
     state:dict, # tensors and plain values
-    aliases:tuple[str,...]=("ckpt_last.pt",), # links in the same folder that shall point at it
+    aliases:tuple[str,...]=("ckpt_last.pt",), # names in the same folder that shall point at it
 )->Path: # the file
     "Write a checkpoint atomically and point its aliases at it."
     path = Path(path)
-    with atomic_write(path) as tmp: torch.save(state, tmp)
-    for a in aliases:
-        link = path.with_name(f".{a}.{os.getpid()}"); link.unlink(missing_ok=True)
-        link.symlink_to(path.name); os.replace(link, path.with_name(a))
+    with full_disk_said(path):
+        with atomic_write(path) as tmp:
+            torch.save(state, tmp)
+        for a in aliases:
+            _point(path.with_name(a), path)
     return path
+
+def prune_checkpoints(
+    folder:Path, # of a run
+    step:int, # the newest step; later ones are of an earlier run
+    keep:int, # how many of the newest stay
+)->list[Path]: # what was deleted
+    "Delete old numbered checkpoints, but none that a name such as ckpt_best.pt points at."
+    named = {a.resolve() for a in (folder/"ckpt_last.pt", folder/"ckpt_best.pt") if a.exists()}
+    numbered = {p: int(p.stem[10:]) for p in folder.glob("ckpt_step_*.pt") if p.stem[10:].isdecimal()}
+    ours = sorted((p for p, s in numbered.items() if s <= step), key=numbered.get)
+    gone = [p for p in numbered if p not in ours[-keep:] and p.resolve() not in named]
+    for p in gone:
+        p.unlink(missing_ok=True)
+    return gone
+
+def newest_run(
+    root:str|Path="papermill_runs", # where runs live
+)->Path: # its folder; raises DataError when there is none
+    "The run that saved a checkpoint last."
+    found = [p for p in Path(root).glob("*/ckpt_last.pt") if p.exists()]
+    if not found:
+        raise DataError(f"resume_from: no run in {Path(root).name} has a checkpoint; name a checkpoint, or leave resume_from empty to start a run.")
+    return max(found, key=os.path.getmtime).parent
+
+# %% ../nbs/08_run.ipynb #a08r0032
+PARTS = dict(model=dict, ema=dict, optimizer=dict, rng=dict, config=dict, step=int, skipped=int, seconds=(int, float), kind=str, index_hash=str)
+
+def check_checkpoint(
+    state:dict, # a checkpoint's content
+    name:str, # file name for messages
+    parts:tuple[str,...]=tuple(PARTS), # what it must hold
+)->None: # raises DataError
+    "Refuse a checkpoint that lacks a part, or has something else in its place."
+    for part in parts:
+        value = state.get(part)
+        if not isinstance(value, PARTS[part]) or isinstance(value, bool) or isinstance(value, (int, float)) and not 0 <= value < 1e15:
+            what = "lacks" if part not in state else "has something else for"
+            raise DataError(f"{name}: {what} {part!r}, so it is no whole flux4d checkpoint; take another ckpt_step file.")
+        if part == "kind" and not value.startswith("flux4d."):
+            raise DataError(f"{name}: names the model {value[:80]!r}, which is not of this package; take a checkpoint of flux4d.")
+
+def check_numbers(
+    values:Any, # nested dicts and lists with tensors
+    name:str, # file name for messages
+    part:str, # of the checkpoint, for messages
+)->None: # raises DataError
+    "Refuse NaN and infinity."
+    if isinstance(values, dict): values = list(values.values())
+    for v in values if isinstance(values, (list, tuple)) else [values]:
+        if isinstance(v, (dict, list, tuple)): check_numbers(v, name, part)
+        elif isinstance(v, Tensor) and not torch.isfinite(v).all():
+            raise DataError(f"{name}: has NaN or infinite numbers in its {part!r}; take an earlier ckpt_step file.")
 
 def load_checkpoint(
     path:str|Path, # a checkpoint or a link to one
@@ -142,7 +304,7 @@ def load_checkpoint(
     if not path.exists(): raise DataError(f"{path.name}: no such checkpoint in {path.parent.name or '.'}; check resume_from or the checkpoint parameter.")
     try: state = torch.load(path, map_location=device, weights_only=True)
     except Exception: state = None
-    if not isinstance(state, dict) or "model" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise DataError(f"{path.name}: not a readable flux4d checkpoint (truncated, or another program's); take an earlier ckpt_step file.")
     return state
 
@@ -160,12 +322,17 @@ def trained_entry(
 
 def trained_frames(
     source:str|Path|dict, # a checkpoint's path, or the content of a checkpoint or of meta.json
+    name:str="", # file name for messages; "" = the path's
 )->dict[tuple[str,str],set[int]]|None: # log frame ids by (log id, identity); None: it does not say
     "Which frames weights were trained on."
     state = source if isinstance(source, dict) else load_checkpoint(source)
-    said = state.get("trained")
-    if not isinstance(said, dict) or said.get("unknown_before"): return None
-    return {(key.partition("@")[0], e["identity"]): set(e["frames"]) for key, e in said["logs"].items()}
+    said = state.get("trained", dict(unknown_before=True))
+    try:
+        if said.get("unknown_before"): return None
+        return {(key.partition("@")[0], str(e["identity"])): {int(f) for f in e["frames"]} for key, e in said["logs"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        name = name or (Path(source).name if source is not state else "checkpoint")
+        raise DataError(f"{name}: its 'trained' does not name logs with identity and frames; take a checkpoint or meta.json that flux4d wrote.") from None
 
 # %% ../nbs/08_run.ipynb #0c1bfce0
 def load_weights(
@@ -175,6 +342,9 @@ def load_weights(
     strict:bool=True, # False: load what fits
 )->list[str]: # keys the model has and the weights lack; raises DataError when strict and anything differs
     "Fill a model from a state dict."
+    if odd := [k for k, v in weights.items() if not isinstance(v, Tensor)]:
+        raise DataError(f"{name}: has something that is no tensor for {str(odd[0])[:80]}; take another ckpt_step file.")
+    check_numbers(weights, name, "weights")
     own = model.state_dict()
     missing = [k for k in own if k not in weights]
     other = [k for k in weights if k not in own or own[k].shape != weights[k].shape]
@@ -182,3 +352,65 @@ def load_weights(
         raise DataError(f"{name}: made for another architecture ({(missing + other)[0]} differs, {len(missing)} missing, {len(other)} foreign); use its own config.yaml, or resume_optimizer=False to load what fits.")
     model.load_state_dict({k:v for k,v in weights.items() if k not in other}, strict=False)
     return missing + [k for k in other if k in own]
+
+# %% ../nbs/08_run.ipynb #a08r0041
+def _unpacks(
+    path:Path, # a .gz file
+)->bool: # to its end, with the right checksum
+    "Unpack a file piece by piece and keep nothing."
+    unpack = zlib.decompressobj(wbits=31)
+    with path.open("rb") as f:
+        while piece := f.read(1 << 16):
+            while piece and not unpack.eof:
+                unpack.decompress(piece, 1 << 20)
+                piece = unpack.unconsumed_tail
+    return unpack.eof
+
+def _decodes(
+    path:Path, # an image
+)->bool: # whole
+    "Whether an image is there to its end."
+    with path.open("rb") as f:
+        head = f.read(2)
+        f.seek(-min(2, path.stat().st_size), os.SEEK_END)
+        if head == b"\xff\xd8" and f.read(2) == b"\xff\xd9":
+            return True
+    with Image.open(path, formats=("JPEG", "PNG")) as image:
+        image.load()
+    return True
+
+def damage_of(
+    path:Path, # an image or a packed table
+)->str|None: # a sentence, None for a sound file
+    "What is wrong with a file, as far as opening it tells."
+    try:
+        if not path.is_file(): return f"{short_path(path)}: is missing; get the file again or leave its clips out."
+        if path.stat().st_size == 0: return f"{short_path(path)}: is empty; get the file again or leave its clips out."
+        sound = _unpacks(path) if path.suffix == ".gz" else _decodes(path)
+    except (OSError, SyntaxError, zlib.error, Image.DecompressionBombError) as e:
+        if isinstance(e, PermissionError): return f"{short_path(path)}: may not be read; change its permissions."
+        sound = False
+    return None if sound else f"{short_path(path)}: is truncated or damaged; get the file again or leave its clips out."
+
+def damaged_files(
+    paths:Iterable[Path], # files that a run will read
+    threads:int=8, # that read side by side
+    progress:Callable=iter, # wraps the list of files, such as tqdm
+)->list[str]: # a sentence for each that is not sound, in the order of the files
+    "Open files that will be needed later."
+    paths = sorted(set(paths))
+    with ThreadPoolExecutor(threads) as pool:
+        found = pool.map(damage_of, paths)
+        return [f for _, f in zip(progress(paths), found) if f]
+
+# %% ../nbs/08_run.ipynb #a08r0043
+def refuse_damaged(
+    paths:Iterable[Path], # files that a run will read
+    threads:int=8, # that read side by side
+    progress:Callable=iter, # wraps the list of files, such as tqdm
+)->None: # raises DataError that names the first bad files
+    "End a run before its first step when a file that it needs is not sound."
+    found = damaged_files(paths, threads, progress)
+    if found:
+        more = f" ({len(found) - 3} more files are not sound either.)" if len(found) > 3 else ""
+        raise DataError(" ".join(found[:3]) + more)

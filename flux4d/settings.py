@@ -5,17 +5,19 @@
 # %% ../nbs/07_settings.ipynb #3ceea5b7
 from __future__ import annotations
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from difflib import get_close_matches
 from reprlib import Repr
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 import yaml
 from annotated_types import Interval, MinLen
-from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from .pandaset import DataError
 
 # %% auto #0
-__all__ = ['Share', 'OpenShare', 'Seed', 'LogId', 'read_value', 'read_settings', 'read_parameters']
+__all__ = ['Share', 'OpenShare', 'Seed', 'LogId', 'Entry', 'Distinct', 'Some', 'Name', 'Device', 'read_value', 'read_settings',
+           'read_parameters', 'find_device', 'refuse_missing']
 
 # %% ../nbs/07_settings.ipynb #c33645ec
 Share     = Annotated[float, Interval(ge=0, le=1)] # both ends included
@@ -30,8 +32,21 @@ def _three_digits(
         return f"{value:03d}"
     return value.zfill(3) if isinstance(value, str) and value.isdecimal() else value
 
-_LOG_ID = WithJsonSchema(dict(type="string", description="a log's id such as 002"))
-LogId   = Annotated[str, MinLen(1), BeforeValidator(_three_digits), _LOG_ID]
+LogId = Annotated[str, MinLen(1), BeforeValidator(_three_digits), Field(description="a log's id such as 002")]
+
+def _distinct(
+    values:tuple, # entries
+)->tuple: # the same; raises ValueError
+    "Refuse an entry that is there twice."
+    if len(set(values)) < len(values):
+        raise ValueError("an entry is there twice")
+    return values
+
+Entry    = TypeVar("Entry")
+_ONCE    = Field(json_schema_extra=dict(uniqueItems=True))
+Distinct = Annotated[tuple[Entry, ...], AfterValidator(_distinct), _ONCE]
+Some     = Annotated[tuple[Entry, ...], MinLen(1), AfterValidator(_distinct), _ONCE]
+Name     = Annotated[str, MinLen(1)]
 
 # %% ../nbs/07_settings.ipynb #d45f639e
 def _parts(
@@ -48,6 +63,16 @@ def _mentions(
 )->bool:
     "Whether a type admits values of a plain type, at any depth."
     return any(kind in (part, get_origin(part)) for part in _parts(hint))
+
+def _is_list(
+    hint:Any, # a type
+)->bool:
+    "Whether a type admits nothing but lists, or None."
+    if get_origin(hint) is Annotated:
+        return _is_list(get_args(hint)[0])
+    if get_origin(hint) in (Union, UnionType):
+        return all(_is_list(part) for part in get_args(hint) if part is not type(None))
+    return get_origin(hint) is tuple
 
 def _entries(
     value:Any, # as given
@@ -86,9 +111,11 @@ def _readings(
 )->Iterator[Any]:
     "What a value can stand for; the value itself comes first."
     yield value
+    if _mentions(hint, type(None)) and value in ("", "none", "null"):
+        yield None
     if _mentions(hint, dict) and isinstance(value, str):
         yield _mapping(value)
-    if _mentions(hint, tuple) and value is not None:
+    if _is_list(hint) and value is not None:
         value = _entries(value)
         yield value
     yield _number(value)
@@ -104,7 +131,7 @@ def _allowed(
     if "description" in schema:
         return schema["description"]
     if "const" in schema or "enum" in schema:
-        words = [str(word) for word in schema.get("enum", [schema.get("const")])]
+        words = [str(word) or "nothing" for word in schema.get("enum", [schema.get("const")])]
         return " or ".join([", ".join(words[:-1])]*(len(words) > 1) + words[-1:])
     if "anyOf" in schema:
         return " or ".join(_allowed(part) for part in schema["anyOf"])
@@ -117,7 +144,8 @@ def _allowed(
         if "prefixItems" in schema:
             return f"{len(schema['prefixItems'])} values, each {_allowed(schema['prefixItems'][0])}"
         some = "a list that is not empty" if schema.get("minItems") else "a list"
-        return f"{some}, each entry {_allowed(schema['items'])}"
+        once = " without repetition" if schema.get("uniqueItems") else ""
+        return f"{some}{once}, each {_allowed(schema['items'])}"
     if kind == "string" and schema.get("minLength"):
         return "text that is not empty"
     return _KINDS.get(kind, "another value")
@@ -157,7 +185,7 @@ def _dotted(
     return f"{name}.{key}" if name else str(key)
 
 def _default(
-    f:Field, # of a dataclass
+    f:Any, # a field of a dataclass
 )->Any: # None where there is none
     "A field's default."
     if f.default_factory is not MISSING:
@@ -204,6 +232,14 @@ def read_settings(
         raise DataError(f"{name}.{e}" if name and field_first else f"{name}: {e}" if name else str(e)) from None
 
 # %% ../nbs/07_settings.ipynb #e3a3a73a
+def _is_plain(
+    value:Any, # of a variable
+)->bool:
+    "Whether a command line could have given it."
+    if isinstance(value, (list, dict)):
+        return all(_is_plain(entry) for entry in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, (bool, int, float, str))
+
 def read_parameters(
     cls:type, # a dataclass that lists the notebook's parameters
     namespace:Mapping, # the notebook's variables, `globals()`
@@ -211,7 +247,36 @@ def read_parameters(
     "Read a notebook's parameters before it touches a file."
     known = [f.name for f in fields(cls)]
     for key, value in namespace.items():
-        near = get_close_matches(key, known, 1, .8) if isinstance(value, (bool, int, float, str, dict, list)) else []
-        if near and key not in known and not key.startswith("_"):
+        near = get_close_matches(key, known, 1, .8) if key not in known and _is_plain(value) else []
+        if near and not key.startswith("_"):
             raise DataError(f"{key}: is no parameter of this notebook; did you mean {near[0]}?")
     return read_settings(cls, {key: namespace[key] for key in known if key in namespace})
+
+# %% ../nbs/07_settings.ipynb #dfd2e92a
+_DEVICE = Field(pattern=r"^(cpu|cuda(:\d+)?)?$", description="cpu, cuda, cuda:1 and the like, or nothing")
+Device  = Annotated[str, _DEVICE] # empty: cuda if there is one, else cpu
+
+def find_device(
+    device:str, # as asked for, "" = cuda if there is one, else cpu
+)->str: # for torch; raises DataError when it is not there
+    "Choose the device that a run uses."
+    import torch # loaded only where a device is chosen
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and int(number or 0) >= count:
+        raise DataError(f"device: is {device!r}, but torch finds {count or 'no'} GPU{'s'*(count > 1)} here; choose cpu, or leave it empty.")
+    return device or ("cuda" if count else "cpu")
+
+def refuse_missing(
+    name:str,  # of the parameter
+    asked:Any, # values asked for
+    there:Any, # values that the data has
+    what:str,  # what they are, in the plural
+)->None: # raises DataError
+    "Refuse a value that the data does not have, and say which it has."
+    have = sorted(set(there))
+    missing = [value for value in asked if value not in have]
+    if missing:
+        near = [value for value in get_close_matches(str(missing[0]), [str(h) for h in have], 12, 0.)] if len(have) > 12 else have
+        listed = ", ".join(str(value) for value in near) or "none"
+        raise DataError(f"{name}: {missing[0]!r} is not among the {what}; {'the nearest of ' + str(len(have)) if len(have) > 12 else 'there'} are {listed}.")

@@ -4,24 +4,26 @@
 
 # %% ../nbs/32_train.ipynb #dbee7c11
 from __future__ import annotations
-import json, math, time
+import json, math, signal, threading, time, zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, asdict, replace
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 import numpy as np, torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastcore.basics import patch
-from annotated_types import Interval, MinLen
+from annotated_types import Interval
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from .pandaset import DataError
-from .settings import Seed, Share, read_settings
-from .run import Run, load_checkpoint, load_weights, provenance, save_checkpoint, trained_entry, trained_frames
-from .clips import Clip, InputViews, Views, TargetViews, check_frames, fingerprint, load_views
+from .settings import Distinct, Name, Seed, Share, Some, read_settings
+from .run import (PARTS, Run, check_checkpoint, check_numbers, load_checkpoint, load_weights, provenance, prune_checkpoints, save_checkpoint,
+                        trained_entry, trained_frames)
+from .clips import TRAIN_SETTINGS, Clip, InputViews, Views, TargetViews, check_frames, fingerprint, load_views
 from .gaussians import Gaussians
 from .lift import LiftConfig, Returns, clip_data, clip_returns
 from .background import BackgroundConfig, init_data
@@ -33,22 +35,23 @@ from .voxels import VoxelConfig
 from .predictor import PredictorConfig, BasePredictor, Layout, make_layout
 
 # %% auto #0
-__all__ = ['DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'config_from_dict', 'merged', 'flattened', 'differences',
-           'Batch', 'Loader', 'lr_at', 'Flux4DBase', 'build_model', 'reconstruct', 'rebuilder', 'time_reconstruction',
-           'Trainer', 'backed', 'load_model', 'every']
+__all__ = ['UNREADABLE', 'DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'config_from_dict', 'merged', 'flattened',
+           'differences', 'Batch', 'Loader', 'files_of', 'lr_at', 'Flux4DBase', 'build_model', 'reconstruct',
+           'rebuilder', 'time_reconstruction', 'Trainer', 'backed', 'Interrupted', 'stop_signals', 'read_resumable',
+           'load_model', 'every']
 
 # %% ../nbs/32_train.ipynb #eed09649
 @dataclass
 class DataConfig:
     "Which recordings, at which resolution."
-    cameras:Annotated[tuple[str,...], MinLen(1)]=("front_camera",) # paper: front camera only
+    cameras:Some[Name]=("front_camera",) # paper: front camera only
     # kinds of training clip, such as train_future; (): every kind of the index. The paper trains a model for each
-    settings:tuple[str,...]=()
+    settings:Distinct[Literal[TRAIN_SETTINGS]]=()
     # 1.0 = full resolution; nothing else ever resizes an image (G-03)
     image_scale:Annotated[float, Interval(gt=0, le=1)]=1.0
     keep_frames:NonNegativeInt=1200 # decoded frames kept in memory; one full-HD frame is 14 MB
     keep_clips:NonNegativeInt=200 # lifted clips kept in memory; one is about 20 MB
-    loader_threads:PositiveInt=4 # threads that decode ahead of the training step
+    loader_threads:Annotated[int, Interval(ge=1, le=256)]=4 # threads that decode ahead of the training step
 
 @dataclass
 class TrainConfig:
@@ -69,10 +72,14 @@ class TrainConfig:
     supervise_inputs:bool=True # input frames are supervised beside the targets
     random_background:bool=True # supervised views are drawn over another colour at every step
     fixed_target_frame:NonNegativeInt|None=None # clip-relative frame that every step trains on (S5-15)
-    prefetch:NonNegativeInt=4 # micro-steps loaded ahead
+    prefetch:Annotated[int, Interval(ge=0, le=1000)]=4 # micro-steps loaded ahead
     seed:Seed=0 # of weights, clip order and views
     log_every:PositiveInt=20 # steps between records
-    save_ckpt_every:NonNegativeInt=1000 # steps between checkpoints (S3-10)
+    save_ckpt_every:NonNegativeInt=1000 # steps between checkpoints (S3-10); 0 = by the clock, and at the end
+    save_ckpt_minutes:NonNegativeFloat=5. # minutes after which a checkpoint is saved in any case; 0 = never
+    keep_ckpts:PositiveInt=1 # newest checkpoints that are kept beside the best
+    max_skipped:PositiveInt=20 # steps without an update in a row, after which training stops
+    max_unread:NonNegativeInt=20 # different files that may go bad while training runs
     eval_every:NonNegativeInt=1000 # steps between validations; 0 = never (S6-32)
 
 # %% ../nbs/32_train.ipynb #002dae83
@@ -124,22 +131,14 @@ def flattened(
         out |= flattened(value, name) if isinstance(value, dict) else {name: value}
     return out
 
-
 # %% ../nbs/32_train.ipynb #a32t0001
 def differences(
     before:dict, # nested plain values
     after:dict, # nested plain values
-    path:str="", # name of the part, for messages
 )->list[str]: # "train.lr: 0.001 -> 0.0005", one for each field that differs
     "Which fields of two configurations differ."
-    out = []
-    for k in sorted(set(before) | set(after)):
-        a, b = before.get(k), after.get(k)
-        if isinstance(a, dict) or isinstance(b, dict):
-            out += differences(a or {}, b or {}, f"{path}{k}.")
-        elif a != b:
-            out.append(f"{path}{k}: {a} -> {b}")
-    return out
+    a, b = flattened(before), flattened(after)
+    return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 
 # %% ../nbs/32_train.ipynb #ce86f74e
 @dataclass
@@ -274,6 +273,22 @@ def _load(self:Loader, step:int, micro:int)->Batch:
     views = self.views(clip, pairs)
     return Batch(clip, self.lifted(i), self.layout(i), lambda: self.inputs(clip), views, view_gaps(clip, views), step*self.cfg.train.grad_accum_steps + micro)
 
+# %% ../nbs/32_train.ipynb #a32t0010
+def files_of(
+    clips:list[Clip], # what a run reads
+    cameras:tuple[str,...], # names
+)->list[Path]: # images and sweeps, each once
+    "The files that hold the frames of some clips; see `damaged_files`."
+    frames = sorted({(c.log.root, c.log.id, f) for c in clips for f in c.frames})
+    logs = {(c.log.root, c.log.id): c.log for c in clips}
+    return [p for root, log, f in frames for p in (logs[root, log].sweep_path(f), *(logs[root, log].image_path(c, f) for c in cameras))]
+
+@patch
+def rest(self:Loader)->None:
+    "Let go of batches that were to be loaded ahead, so that no thread goes on when training ends."
+    for f in self.ahead.values(): f.cancel()
+    self.ahead = {}
+
 # %% ../nbs/32_train.ipynb #7a79514f
 def lr_at(
     step:int, # from 0
@@ -346,6 +361,7 @@ def time_reconstruction(
 )->dict: # medians in s: lift, network, total; gaussians; repeats
     "From images and returns in memory to Gaussians and velocities."
     cfg, clip, dev = loader.cfg, loader.clips[0], loader.device; data = clip_data(clip, cfg.init.lidar_sensors, cfg.data.cameras, cfg.data.image_scale).to(dev)
+    returns = loader.returns(clip)
     loader.inputs(clip)                        # decoded before the clock starts
     def clock()->float:
         if torch.device(dev).type == "cuda": torch.cuda.synchronize(dev)
@@ -354,7 +370,7 @@ def time_reconstruction(
     for _ in range(repeats + 3):
         with torch.no_grad():
             start, again = clock(), replace(data); g0 = init_data(again, cfg.init, cfg.background, cfg.train.seed); lifted = clock()
-            layout = model.base.layout(g0, clip.ego0, clip.time.duration, again.returns)
+            layout = model.base.layout(g0, clip.ego0, clip.time.duration, returns)
             reconstruct(model, Batch(clip, g0, layout, lambda: loader.inputs(clip)))
             spent.append((lifted - start, clock() - lifted, clock() - start))
     lift, network, total = np.median(spent[3:], axis=0)
@@ -379,7 +395,11 @@ class Trainer:
         self.trained, self.unknown_before = {}, False # (log id, identity) -> frames trained on; whether earlier ones are unknown
         self.identity = lru_cache(None)(lambda log: fingerprint(log, ())) # hash of a log's stamps and poses
         self.clip_ids = [c.id for c in loader.clips]  # what the numbers in `pending` and in the logged rows count
-        self.pending = []                             # clips of the micro-steps since the last logged row
+        self.pending = []                             # clips of the micro-steps since the last logged row; None: could not be read
+        self.in_a_row, self.first_skip, self.totals = 0, "", []  # skipped steps without one between; what the first was; losses by micro-step
+        self.unread = {}                              # sentence about a file that went bad -> how often it was needed
+        self.saved_step, self.saved_at = 0, time.perf_counter()
+        self.stop = self.may_stop = False             # asked to stop; whether that can happen at once
 
 # %% ../nbs/32_train.ipynb #a32t0006
 @patch
@@ -394,7 +414,8 @@ def note_clip(self:Trainer,
 @patch
 def note_trained(self:Trainer)->None:
     "Write what was trained on to meta.json."
-    self.run.note(trained=trained_entry(self.trained, self.unknown_before), train_clips=self.clip_ids)
+    self.run.note(trained=trained_entry(self.trained, self.unknown_before), train_clips=self.clip_ids,
+                  **(dict(unread=self.unread) if self.unread else {}))
 
 # %% ../nbs/32_train.ipynb #3fd8f1a2
 def backed(
@@ -416,34 +437,135 @@ def losses(self:Trainer,
     return reconstruction_loss(out, b.views, velocity, g.kind, self.cfg.loss, weight, b.clip.time.duration)
 
 @patch
-def gradients(self:Trainer)->dict: # scalars of the last micro-step's last stage, PSNR of its first, and its clip's id
+def gradients(self:Trainer)->dict|None: # scalars of the last micro-step's last stage, PSNR of its first, its clip's id; None: nothing could be read
     "Fill `.grad` with the mean gradient of the step's micro-steps (G-03), summed over stages."
-    self.model.train(); self.opt.zero_grad(set_to_none=True); n = self.cfg.train.grad_accum_steps
+    self.model.train()
+    self.opt.zero_grad(set_to_none=True)
+    n, done, self.totals = self.cfg.train.grad_accum_steps, None, []
     for micro in range(n):
-        b, psnrs = self.loader.batch(self.step, micro), []
-        self.note_clip(b.clip)
+        b, psnrs = self._read(micro), []
+        if b is None: continue
         for g, velocity in self.model.stages(b):
-            l = self.losses(b, g, velocity); (l["total"]/n).backward(); psnrs.append(l["psnr"])
-    return {k: v.detach() for k,v in l.items()} | dict(psnr_0=psnrs[0], clip=b.clip.id)
+            l = self.losses(b, g, velocity)
+            (l["total"]/n).backward()
+            psnrs.append(l["psnr"])
+            self.totals.append((micro, l["total"].detach()))
+        done = {k: v.detach() for k,v in l.items()} | dict(psnr_0=psnrs[0], clip=b.clip.id)
+    return done
 
 @patch
-def train_step(self:Trainer)->dict: # scalars of the step, tensors where a copy would wait for the GPU
+def train_step(self:Trainer)->dict|None: # scalars of the step, tensors where a copy would wait for the GPU; None: nothing could be read
     "Advance by one step."
-    tc = self.cfg.train; l = self.gradients()
-    norm = nn.utils.clip_grad_norm_(self.model.parameters(), tc.grad_clip)
+    tc, l = self.cfg.train, self.gradients()
     for p in self.opt.param_groups: p["lr"] = lr_at(self.step, tc, self.seconds, self.started)
-    if torch.isfinite(norm): self.opt.step(); self.ema.update_parameters(self.model)
-    else: self.skipped += 1
+    if l is not None:
+        l["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), tc.grad_clip)
+    if l is None:
+        self._skip("nothing could be read for it")
+    elif torch.isfinite(l["grad_norm"]):
+        self.opt.step()
+        self.ema.update_parameters(self.model)
+        self.in_a_row = 0
+    else:
+        self._skip(f"its gradient is not finite, with {self._culprit()}")
     self.step += 1
-    return dict(l, grad_norm=norm)
+    return l
+
+# %% ../nbs/32_train.ipynb #a32t0011
+UNREADABLE = DataError, OSError, EOFError, zlib.error # what a file that goes bad raises
+
+@patch
+def _read(self:Trainer,
+    micro:int, # micro-step of the step
+)->Batch|None: # None where a file is bad
+    "The batch of a micro-step; notes what it was, or why there is none."
+    try:
+        if micro == 0:
+            with self._can_stop(): b = self.loader.batch(self.step, micro)
+        else: b = self.loader.batch(self.step, micro)
+    except UNREADABLE as e:
+        why = str(e) or type(e).__name__
+        self.pending.append(None)
+        self.unread[why] = self.unread.get(why, 0) + 1
+        self.run.say(f"step {self.step + 1:6d}  a clip is left out: {why}")
+        if len(self.unread) > self.cfg.train.max_unread:
+            raise DataError(f"training: {len(self.unread)} files went bad while it ran, the last one: {why}") from None
+        return None
+    self.note_clip(b.clip)
+    return b
+
+@patch
+def _culprit(self:Trainer)->str: # words for a sentence
+    "Clip and views of the step's first micro-step whose loss is not finite; of its first one where all losses are."
+    bad = [micro for micro, total in self.totals if not torch.isfinite(total)]
+    i, pairs = self.loader.draw(self.step, bad[0] if bad else self.totals[0][0])
+    return f"clip {self.loader.clips[i].id}, " + " and ".join(f"frame {f} of {c}" for f,c in pairs)
+
+@patch
+def _skip(self:Trainer,
+    why:str, # words for a sentence
+)->None: # raises DataError when too many follow each other
+    "Count and say a step without an update."
+    self.skipped += 1
+    self.in_a_row += 1
+    if self.in_a_row == 1: self.first_skip = f"step {self.step + 1}: {why}"
+    self.run.say(f"step {self.step + 1:6d}  skipped: {why}")
+    if self.in_a_row >= self.cfg.train.max_skipped:
+        raise DataError(f"training: {self.in_a_row} steps in a row were skipped, the first was {self.first_skip}; "
+                        "look at its files with flux4d-check, lower train.lr, or raise train.max_skipped.")
+
+# %% ../nbs/32_train.ipynb #a32t0013
+class Interrupted(Exception):
+    "Training was asked to stop and has saved; the message says how to go on."
+    def _render_traceback_(self)->list[str]: # what a notebook shows
+        "Show the sentence alone."
+        return [str(self)]
+
+@contextmanager
+def stop_signals(
+    asked:Callable, # called with the signal's number and the frame
+)->Iterator[None]:
+    "Call a function on interrupt and on SIGTERM; only the main thread can, and a signal that the process ignores stays ignored."
+    main = threading.current_thread() is threading.main_thread()
+    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM) if main}
+    old = {s: h for s,h in old.items() if h is not signal.SIG_IGN}
+    for s in old: signal.signal(s, asked)
+    try:
+        yield
+    finally:
+        for s,h in old.items(): signal.signal(s, signal.SIG_DFL if h is None else h)
+
+@patch
+def _asked(self:Trainer,
+    number:int, # of the signal
+    frame:Any, # where it struck
+)->None:
+    "Stop now if nothing is half done, else at the end of the step."
+    if self.stop and number == signal.SIGINT: raise KeyboardInterrupt
+    self.stop = True
+    if self.may_stop:
+        self.may_stop = False
+        raise Interrupted
+
+@patch
+@contextmanager
+def _can_stop(self:Trainer)->Iterator[None]:
+    "Inside, a request to stop takes effect at once."
+    if self.stop: raise Interrupted
+    self.may_stop = True
+    try:
+        yield
+    finally: self.may_stop = False
 
 # %% ../nbs/32_train.ipynb #364e644b
 @patch
 def state(self:Trainer)->dict: # tensors and plain values
     "All that a resumed run needs, and where it comes from."
+    counts = dict(step=self.step, skipped=self.skipped, in_a_row=self.in_a_row, first_skip=self.first_skip, unread=dict(self.unread),
+                  best=self.best, seconds=self.seconds, started=self.started)
     rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-    return dict(model=self.model.state_dict(), ema=self.ema.state_dict(), optimizer=self.opt.state_dict(), rng=rng, step=self.step,
-                skipped=self.skipped, best=self.best, seconds=self.seconds, started=self.started, config=config_to_dict(self.cfg), kind=self.model.home,
+    return dict(model=self.model.state_dict(), ema=self.ema.state_dict(), optimizer=self.opt.state_dict(), rng=rng,
+                **counts, config=config_to_dict(self.cfg), kind=self.model.home,
                 trained=trained_entry(self.trained, self.unknown_before), train_clips=list(self.clip_ids), pending=list(self.pending),
                 index_hash=self.index_hash, **{k:v for k,v in provenance(self.device).items() if k in ("flux4d","commit")})
 
@@ -452,25 +574,50 @@ def save(self:Trainer,
     aliases:tuple[str,...]=("ckpt_last.pt",), # links to point at it
 )->Path: # ckpt_step_XXXXXX.pt
     "Save a checkpoint of the current step, and note in meta.json what it was trained on."
+    self._start()
     self.note_trained()
-    return save_checkpoint(self.run.folder/f"ckpt_step_{self.step:06d}.pt", self.state(), aliases)
+    path = save_checkpoint(self.run.folder/f"ckpt_step_{self.step:06d}.pt", self.state(), aliases)
+    prune_checkpoints(self.run.folder, self.step, self.cfg.train.keep_ckpts)
+    self.saved_step, self.saved_at = self.step, time.perf_counter()
+    return path
+
+@patch
+def _start(self:Trainer)->None:
+    "Before the first write of a run that was not resumed: an old run's steps and its `last` are not this one's."
+    if not self.run.rewound: self.run.rewind(self.step)
 
 # %% ../nbs/32_train.ipynb #a32t0009
+def read_resumable(
+    path:str|Path, # a checkpoint
+    optimizer:bool=True, # False: only its weights are wanted
+    device:Any="cpu", # where its tensors go
+)->dict: # its content; raises DataError where a run cannot start from it
+    "Read a checkpoint and check that it holds what is needed to go on from it."
+    s, name = load_checkpoint(path, device), Path(path).name
+    check_checkpoint(s, name, tuple(PARTS) if optimizer else ("kind", "model", "ema", "config", "step"))
+    if optimizer: check_numbers(s["optimizer"], name, "optimizer")
+    return s
+
 @patch
 def resume(self:Trainer,
     path:str|Path, # a checkpoint
     optimizer:bool=True, # False: weights only, step 0, for a changed architecture (S5-14)
 )->list[str]: # keys that the checkpoint did not have
     "Continue from a checkpoint."
-    s = load_checkpoint(path, self.device)
+    s = read_resumable(path, optimizer, self.device)
     name = Path(path).name
     if optimizer and s["index_hash"] != self.index_hash:
         raise DataError(f"{name}: was trained on another clip index; use that index, or resume_optimizer=False to start a new run from its weights.")
     missing = load_weights(self.model, s["model"], name, strict=optimizer)
     load_weights(self.ema, s["ema"], name, strict=optimizer)
-    before = trained_frames(s)
+    before = trained_frames(s, name)
     self.trained, self.unknown_before = before or {}, before is None
-    if optimizer: self._restore(s)
+    if optimizer:
+        try:
+            self._restore(s)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
+            raise DataError(f"{name}: its optimizer, generators or counters do not fit this run ({type(e).__name__}); "
+                            "take another ckpt_step file, or resume_optimizer=False for its weights alone.") from None
     self.run.rewind(self.step)
     self._say_resumed(name, s, missing)
     return missing
@@ -481,8 +628,10 @@ def _restore(self:Trainer,
 )->None:
     "Take over optimiser, counters and generators."
     self.opt.load_state_dict(s["optimizer"])
-    self.step, self.skipped, self.best, self.seconds = s["step"], s["skipped"], s["best"], s["seconds"]
-    self.started, self.pending = s.get("started", 0.), list(s.get("pending", []))
+    self.step, self.skipped, self.seconds, self.started = s["step"], s["skipped"], float(s["seconds"]), float(s.get("started", 0.))
+    self.best = None if s.get("best") is None else float(s["best"])
+    self.in_a_row, self.first_skip, self.unread = int(s.get("in_a_row", 0)), str(s.get("first_skip", "")), dict(s.get("unread", {}))
+    self.pending, self.saved_step = list(s.get("pending", [])), self.step
     known = s.get("train_clips", [])           # the logged rows count these
     self.clip_ids = known + [i for i in self.clip_ids if i not in known]
     torch.set_rng_state(s["rng"]["cpu"].cpu())
@@ -497,7 +646,7 @@ def _say_resumed(self:Trainer,
 )->None:
     "Say where a run goes on, and what is not as it was."
     self.run.say(f"goes on from {name} at step {self.step}" if self.step else f"starts at step 0 from the weights of {name}, step {s['step']}")
-    then = merged(config_to_dict(type(self.cfg)()), s["config"])
+    then = flattened(config_to_dict(type(self.cfg)())) | flattened(s["config"])
     if changed := differences(then, config_to_dict(self.cfg)):
         self.run.say(f"differs from the configuration of {name} in " + "; ".join(changed))
     if missing:
@@ -512,9 +661,17 @@ def load_model(
     device:Any="cpu", # where the model goes
 )->tuple[nn.Module,Config]: # the model with its averaged weights, in eval mode; its configuration
     "The model of a checkpoint."
-    s = load_checkpoint(path, device); module, _, name = s["kind"].partition(":")
-    if not module.startswith("flux4d."): raise DataError(f"{Path(path).name}: names the model {s['kind']}, which is not of this package; take a checkpoint of flux4d.")
-    kind = getattr(import_module(module), name); cfg = config_from_dict(s["config"], kind.config); model = kind(cfg).to(device)
+    s = load_checkpoint(path, device)
+    check_checkpoint(s, Path(path).name, ("kind", "ema", "config"))
+    module, _, name = s["kind"].partition(":")
+    try:
+        kind = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        kind = None
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "config")):
+        raise DataError(f"{Path(path).name}: names the model {s['kind'][:80]!r}, which this version does not have; take a checkpoint of this version.")
+    cfg = config_from_dict(s["config"], kind.config)
+    model = kind(cfg).to(device)
     load_weights(model, {k.removeprefix("module."): v for k,v in s["ema"].items() if k.startswith("module.")}, Path(path).name)
     return model.eval(), cfg
 
@@ -541,17 +698,47 @@ def fit(self:Trainer,
     progress:Callable=iter, # wraps the range of steps, such as tqdm
 )->list[dict]: # the logged rows
     "Train, log, save, call back."
-    tc = self.cfg.train; calls = [every(tc.save_ckpt_every, Trainer.save_quietly), *self.callbacks]; clock = time.perf_counter() - self.seconds
-    for _ in progress(range(self.step, tc.iters if until is None else until)):
+    self._start()
+    self.stop, self.saved_at = False, time.perf_counter()
+    try:
+        with stop_signals(self._asked):
+            try:
+                self._steps(self.cfg.train.iters if until is None else until, progress)
+            except Interrupted:
+                raise Interrupted(self._farewell()) from None
+    finally: self.loader.rest()
+    self.note_trained()
+    return self.run.rows()
+
+@patch
+def _steps(self:Trainer,
+    until:int, # steps in all
+    progress:Callable, # wraps the range of steps
+)->None:
+    "The steps of `fit`."
+    tc, clock = self.cfg.train, time.perf_counter() - self.seconds
+    calls = [every(tc.save_ckpt_every, Trainer.save_quietly), *self.callbacks]
+    for _ in progress(range(self.step, until)):
         if self.done: break
         l = self.train_step()
         self.seconds = time.perf_counter() - clock
         if self.step == 1: self.started = self.seconds
         if self.step % tc.log_every == 0 or self.step == 1 or self.done: self.log(l)
-        for c in calls:
-            if row := c(self): self.run.record(dict(step=self.step, **row))
-    self.note_trained()
-    return self.run.rows()
+        with self._can_stop():
+            for c in calls:
+                if row := c(self): self.run.record(dict(step=self.step, **row))
+            if tc.save_ckpt_minutes and time.perf_counter() - self.saved_at > 60*tc.save_ckpt_minutes: self.save()
+    if self.done and self.step != self.saved_step: self.save()
+
+@patch
+def _farewell(self:Trainer)->str: # a sentence
+    "Save where training was interrupted, and say how to go on."
+    if not self.step: line = "interrupted before the first step; start again"
+    else:
+        path = self.save()
+        line = f"interrupted at step {self.step}, saved as {path.name}; go on with -p resume_from last -p out_dir {self.run.folder}"
+    self.run.say(line)
+    return line
 
 @patch
 def save_quietly(self:Trainer)->None:
@@ -560,13 +747,14 @@ def save_quietly(self:Trainer)->None:
 
 @patch
 def log(self:Trainer,
-    l:dict, # scalars of the step
+    l:dict|None, # scalars of the step; None: nothing could be read for it
 )->None:
     "One console line and one record of a step (S6-03)."
-    row = {k: v if isinstance(v, str) else float(v) for k,v in l.items()}
-    self.run.record(dict(step=self.step, **row, lr=self.opt.param_groups[0]["lr"], skipped=self.skipped, seconds=round(self.seconds,2), clips=self.pending))
+    row = {k: v if isinstance(v, str) else float(v) for k,v in (l or {}).items()}
+    counts = dict(skipped=self.skipped, seconds=round(self.seconds,2)) | (dict(unread=sum(self.unread.values())) if self.unread else {})
+    self.run.record(dict(step=self.step, **row, lr=self.opt.param_groups[0]["lr"], **counts, clips=self.pending))
     self.pending = []
-    self.run.say(f"step {self.step:6d}  " + "  ".join(f"{k} {row[k]:.4f}" for k in ("total","rgb","ssim","depth","vel","psnr")) + f"  {row['clip']}  {self.seconds:.0f} s")
+    if l is not None: self.run.say(f"step {self.step:6d}  " + "  ".join(f"{k} {row[k]:.4f}" for k in ("total","rgb","ssim","depth","vel","psnr")) + f"  {row['clip']}  {self.seconds:.0f} s")
 
 # %% ../nbs/32_train.ipynb #d0da1ea0
 @patch

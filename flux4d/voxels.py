@@ -4,6 +4,7 @@
 
 # %% ../nbs/13_voxels.ipynb #ec5dd6af
 from __future__ import annotations
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ class VoxelConfig:
         "Refuse a grid without cells."
         if self.size <= 0 or not all(a < b for a,b in zip(self.low, self.high)):
             raise ValueError(f"The voxel grid {self.low}..{self.high} at {self.size} m has no cells; size must be positive and low below high.")
+        if math.prod(self.shape) >= 2**62:
+            raise ValueError(f"size: is {self.size}, which makes more cells than can be numbered; choose larger cells.")
 
     @property
     def shape(self)->tuple[int,int,int]: # cells along x, y, z

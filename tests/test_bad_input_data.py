@@ -1,7 +1,8 @@
 "Bad input on the data side ends in one sentence that names the file, the fault and the remedy (design, section 7)."
 import json, re, shutil
 import numpy as np, pandas as pd, pytest
-from flux4d.pandaset import DataError, Log, PandaSet, check_log, check_main, fabricate_log, safe_load_pickle
+from flux4d.check import check_main
+from flux4d.pandaset import DataError, Log, PandaSet, check_log, fabricate_log, safe_load_pickle
 from flux4d.clips import Clip, ClipConfig, InputViews, build_index, load_index, load_views, write_index, index_main, select_clips
 
 CAMS = "front_camera", "left_camera"
