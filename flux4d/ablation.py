@@ -5,20 +5,24 @@
 # %% ../nbs/51_ablation.ipynb #fc0e825f
 from __future__ import annotations
 import hashlib, json
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 import yaml
+from annotated_types import Interval
 from matplotlib.figure import Figure
+from pydantic import NonNegativeInt
 from .house import repo_root
 from .pandaset import DataError
-from .train import merged
+from .settings import Distinct, LogId, Seed, read_parameters
+from .train import flattened, merged
 
 # %% auto #0
 __all__ = ['VARIANTS', 'TABLES', 'PAPER', 'SWITCHES', 'FIELDS', 'SETTINGS', 'COLUMNS', 'BUDGET', 'SILENT', 'NOT_COMPARABLE',
-           'STEPS', 'flattened', 'differences', 'variant_of', 'run_variant', 'found', 'pace', 'mark', 'ablation_row',
-           'as_table', 'paper_tables', 'circumstances', 'clips_helped', 'changes', 'ablation_chart', 'time_table',
-           'near_in_time', 'recorded', 'paired', 'report']
+           'STEPS', 'differences', 'variant_of', 'AblationParameters', 'run_variant', 'found', 'pace', 'mark',
+           'ablation_row', 'as_table', 'paper_tables', 'circumstances', 'clips_helped', 'changes', 'ablation_chart',
+           'time_table', 'near_in_time', 'recorded', 'paired', 'report']
 
 # %% ../nbs/51_ablation.ipynb #72670efe
 VARIANTS = dict(
@@ -37,13 +41,6 @@ PAPER = dict( # moving regions: PSNR dB, SSIM, D_RMSE m, V_RMSE (paper Tables 7 
 SWITCHES = dict(num_refine="refine.steps", poly_degree="model.degree", velocity_reweighting="flow.enabled") # parameter -> field
 FIELDS = *SWITCHES.values(), "loss.velocity" # all in which variants differ
 
-def flattened(
-    d:dict, # nested
-    at:str="", # dotted prefix
-)->dict: # {dotted field: value}
-    "A nested dict by dotted names."
-    return {n: w for k,v in d.items() for n,w in (flattened(v, f"{at}{k}.") if isinstance(v, dict) else {f"{at}{k}": v}).items()}
-
 def differences(
     a:dict, # configuration
     b:dict, # another
@@ -58,6 +55,25 @@ def variant_of(
     "Which variant a configuration is."
     flat = flattened(config); is_one = lambda v: all(flat.get(f) == v[p] for p,f in SWITCHES.items()) and bool(flat.get("loss.velocity")) == ("overrides" not in v)
     return next((k for k,v in VARIANTS.items() if is_one(v)), None)
+
+# %% ../nbs/51_ablation.ipynb #afd2a5a5
+@dataclass(frozen=True)
+class AblationParameters:
+    "The parameters of this notebook, as the cell above explains them; () means what empty means there."
+    data_root:str=""
+    train_logs:Distinct[LogId]=()
+    eval_logs:Distinct[LogId]=()
+    eval_starts:Distinct[NonNegativeInt]=()
+    train_without_frames:str=""
+    image_scale:Annotated[float, Interval(gt=0, le=1)]=1.
+    iters:NonNegativeInt=2
+    seed:Seed=0
+    out_dir:str=""
+    variants:Distinct[Literal[tuple(VARIANTS)]]=()
+    records:str=""
+    equal_time:str=""
+    overrides:dict=field(default_factory=dict)
+    others:dict=field(default_factory=dict)
 
 # %% ../nbs/51_ablation.ipynb #78293160
 def run_variant(
@@ -81,7 +97,8 @@ def run_variant(
 SETTINGS = "interpolation", "future"
 COLUMNS = ({f"{c}, {s}": f"nvs.dynamic.{s}.{m}.mean" for c,m in (("PSNR","psnr"), ("SSIM","ssim"), ("D_RMSE","depth_rmse")) for s in SETTINGS}
     | {"V_RMSE": "scene_flow.v_rmse.dynamic.mean"} | {f"full PSNR, {s}": f"nvs.full.{s}.psnr.mean" for s in SETTINGS}
-    | {"FD EPE": "scene_flow.epe_3way.FD.mean", "FD EPE of zero motion": "zero_motion.scene_flow.epe_3way.FD.mean", "theta_eps": "scene_flow.theta.mean", "theta_eps, moving": "scene_flow.theta_moving.mean"}
+    | {"FD EPE": "scene_flow.epe_3way.FD.mean", "FD EPE of the motion prior alone": "baselines.motion_prior.scene_flow.epe_3way.FD.mean", "V_RMSE of the motion prior alone": "baselines.motion_prior.scene_flow.v_rmse.dynamic.mean",
+       "FD EPE of zero motion": "zero_motion.scene_flow.epe_3way.FD.mean", "theta_eps": "scene_flow.theta.mean", "theta_eps, moving": "scene_flow.theta_moving.mean"}
     | {"steps": "runtime.iters", "train s": "runtime.train_seconds", "machine": "runtime.machine", "evaluated on": "evaluated_on"}) # column -> where it is in metrics.json
 
 def found(

@@ -5,38 +5,51 @@
 # %% ../nbs/11_background.ipynb #4655f01e
 from __future__ import annotations
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from annotated_types import Interval
+from pydantic import PositiveFloat, PositiveInt
 from .frames import project, pixel_index, se3_inverse
-from .gaussians import Gaussians, gaussians_from, cat, BACKGROUND
+from .gaussians import Gaussians, gaussians_from, cat, BACKGROUND, LIDAR
 from .clips import Clip
-from .lift import LiftConfig, ClipData, Blocks, block_sides, clip_data, clip_blocks, even_opacity, lift_data
+from .settings import OpenShare, Share
+from .lift import LiftConfig, ClipData, Blocks, block_sides, clip_data, clip_blocks, even_opacity, lift_data, sound_stamps
 
 # %% auto #0
-__all__ = ['BackgroundConfig', 'pick', 'disagreement', 'far_depth', 'far_field', 'bounding_box', 'draw_hemisphere', 'hemisphere',
-           'background', 'init_data', 'init_gaussians']
+__all__ = ['BackgroundConfig', 'pick', 'disagreement', 'far_depth', 'far_field', 'bounding_box', 'draw_hemisphere',
+           'first_colour', 'drawn_points', 'hemisphere', 'draw_ball', 'inside_ball', 'background', 'init_data',
+           'init_gaussians']
 
 # %% ../nbs/11_background.ipynb #380a93b9
 @dataclass(frozen=True)
 class BackgroundConfig:
     "What stands where no return does."
-    mode:str="grid"                # "grid": blocks of the input images pushed far away; "hemisphere": the paper; "none"
-    num_sky_points:int=1_000_000   # hemisphere: points drawn (supp. A.2); those no camera sees are then left out
-    radius_factor:float=4.         # hemisphere: radius per longest side of the LiDAR Gaussians' bounding box (supp. A.2)
-    distance:float=600.            # m, grid: depth of the far field
-    nearer:tuple=(300., 150., 100., 75., 60., 48., 40., 32., 26., 20.) # m, grid: tried too, where the input images tell depths apart; () = never
-    gain:float=.02                 # grid: a nearer depth must lower the images' colour difference by this much, 0..1
-    evidence:int=64                # grid: px of an image 1920 wide, side of the cells whose blocks share their evidence
-    scale_factor:float=.5          # hemisphere: rendered standard deviation per mean spacing of the points
-    opacity:float=.5               # grid: six input images overlap, so each may be half transparent
-    sky_opacity:float=.9           # hemisphere: one layer, scattered at random
+    # "grid": blocks of the input images pushed far away; "hemisphere": the paper; "none"
+    mode:Literal["grid","hemisphere","none"]="grid"
+    num_sky_points:Annotated[int, Interval(ge=1, le=100_000_000)]=1_000_000 # hemisphere: points drawn (supp. A.2); those no camera sees are then left out
+    # hemisphere: radius per longest side of the LiDAR Gaussians' bounding box (supp. A.2)
+    radius_factor:PositiveFloat=4.
+    distance:PositiveFloat=600. # m, grid: depth of the far field
+    # m, grid: tried too, where the input images tell depths apart; () = never
+    nearer:tuple[PositiveFloat,...]=(300., 150., 100., 75., 60., 48., 40., 32., 26., 20.)
+    gain:Share=.02 # grid: a nearer depth must lower the images' colour difference by this much, 0..1
+    evidence:PositiveInt=64 # grid: px of an image 1920 wide, side of the cells whose blocks share their evidence
+    scale_factor:PositiveFloat=.5 # hemisphere: rendered standard deviation per mean spacing of the points
+    opacity:OpenShare=.5 # grid: six input images overlap, so each may be half transparent
+    sky_opacity:OpenShare=.9 # hemisphere: one layer, scattered at random; .5 is the paper's opacity of every Gaussian (supp. A.2)
+    # points drawn inside a sphere, for robustness (Sec. 4.1; their number is not known); those no camera sees are left out
+    inside_points:Annotated[int, Interval(ge=0, le=100_000_000)]=0
+    # its radius per longest side of the LiDAR Gaussians' bounding box; not known, this one holds the box's length
+    inside_factor:PositiveFloat=.5
+    inside_opacity:OpenShare=.5 # of these points (supp. A.2)
 
     def __post_init__(self)->None:
         "Refuse unknown words."
         if self.mode not in ("grid","hemisphere","none"): raise ValueError(f"mode: is {self.mode!r}; choose grid, hemisphere or none.")
+        if self.inside_points < 0: raise ValueError(f"inside_points: is {self.inside_points}; choose a number of points, 0 for none.")
 
 # %% ../nbs/11_background.ipynb #f969ef73
 def pick(
@@ -114,6 +127,37 @@ def draw_hemisphere(
     return centre + radius*np.stack([r*np.cos(a), r*np.sin(a), z], 1)
 
 # %% ../nbs/11_background.ipynb #ee58eb12
+def first_colour(
+    data:ClipData, # images and cameras
+    x:Tensor,      # (M,3) float64 places, world, m
+)->tuple[Tensor,Tensor]: # (M,3) colour 0..1; (M,) number of the image it is from, -1 where no camera sees the place
+    "The colour of the first input image that has a place in view, whatever stands before it."
+    n, C, h, w = data.images.shape[:4]
+    colour = x.new_zeros(x.shape, dtype=torch.float32)
+    image = torch.full(x.shape[:1], -1, device=x.device)
+    for v in range(n*C):
+        f, c = divmod(v, C)
+        col, row, inside = pixel_index(project(data.K[f,c], se3_inverse(data.pose[f,c]), x)[0], w, h)
+        first = inside & (image < 0)
+        colour = torch.where(first[:,None], data.images[f,c][row,col].float()/255, colour)
+        image = torch.where(first, v, image)
+    return colour, image
+
+def drawn_points(
+    data:ClipData, # images and cameras
+    x:Tensor,      # (M,3) float64 places, world, m
+    scale:float,   # m, standard deviation of each
+    kind:int,      # LIDAR or BACKGROUND
+    opacity:float, # of each
+)->Gaussians: # of the places that some camera sees, world
+    "Places that were drawn at random, with colour and time of the first image that sees them."
+    colour, image = first_colour(data, x)
+    k = (image >= 0).nonzero()[:,0]
+    f = image[k]//data.images.shape[1]
+    size = torch.full(k.shape, scale, device=x.device)
+    t = (data.sweep_stamps[f]/data.duration).float()
+    return gaussians_from(x[k].float(), size, colour[k], t, data.frames[f], kind, opacity=opacity)
+
 def hemisphere(
     data:ClipData,   # images and cameras
     lidar:Gaussians, # whose box it surrounds
@@ -121,13 +165,36 @@ def hemisphere(
     seed:int=0,      # of the draw
 )->Gaussians: # kind BACKGROUND, world
     "The paper's far points, coloured by the images that see them."
-    centre, side = bounding_box(lidar.means); radius = cfg.radius_factor*side; (n, C, h, w), device = data.images.shape[:4], data.points.device
-    x = torch.from_numpy(draw_hemisphere(cfg.num_sky_points, centre, radius, seed)).to(device); colour, image = x.new_zeros(x.shape, dtype=torch.float32), torch.full(x.shape[:1], -1, device=device)
-    for v in range(n*C):
-        f, c = divmod(v, C); col, row, inside = pixel_index(project(data.K[f,c], se3_inverse(data.pose[f,c]), x)[0], w, h); first = inside & (image < 0)
-        colour, image = torch.where(first[:,None], data.images[f,c][row,col].float()/255, colour), torch.where(first, v, image)
-    k = (image >= 0).nonzero()[:,0]; f = image[k]//C; scale = torch.full(k.shape, cfg.scale_factor*radius*np.sqrt(2*np.pi/cfg.num_sky_points), device=device)
-    return gaussians_from(x[k].float(), scale, colour[k], (data.sweep_stamps[f]/data.duration).float(), data.frames[f], BACKGROUND, opacity=cfg.sky_opacity)
+    centre, side = bounding_box(lidar.means)
+    radius = cfg.radius_factor*side
+    x = torch.from_numpy(draw_hemisphere(cfg.num_sky_points, centre, radius, seed)).to(data.points.device)
+    return drawn_points(data, x, cfg.scale_factor*radius*np.sqrt(2*np.pi/cfg.num_sky_points), BACKGROUND, cfg.sky_opacity)
+
+# %% ../nbs/11_background.ipynb #ff82f563
+def draw_ball(
+    n:int,             # points
+    centre:np.ndarray, # (3,) world, m
+    radius:float,      # m
+    seed:int=0,        # of the draw
+)->np.ndarray: # (n,3) float64, world, m
+    "Even points inside a sphere."
+    rng = np.random.default_rng((seed, 3))
+    way = rng.normal(size=(n,3))
+    way = way/np.linalg.norm(way, axis=1, keepdims=True)
+    return centre + radius*rng.uniform(0, 1, (n,1))**(1/3)*way
+
+def inside_ball(
+    data:ClipData,   # images and cameras
+    lidar:Gaussians, # whose box the ball holds
+    cfg:BackgroundConfig, # read: inside_points, inside_factor, inside_opacity, scale_factor
+    seed:int=0,      # of the draw
+)->Gaussians: # kind LIDAR, world
+    "Random points of the near field, coloured by the images that see them."
+    centre, side = bounding_box(lidar.means)
+    radius = cfg.inside_factor*side
+    spacing = radius*(4/3*np.pi/cfg.inside_points)**(1/3)
+    x = torch.from_numpy(draw_ball(cfg.inside_points, centre, radius, seed)).to(data.points.device)
+    return drawn_points(data, x, cfg.scale_factor*spacing, LIDAR, cfg.inside_opacity)
 
 # %% ../nbs/11_background.ipynb #14e976c4
 def background(
@@ -151,9 +218,12 @@ def init_data(
     seed:int=0,        # of rotations and hemisphere
 )->Gaussians: # kinds LIDAR, then BACKGROUND; world, on the data's device
     "G_init of a clip in memory: everything a reconstruction starts from."
+    data = sound_stamps(data, lift_cfg.late_after)
     blocks = clip_blocks(data, lift_cfg) if lift_cfg.fill or bg_cfg.mode == "grid" else None
-    g = lift_data(data, lift_cfg, seed, blocks); bg = background(data, g, blocks, lift_cfg, bg_cfg, seed)
-    return g if bg is None else cat([g, bg])
+    g = lift_data(data, lift_cfg, seed, blocks)
+    ball = [inside_ball(data, g, bg_cfg, seed)] if bg_cfg.inside_points else []
+    bg = background(data, g, blocks, lift_cfg, bg_cfg, seed)
+    return cat([g, *ball] + ([] if bg is None else [bg])) if ball or bg is not None else g
 
 def init_gaussians(
     clip:Clip,         # the clip

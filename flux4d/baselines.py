@@ -10,12 +10,19 @@ import torch
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from .gaussians import LIDAR, Gaussians
 from .clips import Clip
+from .settings import Seed
+from .lift import clip_returns
+from .voxels import VoxelConfig
+from .votes import height_above_ground
+from .predictor import PredictorConfig, decode_velocity, make_layout, motion_channels
+
 
 # %% auto #0
-__all__ = ['BASELINES', 'still', 'sweep_rows', 'nearest_sweep', 'NSFPConfig', 'DistanceMap', 'above_ground', 'flow_net',
-           'fit_flow', 'nsfp']
+__all__ = ['BASELINES', 'still', 'sweep_rows', 'nearest_sweep', 'NSFPConfig', 'DistanceMap', 'is_above', 'flow_net', 'fit_flow',
+           'nsfp', 'motion_prior_alone']
 
 # %% ../nbs/43_baselines.ipynb #fd04a31d
 def still(
@@ -52,21 +59,22 @@ def nearest_sweep(
 @dataclass(frozen=True)
 class NSFPConfig:
     "How a flow field is fitted to a pair of sweeps."
-    iterations:int=400 # most steps
-    patience:int=30    # steps without a better loss, then stop
-    better:float=1e-4  # m, smallest gain of the mean distance that counts
-    lr:float=.004      # of Adam
-    width:int=128      # of the hidden layers (the papers')
-    layers:int=8       # hidden layers (the papers')
-    unit:float=10.     # m, coordinates are divided by this
-    points:int=8192    # returns of a sweep that a fit uses, drawn at random
-    truncation:float=4. # m, no distance counts for more; 20 m/s between sweeps 0.2 s apart
-    cell:float=.2      # m, of the distance transform
-    cells:int=2**26    # most cells of it; a wider street gets larger ones
-    ground:float=.3    # m above the lowest return around, below this is ground and stands still; 0: all is fitted
-    patch:float=2.     # m, side of the squares that ground is sought in
+    iterations:PositiveInt=400 # most steps
+    patience:PositiveInt=30 # steps without a better loss, then stop
+    better:NonNegativeFloat=1e-4 # m, smallest gain of the mean distance that counts
+    lr:PositiveFloat=.004 # of Adam
+    width:PositiveInt=128 # of the hidden layers (the papers')
+    layers:PositiveInt=8 # hidden layers (the papers')
+    unit:PositiveFloat=10. # m, coordinates are divided by this
+    points:PositiveInt=8192 # returns of a sweep that a fit uses, drawn at random
+    truncation:PositiveFloat=4. # m, no distance counts for more; 20 m/s between sweeps 0.2 s apart
+    cell:PositiveFloat=.2 # m, of the distance transform
+    cells:PositiveInt=2**26 # most cells of it; a wider street gets larger ones
+    # m above the lowest return around, below this is ground and stands still; 0: all is fitted
+    ground:NonNegativeFloat=.3
+    patch:PositiveFloat=2. # m, side of the squares that ground is sought in
     backward:bool=False # also bring the moved cloud back with a second network (NSFP; Fast NSF is made to be quick)
-    seed:int=0         # of the networks' first weights and of the draw
+    seed:Seed=0 # of the networks' first weights and of the draw
 
 # %% ../nbs/43_baselines.ipynb #6005ac79
 class DistanceMap:
@@ -99,16 +107,12 @@ def _spread(square:Tensor, axis:int, reach:int)->None:
             to = square.narrow(axis, a, n-s); torch.minimum(to, old.narrow(axis, b, n-s) + s*s, out=to)
 
 # %% ../nbs/43_baselines.ipynb #9aa81026
-def above_ground(
-    x:Tensor, # (N,3) m, z up
-    height:float=.3, # m
-    patch:float=2., # m, side of a square
+def is_above(
+    points:Tensor, # (N,3) m, z up
+    cfg:NSFPConfig, # read: ground, patch
 )->Tensor: # (N,) bool
     "Which returns rise above the lowest one around."
-    ij = torch.floor(x[:,:2]/patch).long(); ij = ij - ij.amin(0); rows, cols = (ij.amax(0) + 1).tolist(); at = ij[:,0]*cols + ij[:,1]
-    low = x.new_full((rows*cols,), torch.inf).scatter_reduce_(0, at, x[:,2], "amin")
-    low = -F.max_pool2d(-low.view(1, rows, cols), 3, 1, 1)
-    return x[:,2] > low.flatten()[at] + height
+    return height_above_ground(points, cfg.patch, share=0., least=1) > cfg.ground
 
 # %% ../nbs/43_baselines.ipynb #75f99e0d
 def flow_net(
@@ -146,11 +150,29 @@ def nsfp(
 )->tuple[Gaussians,Tensor]: # the lift; (N,1,3) m/s, world
     "Velocities from a field fitted to each input sweep and its neighbour."
     _, v = still(clip, g0); x = g0.means.detach()
-    up = lambda r: r[above_ground(x[r], cfg.ground, cfg.patch)] if cfg.ground else r
+    up = lambda r: r[is_above(x[r], cfg)] if cfg.ground else r
     for own, other in sweep_rows(clip, g0):
         a, b = up(own), up(other); gap = float(g0.t[other].mean() - g0.t[own].mean())*clip.time.duration
         if len(a) and len(b): v[a,0] = fit_flow(x[a], x[b], cfg)[0](x[a])/gap
     return g0, v
 
+# %% ../nbs/43_baselines.ipynb #fd84959c
+@torch.no_grad()
+def motion_prior_alone(
+    clip:Clip, # whose returns are matched between sweeps, all around
+    g0:Gaussians, # (N) its lift, world
+    voxel:VoxelConfig=VoxelConfig(), # read: the range in which motion is looked for
+    cfg:PredictorConfig=PredictorConfig(degree=1), # read: the prior's settings; degree 1 keeps its acceleration
+    lidar_sensors:tuple[int,...]=(0,), # whose returns are matched
+)->tuple[Gaussians,Tensor]: # the lift; (N,2,3) coefficients, m/s and m/s^2, world
+    "The lift, moving as the motion prior says: what a network predicts that has learned nothing."
+    returns = clip_returns(clip, lidar_sensors).to(g0.means.device)
+    layout = make_layout(g0, clip.ego0, clip.time.duration, voxel, cfg, returns)
+    nothing = g0.means.new_zeros(len(layout.at), motion_channels(cfg))
+    found = decode_velocity(nothing, layout.hints, layout.seconds, layout.to_world, cfg, settled=True)
+    v = g0.means.new_zeros(len(g0), cfg.degree + 1, 3)
+    return g0, v.index_copy(0, layout.at, found.to(v.dtype))
+
 # %% ../nbs/43_baselines.ipynb #938d7553
-BASELINES:dict[str,Callable[[Clip,Gaussians],tuple[Gaussians,Tensor]]] = dict(lift=still, zero_motion=still, nearest=nearest_sweep, nsfp=nsfp)
+BASELINES:dict[str,Callable[[Clip,Gaussians],tuple[Gaussians,Tensor]]] = dict(
+    lift=still, zero_motion=still, motion_prior=motion_prior_alone, nearest=nearest_sweep, nsfp=nsfp)

@@ -4,42 +4,61 @@
 
 # %% ../nbs/12_cache.ipynb #33508de7
 from __future__ import annotations
-import hashlib, json, multiprocessing, time, zipfile
+import hashlib, json, math, multiprocessing, os, threading, warnings, zipfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from . import frames, gaussians, pandaset, clips, lift, background
-from .gaussians import Gaussians
-from .pandaset import atomic_write
+from .files import atomic_write, remove_unfinished, short_path
+from .gaussians import BACKGROUND, LIDAR, Gaussians
 from .clips import Clip
 from .lift import LiftConfig
 from .background import BackgroundConfig, init_gaussians
 
 # %% auto #0
-__all__ = ['pack', 'unpack', 'save_arrays', 'load_arrays', 'data_identity', 'cache_key', 'LiftCache', 'warm']
+__all__ = ['pack', 'sound', 'unpack', 'save_arrays', 'load_arrays', 'data_identity', 'cache_key', 'LiftCache', 'warm']
 
 # %% ../nbs/12_cache.ipynb #d03d82d1
+_WIDTH = dict(means=(3,), quats=(4,), log_scales=(3,), opacity_logits=(), colour_logits=(3,), t=(), frame=(), kind=()) # shape of one row
+_WHOLE_NUMBERS = "frame", "kind"
+
 def pack(
     g:Gaussians, # on any device
 )->dict[str,np.ndarray]: # arrays without what repeats, and the full shapes
     "Gaussians as small arrays, without loss."
     out = {}
-    for f in fields(Gaussians):
-        a = getattr(g, f.name).detach().cpu().numpy(); out[f"{f.name}_shape"] = np.array(a.shape)
-        if f.name in ("frame","kind"): a = a.astype(np.int16)
+    for name in _WIDTH:
+        a = getattr(g, name).detach().cpu().numpy()
+        out[f"{name}_shape"] = np.array(a.shape)
+        if name in _WHOLE_NUMBERS and len(a) and np.abs(a).max() < 2**15: a = a.astype(np.int16)
         if a.ndim == 2 and (a == a[:,:1]).all(): a = a[:,:1]
-        out[f.name] = a[:1] if len(a) and (a == a[:1]).all() else a
+        repeats = name != "means" and len(a) and (a == a[:1]).all() # means keep their rows: they say how many there are
+        out[name] = a[:1] if repeats else a
     return out
+
+def sound(
+    d:dict[str,np.ndarray], # arrays from a file
+)->bool: # could `pack` have made them?
+    "Are lengths, types and numbers those of Gaussians?"
+    n = d["means"].shape[0] if d["means"].ndim else 0
+    for name, row in _WIDTH.items():
+        a, whole = d[name], (n, *row)
+        if d[f"{name}_shape"].tolist() != list(whole): return False
+        if a.ndim != len(whole) or any(have not in (1, want) for have, want in zip(a.shape, whole)): return False
+        if a.dtype.kind != ("i" if name in _WHOLE_NUMBERS else "f") or not np.isfinite(a).all(): return False
+    return n > 0 and bool(np.isin(d["kind"], (LIDAR, BACKGROUND)).all())
 
 def unpack(
     d:dict[str,np.ndarray], # as `pack` made them
 )->Gaussians: # CPU
     "The inverse of `pack`."
-    whole = lambda k: torch.from_numpy(np.broadcast_to(d[k], d[f"{k}_shape"]).astype(np.int64 if k in ("frame","kind") else np.float32))
-    return Gaussians(*(whole(f.name) for f in fields(Gaussians)))
+    whole = lambda k: torch.from_numpy(np.broadcast_to(d[k], d[f"{k}_shape"]).astype(np.int64 if k in _WHOLE_NUMBERS else np.float32))
+    return Gaussians(**{name: whole(name) for name in _WIDTH})
 
 # %% ../nbs/12_cache.ipynb #54bf7020
 def save_arrays(
@@ -49,14 +68,25 @@ def save_arrays(
     "Write an .npz file completely or not at all."
     with atomic_write(path) as tmp, open(tmp, "wb") as f: np.savez(f, **arrays)
 
+def _read_array(z:zipfile.ZipFile, name:str)->np.ndarray:
+    "One array of an .npz file, if it is as large as it claims."
+    member = z.getinfo(f"{name}.npy")
+    with z.open(member) as f:
+        npy.read_magic(f)
+        shape, _, dtype = npy.read_array_header_1_0(f)
+        if f.tell() + math.prod(shape)*dtype.itemsize != member.file_size: raise ValueError(f"{name} claims another size than it has")
+    with z.open(member) as f: return npy.read_array(f, allow_pickle=False)
+
 def load_arrays(
     path:str|Path, # an .npz file
-)->dict[str,np.ndarray]|None: # None when there is no such file or it is broken
+)->dict[str,np.ndarray]|None: # None when there is no such file, or none that `pack` could have made
     "Read an .npz file whole, checksums and all."
     try:
-        with np.load(path, allow_pickle=False) as z: d = {k: z[k] for k in z.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile): return None
-    return d if all(k in d for f in fields(Gaussians) for k in (f.name, f"{f.name}_shape")) else None
+        with zipfile.ZipFile(path) as z:
+            if sum(m.file_size for m in z.infolist()) > Path(path).stat().st_size: return None # nothing is stored compressed
+            d = {k: _read_array(z, k) for name in _WIDTH for k in (name, f"{name}_shape")}
+        return d if sound(d) else None
+    except Exception: return None # a file can be broken in more ways than its readers have errors for
 
 # %% ../nbs/12_cache.ipynb #db7e99a1
 _CODE = hashlib.sha256(b"".join(Path(m.__file__).read_bytes() for m in (frames, gaussians, pandaset, clips, lift, background))).hexdigest()
@@ -67,9 +97,10 @@ def data_identity(
 )->list: # JSON-ready
     "What tells whether the files of a clip have changed."
     log, stat = clip.log, lambda p: [(s := p.stat()).st_size, s.st_mtime_ns] if p.is_file() else None
+    content = lambda p: p.read_bytes() if p.is_file() else b"missing"
     lists = ["lidar/timestamps", "lidar/poses"] + [f"camera/{c}/{k}" for c in cameras for k in ("timestamps","poses","intrinsics")]
-    content = hashlib.sha256(b"".join((log.folder/f"{n}.json").read_bytes() for n in lists)).hexdigest()
-    return [content] + [stat(p) for f in clip.input_frames for p in (log.sweep_path(f), *(log.image_path(c, f) for c in cameras))]
+    hashed = hashlib.sha256(b"".join(content(log.folder/f"{n}.json") for n in lists)).hexdigest()
+    return [hashed] + [stat(p) for f in clip.input_frames for p in (log.sweep_path(f), *(log.image_path(c, f) for c in cameras))]
 
 def cache_key(
     clip:Clip,               # the clip
@@ -92,10 +123,19 @@ class LiftCache:
         folder:str|Path, # made when needed
         device:Any="cpu", # where clips are lifted
     )->None:
-        "Open a cache and clear away what killed writers left more than an hour ago."
-        self.folder, self.device = Path(folder), device; self.folder.mkdir(parents=True, exist_ok=True)
-        for p in self.folder.glob(".*.npz.*.tmp"):
-            if time.time() - p.stat().st_mtime > 3600: p.unlink(missing_ok=True)
+        "Open a cache and clear away what killed writers left."
+        self.folder, self.device, self.told = Path(folder), device, False
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(self.folder, "*.npz")
+        except OSError as e: self._pass_over(e)
+
+    def _pass_over(self, error:OSError)->None:
+        "Say once that this cache keeps nothing."
+        if self.told: return
+        self.told = True
+        why = next((e.strerror for e in (error, error.__context__) if getattr(e, "strerror", None)), "it cannot be written")
+        warnings.warn(f"lift cache {short_path(self.folder)}: lifted clips are not kept ({why.lower()}), so they are lifted whenever they are needed; free space or choose another folder.")
 
     def path(self,
         clip:Clip, # the clip
@@ -103,7 +143,8 @@ class LiftCache:
         **kwargs:Any, # as for `cache_key`
     )->Path: # where it is or will be
         "File of a lifted clip."
-        return self.folder/f"{clip.id}_{cache_key(clip, *args, device=self.device, **kwargs)}.npz"
+        key = cache_key(clip, *args, device=self.device, **kwargs)
+        return self.folder/f"{clip.log.folder.name}_{int(clip.frames[0]):03d}_{int(clip.frames[-1]):03d}_{key}.npz"
 
     def _recover(self, path:Path)->None:
         "Take over a file that the old naming bug left, if it is sound."
@@ -121,16 +162,29 @@ class LiftCache:
         seed:int=0,              # of rotations and hemisphere
     )->Gaussians: # CPU
         "The lifted clip, from disk if it is there and sound."
-        args = (clip, lift_cfg, bg_cfg, cameras, image_scale, seed); path = self.path(*args); self._recover(path)
+        args = (clip, lift_cfg, bg_cfg, cameras, image_scale, seed)
+        path = self.path(*args)
+        try: self._recover(path)
+        except OSError as e: self._pass_over(e)
         if (d := load_arrays(path)) is not None: return unpack(d)
-        g = init_gaussians(*args, device=self.device).to("cpu"); save_arrays(path, pack(g))
+        g = init_gaussians(*args, device=self.device).to("cpu")
+        try: save_arrays(path, pack(g))
+        except OSError as e: self._pass_over(e)
         return g
 
 # %% ../nbs/12_cache.ipynb #81a1605b
-def _get(cache:LiftCache, args:tuple)->int:
-    "Lift one clip in a worker."
+def _end_with_parent()->None:
+    "End this worker when the process that started it is gone, even if it was killed."
+    def watch()->None: wait([multiprocessing.parent_process().sentinel]); os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+def _get(cache:LiftCache, args:tuple)->tuple[int,list[str]]:
+    "Lift one clip in a worker; its warnings are said by the process that asked."
     torch.set_num_threads(1)
-    return len(cache.get(*args))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        n = len(cache.get(*args))
+    return n, [str(w.message) for w in said if w.category is UserWarning]
 
 def warm(
     cache:LiftCache,  # to fill
@@ -145,4 +199,6 @@ def warm(
     "Lift clips ahead of training, in parallel."
     jobs = [(c, lift_cfg, bg_cfg, cameras, image_scale, seed) for c in clip_list]
     if not workers: return [len(cache.get(*j)) for j in jobs]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool: return list(pool.map(_get, [cache]*len(jobs), jobs))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent) as pool: done = list(pool.map(_get, [cache]*len(jobs), jobs))
+    for text in dict.fromkeys(t for _, texts in done for t in texts): warnings.warn(text)
+    return [n for n, _ in done]

@@ -7,8 +7,9 @@ from __future__ import annotations
 import argparse, gzip, importlib, json, os, pickle, shutil, tempfile, uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,18 +25,18 @@ from .pandaset import DataError, atomic_write
 # %% auto #0
 __all__ = ['MATERIALS', 'CABINS', 'HULL', 'SIZES', 'PAINTS', 'GLASS', 'TYRE', 'WHITE', 'RED', 'TRUCKS', 'SKINS', 'CLOTHES',
            'WALLS', 'DRIVES', 'RIG', 'BEAMS', 'SCANNER', 'SWEEP', 'GLOW', 'SHOP', 'SURFACES', 'MORE', 'SEEN_BY',
-           'COLUMNS', 'Mesh', 'soup', 'join', 'panel', 'quads', 'box', 'prism', 'rod', 'ball', 'wheel', 'inset',
-           'windows', 'car', 'truck', 'bus', 'walker', 'bicycle', 'cyclist', 'model', 'recast', 'tree', 'lamp_post',
-           'signal', 'utility_pole', 'small_things', 'building', 'awnings', 'arc', 'Motion', 'Thing', 'Layout', 'Edge',
-           'edges', 'houses', 'labelled', 'vehicle', 'parked', 'greens', 'scenery', 'skyline', 'turn', 'swerve',
-           'Drive', 'drive', 'discs', 'clears', 'cars_to_try', 'crossing_to_try', 'people_to_try', 'riders_to_try',
-           'traffic', 'ego_pose', 'Street', 'make_street', 'turned', 'tree_of', 'nearest', 'Stage', 'Hits', 'near',
-           'cast', 'beam_columns', 'sweep', 'glow', 'noise', 'grain', 'band', 'cells', 'rgb', 'over', 'Spots',
-           'asphalt', 'lane_lines', 'bars', 'road', 'slab', 'leaf', 'stuff', 'paintwork', 'masonry', 'panes', 'shops',
-           'wall', 'sky', 'rays', 'camera_at', 'spots', 'free', 'sunlit', 'under', 'mirror', 'shade', 'outline', 'look',
-           'shoot', 'box_time', 'camera_used', 'box_row', 'boxes', 'log_stamps', 'dump', 'pose_records', 'write_frame',
-           'write_json', 'write_lists', 'stage_of', 'write_part', 'finish', 'claim', 'each_part', 'make_city',
-           'fixture_city', 'city_main']
+           'COLUMNS', 'RANGES', 'PART', 'CITY_EXAMPLES', 'Mesh', 'soup', 'join', 'panel', 'quads', 'box', 'prism',
+           'rod', 'ball', 'wheel', 'inset', 'windows', 'car', 'truck', 'bus', 'walker', 'bicycle', 'cyclist', 'model',
+           'recast', 'tree', 'lamp_post', 'signal', 'utility_pole', 'small_things', 'building', 'awnings', 'arc',
+           'Motion', 'Thing', 'Layout', 'Edge', 'edges', 'houses', 'labelled', 'vehicle', 'parked', 'greens', 'scenery',
+           'skyline', 'turn', 'swerve', 'Drive', 'drive', 'discs', 'clears', 'cars_to_try', 'crossing_to_try',
+           'people_to_try', 'riders_to_try', 'traffic', 'ego_pose', 'Street', 'make_street', 'turned', 'tree_of',
+           'nearest', 'Stage', 'Hits', 'near', 'cast', 'beam_columns', 'sweep', 'glow', 'noise', 'grain', 'band',
+           'cells', 'rgb', 'over', 'Spots', 'asphalt', 'lane_lines', 'bars', 'road', 'slab', 'leaf', 'stuff',
+           'paintwork', 'masonry', 'panes', 'shops', 'wall', 'sky', 'rays', 'camera_at', 'spots', 'free', 'sunlit',
+           'under', 'mirror', 'shade', 'outline', 'look', 'shoot', 'box_time', 'camera_used', 'box_row', 'boxes',
+           'log_stamps', 'dump', 'pose_records', 'write_frame', 'write_json', 'write_lists', 'stage_of', 'write_part',
+           'finish', 'claim', 'each_part', 'check_range', 'make_city', 'fixture_city', 'city_main']
 
 # %% ../nbs/06_city.ipynb #bff579aa
 MATERIALS = "plain road slab wall paint glass rubber leaf cloth lamp".split()
@@ -1553,10 +1554,15 @@ def claim(
     "Refuse a folder that holds something else; remember the parameters."
     found = out/"city.json"
     if found.is_file():
-        old = json.loads(found.read_text()); done = old.pop("complete", False)
+        try:
+            old = dict(json.loads(found.read_text()))
+        except (ValueError, TypeError, RecursionError) as e:
+            raise DataError(f"{out.name}/city.json: holds no parameters of a city; choose another folder or delete this one.") from e
+        done = old.pop("complete", False)
         other = ", ".join(f"{k}={v}" for k,v in old.items() if cfg.get(k) != v)
         if not other: return done
         raise DataError(f"{out.name}/city.json: holds a city made with other parameters ({other}); choose another folder or delete this one.")
+    if out.exists() and not out.is_dir(): raise DataError(f"{out.name}: is a file; choose a folder.")
     if out.is_dir() and any(out.iterdir()): raise DataError(f"{out.name}: is not empty and holds no city; choose another folder.")
     write_json({**cfg, "complete": False}, found)
     return False
@@ -1576,6 +1582,20 @@ def each_part(
     finally: os.environ.pop("OMP_NUM_THREADS") if old is None else os.environ.update(OMP_NUM_THREADS=old)
 
 # %% ../nbs/06_city.ipynb #225fe5e1
+RANGES = dict(logs=(1, 999), frames=(1, 1000), scale=(.01, 4.), seed=(0, 2**63 - 1), workers=(1, 1024), step=(.05, 45.)) # of the parameters of a city
+PART = 10 # frames a worker writes before it reports, at most
+
+def check_range(
+    **given:int|float|None, # parameters by name; None: left to the default
+)->None: # raises DataError
+    "Refuse a number that no city can have, before anything is written."
+    for name, value in given.items():
+        low, high = RANGES[name]
+        whole = isinstance(low, int)
+        fits = value is None or (isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and low <= value <= high)
+        if not fits:
+            raise DataError(f"{name}: is {value!r}, and has to be {'a whole number' if whole else 'a number'} from {low} to {high}; choose one of these.")
+
 def make_city(
     out:str|Path,    # folder to write; becomes a data root
     logs:int,        # how many, ids from "001" on
@@ -1585,8 +1605,10 @@ def make_city(
     cameras:tuple=("front_camera",), # names of the rig
     workers:int|None=None, # processes; None: one per core
     step:float=.25,  # degrees between columns of beams
+    progress:Callable=lambda parts, total: parts, # wraps the parts as they are done, such as tqdm
 )->list: # log ids
     "Write a city of logs in PandaSet's layout; do nothing if it is there. In a script, call it under `if __name__ == '__main__'`."
+    check_range(logs=logs, frames=frames, scale=scale, seed=seed, workers=workers, step=step)
     out, ids = Path(out), [f"{i+1:03d}" for i in range(logs)]
     cfg = dict(logs=logs, frames=frames, scale=scale, seed=seed, cameras=list(cameras), step=step)
     wrong = [c for c in cameras if c not in RIG]
@@ -1594,9 +1616,10 @@ def make_city(
     if claim(out, cfg): return ids
     todo = [i for i in ids if not (out/i).is_dir()]
     workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    shares = max(1, -(-workers//max(len(todo), 1))); parts = [(str(out), i, list(range(frames))[k::shares], cfg) for i in todo for k in range(shares)]
+    shares = max(1, -(-workers//max(len(todo), 1)), -(-frames//PART))
+    parts = [(str(out), i, list(range(frames))[k::shares], cfg) for i in todo for k in range(shares)]
     left = {i: sum(p[1] == i for p in parts) for i in todo}
-    for i in each_part(parts, workers):
+    for i in progress(each_part(parts, workers), total=len(parts)):
         left[i] -= 1
         if not left[i]: finish(out, i)
     shutil.rmtree(out/"_part", ignore_errors=True); write_json({**cfg, "complete": True}, out/"city.json")
@@ -1620,16 +1643,40 @@ def fixture_city(
     return final
 
 # %% ../nbs/06_city.ipynb #3a9643fc
+CITY_EXAMPLES = """examples:
+  flux4d-city data/city --logs 2 --frames 80                             two logs of eight seconds, images of 480x270
+  flux4d-city data/six --logs 1 --frames 16 --cameras front_camera left_camera --scale 0.5"""
+
 def city_main(
     argv:list|None=None, # command line, None: the process's own
 )->int: # exit status
     "Command `flux4d-city`: write a made-up city."
-    p = argparse.ArgumentParser("flux4d-city", description="Write made-up logs in PandaSet's layout, with exact flow beside them.")
-    p.add_argument("out", help="folder to write"); p.add_argument("--logs", type=int, default=4); p.add_argument("--frames", type=int, default=80)
-    p.add_argument("--scale", type=float, default=.25, help="of the 1920x1080 images"); p.add_argument("--seed", type=int, default=0)
+    p = argparse.ArgumentParser("flux4d-city", description="Write made-up logs in PandaSet's layout, with exact flow beside them. What was interrupted goes on where it stopped.",
+                                epilog=CITY_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("out", help="folder to write: new, empty, or begun by this command with the same parameters")
+    p.add_argument("--logs", type=int, default=4, help="how many, default 4")
+    p.add_argument("--frames", type=int, default=80, help="of a log, ten a second, default 80")
+    p.add_argument("--scale", type=float, default=.25, help="of the 1920x1080 images, default 0.25")
+    p.add_argument("--seed", type=int, default=0, help="another one is another city")
     p.add_argument("--cameras", nargs="+", default=["front_camera"], choices=list(RIG))
     p.add_argument("--workers", type=int, help="processes, default one per core")
-    p.add_argument("--step", type=float, default=.25, help="degrees between columns of LiDAR beams"); a = p.parse_args(argv)
-    try: ids = make_city(a.out, a.logs, a.frames, a.scale, a.seed, tuple(a.cameras), a.workers, a.step)
-    except DataError as e: print(e); return 1
-    print(f"{len(ids)} logs of {a.frames} frames: {ids[0]} .. {ids[-1]}"); return 0
+    p.add_argument("--step", type=float, default=.25, help="degrees between columns of LiDAR beams, default 0.25")
+    a = p.parse_args(argv)
+    from tqdm import tqdm
+    bar = partial(tqdm, desc="city", unit="part")
+    try:
+        ids = make_city(a.out, a.logs, a.frames, a.scale, a.seed, tuple(a.cameras), a.workers, a.step, bar)
+    except DataError as e:
+        print(e)
+        return 1
+    except OSError as e:
+        print(f"{e.filename or a.out}: {(e.strerror or str(e)).lower()}; choose another folder, or make room and run the same command again.")
+        return 1
+    except BrokenProcessPool:
+        print("workers: one of them was ended from outside, perhaps for want of memory; run the same command again with a smaller --workers.")
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on where this one stopped.")
+        return 130
+    print(f"{len(ids)} logs of {a.frames} frames: {ids[0]} .. {ids[-1]}")
+    return 0

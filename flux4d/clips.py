@@ -4,48 +4,56 @@
 
 # %% ../nbs/04_clips.ipynb #07c349c7
 from __future__ import annotations
-import argparse, hashlib, json, pickle
+import argparse, hashlib, json, math, pickle
 from collections.abc import Callable
 from dataclasses import dataclass, asdict, replace, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Iterator, Literal, NamedTuple
 import numpy as np
 from fastcore.basics import patch
+from annotated_types import Gt, MinLen
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from .frames import ClipTime, project, pixel_index, se3_inverse, scale_intrinsics
+from .files import missing_text
 from .pandaset import PandaSet, Log, DataError, atomic_write, report, safe_load_pickle, scaled_size, short_path
 if TYPE_CHECKING: # loaded where images become tensors, so that the commands start at once
     import torch
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['TEST_SCENES', 'PRESETS', 'TIME_UNITS', 'SANE_STEP', 'COORD', 'INDEX_NAMES', 'META_SCHEMA', 'RECORD_SCHEMA',
-           'META_FIELDS', 'RECORD_FIELDS', 'ClipConfig', 'cut', 'time_unit', 'check_time_unit', 'irregular_step',
-           'make_record', 'fingerprint', 'build_index', 'tiny_index', 'left_out_lines', 'write_index', 'is_name',
-           'is_path', 'Field', 'load_index', 'index_hash', 'select_clips', 'inspect_index', 'index_main', 'Clip',
-           'long_log_clips', 'project_sweep', 'Views', 'InputViews', 'TargetViews', 'splat_depth', 'load_views']
+__all__ = ['TEST_SCENES', 'PRESETS', 'TRAIN_SETTINGS', 'TIME_UNITS', 'SANE_STEP', 'COORD', 'INDEX_NAMES', 'META_SCHEMA',
+           'RECORD_SCHEMA', 'META_FIELDS', 'RECORD_FIELDS', 'ClipConfig', 'cut', 'time_unit', 'check_time_unit',
+           'irregular_step', 'make_record', 'fingerprint', 'build_index', 'tiny_index', 'left_out_lines', 'write_index',
+           'is_name', 'is_path', 'Field', 'load_index', 'index_hash', 'select_clips', 'inspect_index', 'index_main',
+           'Clip', 'long_log_clips', 'unhidden', 'project_sweep', 'Views', 'InputViews', 'TargetViews', 'splat_depth',
+           'check_frames', 'load_views']
 
 # %% ../nbs/04_clips.ipynb #e82b7df0
 TEST_SCENES = ("001", "011", "016", "065", "084", "090", "106", "115", "123", "158")
 PRESETS = "paper", "debug", "long_log"
+TRAIN_SETTINGS = "train_interpolation", "train_future", "debug", "long_log" # kinds of clip that training may use
 
 @dataclass(frozen=True)
 class ClipConfig:
     "How logs are cut into clips."
-    preset:str="paper" # "paper": the paper's three settings; "debug": equal pieces of every log; "long_log": every log whole, as a chain of interpolation clips
-    cameras:tuple[str,...]=("front_camera",) # cameras a clip holds
+    # "paper": the paper's three settings; "debug": equal pieces of every log; "long_log": every log whole, as a
+    # chain of interpolation clips
+    preset:Literal["paper","debug","long_log"]="paper"
+    cameras:Annotated[tuple[str,...], MinLen(1)]=("front_camera",) # cameras a clip holds
     test_scenes:tuple[str,...]=TEST_SCENES # logs that give evaluation clips
     train_scenes:tuple[str,...]|None=None # logs that give training clips, None: all that are not test logs
-    tiny_scenes:tuple[str,...]|int=("001", "002") # logs of the tiny index, or how many from the first on
-    input_frames:tuple[int,...]=(0, 2, 4, 6, 8, 10) # what the network sees, counted from the clip's start
-    interp_len:int=11    # frames of a training clip for interpolation
-    interp_stride:int=6  # frames from one to the next, which shares 5
-    future_len:int=16    # frames of a clip for future prediction
-    future_stride:int=11 # frames from one to the next, which shares 5
-    eval_stride:int=20   # frames from one evaluation clip to the next, which share none
-    fps:float=10.        # turns the debug preset's seconds into frames, 0: the measured rate
-    debug_len_s:float=1.5    # s, length of a debug clip
-    debug_stride_s:float=1.5 # s, from one debug clip to the next
-    max_step_ratio:float=1.5 # a clip with a longer step than this many usual steps of its log is left out
+    tiny_scenes:tuple[str,...]|PositiveInt=("001", "002") # logs of the tiny index, or how many from the first on
+    # what the network sees, counted from the clip's start
+    input_frames:Annotated[tuple[NonNegativeInt,...], MinLen(1)]=(0, 2, 4, 6, 8, 10)
+    interp_len:PositiveInt=11 # frames of a training clip for interpolation
+    interp_stride:PositiveInt=6 # frames from one to the next, which shares 5
+    future_len:PositiveInt=16 # frames of a clip for future prediction
+    future_stride:PositiveInt=11 # frames from one to the next, which shares 5
+    eval_stride:PositiveInt=20 # frames from one evaluation clip to the next, which share none
+    fps:NonNegativeFloat=10. # turns the debug preset's seconds into frames, 0: the measured rate
+    debug_len_s:PositiveFloat=1.5 # s, length of a debug clip
+    debug_stride_s:PositiveFloat=1.5 # s, from one debug clip to the next
+    max_step_ratio:Annotated[float, Gt(1)]=1.5 # a clip with a longer step than this many usual steps of its log is left out
 
     def __post_init__(self)->None:
         "Refuse what cannot be cut."
@@ -167,12 +175,12 @@ def fingerprint(
 
 # %% ../nbs/04_clips.ipynb #2934dd47
 def _missing(log:Log, cameras:tuple[str,...])->dict[int,str]:
-    "Frame id -> the file it lacks, from one listing per folder."
+    "Frame id -> the file it lacks and what lies beside it, from one listing per folder."
     lost = {}
     for folder, name in [("lidar", "{:02d}.pkl.gz")] + [(f"camera/{c}", "{:02d}.jpg") for c in cameras]:
         there = {p.name for p in (log.folder/folder).iterdir()}
         for f in log.frame_ids:
-            if name.format(f) not in there: lost.setdefault(f, f"{folder}/{name.format(f)}")
+            if name.format(f) not in there: lost.setdefault(f, f"{folder}/{name.format(f)} {missing_text(log.folder/folder/name.format(f))}")
     return lost
 
 def _cut_log(log:Log, cfg:ClipConfig)->tuple[list[dict],list[dict]]:
@@ -182,8 +190,7 @@ def _cut_log(log:Log, cfg:ClipConfig)->tuple[list[dict],list[dict]]:
     clips, out, judged = [], [], set(); usual = float(np.median(np.diff(stamps))) if len(stamps) > 1 else 0.
     for setting, split, frames, stride in cut(log.id, len(stamps), fps, cfg):
         gap = next((lost[f] for f in frames if f in lost), None)
-        reason = f"{gap} is missing" if gap else irregular_step(np.array(stamps[frames[0]:frames[-1]+1]), usual,
-                                                                cfg.max_step_ratio)
+        reason = gap or irregular_step(np.array(stamps[frames[0]:frames[-1]+1]), usual, cfg.max_step_ratio)
         if reason:
             out.append(dict(clip_id=_clip_id(log.id, setting, frames), scene_id=log.id, reason=reason))
             continue
@@ -387,6 +394,8 @@ def select_clips(
     keep = [c for c in index["clips"] if all(v is None or c[k] in v for k,v in asked.items()) and not set(exclude_frames) & set(c["frame_ids"])]
     if not keep:
         given = ", ".join(f"{k} {'/'.join(map(str, v))}" for k,v in asked.items() if v is not None) or "these conditions"
+        if exclude_frames:
+            given += f", leaving out frames {min(exclude_frames)} to {max(exclude_frames)}"
         raise DataError(f"index: holds no clip with {given}; relax a condition or build the index with train_scenes and test_scenes that give such clips.")
     if limit is None or limit >= len(keep): return keep
     return [keep[i] for i in np.linspace(0, len(keep)-1, limit).round().astype(int)]
@@ -544,31 +553,60 @@ def long_log_clips(
     return [Clip(data[log_id], r) for r in kept]
 
 # %% ../nbs/04_clips.ipynb #637ffbad
-def _quadrant_far(near:np.ndarray, rows:int, cols:int)->np.ndarray:
+def _quadrant_far(
+    near:Tensor, # (V,rows,cols) nearest depth of each cell, infinite where empty
+    up:int,      # rows a quadrant reaches up or down
+    aside:int,   # columns it reaches to either side
+)->Tensor: # (V,rows,cols)
     "The largest of the four quadrants' smallest depth around each cell; a quadrant includes the cell's own row and column."
-    h, w = near.shape; p = np.pad(near, ((rows,rows), (cols,cols)), constant_values=np.inf)
-    running = lambda a,n: np.minimum.reduce([a[k:len(a)-n+k] for k in range(n+1)])
-    q = running(running(p, rows).T, cols).T
-    return np.maximum.reduce([q[:h,:w], q[:h,cols:], q[rows:,:w], q[rows:,cols:]])
+    import torch
+    import torch.nn.functional as F
+    rows, cols = near.shape[1:]
+    padded = F.pad(-near[:,None], (aside, aside, up, up), value=-math.inf)
+    least = -F.max_pool2d(padded, (up+1, aside+1), 1)[:,0]
+    above, below = least[:,:rows], least[:,up:]
+    return torch.stack([above[...,:cols], above[...,aside:], below[...,:cols], below[...,aside:]]).amax(0)
 
 # %% ../nbs/04_clips.ipynb #0c84b7b6
+def unhidden(
+    uv:Tensor,     # (V,N,2) px
+    z:Tensor,      # (V,N) m
+    inside:Tensor, # (V,N) bool, in the image
+    focal:Tensor,  # (V,) px
+    width:int,     # px
+    height:int,    # px
+    cell:float=.2, # deg, cell of the coarse depth image
+    window:tuple[float,float]=(1.2, .6), # deg, reach of a quadrant: vertical, horizontal
+    margin:float=.1, # how much nearer, as a share of the depth, an occluder must be
+)->Tensor: # (V,N) bool, in the image and not hidden
+    "Which returns of V images nothing nearer surrounds."
+    import torch
+    px = math.radians(cell)*focal
+    rows, cols = (int(n/float(px.min())) + 1 for n in (height, width))
+    image, which = inside.nonzero(as_tuple=True)
+    col, row = torch.floor(uv[image,which]/px[image,None]).long().unbind(-1)
+    at = (image*rows + row.clamp_max(rows-1))*cols + col.clamp_max(cols-1)
+    near = z.new_full((len(px)*rows*cols,), math.inf).scatter_reduce_(0, at, z[image,which], "amin")
+    up, aside = (max(1, round(w/cell)) for w in window)
+    far = _quadrant_far(near.view(len(px), rows, cols), up, aside).flatten()
+    seen = torch.zeros_like(inside)
+    seen[image,which] = z[image,which] <= (1 + margin)*far[at]
+    return seen
+
 def project_sweep(
     points:np.ndarray, # (N,3) returns of one sweep, world, m
     K:np.ndarray, # (3,3) pinhole matrix, px
     world_to_cam:np.ndarray, # (4,4)
     width:int, # px
     height:int, # px
-    cell:float=.2, # deg, cell of the coarse depth image
-    window:tuple[float,float]=(1.2, .6), # deg, reach of a quadrant: vertical, horizontal
-    margin:float=.1, # how much nearer, as a share of the depth, an occluder must be
+    **how:Any, # cell, window, margin: as for `unhidden`
 )->tuple[np.ndarray,np.ndarray,np.ndarray]: # uv (N,2) px, z (N,) m, visible (N,) bool: in the image and not hidden
     "Project a sweep and tell which returns the camera sees."
-    uv, z = project(K, world_to_cam, points); visible = pixel_index(uv, width, height)[2]
-    i = np.flatnonzero(visible); px = np.radians(cell)*K[0,0]; reach = [max(1, round(w/cell)) for w in window]
-    col, row = (uv[i]/px).astype(int).T; near = np.full((int(height/px)+1, int(width/px)+1), np.inf)
-    np.minimum.at(near, (row, col), z[i])
-    visible[i] = z[i] <= (1 + margin)*_quadrant_far(near, *reach)[row, col]
-    return uv, z, visible
+    uv, z = project(K, world_to_cam, points)
+    inside = pixel_index(uv, width, height)[2]
+    import torch
+    one = [torch.from_numpy(a)[None] for a in (uv, z, inside)]
+    return uv, z, unhidden(*one, torch.tensor(K[:1,0]), width, height, **how)[0].numpy()
 
 # %% ../nbs/04_clips.ipynb #7485f3ed
 @dataclass
@@ -634,6 +672,16 @@ def splat_depth(
     return np.where(np.isfinite(depth), depth, 0)
 
 # %% ../nbs/04_clips.ipynb #11527d02
+def check_frames(
+    clip:Clip, # the clip
+    frames:list[int], # log frame ids
+    kind:type[Views], # what is to be made of them
+)->None: # raises ValueError
+    "Refuse frames that such views of a clip must not show: `InputViews` are of input frames only."
+    allowed = clip.input_frames if issubclass(kind, InputViews) else clip.frames
+    if not len(frames) or set(frames) - set(allowed):
+        raise ValueError(f"{kind.__name__} of {clip.id} must be chosen from frames {allowed}, got {list(frames)}; a clip never leaks its targets.")
+
 def load_views(
     clip:Clip, # the clip
     frames:list[int], # log frame ids
@@ -645,8 +693,8 @@ def load_views(
 )->Views: # one view per frame and camera, frames first
     "Load images, cameras and depth of some frames of a clip."
     import torch
-    allowed = clip.input_frames if issubclass(kind, InputViews) else clip.frames
-    if not len(frames) or set(frames) - set(allowed): raise ValueError(f"{kind.__name__} of {clip.id} must be chosen from frames {allowed}, got {list(frames)}; a clip never leaks its targets.")
+    check_frames(clip, frames, kind)
+    clip.log.image_size(clip.cameras if cameras is None else cameras)
     rows = []
     for f in frames:
         points = clip.log.sweep(f, lidar_sensors).points if with_depth else np.zeros((0,3))

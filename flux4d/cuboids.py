@@ -7,35 +7,44 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from fastcore.basics import patch
 from scipy.ndimage import maximum_filter1d
+from annotated_types import Interval
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from .frames import pixel_index, scale_intrinsics, se3, se3_inverse, transform_points
-from .pandaset import DataError, Log, report, safe_load_pickle, scaled_size, short_path
+from .pandaset import DataError, Log, need_pandas, report, safe_load_pickle, scaled_size, short_path
 from .clips import project_sweep
 
 # %% auto #0
 __all__ = ['LABELS', 'BUCKETS', 'METAS', 'CLASSES', 'BUCKET_OF', 'META_OF', 'CuboidConfig', 'class_ids', 'Boxes', 'load_cuboids',
-           'box_pose', 'points_in_boxes', 'assign_points', 'tracks', 'same_track', 'moves', 'majority', 'dynamic_uuids',
+           'points_in_boxes', 'assign_points', 'tracks', 'same_track', 'moves', 'majority', 'dynamic_uuids',
            'is_dynamic', 'label_table', 'draw_points', 'dynamic_mask', 'box_times', 'FlowTruth', 'flow_ground_truth',
-           'hidden', 'box_fit', 'check_labels']
+           'hidden', 'BoxFit', 'box_fit', 'check_labels']
 
 # %% ../nbs/05_cuboids.ipynb #294b1e52
 @dataclass
 class CuboidConfig:
     "What counts as moving, and where (S6-18, S6-19)."
-    moved:float=.05   # a track that goes further than this from one frame to the next moves, m
-    turned:float=1.   # ... or turns by more than this, deg
-    vote:int=3        # frames of the majority vote that smooths the decision
-    dilate:int=5      # how far a mask grows around each return, px at full resolution
-    sensors:tuple[int,...]=(0,) # LiDAR sensors whose returns draw a mask
+    moved:NonNegativeFloat=.05 # a track that goes further than this from one frame to the next moves, m
+    turned:NonNegativeFloat=1. # ... or turns by more than this, deg
+    vote:PositiveInt=3 # frames of the majority vote that smooths the decision
+    dilate:NonNegativeInt=5 # how far a mask grows around each return, px at full resolution
+    sensors:tuple[Literal[0,1],...]=(0,) # LiDAR sensors whose returns draw a mask
     timed:bool=False  # flow: a box stands at the time of the middle return in it; False: at its frame's stamp
-    unknown:str="error" # a label not in LABELS: "error" stops, "other" counts it as other
-    near:float=40.    # boxes within this distance must contain returns, m
-    min_hit:float=.6  # ... at least this share of the moving ones
-    min_boxes:int=5   # fewer moving boxes give no verdict: two hidden pedestrians prove nothing
+    # a label not in LABELS: "error" refuses the file, "ignore" scores no return of such a box, "other" counts it as other
+    unknown:Literal["error","ignore","other"]="error"
+    near:NonNegativeFloat=40. # boxes within this distance must contain returns, m
+    min_hit:Annotated[float, Interval(ge=0, le=1)]=.6 # ... at least this share of the moving ones
+    min_boxes:NonNegativeInt=5 # fewer moving boxes give no verdict: two hidden pedestrians prove nothing
+    # share of the returns in and around moving boxes that lie inside; log 002 has .93 at the least, boxes turned by 90 deg .80 at the most
+    min_fit:Annotated[float, Interval(ge=0, le=1)]=.8
+    # share of its extent that the returns in a box span, median; log 002 has .88 at the least, the city .62, boxes twice as large .53 at the most
+    min_fill:Annotated[float, Interval(ge=0, le=1)]=.58
+    min_returns:NonNegativeInt=10 # boxes with fewer returns say nothing about their extent
 
 # %% ../nbs/05_cuboids.ipynb #cd086c01
 _NAMES = {
@@ -57,13 +66,13 @@ META_OF = np.array([METAS.index(m) for _,m in _KINDS])     # class id -> place i
 # %% ../nbs/05_cuboids.ipynb #2147d7e2
 def class_ids(
     labels:np.ndarray, # (B,) names as the labels have them
-    unknown:str="error", # "error" stops at a name that is not in LABELS, "other" accepts it
+    unknown:str="error", # "error" stops at a name that is not in LABELS, "ignore" and "other" accept it as unlisted
     source:str="labels", # what to call them in the message
 )->np.ndarray: # (B,) int64 places in CLASSES
     "Class ids of label names."
     ids = {n: i for i,n in enumerate(CLASSES)}
     odd = sorted({str(n) for n in labels if n not in LABELS})
-    if odd and unknown != "other": raise DataError(f"{source}: names the class {odd[0]!r}, which has no bucket; add it to LABELS or set unknown='other'.")
+    if odd and unknown not in ("ignore", "other"): raise DataError(f"{source}: names the class {odd[0]!r}, which has no bucket; add it to LABELS, or set unknown to 'ignore' or 'other'.")
     return np.array([ids[n] if n in LABELS else ids["unlisted"] for n in labels], np.int64)
 
 # %% ../nbs/05_cuboids.ipynb #b9116adc
@@ -91,21 +100,50 @@ class Boxes:
 # %% ../nbs/05_cuboids.ipynb #dd5dd422
 _NEEDED = "uuid", "label", "yaw", *(f"{k}.{a}" for k in ("position","dimensions") for a in "xyz")
 
+def _text(v:Any)->str:
+    "A value as text; a whole number has no decimals, what is missing is empty."
+    if isinstance(v, str): return v
+    if v is None or need_pandas().isna(v): return ""
+    return str(int(v)) if isinstance(v, Real) and float(v).is_integer() else str(v)
+
+def _texts(table:Any, name:str)->np.ndarray:
+    "A column as text, empty where the table lacks it."
+    return np.array([_text(v) for v in table[name]] if name in table else [""]*len(table), object)
+
+def _numbers(path:Path, table:Any, *names:str)->np.ndarray:
+    "Columns as float64, side by side."
+    try: return np.stack([np.asarray(table[n], np.float64) for n in names], -1)
+    except (TypeError, ValueError): report(path, f"holds something that is not a number in {' or '.join(names)}", "get the file again")
+
+def _check_boxes(path:Path, b:Boxes)->None:
+    "Stop at boxes that cannot be right."
+    bad = ~(np.isfinite(b.centre).all(1) & np.isfinite(b.yaw) & (b.size > 0).all(1) & np.isfinite(b.size).all(1))
+    if bad.any(): report(path, f"has {bad.sum()} boxes that are not finite or have no volume", "drop these rows or get the file again")
+    turned = np.abs(b.yaw) > 7
+    if turned.any(): report(path, f"has {turned.sum()} boxes with a yaw beyond 7 rad, as if it were in degrees", "convert yaw to radians")
+    if not np.isin(b.sensor_id, (-1, 0, 1)).all(): report(path, "names a sensor that is none of -1, 0 and 1", "get the file again")
+    lost = np.array([not u.strip() for u in b.uuid], bool)
+    if lost.any(): report(path, f"has {lost.sum()} boxes without an id", "give every object an id that it keeps from frame to frame")
+    times = Counter(zip(b.uuid, b.sensor_id)); (most, _), n = times.most_common(1)[0]
+    if 2*sum(k for k in times.values() if k > 1) > len(b): report(path, f"gives the id {most!r} to {n} boxes", "give every object an id of its own that it keeps from frame to frame")
+
 @lru_cache(maxsize=128)
 def _read_boxes(path:Path, version:tuple)->Boxes:
     "Parse a label file; forgotten when the file changes."
-    d = safe_load_pickle(path)
-    if lacks := [c for c in _NEEDED if c not in getattr(d, "columns", ())]: report(path, f"lacks the columns {' '.join(lacks)}", "get the file again")
-    columns = lambda *names: np.stack([np.asarray(d[n], np.float64) for n in names], -1)
-    try: xyz, size, yaw = columns(*_NEEDED[3:6]), columns(*_NEEDED[6:]), columns("yaw")[:,0]
-    except (TypeError, ValueError): report(path, "holds something that is not a number", "get the file again")
-    bad = ~(np.isfinite(xyz).all(1) & np.isfinite(yaw) & (size > 0).all(1) & np.isfinite(size).all(1))
-    if bad.any(): report(path, f"has {bad.sum()} boxes that are not finite or have no volume", "drop these rows or get the file again")
-    text = lambda n: np.array([v if isinstance(v, str) else "" for v in d[n]], object) if n in d else np.full(len(d), "", object)
-    sensor = np.asarray(d["cuboids.sensor_id"], np.int64) if "cuboids.sensor_id" in d else np.full(len(d), -1)
-    arrays = text("uuid"), text("label"), xyz, size, yaw, sensor, text("attributes.object_motion")
-    for a in arrays: a.flags.writeable = False                            # shared by all who ask for this frame
-    return Boxes(*arrays)
+    table = safe_load_pickle(path)
+    columns = getattr(table, "columns", None)
+    if columns is None: report(path, "is not a table", "get the file again")
+    if len(table) == 0: table = need_pandas().DataFrame(columns=_NEEDED)   # a frame without labels needs no columns
+    if lacks := [c for c in _NEEDED if c not in table.columns]: report(path, f"lacks the columns {' '.join(lacks)}", "get the file again")
+    if not table.columns.is_unique: report(path, "has two columns of one name", "drop one of them")
+    sensor = "cuboids.sensor_id"
+    boxes = Boxes(uuid=_texts(table, "uuid"), label=_texts(table, "label"), centre=_numbers(path, table, *_NEEDED[3:6]), size=_numbers(path, table, *_NEEDED[6:]),
+                  yaw=_numbers(path, table, "yaw")[:,0], sensor_id=_numbers(path, table, sensor)[:,0] if sensor in table else np.full(len(table), -1),
+                  motion=_texts(table, "attributes.object_motion"))
+    if len(boxes): _check_boxes(path, boxes)
+    boxes.sensor_id = boxes.sensor_id.astype(np.int64)
+    for f in fields(boxes): getattr(boxes, f.name).flags.writeable = False # shared by all who ask for this frame
+    return boxes
 
 def load_cuboids(
     log:Log, # the log
@@ -113,7 +151,8 @@ def load_cuboids(
 )->Boxes: # its boxes, world frame
     "Labelled boxes of one frame."
     path = log.cuboid_path(frame); stat = path.stat() if path.is_file() else None
-    return _read_boxes(path, (stat.st_mtime_ns, stat.st_size) if stat else ())
+    boxes = _read_boxes(path, (stat.st_mtime_ns, stat.st_size) if stat else ())
+    return replace(boxes, centre=log.from_world(boxes.centre)) if log.origin.any() else boxes
 
 # %% ../nbs/05_cuboids.ipynb #4f0d3536
 @patch
@@ -121,12 +160,6 @@ def pose(self:Boxes)->np.ndarray: # (B,4,4) float64 box-to-world
     "Poses of the boxes."
     c, s, o = np.cos(self.yaw), np.sin(self.yaw), np.zeros(len(self))
     return se3(np.stack([np.stack([c,-s,o], -1), np.stack([s,c,o], -1), np.stack([o,o,o+1], -1)], -2), self.centre)
-
-def box_pose(
-    boxes:Boxes, # B boxes
-)->np.ndarray: # (B,4,4) float64 box-to-world
-    "Poses of the boxes, as a function."
-    return boxes.pose()
 
 # %% ../nbs/05_cuboids.ipynb #8ec551d5
 def points_in_boxes(
@@ -180,8 +213,9 @@ def same_track(
     b:Boxes, # boxes of another
 )->tuple[np.ndarray,np.ndarray]: # places in `a` and in `b` of the tracks both frames have
     "Pair the boxes of two frames by track."
-    at = {u: j for j,u in enumerate(b.uuid)}
-    i = np.array([k for k,u in enumerate(a.uuid) if u in at], np.int64)
+    here, there = Counter(a.uuid), Counter(b.uuid)                        # an id that two boxes share names neither
+    at = {u: j for j,u in enumerate(b.uuid) if there[u] == 1}
+    i = np.array([k for k,u in enumerate(a.uuid) if u in at and here[u] == 1], np.int64)
     return i, np.array([at[u] for u in a.uuid[i]], np.int64)
 
 def moves(
@@ -315,6 +349,7 @@ def flow_ground_truth(
     flow[held] = transform_points(step[owner[held]], x[:,None])[:,0] - x
     moving = np.append(is_dynamic(log, frame, cfg), False)
     label = np.append(class_ids(boxes.label, cfg.unknown, short_path(log.cuboid_path(frame))), len(CLASSES) - 1)
+    if cfg.unknown == "ignore": known &= label != CLASSES.index("unlisted")
     return FlowTruth(flow, known[owner], label[owner], moving[owner])
 
 # %% ../nbs/05_cuboids.ipynb #fdd89572
@@ -329,35 +364,61 @@ def hidden(
     before, beyond = (cone & (r[:,None] < d - reach)).sum(0), (cone & (r[:,None] > d + reach)).sum(0)
     return (before > 0) & (before >= beyond)
 
+class BoxFit(NamedTuple):
+    "How well M near moving boxes fit the returns of a frame."
+    inside:np.ndarray # (M,) returns in each box
+    around:np.ndarray # (M,) the same with 0.3 m more on every side
+    seen:np.ndarray   # (M,) bool, in sight
+    fill:np.ndarray   # (M,) share of its extent that the returns in it span, 0..1; 0 without returns
+
+def _fill(boxes:Boxes, points:np.ndarray, inside:np.ndarray)->np.ndarray:
+    "The share of a box that its returns span: of its height or of the better side, whichever is less."
+    out, R = np.zeros(len(boxes)), boxes.pose()[:,:3,:3]
+    for k in np.flatnonzero(inside.any(0)):
+        x, y, z = np.ptp(points[inside[:,k]] @ R[k], axis=0)/boxes.size[k]
+        out[k] = min(max(x, y), z)
+    return out
+
 def box_fit(
     log:Log, # the log
     frame:int, # frame id of the returns
     label_frame:int|None=None, # frame id of the labels; None = the same
     cfg:CuboidConfig=CuboidConfig(), # what is near
     sensors:tuple[int,...]=(0,1), # LiDAR sensors
-)->tuple[np.ndarray,np.ndarray,np.ndarray]: # returns in each near moving box (M,); the same with 0.3 m around it (M,); whether it is in sight (M,)
+)->BoxFit: # of the near moving boxes
     "How well moving boxes fit the returns of a frame."
     k = frame if label_frame is None else label_frame; boxes, sweep = load_cuboids(log, k), log.sweep(frame, sensors)
     near = np.linalg.norm((boxes.centre - log.lidar_poses[frame][:3,3])[:,:2], axis=1) < cfg.near
     b = boxes[is_dynamic(log, k, cfg) & near & np.isin(boxes.sensor_id, (-1,*sensors))]
     b.centre[:,2] += .075; b.size[:,2] -= .15                             # copies: lift the floor by 15 cm
     mine = (b.sensor_id == -1) | (b.sensor_id == sweep.sensor[:,None])
-    inside, around = ((points_in_boxes(sweep.points, b, grow) & mine).sum(0) for grow in (0., np.array([.3,.3,0.])))
-    return inside, around, (inside > 0) | ~hidden(b, sweep.points, log.lidar_poses[frame][:3,3])
+    held, around = (points_in_boxes(sweep.points, b, grow) & mine for grow in (0., np.array([.3,.3,0.])))
+    inside = held.sum(0)
+    return BoxFit(inside, around.sum(0), (inside > 0) | ~hidden(b, sweep.points, log.lidar_poses[frame][:3,3]), _fill(b, sweep.points, held))
 
 # %% ../nbs/05_cuboids.ipynb #a4303bab
 def check_labels(
     log:Log, # the log
     frames:int|list[int], # frame ids in the LOG, of the returns
     shift:int=0, # read the labels this many frames late, to see what a fault looks like
-    cfg:CuboidConfig=CuboidConfig(), # distance, share and number
-)->dict: # boxes; hit: share of them that contain returns, of those in sight if they are enough; fit: share of the returns around them that are inside
-    "Stop when the moving boxes do not contain the returns."
+    cfg:CuboidConfig=CuboidConfig(), # distance, shares and numbers
+)->dict: # boxes; hit: share of them that contain returns, of those in sight if they are enough; fit: share of the returns around them that are inside; fill: share of a box that its returns span, median
+    "Stop when labels cannot be read, name unknown classes, or when the moving boxes are not those of the returns."
     frames = [frames] if isinstance(frames, int) else list(frames)
-    inside, around, seen = (np.concatenate(x) for x in zip(*(box_fit(log, f, f + shift, cfg) for f in frames)))
-    asked = inside[seen] if seen.sum() >= cfg.min_boxes else inside; n = len(asked)
-    found = dict(boxes=n, hit=float((asked > 0).mean()) if n else None, fit=float(inside.sum()/around.sum()) if around.any() else None)
+    for f in frames: class_ids(load_cuboids(log, f + shift).label, cfg.unknown, short_path(log.cuboid_path(f + shift)))
+    all_ = BoxFit(*map(np.concatenate, zip(*(box_fit(log, f, f + shift, cfg) for f in frames))))
+    asked = all_.inside[all_.seen] if all_.seen.sum() >= cfg.min_boxes else all_.inside; n = len(asked)
+    spans = all_.fill[all_.inside >= cfg.min_returns]
+    found = dict(boxes=n, hit=float((asked > 0).mean()) if n else None, fit=float(all_.inside.sum()/all_.around.sum()) if all_.around.any() else None,
+                 fill=float(np.median(spans)) if len(spans) else None)
+    path = log.cuboid_path(frames[0] + shift)
     if n >= cfg.min_boxes and found["hit"] < cfg.min_hit:
-        report(log.cuboid_path(frames[0] + shift), f"has moving boxes near the sensor of which only {found['hit']:.0%} contain returns of frame {frames[0]}",
+        report(path, f"has moving boxes near the sensor of which only {found['hit']:.0%} contain returns of frame {frames[0]}",
                "look labels up by the log's frame id, and get the files again if they were")
+    if n >= cfg.min_boxes and found["fit"] < cfg.min_fit:
+        report(path, f"has moving boxes near the sensor that hold only {found['fit']:.0%} of the returns in and around them",
+               "compare the boxes' centres, their dimensions (width, length, height, m) and their yaw (rad, zero along +y) with the returns")
+    if len(spans) >= cfg.min_boxes and found["fill"] < cfg.min_fill:
+        report(path, f"has moving boxes near the sensor of which returns fill only {found['fill']:.0%}",
+               "compare the boxes' dimensions (width, length, height, m) and the height of their centres with the returns")
     return found

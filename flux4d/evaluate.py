@@ -4,25 +4,79 @@
 
 # %% ../nbs/61_evaluate.ipynb #41da661d
 from __future__ import annotations
-import json, re
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 import numpy as np, torch
+from annotated_types import Interval
+from pydantic import NonNegativeInt
 from torch import nn
 from .pandaset import DataError, PandaSet
 from .clips import TEST_SCENES, Clip, build_index, long_log_clips, select_clips
-from .refine import FullConfig
-from .train import Config, Loader, load_checkpoint, load_model, rebuilder
-from .nvs import VARIANTS
+from .presets import PRESETS, preset_config
+from .settings import Device, Distinct, LogId, Name, find_device, read_parameters, refuse_missing
+from .train import Config, Loader, load_checkpoint, load_model, rebuilder, trained_frames
+from .nvs import VARIANTS, EvalConfig
 from .baselines import BASELINES
-from .record import METHODS, About, seen
-from .stage6 import index_config, next_run
+from .record import METHODS, About, frames_of, seen
+from .stage6 import asked_root, check_images, check_out_dir, index_config, next_run, scoring
 
 # %% auto #0
-__all__ = ['Subject', 'open_subject', 'rebuild_of', 'eval_clips_of', 'training_rows', 'judged_on', 'about_of', 'report_folder']
+__all__ = ['EvaluationParameters', 'check_subject', 'read_evaluation', 'Subject', 'open_subject', 'rebuild_of', 'eval_clips_of',
+           'training_rows', 'judged_on', 'about_of', 'report_folder']
+
+# %% ../nbs/61_evaluate.ipynb #00c89b6c
+@dataclass(frozen=True)
+class EvaluationParameters:
+    "The parameters of this notebook, as the cell above explains them; () means what empty means there."
+    checkpoint:str=""
+    baseline:Literal[("", *METHODS)]=""
+    baselines:Distinct[Literal[METHODS]]=("lift", "zero_motion", "nearest")
+    data_root:str=""
+    eval_logs:Distinct[LogId]=()
+    eval_starts:Distinct[NonNegativeInt]=()
+    max_clips:NonNegativeInt=0
+    long_log:bool=False
+    cameras:Distinct[Name]=()
+    image_scale:Annotated[float, Interval(ge=0, le=1)]=0.
+    out_dir:str=""
+    overwrite:bool=False
+    device:Device=""
+    preset:Literal[("", *PRESETS)]=""
+    eval_overrides:dict=field(default_factory=dict)
+    save_renders:NonNegativeInt=3
+    videos:NonNegativeInt=3
+
+    def __post_init__(self)->None:
+        "Refuse what contradicts itself."
+        check_subject(self.checkpoint, self.baseline, self.preset)
+
+def check_subject(
+    checkpoint:str, # path, "" = none
+    baseline:str,   # one of METHODS, "" = the model, without a checkpoint the lift
+    preset:str,     # configuration where there is no checkpoint; "" = default
+)->None: # raises DataError
+    "Refuse a choice of what is evaluated that makes no sense."
+    if checkpoint and preset:
+        raise DataError("preset: the checkpoint brings its own configuration; leave one of the two out.")
+    if baseline and baseline not in METHODS:
+        raise DataError(f"baseline: {baseline!r} is unknown; choose from {', '.join(METHODS)}.")
+    if baseline == "static" and not checkpoint:
+        raise DataError("baseline: 'static' needs the Gaussians of a checkpoint; name one, or take lift.")
+
+def read_evaluation(
+    namespace:dict, # this notebook's variables
+)->tuple[EvaluationParameters,EvalConfig]: # raises DataError
+    "Check all that can be known before a file is touched or a folder is made."
+    p = read_parameters(EvaluationParameters, namespace)
+    eval_cfg = scoring(p.save_renders, p.eval_overrides)
+    asked_root(p.data_root)
+    if p.checkpoint and not Path(p.checkpoint).is_file():
+        raise DataError(f"checkpoint: {p.checkpoint} is no file; name a checkpoint, or leave it empty.")
+    check_out_dir(p.out_dir)
+    return replace(p, device=find_device(p.device)), eval_cfg
 
 # %% ../nbs/61_evaluate.ipynb #e9ac2aa2
 class Subject(NamedTuple):
@@ -35,22 +89,23 @@ class Subject(NamedTuple):
     steps:int        # trained
     seconds:float    # of training
     skipped:int      # steps without an update
+    trained:dict|None=None # {(log id, identity): frames} that its steps used; None: not known
 
 def open_subject(
     checkpoint:str, # path, "" = none
-    baseline:str, # one of METHODS, "" = the model, without a checkpoint the lift
+    baseline:str="", # one of METHODS, "" = the model, without a checkpoint the lift
     device:str="cpu", # where the model goes
     cameras:tuple[str,...]=(), # () = the configuration's
     image_scale:float=0., # 0 = the configuration's
+    preset:str="", # configuration where there is no checkpoint; "" = default
 )->Subject: # raises DataError
     "Load what shall be evaluated; its configuration comes with it."
+    check_subject(checkpoint, baseline, preset)
     baseline = baseline or ("" if checkpoint else "lift")
-    if baseline and baseline not in METHODS: raise DataError(f"baseline: {baseline!r} is unknown; choose from {', '.join(METHODS)}.")
-    if baseline == "static" and not checkpoint: raise DataError("baseline: 'static' needs the Gaussians of a checkpoint; name one, or take lift.")
-    model, cfg = load_model(checkpoint, device) if checkpoint else (None, FullConfig()); s = load_checkpoint(checkpoint) if checkpoint else {}
+    model, cfg = load_model(checkpoint, device) if checkpoint else (None, preset_config(preset or "default")); s = load_checkpoint(checkpoint) if checkpoint else {}
     cfg = replace(cfg, data=replace(cfg.data, cameras=cameras or cfg.data.cameras, image_scale=image_scale or cfg.data.image_scale)); path = Path(checkpoint)
     name = " of ".join([baseline]*bool(baseline) + [f"{path.resolve().parent.name}/{path.name}"]*bool(checkpoint))
-    return Subject(name, baseline, model, cfg, path.resolve().parent if checkpoint else None, *(s.get(k, 0) for k in ("step","seconds","skipped")))
+    return Subject(name, baseline, model, cfg, path.resolve().parent if checkpoint else None, *(s.get(k, 0) for k in ("step","seconds","skipped")), trained_frames(s) if checkpoint else None)
 
 # %% ../nbs/61_evaluate.ipynb #75011310
 def rebuild_of(
@@ -74,10 +129,17 @@ def eval_clips_of(
 )->list[Clip]:
     "The clips an evaluation covers."
     data = PandaSet(root); logs = tuple(l.zfill(3) for l in logs)
+    refuse_missing("eval_logs", logs, data.log_ids, "logs of the data root")
     if long_log:
-        clips = [c for l in logs or [l for l in data.log_ids if l in TEST_SCENES] for c in long_log_clips(data, l, cameras) if not starts or c.frames[0] in starts]
+        chains = [c for l in logs or [l for l in data.log_ids if l in TEST_SCENES] for c in long_log_clips(data, l, cameras)]
+        refuse_missing("eval_starts", starts, [c.frames[0] for c in chains], "first frames of the chains")
+        clips = [c for c in chains if not starts or c.frames[0] in starts]
+        if not clips:
+            raise DataError("eval_logs: is empty and the data root has none of the paper's test logs; name logs.")
         return [clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, limit).round().astype(int))] if 0 < limit < len(clips) else clips
     index = build_index(root, index_config(cameras, (), logs))
+    there = [r["frame_start"] for r in index["clips"] if r["split"] == "test" and r["setting"] == "eval_future"]
+    refuse_missing("eval_starts", starts, there, "first frames of evaluation clips")
     return [Clip(data[r["scene_id"]], r) for r in select_clips(index, split="test", settings=("eval_future",), starts=starts or None, limit=limit or None)]
 
 def training_rows(
@@ -91,11 +153,8 @@ def judged_on(
     s:Subject, # what is evaluated
     clips:list[Clip], # the clips it is evaluated on
 )->str: # a phrase for the record
-    "What an evaluation says about generalisation, by the training steps that were logged."
-    if s.model is None: return "clips that nothing was trained on"
-    ids = {r["clip"] for r in training_rows(s.folder) if "clip" in r}; found = [re.fullmatch(r"(.+?)_(?:.*_)?s(\d+)_e(\d+)", i) for i in ids]
-    if not ids: return "unknown: no training record beside the checkpoint"
-    return seen([SimpleNamespace(log=SimpleNamespace(id=m[1]), frames=range(int(m[2]), int(m[3]) + 1)) for m in found if m], clips) + ", by the logged steps"
+    "What an evaluation says about generalisation, by the frames that the checkpoint was trained on."
+    return "clips that nothing was trained on" if s.model is None else seen(s.trained, clips)
 
 # %% ../nbs/61_evaluate.ipynb #1186a931
 def about_of(

@@ -7,10 +7,12 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np, torch
+from annotated_types import Interval
 from matplotlib import colormaps
 from PIL import Image
+from pydantic import NonNegativeInt
 from scipy.spatial import cKDTree
 from torch import Tensor
 from .clips import Clip, ClipConfig, build_index, project_sweep, select_clips
@@ -19,12 +21,30 @@ from .frames import pixel_index, project, scale_intrinsics, se3_inverse
 from .gaussians import Gaussians, LIDAR
 from .pandaset import DataError, Log, PandaSet, atomic_write, scaled_size
 from .render import Cameras, RenderConfig, Rendered
+from .settings import Device, LogId, Name, find_device, read_parameters
 from .velocity import FlowConfig, clip_gaps, colour_wheel, flow_colours, render_velocity
 
 # %% auto #0
-__all__ = ['open_clip', 'frame_list', 'frame_camera', 'TrueMotion', 'true_motion', 'true_velocity', 'ImageTruth',
-           'true_image_flow', 'GateConfig', 'measure_fixed', 'gate_a', 'measure_per_frame', 'gate_b', 'tint',
-           'speed_pictures', 'frame_pictures', 'save_pictures', 'walk', 'run_flow']
+__all__ = ['FlowParameters', 'open_clip', 'frame_list', 'frame_camera', 'TrueMotion', 'true_motion', 'true_velocity',
+           'ImageTruth', 'true_image_flow', 'GateConfig', 'measure_fixed', 'gate_a', 'what_training_adds',
+           'measure_per_frame', 'gate_b', 'tint', 'speed_pictures', 'frame_pictures', 'save_pictures', 'walk',
+           'run_flow']
+
+# %% ../nbs/40_flow.ipynb #bccd3f72
+@dataclass(frozen=True)
+class FlowParameters:
+    "The parameters of this notebook, as the cell above explains them."
+    mode:Literal["fixed","per_frame","both"]="both"
+    checkpoint:str=""
+    data_root:str=""
+    log:Literal[""]|LogId=""
+    start:NonNegativeInt=0
+    render_frames:Name="0-15"
+    frame_ref:NonNegativeInt=0
+    camera:Name="front_camera"
+    out_dir:Name="papermill_runs/flow"
+    image_scale:Annotated[float, Interval(ge=0, le=1)]=0.
+    device:Device=""
 
 # %% ../nbs/40_flow.ipynb #408ea2f4
 def open_clip(
@@ -140,7 +160,9 @@ def measure_fixed(
     col, row, _ = pixel_index(truth.uv, v.shape[1], v.shape[0]); long = np.linalg.norm(truth.d, axis=1)
     use = ok[row,col] & (long > cfg.min_px); a, b, n = v[row,col][use], truth.d[use], speed[row,col][use]
     cos = (a*b).sum(1)/np.maximum(n*long[use], 1e-9); length = n/np.minimum(long[use], flow.clip_px)
+    bounded = b*np.minimum(1, flow.clip_px/np.maximum(long[use], 1e-9))[:,None] # the true displacement, with the bound that v_r has
     return dict(background=float(np.median(still)) if len(still) else None, cosine=float(cos.sum()), moving=int(use.sum()),
+                error=float(np.linalg.norm(a - bounded, axis=1).sum()), error_of_rest=float(np.linalg.norm(bounded, axis=1).sum()),
                 saturated=int((full & ok).sum()), saturated_moving=int(full[row,col][use].sum()), valid=int(ok.sum()), length=float(np.median(length)) if len(length) else None)
 
 def gate_a(
@@ -148,13 +170,25 @@ def gate_a(
     cfg:GateConfig=GateConfig(), # thresholds
 )->dict: # numbers, `passes` by name, `passed`
     "Gate A over all frames: the worst background median, pooled cosine and shares."
-    total = {k: sum(r[k] for r in rows) for k in ("cosine","moving","saturated","saturated_moving","valid")}; share = lambda a,b: total[a]/total[b] if total[b] else None
+    total = {k: sum(r[k] for r in rows) for k in ("cosine","moving","saturated","saturated_moving","valid","error","error_of_rest")}; share = lambda a,b: total[a]/total[b] if total[b] else None
     lengths = [r["length"] for r in rows if r["length"] is not None]; still = [r["background"] for r in rows if r["background"] is not None]
     got = dict(background_px=max(still) if still else None, cosine=share("cosine","moving"), saturated=share("saturated","valid"),
-               saturated_moving=share("saturated_moving","moving"), length=float(np.median(lengths)) if lengths else None, moving_pixels=total["moving"])
+               saturated_moving=share("saturated_moving","moving"),
+               error_px=share("error","moving"), error_of_rest_px=share("error_of_rest","moving"), length=float(np.median(lengths)) if lengths else None, moving_pixels=total["moving"])
     passes = dict(background_px=bool(still) and got["background_px"] < cfg.background_px, cosine=bool(total["moving"]) and got["cosine"] > cfg.cosine,
                   saturated=bool(total["valid"]) and got["saturated"] < cfg.saturated)
     return got | dict(passes=passes, passed=all(passes.values()))
+
+# %% ../nbs/40_flow.ipynb #fe540768
+def what_training_adds(
+    trained:dict, # gate A of a checkpoint, from `gate_a`
+    prior:dict,   # gate A of an untrained network of the same configuration, over the same frames
+)->dict: # px: error, error of the motion prior alone, error of a scene at rest, what is gained over the prior; `adds`
+    "The error of a checkpoint's motion beside that of the motion prior alone."
+    if trained["moving_pixels"] == 0 or trained["moving_pixels"] != prior["moving_pixels"]:
+        raise DataError(f"gate A: {trained['moving_pixels']} moving pixels of the checkpoint, {prior['moving_pixels']} of the prior; compare the same frames, with something that moves.")
+    gained = prior["error_px"] - trained["error_px"]
+    return dict(error_px=trained["error_px"], prior_px=prior["error_px"], rest_px=trained["error_of_rest_px"], gained_px=gained, adds=gained > 0)
 
 # %% ../nbs/40_flow.ipynb #03846f58
 def measure_per_frame(

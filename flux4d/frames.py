@@ -12,9 +12,9 @@ import numpy as np
 Array = Any # a NumPy array or a torch tensor
 
 # %% auto #0
-__all__ = ['Array', 'TIME_SLACK', 'ONE_SWEEP', 'normalise', 'quat_mul', 'quat_to_mat', 'mat_to_quat', 'se3', 'se3_inverse',
-           'pose_to_mat', 'transform_points', 'rotate_vectors', 'intrinsics_matrix', 'scale_intrinsics', 'project',
-           'pixel_index', 'unproject', 'time_reach', 'ClipTime', 'check_normalised']
+__all__ = ['Array', 'NEAR', 'TIME_SLACK', 'ONE_SWEEP', 'normalise', 'quat_mul', 'quat_to_mat', 'mat_to_quat', 'se3',
+           'se3_inverse', 'pose_to_mat', 'transform_points', 'rotate_vectors', 'far_origin', 'intrinsics_matrix',
+           'scale_intrinsics', 'project', 'pixel_index', 'unproject', 'time_reach', 'ClipTime', 'check_normalised']
 
 # %% ../nbs/01_frames.ipynb #ca1a41e1
 def _lib(
@@ -114,6 +114,17 @@ def rotate_vectors(
 )->Array: # same shape, frame b
     "Turn vectors from one frame to another; translation does not touch them."
     return v @ T[...,:3,:3].swapaxes(-1,-2)
+
+# %% ../nbs/01_frames.ipynb #1da23d0e
+NEAR = 1e3 # m, a log whose first pose is within this of zero on every axis keeps its coordinates
+
+def far_origin(
+    position:np.ndarray, # (3,) float64, first position of a log, world, m
+)->np.ndarray: # (3,) float64, world, whole metres; zero for a log near zero
+    "The point that a log's coordinates are counted from."
+    position = np.asarray(position, np.float64)
+    if (np.abs(position) < NEAR).all(): return np.zeros(3)
+    return np.where(np.abs(position) < 10, 0., np.round(position))
 
 # %% ../nbs/01_frames.ipynb #7a02660c
 def intrinsics_matrix(

@@ -4,19 +4,23 @@
 
 # %% ../nbs/09_house.ipynb #51b10478
 from __future__ import annotations
-import argparse, configparser, filecmp, json, os, re, shutil, subprocess, sys, tempfile
+import argparse, ast, configparser, filecmp, hashlib, json, math, operator, os, re, shutil, subprocess, sys, tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 from urllib.parse import quote, unquote
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['ROOMS', 'ROWS', 'row_ids', 'RESULTS', 'Notebook', 'read_notebook', 'repo_root', 'notebooks', 'notebooks_table',
-           'ids_in', 'row_sections', 'anchor', 'rows_table', 'measured', 'metrics_table', 'record_files',
-           'runs_of_record', 'run_summary', 'results_row', 'results_table', 'show_run', 'visible', 'output_text',
-           'as_markdown', 'relink', 'from_root', 'readme_text', 'readme_faults', 'write_readme', 'site_link',
-           'write_pages', 'differing', 'generated_faults', 'house_main']
+__all__ = ['ROOMS', 'ROWS', 'row_ids', 'MARKUP', 'RESULTS', 'RUN_FILES', 'OPERATORS', 'CALLS', 'SOURCES', 'NOT_PROSE', 'NUMBER',
+           'UNITS', 'MADE', 'HOUSE_EXAMPLES', 'NEEDS_PATH', 'Notebook', 'read_notebook', 'repo_root', 'notebooks',
+           'notebooks_table', 'ids_in', 'row_sections', 'anchor', 'rows_table', 'one_line', 'literal', 'measured',
+           'metrics_table', 'is_number', 'read_metrics', 'record_files', 'runs_of_record', 'run_summary', 'results_row',
+           'results_table', 'show_run', 'run_file', 'run_value', 'chain_of', 'evaluated', 'run_arithmetic', 'Figure',
+           'figures_in', 'printed_like', 'is_printed_right', 'text_faults', 'holds_fault', 'checked_figure',
+           'kept_runs', 'figure_faults', 'visible', 'output_text', 'as_markdown', 'relink', 'from_root', 'readme_text',
+           'readme_faults', 'write_readme', 'site_link', 'digest', 'remove_pages', 'write_pages', 'differing',
+           'generated_faults', 'as_sentence', 'house_main', 'house_command']
 
 # %% ../nbs/09_house.ipynb #0f1cdd0b
 @dataclass
@@ -29,8 +33,11 @@ def read_notebook(
     path:Path, # an .ipynb file
 )->Notebook: # its cells, each source joined to one string
     "Read a notebook's cells."
-    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    return Notebook(Path(path), [dict(c, source="".join(c["source"])) for c in cells])
+    try:
+        cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+        return Notebook(Path(path), [dict(c, source="".join(c["source"])) for c in cells])
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise ValueError(f"{Path(path).name}: is no notebook; take it out of its folder, or get it back from git.") from e
 
 # %% ../nbs/09_house.ipynb #701fc258
 def repo_root(
@@ -121,6 +128,24 @@ def rows_table(
     answer = lambda i: "; ".join(anchor(*at) for at in where.get(i, [])) or "open"
     return "\n".join(["| row | answered in |", "| --- | --- |", *(f"| {i} | {answer(i)} |" for i in rows)])
 
+# %% ../nbs/09_house.ipynb #c8aa9773
+MARKUP = re.compile(r"[\\\[\]<>|*~]|&(?=#?\w+;)|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+
+def one_line(
+    text:str, # any text
+    length:int=300, # characters, at most
+)->str:
+    "A text without line breaks and control characters."
+    shown = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return shown if len(shown) <= length else shown[:length - 3] + "..."
+
+def literal(
+    name:str, # of a run, clip, log, camera, class or machine
+)->str: # Markdown that shows the name and does nothing else
+    "A name as text."
+    shown = "".join(c if c.isprintable() else " " for c in name).replace("`", "'")
+    return MARKUP.sub(r"\\\g<0>", shown)
+
 # %% ../nbs/09_house.ipynb #08716443
 def measured(
     metrics:dict, # the content of a metrics.json
@@ -140,13 +165,45 @@ def metrics_table(
     "A run's metrics, mean and count."
     cells, counts, tables = {}, {}, {}
     for (*group,name),mean,count in measured(metrics):
-        cells.setdefault(g := " ".join(group), {})[name] = "-" if mean is None else f"{mean:.4g}"
+        cells.setdefault(g := literal(" ".join(group)), {})[literal(name)] = "-" if mean is None else f"{mean:.4g}"
         counts[g] = max(count, counts.get(g, 0))
     for g,c in cells.items():
         names = next((n for n in tables if set(c) <= set(n)), tuple(c))
         tables.setdefault(names, []).append(f"| {g} | " + " | ".join([*(c.get(n, "") for n in names), str(counts[g])]) + " |")
     head = lambda names: ["| | " + " | ".join([*names, "count"]) + " |", "| --- " + "| ---: "*(len(names)+1) + "|"]
     return "\n\n".join("\n".join([*head(names), *rows]) for names,rows in tables.items())
+
+# %% ../nbs/09_house.ipynb #09049e75
+def is_number(
+    value:Any, # any value
+)->bool:
+    "Whether a value is a finite number that a float can hold."
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+def read_metrics(
+    path:Path, # a run's metrics.json
+)->dict: # its content; raises ValueError with one sentence
+    "The values that a run left, of any version of this project or of none."
+    at = f"{path.parent.name}/{path.name}"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("runtime", {}), dict):
+            raise TypeError("it holds no group of named values")
+        for keys, mean, count in measured(found):
+            if not (mean is None or is_number(mean)) or not is_number(count):
+                raise TypeError(f"{'.'.join(keys)[:200]!r} has a mean or a count that is no number")
+    except RecursionError as e:
+        raise ValueError(f"{at}: is nested too deeply to be a record; evaluate the run again.") from e
+    except ValueError as e:
+        raise ValueError(f"{at}: is no JSON ({e}); evaluate the run again.") from e
+    except TypeError as e:
+        raise ValueError(f"{at}: is no record, {e}; evaluate the run again.") from e
+    return found
 
 # %% ../nbs/09_house.ipynb #15ffadd3
 def record_files(
@@ -156,7 +213,7 @@ def record_files(
     pictures = sorted(run.rglob("*.jpg")); size = sum(p.stat().st_size for p in pictures)
     if len(pictures) > 8 or size > 2**20:
         raise ValueError(f"{run.name}: {len(pictures)} JPEGs of {size/2**20:.2f} MB; a run of record keeps at most 8 of 1 MB in all: delete some")
-    trained = not (run/"metrics.json").is_file() or json.loads((run/"metrics.json").read_text(encoding="utf-8")).get("runtime", {}).get("iters", 1)
+    trained = not (run/"metrics.json").is_file() or read_metrics(run/"metrics.json").get("runtime", {}).get("iters", 1)
     needed = [run/n for n in ("config.yaml", "metrics.json", *["metrics.jsonl"]*bool(trained))]; report = [run/"report.md"]*(run/"report.md").is_file()
     missing = [p.name for p in needed if not p.is_file()] + ([] if list(run.glob("*.ipynb")) else ["the executed notebook"])
     if missing: raise FileNotFoundError(f"{run.name} is no complete run: {', '.join(missing)} missing; run it to its end first")
@@ -175,8 +232,8 @@ def run_summary(
 )->str: # markdown: one line, then a table
     "What a run measured, and under which circumstances."
     if not (run/"metrics.json").is_file(): raise FileNotFoundError(f"{run.name} has no metrics.json: the run did not reach its evaluation")
-    metrics = json.loads((run/"metrics.json").read_text(encoding="utf-8"))
-    notes = {k:v for k,v in {**metrics, **metrics.get("runtime", {})}.items() if isinstance(v, (str,int,float))}
+    metrics = read_metrics(run/"metrics.json")
+    notes = {literal(k): literal(v) if isinstance(v, str) else v for k,v in {**metrics, **metrics.get("runtime", {})}.items() if isinstance(v, (str,int,float))}
     said = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k,v in notes.items())
     return f"**{run.name}**: {said}\n\n{metrics_table(metrics)}"
 
@@ -190,13 +247,13 @@ def results_row(
     have = {" ".join(k): v for k,v,_ in measured(metrics)}; show = lambda v: "-" if v is None else f"{v:.4g}"; r = metrics["runtime"]
     cells = [" / ".join(show(have.get(path.replace("*", s))) for s in (("interpolation","future") if "*" in path else ("",))) for path in RESULTS.values()]
     name = f"[{run.name}](../papermill_runs/{run.name}/report.md)" if (run/"report.md").is_file() else run.name; took = f"{r['iters']} steps, {r['train_seconds']:.0f} s" if r.get("iters") else "nothing"
-    return f"| {name} | {metrics['evaluated_on']} | {took} | {r['machine']} | " + " | ".join(cells) + f" | {show((r.get('reconstruction') or {}).get('total'))} |"
+    return f"| {name} | {literal(str(metrics['evaluated_on']))} | {took} | {literal(str(r['machine']))} | " + " | ".join(cells) + f" | {show((r.get('reconstruction') or {}).get('total'))} |"
 
 def results_table(
     root:Path, # the repository
 )->str: # markdown
     "The runs of record, a row each; those that measured something else are summed up below."
-    runs = {r: json.loads((r/"metrics.json").read_text(encoding="utf-8")) for r in runs_of_record(root)}; full = [r for r,m in runs.items() if {"nvs","scene_flow","runtime"} <= set(m)]
+    runs = {r: read_metrics(r/"metrics.json") for r in runs_of_record(root)}; full = [r for r,m in runs.items() if {"nvs","scene_flow","runtime"} <= set(m)]
     head = ["run","evaluated on","trained","machine",*RESULTS,"reconstruction s"]; table = ["| " + " | ".join(head) + " |", "| --- "*4 + "| ---: "*(len(head) - 4) + "|", *(results_row(r, runs[r]) for r in full)]
     return "\n\n".join(["\n".join(table)]*bool(full) + [run_summary(r) for r in runs if r not in full]) or "No run of record is committed yet."
 
@@ -206,6 +263,228 @@ def show_run(
 )->str: # the run's summary and the names of its pictures
     "What a run brought."
     return "\n".join([run_summary(run), "", *(str(p) for p in sorted(run.rglob("*")) if p.suffix in (".png",".jpg",".mp4",".gif"))])
+
+# %% ../nbs/09_house.ipynb #67df6f86
+RUN_FILES = "config", "gate", "limits", "meta" # files of a run, beside metrics.json, that a source may name
+
+def run_file(
+    run:Path, # a run's folder
+    stem:str, # name of a file without its ending
+)->Any: # plain values; raises ValueError
+    "A file of a run that holds values."
+    for path in (run/f"{stem}.json", run/f"{stem}.yaml"):
+        if path.is_file() and path.suffix == ".json":
+            return read_metrics(path)
+        if path.is_file():
+            import yaml
+            return yaml.safe_load(path.read_text(encoding="utf-8"))
+    raise ValueError(f"papermill_runs/{run.name} has no file {stem}")
+
+def run_value(
+    root:Path, # the repository
+    keys:list[str], # the run's folder, then the keys; a file of RUN_FILES may stand between them
+)->Any: # what stands there, of a measured quantity its mean; raises ValueError
+    "A value of a run."
+    run, *rest = keys
+    stem = rest.pop(0) if rest and rest[0] in RUN_FILES else "metrics"
+    value = run_file(root/"papermill_runs"/run, stem)
+    for k in rest:
+        if not isinstance(value, dict) or k not in value:
+            raise ValueError(f"{run}'s {stem} has no {'.'.join(rest)}")
+        value = value[k]
+    return value.get("mean") if isinstance(value, dict) else value
+
+# %% ../nbs/09_house.ipynb #5701a792
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Eq: operator.eq}
+CALLS = {"min": min, "max": max, "abs": abs}
+
+def chain_of(
+    node:ast.AST, # of an expression
+)->list[str]|None: # ["run", "key", "key"] for run.key["key"]; None for anything else
+    "The keys that an expression names."
+    if isinstance(node, ast.Name):
+        return [node.id]
+    if isinstance(node, ast.Attribute) and (before := chain_of(node.value)):
+        return [*before, node.attr]
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and (before := chain_of(node.value)):
+        return [*before, node.slice.value]
+    return None
+
+def evaluated(
+    node:ast.AST, # of an expression
+    root:Path, # the repository
+)->float|bool: # raises ValueError
+    "What an expression over runs comes to."
+    if isinstance(node, ast.Constant) and is_number(node.value):
+        return node.value
+    if keys := chain_of(node):
+        value = run_value(root, keys)
+        if is_number(value):
+            return value
+        raise ValueError(f"{'.'.join(keys)} is {value!r}, no number")
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -evaluated(node.operand, root)
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        return OPERATORS[type(node.op)](evaluated(node.left, root), evaluated(node.right, root))
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in OPERATORS:
+        return OPERATORS[type(node.ops[0])](evaluated(node.left, root), evaluated(node.comparators[0], root))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CALLS and not node.keywords:
+        return CALLS[node.func.id](*(evaluated(a, root) for a in node.args))
+    raise ValueError(f"{ast.unparse(node)!r} is no arithmetic over runs")
+
+def run_arithmetic(
+    root:Path, # the repository
+    source:str, # such as `100*a_run.analysis.fd.found`
+)->float|bool: # raises ValueError with a reason
+    "What a source says today."
+    try:
+        return evaluated(ast.parse(source, mode="eval").body, root)
+    except SyntaxError as e:
+        raise ValueError(f"{source!r} is no expression") from e
+    except (TypeError, ZeroDivisionError) as e:
+        raise ValueError(f"{source!r} cannot be computed ({e})") from e
+
+# %% ../nbs/09_house.ipynb #0f242610
+SOURCES = re.compile(r"^<!-- figures\n((?:.*\n)*?)-->", re.M)
+NOT_PROSE = re.compile(r"```[\s\S]*?```|`[^`\n]*`|\]\([^)]*\)|\$[^$\n]*\$|<!--[\s\S]*?-->|^    .*$|(?:Sec|Eq|Table|Fig|Alg)s?\. ?[\d.]+|^#+ .*$", re.M)
+NUMBER = re.compile(r"(?<![\w.,])[+−-]?\d+(?:,\d{3})*(?:\.\d+)?(?!\w|\.\d)")
+UNITS = re.compile(r"\s(?:dB|m|mm|s|ms|px|%|steps)(?!\w)")
+
+@dataclass
+class Figure:
+    "A number in a text."
+    start:int # where it begins
+    end:int   # where it ends
+    text:str  # as printed, such as 2,332 or +0.15
+    wanted:bool # whether it has to have a source
+
+def figures_in(
+    text:str, # markdown
+    runs:list[str], # names of runs
+)->list[Figure]: # in their order
+    "The numbers of a text outside code and links."
+    shown = NOT_PROSE.sub(lambda m: re.sub(r"[^\n]", "\0", m[0]), text)
+    names = re.compile(rf"\b(?:{'|'.join(map(re.escape, runs)) or '(?!)'})\b")
+    found = []
+    for block in re.finditer(r"(?:.+(?:\n|\Z))+", text): # up to an empty line
+        table = block[0].lstrip().startswith("|")
+        for m in NUMBER.finditer(shown, block.start(), block.end()):
+            beside = text[text.rfind("\n", 0, m.start()) + 1:(text.find("\n", m.end()) + 1 or len(text))] if table else block[0]
+            measure = "." in m[0] or bool(UNITS.match(shown, m.end()))
+            found.append(Figure(m.start(), m.end(), m[0], measure and bool(names.search(SOURCES.sub("", beside)))))
+    return found
+
+# %% ../nbs/09_house.ipynb #bc75a211
+def printed_like(
+    value:float, # what a source says
+    text:str, # how its figure is printed
+)->str: # the value with as many decimals
+    "A value in the form of a figure."
+    decimals = len(text.partition(".")[2])
+    sign = "+" if text.startswith("+") else ""
+    made = f"{value:{sign}{',' if ',' in text else ''}.{decimals}f}"
+    return made.replace("-", "−") if text.startswith("−") else made
+
+def is_printed_right(
+    value:float, # what a source says
+    text:str, # the figure
+)->bool:
+    "Whether a figure is its source, rounded."
+    half = .5*10**-len(text.partition(".")[2])
+    return abs(float(text.replace(",", "").replace("−", "-")) - value) <= half*(1 + 1e-9)
+
+def text_faults(
+    text:str, # markdown
+    root:Path, # the repository
+    runs:list[str], # names of runs whose figures need a source
+)->tuple[list[str],str]: # one sentence a fault; the text with stale figures replaced
+    "Hold the figures of a text against the runs that they come from."
+    faults, edits, begin = [], [], 0
+    for marker in [*SOURCES.finditer(text), None]:
+        numbers = [f for f in figures_in(text, runs) if begin <= f.start < (marker.start() if marker else len(text))]
+        at = 0
+        for line in re.finditer(r"\S.*", marker[1]) if marker else ():
+            if line[0].startswith("holds "):
+                faults += holds_fault(line[0][len("holds "):], root)
+                continue
+            printed, _, source = map(str.strip, line[0].partition(" = "))
+            for entry in re.finditer(r"[^ ]+?(?=, |$)", printed):
+                figure = entry[0]
+                k = next((k for k in range(at, len(numbers)) if numbers[k].text == figure), None)
+                if k is None:
+                    faults.append(f"{figure} ({source}) does not stand in the text above its source, in the order of the sources")
+                    continue
+                faults += [f"{f.text} has no source" for f in numbers[at:k] if f.wanted]
+                at = k + 1
+                new, why = checked_figure(figure, source, root)
+                faults += why
+                if new != figure:
+                    inside = marker.start(1) + line.start() + entry.start()
+                    edits += [(numbers[k].start, numbers[k].end, new), (inside, inside + len(figure), new)]
+        faults += [f"{f.text} has no source" for f in numbers[at:] if f.wanted]
+        begin = marker.end() if marker else len(text)
+    for start, end, new in sorted(edits, reverse=True):
+        text = text[:start] + new + text[end:]
+    return faults, text
+
+def holds_fault(
+    claim:str, # a comparison over runs
+    root:Path, # the repository
+)->list[str]: # a sentence, or nothing
+    "Whether a claim about runs is true."
+    try:
+        return [] if run_arithmetic(root, claim) is True else [f"it no longer holds that {claim}: say what is true"]
+    except ValueError as e:
+        return [str(e)]
+
+def checked_figure(
+    figure:str, # as printed
+    source:str, # arithmetic over runs, or a dash and a reason
+    root:Path, # the repository
+)->tuple[str,list[str]]: # the figure as it should be; a sentence, or nothing
+    "A figure held against its source."
+    if source.startswith("-") and source.strip("- "):
+        return figure, []
+    try:
+        value = float(run_arithmetic(root, source))
+    except ValueError as e:
+        return figure, [f"{figure}: {e}"]
+    if is_printed_right(value, figure):
+        return figure, []
+    new = printed_like(value, figure)
+    return new, [f"{figure} is stale: {source} is {new}"]
+
+# %% ../nbs/09_house.ipynb #05be340c
+def kept_runs(
+    root:Path, # the repository
+)->list[str]: # names of folders under papermill_runs of which git knows a file
+    "The runs that prose can name."
+    listed = subprocess.run(["git","ls-files","papermill_runs/*/*"], cwd=root, capture_output=True, text=True)
+    return sorted({Path(p).parts[1] for p in listed.stdout.splitlines()})
+
+def figure_faults(
+    root:Path, # the repository
+    write:bool=False, # replace stale figures where they stand
+)->list[str]: # one sentence a fault, with its place
+    "Figures of runs that are stale, have no source, or name a run that is not there."
+    runs, faults = kept_runs(root), []
+    for nb in notebooks(root):
+        raw = json.loads(nb.path.read_text(encoding="utf-8"))
+        texts = {i: text_faults(c["source"], root, runs) for i,c in enumerate(nb.cells) if c["cell_type"] == "markdown"}
+        faults += [f"nbs/{nb.path.name}, cell {i}: {f}" for i,(found,_) in texts.items() for f in found]
+        changed = {i: text for i,(_,text) in texts.items() if text != nb.cells[i]["source"]}
+        if write and changed:
+            for i, text in changed.items():
+                raw["cells"][i]["source"] = text.splitlines(keepends=True)
+            nb.path.write_text(json.dumps(raw, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    for path in [*sorted((root/"docs").glob("*.md")), *sorted((root/"papermill_runs").glob("*.md"))]:
+        text = path.read_text(encoding="utf-8")
+        found, mended = text_faults(text, root, runs)
+        faults += [f"{path.relative_to(root)}: {f}" for f in found]
+        if write and mended != text:
+            path.write_text(mended, encoding="utf-8")
+    return faults
 
 # %% ../nbs/09_house.ipynb #21fe4365
 def visible(
@@ -278,8 +557,13 @@ def write_readme(
     "Run the index, clean it, and write the README."
     import nbformat
     from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
     path = root/"nbs/00_index.ipynb"; nb = nbformat.read(path, 4)
-    NotebookClient(nb, timeout=300, kernel_name="python3", extra_arguments=["--log-level=ERROR"], resources={"metadata":{"path":str(root/"nbs")}}).execute()
+    client = NotebookClient(nb, timeout=300, kernel_name="python3", extra_arguments=["--log-level=ERROR"], resources={"metadata":{"path":str(root/"nbs")}})
+    try:
+        client.execute()
+    except CellExecutionError as e:
+        raise RuntimeError(f"nbs/00_index.ipynb: a cell ended in {e.ename}, {e.evalue}; mend it and run make readme again.") from e
     nbformat.write(nb, path)
     subprocess.run([sys.executable, "-c", "from nbdev.clean import nbdev_clean; nbdev_clean(fname='nbs/00_index.ipynb')"], cwd=root, check=True)
     (root/"README.md").write_text(readme_text(root), encoding="utf-8")
@@ -296,21 +580,51 @@ def site_link(
     return name.replace("00_index", "index").replace(".ipynb", ".html") + (slug and f"#{slug}")
 
 # %% ../nbs/09_house.ipynb #34c76800
+MADE = ".made_by_flux4d_house" # in a folder of pages: the files that were written, and a digest of each
+
+def digest(
+    path:Path, # a file
+)->str:
+    "What tells a file from a changed one."
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+def remove_pages(
+    out:Path, # folder of pages; may not exist
+)->None: # raises ValueError for a folder that holds anything else
+    "Remove the pages that `write_pages` wrote, and nothing else."
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"{out}: is a file; name a folder for the pages.")
+    try:
+        made = json.loads((out/MADE).read_text(encoding="utf-8")) if (out/MADE).is_file() else {}
+    except (ValueError, RecursionError):
+        made = {}
+    made = made if isinstance(made, dict) else {}
+    if others := sorted(p.name for p in out.iterdir() if p.name != MADE and (p.is_symlink() or not p.is_file() or made.get(p.name) != digest(p))):
+        raise ValueError(f"{out}: holds {others[0]}, which flux4d-house did not write; name another folder, or empty this one yourself.")
+    for p in out.iterdir():
+        p.unlink()
+
 def write_pages(
     root:Path, # the repository
-    out:Path,  # folder for the pages, emptied first
+    out:Path,  # folder for the pages: new, empty, or written by this function before
 )->list[Path]: # the notebooks written
     "The notebooks as the site generator wants them."
     ini = configparser.ConfigParser(); ini.read(root/"settings.ini"); ini = ini["DEFAULT"]
     page = lambda link: site_link(link, f"{ini.get('git_url')}/blob/{ini.get('branch')}/")
-    shutil.rmtree(out, ignore_errors=True); out.mkdir(parents=True); written = []
+    remove_pages(out)
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
     for nb in notebooks(root):
         raw = json.loads(nb.path.read_text(encoding="utf-8")); raw["cells"] = visible(nb)
         for c in raw["cells"]:
             if c["cell_type"]=="markdown": c["source"] = relink(c["source"], page)
             for o in c.get("outputs", []):
                 if md := o.get("data", {}).get("text/markdown"): o["data"]["text/markdown"] = relink("".join(md), page)
-        written.append(out/nb.path.name.replace("00_index", "index")); written[-1].write_text(json.dumps(raw), encoding="utf-8")
+        written.append(out/nb.path.name.replace("00_index", "index"))
+        written[-1].write_text(json.dumps(raw), encoding="utf-8")
+        (out/MADE).write_text(json.dumps({p.name: digest(p) for p in written}), encoding="utf-8")
     return written
 
 # %% ../nbs/09_house.ipynb #26a93b60
@@ -336,20 +650,66 @@ def generated_faults(
                 *(f"nbs/{n} is not clean: run make export" for n in differing(copy/"nbs", root/"nbs", "*.ipynb"))]
 
 # %% ../nbs/09_house.ipynb #bd892e7a
+HOUSE_EXAMPLES = """examples:
+  flux4d-house check                                  is everything made from the notebooks as they are?
+  flux4d-house figures --write                        put right the figures of runs in the notebooks' prose
+  flux4d-house show papermill_runs/run_001            print what a run measured and the names of its pictures
+  flux4d-house pages build/pages                      write the pages of the site"""
+NEEDS_PATH = {"show": "a run's folder", "record": "a run's folder", "pages": "the folder to write"}
+
+def as_sentence(
+    error:Exception, # of a command
+)->str: # one line
+    "What went wrong, for a person."
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror[0].lower() + error.strerror[1:]}; name another file or folder, or change its permissions."
+    return " ".join(str(error).split())
+
 def house_main(
     argv:list[str]|None=None, # words of the command line; sys.argv when None
 )->int: # exit status
-    "The command line of the house."
-    ap = argparse.ArgumentParser(prog="flux4d-house", description=house_main.__doc__)
-    ap.add_argument("command", choices=["check","readme","pages","show","record"])
-    ap.add_argument("path", nargs="?", type=Path, help="show, record: a run's folder; pages: where to write")
-    a = ap.parse_args(argv); root = repo_root(); lines = []
+    "Check and make what is derived from the notebooks; show and keep runs."
+    ap = argparse.ArgumentParser(prog="flux4d-house", description=house_main.__doc__, epilog=HOUSE_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("command", choices=["check","readme","pages","figures","show","record"])
+    ap.add_argument("path", nargs="?", type=Path, help="show, record: a run's folder; pages: the folder to write, new or written by this command before")
+    ap.add_argument("--write", action="store_true", help="figures: replace stale figures in the notebooks and in the README")
+    a = ap.parse_args(argv)
     try:
-        if a.command=="check":  lines = [*generated_faults(root), *readme_faults(root)]
-        if a.command=="readme": write_readme(root)
-        if a.command=="pages":  write_pages(root, a.path)
-        if a.command=="show":   print(show_run(a.path))
-        if a.command=="record": print(*record_files(a.path))
-    except (OSError, ValueError, RuntimeError) as e: lines = [str(e)]
+        lines = house_command(a.command, a.path, a.write)
+    except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as e:
+        lines = [as_sentence(e)]
     print(*lines, sep="\n", end="\n"*bool(lines), file=sys.stderr)
     return int(bool(lines))
+
+def house_command(
+    command:str, # as on the command line
+    path:Path|None, # as on the command line
+    write:bool, # as on the command line
+)->list[str]: # faults, one sentence each
+    "Run one command; what it has to say beside faults goes to standard output."
+    if command in NEEDS_PATH and path is None:
+        return [f"flux4d-house {command}: needs {NEEDS_PATH[command]}, such as {'build/pages' if command == 'pages' else 'papermill_runs/run_001'}."]
+    if command == "show":
+        print(show_run(path))
+    if command == "record":
+        print(*record_files(path))
+    if command in NEEDS_PATH and command != "pages":
+        return []
+    root = repo_root()
+    if command == "check":
+        return [*generated_faults(root), *readme_faults(root), *figure_faults(root)]
+    if command == "figures":
+        faults = figure_faults(root, write)
+        if not write:
+            return faults
+        (root/"README.md").write_text(readme_text(root), encoding="utf-8")
+        left = figure_faults(root)
+        for fault in faults:
+            if fault not in left:
+                print(f"put right: {fault}")
+        return left
+    if command == "readme":
+        write_readme(root)
+    if command == "pages":
+        write_pages(root, path)
+    return []

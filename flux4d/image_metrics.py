@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from fastcore.basics import patch
+from pydantic import PositiveFloat, PositiveInt
 from .losses import psnr_of_mse, ssim_map
 
 # %% auto #0
@@ -20,9 +21,9 @@ __all__ = ['MetricConfig', 'masked_mean', 'psnr', 'ssim_metric', 'depth_rmse', '
 @dataclass
 class MetricConfig:
     "What the paper leaves open about its image metrics (paper.md Sec. 8.1)."
-    ssim_window:int=11    # side of the Gaussian window, px
-    ssim_sigma:float=1.5  # its standard deviation, px
-    max_depth:float|None=None # returns beyond are not scored, m; None = every return
+    ssim_window:PositiveInt=11 # side of the Gaussian window, px
+    ssim_sigma:PositiveFloat=1.5 # its standard deviation, px
+    max_depth:PositiveFloat|None=None # returns beyond are not scored, m; None = every return
 
 # %% ../nbs/23_image_metrics.ipynb #a29ce049
 def masked_mean(

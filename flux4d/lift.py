@@ -4,60 +4,70 @@
 
 # %% ../nbs/10_lift.ipynb #ea09ba34
 from __future__ import annotations
-import math
+import math, warnings
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from .frames import project, pixel_index, unproject, se3_inverse, scale_intrinsics, transform_points
 from .gaussians import Gaussians, gaussians_from, opacity_inv, cat, LIDAR
 from .pandaset import DataError
-from .clips import Clip
+from .clips import Clip, unhidden
+from .settings import OpenShare, Share, Some
 
 # %% auto #0
-__all__ = ['LATE', 'FLATTEN', 'CELL', 'LiftConfig', 'Returns', 'ClipData', 'clip_data', 'clip_returns', 'voxel_downsample',
-           'thin', 'Grid', 'grid_of', 'image_numbers', 'unhidden', 'Look', 'look', 'nearest_return', 'directions',
-           'window_distances', 'knn_distance', 'colour_late', 'colour_returns', 'times_of', 'random_quats',
-           'lift_returns', 'block_sides', 'Tiles', 'cut_blocks', 'nearest_above', 'find_corners', 'corner_weights',
-           'gap_depth', 'ground_below', 'Blocks', 'clip_blocks', 'block_depth', 'continue_ground', 'fill_gaps',
-           'even_opacity', 'cap_by_coverage', 'lift_data', 'lift_clip', 'dots', 'rainbow', 'bird_view', 'alignment_set',
-           'alignment_pictures']
+__all__ = ['FLATTEN', 'CELL', 'LiftConfig', 'Returns', 'ClipData', 'clip_data', 'clip_returns', 'voxel_downsample', 'thin',
+           'Grid', 'grid_of', 'image_numbers', 'Look', 'look', 'nearest_return', 'directions', 'window_distances',
+           'knn_distance', 'from_shutter', 'colour_late', 'colour_returns', 'check_own_times', 'sound_stamps',
+           'times_of', 'random_quats', 'lift_returns', 'block_sides', 'Tiles', 'cut_blocks', 'nearest_above',
+           'find_corners', 'corner_weights', 'gap_depth', 'ground_below', 'Blocks', 'clip_blocks', 'block_depth',
+           'continue_ground', 'fill_gaps', 'even_opacity', 'cap_by_coverage', 'lift_data', 'lift_clip', 'dots',
+           'rainbow', 'bird_view', 'alignment_set', 'alignment_pictures']
 
 # %% ../nbs/10_lift.ipynb #b413d369
 @dataclass(frozen=True)
 class LiftConfig:
     "How returns and images become Gaussians."
-    lidar_sensors:tuple[int,...]=(0,)   # 0 the 360-degree LiDAR (the paper), 1 the forward one; (0, 1) is denser
-    late:str="agree"                    # returns taken far from the shutter: "agree" keeps those two images agree on, "nearest" colours them from the image nearest in time, "own" from their frame's
-    voxel_downsample:float|None=None    # m, one mean return per cell of each sweep; None: every return
-    knn:int=3                           # neighbours that set the size of a return (supp. A.2)
-    neighbours:str="sweep"              # whose neighbours: of the same "sweep", or of the whole "clip"
-    scale_factor:float=.5               # rendered standard deviation per mean neighbour distance
-    opacity:float=.5                    # supp. A.2
-    rotation:str="random"               # "random" (supp. A.2) or "identity"; the same ball either way
-    time_source:str="return"            # a Gaussian's time: of its own "return", or of its "sweep" (the paper)
-    max_gaussians:int|None=None         # keep this many, by coverage; None: all
+    # 0 the 360-degree LiDAR (the paper), 1 the forward one; (0, 1) is denser
+    lidar_sensors:Some[Literal[0,1]]=(0,)
+    # returns taken far from the shutter: "agree" keeps those two images agree on, "nearest" colours them from the
+    # image nearest in time, "own" from their frame's
+    late:Literal["agree","nearest","own"]="agree"
+    # s from the shutter, from where on a return is late; PandaSet's mechanical LiDAR stays within a third of it
+    late_after:PositiveFloat=.03
+    voxel_downsample:PositiveFloat|None=None # m, one mean return per cell of each sweep; None: every return
+    knn:PositiveInt=3 # neighbours that set the size of a return (supp. A.2)
+    neighbours:Literal["sweep","clip"]="sweep" # whose neighbours: of the same "sweep", or of the whole "clip"
+    scale_factor:PositiveFloat=.5 # rendered standard deviation per mean neighbour distance
+    opacity:OpenShare=.5 # supp. A.2
+    rotation:Literal["random","identity"]="random" # "random" (supp. A.2) or "identity"; the same ball either way
+    # a Gaussian's time: of its own "return", or of its "sweep" (the paper)
+    time_source:Literal["return","sweep"]="return"
+    max_gaussians:PositiveInt|None=None # keep this many, by coverage; None: all
     fill:bool=True                      # fill the gaps between returns; False is the paper
-    fill_blocks:tuple[int,int]=(16, 4)  # px of an image 1920 wide, largest and smallest block
-    fill_detail:float=.05               # split a block whose colours deviate more than this, 0..1
-    fill_scale:float=.45                # rendered standard deviation per side of a block
-    fill_gap:tuple[float,float]=(.9, 4.7) # deg, width and height of the largest gap that is bridged
+    fill_blocks:tuple[PositiveInt,PositiveInt]=(16, 4) # px of an image 1920 wide, largest and smallest block
+    fill_detail:Share=.05 # split a block whose colours deviate more than this, 0..1
+    fill_scale:PositiveFloat=.45 # rendered standard deviation per side of a block
+    # deg, width and height of the largest gap that is bridged
+    fill_gap:tuple[NonNegativeFloat,NonNegativeFloat]=(.9, 4.7)
     fill_ground:bool=True               # continue the road under the lowest beam
-    fill_agree:float=.1                 # the sides of a gap may differ in depth by this share; else the side of like colour decides
-    fill_behind:float=.01               # share by which what is filled lies behind the surface, so that returns are drawn over it
+    fill_agree:Share=.1 # the sides of a gap may differ in depth by this share; else the side of like colour decides
+    fill_behind:Share=.01 # share by which what is filled lies behind the surface, so that returns are drawn over it
     fill_even:bool=True                 # make what few input images see more opaque, so that all directions end alike
-    return_px:float=1.                  # px of an image 1920 wide, largest standard deviation of a return when gaps are filled
+    return_px:PositiveFloat=1. # px of an image 1920 wide, largest standard deviation of a return when gaps are filled
 
     def __post_init__(self)->None:
         "Refuse unknown words."
         for name, words in dict(late=("agree","nearest","own"), neighbours=("sweep","clip"), rotation=("random","identity"), time_source=("return","sweep")).items():
             if getattr(self, name) not in words: raise ValueError(f"{name}: is {getattr(self, name)!r}; choose from {', '.join(words)}.")
+        if not 0 < self.late_after < math.inf: raise ValueError(f"late_after: is {self.late_after!r}; give seconds above 0.")
         if not set(self.lidar_sensors) or set(self.lidar_sensors) - {0,1}: raise ValueError(f"lidar_sensors: is {self.lidar_sensors}; choose (0,), (1,) or (0, 1).")
 
 # %% ../nbs/10_lift.ipynb #7b3b16f2
@@ -87,6 +97,8 @@ class ClipData:
     frames:Tensor  # (F,) int64 log frame ids
     duration:float # s, length of the clip
     id:str         # of the clip, for messages
+    log:str=""     # id of its log, for messages
+    period:float=0. # s from one sweep of the log to the next, 0 = unknown
 
     def to(self,
         device:Any, # torch device
@@ -104,11 +116,6 @@ class ClipData:
         "What the cameras see of the sweeps, computed when first asked for."
         return look(self)
 
-    @property
-    def returns(self)->Returns: # in the order of the sweeps
-        "All returns, without the padding."
-        there = ~self.points[...,0].isnan()
-        return Returns(self.points[there], self.stamps[there], self.frames[:,None].expand_as(there)[there])
 
 # %% ../nbs/10_lift.ipynb #8cf8d442
 def clip_data(
@@ -126,7 +133,8 @@ def clip_data(
     each = lambda f: x([[f(cam, i) for cam in cams] for i in frames])
     return ClipData(x([[log.image(c, f, image_scale) for c in cameras] for f in frames]), each(lambda cam, f: scale_intrinsics(cam.K, image_scale)), each(lambda cam, f: cam.poses[f]),
         each(lambda cam, f: cam.stamps[f] - start), pad([s.points for s in sweeps], math.nan), pad([s.stamps - start for s in sweeps], math.nan), pad([s.sensor for s in sweeps], -1),
-        x(log.lidar_stamps[frames]) - start, torch.tensor(frames), clip.time.duration, clip.id)
+        x(log.lidar_stamps[frames]) - start, torch.tensor(frames), clip.time.duration, clip.id,
+        log.id, float(np.median(np.diff(log.lidar_stamps))))
 
 def clip_returns(
     clip:Clip, # the clip
@@ -189,23 +197,6 @@ def image_numbers(
     return torch.arange(data.shutter.numel(), device=data.K.device).view(*data.shutter.shape, 1)
 
 # %% ../nbs/10_lift.ipynb #a44ba0f1
-def unhidden(
-    data:ClipData, # cameras
-    uv:Tensor,     # (F,C,N,2) px
-    z:Tensor,      # (F,C,N) m
-    inside:Tensor, # (F,C,N) bool, in the image
-    cell:float=.2, # deg
-    window:tuple[float,float]=(1.2, .6), # deg, reach of a quadrant: vertical, horizontal
-    margin:float=.1, # how much nearer, as a share of the depth, an occluder must be
-)->Tensor: # (F,C,N) bool
-    "Which returns nothing nearer surrounds."
-    grid, (a, b) = grid_of(data, (cell, cell)), (max(1, round(w/cell)) for w in window); (rows, cols), n = grid.shape, len(grid.px)*math.prod(grid.shape)
-    at = torch.where(inside, grid.cells(uv, image_numbers(data)), n).flatten()
-    near = z.new_full((n+1,), math.inf).scatter_reduce_(0, at, z.flatten(), "amin")[:-1].view(-1, 1, rows, cols)
-    q = -F.max_pool2d(F.pad(-near, (b,b,a,a), value=-math.inf), (a+1, b+1), 1)
-    far = torch.stack([q[...,:rows,:cols], q[...,:rows,b:], q[...,a:,:cols], q[...,a:,b:]]).amax(0)
-    return inside & (z <= (1 + margin)*F.pad(far.flatten(), (0,1))[at].view(z.shape))
-
 class Look(NamedTuple):
     "Returns as cameras see them."
     uv:Tensor   # (F,C,N,2) px, NaN behind the camera
@@ -218,9 +209,14 @@ def look(
     keep:Tensor|None=None, # (F,C,N) bool, returns to look at; None: all
 )->Look: # every sweep in the images of its own frame
     "Project all sweeps into all cameras of their frame."
-    (h, w), (uv, z) = data.images.shape[2:4], (a.float() for a in project(data.K, se3_inverse(data.pose), data.points[:,None])); col, row, inside = pixel_index(uv, w, h)
+    h, w = data.images.shape[2:4]
+    uv, z = (a.float() for a in project(data.K, se3_inverse(data.pose), data.points[:,None]))
+    col, row, inside = pixel_index(uv, w, h)
+    asked = inside if keep is None else inside & keep
+    focal = data.K[...,0,0].flatten().float()
+    seen = unhidden(uv.flatten(0,1), z.flatten(0,1), asked.flatten(0,1), focal, w, h).view(z.shape)
     colour = data.images.reshape(-1,3)[(image_numbers(data)*h + row)*w + col].float()/255
-    return Look(uv, z, unhidden(data, uv, z, inside if keep is None else inside & keep), colour)
+    return Look(uv, z, seen, colour)
 
 # %% ../nbs/10_lift.ipynb #bad9c2dd
 def nearest_return(
@@ -275,7 +271,11 @@ def knn_distance(
     return torch.where(best < math.inf, best.clamp_min(1e-3), .1)
 
 # %% ../nbs/10_lift.ipynb #17b9c144
-LATE = .03 # s from the shutter; the mechanical LiDAR stays within a third of it
+def from_shutter(
+    data:ClipData, # stamps and shutters
+)->Tensor: # (F,C,N) s, NaN where there is no return
+    "How long before or after an image's shutter the returns of its frame were taken."
+    return (data.stamps[:,None] - data.shutter[...,None]).abs()
 
 def colour_late(
     data:ClipData, # images, cameras and sweeps
@@ -296,14 +296,48 @@ def colour_late(
 def colour_returns(
     data:ClipData, # images, cameras and sweeps
     rule:str,      # `LiftConfig.late`
+    late_after:float=LiftConfig.late_after, # s
 )->tuple[Tensor,Tensor]: # colour (F,C,N,3), usable (F,C,N) bool
     "Colour every return in every camera that sees it."
-    colour, seen = data.seen.colour, data.seen.seen; late = seen & ((data.stamps[:,None] - data.shutter[...,None]).abs() > LATE)
+    colour, seen = data.seen.colour, data.seen.seen; late = seen & (from_shutter(data) > late_after)
     if rule == "own" or not late.any(): return colour, seen
     n = late.any(1).int().argsort(dim=1, descending=True, stable=True)[:,:late.any(1).sum(1).amax()]; f = torch.arange(len(n), device=n.device)[:,None] # (F,L), the late ones first
     each, late = n[:,None].expand(-1, late.shape[1], -1), late[f,:,n].mT; c, kept = colour_late(replace(data, points=data.points[f,n], stamps=data.stamps[f,n]), late, rule)
     put = lambda a, new, i: a.scatter(2, i, torch.where(late.view(*late.shape, *[1]*(a.dim()-3)), new, a.gather(2, i)))
     return put(colour, c, each[...,None].expand(-1,-1,-1,3)), put(seen, kept & seen.gather(2, each), each)
+
+# %% ../nbs/10_lift.ipynb #c0b68984
+def check_own_times(
+    data:ClipData,  # read: duration, period, id
+    seconds:Tensor, # (P,) since the clip's start, of what becomes Gaussians
+)->None: # raises DataError
+    "Stop when times lie more than 10 % outside the clip; a sweep's first returns may be a whole sweep older than its stamp."
+    slack = max(.1*data.duration, 1.1*data.period)
+    outside = (seconds < -slack) | (seconds > data.duration + slack)
+    if not outside.any(): return
+    lo, hi = seconds.min().item()/data.duration, seconds.max().item()/data.duration
+    raise DataError(f"{data.id}: {int(outside.sum())} of {len(seconds)} Gaussians would have times of their own outside the clip, which runs from 0 to 1 "
+                    f"where theirs run from {lo:.3g} to {hi:.3g}; correct the stamps of its sweeps and images.")
+
+def sound_stamps(
+    data:ClipData,    # the clip
+    late_after:float, # s, as in `LiftConfig`
+)->ClipData: # the same object where nothing is wrong
+    "Give returns the time of the shutter where most of an image's returns have stamps that cannot be theirs."
+    judged = data.seen.seen & (data.sensor == 0)[:,None]             # sensor 1 is late by design
+    late = judged & (from_shutter(data) > late_after)
+    wrong = 2*late.sum(-1) > judged.sum(-1)                          # (F,C)
+    check_own_times(data, data.stamps[data.seen.seen.any(1)])
+    if not wrong.any(): return data
+    replaced = judged & wrong[...,None]
+    off = 1e3*from_shutter(data)[replaced].median().item()
+    warnings.warn(f"log {data.log or data.id}: most returns in an image are stamped about {round(off, -1):.0f} ms from its shutter, more than late_after={late_after:g} s; "
+                  "they take the shutter's time until the stamps are corrected or late_after is raised.")
+    first = replaced.int().argmax(1)                                 # (F,N) the first camera that sees the return
+    stamps = torch.where(replaced.any(1), data.shutter.gather(1, first), data.stamps)
+    out = replace(data, stamps=stamps)
+    out.seen = data.seen                                             # nothing has moved
+    return out
 
 # %% ../nbs/10_lift.ipynb #6c5bafe1
 def times_of(
@@ -332,7 +366,7 @@ def lift_returns(
 )->Gaussians: # kind LIDAR, world
     "The returns of all sweeps as Gaussians."
     data = data if cfg.voxel_downsample is None else thin(data, cfg.voxel_downsample); seen = data.seen
-    colour, usable = colour_returns(data, cfg.late)
+    colour, usable = colour_returns(data, cfg.late, cfg.late_after)
     f, n = usable.any(1).nonzero(as_tuple=True); c = usable[f,:,n].int().argmax(1)
     scale = cfg.scale_factor*knn_distance(data, f, n, cfg.knn, cfg.neighbours == "clip")
     if cfg.fill: scale = torch.minimum(scale, cfg.return_px*data.images.shape[3]/1920*seen.z[f,c,n]/data.K[f,c,0,0].float())
@@ -475,7 +509,7 @@ class Blocks(NamedTuple):
 
 def clip_blocks(
     data:ClipData,  # the clip
-    cfg:LiftConfig, # read: lidar_sensors, fill_*
+    cfg:LiftConfig, # read: lidar_sensors, late_after, fill_*
 )->Blocks: # of every image
     "Cut all images into blocks and find their depth."
     F_, C, h, w = data.images.shape[:4]; V = F_*C
@@ -490,12 +524,12 @@ CELL = (.2, .1) # deg, width and height of a cell: as wide as the returns of one
 
 def block_depth(
     data:ClipData,  # the clip
-    cfg:LiftConfig, # read: lidar_sensors, fill_gap, fill_agree, fill_ground
+    cfg:LiftConfig, # read: lidar_sensors, late_after, fill_gap, fill_agree, fill_ground
     blocks:Blocks,  # without depth
 )->Blocks: # with depth and stamp where there is support
     "Depth of all blocks from the returns their own image sees in time."
     b, v, seen, reach = blocks, blocks.image, data.seen, math.ceil(cfg.fill_gap[0]/CELL[0]) - 1
-    soon = (data.stamps[:,None] - data.shutter[...,None]).abs() < (LATE if 0 in cfg.lidar_sensors else 1.)
+    soon = from_shutter(data) < (cfg.late_after if 0 in cfg.lidar_sensors else 1.)
     grid, gap = grid_of(data, CELL, (1,reach)), torch.stack([math.radians(a)*data.K[...,0,0].flatten().float() for a in cfg.fill_gap], -1)[v]
     cell = torch.where(seen.seen & soon, grid.cells(seen.uv, image_numbers(data)), -1); z, uv = seen.z.flatten(), seen.uv.nan_to_num(0).view(-1,2)
     i = nearest_return(cell, z, len(grid.px)*math.prod(grid.shape)).view(-1, *grid.shape).long()
@@ -571,11 +605,13 @@ def lift_data(
     "Stage 2 in memory: the input frames' returns, and what lies between them."
     unseen = DataError(f"{data.id}: no LiDAR return is visible in an input image; choose other cameras or sensors.")
     if not data.points.shape[1]: raise unseen
+    data = sound_stamps(data, cfg.late_after)
     rng = torch.Generator(data.points.device).manual_seed(seed); sets = [lift_returns(data, cfg, rng)]
     if cfg.fill:
         g = fill_gaps(data, clip_blocks(data, cfg) if blocks is None else blocks, cfg, rng); sets.append(even_opacity(g, data, cfg.opacity) if cfg.fill_even else g)
     g = cap_by_coverage(cat(sets), cfg.max_gaussians, data.pose[...,:3,3].reshape(-1,3).mean(0))
     if not len(g): raise unseen
+    check_own_times(data, g.t.double()*data.duration)
     return g
 
 def lift_clip(

@@ -9,25 +9,35 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing import Literal
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from .gaussians import LIDAR
 
 # %% auto #0
-__all__ = ['LossConfig', 'gaussian_window', 'blur', 'ssim_map', 'ssim', 'mean_where', 'rgb_loss', 'depth_loss', 'velocity_loss',
-           'psnr_of_mse', 'reconstruction_loss']
+__all__ = ['LossConfig', 'gaussian_window', 'blur', 'ssim_map', 'ssim', 'mean_where', 'rgb_loss', 'depth_loss', 'speed_unit',
+           'velocity_loss', 'psnr_of_mse', 'reconstruction_loss']
 
 # %% ../nbs/22_losses.ipynb #fe29baaf
 @dataclass
 class LossConfig:
     "Weights and details of the training loss (paper Eq. 3-5)."
-    rgb:float=.8       # weight of the colour term
-    ssim:float=.2      # weight of 1 - SSIM
-    depth:float=.01    # weight of the depth term, 1/m
-    velocity:float=5e-3 # weight of the mean speed, s/m
+    rgb:NonNegativeFloat=.8 # weight of the colour term
+    ssim:NonNegativeFloat=.2 # weight of 1 - SSIM
+    depth:NonNegativeFloat=.01 # weight of the depth term, 1/m
+    velocity:NonNegativeFloat=5e-3 # weight of the mean speed, per unit of `velocity_unit`
+    # what speed is counted in: "second" = m/s; "clip" = metres per clip, the paper's normalised time (supp. A.2)
+    velocity_unit:Literal["second","clip"]="second"
     use_depth:bool=True # False: no depth supervision
-    max_depth:float|None=None # returns beyond do not supervise, m; None = every return counts
-    berhu:float|None=None # depth errors beyond count by their square, m; None = L1 throughout (paper)
-    ssim_window:int=11 # side of the Gaussian window, px
-    ssim_sigma:float=1.5 # its standard deviation, px
+    max_depth:PositiveFloat|None=None # returns beyond do not supervise, m; None = every return counts
+    berhu:PositiveFloat|None=None # depth errors beyond count by their square, m; None = L1 throughout (paper)
+    ssim_window:PositiveInt=11 # side of the Gaussian window, px
+    ssim_sigma:PositiveFloat=1.5 # its standard deviation, px
+
+    def __post_init__(self)->None:
+        "Refuse unknown words."
+        if self.velocity_unit not in ("second", "clip"):
+            raise ValueError(f"velocity_unit: is {self.velocity_unit!r}; choose 'second' (m/s) or 'clip' (metres per clip).")
+
 
 # %% ../nbs/22_losses.ipynb #00959a89
 def gaussian_window(
@@ -129,12 +139,28 @@ def depth_loss(
     return mean_where(off if berhu is None else torch.where(off > berhu, (off*off + berhu*berhu)/(2*berhu), off), valid)
 
 # %% ../nbs/22_losses.ipynb #0b9ea779
+def speed_unit(
+    cfg:LossConfig, # read: velocity_unit
+    duration:float|None, # length of the clip, s; needed where speed is counted per clip
+)->float: # s
+    "The time in which speed is counted."
+    if cfg.velocity_unit == "second":
+        return 1.
+    if duration is None:
+        raise ValueError("velocity_unit is 'clip', so the loss needs the clip's duration in seconds; pass `duration`.")
+    return float(duration)
+
 def velocity_loss(
     velocity:Tensor, # (N,l+1,3) coefficients, m/s^(j+1), world
     kind:Tensor,     # (N,) LIDAR or BACKGROUND
-)->Tensor: # scalar, m/s
+    unit:float=1.,   # s, from `speed_unit`
+)->Tensor: # scalar, m/unit
     "Mean norm of the velocity blocks of the LiDAR Gaussians (Eq. 5)."
-    return mean_where(velocity.norm(dim=-1).mean(1), kind == LIDAR)
+    size = velocity.norm(dim=-1)
+    if unit != 1.:
+        order = torch.arange(1, velocity.shape[1] + 1, device=velocity.device)
+        size = size*unit**order
+    return mean_where(size.mean(1), kind == LIDAR)
 
 # %% ../nbs/22_losses.ipynb #7f33da53
 def psnr_of_mse(
@@ -151,13 +177,14 @@ def reconstruction_loss(
     kind:Tensor,  # (N,) LIDAR or BACKGROUND
     cfg:LossConfig, # weights
     weight:Tensor|None=None, # (V,H,W) factor of the colour term only (supp. A.1)
-)->dict[str,Tensor]: # scalars total, rgb, ssim (1 - SSIM), depth (m), vel (m/s), psnr (dB, detached)
+    duration:float|None=None, # length of the clip, s; needed where `velocity_unit` is "clip"
+)->dict[str,Tensor]: # scalars total, rgb, ssim (1 - SSIM), depth (m), vel (m per `velocity_unit`), psnr (dB, detached)
     "The training loss and its unweighted terms (Eq. 3, 4)."
     zero = rendered.rgb.new_zeros(())
     l = dict(rgb=rgb_loss(rendered.rgb, views.images, weight),
              ssim=1 - ssim(rendered.rgb, views.images, cfg.ssim_window, cfg.ssim_sigma),
              depth=depth_loss(rendered.depth, views.depth, cfg.max_depth, cfg.berhu) if cfg.use_depth and views.depth is not None else zero,
-             vel=zero if velocity is None else velocity_loss(velocity, kind))
+             vel=zero if velocity is None else velocity_loss(velocity, kind, speed_unit(cfg, duration)))
     total = cfg.rgb*l["rgb"] + cfg.ssim*l["ssim"] + cfg.depth*l["depth"] + cfg.velocity*l["vel"]
     with torch.no_grad(): mse = (rendered.rgb.clamp(0,1) - views.images).square().mean()
     return dict(total=total, **l, psnr=psnr_of_mse(mse))

@@ -8,17 +8,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image, ImageDraw
 from scipy.ndimage import minimum_filter1d
 from torch import Tensor
 from fastcore.basics import patch
+from pydantic import NonNegativeInt, PositiveInt
 from .clips import Clip, TargetViews, Views
 from .cuboids import CuboidConfig, check_labels, dynamic_mask
 from .gaussians import Gaussians
 from .image_metrics import Mean, MetricConfig, psnr, ssim_metric, depth_rmse
 from .render import RenderConfig, Rendered, render
+from .settings import Some
 from .train import Loader
 from .velocity import FlowConfig, colour_wheel, flow_colours, render_velocity, view_gaps
 from .flow import tint
@@ -45,9 +47,9 @@ def sky_mask(
 @dataclass
 class EvalConfig:
     "How target views are scored."
-    max_clips:int|None=None # evaluate the first clips only
-    save_renders:int=3      # clips whose pictures are written (S6-08)
-    views_per_call:int=5    # target views rendered at once
+    depth_sensors:Some[Literal[0,1]]=(0,) # LiDARs whose returns a rendered depth is compared with, whatever the lift used
+    save_renders:NonNegativeInt=3 # clips whose pictures are written (S6-08)
+    views_per_call:PositiveInt=5 # target views rendered at once
     labels:CuboidConfig=field(default_factory=CuboidConfig) # what counts as moving
     metric:MetricConfig=field(default_factory=MetricConfig) # SSIM window and depth range (S6-14)
 
@@ -259,7 +261,7 @@ def evaluate_nvs(
 )->Evaluation:
     "Score target views of every clip (S6-09, S6-10)."
     ev = Evaluation({n: Scores() for n in names})
-    for i in progress(range(len(loader.clips[:cfg.max_clips]))):
+    for i in progress(range(len(loader.clips))):
         clip, g0 = loader.clips[i], loader.lifted(i); check_clip(clip, cfg.labels)
         made, secs = variants(rebuild, clip, g0); ev.seconds_per_clip.add(secs); ev.gaussians.add(len(g0))
         ev.score_targets({n: made[n] for n in names}, clip, loader, render_cfg, cfg, renders if i < cfg.save_renders else None)
@@ -296,11 +298,12 @@ def clip_video(
     done:dict[int,Image.Image]|None=None, # {log frame id: picture} of frames that were drawn already
     width:int=400, # px of a panel, at most
 )->Path: # the film
-    "Film of every frame of a clip in its first camera."
+    "Film of every frame of a clip in its first camera, as fast as it was driven."
     path.parent.mkdir(parents=True, exist_ok=True); camera = loader.cfg.data.cameras[0]; shots = dict(done or {})
     for f in (f for f in clip.frames if f not in shots):
         view = loader.views(clip, [(f,camera)]); out, v_r, _ = render_velocity(g, v, clip.time.duration, view, view_gaps(clip, view), cfg, flow)
         shots[f] = film_frame(out._replace(features=v_r), view.images[0], flow, width=width)
     first, *rest = [shots[f] for f in clip.frames]
-    first.save(path, save_all=True, append_images=rest, duration=100, loop=0, quality=80, method=2)
+    pace = round(1000*clip.time.duration/max(len(rest), 1)) # ms a frame
+    first.save(path, save_all=True, append_images=rest, duration=pace, loop=0, quality=80, method=2)
     return path

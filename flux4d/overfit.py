@@ -4,20 +4,25 @@
 
 # %% ../nbs/33_overfit.ipynb #6a592a8a
 from __future__ import annotations
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 import numpy as np, torch
+from annotated_types import Ge, Interval
 from PIL import Image
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
-from .train import Config, Trainer, Loader, Batch, reconstruct
+from .settings import Device, Name, Seed, find_device, read_parameters, refuse_missing
+from .train import Config, Trainer, Loader, Batch, build_model, reconstruct
 from .gaussians import Gaussians, LIDAR
 from .render import render
 from .velocity import render_weighted, save_weight_map
 from .losses import reconstruction_loss
-from .image_metrics import psnr
+from .image_metrics import psnr, ssim_metric
 
 # %% auto #0
-__all__ = ['save_image', 'save_debug', 'overfit_gate', 'covered', 'fit_directly']
+__all__ = ['save_image', 'save_debug', 'OverfitParameters', 'overfit_gate', 'score_scene', 'gate_scores', 'gate_faults',
+           'covered', 'fit_directly']
 
 # %% ../nbs/33_overfit.ipynb #1dcab8b9
 def save_image(
@@ -44,6 +49,27 @@ def save_debug(
     for name, x in dict(pred_rgb=out.rgb, gt_rgb=views.images, pred_depth=out.depth, gt_depth=views.depth).items(): save_image(folder/f"{name}.png", x[0])
     return {}
 
+# %% ../nbs/33_overfit.ipynb #a6da69ef
+@dataclass(frozen=True)
+class OverfitParameters:
+    "The parameters of this notebook, as the cell above explains them."
+    data_root:str=""
+    clip_number:NonNegativeInt=0
+    iters:PositiveInt=40
+    minutes:NonNegativeFloat=0.
+    out_dir:Name="papermill_runs/overfit"
+    device:Device=""
+    seed:Seed=0
+    image_scale:Annotated[float, Interval(gt=0, le=1)]=.5
+    use_depth:bool=True
+    save_ckpt_every:NonNegativeInt=1000
+    log_every:PositiveInt=1
+    views_per_step:PositiveInt=1
+    fixed_target_frame:Annotated[int, Ge(-1)]=-1
+    free_iters:NonNegativeInt=0
+    overrides:dict=field(default_factory=lambda: {
+        "init": {"fill_blocks": [64, 16]}, "model": {"unet": {"widths": [16, 32, 64], "blocks": 1}}, "train": {"lr": .01, "ema": .8}})
+
 # %% ../nbs/33_overfit.ipynb #ffbf2e57
 def overfit_gate(
     rows:list[dict], # logged steps of one run
@@ -56,6 +82,54 @@ def overfit_gate(
     mean = lambda k,m: float(get(k)[m].mean())
     return dict(loss_ratio=mean("total",late)/mean("total",early), psnr_gain=mean("psnr",late) - mean("psnr",early),
                 speed_change=abs(mean("vel",late) - mean("vel",before))/max(mean("vel",late), 1e-9))
+
+# %% ../nbs/33_overfit.ipynb #52db6cdc
+@torch.no_grad()
+def score_scene(
+    g:Gaussians, # a scene, world
+    velocity:Tensor|None, # (N,l+1,3) m/s^(j+1), world; None = nothing moves
+    batch:Batch, # read: clip
+    trainer:Trainer, # read: loader, configuration
+    frames:list[int], # log frame ids
+)->dict: # psnr (dB) and ssim, means over the views of every camera
+    "How a scene scores on some frames of its clip."
+    rows, clip = [], batch.clip
+    for f in frames:
+        views = trainer.loader.views(clip, [(f, camera) for camera in trainer.cfg.data.cameras])
+        rgb = render(g, velocity, clip.time.duration, views, trainer.cfg.render).rgb
+        rows += [(float(psnr(a, b)), float(ssim_metric(a, b))) for a,b in zip(rgb, views.images)]
+    return dict(zip(("psnr", "ssim"), np.mean(rows, axis=0).tolist()))
+
+@torch.no_grad()
+def gate_scores(
+    trainer:Trainer, # after training; its averaged weights are scored
+    batch:Batch, # a batch of its clip
+    frames:list[int], # log frame ids
+)->dict: # name of the scene -> psnr, ssim
+    "The clip's views before and after training, with and without motion."
+    untrained = build_model(trainer.cfg, type(trainer.model)).to(trainer.device).eval()
+    g0, prior = reconstruct(untrained, batch)
+    g1, velocity = reconstruct(trainer.ema.module.eval(), batch)
+    scenes = dict(lift=(batch.gaussians, None), untrained=(g0, prior), trained_at_rest=(g1, None),
+                  trained_prior_motion=(g1, prior), trained=(g1, velocity))
+    return {name: score_scene(*scene, batch, trainer, frames) for name,scene in scenes.items()}
+
+def gate_faults(
+    gate:dict, # of `overfit_gate`
+    scores:dict, # of `gate_scores`
+    full:bool, # True: a run of 10,000 steps or more
+)->list[str]: # a sentence for each number that does not reach its bound; [] = passed
+    "What keeps a run from passing the gate of stage 3."
+    new, old, rest = (scores[k] for k in ("trained", "untrained", "trained_at_rest"))
+    gain, least_loss, least_rise = (2., .5, 5.) if full else (1., 1., 1.)
+    asked = {
+        f"training adds {new['psnr'] - old['psnr']:.2f} dB to the untrained model; at least {gain:.0f} dB is asked for": new["psnr"] - old["psnr"] >= gain,
+        f"training adds {new['ssim'] - old['ssim']:.3f} SSIM to the untrained model; at least 0.03 is asked for": new["ssim"] - old["ssim"] >= .03,
+        f"the trained scene scores {new['psnr']:.2f} dB and {rest['psnr']:.2f} dB with nothing moving": new["psnr"] > rest["psnr"],
+        f"the loss ends at {gate['loss_ratio']:.2f} of its early value; below {least_loss} is asked for": gate["loss_ratio"] < least_loss,
+        f"PSNR rises by {gate['psnr_gain']:.2f} dB over the run; above {least_rise:.0f} dB is asked for": gate["psnr_gain"] > least_rise,
+        f"the mean speed still changes by {gate['speed_change']:.1%}; below 5% is asked for": not full or gate["speed_change"] < .05}
+    return [sentence for sentence, met in asked.items() if not met]
 
 # %% ../nbs/33_overfit.ipynb #7d21c755
 @torch.no_grad()
@@ -77,8 +151,7 @@ def fit_directly(
     "Fit the Gaussians' own 14 numbers, with no network between."
     x = g.flat().clone().requires_grad_(); rate = torch.ones_like(x[:1]); rate[:,:3] = .02
     dx = torch.zeros_like(x, requires_grad=True); opt = torch.optim.Adam([dx], lr)
-    still = torch.zeros(len(g),1,3, device=x.device)
     for _ in range(iters):
         out = render(g.with_flat(x.detach() + dx*rate), None, batch.clip.time.duration, batch.views, trainer.cfg.render)
-        opt.zero_grad(); reconstruction_loss(out, batch.views, still, g.kind, trainer.cfg.loss)["total"].backward(); opt.step()
+        opt.zero_grad(); reconstruction_loss(out, batch.views, None, g.kind, trainer.cfg.loss)["total"].backward(); opt.step()
     return g.with_flat((x + dx*rate).detach())

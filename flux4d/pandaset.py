@@ -4,132 +4,41 @@
 
 # %% ../nbs/03_pandaset.ipynb #ae8755d4
 from __future__ import annotations
-import contextlib, functools, gzip, importlib, io, json, os, pickle, tempfile
+import contextlib, functools, io, json, os, warnings
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Iterator
 import numpy as np
 from PIL import Image
 from fastcore.basics import patch
-from .frames import pose_to_mat, intrinsics_matrix
+from .frames import far_origin, pose_to_mat, intrinsics_matrix, rotate_vectors, se3_inverse
+from .files import DataError, WriteError, atomic_write, listing, quoted, remove_unfinished, report, report_missing, short_path
+from .unpickle import ADMITTED, Category, Table, Text, load_table, need_pandas, safe_load_pickle
 
 # %% auto #0
-__all__ = ['ADMITTED', 'CAMERAS', 'DataError', 'short_path', 'report', 'atomic_write', 'need_pandas', 'safe_load_pickle',
-           'read_stamps', 'read_poses', 'read_intrinsics', 'Sweep', 'read_sweep', 'scaled_size', 'read_image',
-           'fabricate_log', 'find_pandaset', 'PandaSet', 'Camera', 'Log', 'vehicle_axes', 'check_log']
-
-# %% ../nbs/03_pandaset.ipynb #63512682
-class DataError(ValueError):
-    "Something is wrong with a file; the message is one sentence that ends in the remedy."
-
-def short_path(
-    path:str|Path, # any path to a file of a log
-)->str: # from the log's folder on, e.g. `002/lidar/07.pkl.gz`
-    "Name a data file without naming the machine."
-    parts = Path(path).parts
-    inner = [i for i,p in enumerate(parts) if p in ("camera", "lidar", "meta", "annotations")]
-    return "/".join(parts[inner[-1]-1:] if inner and inner[-1] else parts[-2:])
-
-def report(
-    path:str|Path, # the file at fault
-    what:str, # the fault
-    remedy:str, # what the reader should do
-    found:list[str]|None=None, # collect here instead of raising
-)->None: # raises DataError unless `found` is given
-    "Raise one fault, or note it and go on."
-    message = f"{short_path(path)}: {what}; {remedy}."
-    if found is None: raise DataError(message)
-    found.append(message)
-
-# %% ../nbs/03_pandaset.ipynb #30e7e771
-@contextlib.contextmanager
-def atomic_write(
-    path:str|Path, # the file to write; its folder is made
-)->Iterator[Path]: # a temporary path in the same folder, to write to
-    "Write a file completely or not at all."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    fd, tmp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent); os.close(fd)
-    try:
-        yield Path(tmp)
-        with open(tmp, "rb+") as f: os.fsync(f.fileno())
-        umask = os.umask(0); os.umask(umask); os.chmod(tmp, 0o666 & ~umask)
-        os.replace(tmp, path)
-    finally: Path(tmp).unlink(missing_ok=True)
-
-# %% ../nbs/03_pandaset.ipynb #054a1474
-_NUMPY = dict.fromkeys(("numpy.core.multiarray", "numpy._core.multiarray"), "_reconstruct scalar") | dict.fromkeys(
-    ("numpy.core.numeric", "numpy._core.numeric"), "_frombuffer") | {"numpy": "ndarray dtype"}
-_PANDAS = {
-    "pandas": "DataFrame Index RangeIndex StringDtype Categorical CategoricalDtype",
-    "pandas.arrays": "StringArray ArrowStringArray",
-    "pandas.core.frame": "DataFrame",
-    "pandas.core.internals.managers": "BlockManager",
-    "pandas.core.internals.blocks": "new_block",
-    "pandas._libs.internals": "_unpickle_block BlockPlacement",
-    "pandas._libs.arrays": "__pyx_unpickle_NDArrayBacked",
-    "pandas.core.indexes.base": "_new_Index Index",
-    "pandas.core.indexes.range": "RangeIndex",
-    "pandas.core.indexes.numeric": "Int64Index UInt64Index Float64Index",
-    "pandas.core.arrays.string_": "StringArray StringDtype",
-    "pandas.core.arrays.categorical": "Categorical",
-    "pandas.core.dtypes.dtypes": "CategoricalDtype"}
-_ARROW = {"pyarrow.lib": "_restore_array type_for_alias py_buffer"} # where pandas 3 keeps text when pyarrow is there
-_PYTHON = dict.fromkeys(("builtins", "__builtin__"), "slice bytearray") | {"_codecs": "encode"}
-ADMITTED = {m: frozenset(names.split()) for m,names in (_NUMPY | _PANDAS | _ARROW | _PYTHON).items()}
-_MOVED = {("pandas.core.indexes.numeric", f"{k}Index"): ("pandas.core.indexes.base", "Index") for k in ("Int64", "UInt64", "Float64")}
-_MOVED |= {("pandas.core.internals.blocks", "new_block"): ("pandas._libs.internals", "_unpickle_block")}
-
-# %% ../nbs/03_pandaset.ipynb #996d8b5b
-class _Unpickler(pickle.Unpickler):
-    "An unpickler that finds only admitted names."
-    def __init__(self, file:Any, path:Path, admitted:dict[str,frozenset])->None:
-        "Read `file`, known to the reader as `path`."
-        super().__init__(file); self.path, self.admitted = path, admitted
-
-    def find_class(self, module:str, name:str)->Any:
-        "Resolve a name only when it is on the list."
-        if name not in self.admitted.get(module, ()):
-            report(self.path, f"holds {module}.{name}, which no such file contains", "do not open it and get it again from a source you trust")
-        module, name = _MOVED.get((module, name), (module, name))
-        if module.startswith("pandas"): need_pandas()
-        if module.startswith("pyarrow") and not find_spec("pyarrow"): report(self.path, "was written by a pandas that keeps text in pyarrow, which is not installed here", "`pip install pyarrow`")
-        return super().find_class(module, name)
-
-# %% ../nbs/03_pandaset.ipynb #f9dbe763
-def need_pandas()->Any: # the module
-    "Import pandas, or say how to get one that works."
-    try: return importlib.import_module("pandas")
-    except Exception as e:
-        raise ImportError(f"pandas cannot be imported ({e}); install a pair that matches with `pip install -U numpy pandas`.") from None
-
-# %% ../nbs/03_pandaset.ipynb #424a28bc
-def safe_load_pickle(
-    path:str|Path, # a pickle, gzipped or not
-    gz:bool|None=None, # gzipped? None: by the file's ending
-    admitted:dict[str,frozenset]=ADMITTED, # module -> names the pickle may use
-)->Any: # what the file holds
-    "Load a pickle that may use admitted names only."
-    path = Path(path); gz = path.suffix == ".gz" if gz is None else gz
-    if not path.is_file(): report(path, "is missing", "get the file again or choose a clip that does not need it")
-    try:
-        with (gzip.open if gz else open)(path, "rb") as f: return _Unpickler(io.BytesIO(f.read()), path, admitted).load()
-    except (DataError, ImportError): raise
-    except Exception as e:
-        raise DataError(f"{short_path(path)}: is truncated or not a pickle ({type(e).__name__}); get the file again.") from None
+__all__ = ['MAX_PIXELS', 'CAMERAS', 'read_stamps', 'read_poses', 'read_intrinsics', 'Sweep', 'read_sweep', 'scaled_size',
+           'open_image', 'read_image', 'fabricate_log', 'find_pandaset', 'PandaSet', 'Camera', 'Log', 'vehicle_axes',
+           'rig_fault', 'check_log']
 
 # %% ../nbs/03_pandaset.ipynb #6162841e
 _AGAIN = "get the file again"
+_NOTHING = object() # what `_json` gives when it could not read
 
 def _json(path:Path, found:list[str]|None=None)->Any:
-    "Parse a JSON file, or report it."
-    if not path.is_file(): return report(path, "is missing", _AGAIN, found)
-    try: return json.loads(path.read_bytes())
-    except ValueError: return report(path, "is truncated or not JSON", _AGAIN, found)
+    "Parse a JSON file, or report it and give `_NOTHING`."
+    if not path.is_file(): report_missing(path, _AGAIN, found)
+    else:
+        try: return json.loads(path.read_bytes())
+        except RecursionError: report(path, "is nested deeper than any list of a log", _AGAIN, found)
+        except (ValueError, MemoryError): report(path, "is truncated or not JSON", _AGAIN, found)
+    return _NOTHING
 
 def _counted(path:Path, items:Any, count:int|None, found:list[str]|None)->bool:
     "Is this a list with one entry per LiDAR stamp?"
-    if not isinstance(items, list) or not items: report(path, "is not a list with entries", _AGAIN, found); return False
+    if items is _NOTHING: return False
+    if not isinstance(items, list) or not items:
+        report(path, "is not a list with entries", _AGAIN, found)
+        return False
     if count is not None and len(items) != count:
         report(path, f"has {len(items)} entries where the LiDAR has {count} stamps", "cut both to the same frames or " + _AGAIN, found)
     return True
@@ -142,9 +51,9 @@ def read_stamps(
 )->np.ndarray|None: # (F,) float64 epoch s, None when unreadable
     "Read stamps that must be finite and run forward."
     path = Path(path); items = _json(path, found)
-    if items is None or not _counted(path, items, count, found): return None
+    if not _counted(path, items, count, found): return None
     try: stamps = np.array(items, np.float64).reshape(len(items))
-    except (TypeError, ValueError): return report(path, "holds something that is not a number", _AGAIN, found)
+    except (TypeError, ValueError, OverflowError, RecursionError): return report(path, "holds something that is not a number", _AGAIN, found)
     if not np.isfinite(stamps).all(): report(path, f"has no finite stamp for frame {np.flatnonzero(~np.isfinite(stamps))[0]}", _AGAIN, found)
     back = np.flatnonzero(np.diff(stamps) <= 0)
     if len(back): report(path, f"runs backwards at frame {back[0]+1}", "restore the recording's order or " + _AGAIN, found)
@@ -158,9 +67,9 @@ def read_poses(
 )->np.ndarray|None: # (F,4,4) float64 sensor-to-world, None when unreadable
     "Read poses that must have a position and a unit heading each."
     path = Path(path); items = _json(path, found)
-    if items is None or not _counted(path, items, count, found): return None
+    if not _counted(path, items, count, found): return None
     try: rows = np.array([[float(p[k][a]) for k,axes in (("position","xyz"), ("heading","wxyz")) for a in axes] for p in items])
-    except (KeyError, TypeError, ValueError): return report(path, "has a pose without a complete position and heading", _AGAIN, found)
+    except (KeyError, TypeError, ValueError, OverflowError): return report(path, "has a pose without a complete position and heading", _AGAIN, found)
     bad = np.flatnonzero(~np.isfinite(rows).all(1))
     if len(bad): report(path, f"has a pose that is not finite at frame {bad[0]}", _AGAIN, found)
     norm = np.linalg.norm(rows[:,3:], axis=1); off = np.flatnonzero(np.abs(norm - 1) > 1e-3)
@@ -168,17 +77,30 @@ def read_poses(
     return pose_to_mat(rows[:,:3], rows[:,3:])
 
 # %% ../nbs/03_pandaset.ipynb #dc6bd8ec
+_DISTORTION = "k1 k2 k3 k4 k5 k6 p1 p2 s1 s2 s3 s4".split()
+
+def _distortion(item:dict)->str|None:
+    "The first distortion that is not zero, under any of its usual names."
+    for k, v in item.items():
+        if k.lower() not in _DISTORTION and not k.lower().startswith("dist") and k != "D": continue
+        try: v = np.asarray(v, np.float64)
+        except (TypeError, ValueError): return quoted(k)
+        if v.any(): return quoted(f"{k} = {v.ravel()[v.ravel().nonzero()[0][0]]:g}")
+
 def read_intrinsics(
     path:str|Path, # an intrinsics.json
     found:list[str]|None=None, # collect faults here instead of raising
 )->np.ndarray|None: # (3,3) float64 pinhole matrix K, px at full resolution, None when unreadable
     "Read a pinhole camera."
-    path = Path(path); item = _json(path, found)
-    if item is None: return None
+    path = Path(path)
+    item = _json(path, found)
+    if item is _NOTHING: return None
     try: fx, fy, cx, cy = (float(item[k]) for k in ("fx", "fy", "cx", "cy"))
-    except (KeyError, TypeError, ValueError): return report(path, "lacks one of fx, fy, cx, cy", _AGAIN, found)
+    except (KeyError, TypeError, ValueError, OverflowError): return report(path, "lacks one of fx, fy, cx, cy", _AGAIN, found)
     if not np.isfinite([fx, fy, cx, cy]).all() or min(fx, fy) <= 0:
         report(path, f"has focal lengths {fx:g} and {fy:g}, which must be positive", "copy the camera's calibration from another log", found)
+    if bent := _distortion(item):
+        report(path, f"has lens distortion ({bent}), and images are read as from a pinhole camera", "undistort the images and leave it out", found)
     return intrinsics_matrix(fx, fy, cx, cy)
 
 # %% ../nbs/03_pandaset.ipynb #13951c74
@@ -202,24 +124,38 @@ class Sweep:
         return Sweep(*(None if a is None else a[keep] for a in (self.points, self.intensity, self.stamps, self.sensor, self.row)))
 
 # %% ../nbs/03_pandaset.ipynb #068656f1
+def _number_column(path:Path, table:Table, name:str, found:list[str]|None)->np.ndarray|None:
+    "A column as float64, None when it holds something else."
+    column = table.columns[table.labels().index(name)]
+    if isinstance(column, np.ndarray):
+        try: return column.astype(np.float64)
+        except (TypeError, ValueError): pass
+    kept = "text" if isinstance(column, Text) else "categories" if isinstance(column, Category) else "objects (an object column)"
+    report(path, f"holds something that is not a number in the column {name}, kept as {kept}", f"convert it with table.astype({{'{name}': 'float64'}}) or {_AGAIN}", found)
+
 def read_sweep(
     path:str|Path, # a lidar/NN.pkl.gz
     found:list[str]|None=None, # collect faults here instead of raising
 )->Sweep|None: # every return of the file, None when unreadable
     "Read a sweep whose numbers must all be finite."
-    try: table = safe_load_pickle(path)
+    path = Path(path)
+    try: table = load_table(path)
     except DataError as e:
         if found is None: raise
         return found.append(str(e))
-    lacks = [c for c in "xyzitd" if c not in getattr(table, "columns", ())]
+    labels = table.labels()
+    lacks = [c for c in "xyzitd" if c not in labels]
     if lacks: return report(path, f"lacks the columns {' '.join(lacks)}", _AGAIN, found)
+    twice = [c for c in "xyzitd" if labels.count(c) > 1]
+    if twice: return report(path, f"has the column {twice[0]} twice", _AGAIN, found)
     if not len(table): return report(path, "holds no returns", _AGAIN, found)
-    try: x, i, t, d = (np.asarray(table[list(c)], np.float64) for c in ("xyz", "i", "t", "d"))
-    except (TypeError, ValueError): return report(path, "holds something that is not a number", _AGAIN, found)
-    bad = ~(np.isfinite(x).all(1) & np.isfinite(t[:,0]) & np.isfinite(i[:,0]))
+    columns = [_number_column(path, table, c, found) for c in "xyzitd"]
+    if any(c is None for c in columns): return None
+    x, (i, t, d) = np.stack(columns[:3], 1), columns[3:]
+    bad = ~(np.isfinite(x).all(1) & np.isfinite(t) & np.isfinite(i))
     if bad.any(): report(path, f"has {bad.sum()} returns that are NaN or infinite", "drop these rows or " + _AGAIN, found)
-    if not np.isin(d, (0, 1)).all(): report(path, "names a sensor that is neither 0 nor 1", _AGAIN, found)
-    return Sweep(x, i[:,0].astype(np.float32), t[:,0], d[:,0].astype(np.int8), np.arange(len(x)))
+    if not ((d == 0) | (d == 1)).all(): report(path, "names a sensor that is neither 0 nor 1", _AGAIN, found)
+    return Sweep(x, i.astype(np.float32), t, d.astype(np.int8), np.arange(len(x)))
 
 @functools.lru_cache(maxsize=8)
 def _sweep(path:str, version:tuple)->Sweep:
@@ -239,16 +175,32 @@ def scaled_size(
     "Size of a scaled image: whole pixels only, never past the border."
     return int(width*scale + 1e-6), int(height*scale + 1e-6)
 
+MAX_PIXELS = 10**8 # of an image; PandaSet's have 2e6
+
+@contextlib.contextmanager
+def open_image(
+    path:str|Path, # a JPEG or PNG
+)->Iterator[Image.Image]: # open, not decoded yet
+    "Open an image; what fails inside the `with` block ends in one sentence about the file."
+    path = Path(path)
+    if not path.is_file(): report_missing(path, "get the file again or leave its clips out")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            im = Image.open(path, formats=("JPEG", "PNG"))
+        with im:
+            if im.width*im.height > MAX_PIXELS: report(path, f"claims to have {im.width} x {im.height} pixels", "get the file again from a source you trust")
+            if im.mode.startswith(("I", "F")): report(path, f"has pixels of type {im.mode}, not of 8 bits", "save it again as an 8-bit JPEG")
+            yield im
+    except DataError: raise
+    except Exception: raise DataError(f"{short_path(path)}: is truncated or not a JPEG; get the file again.") from None
+
 def read_image(
-    path:str|Path, # a JPEG
+    path:str|Path, # a JPEG or PNG
     scale:float=1., # image scale, 1.0 = full resolution
 )->np.ndarray: # (H,W,3) uint8
     "Decode an image and reduce it by a box filter."
-    path = Path(path)
-    if not path.is_file(): report(path, "is missing", "get the file again or leave its clips out")
-    try:
-        with Image.open(path) as im: im = im.convert("RGB")
-    except (OSError, SyntaxError): raise DataError(f"{short_path(path)}: is truncated or not a JPEG; get the file again.") from None
+    with open_image(path) as im: im = im.convert("RGB")
     if scale == 1: return np.array(im)
     w, h = scaled_size(*im.size, scale)
     return np.array(im.resize((w, h), Image.Resampling.BOX, box=(0, 0, min(w/scale, im.width), min(h/scale, im.height))))
@@ -282,7 +234,7 @@ def fabricate_log(
         lists |= {f"camera/{c}/timestamps": (stamps-.05).tolist(), f"camera/{c}/poses": poses(-.05, (.5**.5,-.5**.5,0.,0.)),
                   f"camera/{c}/intrinsics": dict(fx=size[0]*1., fy=size[0]*1., cx=size[0]/2, cy=size[1]/2)}
     for name,value in lists.items():
-        (p := log/f"{name}.json").parent.mkdir(parents=True, exist_ok=True); p.write_text(json.dumps(value))
+        (p := log/f"{name}.json").parent.mkdir(parents=True, exist_ok=True); p.write_text(json.dumps(value), encoding="utf-8")
     picture = Image.fromarray(np.add.outer(np.arange(size[1]), np.arange(size[0])).astype(np.uint8)*2).convert("RGB")
     for f,t in enumerate(stamps):
         for c in cameras: picture.save(p) if (p := log/f"camera/{c}/{f:02d}.jpg") and contents else p.touch()
@@ -308,7 +260,7 @@ class PandaSet:
     )->None:
         "Open a data root."
         self.root = Path(root)
-        self.log_ids = sorted(p.parent.name for p in self.root.glob("[!._]*/lidar") if p.is_dir())
+        self.log_ids = [p.name for p in listing(self.root) if (p/"lidar").is_dir() and not p.name.startswith("_")]
         if not self.log_ids: report(self.root, "holds no logs", "give the folder that contains 001, 002 and so on as the data root")
 
     def __getitem__(self,
@@ -324,17 +276,15 @@ class Camera:
     "One camera of one log at full resolution."
     name:str # e.g. "front_camera"
     K:np.ndarray # (3,3) float64 pinhole matrix, px
-    poses:np.ndarray # (F,4,4) float64 camera-to-world
+    poses:np.ndarray # (F,4,4) float64 camera-to-world, counted from the log's origin
     stamps:np.ndarray # (F,) float64 epoch s
     folder:Path # where its images are
 
     @functools.cached_property
     def size(self)->tuple[int,int]: # width, height, px
         "Image size, read from the header of the first image there is."
-        path = next(iter(sorted(self.folder.glob("*.jpg"))), self.folder/"00.jpg")
-        try:
-            with Image.open(path) as im: return im.size
-        except OSError: raise DataError(f"{short_path(path)}: is missing or not a JPEG; get the file again.") from None
+        path = next(iter(listing(self.folder, "*.jpg")), self.folder/"00.jpg")
+        with open_image(path) as im: return im.size
 
     @property
     def width(self)->int: # px
@@ -368,9 +318,19 @@ class Log:
         return read_stamps(self.folder/"lidar/timestamps.json")
 
     @functools.cached_property
-    def lidar_poses(self)->np.ndarray: # (F,4,4) float64 LiDAR-to-world
-        "Poses of the LiDAR; points do not need them."
+    def _world_poses(self)->np.ndarray: # (F,4,4) float64
+        "Poses of the LiDAR as the file has them."
         return read_poses(self.folder/"lidar/poses.json", len(self.lidar_stamps))
+
+    @functools.cached_property
+    def origin(self)->np.ndarray: # (3,) float64, world, m
+        "What is subtracted from the log's coordinates on reading: zero unless the log lies far from zero."
+        return far_origin(self._world_poses[0,:3,3])
+
+    @functools.cached_property
+    def lidar_poses(self)->np.ndarray: # (F,4,4) float64 LiDAR-to-world, counted from the origin
+        "Poses of the LiDAR; points do not need them."
+        return self.from_world_poses(self._world_poses)
 
     @property
     def frame_ids(self)->list[int]: # 0..F-1
@@ -380,7 +340,41 @@ class Log:
     @property
     def cameras(self)->list[str]: # names, front camera first
         "Cameras that have a folder."
-        return [c for c in CAMERAS if (self.folder/"camera"/c).is_dir()]
+        known = [c for c in CAMERAS if (self.folder/"camera"/c).is_dir()]
+        if not known and (odd := self.unknown_cameras): report(self.folder/"camera"/odd[0], *_UNKNOWN_CAMERA)
+        return known
+
+    @property
+    def unknown_cameras(self)->list[str]: # names
+        "Folders with a camera's lists whose names are not PandaSet's; they are not read."
+        lists = "timestamps.json", "poses.json", "intrinsics.json"
+        return [p.name for p in listing(self.folder/"camera") if p.name not in CAMERAS and any((p/n).is_file() for n in lists)]
+
+# %% ../nbs/03_pandaset.ipynb #b9650b45
+_UNKNOWN_CAMERA = "is not one of PandaSet's cameras and is not read", f"rename the folder to one of {', '.join(CAMERAS)}"
+
+@patch
+def from_world_poses(self:Log,
+    poses:np.ndarray, # (...,4,4) float64 sensor-to-world, as the log's files have them
+)->np.ndarray: # (...,4,4) the same, counted from the log's origin
+    "Count poses from the log's origin."
+    moved = poses.copy()
+    moved[...,:3,3] -= self.origin
+    return moved
+
+@patch
+def from_world(self:Log,
+    points:np.ndarray, # (...,3) world, m, as the log's files have them
+)->np.ndarray: # (...,3) float64, m, counted from the log's origin
+    "Count points from the log's origin."
+    return np.asarray(points, np.float64) - self.origin
+
+@patch
+def to_world(self:Log,
+    points:np.ndarray, # (...,3) m, counted from the log's origin
+)->np.ndarray: # (...,3) float64, m, in the world frame of the log's files
+    "Give points back the coordinates that the log's files use."
+    return np.asarray(points, np.float64) + self.origin
 
 # %% ../nbs/03_pandaset.ipynb #6cd27917
 @patch
@@ -418,10 +412,27 @@ def camera(self:Log,
     "Open one camera."
     if name not in self._cameras:
         folder, n = self.folder/"camera"/name, len(self.lidar_stamps)
-        if not folder.is_dir(): report(folder, "is a camera this log does not have", f"choose from {', '.join(self.cameras) or 'another log'}")
-        self._cameras[name] = Camera(name, read_intrinsics(folder/"intrinsics.json"), read_poses(folder/"poses.json", n),
-                                     read_stamps(folder/"timestamps.json", n), folder)
+        if not folder.is_dir():
+            odd = self.unknown_cameras
+            also = f" (its folder {quoted(odd[0])} has no name of PandaSet's: rename it to one of {', '.join(CAMERAS)})" if odd else ""
+            have = ", ".join(c for c in CAMERAS if (self.folder/"camera"/c).is_dir())
+            report(folder, "is a camera this log does not have" + also, f"choose from {have or 'another log'}")
+        poses = self.from_world_poses(read_poses(folder/"poses.json", n))
+        self._cameras[name] = Camera(name, read_intrinsics(folder/"intrinsics.json"), poses, read_stamps(folder/"timestamps.json", n), folder)
     return self._cameras[name]
+
+@patch
+def image_size(self:Log,
+    cameras:list[str]|None=None, # names, None: all there are
+)->tuple[int,int]: # width, height, px
+    "The size that the images of these cameras share; cameras of different sizes do not fit into one array."
+    sizes = {c: self.camera(c).size for c in (self.cameras if cameras is None else cameras)}
+    first = next(iter(sizes))
+    for c, size in sizes.items():
+        if size != sizes[first]:
+            what = f"has images of {size[0]} x {size[1]} pixels where {first} has {sizes[first][0]} x {sizes[first][1]}"
+            report(self.folder/"camera"/c, what, "use cameras of one size together, or scale the images and the intrinsics")
+    return sizes[first]
 
 @patch
 def image(self:Log,
@@ -437,10 +448,13 @@ def image(self:Log,
 def sweep(self:Log,
     frame:int, # frame id in the log
     sensors:tuple[int,...]=(0,), # LiDAR sensors to keep
-)->Sweep: # its returns, world frame
+)->Sweep: # its returns, world frame, counted from the log's origin
     "One LiDAR sweep."
-    path = self.sweep_path(frame); s = _sweep(str(path), _version(path))
-    return s[np.isin(s.sensor, sensors)]
+    path = self.sweep_path(frame)
+    s = _sweep(str(path), _version(path))
+    s = s[np.isin(s.sensor, sensors)]
+    s.points -= self.origin
+    return s
 
 # %% ../nbs/03_pandaset.ipynb #88a7b798
 def vehicle_axes(
@@ -453,6 +467,23 @@ def vehicle_axes(
     x = snap(ahead); z = snap(up*(x == 0))
     return np.column_stack([x, np.cross(z, x), z]) + 0. # + 0. turns -0 into 0
 
+_RIG = "give camera poses x right, y down, z forward, and a LiDAR whose axes are the vehicle's"
+
+def rig_fault(
+    log:Log, # the log
+    axes:np.ndarray, # (3,3) of its vehicle, as `vehicle_axes` found them
+    off:float=35., # deg, how far the front camera may look off its axis of the LiDAR
+    least:float=5., # m, a shorter drive says nothing about forward
+)->str|None: # the fault, None when the rig is as the reader takes it
+    "Do the front camera, the LiDAR's axes and the vehicle's motion agree?"
+    ahead, up = rotate_vectors(se3_inverse(log.lidar_poses[0]), log.camera("front_camera").poses[0][:3,:3].T[[2,1]]*[[1],[-1]])
+    lean = np.degrees(np.arccos(np.clip([ahead @ axes[:,0], up @ axes[:,2]], -1, 1)))
+    if lean.max() > off: return f"stands {lean.max():.0f} degrees off every axis of the LiDAR"
+    step = np.diff(log.lidar_poses[:,:3,3], axis=0)
+    own = np.einsum("fji,fj->fi", log.lidar_poses[:-1,:3,:3] @ axes, step)
+    way = np.linalg.norm(own, axis=1).sum()
+    if way > least and np.abs(own[:,0]).sum() < .5*way: return "looks across the direction in which the vehicle moves"
+
 @patch
 def ego_pose(self:Log,
     frame:int, # frame id in the log
@@ -460,7 +491,9 @@ def ego_pose(self:Log,
     "Pose of the vehicle."
     if not hasattr(self, "_axes"):
         front = "front_camera" in self.cameras # without it: the axes PandaSet documents
-        self._axes = vehicle_axes(self.lidar_poses[0], self.camera("front_camera").poses[0]) if front else np.array([[0,-1,0],[1,0,0],[0,0,1.]])
+        axes = vehicle_axes(self.lidar_poses[0], self.camera("front_camera").poses[0]) if front else np.array([[0,-1,0],[1,0,0],[0,0,1.]])
+        if front and (odd := rig_fault(self, axes)): report(self.folder/"camera/front_camera/poses.json", odd, _RIG)
+        self._axes = axes
     pose = self.lidar_poses[frame].copy(); pose[:3,:3] = pose[:3,:3] @ self._axes
     return pose
 
@@ -504,9 +537,15 @@ def check_log(
     meta = read_stamps(log.folder/"meta/timestamps.json", count, found)
     if meta is not None and stamps is not None and len(meta) == count and np.abs(meta - stamps).max() > 1e-6:
         report(log.folder/"meta/timestamps.json", "differs from the LiDAR stamps", "get both files again from one source", found)
-    if not log.cameras: report(log.folder/"camera", "has no camera of PandaSet's names", "get the log again", found)
-    for name in log.cameras:
+    cameras = [c for c in CAMERAS if (log.folder/"camera"/c).is_dir()]
+    for odd in log.unknown_cameras: report(log.folder/"camera"/odd, *_UNKNOWN_CAMERA, found)
+    if not cameras and not log.unknown_cameras: report(log.folder/"camera", "has no camera of PandaSet's names", "get the log again", found)
+    for name in cameras:
         _check_camera(log, name, stamps, found)
         if images and stamps is not None: _check_images(log, name, range(count), found)
     if stamps is not None: _check_sweeps(log, stamps, found)
+    for ask in (lambda: images and cameras and log.image_size(cameras), lambda: log.ego_pose(0)):
+        try: ask()
+        except DataError as e:
+            if not found: found.append(str(e))
     return found

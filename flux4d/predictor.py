@@ -5,12 +5,15 @@
 # %% ../nbs/31_predictor.ipynb #daf524eb
 from __future__ import annotations
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 import math, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
+from annotated_types import Interval
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from .frames import quat_mul, quat_to_mat, rotate_vectors, se3_inverse, transform_points
+from .settings import OpenShare
 from .gaussians import BACKGROUND, FLAT, LIDAR, Gaussians
 from .lift import Returns
 from .voxels import VoxelConfig, Voxels
@@ -28,24 +31,26 @@ __all__ = ['PredictorConfig', 'drift', 'motion_hints', 'hint_channels', 'point_f
 class PredictorConfig:
     "The predictor: what it is shown and how far it may go."
     unet:UNetConfig=UNetConfig() # the network between voxels and voxels
-    hidden:int=96             # width of the two hidden layers of each head
-    degree:int=0              # l of the motion polynomial; l+1 velocity blocks (supp. A.1)
-    time_bins:int=8           # groups of channels per voxel that keep capture times apart
-    bin_seconds:float=.2      # width of one bin, s; the input frames are 0.2 s apart
-    bin_shift:float=.15       # start of the first bin before the clip's start, s; a sweep's returns end at its stamp
-    drift_cells:tuple=(2., 4., 8., 16.) # edges of the cells in which drift is measured, m
-    drift_height:float=.8     # their height, m; low, so that the road is apart from what drives on it
+    hidden:PositiveInt=96 # width of the two hidden layers of each head
+    degree:Annotated[int, Interval(ge=0, le=5)]=0 # l of the motion polynomial; l+1 velocity blocks (supp. A.1)
+    time_bins:Annotated[int, Interval(ge=1, le=256)]=8 # groups of channels per voxel that keep capture times apart
+    bin_seconds:PositiveFloat=.2 # width of one bin, s; the input frames are 0.2 s apart
+    # start of the first bin before the clip's start, s; a sweep's returns end at its stamp
+    bin_shift:NonNegativeFloat=.15
+    drift_cells:tuple[PositiveFloat,...]=(2., 4., 8., 16.) # edges of the cells in which drift is measured, m
+    drift_height:PositiveFloat=.8 # their height, m; low, so that the road is apart from what drives on it
     votes:VoteConfig=VoteConfig() # how sweeps are searched for displacements
     closer:VoteConfig=CLOSER  # how they are searched again for what is small and slow
-    position_bound:float=4.   # largest shift along an axis, in the Gaussian's own standard deviations
-    quat_bound:float=.5       # largest quaternion residual per component; below 1, so the sum never vanishes
-    scale_bound:float=3.      # largest change of the stored scale, about a factor of 20
-    opacity_bound:float=6.    # largest change of the opacity logit
-    colour_bound:float=4.     # largest change of a colour logit
-    velocity_scale:float=10.  # m/s per unit of the head's output
-    velocity_bound:float=50.  # largest velocity component, m/s
-    stray:float=.5            # largest departure from a trusted vote along an axis, and the scale of it, m/s and m/s^2
-    settle:float=.5           # m/s, a departure from rest, once trained, does not count up to here and counts in full from twice this
+    position_bound:PositiveFloat=4. # largest shift along an axis, in the Gaussian's own standard deviations
+    quat_bound:OpenShare=.5 # largest quaternion residual per component; below 1, so the sum never vanishes
+    scale_bound:PositiveFloat=3. # largest change of the stored scale, about a factor of 20
+    opacity_bound:PositiveFloat=6. # largest change of the opacity logit
+    colour_bound:PositiveFloat=4. # largest change of a colour logit
+    velocity_scale:PositiveFloat=10. # m/s per unit of the head's output
+    velocity_bound:PositiveFloat=50. # largest velocity component, m/s
+    stray:PositiveFloat=.5 # largest departure from a trusted vote along an axis, and the scale of it, m/s and m/s^2
+    # m/s, a departure from rest, once trained, does not count up to here and counts in full from twice this
+    settle:NonNegativeFloat=.5
 
 # %% ../nbs/31_predictor.ipynb #31b71d9f
 def drift(

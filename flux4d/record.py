@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .pandaset import DataError
 from .gaussians import Gaussians
 from .image_metrics import Mean, lpips_metric
-from .clips import TEST_SCENES, Clip
+from .clips import TEST_SCENES, Clip, fingerprint
 from .cache import LiftCache
 from .cuboids import BUCKETS, METAS
 from .train import Config, Loader, provenance, time_reconstruction
@@ -24,11 +24,11 @@ from .nvs import REGIONS, SETTINGS, VARIANTS, EvalConfig, Evaluation, Scores, Ta
 from .baselines import BASELINES
 
 # %% auto #0
-__all__ = ['METHODS', 'beside', 'OPT', 'STAT', 'COUNTED', 'LEAF', 'NVS', 'BINS', 'FLOW', 'BLOCK', 'BESIDE', 'SCHEMA', 'OPTIONAL',
-           'one_clip_loader', 'read_ahead', 'forget', 'check_baselines', 'baseline_scene', 'Shot', 'shot_of',
-           'worst_first', 'Scored', 'empty_scores', 'score_flow', 'score_one', 'plateau', 'analysis_of', 'faults',
-           'bare_nulls', 'others_in', 'nvs_counts', 'count_faults', 'check_metrics', 'comparable', 'seen', 'About',
-           'reasons_of', 'metrics_of', 'evaluate']
+__all__ = ['METHODS', 'ALWAYS', 'beside', 'OPT', 'STAT', 'COUNTED', 'LEAF', 'NVS', 'BINS', 'FLOW', 'BLOCK', 'BESIDE', 'SCHEMA',
+           'OPTIONAL', 'one_clip_loader', 'read_ahead', 'forget', 'check_baselines', 'baseline_scene', 'Shot',
+           'shot_of', 'worst_first', 'Scored', 'empty_scores', 'score_flow', 'score_one', 'plateau', 'analysis_of',
+           'faults', 'bare_nulls', 'others_in', 'nvs_counts', 'count_faults', 'check_metrics', 'comparable',
+           'frames_of', 'seen', 'About', 'reasons_of', 'metrics_of', 'evaluate']
 
 # %% ../nbs/44_record.ipynb #bd9253cf
 def one_clip_loader(
@@ -36,10 +36,12 @@ def one_clip_loader(
     cfg:Config, # as for `Loader`
     cache:LiftCache, # lifted clips on disk
     device:Any="cpu", # where tensors end up
+    depth_sensors:tuple[int,...]=EvalConfig.depth_sensors, # LiDARs that target views take their depth from
 )->Loader: # its stores have room for one clip
-    "A loader for going through clips once."
+    "A loader for going through clips once; depth is scored with fixed sensors, whatever the lift used."
     most = max((len(c.frames) for c in clips), default=1)*len(cfg.data.cameras)
-    return Loader(clips, replace(cfg, data=replace(cfg.data, keep_clips=1, keep_frames=most)), cache, device)
+    small = replace(cfg, data=replace(cfg.data, keep_clips=1, keep_frames=most))
+    return Loader(clips, small, cache, device, target_sensors=depth_sensors)
 
 def read_ahead(
     loader:Loader, # whose threads read
@@ -52,17 +54,18 @@ def forget(
     loader:Loader, # whose stores are emptied
 )->None:
     "Let go of all decoded frames and lifted clips."
-    for store in (loader.frame, loader.lifted, loader.layout): store.cache_clear()
+    for store in (loader.frame, loader.input_depth, loader.lifted, loader.layout): store.cache_clear()
 
 # %% ../nbs/44_record.ipynb #82b58763
 METHODS = *BASELINES, "static"
+ALWAYS = ("motion_prior",) # beside every model and in every table that scores motion: what is there before anything is learned
 
 def check_baselines(
     names:tuple[str,...], # as asked for
-)->tuple[str,...]: # the same; raises DataError
-    "Refuse a baseline that nobody knows."
+)->tuple[str,...]: # the same, and those of ALWAYS; raises DataError
+    "Refuse a baseline that nobody knows; the motion prior alone is always among them."
     if bad := [n for n in names if n not in METHODS]: raise DataError(f"baselines: {bad[0]!r} is unknown; choose from {', '.join(METHODS)}.")
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys((*names, *ALWAYS)))
 
 def baseline_scene(
     name:str, # one of METHODS
@@ -206,7 +209,7 @@ SCHEMA = BLOCK | dict(scene_flow=FLOW, zero_motion=dict(scene_flow=FLOW), per_cl
                   shortfall=dict.fromkeys(SETTINGS, dict.fromkeys(("full","dynamic","missing","without_labels","nothing_moves"), int))),
     runtime=dict(train_seconds=float, iters=int, skipped_steps=int, seconds_per_clip=float, seconds_per_frame=float, gaussians_per_clip=float, image_scale=float, flux4d=str,
                  commit=(str, None), python=str, torch=str, machine=str, gpu=(str, None), reconstruction=(dict(lift=float, network=float, total=float, gaussians=int, repeats=int), None)))
-OPTIONAL = dict.fromkeys(VARIANTS[1:], BLOCK) # variants that not every evaluation has
+OPTIONAL = dict.fromkeys(VARIANTS[1:], BLOCK) | dict(scored_with=dict(lift_sensors=[int], depth_sensors=[int])) # not every evaluation has these variants, nor older ones the sensors
 
 # %% ../nbs/44_record.ipynb #dc9a151e
 def faults(
@@ -243,7 +246,7 @@ def others_in(
     m:dict, # the record
 )->dict[str,dict]: # {dotted path: block}
     "The blocks of variants and baselines."
-    return {n: m[n] for n in OPTIONAL if n in m} | {f"baselines.{b}": x for b,x in m["baselines"].items()}
+    return {n: m[n] for n in VARIANTS[1:] if n in m} | {f"baselines.{b}": x for b,x in m["baselines"].items()}
 
 def nvs_counts(
     block:dict, # with `nvs`
@@ -275,26 +278,44 @@ def check_metrics(
 # %% ../nbs/44_record.ipynb #793a1080
 def comparable(
     clips:list[Clip], # that were scored
-    cfg:Config, # read: data
+    cfg:Config, # read: data, init
+    depth_sensors:tuple[int,...]=EvalConfig.depth_sensors, # LiDARs that depth was scored with
 )->str: # "yes", or "no: why"
     "Whether the paper's PandaSet figures were measured on the same frames."
-    logs = {c.log.id for c in clips}; d = cfg.data; n, want = sum(len(c.target_frames) for c in clips), 390 if clips[0].setting == "long_log" else 400
+    logs = {c.log.id for c in clips}; d, sensors = cfg.data, tuple(cfg.init.lidar_sensors); n, want = sum(len(c.target_frames) for c in clips), 390 if clips[0].setting == "long_log" else 400
     if any((c.log.root/"city.json").is_file() for c in clips): return "no: a made-up city"
     why = ([f"logs {', '.join(sorted(logs))}, not the paper's ten" if len(logs) < 9 else "other logs than the paper's ten"] if logs != set(TEST_SCENES) else
            [f"{n} held-out frames, not {want}"]*(n != want)) + [f"images at scale {d.image_scale}"]*(d.image_scale != 1) + [f"cameras {', '.join(d.cameras)}"]*(d.cameras != ("front_camera",))
+    why += [f"LiDARs {', '.join(map(str, sensors))} lifted"]*(sensors != (0,)) + [f"depth of LiDARs {', '.join(map(str, depth_sensors))}"]*(tuple(depth_sensors) != (0,))
     return "no: " + "; ".join(why) if why else "yes"
 
 # %% ../nbs/44_record.ipynb #efd4a3c6
+def frames_of(
+    clips:list[Clip], # any clips
+)->dict[tuple[str,str],set[int]]: # {(log id, identity of its files): log frame ids}
+    "The frames that some clips touch; two data sets with the same log ids are told apart by their stamps and poses."
+    logs = {id(c.log): c.log for c in clips}
+    identity = {key: (log.id, fingerprint(log, ())) for key, log in logs.items()}
+    out = {}
+    for c in clips:
+        out.setdefault(identity[id(c.log)], set()).update(c.frames)
+    return out
+
 def seen(
-    train:list[Clip], # training clips
+    trained:dict[tuple[str,str],set[int]]|None, # frames that training used, from `frames_of` or a checkpoint; None: not known
     held:list[Clip], # evaluation clips
 )->str: # 'unseen logs', 'unseen frames of training logs', or how many frames were trained on
     "What an evaluation says about generalisation."
-    used = {(c.log.id, f) for c in train for f in c.frames}; logs = {l for l,_ in used}
-    frames = [(c.log.id, f) for c in held for f in c.frames]; n = sum(f in used for f in frames)
-    if n: return f"training frames ({n} of {len(frames)} were trained on)"
-    return "unseen frames of training logs" if any(c.log.id in logs for c in held) else "unseen logs"
+    if trained is None:
+        return "unknown: the checkpoint does not say what it was trained on"
+    asked = frames_of(held)
+    both = sum(len(frames & trained.get(log, set())) for log, frames in asked.items())
+    if both:
+        return f"training frames ({both} of {sum(map(len, asked.values()))} were trained on)"
+    return "unseen frames of training logs" if set(asked) & set(trained) else "unseen logs"
 
+
+# %% ../nbs/44_record.ipynb #b3746284
 class About(NamedTuple):
     "What is evaluated, as far as the record names it."
     subject:str      # for titles
@@ -366,6 +387,6 @@ def evaluate(
     m = metrics_of(ev, about, loader, timing, lpips is not None); n = len(c.data.cameras); worst = [s for s in ev.shots if s.picture is not None]; (folder/"worst").mkdir(parents=True)
     for k,x in enumerate(worst): Image.fromarray(x.picture).save(folder/f"worst/{k}.jpg", quality=82)
     m |= dict(subject=about.subject, baseline=about.baseline, setting=", ".join(sorted({x.setting for x in clips})), source_frames=max(len(x.input_frames) for x in clips), logs=sorted({x.log.id for x in clips}), cameras=list(c.data.cameras),
-              clips=len(clips), views=sum(len(x.target_frames) for x in clips)*n, comparable=comparable(clips, c), per_clip_flow=ev.flow_by_clip,
+              clips=len(clips), views=sum(len(x.target_frames) for x in clips)*n, comparable=comparable(clips, c, cfg.depth_sensors), scored_with=dict(lift_sensors=list(c.init.lidar_sensors), depth_sensors=list(cfg.depth_sensors)), per_clip_flow=ev.flow_by_clip,
               worst=[{k: v for k,v in x._asdict().items() if k != "picture"} for x in worst], videos=ev.films, analysis=analysis_of(m, clips, n, about.rows))
     return check_metrics(m | dict(reasons=reasons_of(m, clips, about) | ({"lpips": no_lpips} if no_lpips else {})))

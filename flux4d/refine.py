@@ -6,13 +6,16 @@
 from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from fastcore.basics import patch
+from annotated_types import Interval
+from pydantic import NonNegativeFloat
 from .clips import InputViews
-from .frames import quat_mul, rotate_vectors, se3_inverse, transform_points
+from .frames import mat_to_quat, quat_mul, rotate_vectors, se3_inverse, transform_points
 from .gaussians import FLAT, Gaussians
+from .losses import LossConfig, reconstruction_loss
 from .predictor import BasePredictor, Layout, PredictorConfig, decode_residual, make_head
 from .render import RenderConfig, Rendered, render
 from .train import Batch, Config, Flux4DBase
@@ -21,21 +24,29 @@ from .voxels import VoxelConfig
 
 # %% auto #0
 __all__ = ['N_FEEDBACK', 'RefineConfig', 'FullConfig', 'feedback_error', 'Feedback', 'feedback', 'feedback_features', 'typical',
-           'Refiner', 'far_features', 'Flux4D']
+           'plain_features', 'Refiner', 'far_features', 'Flux4D']
 
 # %% ../nbs/50_refine.ipynb #6d44b00e
 @dataclass
 class RefineConfig:
     "Iterative refinement (paper Sec. 3.4)."
-    steps:int=3        # stages in all; 1 = the base alone (S5-05)
+    steps:Annotated[int, Interval(ge=1, le=100)]=3 # stages in all; 1 = the base alone (S5-05)
     unet:UNetConfig=UNetConfig(widths=(32,64,128,256), blocks=1) # of the refiner; its own weights, one network for every stage
-    rgb:float=1.       # weight of the squared colour error in the feedback, per pixel
-    depth:float=5.     # weight of the relative depth error in the feedback, per return
-    floor:float=1.     # px, what fills less of the input views hears little
+    rgb:NonNegativeFloat=1. # weight of the squared colour error in the feedback, per pixel
+    depth:NonNegativeFloat=5. # weight of the relative depth error in the feedback, per return
+    floor:NonNegativeFloat=1. # px, what fills less of the input views hears little
+    # whose gradient feeds back: "robust" = squared colour and relative depth errors; "training" = Eq. 3 with the weights
+    # of `loss` (Sec. 3.4, supp. Alg. 2)
+    error:Literal["robust","training"]="robust"
+    # how the refiner reads it: "scaled" = per filled pixel, each attribute by its typical size; "plain" = dL/dG, each
+    # channel by its largest (G3R)
+    told:Literal["scaled","plain"]="scaled"
 
     def __post_init__(self)->None:
-        "Refuse a model without a stage."
+        "Refuse a model without a stage, and unknown words."
         if self.steps < 1: raise ValueError(f"steps: is {self.steps}; the base alone is 1, the paper's full model 3.")
+        if self.error not in ("robust", "training"): raise ValueError(f"error: is {self.error!r}; choose 'robust' or 'training'.")
+        if self.told not in ("scaled", "plain"): raise ValueError(f"told: is {self.told!r}; choose 'scaled' or 'plain'.")
 
 @dataclass
 class FullConfig(Config):
@@ -46,9 +57,13 @@ class FullConfig(Config):
 def feedback_error(
     out:Rendered,      # the input views as rendered
     inputs:InputViews, # the input views
-    cfg:RefineConfig,  # read: rgb, depth
+    cfg:RefineConfig,  # read: error, rgb, depth
+    loss:LossConfig=LossConfig(), # read where `error` is "training"
 )->Tensor: # scalar, px
     "What the scene gets wrong in its own input images."
+    if cfg.error == "training":
+        total = reconstruction_loss(out, inputs, None, None, loss)["total"]
+        return total*inputs.images[...,0].numel()
     hit = inputs.depth > 0; off = (out.depth - inputs.depth).abs()/inputs.depth.clamp_min(1e-6)
     return cfg.rgb*.5*(out.rgb - inputs.images).square().sum() + cfg.depth*torch.where(hit, off, 0.).sum()
 
@@ -63,14 +78,15 @@ def feedback(
     duration:float,    # length of the clip, s
     inputs:InputViews, # raises TypeError for any other views
     render_cfg:RenderConfig, # how to render
-    cfg:RefineConfig,  # read: rgb, depth
+    cfg:RefineConfig,  # read: error, rgb, depth
+    loss:LossConfig=LossConfig(), # read where `error` is "training"
 )->Feedback: # without graph
     "Gradient of the input views' error; works under no_grad too."
     if not isinstance(inputs, InputViews): raise TypeError(f"feedback comes from InputViews only, got {type(inputs).__name__}: a reconstruction never sees its targets.")
     with torch.enable_grad():
         raw, share = g.flat().detach().requires_grad_(), g.means.new_zeros(len(g), 1).requires_grad_()
         out = render(g.with_flat(raw), velocity.detach(), duration, inputs, render_cfg, features=share)
-        grad, seen = torch.autograd.grad(feedback_error(out, inputs, cfg) + out.features.sum(), (raw, share))
+        grad, seen = torch.autograd.grad(feedback_error(out, inputs, cfg, loss) + out.features.sum(), (raw, share))
     return Feedback(grad, seen[:,0])
 
 # %% ../nbs/50_refine.ipynb #9005a661
@@ -80,9 +96,11 @@ def feedback_features(
     fb:Feedback,     # of N Gaussians
     g:Gaussians,     # the same, world
     to_ego:Tensor,   # (4,4) world-to-ego0
-    cfg:RefineConfig, # read: floor
+    cfg:RefineConfig, # read: told, floor
 )->Tensor: # (N,15) of order one, in ego0 axes
     "Feedback as a network can read it."
+    if cfg.told == "plain":
+        return plain_features(fb, to_ego)
     per = fb.grad/(fb.seen + cfg.floor)[:,None]; part, T, c = {k: per[:,s] for k,s in FLAT.items()}, to_ego.to(per), g.colours
     turn = quat_mul(part["quats"], g.unit_quats*per.new_tensor([1.,-1,-1,-1]))
     own = [rotate_vectors(T, part["means"])*g.scales.mean(1, keepdim=True), torch.cat([turn[:,:1], rotate_vectors(T, turn[:,1:])], 1),
@@ -97,6 +115,18 @@ def typical(
 )->Tensor: # scalar, > 0
     "Root mean square over some rows, without waiting for the GPU; the rounding of a round Gaussian's rotation is not blown up."
     return ((x*x*where[:,None]).sum()/(where.sum()*x.shape[1]).clamp_min(1)).sqrt().clamp_min(1e-4)
+
+def plain_features(
+    fb:Feedback,   # of N Gaussians
+    to_ego:Tensor, # (4,4) world-to-ego0
+)->Tensor: # (N,15) dL/dG in ego0 axes, -1..1; the last channel is not used
+    "The gradient itself, each channel divided by its largest magnitude in the clip."
+    T, part = to_ego.to(fb.grad), {k: fb.grad[:,s] for k,s in FLAT.items()}
+    part["means"] = rotate_vectors(T, part["means"])
+    part["quats"] = quat_mul(mat_to_quat(T[:3,:3])[None], part["quats"])
+    grad = torch.cat(list(part.values()), 1)
+    largest = grad.abs().amax(0).clamp_min(1e-12)
+    return torch.cat([grad/largest, torch.zeros_like(grad[:,:1])], 1)
 
 # %% ../nbs/50_refine.ipynb #e0fb00b3
 class Refiner(nn.Module):
@@ -135,10 +165,10 @@ class Flux4D(Flux4DBase):
     config, home = FullConfig, "flux4d.refine:Flux4D"
 
     def __init__(self,
-        cfg:FullConfig, # read: voxel, model, render, refine
+        cfg:FullConfig, # read: voxel, model, render, loss, refine
     )->None:
         "The base first, so that its weights do not depend on what follows."
-        super().__init__(cfg); self.render_cfg, self.cfg = cfg.render, cfg.refine
+        super().__init__(cfg); self.render_cfg, self.loss_cfg, self.cfg = cfg.render, cfg.loss, cfg.refine
         self.refiner = Refiner(replace(cfg.model, unet=cfg.refine.unet), cfg.voxel) if cfg.refine.steps > 1 else None
 
     def stages(self,
@@ -149,6 +179,6 @@ class Flux4D(Flux4DBase):
         velocity, inputs = velocity.detach(), b.inputs() if self.refiner else None
         for _ in range(self.cfg.steps - 1):
             g = g.map(Tensor.detach)
-            fb = feedback(g, velocity, b.clip.time.duration, inputs, self.render_cfg, self.cfg)
+            fb = feedback(g, velocity, b.clip.time.duration, inputs, self.render_cfg, self.cfg, self.loss_cfg)
             g = g.add(self.refiner(g, b.layout, feedback_features(fb, g, se3_inverse(b.layout.to_world), self.cfg)))
             yield g, velocity

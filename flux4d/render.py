@@ -5,10 +5,12 @@
 # %% ../nbs/21_render.ipynb #a057dea3
 from __future__ import annotations
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from pydantic import NonNegativeFloat, PositiveFloat
+from .settings import Share
 from .gaussians import FLAT, Gaussians, LIDAR, advance
 from .raster import rasterise
 
@@ -20,14 +22,23 @@ __all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'pick_backend'
 @dataclass
 class RenderConfig:
     "How Gaussians become pixels; supp. A.2 where it speaks, our choice elsewhere."
-    backend:str="auto"   # "gsplat", "torch" (the twin), or "auto": gsplat for tensors on a GPU, else the twin
-    near:float=.1        # m, nothing nearer is drawn
-    far:float=10_000.    # m, nothing farther is drawn; the sky lies at 1 to 3 km
-    max_scale:float=1.   # m, largest standard deviation of a LiDAR Gaussian when drawn (supp. A.2)
-    eps2d:float=.3       # px^2 added to each splat's variances
+    # "gsplat", "torch" (the twin), or "auto": gsplat for tensors on a GPU, else the twin
+    backend:Literal["auto","gsplat","torch"]="auto"
+    near:PositiveFloat=.1 # m, nothing nearer is drawn
+    far:PositiveFloat=10_000. # m, nothing farther is drawn; the sky lies at 1 to 3 km
+    max_scale:PositiveFloat=1. # m, largest standard deviation of a LiDAR Gaussian when drawn (supp. A.2)
+    eps2d:NonNegativeFloat=.3 # px^2 added to each splat's variances
     antialiased:bool=False # lower a splat's opacity as eps2d widens it
-    depth_reach:float=8. # px of an image 1920 wide, how far the depth of LiDAR Gaussians is carried to pixels that none of them touches; 0 = not at all
-    background:tuple[float,float,float]|None=None # colour where no Gaussian is; None: the mean colour of the LiDAR Gaussians
+    # px of an image 1920 wide, how far the depth of LiDAR Gaussians is carried to pixels that none of them
+    # touches; 0 = not at all
+    depth_reach:NonNegativeFloat=8.
+    # colour where no Gaussian is; None: the mean colour of the LiDAR Gaussians
+    background:tuple[Share,Share,Share]|None=None
+
+    def __post_init__(self)->None:
+        "Refuse a range without depth."
+        if self.near >= self.far:
+            raise ValueError(f"near: is {self.near}; choose less than far, which is {self.far}.")
 
 # %% ../nbs/21_render.ipynb #7ee051f9
 @dataclass

@@ -4,21 +4,34 @@
 
 # %% ../nbs/45_report.ipynb #b3cdeab3
 from __future__ import annotations
-import argparse, base64, html, json, re, sys
-from pathlib import Path
+import argparse, base64, re, sys
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 from .pandaset import DataError, atomic_write
-from .house import measured
-from .train import Run
-from .flow_metrics import GROUPS
-from .nvs import SETTINGS
-from .record import check_metrics
+from .house import as_sentence, is_number, literal, measured, one_line, read_metrics
+if TYPE_CHECKING:
+    from flux4d.train import Run
+# what needs torch is imported where it is used: `flux4d-report --help` answers at once
 
 # %% auto #0
-__all__ = ['TABLE1', 'TABLE2', 'TABLE4', 'TABLE5', 'TABLE6', 'ALSO', 'CLASS_COLUMNS', 'QUANTITIES', 'NOTE', 'CSS', 'table',
-           'paper_rows', 'whole_logs', 'blocks_of', 'nvs_tables', 'flow_cells', 'class_cells', 'flow_tables',
-           'views_cells', 'summary_table', 'analysis_lines', 'clip_table', 'class_table', 'timing_lines', 'empty_lines',
-           'report_text', 'inline_html', 'to_html', 'write_pages', 'write_report', 'read_record', 'same_frames',
-           'with_baselines', 'side_by_side', 'report_main']
+__all__ = ['TABLE1', 'TABLE2', 'TABLE4', 'TABLE5', 'TABLE6', 'ALSO', 'CLASS_COLUMNS', 'QUANTITIES', 'NOTE', 'CSS', 'PAGE',
+           'PICTURES', 'BEGINNINGS', 'REPORT_EXAMPLES', 'literal_names', 'table', 'paper_rows', 'whole_logs',
+           'blocks_of', 'nvs_tables', 'flow_cells', 'class_cells', 'flow_tables', 'views_cells', 'summary_table',
+           'analysis_lines', 'clip_table', 'class_table', 'timing_lines', 'empty_lines', 'report_text', 'below',
+           'picture_source', 'to_html', 'write_pages', 'write_report', 'leaves', 'relation_faults', 'foreign_faults',
+           'read_record', 'same_frames', 'with_baselines', 'side_by_side', 'report_again', 'report_main']
+
+# %% ../nbs/45_report.ipynb #4d0bb2d1
+def literal_names(
+    value:Any, # a record or a part of it
+)->Any: # a copy in which every text and every key is literal
+    "A record whose names are text."
+    if isinstance(value, dict):
+        return {literal(k): literal_names(v) for k,v in value.items()}
+    if isinstance(value, list):
+        return [literal_names(v) for v in value]
+    return literal(value) if isinstance(value, str) else value
 
 # %% ../nbs/45_report.ipynb #b6c63b46
 def table(
@@ -108,6 +121,7 @@ def flow_cells(
     f:dict, # a `scene_flow`
 )->list: # EPE3D m, Acc5, Acc10, theta rad, EPE of BS, FS, FD and three-way, m
     "A row of Table 5."
+    from flux4d.flow_metrics import GROUPS
     return [f[k]["mean"] for k in ("epe3d","acc5","acc10","theta_moving")] + [f["epe_3way"][k]["mean"] for k in (*GROUPS,"all")]
 
 def class_cells(
@@ -155,6 +169,7 @@ def analysis_lines(
     m:dict, # a record
 )->list[str]: # lines of text
     "The four products in words (S6-37)."
+    from flux4d.flow_metrics import GROUPS
     a, f = m["analysis"], m["scene_flow"]; fd, p = a["fd"], a["plateau"]; why = lambda k: m["reasons"].get(k, "")
     share = ", ".join(f"{g} {a['shares'][g]:.2%} ({f['counts'][g]})" for g in GROUPS) if f["count"] else why("scene_flow")
     found = "" if fd["found"] is None else f"; standing still would have {fd['zero_motion']:.3f} m, so " + (f"{fd['found']:.0%} of the motion is found" if fd["found"] >= 0 else "the motion makes it worse")
@@ -170,6 +185,7 @@ def clip_table(
     m:dict, # a record
 )->str: # markdown
     "One row a clip."
+    from flux4d.nvs import SETTINGS
     rows = [[i, *(m["per_clip"][i]["model"][k] for k in SETTINGS), *(r[k] for k in ("epe3d","FD")), r["frames"]] for i,r in m["per_clip_flow"].items()]
     return table(["clip","interpolation dB","future dB","EPE3D m","FD m","flow frames"], rows)
 
@@ -204,6 +220,9 @@ def report_text(
     m:dict, # a record
 )->str: # markdown
     "An evaluation in words, tables and pictures."
+    from flux4d.nvs import SETTINGS
+    films = {literal(Path(v).stem): quote(v) for v in m["videos"]}
+    m = literal_names(m)
     views, (five, six), r = nvs_tables(m), flow_tables(m), m["nvs"]; part = lambda title, *body: [f"## {title}", *body]
     count = ", ".join(f"{k} {r['full'][k]['count']} ({r['dynamic'][k]['count']} with moving regions)" for k in SETTINGS)
     lpips = ", ".join(f"{k} {x['mean']:.3f} ({x['count']})" for k,x in m["lpips"].items() if x and x["count"])
@@ -215,39 +234,68 @@ def report_text(
     say += part("Bucketed error (paper Table 6)", six) + part("By clip", clip_table(m)) + part("By class", class_table(m)) + part("Time", "\n".join(timing_lines(m)))
     seen_as = lambda k, x: f"![{x['clip']}](worst/{k}.jpg)\n{x['psnr']:.2f} dB, frame {x['frame']} of {x['clip']} ({x['setting']}, {x['camera']}), prediction and photo"
     say += part("Worst frames", *(seen_as(k, x) for k,x in enumerate(m["worst"])))
-    say += part("Films", *([f"![{Path(v).stem}]({v})\n[{Path(v).stem}]({v})" for v in m["videos"]] or ["None was asked for."]))
+    say += part("Films", *([f"![{name}]({link})\n[{name}]({link})" for name,link in films.items()] or ["None was asked for."]))
     return "\n\n".join(say + part("Left empty", "\n".join(empty_lines(m["reasons"])) or "Nothing.")) + "\n"
 
-# %% ../nbs/45_report.ipynb #5995adf6
+# %% ../nbs/45_report.ipynb #20a665c2
 CSS = """body{font:14px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em} img{max-width:100%;display:block}
 table{border-collapse:collapse;font-size:12px;margin:1em 0} td,th{border:1px solid #ccc;padding:2px 6px;text-align:right} td:first-child,th:first-child{text-align:left}"""
+PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="script-src 'none'; object-src 'none'; frame-src 'none'; form-action 'none'; base-uri 'none'">
+<title>{{ title }}</title><style>{{ css }}</style>
+{{ body }}</html>
+"""
+PICTURES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png"} # how a file begins: what it is
 
-def inline_html(
-    text:str, # markdown of one paragraph
-    folder:Path, # pictures are looked up here
-)->str: # HTML; pictures as data, films as links
-    "Pictures, links, bold and code."
-    data = lambda p: "data:image/jpeg;base64," + base64.b64encode((folder/p).read_bytes()).decode()
-    src = lambda p: data(p) if not p.endswith(".webp") and (folder/p).is_file() else p # a film stays a file, and so does a picture that was left behind
-    text = re.sub(r"!\[([^\]]*)\]\(([^)]+)\)", lambda x: f'<img alt="{x[1]}" src="{src(html.unescape(x[2]))}">', html.escape(text, quote=False))
-    for a,b in ((r"\[([^\]]+)\]\(([^)]+)\)", r'<a href="\2">\1</a>'), (r"\*\*(.+?)\*\*", r"<b>\1</b>"), (r"`([^`]+)`", r"<code>\1</code>")): text = re.sub(a, b, text)
-    return text
+def below(
+    folder:Path, # of a run
+    link:str, # as in a report, URL-encoded
+)->Path|None: # the file or folder it leads to; None for anything that does not lie below `folder`, links followed
+    "Where a report may point."
+    name = unquote(link)
+    if "\0" in name or "\\" in name or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:|/", name):
+        return None
+    path = (folder/name).resolve()
+    return path if path.is_relative_to(folder.resolve()) else None
 
-# %% ../nbs/45_report.ipynb #20a665c2
+def picture_source(
+    folder:Path, # of a run
+    link:str, # to one of its pictures
+)->str|None: # its data; a film and a picture that was left behind stay a link; None: not to be shown
+    "What an image of the page shows."
+    path = below(folder, link)
+    if path is None or not path.is_file() or path.suffix == ".webp":
+        return None if path is None else link
+    content = path.read_bytes()
+    kind = next((k for start,k in PICTURES.items() if content.startswith(start)), None)
+    return kind and f"data:{kind};base64," + base64.b64encode(content).decode()
+
 def to_html(
     text:str, # a report's markdown
     folder:Path, # of the run, for its pictures
 )->str: # one page that needs no other file, except the films it links to
-    "A report as a page."
-    def block(b:str)->str:
-        say = lambda x: inline_html(x, folder); lines = b.splitlines()
-        if m := re.match(r"(#+) (.*)", b): return f"<h{len(m[1])}>{say(m[2])}</h{len(m[1])}>"
-        if b.startswith("- "): return "<ul>" + "".join(f"<li>{say(l[2:])}</li>" for l in lines) + "</ul>"
-        if not b.startswith("|"): return f"<p>{say(b)}</p>"
-        row = lambda l, tag: "<tr>" + "".join(f"<{tag}>{say(c.strip())}</{tag}>" for c in l.strip("| ").split(" | ")) + "</tr>"
-        return "<table>" + row(lines[0], "th") + "".join(row(l, "td") for l in lines[2:]) + "</table>"
-    title = html.escape(text.splitlines()[0].lstrip("# "))
-    return f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{CSS}</style>' + "\n".join(map(block, text.strip().split("\n\n"))) + "</html>\n"
+    "A report as a page: markup that stands in the text is shown, not obeyed, and nothing outside the folder is read."
+    from jinja2 import Environment
+    from markdown_it import MarkdownIt
+    from markupsafe import Markup, escape
+
+    def image(self:Any, tokens:list, k:int, options:Any, env:Any)->str:
+        source = picture_source(folder, tokens[k].attrGet("src"))
+        return str(Markup('<img alt="{}" src="{}">').format(tokens[k].content, source) if source else escape(tokens[k].content))
+
+    def link_open(self:Any, tokens:list, k:int, options:Any, env:Any)->str:
+        target = tokens[k].attrGet("href")
+        return str(Markup('<a href="{}">').format(target) if below(folder, target) else Markup("<a>"))
+
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
+    markdown.validateLink = lambda url: True # judged by `below`, which knows the folder
+    markdown.add_render_rule("image", image)
+    markdown.add_render_rule("link_open", link_open)
+    title = re.sub(r"\\(.)", r"\1", text.splitlines()[0].lstrip("# "))
+    return Environment(autoescape=True).from_string(PAGE).render(title=title, css=CSS, body=Markup(markdown.render(text)))
+
+# %% ../nbs/45_report.ipynb #cac8f01a
+BEGINNINGS = {"report.md": "# Evaluation of ", "report.html": "<!DOCTYPE html><html lang=\"en\">"}
 
 def write_pages(
     folder:Path, # of a run, with its pictures
@@ -264,18 +312,75 @@ def write_report(
     m:dict, # a record
 )->list[Path]: # metrics.json, report.md, report.html
     "Write a checked record and its two reports; the record comes last, because it marks a run as finished."
+    from flux4d.record import check_metrics
     pages = write_pages(run.folder, check_metrics(m))
     return [run.write("metrics.json", m), *pages]
 
 # %% ../nbs/45_report.ipynb #3622cac9
+def leaves(
+    value:Any, # plain values
+)->list: # every key and every value that is no group
+    "The names and numbers of a record."
+    if isinstance(value, dict):
+        return [*value, *(x for v in value.values() for x in leaves(v))]
+    if isinstance(value, list):
+        return [x for v in value for x in leaves(v)]
+    return [value]
+
+def relation_faults(
+    m:dict, # a record that follows the schema
+)->list[str]: # one sentence a fault
+    "What a report relies on beside the types of the entries."
+    f, fd, groups = m["scene_flow"], m["analysis"]["fd"], m["analysis"]["shares"]
+    lpips = [x for x in m["lpips"].values() if x and x["count"]]
+    tests = {
+        "per_clip_flow: has other clips than per_clip": set(m["per_clip_flow"]) == set(m["per_clip"]),
+        "per_clip: a clip lacks its model": all("model" in x for x in m["per_clip"].values()),
+        "source_frames: is 0": m["source_frames"] > 0,
+        "analysis.shares: is null, though flow was scored": not f["count"] or None not in groups.values(),
+        "analysis.fd: is null in part": fd["epe"] is None or fd["m_per_s"] is not None,
+        "analysis.fd: finds a share of nothing": fd["found"] is None or None not in (fd["epe"], fd["zero_motion"]),
+        "lpips: is null, though images were counted": all(x["mean"] is not None for x in lpips)}
+    films = [f"videos: {v!r} is no film below the run's folder" for v in m["videos"]
+             if v != PurePosixPath(v).as_posix() or PurePosixPath(v).is_absolute() or ".." in PurePosixPath(v).parts or not v.endswith(".webp") or ":" in v]
+    return [t for t,ok in tests.items() if not ok] + films
+
+def foreign_faults(
+    m:dict, # a record of any origin
+    whole:bool=True, # False: entries may be missing or unknown, as in another version's record
+)->list[str]: # one sentence a fault
+    "Why a record cannot be used."
+    from flux4d.record import bare_nulls, count_faults, faults
+    if odd := [x for x in leaves(m) if isinstance(x, str) and not x.isprintable()]:
+        return [f"{odd[0]!r} is a name with characters that cannot be shown"]
+    if any(isinstance(x, int) and not isinstance(x, bool) and not is_number(x) for x in leaves(m)):
+        return ["a number in it is too large for a float"]
+    found = faults(m)
+    if not whole:
+        return [x for x in found if not x.endswith((": is missing", ": is not in the schema"))]
+    nulls = [] if found else [f"{p}: is null with neither a count of 0 nor a reason" for p in bare_nulls(m, m["reasons"])]
+    return found or nulls or count_faults(m) or relation_faults(m)
+
 def read_record(
     path:str|Path, # a run's folder or its metrics.json
+    whole:bool=False, # whether a report is to be made of it
 )->dict: # its content; raises DataError
     "A run's metrics."
-    path = Path(path); path = path/"metrics.json" if path.is_dir() else path
-    if not path.is_file(): raise DataError(f"{path.parent.name}/{path.name}: no such file; give the folder of a run that reached its evaluation.")
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e: raise DataError(f"{path.parent.name}/{path.name}: is no JSON ({e}); evaluate the run again.") from e
+    path = Path(path)
+    path = path/"metrics.json" if path.is_dir() else path
+    at = f"{path.parent.name}/{path.name}"
+    if not path.is_file():
+        raise DataError(f"{at}: no such file; give the folder of a run that reached its evaluation.")
+    try:
+        m = read_metrics(path)
+        bad = foreign_faults(m, whole)
+    except RecursionError as e:
+        raise DataError(f"{at}: is nested too deeply to be a record; evaluate the run again.") from e
+    except ValueError as e:
+        raise DataError(one_line(str(e))) from e
+    if bad:
+        raise DataError(f"{one_line(f'{at}: {bad[0]}')}" + f" (and {len(bad) - 1} more)"*(len(bad) > 1) + "; evaluate the run again with this version.")
+    return m
 
 # %% ../nbs/45_report.ipynb #8fcf1319
 def same_frames(
@@ -283,7 +388,7 @@ def same_frames(
     b:dict, # another
 )->bool:
     "Whether two records scored the same images and returns."
-    marks = lambda m: [m["logs"], m["cameras"], m["views"], sorted(m["per_clip"]), m["runtime"]["image_scale"], m["scene_flow"]["count"], m["scene_flow"]["counts"]["points"]]
+    marks = lambda m: [m.get("scored_with"), m["logs"], m["cameras"], m["views"], sorted(m["per_clip"]), m["runtime"]["image_scale"], m["scene_flow"]["count"], m["scene_flow"]["counts"]["points"]]
     return marks(a) == marks(b)
 
 def with_baselines(
@@ -308,17 +413,43 @@ def side_by_side(
     width = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join([r[0].ljust(width[0]), *(c.rjust(w) for c,w in zip(r[1:], width[1:]))]).rstrip() for r in rows)
 
+REPORT_EXAMPLES = """examples:
+  flux4d-report papermill_runs/run_001 papermill_runs/run_002              the means of two runs, side by side
+  flux4d-report papermill_runs/run_001 papermill_runs/baselines --report   run_001's report, with the baselines beside it"""
+
+def report_again(
+    folder:Path, # of the first run
+    m:dict, # its record
+    others:dict[str,dict], # records whose baselines are wanted
+)->list[Path]: # report.md, report.html; raises DataError where they would replace something else
+    "Write a run's report anew."
+    for name, start in BEGINNINGS.items():
+        path = folder/name
+        if path.exists() and not (path.is_file() and path.read_bytes().startswith(start.encode())):
+            raise DataError(f"{folder.name}/{name}: is no report of a run; move it away first.")
+    return write_pages(folder, with_baselines(m, others))
+
 def report_main(
     argv:list[str]|None=None, # words of the command line; sys.argv when None
 )->int: # exit status
     "Compare the metrics.json of several runs, mean and count, side by side; or write the first one's report anew."
-    ap = argparse.ArgumentParser(prog="flux4d-report", description=report_main.__doc__)
+    ap = argparse.ArgumentParser(prog="flux4d-report", description=report_main.__doc__, epilog=REPORT_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("run", nargs="+", help="a run's folder, or its metrics.json")
-    ap.add_argument("--report", action="store_true", help="write report.md and report.html of the first run, the baselines of the others beside its own"); a = ap.parse_args(argv)
+    ap.add_argument("--report", action="store_true", help="write report.md and report.html of the first run, the baselines of the others beside its own")
+    a = ap.parse_args(argv)
     try:
-        records = {}
-        for p in map(Path, a.run): records[name if (name := (p if p.is_dir() else p.parent).resolve().name) not in records else str(p)] = read_record(p)
-        if a.report: (_, m), *others = records.items(); print(*(p.name for p in write_pages(Path(a.run[0]), with_baselines(m, dict(others)))))
-        else: print(side_by_side(records))
+        records, folders = {}, {}
+        for p in map(Path, a.run):
+            folder = p if p.is_dir() else p.parent
+            name = one_line(folder.resolve().name)
+            name = one_line(str(p)) if name in records else name
+            records[name], folders[name] = read_record(p, a.report), folder
+        if a.report:
+            (first, m), *others = records.items()
+            print(*(p.name for p in report_again(folders[first], m, dict(others))))
+        else:
+            print(side_by_side(records))
         return 0
-    except DataError as e: print(e, file=sys.stderr); return 1
+    except (DataError, OSError) as e:
+        print(as_sentence(e), file=sys.stderr)
+        return 1

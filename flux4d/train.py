@@ -4,25 +4,29 @@
 
 # %% ../nbs/32_train.ipynb #dbee7c11
 from __future__ import annotations
-import json, math, os, platform, subprocess, time
+import json, math, signal, threading, time, zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, is_dataclass, asdict, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, asdict, replace
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_type_hints
-import numpy as np, torch, yaml
+from typing import Annotated, Any, Literal
+import numpy as np, torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastcore.basics import patch
-import flux4d
-from .pandaset import DataError, atomic_write
-from .clips import Clip, InputViews, Views, TargetViews, load_views
+from annotated_types import Interval
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from .pandaset import DataError
+from .settings import Distinct, Name, Seed, Share, Some, read_settings
+from .run import (PARTS, Run, check_checkpoint, check_numbers, load_checkpoint, load_weights, provenance, prune_checkpoints, save_checkpoint,
+                        trained_entry, trained_frames)
+from .clips import TRAIN_SETTINGS, Clip, InputViews, Views, TargetViews, check_frames, fingerprint, load_views
 from .gaussians import Gaussians
-from .lift import ClipData, LiftConfig, Returns, clip_data, clip_returns, look
+from .lift import LiftConfig, Returns, clip_data, clip_returns
 from .background import BackgroundConfig, init_data
-from .frames import se3_inverse
 from .cache import LiftCache
 from .render import RenderConfig
 from .losses import LossConfig, reconstruction_loss
@@ -31,42 +35,52 @@ from .voxels import VoxelConfig
 from .predictor import PredictorConfig, BasePredictor, Layout, make_layout
 
 # %% auto #0
-__all__ = ['DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'config_from_dict', 'merged', 'Batch', 'Loader',
-           'input_views', 'Run', 'provenance', 'save_checkpoint', 'load_checkpoint', 'load_weights', 'lr_at',
-           'Flux4DBase', 'build_model', 'reconstruct', 'rebuilder', 'time_reconstruction', 'Trainer', 'backed',
+__all__ = ['UNREADABLE', 'DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'config_from_dict', 'merged', 'flattened',
+           'differences', 'Batch', 'Loader', 'files_of', 'lr_at', 'Flux4DBase', 'build_model', 'reconstruct',
+           'rebuilder', 'time_reconstruction', 'Trainer', 'backed', 'Interrupted', 'stop_signals', 'read_resumable',
            'load_model', 'every']
 
 # %% ../nbs/32_train.ipynb #eed09649
 @dataclass
 class DataConfig:
     "Which recordings, at which resolution."
-    cameras:tuple[str,...]=("front_camera",) # paper: front camera only
-    image_scale:float=1.0                    # 1.0 = full resolution; nothing else ever resizes an image (G-03)
-    keep_frames:int=1200                     # decoded frames kept in memory; one full-HD frame is 14 MB
-    keep_clips:int=200                       # lifted clips kept in memory; one is about 20 MB
-    loader_threads:int=4                     # threads that decode ahead of the training step
+    cameras:Some[Name]=("front_camera",) # paper: front camera only
+    # kinds of training clip, such as train_future; (): every kind of the index. The paper trains a model for each
+    settings:Distinct[Literal[TRAIN_SETTINGS]]=()
+    # 1.0 = full resolution; nothing else ever resizes an image (G-03)
+    image_scale:Annotated[float, Interval(gt=0, le=1)]=1.0
+    keep_frames:NonNegativeInt=1200 # decoded frames kept in memory; one full-HD frame is 14 MB
+    keep_clips:NonNegativeInt=200 # lifted clips kept in memory; one is about 20 MB
+    loader_threads:Annotated[int, Interval(ge=1, le=256)]=4 # threads that decode ahead of the training step
 
 @dataclass
 class TrainConfig:
     "How the weights are found."
-    iters:int=30_000          # paper Sec. 4.1
-    minutes:float|None=None   # wall-clock budget: training ends, and the schedule with it, when either is spent; None = steps alone, reproducible
-    lr:float=1e-3             # AdamW peak rate; UNKNOWN in the paper
-    weight_decay:float=1e-5   # AdamW
-    warmup:int=200            # steps of linear warm-up
-    final_lr:float=.02        # last rate as a share of the peak, reached on a cosine
-    grad_clip:float=1.        # largest gradient norm
-    ema:float=.99             # decay of the averaged weights that are evaluated
-    views_per_step:int=2      # target views rendered in one call
-    grad_accum_steps:int=1    # micro-steps a step averages over (G-03)
+    iters:NonNegativeInt=30_000 # paper Sec. 4.1
+    # wall-clock budget: training ends, and the schedule with it, when either is spent; None = steps alone,
+    # reproducible
+    minutes:PositiveFloat|None=None
+    lr:PositiveFloat=1e-3 # AdamW peak rate; UNKNOWN in the paper
+    weight_decay:NonNegativeFloat=1e-5 # AdamW
+    warmup:NonNegativeInt=200 # steps of linear warm-up
+    warmup_share:Share=.1 # of a budget in minutes, after which the warm-up ends even if its steps are not taken
+    final_lr:Share=.02 # last rate as a share of the peak, reached on a cosine
+    grad_clip:PositiveFloat=1. # largest gradient norm
+    ema:Annotated[float, Interval(ge=0, lt=1)]=.99 # decay of the averaged weights that are evaluated
+    views_per_step:PositiveInt=2 # target views rendered in one call
+    grad_accum_steps:PositiveInt=1 # micro-steps a step averages over (G-03)
     supervise_inputs:bool=True # input frames are supervised beside the targets
     random_background:bool=True # supervised views are drawn over another colour at every step
-    fixed_target_frame:int|None=None # clip-relative frame that every step trains on (S5-15)
-    prefetch:int=4            # micro-steps loaded ahead
-    seed:int=0                # of weights, clip order and views
-    log_every:int=20          # steps between records
-    save_ckpt_every:int=1000  # steps between checkpoints (S3-10)
-    eval_every:int=1000       # steps between validations; 0 = never (S6-32)
+    fixed_target_frame:NonNegativeInt|None=None # clip-relative frame that every step trains on (S5-15)
+    prefetch:Annotated[int, Interval(ge=0, le=1000)]=4 # micro-steps loaded ahead
+    seed:Seed=0 # of weights, clip order and views
+    log_every:PositiveInt=20 # steps between records
+    save_ckpt_every:NonNegativeInt=1000 # steps between checkpoints (S3-10); 0 = by the clock, and at the end
+    save_ckpt_minutes:NonNegativeFloat=5. # minutes after which a checkpoint is saved in any case; 0 = never
+    keep_ckpts:PositiveInt=1 # newest checkpoints that are kept beside the best
+    max_skipped:PositiveInt=20 # steps without an update in a row, after which training stops
+    max_unread:NonNegativeInt=20 # different files that may go bad while training runs
+    eval_every:NonNegativeInt=1000 # steps between validations; 0 = never (S6-32)
 
 # %% ../nbs/32_train.ipynb #002dae83
 @dataclass
@@ -92,13 +106,10 @@ def config_to_dict(
 def config_from_dict(
     d:dict, # nested plain values
     cls:type=Config, # the dataclass to fill
-)->Any: # an instance of `cls`; raises DataError for an unknown key
+    name:str="", # dotted name of where the values stand, for sentences
+)->Any: # an instance of `cls`; raises DataError for an unknown key, a wrong type or a value out of range
     "The inverse of `config_to_dict`; what is left out keeps its default."
-    hints = get_type_hints(cls)
-    if unknown := set(d) - set(hints):
-        raise DataError(f"config: {cls.__name__} has no field {sorted(unknown)[0]!r}; it knows {', '.join(hints)}.")
-    build = lambda k,v: config_from_dict(v, hints[k]) if is_dataclass(hints[k]) else _detuple(v)
-    return cls(**{k: build(k,v) for k,v in d.items()})
+    return read_settings(cls, d, name)
 
 # %% ../nbs/32_train.ipynb #c65254c1
 def merged(
@@ -106,13 +117,28 @@ def merged(
     over:dict, # nested plain values that win
 )->dict: # a new nested dict
     "One nested dict laid over another."
-    return base | {k: merged(base.get(k, {}), v) if isinstance(v, dict) else v for k,v in over.items()}
+    inner = {key: value for key, value in base.items() if isinstance(value, dict)}
+    return base | {key: merged(inner.get(key, {}), value) if isinstance(value, dict) else value for key, value in over.items()}
 
-# %% ../nbs/32_train.ipynb #b68a71e0
-def _detuple(v:Any, # a plain value
-)->Any: # lists as tuples, all the way down
-    "YAML has no tuples; dataclass defaults have no lists."
-    return tuple(_detuple(x) for x in v) if isinstance(v, list) else v
+def flattened(
+    d:dict, # nested
+    at:str="", # dotted prefix
+)->dict[str,Any]: # {dotted field: value}
+    "A nested dict by dotted names."
+    out = {}
+    for key, value in d.items():
+        name = f"{at}.{key}".lstrip(".")
+        out |= flattened(value, name) if isinstance(value, dict) else {name: value}
+    return out
+
+# %% ../nbs/32_train.ipynb #a32t0001
+def differences(
+    before:dict, # nested plain values
+    after:dict, # nested plain values
+)->list[str]: # "train.lr: 0.001 -> 0.0005", one for each field that differs
+    "Which fields of two configurations differ."
+    a, b = flattened(before), flattened(after)
+    return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 
 # %% ../nbs/32_train.ipynb #ce86f74e
 @dataclass
@@ -133,12 +159,15 @@ class Loader:
         cfg:Config, # read: data, init, background, voxel, model, train
         cache:LiftCache, # lifted clips on disk
         device:Any="cpu", # where tensors end up
+        target_sensors:tuple[int,...]|None=None, # LiDARs whose returns give the depth of `TargetViews`; None: the lift's own
     )->None:
         "Prepare the stores; nothing is read yet."
         if not clips: raise DataError("clip index: no clip is left after selection; check the logs, settings, starts and excluded frames asked for.")
         self.clips, self.cfg, self.cache, self.device = clips, cfg, cache, device
         self.holder = {(c.log.id, f): c for c in clips for f in c.frames} # a clip for every frame
+        self.target_sensors = cfg.init.lidar_sensors if target_sensors is None else tuple(target_sensors)
         self.frame  = lru_cache(cfg.data.keep_frames)(self._frame)
+        self.input_depth = lru_cache(cfg.data.keep_frames)(self._input_depth)
         self.lifted = lru_cache(cfg.data.keep_clips)(self._lifted)
         self.layout = lru_cache(cfg.data.keep_clips)(self._layout)
         self.pool, self.ahead = ThreadPoolExecutor(cfg.data.loader_threads), {}
@@ -150,8 +179,18 @@ def _frame(self:Loader, log_id:str, # log
     frame:int, # log frame id
 )->Views: # one view on the device; images as bytes, time not yet set
     "Decode one frame of one camera."
-    v = load_views(self.holder[log_id, frame], [frame], (camera,), self.cfg.data.image_scale, lidar_sensors=self.cfg.init.lidar_sensors)
+    v = load_views(self.holder[log_id, frame], [frame], (camera,), self.cfg.data.image_scale, lidar_sensors=self.target_sensors)
     return replace(v, images=(v.images*255).round().byte()).to(self.device)
+
+@patch
+def _input_depth(self:Loader, log_id:str, # log
+    camera:str, # camera name
+    frame:int, # log frame id
+)->Tensor: # (1,H,W) m, 0 = no visible return; on the device
+    "Depth of one frame by the returns that the lift uses."
+    clip, sensors = self.holder[log_id, frame], self.cfg.init.lidar_sensors
+    if set(sensors) == set(self.target_sensors): return self.frame(log_id, camera, frame).depth
+    return load_views(clip, [frame], (camera,), self.cfg.data.image_scale, lidar_sensors=sensors).depth.to(self.device)
 
 @patch
 def _lifted(self:Loader, i:int, # clip number
@@ -195,27 +234,18 @@ def views(self:Loader,
     clip:Clip, # whose clock the views are timed by
     pairs:list[tuple[int,str]], # (log frame id, camera) of each view
     kind:type=TargetViews, # InputViews or TargetViews
-)->Views: # on the device
+)->Views: # on the device; raises ValueError for frames that such views of the clip must not show
     "Some views of a clip as one batch."
+    check_frames(clip, [f for f,_ in pairs], kind)
     got = [self.frame(clip.log.id, c, f) for f,c in pairs]
+    if issubclass(kind, InputViews):
+        depth = [self.input_depth(clip.log.id, c, f) for f,c in pairs]
+    else:
+        depth = [v.depth for v in got]
     join = lambda k: torch.cat([getattr(v,k) for v in got])
     t = torch.tensor([clip.t_of_camera(c,f) for f,c in pairs], dtype=torch.float32, device=self.device)
     return kind(images=join("images").float()/255, K=join("K"), world_to_cam=join("world_to_cam"), t=t,
-                frame=join("frame"), camera=[c for _,c in pairs], depth=join("depth"))
-
-def input_views(
-    data:ClipData, # a clip in memory
-    clip:Clip,     # whose clock the views are timed by
-    cameras:tuple[str,...], # names, in the data's order
-)->InputViews: # on the data's device
-    "The input views of a clip in memory; depth is the nearest visible return of each pixel."
-    n, C, h, w = data.images.shape[:4]; seen = look(data); pairs = [(int(f), c) for f in data.frames.tolist() for c in cameras]
-    at = torch.where(seen.seen, ((torch.arange(n*C, device=seen.uv.device).view(n,C,1)*h + seen.uv[...,1].nan_to_num(0).long())*w + seen.uv[...,0].nan_to_num(0).long()), 0)
-    depth = seen.z.new_full((n*C*h*w,), math.inf).scatter_reduce_(0, at.flatten(), torch.where(seen.seen, seen.z, math.inf).flatten(), "amin").view(-1,h,w)
-    t = torch.tensor([clip.t_of_camera(c,f) for f,c in pairs], dtype=torch.float32, device=data.images.device)
-    flat = lambda x: x.flatten(0,1)
-    return InputViews(flat(data.images).float()/255, flat(data.K).float(), se3_inverse(flat(data.pose)).float(), t, data.frames.repeat_interleave(C),
-                      [c for _,c in pairs], torch.where(depth.isfinite(), depth, 0.))
+                frame=join("frame"), camera=[c for _,c in pairs], depth=torch.cat(depth))
 
 @patch
 def inputs(self:Loader,
@@ -243,123 +273,36 @@ def _load(self:Loader, step:int, micro:int)->Batch:
     views = self.views(clip, pairs)
     return Batch(clip, self.lifted(i), self.layout(i), lambda: self.inputs(clip), views, view_gaps(clip, views), step*self.cfg.train.grad_accum_steps + micro)
 
-# %% ../nbs/32_train.ipynb #47ff966d
-class Run:
-    "The folder of one run."
-    def __init__(self,
-        folder:str|Path, # where the run writes
-        overwrite:bool=False, # replace a finished run (one with metrics.json)
-    )->None: # raises DataError when a finished run is there
-        "Open or make the folder."
-        self.folder = Path(folder); self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder/"metrics.json").exists() and not overwrite:
-            raise DataError(f"{self.folder.name}/metrics.json: this run is finished; choose another out_dir or set overwrite=True.")
-        (self.folder/"metrics.json").unlink(missing_ok=True)
-
-    def write(self,
-        name:str, # file name in the folder
-        content:Any, # str as it is; anything else as YAML or JSON by the name's suffix
-    )->Path: # the file
-        "Write a small file atomically."
-        if not isinstance(content, str):
-            content = yaml.safe_dump(content, sort_keys=False) if name.endswith(".yaml") else json.dumps(content, indent=1)
-        with atomic_write(self.folder/name) as tmp: Path(tmp).write_text(content)
-        return self.folder/name
-
-# %% ../nbs/32_train.ipynb #8beff608
-@patch
-def say(self:Run,
-    line:str, # one console line
-)->None:
-    "Print a line and keep it in train.log (S5-16)."
-    print(line, flush=True)
-    with (self.folder/"train.log").open("a") as f: f.write(line + "\n")
+# %% ../nbs/32_train.ipynb #a32t0010
+def files_of(
+    clips:list[Clip], # what a run reads
+    cameras:tuple[str,...], # names
+)->list[Path]: # images and sweeps, each once
+    "The files that hold the frames of some clips; see `damaged_files`."
+    frames = sorted({(c.log.root, c.log.id, f) for c in clips for f in c.frames})
+    logs = {(c.log.root, c.log.id): c.log for c in clips}
+    return [p for root, log, f in frames for p in (logs[root, log].sweep_path(f), *(logs[root, log].image_path(c, f) for c in cameras))]
 
 @patch
-def record(self:Run,
-    row:dict, # one logged step
-)->None:
-    "Append one object to metrics.jsonl."
-    with (self.folder/"metrics.jsonl").open("a") as f: f.write(json.dumps(row) + "\n")
-
-@patch
-def rows(self:Run)->list[dict]:
-    "The logged steps so far."
-    f = self.folder/"metrics.jsonl"
-    return [json.loads(l) for l in f.read_text().splitlines()] if f.exists() else []
-
-@patch
-def rewind(self:Run,
-    step:int, # steps that stand
-)->None:
-    "Forget logged steps that a resumed run will take again."
-    keep = [r for r in self.rows() if r["step"] <= step]
-    self.write("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in keep))
-    if step == 0: (self.folder/"train.log").unlink(missing_ok=True)
-
-# %% ../nbs/32_train.ipynb #6bd4559d
-def provenance(
-    device:Any="cpu", # torch device the run uses
-)->dict: # versions and machine
-    "Package version, git commit ($FLUX4D_COMMIT where a copy of the code has no history of its own), library versions and machine."
-    home = Path(flux4d.__file__).parent; ask = lambda *a: subprocess.run(["git", *a], capture_output=True, text=True, cwd=home).stdout.strip()
-    gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
-    commit = os.environ.get("FLUX4D_COMMIT") or ((ask("rev-parse", "HEAD") + " with changes"*bool(ask("status", "--porcelain", "--", str(home)))) or None)
-    return dict(flux4d=flux4d.__version__, commit=commit, python=platform.python_version(),
-                torch=torch.__version__, machine=gpu or f"{platform.machine()}, {os.cpu_count()} cores", gpu=gpu)
-
-# %% ../nbs/32_train.ipynb #9749fd1b
-def save_checkpoint(
-    path:str|Path, # ckpt_step_XXXXXX.pt
-    state:dict, # tensors and plain values
-    aliases:tuple[str,...]=("ckpt_last.pt",), # links in the same folder that shall point at it
-)->Path: # the file
-    "Write a checkpoint atomically and point its aliases at it."
-    path = Path(path)
-    with atomic_write(path) as tmp: torch.save(state, tmp)
-    for a in aliases:
-        link = path.with_name(f".{a}.{os.getpid()}"); link.unlink(missing_ok=True)
-        link.symlink_to(path.name); os.replace(link, path.with_name(a))
-    return path
-
-def load_checkpoint(
-    path:str|Path, # a checkpoint or a link to one
-    device:Any="cpu", # where its tensors go
-)->dict: # what `save_checkpoint` was given; raises DataError when the file is missing, truncated or not ours
-    "Read a checkpoint without running code from it."
-    path = Path(path)
-    if not path.exists(): raise DataError(f"{path.name}: no such checkpoint in {path.parent.name or '.'}; check resume_from or the checkpoint parameter.")
-    try: state = torch.load(path, map_location=device, weights_only=True)
-    except Exception: state = None
-    if not isinstance(state, dict) or "model" not in state:
-        raise DataError(f"{path.name}: not a readable flux4d checkpoint (truncated, or another program's); take an earlier ckpt_step file.")
-    return state
-
-# %% ../nbs/32_train.ipynb #0c1bfce0
-def load_weights(
-    model:nn.Module, # to be filled
-    weights:dict, # a state dict
-    name:str="checkpoint", # file name for messages
-    strict:bool=True, # False: load what fits
-)->list[str]: # keys the model has and the weights lack; raises DataError when strict and anything differs
-    "Fill a model from a state dict."
-    own = model.state_dict()
-    missing = [k for k in own if k not in weights]
-    other = [k for k in weights if k not in own or own[k].shape != weights[k].shape]
-    if strict and (missing or other):
-        raise DataError(f"{name}: made for another architecture ({(missing + other)[0]} differs, {len(missing)} missing, {len(other)} foreign); use its own config.yaml, or resume_optimizer=False to load what fits.")
-    model.load_state_dict({k:v for k,v in weights.items() if k not in other}, strict=False)
-    return missing + [k for k in other if k in own]
+def rest(self:Loader)->None:
+    "Let go of batches that were to be loaded ahead, so that no thread goes on when training ends."
+    for f in self.ahead.values(): f.cancel()
+    self.ahead = {}
 
 # %% ../nbs/32_train.ipynb #7a79514f
 def lr_at(
     step:int, # from 0
-    cfg:TrainConfig, # read: lr, warmup, iters, minutes, final_lr
+    cfg:TrainConfig, # read: lr, warmup, warmup_share, iters, minutes, final_lr
     seconds:float=0., # spent so far
+    started:float=0., # seconds spent when the first step was done
 )->float: # learning rate of this step
     "Linear warm-up, cosine decay to `final_lr` of the peak."
-    if step < cfg.warmup: return cfg.lr*(step + 1)/cfg.warmup
-    spent = seconds/(60*cfg.minutes) if cfg.minutes else 0.
+    ramp, spent = (step + 1)/max(1, cfg.warmup), 0.
+    if cfg.minutes:
+        budget = 60*cfg.minutes
+        spent = seconds/budget
+        ramp = max(ramp, (seconds - started)/max(1e-9, cfg.warmup_share*(budget - started)))
+    if step < cfg.warmup and ramp <= 1: return cfg.lr*ramp
     x = min(1., max(spent, (step - cfg.warmup)/max(1, cfg.iters - cfg.warmup)))
     return cfg.lr*(cfg.final_lr + (1 - cfg.final_lr)*(1 + math.cos(math.pi*x))/2)
 
@@ -418,6 +361,8 @@ def time_reconstruction(
 )->dict: # medians in s: lift, network, total; gaussians; repeats
     "From images and returns in memory to Gaussians and velocities."
     cfg, clip, dev = loader.cfg, loader.clips[0], loader.device; data = clip_data(clip, cfg.init.lidar_sensors, cfg.data.cameras, cfg.data.image_scale).to(dev)
+    returns = loader.returns(clip)
+    loader.inputs(clip)                        # decoded before the clock starts
     def clock()->float:
         if torch.device(dev).type == "cuda": torch.cuda.synchronize(dev)
         return time.perf_counter()
@@ -425,8 +370,9 @@ def time_reconstruction(
     for _ in range(repeats + 3):
         with torch.no_grad():
             start, again = clock(), replace(data); g0 = init_data(again, cfg.init, cfg.background, cfg.train.seed); lifted = clock()
-            layout = model.base.layout(g0, clip.ego0, clip.time.duration, again.returns)
-            reconstruct(model, Batch(clip, g0, layout, lambda: input_views(again, clip, cfg.data.cameras))); spent.append((lifted - start, clock() - lifted, clock() - start))
+            layout = model.base.layout(g0, clip.ego0, clip.time.duration, returns)
+            reconstruct(model, Batch(clip, g0, layout, lambda: loader.inputs(clip)))
+            spent.append((lifted - start, clock() - lifted, clock() - start))
     lift, network, total = np.median(spent[3:], axis=0)
     return dict(lift=float(lift), network=float(network), total=float(total), gaussians=len(g0), repeats=repeats)
 
@@ -445,7 +391,31 @@ class Trainer:
         self.model = build_model(cfg, kind).to(self.device)
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(cfg.train.ema), use_buffers=True)
         self.opt = torch.optim.AdamW(self.model.parameters(), lr=cfg.train.lr, weight_decay=cfg.train.weight_decay, fused=torch.device(self.device).type == "cuda")
-        self.step, self.skipped, self.best, self.seconds, self.callbacks = 0, 0, None, 0., []
+        self.step, self.skipped, self.best, self.seconds, self.started, self.callbacks = 0, 0, None, 0., 0., []
+        self.trained, self.unknown_before = {}, False # (log id, identity) -> frames trained on; whether earlier ones are unknown
+        self.identity = lru_cache(None)(lambda log: fingerprint(log, ())) # hash of a log's stamps and poses
+        self.clip_ids = [c.id for c in loader.clips]  # what the numbers in `pending` and in the logged rows count
+        self.pending = []                             # clips of the micro-steps since the last logged row; None: could not be read
+        self.in_a_row, self.first_skip, self.totals = 0, "", []  # skipped steps without one between; what the first was; losses by micro-step
+        self.unread = {}                              # sentence about a file that went bad -> how often it was needed
+        self.saved_step, self.saved_at = 0, time.perf_counter()
+        self.stop = self.may_stop = False             # asked to stop; whether that can happen at once
+
+# %% ../nbs/32_train.ipynb #a32t0006
+@patch
+def note_clip(self:Trainer,
+    clip:Clip, # about to be trained on
+)->None:
+    "Remember that a clip entered a step."
+    self.trained.setdefault((clip.log.id, self.identity(clip.log)), set()).update(clip.frames)
+    if clip.id not in self.clip_ids: self.clip_ids.append(clip.id)
+    self.pending.append(self.clip_ids.index(clip.id))
+
+@patch
+def note_trained(self:Trainer)->None:
+    "Write what was trained on to meta.json."
+    self.run.note(trained=trained_entry(self.trained, self.unknown_before), train_clips=self.clip_ids,
+                  **(dict(unread=self.unread) if self.unread else {}))
 
 # %% ../nbs/32_train.ipynb #3fd8f1a2
 def backed(
@@ -464,44 +434,169 @@ def losses(self:Trainer,
 )->dict: # scalars total, rgb, ssim, depth, vel, psnr
     "Render the supervised views, compare (paper Eq. 3-5, supp. A.1)."
     out, weight = render_weighted(g, velocity, b.clip.time.duration, b.views, b.dt, backed(self.cfg, b.number), self.cfg.flow)
-    return reconstruction_loss(out, b.views, velocity, g.kind, self.cfg.loss, weight)
+    return reconstruction_loss(out, b.views, velocity, g.kind, self.cfg.loss, weight, b.clip.time.duration)
 
 @patch
-def gradients(self:Trainer)->dict: # scalars of the last micro-step's last stage, PSNR of its first, and its clip's id
+def gradients(self:Trainer)->dict|None: # scalars of the last micro-step's last stage, PSNR of its first, its clip's id; None: nothing could be read
     "Fill `.grad` with the mean gradient of the step's micro-steps (G-03), summed over stages."
-    self.model.train(); self.opt.zero_grad(set_to_none=True); n = self.cfg.train.grad_accum_steps
+    self.model.train()
+    self.opt.zero_grad(set_to_none=True)
+    n, done, self.totals = self.cfg.train.grad_accum_steps, None, []
     for micro in range(n):
-        b, psnrs = self.loader.batch(self.step, micro), []
+        b, psnrs = self._read(micro), []
+        if b is None: continue
         for g, velocity in self.model.stages(b):
-            l = self.losses(b, g, velocity); (l["total"]/n).backward(); psnrs.append(l["psnr"])
-    return {k: v.detach() for k,v in l.items()} | dict(psnr_0=psnrs[0], clip=b.clip.id)
+            l = self.losses(b, g, velocity)
+            (l["total"]/n).backward()
+            psnrs.append(l["psnr"])
+            self.totals.append((micro, l["total"].detach()))
+        done = {k: v.detach() for k,v in l.items()} | dict(psnr_0=psnrs[0], clip=b.clip.id)
+    return done
 
 @patch
-def train_step(self:Trainer)->dict: # scalars of the step, tensors where a copy would wait for the GPU
+def train_step(self:Trainer)->dict|None: # scalars of the step, tensors where a copy would wait for the GPU; None: nothing could be read
     "Advance by one step."
-    tc = self.cfg.train; l = self.gradients()
-    norm = nn.utils.clip_grad_norm_(self.model.parameters(), tc.grad_clip)
-    for p in self.opt.param_groups: p["lr"] = lr_at(self.step, tc, self.seconds)
-    if torch.isfinite(norm): self.opt.step(); self.ema.update_parameters(self.model)
-    else: self.skipped += 1
+    tc, l = self.cfg.train, self.gradients()
+    for p in self.opt.param_groups: p["lr"] = lr_at(self.step, tc, self.seconds, self.started)
+    if l is not None:
+        l["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), tc.grad_clip)
+    if l is None:
+        self._skip("nothing could be read for it")
+    elif torch.isfinite(l["grad_norm"]):
+        self.opt.step()
+        self.ema.update_parameters(self.model)
+        self.in_a_row = 0
+    else:
+        self._skip(f"its gradient is not finite, with {self._culprit()}")
     self.step += 1
-    return dict(l, grad_norm=norm)
+    return l
+
+# %% ../nbs/32_train.ipynb #a32t0011
+UNREADABLE = DataError, OSError, EOFError, zlib.error # what a file that goes bad raises
+
+@patch
+def _read(self:Trainer,
+    micro:int, # micro-step of the step
+)->Batch|None: # None where a file is bad
+    "The batch of a micro-step; notes what it was, or why there is none."
+    try:
+        if micro == 0:
+            with self._can_stop(): b = self.loader.batch(self.step, micro)
+        else: b = self.loader.batch(self.step, micro)
+    except UNREADABLE as e:
+        why = str(e) or type(e).__name__
+        self.pending.append(None)
+        self.unread[why] = self.unread.get(why, 0) + 1
+        self.run.say(f"step {self.step + 1:6d}  a clip is left out: {why}")
+        if len(self.unread) > self.cfg.train.max_unread:
+            raise DataError(f"training: {len(self.unread)} files went bad while it ran, the last one: {why}") from None
+        return None
+    self.note_clip(b.clip)
+    return b
+
+@patch
+def _culprit(self:Trainer)->str: # words for a sentence
+    "Clip and views of the step's first micro-step whose loss is not finite; of its first one where all losses are."
+    bad = [micro for micro, total in self.totals if not torch.isfinite(total)]
+    i, pairs = self.loader.draw(self.step, bad[0] if bad else self.totals[0][0])
+    return f"clip {self.loader.clips[i].id}, " + " and ".join(f"frame {f} of {c}" for f,c in pairs)
+
+@patch
+def _skip(self:Trainer,
+    why:str, # words for a sentence
+)->None: # raises DataError when too many follow each other
+    "Count and say a step without an update."
+    self.skipped += 1
+    self.in_a_row += 1
+    if self.in_a_row == 1: self.first_skip = f"step {self.step + 1}: {why}"
+    self.run.say(f"step {self.step + 1:6d}  skipped: {why}")
+    if self.in_a_row >= self.cfg.train.max_skipped:
+        raise DataError(f"training: {self.in_a_row} steps in a row were skipped, the first was {self.first_skip}; "
+                        "look at its files with flux4d-check, lower train.lr, or raise train.max_skipped.")
+
+# %% ../nbs/32_train.ipynb #a32t0013
+class Interrupted(Exception):
+    "Training was asked to stop and has saved; the message says how to go on."
+    def _render_traceback_(self)->list[str]: # what a notebook shows
+        "Show the sentence alone."
+        return [str(self)]
+
+@contextmanager
+def stop_signals(
+    asked:Callable, # called with the signal's number and the frame
+)->Iterator[None]:
+    "Call a function on interrupt and on SIGTERM; only the main thread can, and a signal that the process ignores stays ignored."
+    main = threading.current_thread() is threading.main_thread()
+    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM) if main}
+    old = {s: h for s,h in old.items() if h is not signal.SIG_IGN}
+    for s in old: signal.signal(s, asked)
+    try:
+        yield
+    finally:
+        for s,h in old.items(): signal.signal(s, signal.SIG_DFL if h is None else h)
+
+@patch
+def _asked(self:Trainer,
+    number:int, # of the signal
+    frame:Any, # where it struck
+)->None:
+    "Stop now if nothing is half done, else at the end of the step."
+    if self.stop and number == signal.SIGINT: raise KeyboardInterrupt
+    self.stop = True
+    if self.may_stop:
+        self.may_stop = False
+        raise Interrupted
+
+@patch
+@contextmanager
+def _can_stop(self:Trainer)->Iterator[None]:
+    "Inside, a request to stop takes effect at once."
+    if self.stop: raise Interrupted
+    self.may_stop = True
+    try:
+        yield
+    finally: self.may_stop = False
 
 # %% ../nbs/32_train.ipynb #364e644b
 @patch
 def state(self:Trainer)->dict: # tensors and plain values
     "All that a resumed run needs, and where it comes from."
+    counts = dict(step=self.step, skipped=self.skipped, in_a_row=self.in_a_row, first_skip=self.first_skip, unread=dict(self.unread),
+                  best=self.best, seconds=self.seconds, started=self.started)
     rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-    return dict(model=self.model.state_dict(), ema=self.ema.state_dict(), optimizer=self.opt.state_dict(), rng=rng, step=self.step,
-                skipped=self.skipped, best=self.best, seconds=self.seconds, config=config_to_dict(self.cfg), kind=self.model.home,
+    return dict(model=self.model.state_dict(), ema=self.ema.state_dict(), optimizer=self.opt.state_dict(), rng=rng,
+                **counts, config=config_to_dict(self.cfg), kind=self.model.home,
+                trained=trained_entry(self.trained, self.unknown_before), train_clips=list(self.clip_ids), pending=list(self.pending),
                 index_hash=self.index_hash, **{k:v for k,v in provenance(self.device).items() if k in ("flux4d","commit")})
 
 @patch
 def save(self:Trainer,
     aliases:tuple[str,...]=("ckpt_last.pt",), # links to point at it
 )->Path: # ckpt_step_XXXXXX.pt
-    "Save a checkpoint of the current step."
-    return save_checkpoint(self.run.folder/f"ckpt_step_{self.step:06d}.pt", self.state(), aliases)
+    "Save a checkpoint of the current step, and note in meta.json what it was trained on."
+    self._start()
+    self.note_trained()
+    path = save_checkpoint(self.run.folder/f"ckpt_step_{self.step:06d}.pt", self.state(), aliases)
+    prune_checkpoints(self.run.folder, self.step, self.cfg.train.keep_ckpts)
+    self.saved_step, self.saved_at = self.step, time.perf_counter()
+    return path
+
+@patch
+def _start(self:Trainer)->None:
+    "Before the first write of a run that was not resumed: an old run's steps and its `last` are not this one's."
+    if not self.run.rewound: self.run.rewind(self.step)
+
+# %% ../nbs/32_train.ipynb #a32t0009
+def read_resumable(
+    path:str|Path, # a checkpoint
+    optimizer:bool=True, # False: only its weights are wanted
+    device:Any="cpu", # where its tensors go
+)->dict: # its content; raises DataError where a run cannot start from it
+    "Read a checkpoint and check that it holds what is needed to go on from it."
+    s, name = load_checkpoint(path, device), Path(path).name
+    check_checkpoint(s, name, tuple(PARTS) if optimizer else ("kind", "model", "ema", "config", "step"))
+    if optimizer: check_numbers(s["optimizer"], name, "optimizer")
+    return s
 
 @patch
 def resume(self:Trainer,
@@ -509,16 +604,56 @@ def resume(self:Trainer,
     optimizer:bool=True, # False: weights only, step 0, for a changed architecture (S5-14)
 )->list[str]: # keys that the checkpoint did not have
     "Continue from a checkpoint."
-    s = load_checkpoint(path, self.device)
+    s = read_resumable(path, optimizer, self.device)
+    name = Path(path).name
     if optimizer and s["index_hash"] != self.index_hash:
-        raise DataError(f"{Path(path).name}: was trained on another clip index; use that index, or resume_optimizer=False to start a new run from its weights.")
-    missing = load_weights(self.model, s["model"], Path(path).name, strict=optimizer)
-    load_weights(self.ema, s["ema"], Path(path).name, strict=optimizer)
+        raise DataError(f"{name}: was trained on another clip index; use that index, or resume_optimizer=False to start a new run from its weights.")
+    missing = load_weights(self.model, s["model"], name, strict=optimizer)
+    load_weights(self.ema, s["ema"], name, strict=optimizer)
+    before = trained_frames(s, name)
+    self.trained, self.unknown_before = before or {}, before is None
     if optimizer:
-        self.opt.load_state_dict(s["optimizer"]); torch.set_rng_state(s["rng"]["cpu"].cpu())
-        self.step, self.skipped, self.best, self.seconds = s["step"], s["skipped"], s["best"], s["seconds"]
+        try:
+            self._restore(s)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
+            raise DataError(f"{name}: its optimizer, generators or counters do not fit this run ({type(e).__name__}); "
+                            "take another ckpt_step file, or resume_optimizer=False for its weights alone.") from None
     self.run.rewind(self.step)
+    self._say_resumed(name, s, missing)
     return missing
+
+@patch
+def _restore(self:Trainer,
+    s:dict, # a checkpoint's content
+)->None:
+    "Take over optimiser, counters and generators."
+    self.opt.load_state_dict(s["optimizer"])
+    self.step, self.skipped, self.seconds, self.started = s["step"], s["skipped"], float(s["seconds"]), float(s.get("started", 0.))
+    self.best = None if s.get("best") is None else float(s["best"])
+    self.in_a_row, self.first_skip, self.unread = int(s.get("in_a_row", 0)), str(s.get("first_skip", "")), dict(s.get("unread", {}))
+    self.pending, self.saved_step = list(s.get("pending", [])), self.step
+    known = s.get("train_clips", [])           # the logged rows count these
+    self.clip_ids = known + [i for i in self.clip_ids if i not in known]
+    torch.set_rng_state(s["rng"]["cpu"].cpu())
+    gpus = [r.cpu() for r in s["rng"]["cuda"]]
+    if gpus and len(gpus) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(gpus)
+
+@patch
+def _say_resumed(self:Trainer,
+    name:str, # the checkpoint's file name
+    s:dict, # its content
+    missing:list[str], # tensors that it lacked
+)->None:
+    "Say where a run goes on, and what is not as it was."
+    self.run.say(f"goes on from {name} at step {self.step}" if self.step else f"starts at step 0 from the weights of {name}, step {s['step']}")
+    then = flattened(config_to_dict(type(self.cfg)())) | flattened(s["config"])
+    if changed := differences(then, config_to_dict(self.cfg)):
+        self.run.say(f"differs from the configuration of {name} in " + "; ".join(changed))
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        self.run.say(f"{name} lacks {len(missing)} tensors, which start untrained: {', '.join(missing[:5])}{more}")
+    if self.unknown_before:
+        self.run.say(f"{name} does not say which frames it was trained on, so neither will this run")
 
 # %% ../nbs/32_train.ipynb #cccd3d9e
 def load_model(
@@ -526,9 +661,17 @@ def load_model(
     device:Any="cpu", # where the model goes
 )->tuple[nn.Module,Config]: # the model with its averaged weights, in eval mode; its configuration
     "The model of a checkpoint."
-    s = load_checkpoint(path, device); module, _, name = s["kind"].partition(":")
-    if not module.startswith("flux4d."): raise DataError(f"{Path(path).name}: names the model {s['kind']}, which is not of this package; take a checkpoint of flux4d.")
-    kind = getattr(import_module(module), name); cfg = config_from_dict(s["config"], kind.config); model = kind(cfg).to(device)
+    s = load_checkpoint(path, device)
+    check_checkpoint(s, Path(path).name, ("kind", "ema", "config"))
+    module, _, name = s["kind"].partition(":")
+    try:
+        kind = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        kind = None
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "config")):
+        raise DataError(f"{Path(path).name}: names the model {s['kind'][:80]!r}, which this version does not have; take a checkpoint of this version.")
+    cfg = config_from_dict(s["config"], kind.config)
+    model = kind(cfg).to(device)
     load_weights(model, {k.removeprefix("module."): v for k,v in s["ema"].items() if k.startswith("module.")}, Path(path).name)
     return model.eval(), cfg
 
@@ -555,14 +698,47 @@ def fit(self:Trainer,
     progress:Callable=iter, # wraps the range of steps, such as tqdm
 )->list[dict]: # the logged rows
     "Train, log, save, call back."
-    tc = self.cfg.train; calls = [every(tc.save_ckpt_every, Trainer.save_quietly), *self.callbacks]; clock = time.perf_counter() - self.seconds
-    for _ in progress(range(self.step, tc.iters if until is None else until)):
-        if self.done: break
-        l = self.train_step(); self.seconds = time.perf_counter() - clock
-        if self.step % tc.log_every == 0 or self.step == 1 or self.done: self.log(l)
-        for c in calls:
-            if row := c(self): self.run.record(dict(step=self.step, **row))
+    self._start()
+    self.stop, self.saved_at = False, time.perf_counter()
+    try:
+        with stop_signals(self._asked):
+            try:
+                self._steps(self.cfg.train.iters if until is None else until, progress)
+            except Interrupted:
+                raise Interrupted(self._farewell()) from None
+    finally: self.loader.rest()
+    self.note_trained()
     return self.run.rows()
+
+@patch
+def _steps(self:Trainer,
+    until:int, # steps in all
+    progress:Callable, # wraps the range of steps
+)->None:
+    "The steps of `fit`."
+    tc, clock = self.cfg.train, time.perf_counter() - self.seconds
+    calls = [every(tc.save_ckpt_every, Trainer.save_quietly), *self.callbacks]
+    for _ in progress(range(self.step, until)):
+        if self.done: break
+        l = self.train_step()
+        self.seconds = time.perf_counter() - clock
+        if self.step == 1: self.started = self.seconds
+        if self.step % tc.log_every == 0 or self.step == 1 or self.done: self.log(l)
+        with self._can_stop():
+            for c in calls:
+                if row := c(self): self.run.record(dict(step=self.step, **row))
+            if tc.save_ckpt_minutes and time.perf_counter() - self.saved_at > 60*tc.save_ckpt_minutes: self.save()
+    if self.done and self.step != self.saved_step: self.save()
+
+@patch
+def _farewell(self:Trainer)->str: # a sentence
+    "Save where training was interrupted, and say how to go on."
+    if not self.step: line = "interrupted before the first step; start again"
+    else:
+        path = self.save()
+        line = f"interrupted at step {self.step}, saved as {path.name}; go on with -p resume_from last -p out_dir {self.run.folder}"
+    self.run.say(line)
+    return line
 
 @patch
 def save_quietly(self:Trainer)->None:
@@ -571,12 +747,14 @@ def save_quietly(self:Trainer)->None:
 
 @patch
 def log(self:Trainer,
-    l:dict, # scalars of the step
+    l:dict|None, # scalars of the step; None: nothing could be read for it
 )->None:
     "One console line and one record of a step (S6-03)."
-    row = {k: v if isinstance(v, str) else float(v) for k,v in l.items()}
-    self.run.record(dict(step=self.step, **row, lr=self.opt.param_groups[0]["lr"], skipped=self.skipped, seconds=round(self.seconds,2)))
-    self.run.say(f"step {self.step:6d}  " + "  ".join(f"{k} {row[k]:.4f}" for k in ("total","rgb","ssim","depth","vel","psnr")) + f"  {row['clip']}  {self.seconds:.0f} s")
+    row = {k: v if isinstance(v, str) else float(v) for k,v in (l or {}).items()}
+    counts = dict(skipped=self.skipped, seconds=round(self.seconds,2)) | (dict(unread=sum(self.unread.values())) if self.unread else {})
+    self.run.record(dict(step=self.step, **row, lr=self.opt.param_groups[0]["lr"], **counts, clips=self.pending))
+    self.pending = []
+    if l is not None: self.run.say(f"step {self.step:6d}  " + "  ".join(f"{k} {row[k]:.4f}" for k in ("total","rgb","ssim","depth","vel","psnr")) + f"  {row['clip']}  {self.seconds:.0f} s")
 
 # %% ../nbs/32_train.ipynb #d0da1ea0
 @patch

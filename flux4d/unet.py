@@ -4,14 +4,17 @@
 
 # %% ../nbs/30_unet.ipynb #f49903d6
 from __future__ import annotations
-import logging, warnings
+import logging, time, warnings
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
+from annotated_types import MinLen
+from pydantic import PositiveInt
+from .settings import Share
 from .voxels import VoxelConfig, Voxels
 with warnings.catch_warnings():
     warnings.simplefilter("ignore") # spconv uses names that newer torch versions deprecate
@@ -21,9 +24,10 @@ with warnings.catch_warnings():
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR) # nor do its containers ever meet torch's tracer
 
 # %% auto #0
-__all__ = ['AGAIN', 'grid_position', 'cell_key', 'count_rows', 'pool_mean', 'voxelise', 'corner_weights', 'neighbours',
-           'mix_voxels', 'interpolate_voxels', 'SparseConv', 'exchanged', 'kept_tables', 'conv_dtype', 'UNetConfig',
-           'VoxelNorm', 'make_norm', 'ConvBlock', 'SparseUNet']
+__all__ = ['AGAIN', 'PRECISIONS', 'grid_position', 'cell_key', 'count_rows', 'pool_mean', 'voxelise', 'corner_weights',
+           'neighbours', 'mix_voxels', 'interpolate_voxels', 'SparseConv', 'exchanged', 'kept_tables', 'pick_precision',
+           'Kernels', 'use_precision', 'UNetConfig', 'VoxelNorm', 'make_norm', 'ConvBlock', 'SparseUNet',
+           'relative_rms', 'device_gap']
 
 # %% ../nbs/30_unet.ipynb #02f5821b
 def grid_position(
@@ -116,7 +120,7 @@ def interpolate_voxels(
 AGAIN = ", again" # ends the name of a strided layer's table with its sides exchanged
 
 class SparseConv(spconv.conv.SparseConvolution):
-    "A sparse 3D convolution that runs on the device and in the precision of its input."
+    "A sparse 3D convolution that runs on the device of its input."
 
     def __init__(self,
         n_in:int,  # channels in
@@ -135,7 +139,7 @@ class SparseConv(spconv.conv.SparseConvolution):
         self.algo = ConvAlgo.MaskImplicitGemm if x.features.is_cuda else ConvAlgo.Native
         again = self.kind == "down" and x.find_indice_pair(self.key) is not None
         self.inverse, self.indice_key = again or self.kind == "up", self.key + AGAIN*again
-        return self._conv_forward(torch.is_grad_enabled(), x, self.weight.to(x.features.dtype), None)
+        return self._conv_forward(torch.is_grad_enabled(), x, self.weight, None)
 
 # %% ../nbs/30_unet.ipynb #97cd399c
 def exchanged(
@@ -156,28 +160,58 @@ def kept_tables(
 
 
 # %% ../nbs/30_unet.ipynb #e0fcf0ae
-def conv_dtype(
-    precision:str, # 'auto' | 'float32' | 'tf32' | 'float16' | 'bfloat16'
-    device:torch.device, # where the convolutions will run
-)->torch.dtype: # of the features between the layers
-    "The dtype for a precision; sets spconv's TF32 switch; stops when the device cannot do it."
+PRECISIONS = "auto", "float32", "tf32" # of the convolutions
+
+def pick_precision(
+    precision:str, # one of `PRECISIONS`; 'auto' = 'tf32' on a GPU, 'float32' on the CPU
+    device:Any,    # where the convolutions will run
+)->str: # 'float32' or 'tf32'; raises ValueError when the device cannot do what is asked
+    "The precision in which the convolutions will run."
+    if precision in ("float16", "bfloat16"):
+        why = "needs a gradient scaler, which the trainer does not have" if precision == "float16" else "has no kernels in spconv"
+        raise ValueError(f"precision: {precision!r} {why}; use 'tf32', or 'auto'.")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: is {precision!r}; choose 'auto', 'float32' or 'tf32'.")
     gpu = torch.device(device).type == "cuda"
-    if precision == "auto": precision = "tf32" if gpu else "float32"
-    if precision == "bfloat16": raise ValueError("spconv has no bfloat16 kernels; set precision to 'tf32', which has the same range, or to 'float16' with a gradient scaler.")
-    if precision not in ("float32", "tf32", "float16"): raise ValueError(f"Unknown precision {precision!r}; use 'auto', 'float32', 'tf32' or 'float16'.")
-    if not gpu and precision != "float32": raise ValueError(f"Precision {precision!r} needs a GPU; set it to 'auto' or 'float32' on the CPU.")
+    if precision == "auto":
+        return "tf32" if gpu else "float32"
+    if not gpu and precision == "tf32":
+        raise ValueError("precision: 'tf32' needs a GPU; set it to 'auto' or 'float32' on the CPU.")
+    return precision
+
+class Kernels:
+    "Which precision spconv has chosen its GPU kernels for."
+    precision:str|None = None # None until the first convolution on a GPU
+
+def use_precision(
+    precision:str, # 'float32' or 'tf32', from `pick_precision`
+    device:Any,    # where the convolutions will run
+    kernels:type=Kernels, # what this process has chosen so far
+)->None: # raises ValueError when the process is bound to another precision
+    "Set spconv's TF32 switch; a GPU keeps it for the rest of the process."
+    if torch.device(device).type != "cuda":
+        return
+    if kernels.precision not in (None, precision):
+        raise ValueError(f"precision: spconv has chosen its kernels for {kernels.precision!r} and would use them for {precision!r} too; start a new process.")
+    kernels.precision = precision
     spconv_constants.SPCONV_ALLOW_TF32 = precision == "tf32"
-    return torch.float16 if precision == "float16" else torch.float32
 
 # %% ../nbs/30_unet.ipynb #5f76c2e0
 @dataclass(frozen=True)
 class UNetConfig:
     "The sparse U-Net."
-    widths:tuple=(32, 64, 128, 256, 256) # channels per level; each level halves the resolution
-    blocks:int=2          # convolutions per level, on the way down and on the way up
-    norm:str="clip"       # 'clip' = batch norm with the clip's own statistics, 'batch' = with running ones, 'layer'
-    slope:float=.1        # of LeakyReLU below zero
-    precision:str="auto"  # 'auto' = 'tf32' on a GPU, 'float32' on the CPU; see `conv_dtype`
+    # channels per level; each level halves the resolution
+    widths:Annotated[tuple[PositiveInt,...], MinLen(1)]=(32, 64, 128, 256, 256)
+    blocks:PositiveInt=2 # convolutions per level, on the way down and on the way up
+    # 'clip' = batch norm with the clip's own statistics, 'batch' = with running ones, 'layer'
+    norm:Literal["clip","batch","layer"]="clip"
+    slope:Share=.1 # of LeakyReLU below zero
+    # 'auto' = 'tf32' on a GPU, 'float32' on the CPU; see `pick_precision`
+    precision:Literal["auto","float32","tf32"]="auto"
+
+    def __post_init__(self)->None:
+        "Refuse a precision that nobody can honour."
+        pick_precision(self.precision, "cuda")
 
 class VoxelNorm(nn.BatchNorm1d):
     "BatchNorm1d over voxels that also takes a single voxel: the limit of zero variance."
@@ -200,7 +234,7 @@ def make_norm(
 
 # %% ../nbs/30_unet.ipynb #22ed2659
 class ConvBlock(nn.Module):
-    "Conv3D -> norm -> LeakyReLU (paper supp. A.2); the norm runs in float32."
+    "Conv3D -> norm -> LeakyReLU (paper supp. A.2)."
 
     def __init__(self,
         n_in:int,  # channels in
@@ -218,7 +252,7 @@ class ConvBlock(nn.Module):
     )->spconv.SparseConvTensor: # output voxels
         "Convolve, normalise, bend."
         x = self.conv(x)
-        return x.replace_feature(F.leaky_relu(self.norm(x.features.float()), self.slope).to(x.features.dtype))
+        return x.replace_feature(F.leaky_relu(self.norm(x.features), self.slope))
 
 # %% ../nbs/30_unet.ipynb #1bb53857
 def _stack(
@@ -266,13 +300,60 @@ def forward(self:SparseUNet,
     tables:dict|None=None, # what earlier passes over the same voxels found out; filled here
 )->Tensor: # (V,n_out) float32, in the order of `v`
     "Features of each voxel in the light of its surroundings."
-    dtype, skips, shape = conv_dtype(self.cfg.precision, v.features.device), [], self.padded_shape(shape)
+    device, skips, shape = v.features.device, [], self.padded_shape(shape)
+    use_precision(pick_precision(self.cfg.precision, device), device)
     known = {} if tables is None else tables.setdefault((torch.is_grad_enabled(), *shape), {})
-    with torch.autocast(v.features.device.type, enabled=False):
-        x = spconv.SparseConvTensor(self.stem(v.features.float()).to(dtype), F.pad(v.coords, (1,0)).int(), shape, 1, indice_dict=dict(known))
+    with torch.autocast(device.type, enabled=False):
+        x = spconv.SparseConvTensor(self.stem(v.features.float()), F.pad(v.coords, (1,0)).int(), shape, 1, indice_dict=dict(known))
         for i,enc in enumerate(self.enc): x = enc(x if i == 0 else self.down[i-1](x)); skips.append(x)
         for i,dec in reversed(list(enumerate(self.dec))):
             x = self.up[i](x)
             x = dec(x.replace_feature(torch.cat([x.features, skips[i].features], 1)))
         if not known: known.update(kept_tables(x))
-        return x.features.float()
+        return x.features
+
+# %% ../nbs/30_unet.ipynb #2ff8bad8
+def relative_rms(
+    x:Tensor,   # any shape
+    ref:Tensor, # same shape
+)->float:
+    "Root mean squared difference, relative to the reference's own size."
+    return ((x - ref).norm()/ref.norm().clamp_min(1e-30)).item()
+
+def device_gap(
+    precision:str, # 'float32' or 'tf32'
+    n:int=300_000, # points
+    repeats:int=5, # timed steps
+)->dict[str,float]: # relative errors against the CPU: forward, no_grad, gradient; ms of a step, and of one with its tables at hand
+    "One network on the CPU and on the GPU. Call it in a new process: spconv keeps the precision of its first kernels."
+    cfg, gen = VoxelConfig(), torch.Generator().manual_seed(0)
+    xy = torch.rand(n, 2, generator=gen)*torch.tensor([140., 90.]) - torch.tensor([5., 45.])
+    points = torch.cat([xy, .5*torch.sin(xy[:,:1]/5)], 1)
+    v, vg = (voxelise(p, p, cfg) for p in (points, points.cuda()))
+    for k in ("keys", "coords", "count", "voxel", "inside"): # on the edges of cells too
+        if not torch.equal(getattr(v, k), getattr(vg, k).cpu()):
+            raise AssertionError(f"{k} of the voxels differ between CPU and GPU.")
+    torch.manual_seed(0)
+    ref = SparseUNet(3, UNetConfig(precision="float32"))
+    net = SparseUNet(3, UNetConfig(precision=precision)).cuda()
+    net.load_state_dict(ref.state_dict())
+    goal = torch.randn(len(v), ref.n_out, generator=gen)
+    def step(net:SparseUNet, v:Voxels, tables:dict|None=None)->tuple[Tensor,Tensor]: # features, gradient
+        y = net(v, cfg.shape, tables)
+        grads = torch.autograd.grad((y*goal.to(y)).mean(), list(net.parameters()))
+        return y.detach().cpu(), torch.cat([g.flatten() for g in grads]).cpu()
+    def timed(*args:Any)->float: # ms
+        for _ in range(3):
+            step(net, vg, *args)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            step(net, vg, *args)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start)/repeats*1e3
+    (want, want_grad), (y, grad) = step(ref, v), step(net, vg)
+    with torch.no_grad():
+        still = net.eval()(vg, cfg.shape).cpu()
+    net.train()
+    return dict(voxels=len(v), forward=relative_rms(y, want), no_grad=relative_rms(still, want), gradient=relative_rms(grad, want_grad),
+                largest=((y - want).abs().max()/want.abs().max()).item(), step_ms=timed(), again_ms=timed({}))

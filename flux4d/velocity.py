@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np, torch
 from PIL import Image
 from torch import Tensor
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from .clips import Clip, Views
 from .frames import rotate_vectors, transform_points
 from .gaussians import Gaussians, advance, velocity_at
 from .losses import blur, gaussian_window, _mirror
 from .pandaset import atomic_write
+from .settings import Share
 from .render import RenderConfig, Rendered, render
 
 # %% auto #0
@@ -26,10 +28,10 @@ __all__ = ['FlowConfig', 'frame_gaps', 'clip_gaps', 'view_gaps', 'image_velocity
 class FlowConfig:
     "Rendered velocity and the weight it gives to a pixel (supp. A.1)."
     enabled:bool=False        # weigh the colour term of training by 1 + |v_r|; off, nothing changes (S5-12)
-    clip_px:float=10.         # longest displacement to the next frame, px
-    alpha_threshold:float=.5  # v_r is valid where alpha is above this
-    blur_sigma:float=0.       # px, standard deviation of the blur of the weights; 0 = none
-    blur_window:int=0         # px, odd side of its window; 0 = none
+    clip_px:PositiveFloat=10. # longest displacement to the next frame, px
+    alpha_threshold:Share=.5 # v_r is valid where alpha is above this
+    blur_sigma:NonNegativeFloat=0. # px, standard deviation of the blur of the weights; 0 = none
+    blur_window:NonNegativeInt=0 # px, odd side of its window; 0 = none
 
     def __post_init__(self)->None:
         "Refuse what has no meaning."

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from .settings import Share
 from .voxels import VoxelConfig
 
 # %% auto #0
@@ -20,27 +22,28 @@ __all__ = ['CLOSER', 'VoteConfig', 'height_above_ground', 'cell_of', 'occupancy'
 @dataclass(frozen=True)
 class VoteConfig:
     "How far and how finely sweeps are laid over each other."
-    reach:int=16          # cells, largest shift along an axis between two input frames; 0 = no votes
-    cell:float=.25        # m, edge of a cell on the ground
-    block:int=4           # cells, edge of a block; three by three blocks vote together
-    gaps:int=3            # sweeps asked on each side; a shift must hold again and again
+    reach:NonNegativeInt=16 # cells, largest shift along an axis between two input frames; 0 = no votes
+    cell:PositiveFloat=.25 # m, edge of a cell on the ground
+    block:PositiveInt=4 # cells, edge of a block; three by three blocks vote together
+    gaps:PositiveInt=3 # sweeps asked on each side; a shift must hold again and again
     height:tuple[float,float]=(.3, 3.) # m above the ground that counts; below is road, above are trees and signs
-    ground_cell:float=2.  # m, edge of the cells in which the ground is looked for
-    ground_share:float=.2 # of a cell's points that may lie below its ground; some points stray
-    near:float=.75        # m, a sweep is asked whether something still stands here only if it has any point this near
-    still:float=.08       # 1/m, share of the votes that a longer shift must win to be preferred
-    lead:float=.3         # share of the votes by which a shift must beat standing still to be a witness
-    least:int=4           # standing cells in a block and its neighbours, below which it is none
-    hint:float=.15        # lead that is enough where witnesses confirm it
-    agree:float=2.5       # m/s, a witness's velocity is at most this far off
-    witnesses:int=3       # sweeps with a witness that a trusted vote needs, or all there are
-    rounds:int=3          # times that what was confirmed becomes a witness itself
+    ground_cell:PositiveFloat=2. # m, edge of the cells in which the ground is looked for
+    ground_share:Share=.2 # of a cell's points that may lie below its ground; some points stray
+    # m, a sweep is asked whether something still stands here only if it has any point this near
+    near:NonNegativeFloat=.75
+    still:NonNegativeFloat=.08 # 1/m, share of the votes that a longer shift must win to be preferred
+    lead:NonNegativeFloat=.3 # share of the votes by which a shift must beat standing still to be a witness
+    least:NonNegativeInt=4 # standing cells in a block and its neighbours, below which it is none
+    hint:NonNegativeFloat=.15 # lead that is enough where witnesses confirm it
+    agree:NonNegativeFloat=2.5 # m/s, a witness's velocity is at most this far off
+    witnesses:NonNegativeInt=3 # sweeps with a witness that a trusted vote needs, or all there are
+    rounds:NonNegativeInt=3 # times that what was confirmed becomes a witness itself
     column:tuple[float,float]=(.1, 4.) # m above the ground, what moves with whatever stands in the same cell
-    fine:float=.125       # m, edge of the cells in which paths are fitted
-    width:float=.15       # m, standard deviation of the blur by which a cell draws a path
-    loose:float=2.        # m/s and m/s^2, standard deviation of a path from its vote and from constant speed
-    slides:int=24         # steps of the fit; 0 = straight paths, as voted
-    settles:int=3         # times that a path becomes the mean of those that meet it
+    fine:PositiveFloat=.125 # m, edge of the cells in which paths are fitted
+    width:PositiveFloat=.15 # m, standard deviation of the blur by which a cell draws a path
+    loose:PositiveFloat=2. # m/s and m/s^2, standard deviation of a path from its vote and from constant speed
+    slides:NonNegativeInt=24 # steps of the fit; 0 = straight paths, as voted
+    settles:NonNegativeInt=3 # times that a path becomes the mean of those that meet it
 
 # %% ../nbs/14_votes.ipynb #475e3613
 def height_above_ground(

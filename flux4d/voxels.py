@@ -4,10 +4,12 @@
 
 # %% ../nbs/13_voxels.ipynb #ec5dd6af
 from __future__ import annotations
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 import numpy as np
+from pydantic import PositiveFloat
 from .frames import Array
 
 # %% auto #0
@@ -17,14 +19,16 @@ __all__ = ['VoxelConfig', 'Voxels', 'cell_of', 'voxelise_np', 'voxel_report', 'p
 @dataclass(frozen=True)
 class VoxelConfig:
     "The grid the network sees, in ego0."
-    size:float=.2                  # edge of a voxel, m
-    low:tuple=(-10., -50., -6.)    # lower corner, ego0, m
-    high:tuple=(140., 50., 14.)    # upper corner, ego0, m
+    size:PositiveFloat=.2 # edge of a voxel, m
+    low:tuple[float,float,float]=(-10., -50., -6.) # lower corner, ego0, m
+    high:tuple[float,float,float]=(140., 50., 14.) # upper corner, ego0, m
 
     def __post_init__(self)->None:
         "Refuse a grid without cells."
         if self.size <= 0 or not all(a < b for a,b in zip(self.low, self.high)):
             raise ValueError(f"The voxel grid {self.low}..{self.high} at {self.size} m has no cells; size must be positive and low below high.")
+        if math.prod(self.shape) >= 2**62:
+            raise ValueError(f"size: is {self.size}, which makes more cells than can be numbered; choose larger cells.")
 
     @property
     def shape(self)->tuple[int,int,int]: # cells along x, y, z

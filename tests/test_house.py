@@ -238,8 +238,9 @@ def test_settings_and_pyproject_agree():
 
 def test_packages_imported_are_declared():
     project = (ROOT/"pyproject.toml").read_text().split("[project.optional-dependencies]")[0]
-    spelled = dict(PIL="pillow", yaml="pyyaml", spconv="spconv-cu120", skimage="scikit-image", sklearn="scikit-learn", cv2="opencv-python", IPython="ipykernel",
-                   nbclient="papermill", nbformat="papermill") # the last three come with these
+    spelled = dict(PIL="pillow", yaml="pyyaml", spconv="spconv-cu120", skimage="scikit-image", sklearn="scikit-learn", cv2="opencv-python", IPython="ipykernel", annotated_types="annotated-types",
+                   nbclient="papermill", nbformat="papermill", # the last three come with these
+                   markdown_it="markdown-it-py")
     used = {a.split(".")[0] for p in MODULES for n in ast.walk(tree(p)) for a in
             ([x.name for x in n.names] if isinstance(n, ast.Import) else [n.module] if isinstance(n, ast.ImportFrom) and n.module and not n.level else [])}
     assert sorted(m for m in used - set(sys.stdlib_module_names) - {"flux4d"} if f'"{spelled.get(m, m)}' not in project)==[]

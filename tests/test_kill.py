@@ -19,7 +19,7 @@ def small_trainer(folder: Path) -> Trainer:
     clips = [Clip(PandaSet(root)[r["scene_id"]], r) for r in select_clips(build_index(root, ClipConfig()))]
     cfg = Config(data=DataConfig(image_scale=.25, loader_threads=1), model=PredictorConfig(unet=UNetConfig(widths=(4, 8), blocks=1)),
                  train=TrainConfig(iters=100_000, warmup=1, eval_every=0, log_every=1, save_ckpt_every=1, views_per_step=1))
-    trainer = Trainer(cfg, Loader(clips, cfg, LiftCache(folder / "cache")), Run(folder))
+    trainer = Trainer(cfg, Loader(clips, cfg, LiftCache(folder / "cache")), Run(folder, goes_on=True))
     if (folder / "ckpt_last.pt").exists():
         trainer.resume(folder / "ckpt_last.pt")
     return trainer
@@ -36,8 +36,6 @@ def work(folder: str) -> None:
             f.unlink()
         trainer.loader.lifted.cache_clear()
         trainer.fit(trainer.step + 3)
-        for old in sorted(Path(folder).glob("ckpt_step_*.pt"))[:-3]:
-            old.unlink()
 
 
 def test_twenty_kills(tmp_path: Path) -> None:
