@@ -367,12 +367,12 @@ def figures_in(
     shown = NOT_PROSE.sub(lambda m: re.sub(r"[^\n]", "\0", m[0]), text)
     names = re.compile(rf"\b(?:{'|'.join(map(re.escape, runs)) or '(?!)'})\b")
     found = []
-    for block in re.finditer(r"(?:.+(?:\n|\Z))+", text): # up to an empty line
-        table = block[0].lstrip().startswith("|")
-        for m in NUMBER.finditer(shown, block.start(), block.end()):
-            beside = text[text.rfind("\n", 0, m.start()) + 1:(text.find("\n", m.end()) + 1 or len(text))] if table else block[0]
+    for section in re.finditer(r"(?:^#+ .*\n?)?(?:^(?!#+ ).*\n?)*", text, re.M): # from heading to heading
+        named = names.search(SOURCES.sub("", section[0]))
+        for m in NUMBER.finditer(shown, section.start(), section.end()):
+            line = text[text.rfind("\n", 0, m.start()) + 1:(text.find("\n", m.end()) + 1 or len(text))]
             measure = "." in m[0] or bool(UNITS.match(shown, m.end()))
-            found.append(Figure(m.start(), m.end(), m[0], measure and bool(names.search(SOURCES.sub("", beside)))))
+            found.append(Figure(m.start(), m.end(), m[0], measure and bool(names.search(line) if line.startswith("|") else named)))
     return found
 
 # %% ../nbs/09_house.ipynb #bc75a211
