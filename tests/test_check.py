@@ -177,6 +177,14 @@ def test_planted_fault_gives_one_sentence(log, name):
     assert says in text and text.startswith("001/") and text.endswith("."), text
     assert ". " not in text and "\n" not in text, text
 
+@pytest.mark.parametrize("plant, file", [(second_camera, "camera/left_camera"), (renamed("CAM_FRONT"), "camera/CAM_FRONT")])
+def test_cameras_that_are_not_read_yet_are_said_once(log, plant, file, capsys):
+    plant(log)
+    for images in ([], ["--no-images"]):
+        assert check_main([str(log.root), *images]) == 1
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == 2 and f"001/{file}" in said[0], said
+
 def test_lens_distortion_is_said_once(log):
     edit(log, lambda v: v | dict(k1=-.3), LENS)
     said = [f.text for f in examine(log, images=False) if LENS in f.text]
@@ -362,7 +370,7 @@ def test_index_command_ends_in_sentences(drive, tmp_path, capsys):
     (tmp_path/"file").touch()
     assert index_main([str(drive), str(tmp_path/"file/sub")]) == 1
     said = capsys.readouterr().out.splitlines()[-1]
-    assert "cannot be read or written" in said and said.endswith(".")
+    assert "written" in said and said.endswith(".")
 
 
 # times
@@ -397,7 +405,7 @@ def test_seconds_do_not_pass_for_clip_time():
 def test_returns_of_another_time_make_no_gaussians(sound):
     from flux4d.lift import clip_data
     clip = Clip(Log(sound, "001"), build_index(sound, ClipConfig(test_scenes=("001",)))["clips"][0])
-    assert len(clip_data(clip).returns.points) > 1000
+    assert (~clip_data(clip).points[...,0].isnan()).sum() > 1000
     moved = clip.log.sweep
     def late(frame, sensors=(0,)):
         s = moved(frame, sensors)
