@@ -87,7 +87,7 @@ def run_variant(
     root, folder = repo_root(), Path(out)/f"ablation_{name}"
     if (root/folder/"metrics.json").is_file(): return folder
     import papermill
-    p = merged(common, VARIANTS[name]) | dict(out_dir=str(folder)); known = papermill.inspect_notebook(str(root/notebook))
+    p = merged(common, VARIANTS[name]) | dict(out_dir=str(folder), overwrite=True); known = papermill.inspect_notebook(str(root/notebook))
     if unknown := sorted(set(p) - set(known)): raise DataError(f"others: {Path(notebook).name} has no parameter {unknown[0]!r}; it knows {', '.join(known)}.")
     (root/folder).mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(str(root/notebook), str(root/folder/Path(notebook).name), p, kernel_name="python3", progress_bar=False, cwd=str(root), extra_arguments=["--log-level=CRITICAL"])

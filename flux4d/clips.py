@@ -102,7 +102,8 @@ def check_time_unit(
     path, stamps = log.folder/"lidar/timestamps.json", log.lidar_stamps
     step = float(np.median(np.diff(stamps))) if len(stamps) > 1 else 0.
     unit = time_unit(step)
-    if unit: report(path, f"steps by {step:.0f} from frame to frame, which are {unit}", f"divide its stamps by {TIME_UNITS[unit]:.0f} to get seconds")
+    if unit: report(path, f"steps by {step:.0f} from frame to frame, which are {unit}",
+                    f"divide its stamps by {TIME_UNITS[unit]:.0f} to get seconds")
 
 # %% ../nbs/04_clips.ipynb #f78e89b1
 def irregular_step(
@@ -305,15 +306,19 @@ _K = _keys(fx=_number, fy=_number, cx=_number, cy=_number)
 META_SCHEMA = dict(
     version=Field(_whole, "a whole number"), preset=Field(_text, "text"),
     config=Field(_keys(cameras=_list_of(is_name)), "the settings of the cut, with plain names of cameras"),
-    coord=Field(lambda x: isinstance(x, dict), "the coordinate block"), scenes=Field(_list_of(is_name), "a list of plain names of logs"),
+    coord=Field(lambda x: isinstance(x, dict), "the coordinate block"),
+                   scenes=Field(_list_of(is_name), "a list of plain names of logs"),
     fingerprint=Field(_dict_of(_text), "a mark for each log's plain name"),
     left_out=Field(_list_of(_keys(clip_id=_text, scene_id=_text, reason=_text)), "a list of clips with reasons"))
 RECORD_SCHEMA = dict(
-    clip_id=Field(is_name, "a plain name"), scene_id=Field(is_name, "a plain name"), setting=Field(is_name, "a plain name"),
+    clip_id=Field(is_name, "a plain name"), scene_id=Field(is_name, "a plain name"),
+                     setting=Field(is_name, "a plain name"),
     split=Field(lambda x: isinstance(x, str) and x in ("train", "test"), "train or test"),
     **dict.fromkeys(("fps", "fps_actual"), Field(lambda x: _number(x) and x > 0, "a positive number")),
-    **dict.fromkeys(("clip_len_frames", "stride_frames", "frame_start", "frame_end"), Field(_whole, "a whole number from 0 on")),
-    **dict.fromkeys("frame_ids input_indices target_indices input_frame_ids target_frame_ids".split(), Field(_frames, "a list of whole numbers from 0 on")),
+    **dict.fromkeys(("clip_len_frames", "stride_frames", "frame_start", "frame_end"),
+                    Field(_whole, "a whole number from 0 on")),
+    **dict.fromkeys("frame_ids input_indices target_indices input_frame_ids target_frame_ids".split(),
+                    Field(_frames, "a list of whole numbers from 0 on")),
     timestamps=Field(_keys(lidar=_stamps, cameras=_dict_of(_stamps)), "lists of stamps by sensor"),
     intrinsics=Field(_dict_of(_K), "fx, fy, cx, cy by camera"),
     extrinsics=Field(_keys(lidar=_poses, cameras=_dict_of(_poses)), "lists of 4x4 poses by sensor"),
@@ -335,8 +340,10 @@ def _wrong_record(record:dict, meta:dict)->str|None:
     if other: return f"image_paths name the camera {min(other)!r}, which is not among the index's cameras"
     frames, n = record["frame_ids"], len(record["frame_ids"])
     if frames != list(range(frames[0], frames[0] + n) if n else []): return "frame_ids must be consecutive"
-    if not {*record["input_frame_ids"], *record["target_frame_ids"]} <= set(frames): return "input_frame_ids and target_frame_ids must lie in frame_ids"
-    lists = [record["timestamps"]["lidar"], record["lidar_paths"], *record["timestamps"]["cameras"].values(), *record["image_paths"].values()]
+    if not {*record["input_frame_ids"], *record["target_frame_ids"]} <= set(frames):
+        return "input_frame_ids and target_frame_ids must lie in frame_ids"
+    lists = [record["timestamps"]["lidar"], record["lidar_paths"], *record["timestamps"]["cameras"].values(),
+             *record["image_paths"].values()]
     if any(len(v) != n for v in lists): return f"its lists must have {n} entries, one per frame"
 
 # %% ../nbs/04_clips.ipynb #dc053468
@@ -348,7 +355,8 @@ def load_index(
     index, again = safe_load_pickle(path, admitted={}), "write it again with flux4d-index"
     has = lambda d, names: isinstance(d, dict) and set(names) <= d.keys()
     whole = has(index, ("meta", "clips")) and has(index["meta"], META_FIELDS) and isinstance(index["clips"], list)
-    if not (whole and all(has(c, RECORD_FIELDS) for c in index["clips"])): report(path, "lacks fields of a clip index", again)
+    if not (whole and all(has(c, RECORD_FIELDS) for c in index["clips"])):
+        report(path, "lacks fields of a clip index", again)
     meta = index["meta"]
     if wrong := _wrong_field(meta, META_SCHEMA): report(path, f"its {wrong}", again)
     for k, record in enumerate(index["clips"]):
@@ -365,7 +373,8 @@ def index_hash(
     index:dict[str,Any], # an index
 )->str: # 16 hex digits
     "Identity of an index: its cut and the data it was cut from."
-    config = {k: v for k,v in index["meta"]["config"].items() if k != "max_step_ratio"} # what it leaves out shows in the names
+    # what max_step_ratio leaves out shows in the clips' names
+    config = {k: v for k,v in index["meta"]["config"].items() if k != "max_step_ratio"}
     text = json.dumps([config, index["meta"]["fingerprint"], [c["clip_id"] for c in index["clips"]]], sort_keys=True)
     return hashlib.sha1(text.encode()).hexdigest()[:16]
 
@@ -400,7 +409,8 @@ def inspect_index(
     "Print a summary, the coordinate block and one record."
     m, clips = index["meta"], index["clips"]
     if clip is not None and not 0 <= clip < len(clips):
-        raise DataError(f"clip: {clip} is not in this index; " + (f"choose a number from 0 to {len(clips)-1}." if clips else "it holds no clip."))
+        remedy = f"choose a number from 0 to {len(clips)-1}" if clips else "it holds no clip"
+        raise DataError(f"clip: {clip} is not in this index; {remedy}.")
     kinds = sorted({(c["setting"], c["split"]) for c in clips})
     print(f"{m['preset']} preset, {len(m['scenes'])} logs, {len(clips)} clips, {len(m['left_out'])} left out, hash {index_hash(index)}")
     for k in kinds: print(f"  {k[0]:20} {k[1]:6}{sum((c['setting'], c['split']) == k for c in clips):6}")
@@ -417,7 +427,8 @@ _EXAMPLE = """example:
 def _parser()->argparse.ArgumentParser:
     "Options of `flux4d-index`; every default is `ClipConfig`'s."
     d = ClipConfig()
-    p = argparse.ArgumentParser("flux4d-index", description="Cut PandaSet logs into clips.", epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser("flux4d-index", description="Cut PandaSet logs into clips.", epilog=_EXAMPLE,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("data_root", nargs="?", help="folder that holds 001, 002 and so on")
     p.add_argument("out_dir", nargs="?", default="indices", help="folder for the two index files, default indices")
     p.add_argument("--preset", choices=PRESETS, default=d.preset)
@@ -447,7 +458,8 @@ def index_main(
         print(e)
         return 1
     except OSError as e:
-        print(f"{e.filename or a.out_dir}: cannot be read or written ({e.strerror}); choose a folder you may write to, on a disk with room.")
+        print(f"{e.filename or a.out_dir}: cannot be read or written ({e.strerror}); choose a folder you may write "
+              "to, on a disk with room.")
         return 1
     return 0
 
@@ -460,7 +472,9 @@ class Clip:
     )->None:
         "Open a clip and compare it with the log."
         self.log, self.record = log, record; self.id, self.setting, self.split = (record[k] for k in ("clip_id", "setting", "split"))
-        if not is_name(self.id): raise DataError(f"clip_id: {str(self.id)[:40]!r} is not a plain name; write the index again with flux4d-index.") # it becomes part of paths
+        if not is_name(self.id): # it becomes part of paths
+            raise DataError(f"clip_id: {str(self.id)[:40]!r} is not a plain name; write the index again with "
+                            "flux4d-index.")
         self.frames, self.input_frames, self.target_frames = (list(record[k]) for k in ("frame_ids", "input_frame_ids", "target_frame_ids"))
         if len(self.frames) < 2 or not self.input_frames: raise DataError(f"{self.id}: is an empty clip; write the index again with flux4d-index.")
         own, stamps = np.asarray(record["timestamps"]["lidar"]), log.lidar_stamps[self.frames[0]:self.frames[-1]+1]
@@ -500,7 +514,8 @@ def check_times(self:Clip,
     low, high = float(np.min(t)), float(np.max(t))
     if -reach - 1e-3 <= low and high <= 1 + reach + 1e-3: return # stamps are stored in steps of 0.1 ms
     off = low if low < -reach else high
-    report(path, f"{what} at {off:.4g} of clip {self.id}, more than {reach:.2g} outside 0..1", "compare its unit, clock and order with lidar/timestamps.json")
+    report(path, f"{what} at {off:.4g} of clip {self.id}, more than {reach:.2g} outside 0..1",
+           "compare its unit, clock and order with lidar/timestamps.json")
 
 @patch
 def check_returns(self:Clip,
@@ -532,7 +547,9 @@ def long_log_clips(
 )->list[Clip]: # in the order of the log
     "A whole log as a chain of clips; every odd frame between two even ones is the target of exactly one."
     kept, out = _cut_log(data[log_id], ClipConfig(preset="long_log", cameras=tuple(cameras), test_scenes=(log_id,)))
-    if out: raise DataError(f"{out[0]['clip_id']}: {out[0]['reason']}; a whole log needs 11 frames or more, at even steps, and all their files.")
+    if out:
+        needs = "a whole log needs 11 frames or more, at even steps, and all their files"
+        raise DataError(f"{out[0]['clip_id']}: {out[0]['reason']}; {needs}.")
     return [Clip(data[log_id], r) for r in kept]
 
 # %% ../nbs/04_clips.ipynb #637ffbad

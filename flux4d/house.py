@@ -214,7 +214,7 @@ def record_files(
     if len(pictures) > 8 or size > 2**20:
         raise ValueError(f"{run.name}: {len(pictures)} JPEGs of {size/2**20:.2f} MB; a run of record keeps at most 8 of 1 MB in all: delete some")
     trained = not (run/"metrics.json").is_file() or read_metrics(run/"metrics.json").get("runtime", {}).get("iters", 1)
-    needed = [run/n for n in ("config.yaml", "metrics.json", *["metrics.jsonl"]*bool(trained))]; report = [run/"report.md"]*(run/"report.md").is_file()
+    needed = [run/n for n in ("config.yaml", "metrics.json", *["metrics.jsonl"]*bool(trained))]; report = [run/n for n in ("report.md", "meta.json") if (run/n).is_file()]
     missing = [p.name for p in needed if not p.is_file()] + ([] if list(run.glob("*.ipynb")) else ["the executed notebook"])
     if missing: raise FileNotFoundError(f"{run.name} is no complete run: {', '.join(missing)} missing; run it to its end first")
     return [*sorted(run.glob("*.ipynb")), *needed, *report, *pictures]
@@ -237,7 +237,7 @@ def run_summary(
     said = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k,v in notes.items())
     return f"**{run.name}**: {said}\n\n{metrics_table(metrics)}"
 
-RESULTS = {"full PSNR dB": "nvs full * psnr", "moving PSNR dB": "nvs dynamic * psnr", "depth RMSE m": "nvs full * depth_rmse", "FD EPE m": "scene_flow epe_3way FD", "at rest": "zero_motion scene_flow epe_3way FD", "BS EPE m": "scene_flow epe_3way BS"}
+RESULTS = {"full PSNR dB": "nvs full * psnr", "moving PSNR dB": "nvs dynamic * psnr", "depth RMSE m": "nvs full * depth_rmse", "FD EPE m": "scene_flow epe_3way FD", "FD, motion prior alone": "baselines motion_prior scene_flow epe_3way FD", "at rest": "zero_motion scene_flow epe_3way FD", "BS EPE m": "scene_flow epe_3way BS", "BS, motion prior alone": "baselines motion_prior scene_flow epe_3way BS"}
 
 def results_row(
     run:Path, # a run's folder
@@ -367,12 +367,12 @@ def figures_in(
     shown = NOT_PROSE.sub(lambda m: re.sub(r"[^\n]", "\0", m[0]), text)
     names = re.compile(rf"\b(?:{'|'.join(map(re.escape, runs)) or '(?!)'})\b")
     found = []
-    for block in re.finditer(r"(?:.+(?:\n|\Z))+", text): # up to an empty line
-        table = block[0].lstrip().startswith("|")
-        for m in NUMBER.finditer(shown, block.start(), block.end()):
-            beside = text[text.rfind("\n", 0, m.start()) + 1:(text.find("\n", m.end()) + 1 or len(text))] if table else block[0]
+    for section in re.finditer(r"(?:^#+ .*\n?)?(?:^(?!#+ ).*\n?)*", text, re.M): # from heading to heading
+        named = names.search(SOURCES.sub("", section[0]))
+        for m in NUMBER.finditer(shown, section.start(), section.end()):
+            line = text[text.rfind("\n", 0, m.start()) + 1:(text.find("\n", m.end()) + 1 or len(text))]
             measure = "." in m[0] or bool(UNITS.match(shown, m.end()))
-            found.append(Figure(m.start(), m.end(), m[0], measure and bool(names.search(SOURCES.sub("", beside)))))
+            found.append(Figure(m.start(), m.end(), m[0], measure and bool(names.search(line) if line.startswith("|") else named)))
     return found
 
 # %% ../nbs/09_house.ipynb #bc75a211

@@ -131,6 +131,7 @@ def clip_data(
     for f, sweep in zip(frames, sweeps): clip.check_returns(f, sweep.stamps)
     x, pad = lambda rows: torch.from_numpy(np.array(rows)), lambda rows, fill: pad_sequence([torch.from_numpy(np.ascontiguousarray(r)) for r in rows], True, fill)
     each = lambda f: x([[f(cam, i) for cam in cams] for i in frames])
+    log.image_size(cameras)
     return ClipData(x([[log.image(c, f, image_scale) for c in cameras] for f in frames]), each(lambda cam, f: scale_intrinsics(cam.K, image_scale)), each(lambda cam, f: cam.poses[f]),
         each(lambda cam, f: cam.stamps[f] - start), pad([s.points for s in sweeps], math.nan), pad([s.stamps - start for s in sweeps], math.nan), pad([s.sensor for s in sweeps], -1),
         x(log.lidar_stamps[frames]) - start, torch.tensor(frames), clip.time.duration, clip.id,

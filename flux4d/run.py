@@ -4,7 +4,7 @@
 
 # %% ../nbs/08_run.ipynb #a08r0004
 from __future__ import annotations
-import errno, json, os, platform, shutil, subprocess, zlib
+import errno, io, json, os, platform, shutil, subprocess, zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,9 +19,9 @@ import flux4d
 from .pandaset import DataError, atomic_write, short_path
 
 # %% auto #0
-__all__ = ['PARTS', 'full_disk_said', 'Run', 'logged_rows', 'commit_of', 'provenance', 'save_checkpoint', 'prune_checkpoints',
-           'newest_run', 'check_checkpoint', 'check_numbers', 'load_checkpoint', 'trained_entry', 'trained_frames',
-           'load_weights', 'damage_of', 'damaged_files', 'refuse_damaged']
+__all__ = ['PARTS', 'full_disk_said', 'refuse_held', 'Run', 'logged_rows', 'commit_of', 'provenance', 'save_checkpoint',
+           'prune_checkpoints', 'newest_run', 'check_checkpoint', 'check_numbers', 'load_checkpoint', 'trained_entry',
+           'trained_frames', 'load_weights', 'damage_of', 'damaged_files', 'refuse_damaged']
 
 # %% ../nbs/08_run.ipynb #47ff966d
 @contextmanager
@@ -31,11 +31,23 @@ def full_disk_said(
     "Say in one sentence that the disk is full."
     try:
         yield
-    except (OSError, RuntimeError) as e: # torch reports a failed write as RuntimeError
-        full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(e)
-        if not full:
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DataError(f"{path.parent.name}/{path.name}: the disk is full; free some space and go on with resume_from=last.") from None
+
+def refuse_held(
+    folder:Path, # where a run shall write
+    goes_on:bool=False, # steps and checkpoints may be there
+)->None: # raises DataError
+    "Refuse a folder whose content would be lost."
+    if (folder/"metrics.json").exists():
+        raise DataError(f"{folder.name}/metrics.json: this run is finished; choose another out_dir or set overwrite=True.")
+    log = folder/"metrics.jsonl"
+    held = ["steps"]*(log.is_file() and log.stat().st_size > 0) + ["checkpoints"]*any(folder.glob("ckpt_*.pt"))
+    if held and not goes_on:
+        raise DataError(f"{folder.name}: holds {' and '.join(held)} of an earlier run; go on with resume_from=last, "
+                        "choose another out_dir, or set overwrite=True to replace them.")
 
 class Run:
     "The folder of one run."
@@ -47,22 +59,9 @@ class Run:
         "Open or make the folder; nothing in it is changed yet."
         self.folder, self.lock, self.begun, self.rewound = Path(folder), None, False, False
         if not overwrite:
-            self._refuse_others(goes_on)
+            refuse_held(self.folder, goes_on)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
-
-    def _refuse_others(self,
-        goes_on:bool, # steps and checkpoints may be there
-    )->None:
-        "Refuse a folder whose content would be lost."
-        name = self.folder.name
-        if (self.folder/"metrics.json").exists():
-            raise DataError(f"{name}/metrics.json: this run is finished; choose another out_dir or set overwrite=True.")
-        log = self.folder/"metrics.jsonl"
-        held = ["steps"]*(log.is_file() and log.stat().st_size > 0) + ["checkpoints"]*any(self.folder.glob("ckpt_*.pt"))
-        if held and not goes_on:
-            raise DataError(f"{name}: holds {' and '.join(held)} of an earlier run; go on with resume_from=last, "
-                            "choose another out_dir, or set overwrite=True to replace them.")
 
     def _lock(self)->None:
         "Keep other processes out for as long as this one lives."
@@ -236,9 +235,11 @@ def save_checkpoint(
 )->Path: # the file
     "Write a checkpoint atomically and point its aliases at it."
     path = Path(path)
+    packed = io.BytesIO()                        # torch does not say why it could not write to a file
+    torch.save(state, packed)
     with full_disk_said(path):
         with atomic_write(path) as tmp:
-            torch.save(state, tmp)
+            tmp.write_bytes(packed.getbuffer())
         for a in aliases:
             _point(path.with_name(a), path)
     return path

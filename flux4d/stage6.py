@@ -21,7 +21,7 @@ from .cache import LiftCache
 from .render import render
 from .refine import Flux4D, FullConfig
 from .presets import PRESETS, preset_config
-from .run import Run, newest_run, refuse_damaged
+from .run import Run, newest_run, refuse_damaged, refuse_held
 from .train import Loader, Trainer, config_from_dict, config_to_dict, every, files_of, merged, provenance, read_resumable, rebuilder, trained_frames
 from .house import repo_root
 from .flow_metrics import FlowScoreConfig, FlowScores, check_bs_flow, clip_truth, score_clip
@@ -271,16 +271,16 @@ def resume_point(
     resume_from:str, # a checkpoint, "last", or "" for a fresh start
     out_dir:str, # "" = choose
     optimizer:bool=True, # False: only the weights are taken
+    overwrite:bool=False, # an earlier run in the folder is replaced
 )->tuple[Path|None,Path,bool]: # checkpoint, folder of the run, whether the run in that folder goes on; raises DataError
     "Where a run starts and where it writes; `last` without a folder is the run that saved last. Nothing is made yet."
-    if not resume_from:
-        return None, Path(out_dir) if out_dir else next_run(), False
     last = resume_from == "last"
     own = Path(out_dir) if out_dir else newest_run() if last else None
-    checkpoint = own/"ckpt_last.pt" if last else Path(resume_from)
-    read_resumable(checkpoint, optimizer)
-    folder = own or next_run()
-    return checkpoint, folder, optimizer and checkpoint.resolve().parent == folder.resolve()
+    checkpoint = own/"ckpt_last.pt" if last else Path(resume_from) if resume_from else None
+    if checkpoint: read_resumable(checkpoint, optimizer)
+    goes_on = bool(checkpoint and own) and optimizer and checkpoint.resolve().parent == own.resolve()
+    if own and not overwrite: refuse_held(own, goes_on)
+    return checkpoint, own or next_run(), goes_on
 
 def open_run(
     folder:Path, # the run's folder

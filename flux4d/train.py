@@ -398,6 +398,7 @@ class Trainer:
         self.pending = []                             # clips of the micro-steps since the last logged row; None: could not be read
         self.in_a_row, self.first_skip, self.totals = 0, "", []  # skipped steps without one between; what the first was; losses by micro-step
         self.unread = {}                              # sentence about a file that went bad -> how often it was needed
+        self.source = {k: v for k,v in provenance(self.device).items() if k in ("flux4d", "commit")} # what trains
         self.saved_step, self.saved_at = 0, time.perf_counter()
         self.stop = self.may_stop = False             # asked to stop; whether that can happen at once
 
@@ -456,7 +457,8 @@ def gradients(self:Trainer)->dict|None: # scalars of the last micro-step's last 
 @patch
 def train_step(self:Trainer)->dict|None: # scalars of the step, tensors where a copy would wait for the GPU; None: nothing could be read
     "Advance by one step."
-    tc, l = self.cfg.train, self.gradients()
+    tc = self.cfg.train
+    with self._undone_when_stopped(): l = self.gradients()
     for p in self.opt.param_groups: p["lr"] = lr_at(self.step, tc, self.seconds, self.started)
     if l is not None:
         l["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), tc.grad_clip)
@@ -480,9 +482,7 @@ def _read(self:Trainer,
 )->Batch|None: # None where a file is bad
     "The batch of a micro-step; notes what it was, or why there is none."
     try:
-        if micro == 0:
-            with self._can_stop(): b = self.loader.batch(self.step, micro)
-        else: b = self.loader.batch(self.step, micro)
+        b = self.loader.batch(self.step, micro)
     except UNREADABLE as e:
         why = str(e) or type(e).__name__
         self.pending.append(None)
@@ -557,6 +557,21 @@ def _can_stop(self:Trainer)->Iterator[None]:
         yield
     finally: self.may_stop = False
 
+@patch
+@contextmanager
+def _undone_when_stopped(self:Trainer)->Iterator[None]:
+    "A request to stop takes effect at once inside, and what was done inside is taken back."
+    buffers, rng = [b.clone() for b in self.model.buffers()], torch.get_rng_state() # running statistics, if the network has any
+    pending, unread = len(self.pending), dict(self.unread)
+    try:
+        with self._can_stop(): yield
+    except Interrupted:
+        with torch.no_grad():
+            for own, kept in zip(self.model.buffers(), buffers): own.copy_(kept)
+        torch.set_rng_state(rng)
+        self.pending, self.unread = self.pending[:pending], unread
+        raise
+
 # %% ../nbs/32_train.ipynb #364e644b
 @patch
 def state(self:Trainer)->dict: # tensors and plain values
@@ -567,7 +582,7 @@ def state(self:Trainer)->dict: # tensors and plain values
     return dict(model=self.model.state_dict(), ema=self.ema.state_dict(), optimizer=self.opt.state_dict(), rng=rng,
                 **counts, config=config_to_dict(self.cfg), kind=self.model.home,
                 trained=trained_entry(self.trained, self.unknown_before), train_clips=list(self.clip_ids), pending=list(self.pending),
-                index_hash=self.index_hash, **{k:v for k,v in provenance(self.device).items() if k in ("flux4d","commit")})
+                index_hash=self.index_hash, **self.source)
 
 @patch
 def save(self:Trainer,

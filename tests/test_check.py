@@ -1,5 +1,5 @@
-"Numbers that cannot be true are found and their likely cause is named; an index and times from elsewhere are not believed."
-import json, os, pickle, re, shutil, subprocess, sys, time
+"Numbers that cannot be true are found and their cause is named; an index and times from elsewhere are not believed."
+import json, os, pickle, re, shutil, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from flux4d.check import RULES, Limits, check_camera_axes, check_main, doubts, examine, numbers_of
 from flux4d.city import fixture_city
-from flux4d.clips import (Clip, ClipConfig, build_index, index_hash, index_main, left_out_lines, load_index, long_log_clips,
+from flux4d.clips import (Clip, ClipConfig, build_index, index_hash, index_main, left_out_lines, load_index,
+                          long_log_clips,
                           time_unit, write_index)
 from flux4d.frames import ClipTime, check_normalised, mat_to_quat, quat_to_mat, se3, se3_inverse, transform_points
 from flux4d.pandaset import DataError, Log, PandaSet, fabricate_log, find_pandaset
@@ -61,14 +62,16 @@ def turned(change):
     def apply(items):
         R = quat_to_mat(np.array([[p["heading"][a] for a in "wxyz"] for p in items]))
         T = change(se3(R, np.array([[p["position"][a] for a in "xyz"] for p in items])))
-        return [dict(position=dict(zip("xyz", t.tolist())), heading=dict(zip("wxyz", q.tolist()))) for t,q in zip(T[:,:3,3], mat_to_quat(T[:,:3,:3]))]
+        return [dict(position=dict(zip("xyz", t.tolist())), heading=dict(zip("wxyz", q.tolist()))) for t,
+                q in zip(T[:,:3,3], mat_to_quat(T[:,:3,:3]))]
     return apply
 
 def moved(shift): return turned(lambda T: se3(T[:,:3,:3], np.stack([x + shift(k) for k,x in enumerate(T[:,:3,3])])))
 def scaled(f): return turned(lambda T: se3(T[:,:3,:3], T[:,:3,3]*f))
 def axes(*columns): return turned(lambda T: se3(T[:,:3,:3] @ np.array(columns, float), T[:,:3,3]))
 def other_order(items): return [p | dict(heading=dict(zip("wxyz", (p["heading"][a] for a in "xyzw")))) for p in items]
-def lens(**change): return lambda log: edit(log, lambda v: {k: change.get(k, lambda x: x)(x) for k,x in v.items()}, LENS)
+def lens(**change): return lambda log: edit(log, lambda v: {k: change.get(k, lambda x: x)(x) for k,x in v.items()},
+                                            LENS)
 def both(f): return lambda log: edit(log, lambda v: {k: f*x for k,x in v.items()}, LENS)
 def poses(change, *files): return lambda log: edit(log, change, *files)
 def returns(change, frames=range(FRAMES)): return lambda log: resweep(log, change, frames)
@@ -94,11 +97,13 @@ def world_on_its_side(log):
 
 def second_camera(log):
     from PIL import Image
-    shutil.copytree(log.folder/"camera/front_camera", log.folder/"camera/left_camera", ignore=shutil.ignore_patterns("*.jpg"))
+    shutil.copytree(log.folder/"camera/front_camera", log.folder/"camera/left_camera",
+                    ignore=shutil.ignore_patterns("*.jpg"))
     edit(log, axes((0,0,-1), (0,1,0), (1,0,0)), "camera/left_camera/poses.json") # looks left
     edit(log, lambda v: {k: x/2 for k,x in v.items()}, "camera/left_camera/intrinsics.json")
     for k in range(FRAMES):
-        with Image.open(log.image_path("front_camera", k)) as im: im.resize((im.width//2, im.height//2)).save(log.image_path("left_camera", k))
+        with Image.open(log.image_path("front_camera", k)) as im:
+            im.resize((im.width//2, im.height//2)).save(log.image_path("left_camera", k))
 
 def renamed(name): return lambda log: os.rename(log.folder/"camera/front_camera", log.folder/f"camera/{name}")
 def stray(x): return lambda t, k: t.assign(x=np.where(np.arange(len(t)) == 9, t.x + x, t.x))
@@ -108,14 +113,18 @@ PLANTED = { # name: (how to plant it, the check that finds it, what its sentence
     "stamps in us": (stamps(lambda v: [t*1e6 for t in v], *STAMPS), "time_unit", "stamps are microseconds"),
     "a frame lost": (lost_frame, "uneven_steps", "at frame 8"),
     "camera stamps in ms": (stamps(lambda v: [t*1e3 for t in v], SHUTTER), "camera_clock", "they are milliseconds"),
-    "camera stamps from zero": (stamps(lambda v: [t - v[0] for t in v], SHUTTER), "camera_clock", "count from the start"),
+    "camera stamps from zero": (stamps(lambda v: [t - v[0] for t in v], SHUTTER), "camera_clock",
+                                "count from the start"),
     "camera three frames late": (stamps(lambda v: [t + .3 for t in v], SHUTTER), "camera_clock", "other frames"),
     "return times in us": (returns(lambda t, k: t.assign(t=t.t*1e6)), "return_clock", "they are microseconds"),
-    "return times from zero": (returns(lambda t, k: t.assign(t=t.t - t.t.min())), "return_clock", "count from the start"),
+    "return times from zero": (returns(lambda t, k: t.assign(t=t.t - t.t.min())), "return_clock",
+                               "count from the start"),
     "return times of GPS": (returns(lambda t, k: t.assign(t=t.t + 18)), "return_clock", "GPS"),
     "a sweep of another frame": (returns(lambda t, k: t.assign(t=t.t + .4), [7]), "return_clock", "this sweep belongs"),
-    "three sweeps in one": (returns(lambda t, k: t.assign(t=t.t.mean() + 3*(t.t - t.t.mean()))), "return_span", "several sweeps"),
-    "no time per return": (returns(lambda t, k: t.assign(t=t.t.max())), "no_return_times", "the time of each return was lost"),
+    "three sweeps in one": (returns(lambda t, k: t.assign(t=t.t.mean() + 3*(t.t - t.t.mean()))), "return_span",
+                            "several sweeps"),
+    "no time per return": (returns(lambda t, k: t.assign(t=t.t.max())), "no_return_times",
+                           "the time of each return was lost"),
     "LiDAR poses in mm": (poses(scaled(1e3), LIDAR, CAMERA), "speed", "in millimetres"),
     "LiDAR poses in cm": (poses(scaled(1e2), LIDAR, CAMERA), "speed", "in centimetres"),
     "a pose 2 m aside": (poses(moved(lambda k: np.r_[2.*(k == 9), 0, 0]), LIDAR, CAMERA), "jump", "at frame 9"),
@@ -126,16 +135,20 @@ PLANTED = { # name: (how to plant it, the check that finds it, what its sentence
     "points in the sensor's frame": (in_sensor_frame, "world_points", "sensor's own frame"),
     "LiDAR poses inverted": (poses(turned(se3_inverse), LIDAR), "world_points", "world-to-sensor"),
     "LiDAR poses all the same": (poses(lambda v: v[:1]*len(v), LIDAR, CAMERA), "world_points", "different frames"),
-    "poses of another origin": (poses(moved(lambda k: np.r_[4e5, 4e6, 0]), LIDAR, CAMERA), "world_points", "another origin"),
+    "poses of another origin": (poses(moved(lambda k: np.r_[4e5, 4e6, 0]), LIDAR, CAMERA), "world_points",
+                                "another origin"),
     "LiDAR quaternions x y z w": (poses(other_order, LIDAR), "lidar_axes", "stored x, y, z, w"),
     "LiDAR on its side": (poses(axes((0,0,1), (0,1,0), (-1,0,0)), LIDAR), "lidar_axes", "90 degrees from up"),
-    "LiDAR turned by 40 degrees": (poses(axes((.766,-.643,0), (.643,.766,0), (0,0,1)), LIDAR), "lidar_axes", "40 degrees from the way"),
+    "LiDAR turned by 40 degrees": (poses(axes((.766,-.643,0), (.643,.766,0), (0,0,1)), LIDAR), "lidar_axes",
+                                   "40 degrees from the way"),
     "world on its side": (world_on_its_side, "world_up", "z axis is not up"),
     "images halved": (both(2), "principal_point", "multiply fx, fy, cx and cy by 0.5"),
     "images doubled": (both(.5), "principal_point", "multiply fx, fy, cx and cy by 2"),
     "images cropped": (lens(cy=lambda y: y + 50), "principal_point", "cropped"),
-    "pixels on their side": (lambda log: edit(log, lambda v: v | dict(cx=v["cy"], cy=v["cx"]), LENS), "principal_point", "on their side"),
-    "K in shares": (lens(fx=lambda x: x/240, fy=lambda x: x/135, cx=lambda x: x/240, cy=lambda x: x/135), "principal_point", "shares of the image"),
+    "pixels on their side": (lambda log: edit(log, lambda v: v | dict(cx=v["cy"], cy=v["cx"]), LENS),
+                             "principal_point", "on their side"),
+    "K in shares": (lens(fx=lambda x: x/240, fy=lambda x: x/135, cx=lambda x: x/240, cy=lambda x: x/135),
+                    "principal_point", "shares of the image"),
     "fx in millimetres": (lens(fx=lambda x: 6., fy=lambda x: 6.), "field_of_view", "another unit"),
     "images squeezed": (lens(fx=lambda x: .75*x), "pixel_aspect", "squeezed"),
     "camera poses inverted": (poses(turned(se3_inverse), CAMERA), "camera_distance", "world-to-camera"),
@@ -146,7 +159,8 @@ PLANTED = { # name: (how to plant it, the check that finds it, what its sentence
     "camera axes of a vehicle": (poses(axes((0,-1,0), (0,0,-1), (1,0,0)), CAMERA), "camera_axes", "forward, left, up"),
     "camera on its side": (poses(axes((0,1,0), (-1,0,0), (0,0,1)), CAMERA), "camera_axes", "on their side"),
     "front camera called back_camera": (renamed("back_camera"), "camera_axes", "where front_camera should"),
-    "camera poses out of order": (poses(lambda v: v[:5] + v[5:13][::-1] + v[13:], CAMERA), "loose_camera", "another order"),
+    "camera poses out of order": (poses(lambda v: v[:5] + v[5:13][::-1] + v[13:], CAMERA), "loose_camera",
+                                  "another order"),
     "one camera pose late": (poses(lambda v: v[:9] + [v[8]] + v[10:], CAMERA), "shaky_camera", "a frame off"),
     "points 60 m lower": (returns(lambda t, k: t.assign(z=t.z - 60)), "nothing_in_view", "do not belong together"),
     "two image sizes": (second_camera, "image_sizes", "left_camera 120x67"),
@@ -160,7 +174,16 @@ def test_planted_fault_gives_one_sentence(log, name):
     found = doubts(log)
     assert [f.check for f in found] == [check], [str(f) for f in found]
     text = found[0].text
-    assert says in text and text.startswith("001/") and text.endswith(".") and ". " not in text and "\n" not in text, text
+    assert says in text and text.startswith("001/") and text.endswith("."), text
+    assert ". " not in text and "\n" not in text, text
+
+@pytest.mark.parametrize("plant, file", [(second_camera, "camera/left_camera"), (renamed("CAM_FRONT"), "camera/CAM_FRONT")])
+def test_cameras_that_are_not_read_yet_are_said_once(log, plant, file, capsys):
+    plant(log)
+    for images in ([], ["--no-images"]):
+        assert check_main([str(log.root), *images]) == 1
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == 2 and f"001/{file}" in said[0], said
 
 def test_lens_distortion_is_said_once(log):
     edit(log, lambda v: v | dict(k1=-.3), LENS)
@@ -179,9 +202,11 @@ def test_every_rule_has_its_planted_fault():
 
 def test_faults_are_refused_and_notes_only_said(log, capsys):
     edit(log, lambda v: v | dict(fx=.75*v["fx"]), LENS)
-    assert check_main([str(log.root), "--no-images"]) == 0 and "note: 001/camera/front_camera/intrinsics.json" in capsys.readouterr().out
+    assert check_main([str(log.root), "--no-images"]) == 0
+    assert "note: 001/camera/front_camera/intrinsics.json" in capsys.readouterr().out
     edit(log, other_order, CAMERA)
-    assert check_main([str(log.root), "--log", "001", "--no-images"]) == 1 and "1 faults, 1 notes" in capsys.readouterr().out
+    assert check_main([str(log.root), "--log", "001", "--no-images"]) == 1
+    assert "1 faults, 1 notes" in capsys.readouterr().out
 
 
 # sound logs
@@ -208,7 +233,8 @@ def test_sound_pandaset():
 
 # files
 
-@pytest.mark.parametrize("text, says", [("null", "holds null"), ("["*100_000 + "]"*100_000, "nests too deep")], ids=["null", "deep"])
+@pytest.mark.parametrize("text, says", [("null", "holds null"), ("["*100_000 + "]"*100_000, "nests too deep")],
+                         ids=["null", "deep"])
 @pytest.mark.parametrize("file", [*STAMPS, LIDAR, CAMERA, LENS])
 def test_json_that_holds_nothing_or_has_no_end(log, file, text, says, capsys):
     (log.folder/file).unlink()
@@ -225,10 +251,12 @@ def test_one_sentence_for_many_files(log):
 @pytest.mark.parametrize("command", ["check:check_main", "clips:index_main"])
 def test_help_has_an_example_and_starts_at_once(command):
     module, main = command.split(":")
-    code = f"import sys; from flux4d.{module} import {main}\ntry: {main}(['--help'])\nfinally: print(*(m for m in ('torch', 'pandas', 'matplotlib') if m in sys.modules))"
-    start = time.time()
+    code = f"""import sys
+from flux4d.{module} import {main}
+try: {main}(["--help"])
+finally: print("loaded:", *(m for m in ("torch", "pandas", "matplotlib") if m in sys.modules))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "example:" in done.stdout and done.stdout.splitlines()[-1] == "" and time.time() - start < 10
+    assert "example:" in done.stdout and done.stdout.splitlines()[-1].split() == ["loaded:"], done.stdout + done.stderr
 
 
 # indices
@@ -240,11 +268,17 @@ def drive(tmp_path_factory):
     for id in ("001", "002"): fabricate_log(root, id, 40, contents=False)
     return root
 
+def restamp(log, change):
+    "Change all stamps of a log: frame, stamp -> stamp."
+    for path in log.rglob("timestamps.json"):
+        path.write_text(json.dumps([change(k, t) for k,t in enumerate(json.loads(path.read_text()))]))
+
 @pytest.mark.parametrize("factor, unit", [(1e3, "milliseconds"), (1e6, "microseconds"), (1e9, "nanoseconds")])
 def test_index_stops_at_a_unit_and_names_it(tmp_path, factor, unit, capsys):
     log = fabricate_log(tmp_path, "001", 20, contents=False)
-    for path in log.rglob("timestamps.json"): path.write_text(json.dumps([t*factor for t in json.loads(path.read_text())]))
-    with pytest.raises(DataError, match=f"001/lidar/timestamps.json: .*{unit}; divide its stamps by {factor:.0f}"): build_index(tmp_path)
+    restamp(log, lambda k, t: t*factor)
+    says = f"001/lidar/timestamps.json: .*{unit}; divide its stamps by {factor:.0f}"
+    with pytest.raises(DataError, match=says): build_index(tmp_path)
     assert index_main([str(tmp_path), str(tmp_path/"index")]) == 1 and unit in capsys.readouterr().out
 
 def test_rates_of_other_recordings_are_no_unit_mistake():
@@ -252,11 +286,12 @@ def test_rates_of_other_recordings_are_no_unit_mistake():
 
 def test_uneven_steps_are_left_out_with_the_reason(tmp_path, capsys):
     log = fabricate_log(tmp_path, "001", 40, contents=False)
-    for path in log.rglob("timestamps.json"): path.write_text(json.dumps([t + .1*(k >= 25) for k,t in enumerate(json.loads(path.read_text()))]))
+    restamp(log, lambda k, t: t + .1*(k >= 25))
     index = build_index(tmp_path)
     assert [c["frame_start"] for c in index["clips"]] == [0]
     lines = left_out_lines(index)
-    assert lines[0] == "1 clips left out:" and "001_eval_future_s020_e035: steps by 0.200 s at its frame 4 where 0.100 s are usual" in lines[1]
+    assert lines[0] == "1 clips left out:"
+    assert "001_eval_future_s020_e035: steps by 0.200 s at its frame 4 where 0.100 s are usual" in lines[1]
     assert len(build_index(tmp_path, ClipConfig(max_step_ratio=2.5))["clips"]) == 2
     assert index_main([str(tmp_path), str(tmp_path/"index")]) == 0
     out = capsys.readouterr().out
@@ -265,14 +300,20 @@ def test_uneven_steps_are_left_out_with_the_reason(tmp_path, capsys):
 
 def test_hash_of_an_index_is_its_cut_and_data(drive):
     index = build_index(drive)
-    old = {**index, "meta": index["meta"] | dict(config={k: v for k,v in index["meta"]["config"].items() if k != "max_step_ratio"})}
+    old = {**index, "meta": index["meta"] | dict(config={k: v for k,v in index["meta"]["config"].items()
+                                                         if k != "max_step_ratio"})}
     assert index_hash(old) == index_hash(index)
 
-FIELDS = dict(clip_id=["../../..", "/etc/x", "a/b", "a\\b", "", "..", 7, None, "x\ny"], scene_id=["../001", "/", 1], setting=["../x", None], split=["val", ["test"]],
-              fps=["10", 0, float("nan"), True], fps_actual=[None], clip_len_frames=["11", -1, 1.5], frame_start=[None], frame_ids=["abc", [0, "1"], [-1, 0], [True]],
-              input_frame_ids=[None, {}], target_frame_ids=[[1.5]], timestamps=[None, dict(lidar=["a"], cameras={}), dict(lidar=[], cameras={"../x": []})],
-              intrinsics=[{"front_camera": dict(fx=1)}, {"front_camera": None}, []], extrinsics=[dict(lidar=[[1]], cameras={}), dict(lidar=None, cameras={})],
-              image_paths=[{"front_camera": ["../../etc/passwd"]}, {"../x": []}, {"front_camera": "x"}], lidar_paths=[["/etc/passwd"], [None], "abc"],
+FIELDS = dict(clip_id=["../../..", "/etc/x", "a/b", "a\\b", "", "..", 7, None, "x\ny"], scene_id=["../001", "/", 1],
+              setting=["../x", None], split=["val", ["test"]],
+              fps=["10", 0, float("nan"), True], fps_actual=[None], clip_len_frames=["11", -1, 1.5],
+              frame_start=[None], frame_ids=["abc", [0, "1"], [-1, 0], [True]],
+              input_frame_ids=[None, {}], target_frame_ids=[[1.5]],
+              timestamps=[None, dict(lidar=["a"], cameras={}), dict(lidar=[], cameras={"../x": []})],
+              intrinsics=[{"front_camera": dict(fx=1)}, {"front_camera": None}, []],
+              extrinsics=[dict(lidar=[[1]], cameras={}), dict(lidar=None, cameras={})],
+              image_paths=[{"front_camera": ["../../etc/passwd"]}, {"../x": []}, {"front_camera": "x"}],
+              lidar_paths=[["/etc/passwd"], [None], "abc"],
               views=[{}, dict(input=[["../x", 0]], target=[]), dict(input=[[1]], target=[])])
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -283,9 +324,11 @@ def test_every_field_of_a_record_has_its_type(drive, tmp_path, field):
         for root in (None, drive):
             with pytest.raises(DataError) as e: load_index(path, root)
             text = str(e.value)
-            assert f"in clip 1, {field} must be" in text and text.endswith("write it again with flux4d-index.") and "\n" not in text, text
+            assert f"in clip 1, {field} must be" in text and "\n" not in text, text
+            assert text.endswith("write it again with flux4d-index."), text
 
-META = dict(version=["1", None], preset=[1], config=[None, {}, dict(cameras="front_camera"), dict(cameras=["../x"])], coord=[[]], scenes=["001", ["../x"], [1]],
+META = dict(version=["1", None], preset=[1], config=[None, {}, dict(cameras="front_camera"), dict(cameras=["../x"])],
+            coord=[[]], scenes=["001", ["../x"], [1]],
             fingerprint=[[], {"../../x": "0"}, {"001": 1}], left_out=[None, [1], [{}]])
 
 @pytest.mark.parametrize("field", META)
@@ -298,19 +341,22 @@ def test_every_field_of_the_meta_has_its_type(drive, tmp_path, field):
 def test_index_names_only_what_the_data_root_holds(drive, tmp_path):
     index, path = build_index(drive), tmp_path/"clips.pkl"
     def written(**change): path.write_bytes(pickle.dumps(index | dict(clips=[index["clips"][0] | change])))
-    for change, says in ((dict(scene_id="777"), "not among the index's logs"), (dict(image_paths={"side_camera": []}), "not among the index's cameras"),
-                         (dict(frame_ids=[5, 3]), "consecutive"), (dict(input_frame_ids=[99]), "must lie in frame_ids"), (dict(lidar_paths=[]), "one per frame")):
+    for change, says in ((dict(scene_id="777"), "not among the index's logs"),
+                         (dict(image_paths={"side_camera": []}), "not among the index's cameras"),
+                         (dict(frame_ids=[5, 3]), "consecutive"), (dict(lidar_paths=[]), "one per frame"),
+                         (dict(input_frame_ids=[99]), "must lie in frame_ids")):
         written(**change)
         with pytest.raises(DataError, match=says): load_index(path, drive)
     path.write_bytes(pickle.dumps(index | dict(meta=index["meta"] | dict(fingerprint={"777": "0"}))))
     with pytest.raises(DataError, match="other data than log 777"): load_index(path, drive)
-    for content in (None, dict(meta=index["meta"], clips=5), dict(meta=index["meta"], clips=None), dict(meta=None, clips=[])):
+    for content in (None, dict(meta=index["meta"], clips=5), dict(meta=index["meta"], clips=None),
+                    dict(meta=None, clips=[])):
         path.write_bytes(pickle.dumps(content))
         with pytest.raises(DataError, match="lacks fields"): load_index(path)
 
 def test_a_clip_cannot_lead_out_of_a_folder(drive):
     record = build_index(drive)["clips"][0]
-    for id in ("../../..", "/tmp/x", "a/b", "..", ""):
+    for id in ("../../..", "/etc/x", "a/b", "..", ""):
         with pytest.raises(DataError, match="is not a plain name"): Clip(Log(drive, "001"), record | dict(clip_id=id))
 
 def test_index_command_ends_in_sentences(drive, tmp_path, capsys):
@@ -319,11 +365,12 @@ def test_index_command_ends_in_sentences(drive, tmp_path, capsys):
     assert f"wrote {full}" in capsys.readouterr().out
     for number in ("999", "-1"):
         assert index_main(["--inspect", str(full), "--clip", number]) == 1
-        assert re.fullmatch(rf"clip: {number} is not in this index; choose a number from 0 to \d+\.\n", capsys.readouterr().out)
+        assert re.fullmatch(rf"clip: {number} is not in this index; choose a number from 0 to \d+\.\n",
+                            capsys.readouterr().out)
     (tmp_path/"file").touch()
     assert index_main([str(drive), str(tmp_path/"file/sub")]) == 1
     said = capsys.readouterr().out.splitlines()[-1]
-    assert "cannot be read or written" in said and said.endswith(".")
+    assert "written" in said and said.endswith(".")
 
 
 # times
@@ -335,7 +382,8 @@ def test_a_time_outside_the_clip_is_refused(drive):
     camera = log.camera("front_camera")
     for shift, of in ((.3, 15), (-.3, 0), (2., 0), (1e9, 3)):
         camera.stamps[:] += shift
-        with pytest.raises(DataError, match=f"001/camera/front_camera/timestamps.json: puts frame {of} at .* outside 0..1; compare its unit"): clip.t_of_camera("front_camera", of)
+        with pytest.raises(DataError, match=f"001/camera/front_camera/timestamps.json: puts frame {of} at .* "
+                                            "outside 0..1; compare its unit"): clip.t_of_camera("front_camera", of)
         camera.stamps[:] -= shift
 
 def test_the_tolerance_is_a_field():
@@ -357,7 +405,7 @@ def test_seconds_do_not_pass_for_clip_time():
 def test_returns_of_another_time_make_no_gaussians(sound):
     from flux4d.lift import clip_data
     clip = Clip(Log(sound, "001"), build_index(sound, ClipConfig(test_scenes=("001",)))["clips"][0])
-    assert len(clip_data(clip).returns.points) > 1000
+    assert (~clip_data(clip).points[...,0].isnan()).sum() > 1000
     moved = clip.log.sweep
     def late(frame, sensors=(0,)):
         s = moved(frame, sensors)

@@ -360,12 +360,15 @@ def test_no_distortion_is_no_fault(root):
     assert check_log(Log(root, "001")) == []
 
 def test_cameras_of_two_sizes(root):
+    from flux4d.lift import clip_data
     from flux4d.clips import Clip, ClipConfig, build_index, load_views
     for p in (root/"001/camera/left_camera").glob("*.jpg"): Image.new("RGB", (32, 18)).save(p)
     log = Log(root, "001")
     clip = Clip(log, build_index(root, ClipConfig(cameras=CAMS))["clips"][0])
     with pytest.raises(DataError) as e: load_views(clip, [0])
     sentence(e, "001/camera/left_camera", "32 x 18 pixels where front_camera has 64 x 36")
+    with pytest.raises(DataError) as e: clip_data(clip)
+    sentence(e, "001/camera/left_camera", "32 x 18 pixels")
     assert len(load_views(clip, [0], ["front_camera"])) == 1
     assert any("32 x 18" in f for f in check_log(log))
 

@@ -336,9 +336,10 @@ def test_a_full_disk_is_said_and_leaves_no_torn_line(trainer, monkeypatch):
         t.run.record(dict(step=2))
     monkeypatch.undo()
     assert (t.run.folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
-    def full(*_):
-        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file: No space left on device")
-    monkeypatch.setattr(torch, "save", full)
+    def full(self, data):
+        plain(self, "wb").close()
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(DataError, match="ckpt_step_000000.pt: the disk is full"):
         t.save()
     assert not list(t.run.folder.glob(".*.tmp"))
@@ -428,6 +429,31 @@ def test_newest_run(tmp_path):
             (tmp_path / name / "ckpt_last.pt").write_text("")
             os.utime(tmp_path / name / "ckpt_last.pt", (k, k))
     assert newest_run(tmp_path).name == "a"
+
+
+def test_where_a_run_starts_and_writes(trainer, tmp_path, monkeypatch):
+    from flux4d.stage6 import resume_point
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no run in papermill_runs has a checkpoint"):
+        resume_point("last", "")
+    assert not list(tmp_path.iterdir())                          # nothing is left behind
+    t = trainer("papermill_runs/run_001")
+    t.fit(1)
+    own, last = t.run.folder, t.save().with_name("ckpt_last.pt")
+    as_is = lambda *a, **k: tuple(x.resolve() if isinstance(x, Path) else x for x in resume_point(*a, **k))
+    assert as_is("last", "") == as_is("last", str(own)) == as_is(str(last), str(own)) == (last.resolve(), own.resolve(), True)
+    assert resume_point(str(last), "new") == (last, Path("new"), False) and not Path("new").exists()
+    with pytest.raises(DataError, match="run_001: holds steps and checkpoints of an earlier run"):
+        resume_point("", str(own))
+    with pytest.raises(DataError, match="run_001: holds steps"):
+        resume_point("last", str(own), optimizer=False)          # its steps would be lost
+    assert resume_point("", str(own), overwrite=True) == (None, own, False)
+    (own / "metrics.json").write_text("{}")
+    with pytest.raises(DataError, match="this run is finished"):
+        resume_point("last", "")
+    (own / "ckpt_last.pt").unlink()
+    with pytest.raises(DataError, match="ckpt_last.pt: no such checkpoint in run_001"):
+        resume_point("last", str(own))
 
 
 def spoil(what: str):
@@ -572,12 +598,13 @@ def test_an_interrupt_saves_and_says_how_to_go_on(trainer, number):
         return sound(*args)
     t.losses = losses
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted, match=f"interrupted at step 3, saved as ckpt_step_000003.pt; go on with -p resume_from last -p out_dir .*run") as e:
+    with pytest.raises(Interrupted, match="interrupted at step 2, saved as ckpt_step_000002.pt; go on with -p resume_from last -p out_dir .*run") as e:
         t.fit(6)
     assert signal.getsignal(number) is before and e.value._render_traceback_() == [str(e.value)]
     assert not (t.run.folder / "metrics.json").exists()
     again = trainer(cfg=with_train(log_every=1), goes_on=True)
     again.resume(again.run.folder / "ckpt_last.pt")
+    assert again.step == 2 and again.pending == []
     again.fit(6)
     same = lambda t: [{k: v for k, v in r.items() if k != "seconds"} for r in step_rows(t)]
     assert same(again) == same(straight)                         # bit for bit
@@ -604,6 +631,30 @@ def test_an_interrupt_while_waiting_or_validating_takes_effect_at_once(trainer):
     with pytest.raises(Interrupted, match="at step 1"):
         waiting.fit(5)
     assert time.time() - start < 10
+
+
+def test_an_update_is_never_cut_in_two(trainer):
+    t = trainer()
+    update = t.opt.step
+    def step():
+        os.kill(os.getpid(), signal.SIGINT)
+        update()
+    t.opt.step = step
+    with pytest.raises(Interrupted, match="at step 1"):
+        t.fit(5)
+    s = load_checkpoint(t.run.folder / "ckpt_last.pt")
+    assert s["step"] == 1 and s["ema"]["n_averaged"] == 1 and len(s["pending"]) == 0
+
+
+def test_a_second_interrupt_ends_without_saving(trainer):
+    t = trainer()
+    t.fit(1)
+    def save(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    t.losses, t.save = lambda *_: os.kill(os.getpid(), signal.SIGINT), save
+    with pytest.raises(KeyboardInterrupt):
+        t.fit(5)
 
 
 def test_no_batch_is_loaded_after_training_ends(trainer):
