@@ -15,7 +15,7 @@ import numpy as np, torch
 from annotated_types import Ge, Interval
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from .pandaset import DataError, PandaSet, scaled_size
-from .clips import TRAIN_SETTINGS, Clip, ClipConfig, build_index, index_hash, load_index, select_clips
+from .clips import TRAIN_SETTINGS, Clip, ClipConfig, build_index, index_hash, left_out_lines, load_index, select_clips
 from .settings import Device, Distinct, LogId, Name, Seed, Some, find_device, read_parameters, refuse_missing
 from .cache import LiftCache
 from .render import render
