@@ -4,6 +4,7 @@
 
 # %% ../nbs/07_settings.ipynb #3ceea5b7
 from __future__ import annotations
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -174,7 +175,9 @@ def read_value(
                 return adapter.validate_python(reading)
             except ValidationError:
                 pass
-    raise DataError(f"{name}: is {_SHORT.repr(value)}; choose {_allowed(adapter.json_schema())}.")
+    allowed = _allowed(adapter.json_schema())
+    endless = isinstance(_number(value), float) and not math.isfinite(_number(value))
+    raise DataError(f"{name}: is {_SHORT.repr(value)}; choose {allowed.replace('a number', 'a finite number') if endless else allowed}.")
 
 # %% ../nbs/07_settings.ipynb #f65dc3ad
 def _dotted(

@@ -1,6 +1,9 @@
-"""Lessons about training fail for a model that was not trained."""
+"""Lessons about training fail for a model that was not trained; what cannot be trained in is refused; figures are those of their records."""
 import io
+import json
+import re
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from flux4d.pandaset import PandaSet
 from flux4d.train import Config, Loader, Run, Trainer, config_from_dict
 from flux4d.unet import Kernels, spconv_constants, use_precision
 
+ROOT = Path(__file__).parents[1]
 TINY = dict(data=dict(image_scale=.25, loader_threads=1), init=dict(fill_blocks=[64, 32]), voxel=dict(size=.5),
             model=dict(unet=dict(widths=[8, 16], blocks=1), hidden=16, votes=dict(reach=0)),
             train=dict(iters=12, warmup=1, lr=0., weight_decay=0., log_every=1, eval_every=0, save_ckpt_every=0, views_per_step=1))
@@ -62,3 +66,23 @@ def test_a_process_keeps_its_precision():
     with pytest.raises(ValueError, match="start a new process"):
         use_precision("float32", "cuda", Fresh)
     spconv_constants.SPCONV_ALLOW_TF32 = switch
+
+
+def prose(notebook, heading):
+    "The text of a notebook from a heading of its record to the next."
+    cells = json.loads((ROOT/f"nbs/{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    return re.split(rf"\*\*{heading}\.\*\*", text)[1].split("\n\n**")[0]
+
+
+def test_figures_of_refinement_are_those_of_its_records():
+    said = prose("50_refine", "Concluded")
+    records = {r: json.loads((ROOT/f"papermill_runs/{r}/metrics.json").read_text(encoding="utf-8")) for r in ("pandaset002_pair_n3", "pandaset002_pair_n1")}
+    value = lambda r, region, when, metric="psnr": records[r]["nvs"][region][when][metric]["mean"]
+    for r, m in records.items():
+        assert r in said and f"{m['runtime']['iters']:,} steps" in said
+        for region in ("full", "dynamic"):
+            pair = " / ".join(f"{value(r, region, when):.2f}" for when in ("interpolation", "future"))
+            assert f"{pair} dB" in said, f"{r}, {region}: {pair}"
+        depth = f"{value(r, 'full', 'interpolation', 'depth_rmse'):.2f} m"
+        assert depth in said, f"{r}: {depth}"
