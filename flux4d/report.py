@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 # what needs torch is imported where it is used: `flux4d-report --help` answers at once
 
 # %% auto #0
-__all__ = ['TABLE1', 'TABLE2', 'TABLE4', 'TABLE5', 'TABLE6', 'ALSO', 'CLASS_COLUMNS', 'QUANTITIES', 'NOTE', 'CSS', 'PAGE',
-           'PICTURES', 'BEGINNINGS', 'REPORT_EXAMPLES', 'literal_names', 'table', 'paper_rows', 'whole_logs',
-           'blocks_of', 'nvs_tables', 'flow_cells', 'class_cells', 'flow_tables', 'views_cells', 'summary_table',
-           'analysis_lines', 'clip_table', 'class_table', 'timing_lines', 'empty_lines', 'report_text', 'below',
-           'picture_source', 'to_html', 'write_pages', 'write_report', 'leaves', 'relation_faults', 'foreign_faults',
-           'read_record', 'same_frames', 'with_baselines', 'side_by_side', 'report_again', 'report_main']
+__all__ = ['TABLE1', 'TABLE2', 'TABLE4', 'TABLE5', 'TABLE6', 'ALSO', 'TITLES', 'CLASS_COLUMNS', 'QUANTITIES', 'NOTE', 'CSS',
+           'PAGE', 'PICTURES', 'BEGINNINGS', 'REPORT_EXAMPLES', 'literal_names', 'table', 'paper_rows', 'title_of',
+           'whole_logs', 'blocks_of', 'nvs_tables', 'flow_cells', 'class_cells', 'flow_tables', 'views_cells',
+           'summary_table', 'analysis_lines', 'clip_table', 'class_table', 'timing_lines', 'empty_lines', 'report_text',
+           'below', 'picture_source', 'to_html', 'write_pages', 'write_report', 'leaves', 'relation_faults',
+           'foreign_faults', 'read_record', 'same_frames', 'with_baselines', 'side_by_side', 'report_again',
+           'report_main']
 
 # %% ../nbs/45_report.ipynb #4d0bb2d1
 def literal_names(
@@ -84,6 +85,13 @@ Flux4D | 0.019 0.078 0.701 0.011 0.866 0.021 0.661 0.027 0.966 0.031 0.800""")
 
 # %% ../nbs/45_report.ipynb #6fb70125
 ALSO = "lift", "zero_motion", "static" # baselines that the tables name otherwise: its lift, zero motion, its motion removed
+TITLES = dict(motion_prior="motion prior alone, nothing learned") # baselines with a title of their own
+
+def title_of(
+    baseline:str, # its name in a record
+)->str: # as tables show it
+    "A baseline's title."
+    return TITLES.get(baseline, baseline)
 
 def whole_logs(
     m:dict, # a record
@@ -99,7 +107,7 @@ def blocks_of(
     rows = {"ours: " + m["subject"]: (m["nvs"], m["scene_flow"])}
     if "lift" in m: rows["its lift"] = m["lift"]["nvs"], still
     if "zero_velocity" in m: rows["its motion removed"] = m["zero_velocity"]["nvs"], still
-    return rows | {n: (x["nvs"], x["scene_flow"]) for n,x in m["baselines"].items() if x["nvs"] and n not in ALSO}
+    return rows | {title_of(n): (x["nvs"], x["scene_flow"]) for n,x in m["baselines"].items() if x["nvs"] and n not in ALSO}
 
 def nvs_tables(
     m:dict, # a record
@@ -136,7 +144,7 @@ def flow_tables(
 )->list[str]: # two tables
     "Tables 5 and 6, the paper's rows and ours."
     note = [m["comparable"]]
-    ours = [("ours: " + m["subject"], m["scene_flow"]), ("zero motion", m["zero_motion"]["scene_flow"]), *((n, x["scene_flow"]) for n,x in m["baselines"].items() if n not in ALSO)]
+    ours = [("ours: " + m["subject"], m["scene_flow"]), ("zero motion", m["zero_motion"]["scene_flow"]), *((title_of(n), x["scene_flow"]) for n,x in m["baselines"].items() if n not in ALSO)]
     return [table(["method","EPE3D m","Acc5","Acc10","theta rad","EPE-BS","EPE-FS","EPE-FD","EPE-3way","frames","comparable"], [r + [None, "paper"] for r in TABLE5] + [[k, *flow_cells(f), f["count"], *note] for k,f in ours]),
             table(["method", *CLASS_COLUMNS, "comparable"], [r + ["paper"] for r in TABLE6] + [[k, *class_cells(f), *note] for k,f in ours])]
 
@@ -159,7 +167,7 @@ def summary_table(
     column = lambda n, f, s: views_cells(n, f) + flow_cells(f) + class_cells(f) + [s]
     ours = {"ours": column(m["nvs"], m["scene_flow"], m["runtime"]["seconds_per_clip"]/m["source_frames"])}
     if "zero_velocity" in m: ours |= {"static": column(m["zero_velocity"]["nvs"], m["zero_motion"]["scene_flow"], None)} # ours, its motion removed
-    ours |= {k: column(x["nvs"], x["scene_flow"], x["seconds_per_frame"]) for k,x in m["baselines"].items()}
+    ours |= {title_of(k): column(x["nvs"], x["scene_flow"], x["seconds_per_frame"]) for k,x in m["baselines"].items()}
     views = TABLE2[-1][1:] + [None]*4 if whole_logs(m) else TABLE1[-1][1:9] + TABLE4[-1][1:5] # of whole logs there is no future
     paper = views + TABLE5[-1][1:9] + TABLE6[-1][1:12] + ["0.31"]; note = "" if m["comparable"] == "yes" else " (not comparable: other logs)"
     return table(["metric", *ours, f"Flux4D, paper{note}"], [[q, *row] for q,*row in zip(QUANTITIES, *ours.values(), paper)])
