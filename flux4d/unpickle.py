@@ -4,7 +4,7 @@
 
 # %% ../nbs/02_unpickle.ipynb #39271ebd
 from __future__ import annotations
-import importlib, io, math, pickle, pickletools, re, zlib
+import importlib, io, math, pickle, pickletools, re, uuid, zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ _NUMPY = {
     "array": "numpy._core.multiarray._reconstruct", "scalar": "numpy._core.multiarray.scalar",
     "from_buffer": "numpy._core.numeric._frombuffer", "array_type": "numpy.ndarray", "number_type": "numpy.dtype"}
 _ARROW = {"arrow_array": "pyarrow.lib._restore_array", "arrow_type": "pyarrow.lib.type_for_alias", "arrow_buffer": "pyarrow.lib.py_buffer"}
-_PYTHON = {"slice": "builtins.slice", "bytes": "builtins.bytes builtins.bytearray", "encode": "_codecs.encode"}
+_PYTHON = {"slice": "builtins.slice", "bytes": "builtins.bytes builtins.bytearray", "encode": "_codecs.encode", "uuid": "uuid.UUID"}
 WORDS = {name: word for group in (_PANDAS, _NUMPY, _ARROW, _PYTHON) for word, names in group.items() for name in names.split()}
 _OLD = {"__builtin__": "builtins", "numpy.core.multiarray": "numpy._core.multiarray", "numpy.core.numeric": "numpy._core.numeric"}
 
@@ -80,7 +80,7 @@ class Made:
         "Note a call."
         self.word, self.args, self.state = word, args, None
 
-_STATEFUL = {"frame", "manager", "array", "number_type", "backed", "category", "category_type", "text", "text_type", "arrow_text"}
+_STATEFUL = {"frame", "manager", "array", "number_type", "backed", "category", "category_type", "text", "text_type", "arrow_text", "uuid"}
 _PLAIN = """PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8
 BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT
 BINGET LONG_BINGET BINPUT MEMOIZE GLOBAL STACK_GLOBAL""".split()
@@ -223,10 +223,18 @@ def _numbers(data:bytes, dtype:np.dtype, shape:Any, fortran:bool)->np.ndarray:
     return a.reshape(shape, order="F" if fortran else "C")
 
 # %% ../nbs/02_unpickle.ipynb #9fcc69c4
+def _uuid(x:Made)->str:
+    "A UUID as the text that it stands for."
+    number = x.state.get("int") if type(x.state) is dict and not x.args else None
+    _need(type(number) is int and 0 <= number < 2**128, "a UUID")
+    return str(uuid.UUID(int=number))
+
 def _item(x:Any)->Any:
     "An entry of an array of objects: text, a number or nothing."
     if x is None or type(x) in (str, int, float, bool): return x
+    if type(x) is bytes: return x
     if x == Word("missing"): return need_pandas().NA
+    if _is(x, "uuid"): return _uuid(x)
     _need(_is(x, "scalar") and len(x.args) == 2, "objects that are neither text nor numbers")
     return _numbers(_bytes(x.args[1]), _dtype(x.args[0]), (1,), False)[0]
 
@@ -470,8 +478,9 @@ def read_bounded(
 
 def _load(path:Path, gz:bool|None, admitted:dict[str,frozenset], limit:int)->tuple[Any,int]:
     "The notes of a file, and how many names they mention."
-    gz = path.suffix == ".gz" if gz is None else gz
     if not path.is_file(): report_missing(path, "get the file again or choose a clip that does not need it")
+    if gz is None:
+        with path.open("rb") as f: gz = f.read(2) == b"\x1f\x8b"
     reader = _Reader(read_bounded(path, gz, limit), path, admitted)
     return reader.load(), reader.notes
 
@@ -503,7 +512,7 @@ def load_table(
 
 def safe_load_pickle(
     path:str|Path, # a pickle, gzipped or not
-    gz:bool|None=None, # gzipped? None: by the file's ending
+    gz:bool|None=None, # gzipped? None: by its first bytes, whatever its ending says
     admitted:dict[str,frozenset]=ADMITTED, # module -> names it may mention; {}: plain values only
     limit:int=LIMIT, # bytes it may have, unpacked
 )->Any: # a pandas.DataFrame, or the plain values that the file holds
