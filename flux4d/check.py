@@ -4,7 +4,7 @@
 
 # %% ../nbs/08_check.ipynb #df1bb595
 from __future__ import annotations
-import argparse, functools, json
+import argparse, functools, json, re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -284,6 +284,9 @@ def _other_clock(times:np.ndarray, stamps:np.ndarray, step:float)->str:
     for unit, per_second in TIME_UNITS.items():
         if np.abs(np.median(times/per_second - stamps)) < 2*step:
             return f"they are {unit}, divide them by {per_second:.0f}"
+    kept = np.spacing(np.abs(times).max().astype(np.float32)) if (times == times.astype(np.float32)).all() else 0
+    if kept > .1*step and np.abs(np.median(times - stamps)) < 4*kept:
+        return f"they are kept in single precision, in steps of {kept:.3g} s, keep them as float64"
     size, epoch = np.median(np.abs(times)), np.median(np.abs(stamps))
     if size < max(2*step, 1e-6*epoch) and epoch > 1e6:
         return "they count from the start of the sweep or the log, add its epoch second"
@@ -910,7 +913,11 @@ def _repeats(text:str, f:Finding)->bool:
 def _fold(texts:list[str])->list[str]:
     "One sentence per fault: the first file, and how many more have the same."
     groups = {}
-    for text in texts: groups.setdefault(text.split(": ", 1)[-1], []).append(text)
+    for text in texts:
+        where, _, what = text.partition(": ")
+        number = Path(where).name.split(".")[0]
+        if number.isdecimal(): what = re.sub(rf"\b0*{int(number)}(?=\.[A-Za-z])", "N", what) # the file's own number
+        groups.setdefault(what, []).append(text)
     return [g[0] if len(g) == 1 else f"{g[0][:-1]} (and {len(g)-1} files more)." for g in groups.values()]
 
 # %% ../nbs/08_check.ipynb #eab558d1

@@ -484,6 +484,24 @@ def _load(path:Path, gz:bool|None, admitted:dict[str,frozenset], limit:int)->tup
     reader = _Reader(read_bounded(path, gz, limit), path, admitted)
     return reader.load(), reader.notes
 
+_AS_PICKLE = "write it again as a gzipped pickle, table.to_pickle"
+_FIRST_BYTES = {
+    b"BZh": ("is packed by bzip2, not by gzip", _AS_PICKLE), b"\xfd7zXZ": ("is packed by xz, not by gzip", _AS_PICKLE),
+    b"PK\3\4": ("is a zip archive, not packed by gzip", _AS_PICKLE),
+    b"\x28\xb5\x2f\xfd": ("is packed by Zstandard, not by gzip", _AS_PICKLE),
+    b"PAR1": ("is a Parquet file, not a pickle", _AS_PICKLE), b"\x93NUMPY": ("is an array of numpy, not a pickled table", _AS_PICKLE),
+    b"version https://git-lfs": ("is a pointer of Git LFS, not the file", "fetch it with git lfs pull"),
+    b"<": ("is a web page, not a pickle", "download the file again"), b"\x1f\x8b": ("is packed twice or truncated", "unpack it once or get the file again")}
+
+def _other_kind(path:Path)->tuple[str,str]|None:
+    "What a file that is no pickle is by its first bytes, and what to do."
+    data = path.read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        try: data = zlib.decompressobj(wbits=31).decompress(data, 64)
+        except zlib.error: return None
+    if not data: return "is truncated to nothing", "get the file again"
+    return next((said for first, said in _FIRST_BYTES.items() if data.startswith(first)), None)
+
 def _as_data(path:Path, gz:bool|None, admitted:dict[str,frozenset], limit:int, frame:bool=False)->Any:
     "What a file holds: a `Table` (or a frame of pandas), or plain values."
     try:
@@ -497,7 +515,8 @@ def _as_data(path:Path, gz:bool|None, admitted:dict[str,frozenset], limit:int, f
     except _TooMuch as e: what, remedy = f"holds {e}", _UNTRUSTED
     except _Odd as e: what, remedy = f"holds {e} in a form that is not known here: it was written by a newer pandas or is damaged", f"{_REWRITE}, or get it again"
     except MemoryError: what, remedy = "does not fit into memory", _UNTRUSTED
-    except Exception as e: what, remedy = f"is truncated or not a pickle ({type(e).__name__})", "get the file again"
+    except Exception as e:
+        what, remedy = _other_kind(path) or (f"is truncated or not a pickle ({type(e).__name__})", "get the file again")
     report(path, what, remedy)
 
 # %% ../nbs/02_unpickle.ipynb #924b0cf1
