@@ -305,9 +305,17 @@ def check_camera_clock(
     limits:Limits, # what is usual
 )->Iterator[Finding]: # violations
     "A camera fires within about one period of its frame's LiDAR stamp."
-    for cam in n.cameras.values():
-        if n.stamps is None or cam.stamps is None or len(cam.stamps) != len(n.stamps): continue
-        off = float(np.median(cam.stamps - n.stamps))
+    if n.stamps is None: return
+    offs = {name: float(np.median(cam.stamps - n.stamps)) for name, cam in n.cameras.items()
+            if cam.stamps is not None and len(cam.stamps) == len(n.stamps)}
+    shared = list(offs.values())
+    if len(shared) > 1 and np.ptp(shared) < 2*n.step and min(map(abs, shared)) > limits.camera_late*n.step:
+        yield finding("camera_clock", n.folder/"lidar/timestamps.json",
+                      f"lies {plain(-shared[0])} s from the stamps of all {len(shared)} cameras",
+                      "the files in lidar are of another log, or its clock is another")
+        return
+    for name, off in offs.items():
+        cam = n.cameras[name]
         if abs(off) > limits.camera_late*n.step:
             yield finding("camera_clock", cam.folder/"timestamps.json",
                           f"lies {plain(off)} s from the LiDAR's stamps, a frame lasts {n.step:.3g} s",
@@ -621,7 +629,8 @@ def check_lens(
         fx, fy, cx, cy = cam.K[0,0], cam.K[1,1], cam.K[0,2], cam.K[1,2]
         off = max(abs(cx/width - .5), abs(cy/height - .5))
         view = 2*np.degrees(np.arctan(width/2/fx))
-        one_factor = abs(cx/width - cy/height) < .02
+        aside, down = cx/width - .5, cy/height - .5
+        one_factor = aside*down > 0 and min(abs(aside), abs(down)) > .05 and abs(aside - down) < .08
         if off > (limits.off_scaled if one_factor else limits.off_centre):
             yield finding("principal_point", path, f"has its principal point at ({cx:.4g}, {cy:.4g}) in images of "
                                                    f"{width}x{height}", _lens_cause(cx, cy, width, height, limits, (fx, fy)))
@@ -870,7 +879,7 @@ FOLLOWS = dict(jump=("loose_camera", "shaky_camera", "camera_axes", "lidar_axes"
 REPEATS = { # what the reader says of the same fault without its cause
     "holds returns of another time than its stamp": ("time_unit", "return_clock"),
     "has an offset to the LiDAR that varies": ("time_unit", "camera_clock"),
-    "differs from the LiDAR stamps": ("time_unit",)}
+    "differs from the LiDAR stamps": ("time_unit", "camera_clock")}
 
 def doubts(
     log:Log, # the log
@@ -882,7 +891,8 @@ def doubts(
     n = in_seconds(n)
     for check in (*CLOCK_CHECKS, *LIDAR_CHECKS): found += check(n, limits)
     if not any(f.check in ("speed", "range", "one_place") for f in found): found += check_world_points(n, limits)
-    if any(f.check == "speed" for f in found): return found # nothing can be said about directions
+    of_another_log = any(f.check == "camera_clock" and f.text.startswith(f"{n.folder.name}/lidar") for f in found)
+    if of_another_log or any(f.check == "speed" for f in found): return found # nothing can be said about directions
     found += check_lidar_axes(n if not any("world-to-sensor" in f.text for f in found)
                               else replace(n, poses=se3_inverse(n.poses)), limits)
     n = trusted_poses(n, limits)
@@ -907,7 +917,7 @@ def _json_faults(log:Log)->list[Finding]:
 
 def _repeats(text:str, f:Finding)->bool:
     "Does the reader's sentence only repeat a finding that names the cause?"
-    same = f.check != "camera_clock" or f.text.split(":")[0] == text.split(":")[0]
+    same = f.check != "camera_clock" or f.text.split(":")[0] == text.split(":")[0] or "meta" in text
     return same and any(what in text and f.check in by for what, by in REPEATS.items())
 
 def _fold(texts:list[str])->list[str]:
