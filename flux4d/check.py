@@ -69,7 +69,7 @@ RULES = dict(
 class Limits:
     "How far a number may be from what is usual."
     step_ratio:float=1.5 # longest step of time against the median; sound: 1
-    camera_late:float=1.5 # periods between a camera's stamp and its frame's; sound: at most 1
+    camera_late:float=1.25 # periods between a camera's stamp and its frame's; sound: at most 1
     return_late:float=1.1 # periods between the median return and its sweep's stamp; sound: at most .74
     return_astray:float=.7 # periods between one sweep's lateness and the usual one; a neighbour's sweep: 1; sound: .02
     span_min:float=.3 # periods that a sweep's returns span at least; sound: 1
@@ -100,7 +100,7 @@ class Limits:
     aspect:float=1.1 # fx against fy, either way; sound: 1.00
     camera_distance:float=10. # m between camera and LiDAR, a long lorry; sound: 2.3
     loose:float=1.5 # m that a camera may wander on the vehicle; sound: .01
-    shaky:float=.3 # m, more than rounding and interpolation explain
+    shaky:float=.15 # m, more than rounding and interpolation explain; sound: .08
     loose_angle:float=15. # deg that it may turn; sound: .5
     in_view:float=.002 # share of the returns that a camera sees where the LiDAR has some; sound: .05 and more
 
@@ -873,7 +873,7 @@ CAMERA_CHECKS = check_lens, check_distortion, check_camera_axes, check_view, che
 
 SAID_BY_READER = "odd_json", "distortion", "unknown_camera", "image_sizes" # not said again beside the reader's sentence
 AXES = "lidar_axes", "camera_axes", "camera_distance", "world_points" # name what the reader only calls an odd rig
-FOLLOWS = dict(jump=("loose_camera", "shaky_camera", "camera_axes", "lidar_axes", "world_points", "reverse"),
+FOLLOWS = dict(camera_clock=("shaky_camera",), jump=("loose_camera", "shaky_camera", "camera_axes", "lidar_axes", "world_points", "reverse"),
                rough_motion=("shaky_camera",), world_points=("nothing_in_view",), range=("nothing_in_view",),
                one_place=("nothing_in_view",), principal_point=("nothing_in_view",)) # not said beside it
 REPEATS = { # what the reader says of the same fault without its cause

@@ -136,6 +136,7 @@ PLANTED = { # name: (how to plant it, the check that finds it, what its sentence
     "stamps in us": (stamps(lambda v: [t*1e6 for t in v], *STAMPS), "time_unit", "stamps are microseconds"),
     "a frame lost": (lost_frame, "uneven_steps", "at frame 8"),
     "camera stamps in ms": (stamps(lambda v: [t*1e3 for t in v], SHUTTER), "camera_clock", "they are milliseconds"),
+    "camera stamps a frame early": (stamps(lambda v: [t - .1 for t in v], SHUTTER), "camera_clock", "other frames"),
     "camera stamps from zero": (stamps(lambda v: [t - v[0] for t in v], SHUTTER), "camera_clock",
                                 "count from the start"),
     "camera three frames late": (stamps(lambda v: [t + .3 for t in v], SHUTTER), "camera_clock", "other frames"),
