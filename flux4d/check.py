@@ -4,7 +4,7 @@
 
 # %% ../nbs/08_check.ipynb #df1bb595
 from __future__ import annotations
-import argparse, functools, json
+import argparse, functools, json, re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +18,12 @@ from .clips import TIME_UNITS, time_unit
 
 # %% auto #0
 __all__ = ['RULES', 'RING_CAUSES', 'LOOKS', 'CAMERA_CAUSES', 'CLOCK_CHECKS', 'LIDAR_CHECKS', 'CAMERA_CHECKS', 'SAID_BY_READER',
-           'AXES', 'FOLLOWS', 'Rule', 'Limits', 'Finding', 'plain', 'finding', 'place_of_sensor', 'SweepNumbers',
-           'CameraNumbers', 'Numbers', 'known_cameras', 'numbers_of', 'check_steps', 'in_seconds', 'check_camera_clock',
-           'check_return_clock', 'motion', 'check_motion', 'check_range', 'Ring', 'ring', 'check_world_points',
-           'heading', 'order_is_wrong', 'check_lidar_axes', 'trusted_poses', 'check_lens', 'check_distortion',
-           'camera_stand', 'check_camera_axes', 'share_in_view', 'check_view', 'check_cameras', 'doubts', 'examine',
-           'check_main']
+           'AXES', 'FOLLOWS', 'REPEATS', 'Rule', 'Limits', 'Finding', 'plain', 'finding', 'place_of_sensor',
+           'SweepNumbers', 'CameraNumbers', 'Numbers', 'known_cameras', 'numbers_of', 'check_steps', 'in_seconds',
+           'check_camera_clock', 'check_return_clock', 'motion', 'turn_rate', 'check_motion', 'check_range', 'Ring',
+           'ring', 'check_world_points', 'heading', 'order_is_wrong', 'check_lidar_axes', 'trusted_poses', 'check_lens',
+           'check_distortion', 'camera_stand', 'check_camera_axes', 'share_in_view', 'check_view', 'check_repeats',
+           'check_cameras', 'doubts', 'examine', 'check_main']
 
 # %% ../nbs/08_check.ipynb #1a5ced70
 class Rule(NamedTuple):
@@ -44,6 +44,8 @@ RULES = dict(
     jump=Rule("fault", "can a vehicle speed up, brake or swerve like that?"),
     rough_motion=Rule("note", "does the vehicle move smoothly?"),
     range=Rule("fault", "are the returns where a LiDAR reaches?"),
+    one_place=Rule("fault", "does each return have a place of its own?"),
+    coarse_points=Rule("fault", "are the points kept finely enough?"),
     far_returns=Rule("note", "are there returns that few LiDARs reach?"),
     world_points=Rule("fault", "are the points in the world frame, around the LiDAR's poses?"),
     lidar_axes=Rule("fault", "does a LiDAR axis point up and another along the way the vehicle drives?"),
@@ -58,6 +60,7 @@ RULES = dict(
     loose_camera=Rule("fault", "does the camera keep its place on the vehicle?"),
     shaky_camera=Rule("note", "are the camera's poses of its own moments?"),
     nothing_in_view=Rule("fault", "does the camera see returns where the LiDAR has some?"),
+    repeated_image=Rule("fault", "does each frame have an image of its own?"),
     image_sizes=Rule("fault", "do all cameras give images of one size?"),
     unknown_camera=Rule("fault", "does every camera folder have a name that is read?"))
 
@@ -66,17 +69,22 @@ RULES = dict(
 class Limits:
     "How far a number may be from what is usual."
     step_ratio:float=1.5 # longest step of time against the median; sound: 1
-    camera_late:float=1.5 # periods between a camera's stamp and its frame's; sound: at most 1
-    return_late:float=1.5 # periods between the median return and its sweep's stamp; sound: at most .74
+    camera_late:float=1.25 # periods between a camera's stamp and its frame's; sound: at most 1
+    return_late:float=1.1 # periods between the median return and its sweep's stamp; sound: at most .74
+    return_astray:float=.7 # periods between one sweep's lateness and the usual one; a neighbour's sweep: 1; sound: .02
     span_min:float=.3 # periods that a sweep's returns span at least; sound: 1
     span_max:float=2.5 # periods, at most
     speed:float=60. # m/s, a fast motorway; sound: 12
     acceleration:float=40. # m/s2, a jump of .4 m between frames at 10 Hz; sound: at most 3
     rough:float=15. # m/s2, more than tyres hold
+    turn:float=200. # deg/s, faster than any vehicle turns; sound: 30
     range_max:float=1000. # m, no LiDAR reaches farther; sound: 307
     range_far:float=500. # m, few LiDARs reach farther
+    one_place:float=.01 # share of a sweep's returns at one and the same point; sound: 0
+    coarse:float=.1 # m, step of the numbers that the points are kept in; float32 far from zero
     range_min:float=5. # m, the farthest return is farther than this; sound: 140 and more
     ring_distance:float=25. # m from the place the returns surround to the LiDAR's pose; sound: 1
+    ring_height:float=4. # m between the LiDAR's pose and the median height of near returns; sound: 1.6
     ring_astray:float=.5 # share of their motion in which this place and the poses differ; sound: .05
     ring_returns:int=1000 # fewer returns in a sweep surround nothing
     moved:float=3. # m, a vehicle that moved less shows nothing about directions
@@ -86,12 +94,13 @@ class Limits:
     axis:float=.85 # cosine between the nearest LiDAR axis and the way the vehicle drives; sound: .99
     reverse_speed:float=5. # m/s, a slower vehicle may drive backwards
     off_centre:float=.2 # principal point off the image's middle, as a share of the image's side; sound: .053
+    off_scaled:float=.09 # the same where one factor explains both coordinates, as intrinsics for another size do
     view_min:float=5. # deg, field of view across the image; sound: 52
     view_max:float=150. # deg, a pinhole at most
     aspect:float=1.1 # fx against fy, either way; sound: 1.00
     camera_distance:float=10. # m between camera and LiDAR, a long lorry; sound: 2.3
     loose:float=1.5 # m that a camera may wander on the vehicle; sound: .01
-    shaky:float=.3 # m, more than rounding and interpolation explain
+    shaky:float=.15 # m, more than rounding and interpolation explain; sound: .08
     loose_angle:float=15. # deg that it may turn; sound: .5
     in_view:float=.002 # share of the returns that a camera sees where the LiDAR has some; sound: .05 and more
 
@@ -148,6 +157,9 @@ class SweepNumbers(NamedTuple):
     median_range:float # m from there
     farthest:float # m from there, of all sensors
     sample:np.ndarray # (M,3) some returns
+    same:float # share of these at their most frequent point
+    grain:float # m, step of the numbers that its points are kept in; 0 when they are kept in double precision
+    height:float # m, median z of those near that place, NaN without any
 
 # %% ../nbs/08_check.ipynb #efa1922a
 @functools.lru_cache(maxsize=256)
@@ -161,8 +173,14 @@ def _sweep_numbers(path:str, version:tuple)->SweepNumbers|None:
     place = place_of_sensor(sample)
     middle = np.r_[place, np.median(sample[:,2])]
     reach = [np.linalg.norm(p - middle, axis=1) for p in (sample, sweep.points)]
+    times = np.unique(sample, axis=0, return_counts=True)[1]
+    coarse = (sample == sample.astype(np.float32)).all() # single precision
+    grain = float(np.spacing(np.abs(sample).max().astype(np.float32))) if coarse else 0.
+    near = sample[np.linalg.norm(sample[:,:2] - place, axis=1) < 15, 2]
     return SweepNumbers(len(turning), float(np.median(turning.stamps)), float(np.ptp(turning.stamps)), place,
-                        float(np.median(reach[0])), float(reach[1].max()), sample)
+                        float(np.median(reach[0])), float(reach[1].max()), sample,
+                        float(times.max()/len(sample)) if times.max() > 2 else 0., grain,
+                        float(np.median(near)) if len(near) >= 20 else np.nan)
 
 def _clean(read:Callable, path:Path, *args:int|None)->np.ndarray|None:
     "What a reader returns when it finds no fault, else None."
@@ -266,8 +284,17 @@ def _other_clock(times:np.ndarray, stamps:np.ndarray, step:float)->str:
     for unit, per_second in TIME_UNITS.items():
         if np.abs(np.median(times/per_second - stamps)) < 2*step:
             return f"they are {unit}, divide them by {per_second:.0f}"
-    if np.median(np.abs(times)) < max(2*step, 1e-6*np.median(np.abs(stamps))) and np.median(stamps) > 1e6:
+    kept = np.spacing(np.abs(times).max().astype(np.float32)) if (times == times.astype(np.float32)).all() else 0
+    if kept > .1*step and np.abs(np.median(times - stamps)) < 4*kept:
+        return f"they are kept in single precision, in steps of {kept:.3g} s, keep them as float64"
+    size, epoch = np.median(np.abs(times)), np.median(np.abs(stamps))
+    if size < max(2*step, 1e-6*epoch) and epoch > 1e6:
         return "they count from the start of the sweep or the log, add its epoch second"
+    if epoch < 1e6 and 1e8 < size < 1e10:
+        return "the log's stamps count from its start and these do not, give both the same zero"
+    for unit, per_second in TIME_UNITS.items():
+        if size < 2*step*per_second and epoch > 1e6:
+            return f"they are {unit} from the start of the sweep, divide them by {per_second:.0f} and add its epoch second"
     off = float(np.median(times - stamps))
     leap = f", {abs(off):.0f} s is a difference between GPS, TAI and UTC" if 17 <= abs(off) <= 37.5 else ""
     return f"another clock or other frames, compare them with lidar/timestamps.json{leap}"
@@ -278,9 +305,17 @@ def check_camera_clock(
     limits:Limits, # what is usual
 )->Iterator[Finding]: # violations
     "A camera fires within about one period of its frame's LiDAR stamp."
-    for cam in n.cameras.values():
-        if n.stamps is None or cam.stamps is None or len(cam.stamps) != len(n.stamps): continue
-        off = float(np.median(cam.stamps - n.stamps))
+    if n.stamps is None: return
+    offs = {name: float(np.median(cam.stamps - n.stamps)) for name, cam in n.cameras.items()
+            if cam.stamps is not None and len(cam.stamps) == len(n.stamps)}
+    shared = list(offs.values())
+    if len(shared) > 1 and np.ptp(shared) < 2*n.step and min(map(abs, shared)) > limits.camera_late*n.step:
+        yield finding("camera_clock", n.folder/"lidar/timestamps.json",
+                      f"lies {plain(-shared[0])} s from the stamps of all {len(shared)} cameras",
+                      "the files in lidar are of another log, or its clock is another")
+        return
+    for name, off in offs.items():
+        cam = n.cameras[name]
         if abs(off) > limits.camera_late*n.step:
             yield finding("camera_clock", cam.folder/"timestamps.json",
                           f"lies {plain(off)} s from the LiDAR's stamps, a frame lasts {n.step:.3g} s",
@@ -297,12 +332,14 @@ def check_return_clock(
     time = np.array([n.sweeps[k].time for k in frames])
     span = np.array([n.sweeps[k].span for k in frames])/n.step
     late = (time - n.stamps[frames])/n.step
-    odd = frames[int(np.abs(late).argmax())]
-    if np.abs(late).max() > limits.return_late:
+    astray = np.abs(late - np.median(late))
+    whole = np.abs(np.median(late)) > limits.return_late
+    odd = frames[int((np.abs(late) if whole else astray).argmax())]
+    if whole or astray.max() > limits.return_astray:
         yield finding("return_clock", n.folder/f"lidar/{odd:02d}.pkl.gz",
                       f"has a median return {plain(late[frames.index(odd)]*n.step)} s from its stamp, a frame "
                       f"lasts {n.step:.3g} s",
-                      _other_clock(time, n.stamps[frames], n.step) if np.median(np.abs(late)) > limits.return_late
+                      _other_clock(time, n.stamps[frames], n.step) if whole
                       else "this sweep belongs to another frame, restore the order of the files")
     elif span.max() > limits.span_max:
         odd = frames[int(span.argmax())]
@@ -322,6 +359,14 @@ def motion(
     dt = np.diff(n.stamps)
     velocity = np.diff(n.poses[:,:3,3], axis=0)/dt[:,None]
     return velocity, np.linalg.norm(np.diff(velocity, axis=0), axis=1)/((dt[1:] + dt[:-1])/2)
+
+def turn_rate(
+    n:Numbers, # a log
+)->np.ndarray: # (F-1,) deg/s
+    "How fast the LiDAR turns from frame to frame."
+    R = n.poses[:,:3,:3]
+    cosine = (np.einsum("fij,fij->f", R[1:], R[:-1]) - 1)/2
+    return np.degrees(np.arccos(np.clip(cosine, -1, 1)))/np.diff(n.stamps)
 
 def _speed_cause(n:Numbers)->str:
     "Why a vehicle is too fast: its poses move so many times as far as the places that its returns surround."
@@ -350,6 +395,10 @@ def check_motion(
         yield finding("jump", n.poses_file, f"jumps at frame {a+1}: {plain(acceleration[a])} m/s2, up to "
                                             f"{plain(speed[k])} m/s",
                       "the pose of this frame is of another moment or from a bad fix, restore it or cut the log there")
+    elif (turn := turn_rate(n)).max() > limits.turn:
+        yield finding("jump", n.poses_file, f"turns by {plain(turn.max())} degrees a second at frame "
+                                            f"{int(turn.argmax())+1}",
+                      "the heading of this frame is of another moment or from a bad fix, restore it or cut the log there")
     elif acceleration[a] > limits.rough:
         yield finding("rough_motion", n.poses_file, f"changes its speed by {acceleration[a]:.3g} m/s2 at frame {a+1}",
                       "its poses are noisy or not of the frames' moments")
@@ -370,6 +419,15 @@ def check_range(
                      f in (("centimetres", 100), ("millimetres", 1000)) if 5 < usual/f < 100 and usual > 200), None)
         yield finding("range", path, f"has a return {plain(far)} m away, half of all are nearer than {plain(usual)} m",
                       unit or "no LiDAR reaches that far, drop such returns: they may stand for no return")
+    elif (same := max(n.sweeps[k].same for k in frames)) > limits.one_place:
+        odd = next(k for k in frames if n.sweeps[k].same == same)
+        yield finding("one_place", n.folder/f"lidar/{odd:02d}.pkl.gz", f"has {same:.0%} of its returns at one point",
+                      "these stand for no return, drop them")
+    elif (grain := max(n.sweeps[k].grain for k in frames)) > limits.coarse:
+        odd = next(k for k in frames if n.sweeps[k].grain == grain)
+        yield finding("coarse_points", n.folder/f"lidar/{odd:02d}.pkl.gz",
+                      f"keeps points in steps of {plain(grain)} m, single precision this far from zero",
+                      "keep x, y, z as float64, or subtract one origin from points, poses and boxes before rounding")
     elif far < limits.range_min:
         yield finding("range", path, f"has no return farther than {far:.3g} m",
                       "its points are in kilometres or scaled to a unit box, restore metres")
@@ -400,10 +458,17 @@ def _in_world(places:np.ndarray, poses:np.ndarray)->np.ndarray:
     "Places of the sensor's own frame, carried into the world."
     return transform_points(poses, np.c_[places, np.zeros(len(places))][:,None])[:,0,:2]
 
+def _longer(poses:np.ndarray, factor:float)->np.ndarray:
+    "Poses whose positions are so many times as long."
+    return se3(poses[:,:3,:3], factor*poses[:,:3,3])
+
 RING_CAUSES = { # likely cause and remedy -> places and poses as they would be without it
     "the points are in the sensor's own frame, carry each sweep into the world by its pose": lambda p,
                T: (_in_world(p, T), T),
     "lidar/poses.json is world-to-sensor, invert its poses": lambda p,T: (p, se3_inverse(T)),
+    "lidar/poses.json is in feet, multiply its positions by 0.3048": lambda p,T: (p, _longer(T, .3048)),
+    "lidar/poses.json is in kilometres, multiply its positions by 1000": lambda p,T: (p, _longer(T, 1e3)),
+    "the points are in feet, multiply x, y and z by 0.3048": lambda p,T: (.3048*p, T),
     "the points have another origin, subtract the same from points and poses": lambda p,
                T: (p - (p - T[:,:2,3]).mean(0), T)}
 
@@ -421,6 +486,11 @@ def _ring_fits(places:np.ndarray, positions:np.ndarray, limits:Limits)->bool:
     moves = r.poses_move >= limits.moved or r.places_move >= limits.place_moved
     return r.distance <= limits.ring_distance and not (moves and r.astray > limits.ring_astray)
 
+def _ring_height(n:Numbers, limits:Limits)->float:
+    "How high near returns lie over the LiDAR's poses, m; 0 without any."
+    above = [s.height - n.poses[k,2,3] for k,s in enumerate(n.sweeps) if s is not None and s.count >= limits.ring_returns]
+    return float(np.nanmedian(above)) if np.isfinite(above).any() else 0.
+
 def _ring_inputs(n:Numbers, limits:Limits)->tuple[np.ndarray,np.ndarray]|None:
     "Places and poses of the sweeps that have enough returns."
     frames = [k for k,s in enumerate(n.sweeps) if s is not None and s.count >= limits.ring_returns]
@@ -436,10 +506,17 @@ def check_world_points(
     inputs = _ring_inputs(n, limits)
     if inputs is None: return
     places, poses = inputs
-    if _ring_fits(places, poses[:,:2,3], limits): return
+    if _ring_fits(places, poses[:,:2,3], limits):
+        above = _ring_height(n, limits)
+        if abs(above) > limits.ring_height:
+            yield finding("world_points", n.folder/"lidar", f"has near returns {plain(abs(above))} m "
+                                                            f"{'above' if above > 0 else 'below'} the LiDAR's poses",
+                          "the points have another origin in height, subtract the same from points and poses")
+        return
     r = ring(places, poses[:,:2,3])
     repaired = {cause: repair(places, poses) for cause, repair in RING_CAUSES.items()}
-    fits = [cause for cause, (p, T) in repaired.items() if _ring_fits(p, T[:,:2,3], limits)]
+    fits = [cause for cause, (p, T) in repaired.items() if _ring_fits(p, T[:,:2,3], limits)
+            and not ("multiply" in cause and ring(p, T[:,:2,3]).poses_move < limits.moved)] # lengths show in motion
     off = {cause: ring(p, T[:,:2,3]).distance for cause, (p, T) in repaired.items()}
     last = list(RING_CAUSES)[-1] # another origin always brings them together, so it must be clearly better
     best = min(fits, key=lambda c: off[c] + 5*(c == last), default="points and poses are of different frames or logs")
@@ -524,12 +601,13 @@ def trusted_poses(
     return n
 
 # %% ../nbs/08_check.ipynb #a12b7273
-def _lens_cause(cx:float, cy:float, width:int, height:int, limits:Limits)->str:
+def _lens_cause(cx:float, cy:float, width:int, height:int, limits:Limits, focal:tuple[float,float]|None=None)->str:
     "Why a principal point is not in the middle."
     centred = lambda x, y: max(abs(x/width - .5), abs(y/height - .5)) <= limits.off_centre/2
     if max(abs(cx), abs(cy)) <= 2:
         return "the intrinsics are shares of the image's size, multiply them by width and height"
     if centred(cy, cx): return "the pixels lie on their side, or cx and cy are exchanged"
+    if focal is not None and centred(*focal): return "fx and cx, fy and cy are exchanged"
     scale = width/(2*cx) if cx > 0 else 0
     usual = min((1/8, 1/6, 1/5, 1/4, 1/3, 1/2, 2/3, 3/4, 4/3, 3/2, 2, 3, 4, 5, 6, 8),
                 key=lambda f: abs(f/max(scale, 1e-9) - 1))
@@ -551,9 +629,11 @@ def check_lens(
         fx, fy, cx, cy = cam.K[0,0], cam.K[1,1], cam.K[0,2], cam.K[1,2]
         off = max(abs(cx/width - .5), abs(cy/height - .5))
         view = 2*np.degrees(np.arctan(width/2/fx))
-        if off > limits.off_centre:
+        aside, down = cx/width - .5, cy/height - .5
+        one_factor = aside*down > 0 and min(abs(aside), abs(down)) > .05 and abs(aside - down) < .08
+        if off > (limits.off_scaled if one_factor else limits.off_centre):
             yield finding("principal_point", path, f"has its principal point at ({cx:.4g}, {cy:.4g}) in images of "
-                                                   f"{width}x{height}", _lens_cause(cx, cy, width, height, limits))
+                                                   f"{width}x{height}", _lens_cause(cx, cy, width, height, limits, (fx, fy)))
         elif not limits.view_min <= view <= limits.view_max:
             yield finding("field_of_view", path, f"sees {view:.3g} degrees across images of {width}x{height}",
                           "fx is of another image size or in another unit")
@@ -595,6 +675,8 @@ def _turn(*columns:tuple)->Callable:
 
 CAMERA_CAUSES = { # likely cause and remedy -> the poses as they would be without it
     "its poses are world-to-camera, invert them": se3_inverse,
+    "its headings alone are world-to-camera, conjugate the quaternions":
+        lambda T: se3(T[:,:3,:3].swapaxes(1, 2), T[:,:3,3]),
     "its quaternions are stored x, y, z, w, write w first": lambda T: se3(_other_order(T[:,:3,:3]), T[:,:3,3]),
     "its axes are right, up, backward, turn them into right, down, forward": _turn((1,0,0), (0,-1,0), (0,0,-1)),
     "its axes are forward, left, up, turn them into right, down, forward": _turn((0,-1,0), (0,0,-1), (1,0,0)),
@@ -630,7 +712,9 @@ def _vehicle_up(n:Numbers, limits:Limits)->np.ndarray:
 def _lidar_at(n:Numbers, cam:CameraNumbers)->np.ndarray:
     "Positions of the LiDAR at the camera's own moments, (F,3)."
     if cam.stamps is None or np.abs(np.median(cam.stamps - n.stamps)) > 2*n.step: return n.poses[:,:3,3]
-    return np.stack([np.interp(cam.stamps, n.stamps, n.poses[:,k,3]) for k in range(3)], -1)
+    x, frame = n.poses[:,:3,3], np.clip(np.searchsorted(n.stamps, cam.stamps), 1, len(n.stamps) - 1)
+    share = (cam.stamps - n.stamps[frame-1])/(n.stamps[frame] - n.stamps[frame-1])
+    return x[frame-1] + share[:,None]*(x[frame] - x[frame-1]) # the ends are extrapolated
 
 class _Stand(NamedTuple):
     "How a camera stands on the vehicle."
@@ -639,7 +723,6 @@ class _Stand(NamedTuple):
     distance:float # m from the LiDAR
     wander:np.ndarray # (F,) m from its usual place on the vehicle
     angle:np.ndarray # (F,) deg from its usual direction
-    first:int # frame of the first of these
 
     def right(self, limits:Limits)->bool:
         "Upright, looking where its name says, on the vehicle?"
@@ -652,16 +735,14 @@ class _Stand(NamedTuple):
 def _stand(n:Numbers, cam:CameraNumbers, poses:np.ndarray, limits:Limits)->_Stand:
     "How a camera with these poses would stand."
     off = poses[:,:3,3] - _lidar_at(n, cam)
-    first = 1 if len(poses) > 4 else 0 # the ends cannot be interpolated
-    inner = slice(first, len(poses) - first)
-    R = n.poses[inner,:3,:3]
-    place = np.einsum("fji,fj->fi", R, off[inner])
-    turn = np.einsum("fji,fjk->fik", R, poses[inner,:3,:3])
+    R = n.poses[:,:3,:3]
+    place = np.einsum("fji,fj->fi", R, off)
+    turn = np.einsum("fji,fjk->fik", R, poses[:,:3,:3])
     usual = turn[int(np.abs(turn - np.median(turn, axis=0)).sum((1,2)).argmin())]
     angle = np.degrees(np.arccos(np.clip((np.einsum("fij,ij->f", turn, usual) - 1)/2, -1, 1)))
     return _Stand(*camera_stand(cam.name, poses, _vehicle_up(n, limits), heading(n, limits)),
                   float(np.median(np.linalg.norm(off, axis=1))),
-                  np.linalg.norm(place - np.median(place, axis=0), axis=1), angle, first)
+                  np.linalg.norm(place - np.median(place, axis=0), axis=1), angle)
 
 # %% ../nbs/08_check.ipynb #a6e777ef
 def _camera_cause(n:Numbers, cam:CameraNumbers, limits:Limits)->tuple[str|None,float]:
@@ -669,8 +750,10 @@ def _camera_cause(n:Numbers, cam:CameraNumbers, limits:Limits)->tuple[str|None,f
     far = _stand(n, cam, cam.poses, limits).distance > limits.camera_distance
     repaired = {cause: _stand(n, cam, repair(cam.poses), limits) for cause, repair in CAMERA_CAUSES.items() if far
                 or "positions" not in cause}
-    fits = {cause: s.up + s.forward for cause, s in repaired.items() if s.right(limits) and s.firm(limits)}
-    return (None, 0.) if not fits else max(fits.items(), key=lambda item: item[1])
+    fits = {cause: s for cause, s in repaired.items() if s.right(limits) and s.firm(limits)}
+    if not fits: return None, 0.
+    best = max(fits, key=lambda c: fits[c].up + fits[c].forward - .1*fits[c].wander.max() - .01*fits[c].angle.max())
+    return best, fits[best].up + fits[best].forward
 
 def _other_name(n:Numbers, cam:CameraNumbers, limits:Limits)->str|None:
     "The camera name whose direction this camera looks in."
@@ -708,11 +791,11 @@ def check_camera_axes(
                               else "its poses are of another camera, or turned"))
         elif not s.firm(limits):
             yield finding("loose_camera", path, f"moves the camera by {plain(s.wander[k])} m and {s.angle[k]:.0f} "
-                                                f"degrees on the vehicle at frame {k + s.first}",
+                                                f"degrees on the vehicle at frame {k}",
                           cause or "its poses are of other frames, in another order or from a bad fix")
         elif s.wander.max() > limits.shaky:
             yield finding("shaky_camera", path, f"moves the camera by {plain(s.wander.max())} m on the vehicle at "
-                                                f"frame {int(s.wander.argmax()) + s.first}",
+                                                f"frame {int(s.wander.argmax())}",
                           "its poses are not of the moments in its timestamps.json, perhaps a frame off")
 
 # %% ../nbs/08_check.ipynb #62a48d2a
@@ -746,6 +829,23 @@ def check_view(
                           f"sees {seen:.2%} of the returns, and {there:.0%} lie where it looks",
                           "poses, intrinsics and points do not belong together, compare their frames and units")
 
+# %% ../nbs/08_check.ipynb #de5fd2cd
+def check_repeats(
+    n:Numbers, # a log
+    limits:Limits, # what is usual
+)->Iterator[Finding]: # violations
+    "Does a camera show the same image twice while the vehicle moves?"
+    if n.poses is None: return
+    moved = np.linalg.norm(np.diff(n.poses[:,:3,3], axis=0), axis=1) > .1 # m
+    for cam in n.cameras.values():
+        paths = [cam.folder/f"{k:02d}.jpg" for k in range(len(n.poses))]
+        there = [k + 1 for k in np.flatnonzero(moved).tolist() if paths[k].is_file() and paths[k+1].is_file()]
+        same = [k for k in there if paths[k].stat().st_size == paths[k-1].stat().st_size
+                and paths[k].read_bytes() == paths[k-1].read_bytes()]
+        if same and len(same) < len(there):
+            yield finding("repeated_image", paths[same[0]], "is the image of the frame before, and the vehicle moved",
+                          "this frame is there twice or its image was lost, get the file again or cut the log there")
+
 # %% ../nbs/08_check.ipynb #e8f58be7
 def check_cameras(
     n:Numbers, # a log
@@ -769,12 +869,17 @@ def check_cameras(
 # %% ../nbs/08_check.ipynb #43f060b7
 CLOCK_CHECKS = check_camera_clock, check_return_clock
 LIDAR_CHECKS = check_motion, check_range
-CAMERA_CHECKS = check_lens, check_distortion, check_camera_axes, check_view, check_cameras
+CAMERA_CHECKS = check_lens, check_distortion, check_camera_axes, check_view, check_repeats, check_cameras
 
 SAID_BY_READER = "odd_json", "distortion", "unknown_camera", "image_sizes" # not said again beside the reader's sentence
 AXES = "lidar_axes", "camera_axes", "camera_distance", "world_points" # name what the reader only calls an odd rig
-FOLLOWS = dict(jump=("loose_camera", "shaky_camera"), rough_motion=("shaky_camera",),
-               world_points=("nothing_in_view",)) # not said beside it
+FOLLOWS = dict(camera_clock=("shaky_camera",), jump=("loose_camera", "shaky_camera", "camera_axes", "lidar_axes", "world_points", "reverse"),
+               rough_motion=("shaky_camera",), world_points=("nothing_in_view",), range=("nothing_in_view",),
+               one_place=("nothing_in_view",), principal_point=("nothing_in_view",)) # not said beside it
+REPEATS = { # what the reader says of the same fault without its cause
+    "holds returns of another time than its stamp": ("time_unit", "return_clock"),
+    "has an offset to the LiDAR that varies": ("time_unit", "camera_clock"),
+    "differs from the LiDAR stamps": ("time_unit", "camera_clock")}
 
 def doubts(
     log:Log, # the log
@@ -785,8 +890,9 @@ def doubts(
     found = list(check_steps(n, limits))
     n = in_seconds(n)
     for check in (*CLOCK_CHECKS, *LIDAR_CHECKS): found += check(n, limits)
-    if not any(f.check in ("speed", "range") for f in found): found += check_world_points(n, limits)
-    if any(f.check == "speed" for f in found): return found # nothing can be said about directions
+    if not any(f.check in ("speed", "range", "one_place") for f in found): found += check_world_points(n, limits)
+    of_another_log = any(f.check == "camera_clock" and f.text.startswith(f"{n.folder.name}/lidar") for f in found)
+    if of_another_log or any(f.check == "speed" for f in found): return found # nothing can be said about directions
     found += check_lidar_axes(n if not any("world-to-sensor" in f.text for f in found)
                               else replace(n, poses=se3_inverse(n.poses)), limits)
     n = trusted_poses(n, limits)
@@ -809,10 +915,19 @@ def _json_faults(log:Log)->list[Finding]:
         if what: found.append(finding("odd_json", path, what, "get the file again"))
     return found
 
+def _repeats(text:str, f:Finding)->bool:
+    "Does the reader's sentence only repeat a finding that names the cause?"
+    same = f.check != "camera_clock" or f.text.split(":")[0] == text.split(":")[0] or "meta" in text
+    return same and any(what in text and f.check in by for what, by in REPEATS.items())
+
 def _fold(texts:list[str])->list[str]:
     "One sentence per fault: the first file, and how many more have the same."
     groups = {}
-    for text in texts: groups.setdefault(text.split(": ", 1)[-1], []).append(text)
+    for text in texts:
+        where, _, what = text.partition(": ")
+        number = Path(where).name.split(".")[0]
+        if number.isdecimal(): what = re.sub(rf"\b0*{int(number)}(?=\.[A-Za-z])", "N", what) # the file's own number
+        groups.setdefault(what, []).append(text)
     return [g[0] if len(g) == 1 else f"{g[0][:-1]} (and {len(g)-1} files more)." for g in groups.values()]
 
 # %% ../nbs/08_check.ipynb #eab558d1
@@ -826,6 +941,7 @@ def examine(
     except RecursionError: texts = [] # `_json_faults` says which file
     own = _json_faults(log) + doubts(log, limits)
     if any(f.check in AXES for f in own): texts = [text for text in texts if not text.endswith(f"{_RIG}.")]
+    texts = [text for text in texts if not any(_repeats(text, f) for f in own)]
     named = {text.split(":")[0] for text in texts}
     own = [f for f in own if f.check not in SAID_BY_READER or f.text.split(":")[0] not in named]
     return [Finding("files", text) for text in _fold(texts)] + own

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from annotated_types import Gt, MinLen
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from .frames import ClipTime, project, pixel_index, se3_inverse, scale_intrinsics
-from .files import missing_text
+from .files import counts_otherwise, missing_text
 from .pandaset import PandaSet, Log, DataError, atomic_write, report, safe_load_pickle, scaled_size, short_path
 if TYPE_CHECKING: # loaded where images become tensors, so that the commands start at once
     import torch
@@ -178,7 +178,9 @@ def _missing(log:Log, cameras:tuple[str,...])->dict[int,str]:
     "Frame id -> the file it lacks and what lies beside it, from one listing per folder."
     lost = {}
     for folder, name in [("lidar", "{:02d}.pkl.gz")] + [(f"camera/{c}", "{:02d}.jpg") for c in cameras]:
-        there = {p.name for p in (log.folder/folder).iterdir()}
+        there, first = {p.name for p in (log.folder/folder).iterdir()}, log.folder/folder/name.format(0)
+        if counts_otherwise(first): # what looks like frame 1 is another
+            for f in log.frame_ids: lost.setdefault(f, f"{folder}/{first.name} {missing_text(first)}")
         for f in log.frame_ids:
             if name.format(f) not in there: lost.setdefault(f, f"{folder}/{name.format(f)} {missing_text(log.folder/folder/name.format(f))}")
     return lost

@@ -14,7 +14,7 @@ import numpy as np
 from fastcore.basics import patch
 from scipy.ndimage import maximum_filter1d
 from annotated_types import Interval
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from .frames import pixel_index, scale_intrinsics, se3, se3_inverse, transform_points
 from .pandaset import DataError, Log, need_pandas, report, safe_load_pickle, scaled_size, short_path
 from .clips import project_sweep
@@ -44,6 +44,11 @@ class CuboidConfig:
     min_fit:Annotated[float, Interval(ge=0, le=1)]=.8
     # share of its extent that the returns in a box span, median; log 002 has .88 at the least, the city .62, boxes twice as large .53 at the most
     min_fill:Annotated[float, Interval(ge=0, le=1)]=.58
+    max_turned:PositiveFloat=1.2 # moving boxes turned by a quarter hold at most so many times their returns; log 002 has .4, the city .36
+    max_distance:PositiveFloat=400. # half of the boxes are nearer to the LiDAR than this, m; log 002 has 57, the city 73
+    max_speed:PositiveFloat=80. # a track that moves faster is two objects, m/s
+    max_jumps:Annotated[float, Interval(ge=0, le=1)]=.1 # share of a frame's tracks that may be faster
+    min_kept:Annotated[float, Interval(ge=0, le=1)]=.3 # share of a frame's ids that the next frame has too; both have .98 at the least
     min_returns:NonNegativeInt=10 # boxes with fewer returns say nothing about their extent
 
 # %% ../nbs/05_cuboids.ipynb #cd086c01
@@ -102,7 +107,8 @@ _NEEDED = "uuid", "label", "yaw", *(f"{k}.{a}" for k in ("position","dimensions"
 
 def _text(v:Any)->str:
     "A value as text; a whole number has no decimals, what is missing is empty."
-    if isinstance(v, str): return v
+    if isinstance(v, str): return v.strip()
+    if isinstance(v, bytes): return v.decode("utf-8", "replace").strip()
     if v is None or need_pandas().isna(v): return ""
     return str(int(v)) if isinstance(v, Real) and float(v).is_integer() else str(v)
 
@@ -115,6 +121,8 @@ def _numbers(path:Path, table:Any, *names:str)->np.ndarray:
     try: return np.stack([np.asarray(table[n], np.float64) for n in names], -1)
     except (TypeError, ValueError): report(path, f"holds something that is not a number in {' or '.join(names)}", "get the file again")
 
+_NO_ID = "", "nan", "none", "null", "<na>", "nat" # what becomes of a missing id when a column is turned into text
+
 def _check_boxes(path:Path, b:Boxes)->None:
     "Stop at boxes that cannot be right."
     bad = ~(np.isfinite(b.centre).all(1) & np.isfinite(b.yaw) & (b.size > 0).all(1) & np.isfinite(b.size).all(1))
@@ -122,7 +130,7 @@ def _check_boxes(path:Path, b:Boxes)->None:
     turned = np.abs(b.yaw) > 7
     if turned.any(): report(path, f"has {turned.sum()} boxes with a yaw beyond 7 rad, as if it were in degrees", "convert yaw to radians")
     if not np.isin(b.sensor_id, (-1, 0, 1)).all(): report(path, "names a sensor that is none of -1, 0 and 1", "get the file again")
-    lost = np.array([not u.strip() for u in b.uuid], bool)
+    lost = np.array([u.lower() in _NO_ID for u in b.uuid], bool)
     if lost.any(): report(path, f"has {lost.sum()} boxes without an id", "give every object an id that it keeps from frame to frame")
     times = Counter(zip(b.uuid, b.sensor_id)); (most, _), n = times.most_common(1)[0]
     if 2*sum(k for k in times.values() if k > 1) > len(b): report(path, f"gives the id {most!r} to {n} boxes", "give every object an id of its own that it keeps from frame to frame")
@@ -370,6 +378,7 @@ class BoxFit(NamedTuple):
     around:np.ndarray # (M,) the same with 0.3 m more on every side
     seen:np.ndarray   # (M,) bool, in sight
     fill:np.ndarray   # (M,) share of its extent that the returns in it span, 0..1; 0 without returns
+    turned:np.ndarray # (M,) returns in each box with width and length exchanged
 
 def _fill(boxes:Boxes, points:np.ndarray, inside:np.ndarray)->np.ndarray:
     "The share of a box that its returns span: of its height or of the better side, whichever is less."
@@ -394,7 +403,33 @@ def box_fit(
     mine = (b.sensor_id == -1) | (b.sensor_id == sweep.sensor[:,None])
     held, around = (points_in_boxes(sweep.points, b, grow) & mine for grow in (0., np.array([.3,.3,0.])))
     inside = held.sum(0)
-    return BoxFit(inside, around.sum(0), (inside > 0) | ~hidden(b, sweep.points, log.lidar_poses[frame][:3,3]), _fill(b, sweep.points, held))
+    turned = (points_in_boxes(sweep.points, replace(b, size=b.size[:,[1,0,2]])) & mine).sum(0)
+    return BoxFit(inside, around.sum(0), (inside > 0) | ~hidden(b, sweep.points, log.lidar_poses[frame][:3,3]), _fill(b, sweep.points, held), turned)
+
+# %% ../nbs/05_cuboids.ipynb #25214c50
+def _check_place(log:Log, frame:int, cfg:CuboidConfig)->None:
+    "Stop at boxes that are nowhere near the LiDAR."
+    boxes = load_cuboids(log, frame)
+    if len(boxes) < max(1, cfg.min_boxes): return
+    usual = float(np.median(np.linalg.norm(boxes.centre - log.lidar_poses[frame][:3,3], axis=1)))
+    if usual > cfg.max_distance:
+        report(log.cuboid_path(frame), f"has half of its boxes more than {usual:.0f} m from the LiDAR",
+               "give position.x, y and z in metres and in the frame of the points, with the same origin")
+
+def _check_tracks(log:Log, frame:int, cfg:CuboidConfig)->None:
+    "Stop at ids that name other objects, or none, in the next frame."
+    a, b = _boxes_or_none(log, frame), _boxes_or_none(log, frame + 1)
+    if a is None or b is None or min(len(a), len(b)) < max(1, cfg.min_boxes): return
+    i, j = same_track(a, b)
+    path, remedy = log.cuboid_path(frame), "give every object an id of its own that it keeps from frame to frame"
+    alone = np.array([k == 1 for k in map(Counter(a.uuid).get, a.uuid)])
+    if len(i) < cfg.min_kept*alone.sum():
+        report(path, f"shares only {len(i)} of its {alone.sum()} ids with the next frame", remedy)
+    seconds = log.lidar_stamps[frame+1] - log.lidar_stamps[frame]
+    speed = np.linalg.norm(b.centre[j] - a.centre[i], axis=1)/seconds
+    fast = speed > cfg.max_speed
+    if fast.sum() > cfg.max_jumps*len(i):
+        report(path, f"has {fast.sum()} of {len(i)} tracks that move by up to {speed.max()*seconds:.0f} m to the next frame", remedy)
 
 # %% ../nbs/05_cuboids.ipynb #a4303bab
 def check_labels(
@@ -405,7 +440,10 @@ def check_labels(
 )->dict: # boxes; hit: share of them that contain returns, of those in sight if they are enough; fit: share of the returns around them that are inside; fill: share of a box that its returns span, median
     "Stop when labels cannot be read, name unknown classes, or when the moving boxes are not those of the returns."
     frames = [frames] if isinstance(frames, int) else list(frames)
-    for f in frames: class_ids(load_cuboids(log, f + shift).label, cfg.unknown, short_path(log.cuboid_path(f + shift)))
+    for f in frames:
+        class_ids(load_cuboids(log, f + shift).label, cfg.unknown, short_path(log.cuboid_path(f + shift)))
+        _check_place(log, f + shift, cfg)
+        _check_tracks(log, f + shift, cfg)
     all_ = BoxFit(*map(np.concatenate, zip(*(box_fit(log, f, f + shift, cfg) for f in frames))))
     asked = all_.inside[all_.seen] if all_.seen.sum() >= cfg.min_boxes else all_.inside; n = len(asked)
     spans = all_.fill[all_.inside >= cfg.min_returns]
@@ -415,6 +453,9 @@ def check_labels(
     if n >= cfg.min_boxes and found["hit"] < cfg.min_hit:
         report(path, f"has moving boxes near the sensor of which only {found['hit']:.0%} contain returns of frame {frames[0]}",
                "look labels up by the log's frame id, and get the files again if they were")
+    if n >= cfg.min_boxes and all_.turned.sum() > cfg.max_turned*all_.inside.sum():
+        report(path, f"has moving boxes near the sensor that hold {all_.inside.sum()} returns, and {all_.turned.sum()} when turned by a quarter",
+               "exchange dimensions.x (width) and dimensions.y (length), or count yaw from +y")
     if n >= cfg.min_boxes and found["fit"] < cfg.min_fit:
         report(path, f"has moving boxes near the sensor that hold only {found['fit']:.0%} of the returns in and around them",
                "compare the boxes' centres, their dimensions (width, length, height, m) and their yaw (rad, zero along +y) with the returns")

@@ -4,13 +4,13 @@
 
 # %% ../nbs/02_files.ipynb #5a857161
 from __future__ import annotations
-import contextlib, errno, fcntl, glob, os, re, shutil, tempfile
+import contextlib, difflib, errno, fcntl, glob, json, os, re, shutil, tempfile
 from pathlib import Path
 from typing import Iterator
 
 # %% auto #0
-__all__ = ['DataError', 'short_path', 'report', 'quoted', 'listing', 'beside', 'missing_text', 'report_missing',
-           'remove_unfinished', 'WriteError', 'atomic_write']
+__all__ = ['DataError', 'short_path', 'report', 'quoted', 'listing', 'beside', 'counts_otherwise', 'missing_text',
+           'report_missing', 'remove_unfinished', 'WriteError', 'atomic_write']
 
 # %% ../nbs/02_files.ipynb #9994b2b9
 class DataError(ValueError):
@@ -59,12 +59,26 @@ def _split_name(name:str)->tuple[str,str]:
     stem, _, ending = name.partition(".")
     return stem, ending
 
+_IMAGES = set("jpg jpeg png webp bmp gif tif tiff ppm".split())
+_NUMBERS = set("pkl pickle parquet feather npy npz csv txt bin pcd ply json jsonl yaml yml".split())
+
+def _alike(kind:str, ending:str)->bool:
+    "Do files of these two endings hold the same sort of content?"
+    a, b = (x.lower().split(".")[0] for x in (kind, ending))
+    return any({a, b} <= group for group in (_IMAGES, _NUMBERS))
+
+def _stamp_count(there:list[Path])->int|None:
+    "How many stamps lie beside these files, None when nobody can tell."
+    try: return len(json.loads(next(p for p in there if p.name == "timestamps.json").read_bytes()))
+    except (StopIteration, OSError, ValueError, TypeError, RecursionError): return None
+
 def _numbered_otherwise(path:Path, there:list[Path])->str|None:
     "Do the files with this ending count from another number than 0?"
     stem, ending = _split_name(path.name)
     if not stem.isdecimal(): return None
     numbers = sorted(int(p) for p, e in (_split_name(p.name) for p in there) if p.isdecimal() and e == ending)
     if not numbers or numbers[0] == 0: return None
+    if numbers[-1] + 1 == _stamp_count(there): return None # the first files are missing
     whole = numbers == list(range(numbers[0], numbers[-1] + 1))
     return f"files there are numbered {numbers[0]} to {numbers[-1]}" if whole else None
 
@@ -75,19 +89,32 @@ def beside(
     path = Path(path)
     if not path.parent.is_dir():
         kin = [p.name for p in listing(path.parent.parent) if p.is_dir()]
+        if path.parent.parent.name != "camera": # cameras have all kinds of names
+            kin = [name for name in kin if difflib.SequenceMatcher(None, name.lower(), path.parent.name).ratio() > .75]
         return (f"its folder is not there, only {quoted(', '.join(kin))}", "rename the folder that holds it") if kin else None
     there = listing(path.parent)
     stem, ending = _split_name(path.name)
     for p in there:
         other, kind = _split_name(p.name)
-        same = other.lower() == stem.lower() or (stem.isdecimal() and other.isdecimal() and int(other) == int(stem))
+        same = other.lower().rstrip("s") == stem.lower().rstrip("s") or (stem.isdecimal() and other.isdecimal() and int(other) == int(stem))
         if not same: continue
-        image = {ending.lower(), kind.lower()} <= {"jpg", "jpeg", "png"}
-        if kind.lower() == ending.lower() or (image and kind.lower() != "png"): return f"{quoted(p.name)} is there", f"rename it to {path.name}"
-        if image or ending.startswith(kind) or kind.startswith(ending):
+        image = {ending.lower(), kind.lower()} <= {"jpg", "jpeg"}
+        if kind.lower() == ending.lower() or image: return f"{quoted(p.name)} is there", f"rename it to {path.name}"
+        if ending.startswith(kind) or kind.startswith(ending) or _alike(kind, ending):
             return f"{quoted(p.name)} is there", f"convert it to {path.name}"
     other = _numbered_otherwise(path, there)
-    return (other, "number them from 0 as the stamps count") if other else None
+    if other: return other, "number them from 0 as the stamps count"
+    named = [p.name for p in there if p.name.endswith(f".{ending}")]
+    if stem.isdecimal() and named and not any(_split_name(name)[0].isdecimal() for name in named):
+        return f"files there are named like {quoted(named[0])}", f"name them {path.name} and so on in the order of the stamps"
+    return None
+
+def counts_otherwise(
+    path:str|Path, # first file of a folder, numbered 0
+)->bool: # then every file's number is wrong
+    "Do the files of a folder count from another number than 0?"
+    path = Path(path)
+    return not path.is_file() and _numbered_otherwise(path, listing(path.parent)) is not None
 
 def missing_text(
     path:str|Path, # a file that is missing

@@ -56,7 +56,8 @@ def read_stamps(
     except (TypeError, ValueError, OverflowError, RecursionError): return report(path, "holds something that is not a number", _AGAIN, found)
     if not np.isfinite(stamps).all(): report(path, f"has no finite stamp for frame {np.flatnonzero(~np.isfinite(stamps))[0]}", _AGAIN, found)
     back = np.flatnonzero(np.diff(stamps) <= 0)
-    if len(back): report(path, f"runs backwards at frame {back[0]+1}", "restore the recording's order or " + _AGAIN, found)
+    twice = len(back) and stamps[back[0]+1] == stamps[back[0]]
+    if len(back): report(path, f"runs backwards at frame {back[0]+1}{', which has the stamp of the frame before' if twice else ''}", f"{'drop the frame that is there twice, ' if twice else ''}restore the recording's order or " + _AGAIN, found)
     return stamps
 
 # %% ../nbs/03_pandaset.ipynb #7375dc6a
@@ -97,7 +98,9 @@ def read_intrinsics(
     if item is _NOTHING: return None
     try: fx, fy, cx, cy = (float(item[k]) for k in ("fx", "fy", "cx", "cy"))
     except (KeyError, TypeError, ValueError, OverflowError): return report(path, "lacks one of fx, fy, cx, cy", _AGAIN, found)
-    if not np.isfinite([fx, fy, cx, cy]).all() or min(fx, fy) <= 0:
+    if not np.isfinite([cx, cy]).all():
+        report(path, f"has its principal point at ({cx:g}, {cy:g}), which must be finite", "copy the camera's calibration from another log", found)
+    elif not np.isfinite([fx, fy]).all() or min(fx, fy) <= 0:
         report(path, f"has focal lengths {fx:g} and {fy:g}, which must be positive", "copy the camera's calibration from another log", found)
     if bent := _distortion(item):
         report(path, f"has lens distortion ({bent}), and images are read as from a pinhole camera", "undistort the images and leave it out", found)
@@ -145,7 +148,9 @@ def read_sweep(
         return found.append(str(e))
     labels = table.labels()
     lacks = [c for c in "xyzitd" if c not in labels]
-    if lacks: return report(path, f"lacks the columns {' '.join(lacks)}", _AGAIN, found)
+    if lacks:
+        has = quoted(", ".join(map(str, labels)))
+        return report(path, f"lacks the columns {' '.join(lacks)} (it has {has})", f"rename the columns or {_AGAIN}", found)
     twice = [c for c in "xyzitd" if labels.count(c) > 1]
     if twice: return report(path, f"has the column {twice[0]} twice", _AGAIN, found)
     if not len(table): return report(path, "holds no returns", _AGAIN, found)

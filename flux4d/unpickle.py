@@ -4,7 +4,7 @@
 
 # %% ../nbs/02_unpickle.ipynb #39271ebd
 from __future__ import annotations
-import importlib, io, math, pickle, pickletools, re, zlib
+import importlib, io, math, pickle, pickletools, re, uuid, zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ _NUMPY = {
     "array": "numpy._core.multiarray._reconstruct", "scalar": "numpy._core.multiarray.scalar",
     "from_buffer": "numpy._core.numeric._frombuffer", "array_type": "numpy.ndarray", "number_type": "numpy.dtype"}
 _ARROW = {"arrow_array": "pyarrow.lib._restore_array", "arrow_type": "pyarrow.lib.type_for_alias", "arrow_buffer": "pyarrow.lib.py_buffer"}
-_PYTHON = {"slice": "builtins.slice", "bytes": "builtins.bytes builtins.bytearray", "encode": "_codecs.encode"}
+_PYTHON = {"slice": "builtins.slice", "bytes": "builtins.bytes builtins.bytearray", "encode": "_codecs.encode", "uuid": "uuid.UUID"}
 WORDS = {name: word for group in (_PANDAS, _NUMPY, _ARROW, _PYTHON) for word, names in group.items() for name in names.split()}
 _OLD = {"__builtin__": "builtins", "numpy.core.multiarray": "numpy._core.multiarray", "numpy.core.numeric": "numpy._core.numeric"}
 
@@ -80,7 +80,7 @@ class Made:
         "Note a call."
         self.word, self.args, self.state = word, args, None
 
-_STATEFUL = {"frame", "manager", "array", "number_type", "backed", "category", "category_type", "text", "text_type", "arrow_text"}
+_STATEFUL = {"frame", "manager", "array", "number_type", "backed", "category", "category_type", "text", "text_type", "arrow_text", "uuid"}
 _PLAIN = """PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8
 BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT
 BINGET LONG_BINGET BINPUT MEMOIZE GLOBAL STACK_GLOBAL""".split()
@@ -223,10 +223,18 @@ def _numbers(data:bytes, dtype:np.dtype, shape:Any, fortran:bool)->np.ndarray:
     return a.reshape(shape, order="F" if fortran else "C")
 
 # %% ../nbs/02_unpickle.ipynb #9fcc69c4
+def _uuid(x:Made)->str:
+    "A UUID as the text that it stands for."
+    number = x.state.get("int") if type(x.state) is dict and not x.args else None
+    _need(type(number) is int and 0 <= number < 2**128, "a UUID")
+    return str(uuid.UUID(int=number))
+
 def _item(x:Any)->Any:
     "An entry of an array of objects: text, a number or nothing."
     if x is None or type(x) in (str, int, float, bool): return x
+    if type(x) is bytes: return x
     if x == Word("missing"): return need_pandas().NA
+    if _is(x, "uuid"): return _uuid(x)
     _need(_is(x, "scalar") and len(x.args) == 2, "objects that are neither text nor numbers")
     return _numbers(_bytes(x.args[1]), _dtype(x.args[0]), (1,), False)[0]
 
@@ -470,10 +478,29 @@ def read_bounded(
 
 def _load(path:Path, gz:bool|None, admitted:dict[str,frozenset], limit:int)->tuple[Any,int]:
     "The notes of a file, and how many names they mention."
-    gz = path.suffix == ".gz" if gz is None else gz
     if not path.is_file(): report_missing(path, "get the file again or choose a clip that does not need it")
+    if gz is None:
+        with path.open("rb") as f: gz = f.read(2) == b"\x1f\x8b"
     reader = _Reader(read_bounded(path, gz, limit), path, admitted)
     return reader.load(), reader.notes
+
+_AS_PICKLE = "write it again as a gzipped pickle, table.to_pickle"
+_FIRST_BYTES = {
+    b"BZh": ("is packed by bzip2, not by gzip", _AS_PICKLE), b"\xfd7zXZ": ("is packed by xz, not by gzip", _AS_PICKLE),
+    b"PK\3\4": ("is a zip archive, not packed by gzip", _AS_PICKLE),
+    b"\x28\xb5\x2f\xfd": ("is packed by Zstandard, not by gzip", _AS_PICKLE),
+    b"PAR1": ("is a Parquet file, not a pickle", _AS_PICKLE), b"\x93NUMPY": ("is an array of numpy, not a pickled table", _AS_PICKLE),
+    b"version https://git-lfs": ("is a pointer of Git LFS, not the file", "fetch it with git lfs pull"),
+    b"<": ("is a web page, not a pickle", "download the file again"), b"\x1f\x8b": ("is packed twice or truncated", "unpack it once or get the file again")}
+
+def _other_kind(path:Path)->tuple[str,str]|None:
+    "What a file that is no pickle is by its first bytes, and what to do."
+    data = path.read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        try: data = zlib.decompressobj(wbits=31).decompress(data, 64)
+        except zlib.error: return None
+    if not data: return "is truncated to nothing", "get the file again"
+    return next((said for first, said in _FIRST_BYTES.items() if data.startswith(first)), None)
 
 def _as_data(path:Path, gz:bool|None, admitted:dict[str,frozenset], limit:int, frame:bool=False)->Any:
     "What a file holds: a `Table` (or a frame of pandas), or plain values."
@@ -488,7 +515,8 @@ def _as_data(path:Path, gz:bool|None, admitted:dict[str,frozenset], limit:int, f
     except _TooMuch as e: what, remedy = f"holds {e}", _UNTRUSTED
     except _Odd as e: what, remedy = f"holds {e} in a form that is not known here: it was written by a newer pandas or is damaged", f"{_REWRITE}, or get it again"
     except MemoryError: what, remedy = "does not fit into memory", _UNTRUSTED
-    except Exception as e: what, remedy = f"is truncated or not a pickle ({type(e).__name__})", "get the file again"
+    except Exception as e:
+        what, remedy = _other_kind(path) or (f"is truncated or not a pickle ({type(e).__name__})", "get the file again")
     report(path, what, remedy)
 
 # %% ../nbs/02_unpickle.ipynb #924b0cf1
@@ -503,7 +531,7 @@ def load_table(
 
 def safe_load_pickle(
     path:str|Path, # a pickle, gzipped or not
-    gz:bool|None=None, # gzipped? None: by the file's ending
+    gz:bool|None=None, # gzipped? None: by its first bytes, whatever its ending says
     admitted:dict[str,frozenset]=ADMITTED, # module -> names it may mention; {}: plain values only
     limit:int=LIMIT, # bytes it may have, unpacked
 )->Any: # a pandas.DataFrame, or the plain values that the file holds

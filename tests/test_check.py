@@ -108,11 +108,35 @@ def second_camera(log):
 def renamed(name): return lambda log: os.rename(log.folder/"camera/front_camera", log.folder/f"camera/{name}")
 def stray(x): return lambda t, k: t.assign(x=np.where(np.arange(len(t)) == 9, t.x + x, t.x))
 
+def far_and_lower(log):
+    T = log.lidar_poses
+    def change(t, k):
+        far = np.hypot(t.x - T[k,0,3], t.y - T[k,1,3]) > 45
+        return t[far].assign(z=t.z[far] - 60)
+    resweep(log, change)
+
+def coarse(log):
+    shift = np.r_[5e5, 5e6, 0.]
+    edit(log, moved(lambda k: shift), LIDAR, CAMERA)
+    resweep(log, lambda t, k: t.assign(**{a: (t[a] + b).astype(np.float32) for a, b in zip("xyz", shift)}))
+
+def copied(source, target):
+    content = source.read_bytes()
+    target.unlink()
+    target.write_bytes(content)
+
+def exchanged_sweeps(log):
+    a, b = (log.sweep_path(k).read_bytes() for k in (8, 9))
+    for k, content in ((8, b), (9, a)):
+        log.sweep_path(k).unlink()
+        log.sweep_path(k).write_bytes(content)
+
 PLANTED = { # name: (how to plant it, the check that finds it, what its sentence says)
     "stamps in ms": (stamps(lambda v: [t*1e3 for t in v], *STAMPS), "time_unit", "stamps are milliseconds"),
     "stamps in us": (stamps(lambda v: [t*1e6 for t in v], *STAMPS), "time_unit", "stamps are microseconds"),
     "a frame lost": (lost_frame, "uneven_steps", "at frame 8"),
     "camera stamps in ms": (stamps(lambda v: [t*1e3 for t in v], SHUTTER), "camera_clock", "they are milliseconds"),
+    "camera stamps a frame early": (stamps(lambda v: [t - .1 for t in v], SHUTTER), "camera_clock", "other frames"),
     "camera stamps from zero": (stamps(lambda v: [t - v[0] for t in v], SHUTTER), "camera_clock",
                                 "count from the start"),
     "camera three frames late": (stamps(lambda v: [t + .3 for t in v], SHUTTER), "camera_clock", "other frames"),
@@ -162,7 +186,31 @@ PLANTED = { # name: (how to plant it, the check that finds it, what its sentence
     "camera poses out of order": (poses(lambda v: v[:5] + v[5:13][::-1] + v[13:], CAMERA), "loose_camera",
                                   "another order"),
     "one camera pose late": (poses(lambda v: v[:9] + [v[8]] + v[10:], CAMERA), "shaky_camera", "a frame off"),
-    "points 60 m lower": (returns(lambda t, k: t.assign(z=t.z - 60)), "nothing_in_view", "do not belong together"),
+    "points 60 m lower": (returns(lambda t, k: t.assign(z=t.z - 60)), "world_points", "origin in height"),
+    "far points 60 m lower": (far_and_lower, "nothing_in_view", "do not belong together"),
+    "a zero for no return": (returns(lambda t, k: t.assign(**{a: np.where(np.arange(len(t)) % 20, t[a], 0) for a in "xyz"})),
+                             "one_place", "stand for no return"),
+    "float32 far from zero": (coarse, "coarse_points", "single precision"),
+    "poses in feet": (poses(scaled(3.28084), LIDAR, CAMERA), "world_points", "poses.json is in feet"),
+    "poses in kilometres": (poses(scaled(1e-3), LIDAR, CAMERA), "world_points", "in kilometres"),
+    "points in feet": (returns(lambda t, k: t.assign(x=t.x*3.28084, y=t.y*3.28084, z=t.z*3.28084)), "world_points",
+                       "points are in feet"),
+    "two sweeps exchanged": (exchanged_sweeps, "return_clock", "restore the order of the files"),
+    "a sweep twice": (lambda log: copied(log.sweep_path(8), log.sweep_path(9)), "return_clock", "belongs to another frame"),
+    "an image twice": (lambda log: copied(log.image_path("front_camera", 8), log.image_path("front_camera", 9)),
+                       "repeated_image", "is the image of the frame before"),
+    "log stamps from zero": (stamps(lambda v: [t - v[0] for t in v], *STAMPS), "return_clock", "the log's stamps count"),
+    "return times in ns from the sweep's start": (returns(lambda t, k: t.assign(t=(t.t - t.t.min())*1e9)), "return_clock",
+                                                  "nanoseconds from the start of the sweep"),
+    "return times in float32": (returns(lambda t, k: t.assign(t=t.t.astype("float32"))), "return_clock", "as float64"),
+    "a heading turned": (poses(lambda v: v[:9] + [v[9] | dict(heading=dict(w=0., x=0., y=0., z=1.))] + v[10:], LIDAR),
+                         "jump", "degrees a second"),
+    "camera headings inverted": (poses(turned(lambda T: se3(T[:,:3,:3].swapaxes(1, 2), T[:,:3,3])), CAMERA), "camera_axes",
+                                 "conjugate the quaternions"),
+    "camera poses of the frame before": (poses(lambda v: v[:1] + v[:-1], CAMERA), "shaky_camera", "a frame off"),
+    "images of 3/4": (both(4/3), "principal_point", "by 0.75"),
+    "focal length and centre exchanged": (lambda log: edit(log, lambda v: dict(fx=v["cx"], fy=v["cy"], cx=v["fx"], cy=v["fy"]),
+                                                           LENS), "principal_point", "are exchanged"),
     "two image sizes": (second_camera, "image_sizes", "left_camera 120x67"),
     "CAM_FRONT": (renamed("CAM_FRONT"), "unknown_camera", "rename the folder to one of front_camera"),
 }
@@ -184,6 +232,13 @@ def test_cameras_that_are_not_read_yet_are_said_once(log, plant, file, capsys):
         assert check_main([str(log.root), *images]) == 1
         said = capsys.readouterr().out.splitlines()
         assert len(said) == 2 and f"001/{file}" in said[0], said
+
+def test_the_lidar_of_another_log_is_one_sentence(log):
+    second_camera(log)
+    for file in STAMPS[:1]: edit(log, lambda v: [t + 3600 for t in v], file)
+    resweep(log, lambda t, k: t.assign(t=t.t + 3600))
+    said = [f.text for f in examine(log, images=False) if f.check != "image_sizes"]
+    assert len(said) == 1 and said[0].startswith("001/lidar/timestamps.json: lies 3600 s") and "another log" in said[0], said
 
 def test_lens_distortion_is_said_once(log):
     edit(log, lambda v: v | dict(k1=-.3), LENS)
@@ -207,6 +262,16 @@ def test_faults_are_refused_and_notes_only_said(log, capsys):
     edit(log, other_order, CAMERA)
     assert check_main([str(log.root), "--log", "001", "--no-images"]) == 1
     assert "1 faults, 1 notes" in capsys.readouterr().out
+
+
+def test_the_reader_does_not_repeat_a_named_cause(log, capsys):
+    edit(log, lambda v: [t*1e3 for t in v], *STAMPS)
+    assert check_main([str(log.root), "--no-images"]) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 2 # the fault, and the log's last line
+
+def test_a_camera_that_stumbles_is_said_beside_another(log):
+    edit(log, lambda v: [t + .03*(k % 2) for k, t in enumerate(v)], SHUTTER)
+    assert ["has an offset to the LiDAR that varies" in f.text for f in examine(log, images=False)] == [True]
 
 
 # sound logs
@@ -242,6 +307,11 @@ def test_json_that_holds_nothing_or_has_no_end(log, file, text, says, capsys):
     assert check_main([str(log.root), "--no-images"]) == 1
     said = [l for l in capsys.readouterr().out.splitlines() if f"001/{file}:" in l]
     assert len(said) == 1, said
+
+def test_one_sentence_for_many_renamed_images(log):
+    for k in range(FRAMES): log.image_path("front_camera", k).rename(log.folder/f"camera/front_camera/{k:03d}.jpg")
+    found = [str(f) for f in examine(log)]
+    assert len(found) == 1 and "000.jpg is there" in found[0] and f"(and {FRAMES-1} files more)" in found[0], found
 
 def test_one_sentence_for_many_files(log):
     for k in range(FRAMES): log.sweep_path(k).unlink()

@@ -1,5 +1,5 @@
 "Faults of label files end in one sentence before anything is scored, or do not matter."
-import re, shutil
+import gzip, re, shutil, uuid
 import numpy as np, pandas as pd, pytest
 from flux4d import cuboids
 from flux4d.city import fixture_city
@@ -49,6 +49,28 @@ def test_missing_ids(log, value):
     with pytest.raises(DataError) as e: check_labels(log, FRAMES)
     sentence(e, "04.pkl.gz", "2 boxes without an id", "give every object an id")
 
+@pytest.mark.parametrize("value", ("nan", "None", "<NA>"))
+def test_a_missing_id_may_have_become_text(log, value):
+    rewrite(log, lambda t, f: t.assign(uuid=[value] + list(t.uuid[1:])), [4])
+    with pytest.raises(DataError) as e: check_labels(log, FRAMES)
+    sentence(e, "04.pkl.gz", "1 boxes without an id")
+
+@pytest.mark.parametrize("kind", (uuid.UUID, str.encode, lambda u: u + " "), ids=["uuid", "bytes", "spaces"])
+def test_ids_of_other_types_become_text(log, kind):
+    want = flow_ground_truth(log, 4)
+    rewrite(log, lambda t, f: t.assign(uuid=pd.Series([kind(u) for u in t.uuid], index=t.index, dtype=object)))
+    got = flow_ground_truth(log, 4)
+    assert all(np.array_equal(a, b) for a, b in zip(want, got)) and all(isinstance(u, str) for u in load_cuboids(log, 4).uuid)
+
+@pytest.mark.parametrize("ids, part", [(lambda t, f: np.arange(len(t)), "tracks that move by up to"),
+                                       (lambda t, f: np.random.default_rng(f).permutation(t.uuid.to_numpy(object)), "tracks that move by up to"),
+                                       (lambda t, f: [f"{f}-{i}" for i in range(len(t))], "shares only 0 of its")],
+                         ids=["rows", "shuffled", "anew"])
+def test_ids_that_name_other_objects(log, ids, part):
+    rewrite(log, lambda t, f: t.assign(uuid=ids(t, f)))
+    with pytest.raises(DataError) as e: check_labels(log, FRAMES)
+    sentence(e, part, "keeps from frame to frame")
+
 def test_one_id_for_all(log):
     rewrite(log, lambda t, f: t.assign(uuid="car"))
     with pytest.raises(DataError) as e: check_labels(log, FRAMES)
@@ -94,14 +116,25 @@ def test_rows_need_columns(log):
     sentence(e, "lacks the columns uuid label")
 
 def scaled(f, axes="xyz"): return lambda t, _: t.assign(**{f"dimensions.{a}": t[f"dimensions.{a}"]*f for a in axes})
+def exchanged(t, _): return t.assign(**{"dimensions.x": t["dimensions.y"], "dimensions.y": t["dimensions.x"]})
 def beside(t, _): return t.assign(**{"position.x": t["position.x"] + 1, "position.y": t["position.y"] + 1})
 
 @pytest.mark.parametrize("change, part", [(scaled(2), "of which returns fill only"), (scaled(3.28), "of which returns fill only"), (scaled(2, "xy"), "of which returns fill only"),
-                                          (scaled(.5), "hold only"), (beside, "contain returns"), (lambda t, _: t.assign(yaw=-t.yaw), "hold only")])
+                                          (scaled(.5), "hold only"), (beside, "contain returns"), (lambda t, _: t.assign(yaw=-t.yaw), "hold only"),
+                                          (lambda t, _: t.assign(yaw=t.yaw + np.pi/2), "when turned by a quarter"), (exchanged, "when turned by a quarter"),
+                                          (lambda t, _: t.assign(**{f"position.{a}": t[f"position.{a}"]*1e3 for a in "xyz"}), "m from the LiDAR"),
+                                          (lambda t, _: t.assign(**{"position.x": t["position.x"] + 5e5}), "m from the LiDAR")])
 def test_boxes_of_another_size_or_place(log, change, part):
     rewrite(log, change)
     with pytest.raises(DataError) as e: check_labels(log, FRAMES)
     sentence(e, "02.pkl.gz", part)
+
+def test_labels_that_are_not_packed(log):
+    want = flow_ground_truth(log, 4)
+    for f in range(24):
+        p = log.cuboid_path(f)
+        p.write_bytes(gzip.decompress(p.read_bytes()))
+    assert all(np.array_equal(a, b) for a, b in zip(want, flow_ground_truth(log, 4)))
 
 def test_sound_labels_pass(log):
     found = check_labels(log, FRAMES)

@@ -1,5 +1,5 @@
 "Input that is far from zero, named otherwise, hostile or lost: equal numbers, or one sentence with the file, the fault and the remedy."
-import ast, errno, gzip, io, json, os, pickle, re, resource, shutil, struct, subprocess, sys, time
+import ast, bz2, errno, gzip, io, json, lzma, os, pickle, re, resource, shutil, struct, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
@@ -102,7 +102,9 @@ def test_a_near_log_keeps_every_bit(sound):
 
 RENAMED = [("camera/front_camera/03.jpg", "camera/front_camera/03.JPG", "03.JPG is there; rename it to 03.jpg"), ("camera/front_camera/03.jpg", "camera/front_camera/03.png", "03.png is there; convert"),
            ("camera/front_camera/03.jpg", "camera/front_camera/003.jpg", "003.jpg is there; rename it to 03.jpg"), ("lidar/03.pkl.gz", "lidar/03.pkl", "03.pkl is there; convert"),
-           ("lidar/03.pkl.gz", "lidar/003.pkl.gz", "003.pkl.gz is there; rename"), ("lidar/poses.json", "lidar/Poses.json", "Poses.json is there; rename it to poses.json")]
+           ("lidar/03.pkl.gz", "lidar/003.pkl.gz", "003.pkl.gz is there; rename"), ("lidar/poses.json", "lidar/Poses.json", "Poses.json is there; rename it to poses.json"),
+           ("lidar/poses.json", "lidar/pose.json", "pose.json is there; rename it to poses.json"), ("lidar/poses.json", "lidar/poses.txt", "poses.txt is there; convert it to poses.json"),
+           ("camera/front_camera/03.jpg", "camera/front_camera/03.webp", "03.webp is there; convert"), ("lidar/03.pkl.gz", "lidar/03.parquet", "03.parquet is there; convert")]
 READ = {"camera/front_camera/03.jpg": lambda log: log.image("front_camera", 3), "lidar/03.pkl.gz": lambda log: log.sweep(3), "lidar/poses.json": lambda log: log.lidar_poses}
 
 @pytest.mark.parametrize("file, there, said", RENAMED)
@@ -117,6 +119,29 @@ def test_files_numbered_from_one(root):
     for f in reversed(range(16)): (folder/f"{f:02d}.jpg").rename(folder/f"{f+1:02d}.jpg")
     with pytest.raises(DataError) as e: Log(root, "001").image("front_camera", 0)
     sentence(e, "numbered 1 to 16", "number them from 0")
+
+@pytest.mark.parametrize("folder, ending", [("camera/front_camera", "jpg"), ("lidar", "pkl.gz")])
+def test_numbers_from_one_give_no_clip(root, folder, ending):
+    from flux4d.clips import ClipConfig, build_index
+    short = ClipConfig(preset="debug", debug_len_s=.5, debug_stride_s=.5)
+    names = [root/f"001/{folder}/{f:02d}.{ending}" for f in range(17)]
+    for f in reversed(range(16)): names[f].rename(names[f+1])
+    with pytest.raises(DataError) as e: build_index(root, short)
+    sentence(e, "numbered 1 to 16", "number them from 0") # not the clips that begin later, each a frame off
+    names[16].unlink()
+    assert [c["frame_start"] for c in build_index(root, short)["clips"]] == [5, 10] # frame 0 is lost, the others are right
+
+def test_files_of_other_names(root):
+    folder = root/"001/camera/front_camera"
+    for f in range(16): (folder/f"{f:02d}.jpg").rename(folder/f"frame_{f:02d}.jpg")
+    with pytest.raises(DataError) as e: Log(root, "001").image("front_camera", 3)
+    sentence(e, "named like frame_00.jpg", "in the order of the stamps")
+
+def test_a_folder_that_is_not_there(root):
+    (root/"001/meta").rename(root/"001/Meta")
+    assert "only Meta; rename" in check_log(Log(root, "001"))[0]
+    shutil.rmtree(root/"001/Meta")
+    assert check_log(Log(root, "001"))[0] == "001/meta/timestamps.json: is missing; get the file again."
 
 def test_an_index_names_the_neighbour(root):
     from flux4d.clips import build_index
@@ -203,6 +228,24 @@ def test_honest_tables_of_other_kinds_are_named(root, said):
     with pytest.raises(DataError) as e: Log(root, "001").sweep(3)
     sentence(e, "001/lidar/03.pkl.gz", said)
     assert "a source you trust" not in str(e.value) and "truncated" not in str(e.value)
+
+FIRST = {"bzip2": lambda b: bz2.compress(b), "packed by xz": lambda b: lzma.compress(b), "Parquet": lambda b: gzip.compress(b"PAR1" + b), "Git LFS": lambda b: b"version https://git-lfs.github.com/spec/v1\n",
+         "web page": lambda b: b"<!DOCTYPE html>", "packed twice": lambda b: gzip.compress(gzip.compress(b))}
+
+@pytest.mark.parametrize("said", FIRST)
+def test_files_of_other_kinds_are_named(root, said):
+    (root/"001/lidar/03.pkl.gz").write_bytes(FIRST[said](pickle.dumps(sweep_table())))
+    with pytest.raises(DataError) as e: Log(root, "001").sweep(3)
+    sentence(e, "001/lidar/03.pkl.gz", said)
+
+def test_a_pickle_that_is_not_packed_is_read(root):
+    (root/"001/lidar/03.pkl.gz").write_bytes(pickle.dumps(sweep_table()))
+    assert np.array_equal(read_sweep(root/"001/lidar/03.pkl.gz").points, sweep_table()[["x", "y", "z"]])
+
+def test_other_columns_are_named(root):
+    sweep_table().rename(columns=dict(i="intensity")).to_pickle(root/"001/lidar/03.pkl.gz")
+    with pytest.raises(DataError) as e: Log(root, "001").sweep(3)
+    sentence(e, "lacks the columns i (it has x, y, z, intensity, t, d)", "rename the columns")
 
 def test_a_newer_pandas_is_named(root):
     data = pickle.dumps(sweep_table(), 3).replace(b"cpandas.core.internals.managers\nBlockManager\n", b"cpandas.core.internals.managers\nColumnStore\n")
