@@ -796,6 +796,16 @@ def _farewell(self:Trainer)->str: # a sentence
     return line
 
 @patch
+@contextmanager
+def after_training(self:Trainer)->Iterator[None]: # raises Interrupted
+    "Inside, an interrupt or SIGTERM ends in a sentence that says how to go on; training is saved already."
+    saved = (self.run.folder/"ckpt_last.pt").exists()
+    how = f"go on with -p resume_from last -p out_dir {self.run.folder}" if saved else "start again"
+    def asked(number:int, frame:Any)->None:
+        raise Interrupted(f"interrupted after step {self.step}, the last one; {how}")
+    with stop_signals(asked): yield
+
+@patch
 def save_quietly(self:Trainer)->None:
     "Save; nothing to record."
     self.save()

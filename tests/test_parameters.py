@@ -188,6 +188,7 @@ def test_numbers_that_yaml_takes_for_text():
     (dict(overrides={"voxel": {"size": 1e-6}}), "overrides.voxel.size: is 1e-06, which makes more cells than can be numbered"),
     (dict(overrides={"flow": {"blur_window": 4}}), "overrides.flow.blur_window: is 4; choose an odd number"),
     (dict(overrides={"render": {"near": 1e5}}), "overrides.render.near: is 100000.0; choose less than far"),
+    (dict(eval_overrides={"metric": {"ssim_window": 4}}), "eval_overrides.metric.ssim_window: is 4; choose an odd number of pixels."),
     (dict(overrides={"train": {"iters": 5}}), "overrides.train.iters: is decided by the parameter iters; give it there."),
     (dict(overrides={"data": {"image_scale": .5}}), "overrides.data.image_scale: is decided by the parameter image_scale; give it there."),
     (dict(out_dir="a"*5000), "out_dir: is 'aaaa"), (dict(out_dir="a\0b"), "out_dir: is 'a"), (dict(out_dir="x/" + "b"*300), "out_dir: is 'x/bbb"),

@@ -672,6 +672,17 @@ def test_an_interrupt_saves_and_says_how_to_go_on(trainer, number):
     assert all(torch.equal(a, b) for a, b in zip(again.model.state_dict().values(), straight.model.state_dict().values()))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_of_the_evaluation_says_how_to_go_on(trainer, number):
+    t = trainer(cfg=with_train(iters=1))
+    for remedy in ("start again", "go on with -p resume_from last -p out_dir .*run"):
+        with pytest.raises(Interrupted, match=f"interrupted after step {t.step}, the last one; {remedy}$"):
+            with t.after_training():
+                os.kill(os.getpid(), number)
+                raise AssertionError("evaluation went on")
+        t.fit()
+
+
 def test_an_interrupt_while_waiting_or_validating_takes_effect_at_once(trainer):
     t = trainer()
     def slow(trainer):
