@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.lib import format as npy
-from . import frames, gaussians, pandaset, clips, lift, background
+from . import frames, files, gaussians, unpickle, pandaset, clips, lift, background
 from .files import atomic_write, remove_unfinished, short_path
 from .gaussians import BACKGROUND, LIDAR, Gaussians
 from .clips import Clip
@@ -89,7 +89,7 @@ def load_arrays(
     except Exception: return None # a file can be broken in more ways than its readers have errors for
 
 # %% ../nbs/12_cache.ipynb #db7e99a1
-_CODE = hashlib.sha256(b"".join(Path(m.__file__).read_bytes() for m in (frames, gaussians, pandaset, clips, lift, background))).hexdigest()
+_CODE = hashlib.sha256(b"".join(Path(m.__file__).read_bytes() for m in (frames, files, gaussians, unpickle, pandaset, clips, lift, background))).hexdigest()
 
 def data_identity(
     clip:Clip,         # the clip

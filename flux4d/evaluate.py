@@ -129,7 +129,7 @@ def eval_clips_of(
     starts:tuple[int,...]=(), # first frames, () = all
     limit:int=0, # at most this many, spread evenly; 0 = all
     long_log:bool=False, # whole logs as chains of clips
-)->list[Clip]:
+)->tuple[list[Clip],dict[str,str]]: # the clips; those that the data cannot give, and why
     "The clips an evaluation covers."
     data = PandaSet(root); logs = tuple(l.zfill(3) for l in logs)
     refuse_missing("eval_logs", logs, data.log_ids, "logs of the data root")
@@ -139,11 +139,14 @@ def eval_clips_of(
         clips = [c for c in chains if not starts or c.frames[0] in starts]
         if not clips:
             raise DataError("eval_logs: is empty and the data root has none of the paper's test logs; name logs.")
-        return [clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, limit).round().astype(int))] if 0 < limit < len(clips) else clips
+        few = np.unique(np.linspace(0, len(clips) - 1, limit).round().astype(int)) if 0 < limit < len(clips) else range(len(clips))
+        return [clips[i] for i in few], {}
     index = build_index(root, index_config(cameras, (), logs))
+    left_out = {o["clip_id"]: o["reason"] for o in index["meta"]["left_out"] if not logs or o["scene_id"] in logs}
     there = [r["frame_start"] for r in index["clips"] if r["split"] == "test" and r["setting"] == "eval_future"]
     refuse_missing("eval_starts", starts, there, "first frames of evaluation clips")
-    return [Clip(data[r["scene_id"]], r) for r in select_clips(index, split="test", settings=("eval_future",), starts=starts or None, limit=limit or None)]
+    chosen = select_clips(index, split="test", settings=("eval_future",), starts=starts or None, limit=limit or None)
+    return [Clip(data[r["scene_id"]], r) for r in chosen], left_out
 
 def training_rows(
     folder:Path|None, # of a checkpoint
@@ -162,10 +165,11 @@ def judged_on(
 def about_of(
     s:Subject, # what is evaluated
     clips:list[Clip], # on these
+    left_out:dict[str,str]={}, # clips that the data could not give, and why
 )->About:
     "What the record says of a subject."
     names = ("model",) if s.baseline in ("lift","zero_motion") else ("model","lift") if s.baseline else VARIANTS
-    return About(s.name, judged_on(s, clips), s.baseline, None if s.baseline else s.model, s.steps, s.seconds, s.skipped, training_rows(s.folder), names)
+    return About(s.name, judged_on(s, clips), s.baseline, None if s.baseline else s.model, s.steps, s.seconds, s.skipped, training_rows(s.folder), names, left_out)
 
 # %% ../nbs/61_evaluate.ipynb #7ff8c437
 def report_folder(

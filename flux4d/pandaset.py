@@ -340,9 +340,7 @@ class Log:
     @property
     def cameras(self)->list[str]: # names, front camera first
         "Cameras that have a folder."
-        known = [c for c in CAMERAS if (self.folder/"camera"/c).is_dir()]
-        if not known and (odd := self.unknown_cameras): report(self.folder/"camera"/odd[0], *_UNKNOWN_CAMERA)
-        return known
+        return [c for c in CAMERAS if (self.folder/"camera"/c).is_dir()]
 
     @property
     def unknown_cameras(self)->list[str]: # names
@@ -415,8 +413,7 @@ def camera(self:Log,
         if not folder.is_dir():
             odd = self.unknown_cameras
             also = f" (its folder {quoted(odd[0])} has no name of PandaSet's: rename it to one of {', '.join(CAMERAS)})" if odd else ""
-            have = ", ".join(c for c in CAMERAS if (self.folder/"camera"/c).is_dir())
-            report(folder, "is a camera this log does not have" + also, f"choose from {have or 'another log'}")
+            report(folder, "is a camera this log does not have" + also, f"choose from {', '.join(self.cameras) or 'another log'}")
         poses = self.from_world_poses(read_poses(folder/"poses.json", n))
         self._cameras[name] = Camera(name, read_intrinsics(folder/"intrinsics.json"), poses, read_stamps(folder/"timestamps.json", n), folder)
     return self._cameras[name]
@@ -537,15 +534,14 @@ def check_log(
     meta = read_stamps(log.folder/"meta/timestamps.json", count, found)
     if meta is not None and stamps is not None and len(meta) == count and np.abs(meta - stamps).max() > 1e-6:
         report(log.folder/"meta/timestamps.json", "differs from the LiDAR stamps", "get both files again from one source", found)
-    cameras = [c for c in CAMERAS if (log.folder/"camera"/c).is_dir()]
+    cameras = log.cameras
     for odd in log.unknown_cameras: report(log.folder/"camera"/odd, *_UNKNOWN_CAMERA, found)
     if not cameras and not log.unknown_cameras: report(log.folder/"camera", "has no camera of PandaSet's names", "get the log again", found)
     for name in cameras:
         _check_camera(log, name, stamps, found)
         if images and stamps is not None: _check_images(log, name, range(count), found)
     if stamps is not None: _check_sweeps(log, stamps, found)
-    for ask in (lambda: images and cameras and log.image_size(cameras), lambda: log.ego_pose(0)):
-        try: ask()
-        except DataError as e:
-            if not found: found.append(str(e))
+    if images and cameras and not found:
+        try: log.image_size(cameras)
+        except DataError as e: found.append(str(e))
     return found

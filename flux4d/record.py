@@ -210,7 +210,7 @@ SCHEMA = BLOCK | dict(scene_flow=FLOW, zero_motion=dict(scene_flow=FLOW), per_cl
                   shortfall=dict.fromkeys(SETTINGS, dict.fromkeys(("full","dynamic","missing","without_labels","nothing_moves"), int))),
     runtime=dict(train_seconds=float, iters=int, skipped_steps=int, seconds_per_clip=float, seconds_per_frame=float, gaussians_per_clip=float, image_scale=float, flux4d=str,
                  commit=(str, None), python=str, torch=str, machine=str, gpu=(str, None), reconstruction=(dict(lift=float, network=float, total=float, gaussians=int, repeats=int), None)))
-OPTIONAL = dict.fromkeys(VARIANTS[1:], BLOCK) | dict(scored_with=dict(lift_sensors=[int], depth_sensors=[int])) # not every evaluation has these variants, nor older ones the sensors
+OPTIONAL = dict.fromkeys(VARIANTS[1:], BLOCK) | dict(scored_with=dict(lift_sensors=[int], depth_sensors=[int]), left_out={...: str}) # not every evaluation has these variants, nor older ones the rest
 
 # %% ../nbs/44_record.ipynb #dc9a151e
 def faults(
@@ -328,6 +328,7 @@ class About(NamedTuple):
     skipped:int=0    # steps without an update
     rows:list[dict]|tuple=() # logged steps of training
     variants:tuple[str,...]=VARIANTS # scored beside it, itself first
+    left_out:dict[str,str]={} # clips that the data could not give, and why
 
 # %% ../nbs/44_record.ipynb #6f071d62
 def reasons_of(
@@ -391,6 +392,6 @@ def evaluate(
         (folder/"worst").mkdir(parents=True)
         for k,x in enumerate(worst): Image.fromarray(x.picture).save(folder/f"worst/{k}.jpg", quality=82)
     m |= dict(subject=about.subject, baseline=about.baseline, setting=", ".join(sorted({x.setting for x in clips})), source_frames=max(len(x.input_frames) for x in clips), logs=sorted({x.log.id for x in clips}), cameras=list(c.data.cameras),
-              clips=len(clips), views=sum(len(x.target_frames) for x in clips)*n, comparable=comparable(clips, c, cfg.depth_sensors), scored_with=dict(lift_sensors=list(c.init.lidar_sensors), depth_sensors=list(cfg.depth_sensors)), per_clip_flow=ev.flow_by_clip,
+              clips=len(clips), views=sum(len(x.target_frames) for x in clips)*n, comparable=comparable(clips, c, cfg.depth_sensors), scored_with=dict(lift_sensors=list(c.init.lidar_sensors), depth_sensors=list(cfg.depth_sensors)), left_out=about.left_out, per_clip_flow=ev.flow_by_clip,
               worst=[{k: v for k,v in x._asdict().items() if k != "picture"} for x in worst], videos=ev.films, analysis=analysis_of(m, clips, n, about.rows))
     return check_metrics(m | dict(reasons=reasons_of(m, clips, about) | ({"lpips": no_lpips} if no_lpips else {})))

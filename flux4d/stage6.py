@@ -16,7 +16,7 @@ from annotated_types import Ge, Interval
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from .files import writing
 from .pandaset import DataError, PandaSet, scaled_size
-from .clips import TRAIN_SETTINGS, Clip, ClipConfig, build_index, index_hash, load_index, select_clips
+from .clips import TRAIN_SETTINGS, Clip, ClipConfig, build_index, index_hash, left_out_lines, load_index, select_clips
 from .settings import Device, Distinct, FilePath, LogId, Name, Seed, Some, find_device, read_parameters, refuse_missing
 from .cache import LiftCache
 from .render import render

@@ -16,7 +16,8 @@ from flux4d.lift import LiftConfig
 from flux4d.losses import LossConfig
 from flux4d.pandaset import PandaSet
 from flux4d.predictor import PredictorConfig, decode_velocity, hint_channels
-from flux4d.presets import PRESETS, preset_config
+from flux4d.house import repo_root
+from flux4d.presets import PRESETS, preset_config, preset_table
 from flux4d.refine import Flux4D, FullConfig, RefineConfig, feedback, feedback_features
 from flux4d.train import Loader, Run, Trainer, config_from_dict, merged, reconstruct
 from flux4d.votes import VoteConfig
@@ -92,3 +93,7 @@ def test_no_prior_no_local_velocity_no_dead_zone():
     ask = (raw, raw[:, :0], torch.zeros(50), torch.eye(4))
     assert torch.equal(decode_velocity(*ask, free, settled=True), decode_velocity(*ask, free))
     assert (decode_velocity(*ask, replace(free, settle=.5), settled=True) == 0).all()
+
+
+def test_readme_shows_todays_presets():
+    assert preset_table() in (repo_root()/"README.md").read_text(encoding="utf-8"), "run make readme"
