@@ -27,8 +27,7 @@ CITY = $(PYTHON) -c "import sys; from flux4d.city import city_main; sys.exit(cit
 PIP = .venv/bin/python -m pip install -qq --disable-pip-version-check --root-user-action=ignore
 DEMO := papermill_runs/demo
 CITY_PARAMS ?= --logs 3 --frames 50 --scale 0.25 --seed 0
-DEMO_SMALL := {init: {fill_blocks: [64, 16], voxel_downsample: 0.4}, voxel: {size: 0.4}, model: {hidden: 48, unet: {widths: [16, 32, 64], blocks: 1}}, refine: {unet: {widths: [16, 32], blocks: 1}}, train: {ema: 0.9, lr: 5.0e-4}}
-DEMO_PARAMS ?= -p data_root data/city -p out_dir $(DEMO) -p image_scale 0.5 -p iters 65 -p minutes 2 -p eval_every 0 -p save_renders 1 -y "overrides: $(DEMO_SMALL)"
+DEMO_PARAMS ?= -p data_root data/city -p out_dir $(DEMO) -p preset draft -p image_scale 0.5 -p iters 65 -p minutes 2 -p eval_every 0 -p save_renders 1
 
 help:
 	@sed -n '2,7s/^# *//p' Makefile

@@ -16,9 +16,10 @@ from torch import nn
 from .pandaset import DataError, PandaSet
 from .clips import TEST_SCENES, Clip, build_index, long_log_clips, select_clips
 from .presets import PRESETS, preset_config
-from .settings import Device, Distinct, LogId, Name, find_device, read_parameters, refuse_missing
-from .train import Config, Loader, load_checkpoint, load_model, rebuilder, trained_frames
-from .nvs import VARIANTS, EvalConfig
+from .settings import Device, Distinct, FilePath, LogId, Name, find_device, read_parameters, refuse_missing
+from .run import check_checkpoint, logged_rows, refuse_damaged
+from .train import Config, Loader, files_of, load_checkpoint, load_model, rebuilder, trained_frames
+from .nvs import VARIANTS, EvalConfig, check_clip
 from .baselines import BASELINES
 from .record import METHODS, About, frames_of, seen
 from .stage6 import asked_root, check_images, check_out_dir, index_config, next_run, scoring
@@ -31,17 +32,17 @@ __all__ = ['EvaluationParameters', 'check_subject', 'read_evaluation', 'Subject'
 @dataclass(frozen=True)
 class EvaluationParameters:
     "The parameters of this notebook, as the cell above explains them; () means what empty means there."
-    checkpoint:str=""
+    checkpoint:FilePath=""
     baseline:Literal[("", *METHODS)]=""
     baselines:Distinct[Literal[METHODS]]=("lift", "zero_motion", "nearest")
-    data_root:str=""
+    data_root:FilePath=""
     eval_logs:Distinct[LogId]=()
     eval_starts:Distinct[NonNegativeInt]=()
     max_clips:NonNegativeInt=0
     long_log:bool=False
     cameras:Distinct[Name]=()
     image_scale:Annotated[float, Interval(ge=0, le=1)]=0.
-    out_dir:str=""
+    out_dir:FilePath=""
     overwrite:bool=False
     device:Device=""
     preset:Literal[("", *PRESETS)]=""
@@ -102,7 +103,9 @@ def open_subject(
     "Load what shall be evaluated; its configuration comes with it."
     check_subject(checkpoint, baseline, preset)
     baseline = baseline or ("" if checkpoint else "lift")
-    model, cfg = load_model(checkpoint, device) if checkpoint else (None, preset_config(preset or "default")); s = load_checkpoint(checkpoint) if checkpoint else {}
+    model, cfg = load_model(checkpoint, device) if checkpoint else (None, preset_config(preset or "default"))
+    s = load_checkpoint(checkpoint) if checkpoint else {}
+    check_checkpoint(s, Path(checkpoint).name, tuple(k for k in ("step", "seconds", "skipped") if k in s))
     cfg = replace(cfg, data=replace(cfg.data, cameras=cameras or cfg.data.cameras, image_scale=image_scale or cfg.data.image_scale)); path = Path(checkpoint)
     name = " of ".join([baseline]*bool(baseline) + [f"{path.resolve().parent.name}/{path.name}"]*bool(checkpoint))
     return Subject(name, baseline, model, cfg, path.resolve().parent if checkpoint else None, *(s.get(k, 0) for k in ("step","seconds","skipped")), trained_frames(s) if checkpoint else None)
@@ -149,8 +152,7 @@ def training_rows(
     folder:Path|None, # of a checkpoint
 )->list[dict]: # the logged steps, [] where there is no record
     "What a run logged beside its checkpoint."
-    path = folder and folder/"metrics.jsonl"
-    return [json.loads(l) for l in path.read_text().splitlines()] if path and path.is_file() else []
+    return logged_rows(folder/"metrics.jsonl") if folder else []
 
 def judged_on(
     s:Subject, # what is evaluated
@@ -176,4 +178,6 @@ def report_folder(
 )->Path: # raises DataError for the checkpoint's own folder
     "Where an evaluation goes: beside its checkpoint, never over the record of the training run."
     if s.folder and out_dir and Path(out_dir).resolve() == s.folder: raise DataError("out_dir: is the checkpoint's own folder, whose metrics.json would be replaced; choose another.")
+    if out_dir and (Path(out_dir)/"metrics.jsonl").exists():
+        raise DataError(f"out_dir: {Path(out_dir).name} holds a training run, whose record would be replaced; choose another.")
     return Path(out_dir) if out_dir else s.folder/f"report{'_'*bool(s.baseline)}{s.baseline}" if s.folder else next_run()

@@ -10,7 +10,7 @@ from typing import Iterator
 
 # %% auto #0
 __all__ = ['DataError', 'short_path', 'report', 'quoted', 'listing', 'beside', 'counts_otherwise', 'missing_text',
-           'report_missing', 'remove_unfinished', 'WriteError', 'atomic_write']
+           'report_missing', 'remove_unfinished', 'WriteError', 'writing', 'atomic_write']
 
 # %% ../nbs/02_files.ipynb #9994b2b9
 class DataError(ValueError):
@@ -172,23 +172,37 @@ class WriteError(DataError, OSError):
 
 _REASONS = {errno.ENOSPC: ("the disk is full", "free some space"), errno.EDQUOT: ("the disk quota is used up", "free some space"),
             errno.EFBIG: ("the file is larger than allowed", "raise the limit of file sizes")}
-_ELSEWHERE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
+_ELSEWHERE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG,
+              errno.ENOENT, errno.ELOOP}
 
 def _no_space(folder:Path)->bool:
     "Is the disk full? Some libraries hide the system's own error."
     while not folder.is_dir() and folder != folder.parent: folder = folder.parent
     return shutil.disk_usage(folder).free < 2**16
 
-def _why_not_written(path:Path, error:BaseException)->WriteError|None:
+def _why_not_written(path:Path, error:BaseException, then:str="start again")->WriteError|None:
     "The sentence about an error while writing, None when the error is of another kind."
     code = getattr(error, "errno", None)
-    if isinstance(error, RuntimeError) and _no_space(path.parent): code = errno.ENOSPC
+    if code is None and _no_space(path.parent): code = errno.ENOSPC
     at = getattr(error, "filename", None)
     here = at is None or str(path).startswith(str(at)) or Path(at).parent == path.parent
     if code in _REASONS: what, remedy = _REASONS[code]
     elif code in _ELSEWHERE and here: what, remedy = os.strerror(code), "choose another place or correct its permissions"
     else: return None
-    return WriteError(f"{short_path(path)}: could not be written because {what[0].lower() + what[1:]}; {remedy} and start again.")
+    return WriteError(f"{short_path(path)}: could not be written because {what[0].lower() + what[1:]}; {remedy} and {then}.")
+
+@contextlib.contextmanager
+def writing(
+    path:str|Path, # a file or folder that is written inside
+    then:str="start again", # what to do after the remedy
+)->Iterator[None]: # raises WriteError
+    "Say in one sentence why something could not be written."
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        said = None if isinstance(e, DataError) else _why_not_written(Path(path), e, then)
+        if said is None: raise
+        raise said from None
 
 @contextlib.contextmanager
 def atomic_write(

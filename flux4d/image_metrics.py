@@ -21,9 +21,14 @@ __all__ = ['MetricConfig', 'masked_mean', 'psnr', 'ssim_metric', 'depth_rmse', '
 @dataclass
 class MetricConfig:
     "What the paper leaves open about its image metrics (paper.md Sec. 8.1)."
-    ssim_window:PositiveInt=11 # side of the Gaussian window, px
+    ssim_window:PositiveInt=11 # side of the Gaussian window, px; odd, so that it has a centre
     ssim_sigma:PositiveFloat=1.5 # its standard deviation, px
     max_depth:PositiveFloat|None=None # returns beyond are not scored, m; None = every return
+
+    def __post_init__(self)->None:
+        "Refuse a window without a centre."
+        if self.ssim_window % 2 == 0:
+            raise ValueError(f"ssim_window: is {self.ssim_window}; choose an odd number of pixels.")
 
 # %% ../nbs/23_image_metrics.ipynb #a29ce049
 def masked_mean(

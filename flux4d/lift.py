@@ -27,9 +27,9 @@ __all__ = ['FLATTEN', 'CELL', 'LiftConfig', 'Returns', 'ClipData', 'clip_data', 
            'Grid', 'grid_of', 'image_numbers', 'Look', 'look', 'nearest_return', 'directions', 'window_distances',
            'knn_distance', 'from_shutter', 'colour_late', 'colour_returns', 'check_own_times', 'sound_stamps',
            'times_of', 'random_quats', 'lift_returns', 'block_sides', 'Tiles', 'cut_blocks', 'nearest_above',
-           'find_corners', 'corner_weights', 'gap_depth', 'ground_below', 'Blocks', 'clip_blocks', 'block_depth',
-           'continue_ground', 'fill_gaps', 'even_opacity', 'cap_by_coverage', 'lift_data', 'lift_clip', 'dots',
-           'rainbow', 'bird_view', 'alignment_set', 'alignment_pictures']
+           'find_corners', 'corner_weights', 'gap_depth', 'ground_below', 'Blocks', 'nothing_seen', 'clip_blocks',
+           'block_depth', 'continue_ground', 'fill_gaps', 'even_opacity', 'cap_by_coverage', 'lift_data', 'lift_clip',
+           'dots', 'rainbow', 'bird_view', 'alignment_set', 'alignment_pictures']
 
 # %% ../nbs/10_lift.ipynb #b413d369
 @dataclass(frozen=True)
@@ -508,11 +508,18 @@ class Blocks(NamedTuple):
     z:Tensor      # (B,) m, 0 = no return supports it
     stamp:Tensor  # (B,) float64, s since the clip's start, of the returns around it, or of the shutter
 
+def nothing_seen(
+    data:ClipData, # the clip
+)->DataError: # to be raised
+    "What to say of a clip that gives no Gaussian."
+    return DataError(f"{data.id}: no LiDAR return is visible in an input image; choose other cameras or sensors.")
+
 def clip_blocks(
     data:ClipData,  # the clip
     cfg:LiftConfig, # read: lidar_sensors, late_after, fill_*
-)->Blocks: # of every image
+)->Blocks: # of every image; raises DataError where there is no return
     "Cut all images into blocks and find their depth."
+    if not data.points.shape[1]: raise nothing_seen(data)
     F_, C, h, w = data.images.shape[:4]; V = F_*C
     tiles = cut_blocks(data.images.view(V,h,w,3), block_sides(w, cfg.fill_blocks), cfg.fill_detail); v, m = tiles.kept.nonzero(as_tuple=True)
     centre = data.pose.view(V,4,4)[:,None,:3,3]; one = torch.ones(V, len(tiles.uv), dtype=torch.float64, device=v.device)
@@ -604,14 +611,13 @@ def lift_data(
     blocks:Blocks|None=None, # of the images, None: cut here
 )->Gaussians: # kind LIDAR, world, on the data's device
     "Stage 2 in memory: the input frames' returns, and what lies between them."
-    unseen = DataError(f"{data.id}: no LiDAR return is visible in an input image; choose other cameras or sensors.")
-    if not data.points.shape[1]: raise unseen
+    if not data.points.shape[1]: raise nothing_seen(data)
     data = sound_stamps(data, cfg.late_after)
     rng = torch.Generator(data.points.device).manual_seed(seed); sets = [lift_returns(data, cfg, rng)]
     if cfg.fill:
         g = fill_gaps(data, clip_blocks(data, cfg) if blocks is None else blocks, cfg, rng); sets.append(even_opacity(g, data, cfg.opacity) if cfg.fill_even else g)
     g = cap_by_coverage(cat(sets), cfg.max_gaussians, data.pose[...,:3,3].reshape(-1,3).mean(0))
-    if not len(g): raise unseen
+    if not len(g): raise nothing_seen(data)
     check_own_times(data, g.t.double()*data.duration)
     return g
 

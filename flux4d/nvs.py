@@ -16,7 +16,8 @@ from torch import Tensor
 from fastcore.basics import patch
 from pydantic import NonNegativeInt, PositiveInt
 from .clips import Clip, TargetViews, Views
-from .cuboids import CuboidConfig, check_labels, dynamic_mask
+from .files import short_path
+from .cuboids import CuboidConfig, check_labels, class_ids, dynamic_mask, load_cuboids
 from .gaussians import Gaussians
 from .image_metrics import Mean, MetricConfig, psnr, ssim_metric, depth_rmse
 from .render import RenderConfig, Rendered, render
@@ -116,9 +117,14 @@ def check_clip(
     clip:Clip, # about to be scored
     labels:CuboidConfig, # distance, share and number
 )->None: # raises DataError that names the check
-    "Stop when the labels of target frames do not fit their returns (S6-30)."
-    frames = [f for f in clip.target_frames if clip.log.cuboid_path(f).exists()]
-    with named("labels"): frames and check_labels(clip.log, frames, cfg=labels)
+    "Stop when labels cannot be read, or those of target frames do not fit their returns (S6-30)."
+    labelled = [f for f in clip.frames if clip.log.cuboid_path(f).exists()]
+    targets = [f for f in labelled if f in clip.target_frames]
+    with named("labels"):
+        for f in labelled:                        # scene flow is scored at the input frames
+            class_ids(load_cuboids(clip.log, f).label, labels.unknown, short_path(clip.log.cuboid_path(f)))
+        if targets:
+            check_labels(clip.log, targets, cfg=labels)
 
 # %% ../nbs/42_nvs.ipynb #f884a302
 def shrink(

@@ -13,6 +13,7 @@ import numpy as np, torch
 from PIL import Image
 from torch import Tensor, nn
 from .pandaset import DataError
+from .files import writing
 from .gaussians import Gaussians
 from .image_metrics import Mean, lpips_metric
 from .clips import TEST_SCENES, Clip, fingerprint
@@ -383,10 +384,13 @@ def evaluate(
     clips, c = loader.clips, loader.cfg; ev = empty_scores(about.variants, check_baselines(baselines), FlowScoreConfig(labels=cfg.labels))
     for old in ("renders","worst","videos"): shutil.rmtree(folder/old, ignore_errors=True) # of an evaluation that is replaced
     lpips, no_lpips = lpips_metric(loader.device) # a metric, or why there is none
-    for i in progress(range(len(clips))): score_one(ev, i, rebuild, loader, cfg, folder, i < videos, lpips)
+    for i in progress(range(len(clips))):
+        with writing(folder/"renders"): score_one(ev, i, rebuild, loader, cfg, folder, i < videos, lpips)
     timing = about.model and time_reconstruction(about.model, loader, 20 if "cuda" in str(loader.device) else 1)
-    m = metrics_of(ev, about, loader, timing, lpips is not None); n = len(c.data.cameras); worst = [s for s in ev.shots if s.picture is not None]; (folder/"worst").mkdir(parents=True)
-    for k,x in enumerate(worst): Image.fromarray(x.picture).save(folder/f"worst/{k}.jpg", quality=82)
+    m = metrics_of(ev, about, loader, timing, lpips is not None); n = len(c.data.cameras); worst = [s for s in ev.shots if s.picture is not None]
+    with writing(folder/"worst"):
+        (folder/"worst").mkdir(parents=True)
+        for k,x in enumerate(worst): Image.fromarray(x.picture).save(folder/f"worst/{k}.jpg", quality=82)
     m |= dict(subject=about.subject, baseline=about.baseline, setting=", ".join(sorted({x.setting for x in clips})), source_frames=max(len(x.input_frames) for x in clips), logs=sorted({x.log.id for x in clips}), cameras=list(c.data.cameras),
               clips=len(clips), views=sum(len(x.target_frames) for x in clips)*n, comparable=comparable(clips, c, cfg.depth_sensors), scored_with=dict(lift_sensors=list(c.init.lidar_sensors), depth_sensors=list(cfg.depth_sensors)), left_out=about.left_out, per_clip_flow=ev.flow_by_clip,
               worst=[{k: v for k,v in x._asdict().items() if k != "picture"} for x in worst], videos=ev.films, analysis=analysis_of(m, clips, n, about.rows))

@@ -4,7 +4,7 @@
 
 # %% ../nbs/08_run.ipynb #a08r0004
 from __future__ import annotations
-import errno, json, os, platform, shutil, subprocess, zlib
+import json, os, platform, shutil, subprocess, zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 from fastcore.basics import patch
 import flux4d
-from .files import DataError, WriteError, atomic_write, missing_text, remove_unfinished, short_path
+from .files import DataError, atomic_write, missing_text, remove_unfinished, short_path, writing
 
 # %% auto #0
-__all__ = ['PARTS', 'refuse_held', 'Run', 'logged_rows', 'commit_of', 'provenance', 'save_checkpoint', 'prune_checkpoints',
-           'newest_run', 'check_checkpoint', 'check_numbers', 'load_checkpoint', 'trained_entry', 'trained_frames',
-           'load_weights', 'damage_of', 'damaged_files', 'refuse_damaged']
+__all__ = ['PARTS', 'refuse_held', 'refuse_foreign', 'Run', 'logged_rows', 'commit_of', 'provenance', 'save_checkpoint',
+           'prune_checkpoints', 'newest_run', 'check_checkpoint', 'check_numbers', 'load_checkpoint', 'trained_entry',
+           'trained_frames', 'load_weights', 'damage_of', 'damaged_files', 'refuse_damaged']
 
 # %% ../nbs/08_run.ipynb #47ff966d
 def refuse_held(
@@ -37,6 +37,20 @@ def refuse_held(
         raise DataError(f"{folder.name}: holds {' and '.join(held)} of an earlier run; go on with resume_from=last, "
                         "choose another out_dir, or set overwrite=True to replace them.")
 
+_MADE = "config.yaml", "meta.json", "train.log", "report.md", "report.html", "pairs.jpg", "renders", "worst", "videos"
+
+def refuse_foreign(
+    folder:Path, # where a run shall write
+)->None: # raises DataError
+    "Refuse a folder in which a run would replace what no run made."
+    there = [name for name in _MADE if (folder/name).exists()]
+    config = folder/"config.yaml"
+    lines = config.read_text(encoding="utf-8", errors="replace").splitlines() if config.is_file() else []
+    ours = {"voxel", "render", "train"} <= {line.partition(":")[0] for line in lines}
+    of_a_run = ours or (folder/".lock").exists() or (folder/"metrics.jsonl").exists()
+    if there and not of_a_run:
+        raise DataError(f"{folder.name}/{there[0]}: was not made by a run and would be replaced; choose another out_dir.")
+
 class Run:
     "The folder of one run."
     def __init__(self,
@@ -46,10 +60,12 @@ class Run:
     )->None: # raises DataError when another run is there, or another process writes to it
         "Open or make the folder; nothing in it is changed yet."
         self.folder, self.lock, self.begun, self.rewound = Path(folder), None, False, False
+        refuse_foreign(self.folder)
         if not overwrite:
             refuse_held(self.folder, goes_on)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock()
+        with writing(self.folder/".lock"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
 
     def _lock(self)->None:
         "Keep other processes out for as long as this one lives."
@@ -60,6 +76,8 @@ class Run:
         except Timeout:
             raise DataError(f"{self.folder.name}: another process writes to this folder; "
                             "wait for it or end it, or choose another out_dir.") from None
+        except NotImplementedError:               # a file system without locks
+            self.lock = None
 
     def _begin(self)->None:
         "Clear away, before the first write, an old result and the halves of files that a killed writer left."
@@ -94,16 +112,14 @@ def _append(self:Run,
     self._begin()
     path = self.folder/name
     before = path.stat().st_size if path.exists() else 0
-    try:
-        with path.open("a", encoding="utf-8") as f:
-            f.write(line + "\n")
-    except OSError as e:
-        if path.exists():
-            os.truncate(path, before)
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+    with writing(path, "go on with resume_from=last"):
+        try:
+            with path.open("a", encoding="utf-8") as f:
+                f.write(line + "\n")
+        except OSError:
+            if path.exists():
+                os.truncate(path, before)
             raise
-        full = f"{self.folder.name}/{name}: could not be written because the disk is full"
-        raise WriteError(f"{full}; free some space and go on with resume_from=last.") from None
 
 @patch
 def say(self:Run,
@@ -364,15 +380,15 @@ def load_weights(
 # %% ../nbs/08_run.ipynb #a08r0041
 def _unpacks(
     path:Path, # a .gz file
-)->bool: # to its end, with the right checksum
-    "Unpack a file piece by piece and keep nothing."
-    unpack = zlib.decompressobj(wbits=31)
+)->bool: # to the end of the pickle, with the right checksum
+    "Unpack a pickle piece by piece and keep nothing."
+    unpack, last = zlib.decompressobj(wbits=31), b""
     with path.open("rb") as f:
         while piece := f.read(1 << 16):
             while piece and not unpack.eof:
-                unpack.decompress(piece, 1 << 20)
+                last = unpack.decompress(piece, 1 << 20)[-1:] or last
                 piece = unpack.unconsumed_tail
-    return unpack.eof
+    return unpack.eof and last == b"."            # how every pickle ends
 
 def _decodes(
     path:Path, # an image

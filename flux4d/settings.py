@@ -17,8 +17,8 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 from .pandaset import DataError
 
 # %% auto #0
-__all__ = ['Share', 'OpenShare', 'Seed', 'LogId', 'Entry', 'Distinct', 'Some', 'Name', 'Device', 'read_value', 'read_settings',
-           'read_parameters', 'find_device', 'refuse_missing']
+__all__ = ['Share', 'OpenShare', 'Seed', 'LogId', 'Entry', 'Distinct', 'Some', 'Name', 'FilePath', 'Device', 'read_value',
+           'read_settings', 'read_parameters', 'find_device', 'refuse_missing']
 
 # %% ../nbs/07_settings.ipynb #c33645ec
 Share     = Annotated[float, Interval(ge=0, le=1)] # both ends included
@@ -48,6 +48,17 @@ _ONCE    = Field(json_schema_extra=dict(uniqueItems=True))
 Distinct = Annotated[tuple[Entry, ...], AfterValidator(_distinct), _ONCE]
 Some     = Annotated[tuple[Entry, ...], MinLen(1), AfterValidator(_distinct), _ONCE]
 Name     = Annotated[str, MinLen(1)]
+
+def _can_be_a_path(
+    text:str, # as given
+)->str: # the same; raises ValueError
+    "Refuse what no file system takes: a zero byte, a name of more than 255 bytes, a path of more than 4000."
+    name_lengths = [len(name.encode("utf-8", "replace")) for name in text.split("/")]
+    if "\0" in text or max(name_lengths) > 255 or sum(name_lengths) + len(name_lengths) > 4000:
+        raise ValueError("no path")
+    return text
+
+FilePath = Annotated[str, AfterValidator(_can_be_a_path), Field(description="a path that the file system takes, or nothing")]
 
 # %% ../nbs/07_settings.ipynb #d45f639e
 def _parts(

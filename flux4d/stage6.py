@@ -14,15 +14,16 @@ from typing import Annotated, Any, Literal
 import numpy as np, torch
 from annotated_types import Ge, Interval
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from .files import writing
 from .pandaset import DataError, PandaSet, scaled_size
 from .clips import TRAIN_SETTINGS, Clip, ClipConfig, build_index, index_hash, left_out_lines, load_index, select_clips
-from .settings import Device, Distinct, LogId, Name, Seed, Some, find_device, read_parameters, refuse_missing
+from .settings import Device, Distinct, FilePath, LogId, Name, Seed, Some, find_device, read_parameters, refuse_missing
 from .cache import LiftCache
 from .render import render
 from .refine import Flux4D, FullConfig
 from .presets import PRESETS, preset_config
-from .run import Run, newest_run, refuse_damaged, refuse_held
-from .train import Loader, Trainer, config_from_dict, config_to_dict, every, files_of, merged, provenance, read_resumable, rebuilder, trained_frames
+from .run import Run, newest_run, refuse_damaged, refuse_foreign, refuse_held
+from .train import Loader, Trainer, config_from_dict, config_to_dict, every, files_of, flattened, merged, provenance, read_resumable, rebuilder, trained_frames
 from .house import repo_root
 from .flow_metrics import FlowScoreConfig, FlowScores, check_bs_flow, clip_truth, score_clip
 from .nvs import EvalConfig, check_clip, evaluate_nvs
@@ -55,8 +56,8 @@ Frames = Annotated[frozenset[NonNegativeInt], BeforeValidator(frame_range), Fiel
 class TrainingParameters:
     "The parameters of this notebook, as the cell above explains them; None and () mean what empty means there."
     preset:Literal[tuple(PRESETS)]="default"
-    data_root:str=""
-    index_path:str=""
+    data_root:FilePath=""
+    index_path:FilePath=""
     cameras:Some[Name]=("front_camera",)
     lidar_sensors:Distinct[Literal[0,1]]=()
     image_scale:Annotated[float, Interval(gt=0, le=1)]=1.
@@ -69,7 +70,7 @@ class TrainingParameters:
     val_clips:NonNegativeInt=3
     max_train_clips:NonNegativeInt=0
     max_eval_clips:NonNegativeInt=0
-    out_dir:str=""
+    out_dir:FilePath=""
     overwrite:bool=False
     device:Device=""
     seed:Seed=0
@@ -79,7 +80,7 @@ class TrainingParameters:
     save_ckpt_every:NonNegativeInt=1000
     lift_workers:Annotated[int, Interval(ge=0, le=256)]=0
     eval_every:NonNegativeInt=1000
-    resume_from:str=""
+    resume_from:FilePath=""
     resume_optimizer:bool=True
     save_renders:NonNegativeInt=3
     baselines:Distinct[Literal[METHODS]]=("lift", "zero_motion")
@@ -157,7 +158,12 @@ def make_config(
         (p.max_gaussians is not None, dict(init=dict(max_gaussians=p.max_gaussians or None)))]
     for given, part in asked:
         named = merged(named, part) if given else named
-    return preset_config(p.preset, merged(named, p.overrides), "overrides")
+    cfg = preset_config(p.preset, merged(named, p.overrides), "overrides")
+    for name in flattened(dict(data=named["data"], train=named["train"])).keys() & flattened(p.overrides).keys():
+        own = name.partition(".")[2]
+        if own in vars(p):
+            raise DataError(f"overrides.{name}: is decided by the parameter {own}; give it there.")
+    return cfg
 
 def scoring(
     save_renders:int, # clips whose pictures are kept
@@ -279,6 +285,7 @@ def resume_point(
     checkpoint = own/"ckpt_last.pt" if last else Path(resume_from) if resume_from else None
     if checkpoint: read_resumable(checkpoint, optimizer)
     goes_on = bool(checkpoint and own) and optimizer and checkpoint.resolve().parent == own.resolve()
+    if own: refuse_foreign(own)
     if own and not overwrite: refuse_held(own, goes_on)
     return checkpoint, own or next_run(), goes_on
 

@@ -408,6 +408,7 @@ class Trainer:
         self.unread = {}                              # sentence about a file that went bad -> how often it was needed
         self.source = {k: v for k,v in provenance(self.device).items() if k in ("flux4d", "commit")}
         self.saved_step, self.saved_at = 0, time.perf_counter()
+        self.called = 0                               # step whose callbacks have ended
         self.stop = self.may_stop = False             # asked to stop; whether that can happen at once
 
 # %% ../nbs/32_train.ipynb #a32t0006
@@ -587,7 +588,7 @@ def _undone_when_stopped(self:Trainer)->Iterator[None]:
 @patch
 def state(self:Trainer)->dict: # tensors and plain values
     "All that a resumed run needs, and where it comes from."
-    counts = dict(step=self.step, skipped=self.skipped, in_a_row=self.in_a_row, first_skip=self.first_skip,
+    counts = dict(step=self.step, skipped=self.skipped, called=self.called, in_a_row=self.in_a_row, first_skip=self.first_skip,
                   unread=dict(self.unread), best=self.best, seconds=self.seconds, started=self.started)
     seen = dict(trained=trained_entry(self.trained, self.unknown_before), train_clips=list(self.clip_ids),
                 pending=list(self.pending))
@@ -660,6 +661,7 @@ def _restore(self:Trainer,
     self.seconds, self.started = float(s["seconds"]), float(s.get("started", 0.))
     self.best = None if s.get("best") is None else float(s["best"])
     self.in_a_row, self.first_skip = int(s.get("in_a_row", 0)), str(s.get("first_skip", ""))
+    self.called = int(s.get("called", s["step"]))
     self.unread = dict(s.get("unread", {}))
     self.pending, self.saved_step = list(s.get("pending", [])), self.step
     known = s.get("train_clips", [])           # the logged rows count these
@@ -752,18 +754,36 @@ def _steps(self:Trainer,
 )->None:
     "The steps of `fit`."
     tc, clock = self.cfg.train, time.perf_counter() - self.seconds
-    calls = [every(tc.save_ckpt_every, Trainer.save_quietly), *self.callbacks]
+    save = every(tc.save_ckpt_every, Trainer.save_quietly)
+    if self._owes_callbacks(): self._call_back()
     for _ in progress(range(self.step, until)):
         if self.done: break
         l = self.train_step()
         self.seconds = time.perf_counter() - clock
         if self.step == 1: self.started = self.seconds
         if self.step % tc.log_every == 0 or self.step == 1 or self.done: self.log(l)
+        with self._can_stop(): save(self)         # a long validation cannot lose the step
+        self._call_back()
         with self._can_stop():
-            for c in calls:
-                if row := c(self): self.run.record(dict(step=self.step, **row))
             if tc.save_ckpt_minutes and time.perf_counter() - self.saved_at > 60*tc.save_ckpt_minutes: self.save()
+    if self.done and 0 < self.step == self.skipped:
+        raise DataError(f"training: none of its {self.step} steps could be taken, the first was {self.first_skip}; "
+                        "look at its files with flux4d-check, or lower train.lr.")
     if self.done and self.step != self.saved_step: self.save()
+
+@patch
+def _call_back(self:Trainer)->None:
+    "Validate, or whatever else follows the step."
+    with self._can_stop():
+        for call in self.callbacks:
+            if row := call(self): self.run.record(dict(step=self.step, **row))
+    self.called = self.step
+
+@patch
+def _owes_callbacks(self:Trainer)->bool:
+    "Whether this step was saved by a run that ended before its callbacks did, and they left no row."
+    rows = [r for r in self.run.rows() if r["step"] == self.step and "lr" not in r]
+    return bool(self.callbacks) and self.called < self.step and not rows
 
 @patch
 def _farewell(self:Trainer)->str: # a sentence
@@ -774,6 +794,16 @@ def _farewell(self:Trainer)->str: # a sentence
         line = f"interrupted at step {self.step}, saved as {self.save().name}; go on with {how}"
     self.run.say(line)
     return line
+
+@patch
+@contextmanager
+def after_training(self:Trainer)->Iterator[None]: # raises Interrupted
+    "Inside, an interrupt or SIGTERM ends in a sentence that says how to go on; training is saved already."
+    saved = (self.run.folder/"ckpt_last.pt").exists()
+    how = f"go on with -p resume_from last -p out_dir {self.run.folder}" if saved else "start again"
+    def asked(number:int, frame:Any)->None:
+        raise Interrupted(f"interrupted after step {self.step}, the last one; {how}")
+    with stop_signals(asked): yield
 
 @patch
 def save_quietly(self:Trainer)->None:

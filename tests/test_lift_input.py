@@ -108,3 +108,8 @@ def test_returns_are_read_in_one_way(sound):
     points, seconds, frame = clip_returns(opened())
     assert torch.equal(points, data.points[there]) and torch.equal(seconds, data.stamps[there]) and torch.equal(frame, data.frames[:,None].expand_as(there)[there])
     assert not hasattr(data, "returns")
+
+@pytest.mark.parametrize("mode", ("grid", "hemisphere"))
+def test_a_sensor_without_returns_is_said(mode):
+    with pytest.raises(DataError, match="no LiDAR return is visible in an input image; choose other cameras or sensors"):
+        init_gaussians(opened(), LiftConfig(lidar_sensors=(1,)), BackgroundConfig(mode=mode))

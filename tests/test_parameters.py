@@ -162,6 +162,16 @@ def test_no_other_variable_is_taken_for_a_misspelt_parameter(nb):
 def test_what_is_meant(name, given, read):
     assert getattr(read_training({name: given})[0], name) == read
 
+@pytest.mark.parametrize("nb", GATES.items(), ids=lambda pair: pair[0].__name__)
+def test_examples_in_the_comments_are_accepted(nb):
+    cls, read = nb
+    name = next(name for name, c in NOTEBOOKS.items() if c is cls)
+    cell = next(c for c in read_notebook(ROOT/f"nbs/{name}.ipynb").cells if "parameters" in c["metadata"].get("tags", []))
+    examples = re.findall(r"^(\w+) = .*?# .*?(\{.*\})", cell["source"], re.M)
+    assert {name for name, _ in examples} >= {"eval_overrides"}
+    for parameter, example in examples:
+        read({parameter: example})
+
 def test_numbers_that_yaml_takes_for_text():
     assert read_training(dict(overrides=yaml.safe_load("{train: {lr: 5e-4}}")))[1].train.lr == 5e-4
     assert read_training(dict(num_refine="1", use_depth="false", max_gaussians=0))[1].loss.use_depth is False
@@ -178,6 +188,11 @@ def test_numbers_that_yaml_takes_for_text():
     (dict(overrides={"voxel": {"size": 1e-6}}), "overrides.voxel.size: is 1e-06, which makes more cells than can be numbered"),
     (dict(overrides={"flow": {"blur_window": 4}}), "overrides.flow.blur_window: is 4; choose an odd number"),
     (dict(overrides={"render": {"near": 1e5}}), "overrides.render.near: is 100000.0; choose less than far"),
+    (dict(eval_overrides={"metric": {"ssim_window": 4}}), "eval_overrides.metric.ssim_window: is 4; choose an odd number of pixels."),
+    (dict(overrides={"train": {"iters": 5}}), "overrides.train.iters: is decided by the parameter iters; give it there."),
+    (dict(overrides={"data": {"image_scale": .5}}), "overrides.data.image_scale: is decided by the parameter image_scale; give it there."),
+    (dict(out_dir="a"*5000), "out_dir: is 'aaaa"), (dict(out_dir="a\0b"), "out_dir: is 'a"), (dict(out_dir="x/" + "b"*300), "out_dir: is 'x/bbb"),
+    (dict(data_root="a"*5000), "data_root: is 'aaaa"), (dict(index_path="a"*300), "index_path: is 'aaaa"), (dict(resume_from="a"*300), "resume_from: is 'aaaa"),
     (dict(eval_overrides={"metric": {"max_depth": 0}}), "eval_overrides.metric.max_depth: is 0; choose a number above 0 or none."),
     (dict(preset="papers"), "preset: is 'papers'; choose default, paper"),
     (dict(baselines="lift,oracle"), "baselines: is 'lift,oracle'; choose a list without repetition, each lift, "),
@@ -197,7 +212,7 @@ def test_what_is_refused(values, text):
     sentence(e, text.split(":")[0]); assert str(e.value).startswith(text), str(e.value)
 
 @pytest.mark.parametrize("values,text", (
-    (dict(checkpoint="no.pt"), "checkpoint: no.pt is no file"), (dict(checkpoint=__file__, preset="paper"), "preset: the checkpoint brings its own configuration"),
+    (dict(checkpoint="no.pt"), "checkpoint: no.pt is no file"), (dict(checkpoint="a"*5000), "checkpoint: is 'aaaa"), (dict(out_dir="a\0"), "out_dir: is 'a"), (dict(checkpoint=__file__, preset="paper"), "preset: the checkpoint brings its own configuration"),
     (dict(baseline="static"), "baseline: 'static' needs the Gaussians of a checkpoint"), (dict(max_clips=-1), "max_clips: is -1; choose a whole number at least 0."),
     (dict(long_log="perhaps"), "long_log: is 'perhaps'; choose true or false."), (dict(eval_overrides={"lable": {}}), "eval_overrides: has no field 'lable'; did you mean labels?")))
 def test_what_is_refused_in_evaluation(values, text):

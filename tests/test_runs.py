@@ -10,8 +10,9 @@ from flux4d.clips import Clip, ClipConfig, InputViews, TargetViews, build_index,
 from flux4d.lift import LiftConfig
 from flux4d.pandaset import DataError, PandaSet, fabricate_log
 from flux4d.predictor import PredictorConfig
+from flux4d.run import logged_rows as logged
 from flux4d.run import Run, commit_of, damaged_files, load_checkpoint, newest_run, refuse_damaged, trained_frames
-from flux4d.train import Config, DataConfig, Interrupted, Loader, TrainConfig, Trainer, files_of, load_model, lr_at
+from flux4d.train import Config, DataConfig, Interrupted, Loader, TrainConfig, Trainer, every, files_of, load_model, lr_at
 from flux4d.unet import UNetConfig
 
 TINY = Config(data=DataConfig(image_scale=1., loader_threads=1), init=LiftConfig(fill=False),
@@ -377,6 +378,56 @@ def test_text_is_utf8_under_any_locale(tmp_path):
     assert (tmp_path / "train.log").read_text(encoding="utf-8") == "10 µs\n" and (tmp_path / "a.txt").read_bytes() == "ü".encode()
 
 
+@pytest.mark.parametrize("limit", ["disk", "size"])
+def test_a_log_that_cannot_be_written_is_said_in_a_sentence(tmp_path, limit):
+    done = child(r"""
+        import os, resource, sys
+        from pathlib import Path
+        from flux4d.pandaset import DataError
+        from flux4d.run import Run
+        run = Run(sys.argv[1])
+        run.record(dict(step=1))
+        if sys.argv[2] == "size": resource.setrlimit(resource.RLIMIT_FSIZE, (60, 60))
+        else: Path.open = lambda *_, **__: open("/dev/full", "w", buffering=1)
+        try: run.record(dict(step=2, note="x"*100))
+        except DataError as e: sys.stdout.write(str(e))
+        """, tmp_path / "run", limit)
+    said = done.communicate()[0]
+    assert re.fullmatch(r"run/metrics.jsonl: could not be written because the (disk is full|file is larger than allowed); .* and go on with resume_from=last\.", said)
+    assert logged(tmp_path / "run/metrics.jsonl") == [dict(step=1)] and (tmp_path / "run/metrics.jsonl").read_text().endswith("\n")
+
+
+def test_a_folder_that_cannot_be_made_is_said_in_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file/run", Path("/proc/run")):
+        with pytest.raises(DataError, match=r"/\.lock: could not be written because [^\n]*; choose another place or correct its permissions and start again\.$"):
+            Run(folder)
+
+
+@pytest.mark.parametrize("name", ["videos", "renders", "config.yaml", "report.html"])
+def test_what_no_run_made_is_not_replaced(tmp_path, name):
+    own = tmp_path / name
+    if "." in name: own.write_text("mine: true")
+    else: own.mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match=f"{name}: was not made by a run and would be replaced; choose another out_dir"):
+            Run(tmp_path, overwrite)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    run = Run(tmp_path / "run")
+    run.write("config.yaml", dict(voxel={}, render={}, train={}))
+    (tmp_path / "run/videos").mkdir()
+    run.lock.release()
+    (tmp_path / "run/.lock").unlink(missing_ok=True)                # a run's folder that was copied
+    Run(tmp_path / "run")
+
+
+def test_file_systems_without_locks(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+    monkeypatch.setattr("flux4d.run.FileLock.acquire", refuse)
+    Run(tmp_path).say("mine")
+
+
 def test_left_over_files_are_swept_by_the_one_writer(tmp_path):
     (tmp_path / ".ckpt_step_000010.pt.x.tmp").write_bytes(b"half")
     run = Run(tmp_path)
@@ -565,6 +616,14 @@ def test_one_micro_step_that_cannot_be_read(trainer):
     assert t.skipped == 0 and named(t)[1] is None
 
 
+def test_training_that_never_takes_a_step_ends_in_a_sentence(trainer):
+    t = trainer(cfg=with_train(iters=3))
+    poison(t, 0)
+    with pytest.raises(DataError, match="training: none of its 3 steps could be taken, the first was step 1: its gradient is not finite, with clip"):
+        t.fit()
+    assert not (t.run.folder / "ckpt_last.pt").exists()
+
+
 # before the first step
 
 def test_files_are_opened_before_the_first_step(tmp_path, monkeypatch):
@@ -581,8 +640,10 @@ def test_files_are_opened_before_the_first_step(tmp_path, monkeypatch):
     assert [f.split(": ")[0].rsplit("/", 1)[1] for f in found] == ["03.jpg", "08.jpg", "05.pkl.gz", "06.pkl.gz", "07.pkl.gz"]
     with pytest.raises(DataError, match=r"03.jpg: is truncated or damaged; .*\(2 more files are not sound either.\)"):
         refuse_damaged(files)
-    with gzip.open(sweep, "wb") as f: f.write(bytes(5 << 20))       # what unpacks large is not kept
+    with gzip.open(sweep, "wb") as f: f.write(bytes(5 << 20) + b".")       # what unpacks large is not kept
     assert damaged_files([sweep]) == []
+    with gzip.open(sweep, "wb") as f: f.write(bytes(5 << 20))              # whole, but no pickle
+    assert len(damaged_files([sweep])) == 1
 
 
 # stopping
@@ -611,6 +672,17 @@ def test_an_interrupt_saves_and_says_how_to_go_on(trainer, number):
     assert all(torch.equal(a, b) for a, b in zip(again.model.state_dict().values(), straight.model.state_dict().values()))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_of_the_evaluation_says_how_to_go_on(trainer, number):
+    t = trainer(cfg=with_train(iters=1))
+    for remedy in ("start again", "go on with -p resume_from last -p out_dir .*run"):
+        with pytest.raises(Interrupted, match=f"interrupted after step {t.step}, the last one; {remedy}$"):
+            with t.after_training():
+                os.kill(os.getpid(), number)
+                raise AssertionError("evaluation went on")
+        t.fit()
+
+
 def test_an_interrupt_while_waiting_or_validating_takes_effect_at_once(trainer):
     t = trainer()
     def slow(trainer):
@@ -631,6 +703,34 @@ def test_an_interrupt_while_waiting_or_validating_takes_effect_at_once(trainer):
     with pytest.raises(Interrupted, match="at step 1"):
         waiting.fit(5)
     assert time.time() - start < 10
+
+
+@pytest.mark.parametrize("at", [2, 4])
+@pytest.mark.parametrize("kill", ["signal", "before its score", "after its score"])
+def test_a_validation_that_was_cut_off_is_made_up_for(trainer, kill, at):
+    class Killed(BaseException): pass
+    cfg = with_train(iters=4, eval_every=2, save_ckpt_every=1, log_every=1)
+    def watch(t, until=0):
+        def call(t):
+            if t.step == until and kill == "signal": os.kill(os.getpid(), signal.SIGTERM)
+            if t.step == until and kill == "before its score": raise Killed
+            found = t.keep_best(20. + t.step)
+            if t.step == until: raise Killed
+            return found
+        t.callbacks = [every(2, call)]
+        return t
+    straight = watch(trainer("straight", cfg=cfg))
+    straight.fit()
+    with pytest.raises((Killed, Interrupted)):
+        watch(trainer(cfg=cfg), at).fit()
+    again = watch(trainer(cfg=cfg, goes_on=True))
+    again.resume(again.run.folder / "ckpt_last.pt")
+    again.fit()
+    same = lambda t: [{k: v for k, v in r.items() if k != "seconds"} for r in t.run.rows()]
+    assert same(again) == same(straight) and [r["step"] for r in same(again) if "score" in r] == [2, 4]
+    best = lambda t: load_checkpoint(t.run.folder / "ckpt_best.pt")
+    assert best(again)["step"] == best(straight)["step"] == 4
+    assert all(torch.equal(a, b) for a, b in zip(best(again)["ema"].values(), best(straight)["ema"].values()))
 
 
 def test_an_update_is_never_cut_in_two(trainer):
