@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from annotated_types import Gt, MinLen
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from .frames import ClipTime, project, pixel_index, se3_inverse, scale_intrinsics
-from .files import counts_otherwise, missing_text
+from .files import counts_otherwise, missing_text, plain_fault
 from .pandaset import PandaSet, Log, DataError, atomic_write, report, safe_load_pickle, scaled_size, short_path
 if TYPE_CHECKING: # loaded where images become tensors, so that the commands start at once
     import torch
@@ -270,11 +270,11 @@ def is_path(
 # %% ../nbs/04_clips.ipynb #556e81cb
 def _whole(x:Any)->bool:
     "A whole number from 0 on."
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+    return isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**31
 
 def _number(x:Any)->bool:
     "A finite number."
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and bool(np.isfinite(x))
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 2**63
 
 def _list_of(holds:Callable)->Callable:
     "A list of such things."
@@ -291,7 +291,7 @@ def _keys(**fields:Callable)->Callable:
 def _poses(x:Any)->bool:
     "A list of finite 4x4 matrices."
     try: return isinstance(x, list) and (m := np.array(x, np.float64)).shape[1:] == (4,4) and bool(np.isfinite(m).all())
-    except (TypeError, ValueError, RecursionError): return False
+    except (TypeError, ValueError, OverflowError, RecursionError): return False
 
 def _pair(x:Any)->bool:
     "A camera and a frame."
@@ -303,12 +303,12 @@ class Field(NamedTuple):
     holds:Callable # value -> bool
     want:str # the same in words
 
-_frames, _stamps, _text = _list_of(_whole), _list_of(_number), lambda x: isinstance(x, str)
+_frames, _stamps, _text = _list_of(_whole), _list_of(_number), lambda x: isinstance(x, str) and x.isprintable()
 _K = _keys(fx=_number, fy=_number, cx=_number, cy=_number)
 META_SCHEMA = dict(
     version=Field(_whole, "a whole number"), preset=Field(_text, "text"),
     config=Field(_keys(cameras=_list_of(is_name)), "the settings of the cut, with plain names of cameras"),
-    coord=Field(lambda x: isinstance(x, dict), "the coordinate block"),
+    coord=Field(lambda x: isinstance(x, dict) and plain_fault(x) is None, "the coordinate block"),
                    scenes=Field(_list_of(is_name), "a list of plain names of logs"),
     fingerprint=Field(_dict_of(_text), "a mark for each log's plain name"),
     left_out=Field(_list_of(_keys(clip_id=_text, scene_id=_text, reason=_text)), "a list of clips with reasons"))
@@ -356,6 +356,7 @@ def load_index(
     "Read an index whose every field has its type, and compare it with the data when the root is given."
     index, again = safe_load_pickle(path, admitted={}), "write it again with flux4d-index"
     has = lambda d, names: isinstance(d, dict) and set(names) <= d.keys()
+    if odd := plain_fault(index, printable=False): report(path, odd, again)
     whole = has(index, ("meta", "clips")) and has(index["meta"], META_FIELDS) and isinstance(index["clips"], list)
     if not (whole and all(has(c, RECORD_FIELDS) for c in index["clips"])):
         report(path, "lacks fields of a clip index", again)

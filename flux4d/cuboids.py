@@ -16,6 +16,7 @@ from scipy.ndimage import maximum_filter1d
 from annotated_types import Interval
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from .frames import pixel_index, scale_intrinsics, se3, se3_inverse, transform_points
+from .files import quoted
 from .pandaset import DataError, Log, need_pandas, report, safe_load_pickle, scaled_size, short_path
 from .clips import project_sweep
 
@@ -77,7 +78,7 @@ def class_ids(
     "Class ids of label names."
     ids = {n: i for i,n in enumerate(CLASSES)}
     odd = sorted({str(n) for n in labels if n not in LABELS})
-    if odd and unknown not in ("ignore", "other"): raise DataError(f"{source}: names the class {odd[0]!r}, which has no bucket; add it to LABELS, or set unknown to 'ignore' or 'other'.")
+    if odd and unknown not in ("ignore", "other"): raise DataError(f"{source}: names the class '{quoted(odd[0])}', which has no bucket; add it to LABELS, or set unknown to 'ignore' or 'other'.")
     return np.array([ids[n] if n in LABELS else ids["unlisted"] for n in labels], np.int64)
 
 # %% ../nbs/05_cuboids.ipynb #b9116adc
@@ -119,7 +120,7 @@ def _texts(table:Any, name:str)->np.ndarray:
 def _numbers(path:Path, table:Any, *names:str)->np.ndarray:
     "Columns as float64, side by side."
     try: return np.stack([np.asarray(table[n], np.float64) for n in names], -1)
-    except (TypeError, ValueError): report(path, f"holds something that is not a number in {' or '.join(names)}", "get the file again")
+    except (TypeError, ValueError, OverflowError): report(path, f"holds something that is not a number in {' or '.join(names)}", "get the file again")
 
 _NO_ID = "", "nan", "none", "null", "<na>", "nat" # what becomes of a missing id when a column is turned into text
 
@@ -133,7 +134,7 @@ def _check_boxes(path:Path, b:Boxes)->None:
     lost = np.array([u.lower() in _NO_ID for u in b.uuid], bool)
     if lost.any(): report(path, f"has {lost.sum()} boxes without an id", "give every object an id that it keeps from frame to frame")
     times = Counter(zip(b.uuid, b.sensor_id)); (most, _), n = times.most_common(1)[0]
-    if 2*sum(k for k in times.values() if k > 1) > len(b): report(path, f"gives the id {most!r} to {n} boxes", "give every object an id of its own that it keeps from frame to frame")
+    if 2*sum(k for k in times.values() if k > 1) > len(b): report(path, f"gives the id '{quoted(most)}' to {n} boxes", "give every object an id of its own that it keeps from frame to frame")
 
 @lru_cache(maxsize=128)
 def _read_boxes(path:Path, version:tuple)->Boxes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Iterator
 
 # %% auto #0
-__all__ = ['DataError', 'short_path', 'report', 'quoted', 'listing', 'beside', 'counts_otherwise', 'missing_text',
+__all__ = ['DataError', 'short_path', 'report', 'quoted', 'plain_fault', 'listing', 'beside', 'counts_otherwise', 'missing_text',
            'report_missing', 'remove_unfinished', 'WriteError', 'writing', 'atomic_write']
 
 # %% ../nbs/02_files.ipynb #9994b2b9
@@ -44,6 +44,44 @@ def quoted(
     text = text[:length+1] if isinstance(text, str) else repr(text)[:length+1]
     plain = re.sub(r"[^\w.,:=/<>()\[\]'+\- ]", "?", text, flags=re.ASCII).replace(". ", ".?")
     return plain[:length] + "..." if len(plain) > length else plain
+
+# %% ../nbs/02_files.ipynb #6556cb61
+class _Unusual(Exception):
+    "Values that no file of this project holds; the message says of which kind."
+
+def plain_fault(
+    value:object, # what a file held
+    plain:tuple[type,...]=(str, int, float, bool, type(None)), # types of single values
+    deepest:int=32, # how many lists and dictionaries may lie in one another
+    most:int=2*10**7, # single values, counted as often as they are met
+    printable:bool=True, # must text be printable?
+)->str|None: # "is nested too deeply" and the like, None when all is well
+    "Why nested plain values cannot be walked through, printed or written."
+    known = {} # id of a list or dictionary -> its values and its depth, None while they are counted
+
+    def parts_of(x:object)->list|None:
+        if isinstance(x, dict): return [*x, *x.values()]
+        return x if isinstance(x, (list, tuple)) else None
+
+    def measure(x:object, depth:int)->tuple[int,int]:
+        parts = parts_of(x)
+        if parts is None:
+            if not isinstance(x, plain): raise _Unusual(f"holds something of type {quoted(type(x).__name__)}")
+            if isinstance(x, int) and abs(x) >= 2**64: raise _Unusual("holds a whole number that is too large")
+            if printable and isinstance(x, str) and not x.isprintable(): raise _Unusual(f"holds text that cannot be printed ('{quoted(x)}')")
+            return 1, 0
+        if id(x) not in known:
+            if depth >= deepest: raise _Unusual("is nested too deeply")
+            known[id(x)] = None
+            found = [measure(p, depth + 1) for p in parts]
+            known[id(x)] = 1 + sum(n for n, _ in found), 1 + max((d for _, d in found), default=0)
+        if known[id(x)] is None: raise _Unusual("holds a list inside itself")
+        if known[id(x)][0] > most: raise _Unusual(f"holds more than {most} values")
+        if depth + known[id(x)][1] > deepest: raise _Unusual("is nested too deeply")
+        return known[id(x)]
+
+    try: measure(value, 0)
+    except _Unusual as e: return str(e)
 
 # %% ../nbs/02_files.ipynb #1f684472
 def listing(

@@ -85,7 +85,7 @@ def _distortion(item:dict)->str|None:
     for k, v in item.items():
         if k.lower() not in _DISTORTION and not k.lower().startswith("dist") and k != "D": continue
         try: v = np.asarray(v, np.float64)
-        except (TypeError, ValueError): return quoted(k)
+        except (TypeError, ValueError, OverflowError, RecursionError): return quoted(k)
         if v.any(): return quoted(f"{k} = {v.ravel()[v.ravel().nonzero()[0][0]]:g}")
 
 def read_intrinsics(
@@ -132,7 +132,7 @@ def _number_column(path:Path, table:Table, name:str, found:list[str]|None)->np.n
     column = table.columns[table.labels().index(name)]
     if isinstance(column, np.ndarray):
         try: return column.astype(np.float64)
-        except (TypeError, ValueError): pass
+        except (TypeError, ValueError, OverflowError): pass
     kept = "text" if isinstance(column, Text) else "categories" if isinstance(column, Category) else "objects (an object column)"
     report(path, f"holds something that is not a number in the column {name}, kept as {kept}", f"convert it with table.astype({{'{name}': 'float64'}}) or {_AGAIN}", found)
 

@@ -4,7 +4,7 @@
 
 # %% ../nbs/08_run.ipynb #a08r0004
 from __future__ import annotations
-import json, os, platform, shutil, subprocess, zlib
+import json, os, pickletools, platform, shutil, subprocess, zipfile, zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor, nn
 from fastcore.basics import patch
 import flux4d
-from .files import DataError, atomic_write, missing_text, remove_unfinished, short_path, writing
+from .files import DataError, atomic_write, missing_text, plain_fault, remove_unfinished, short_path, writing
+
 
 # %% auto #0
-__all__ = ['PARTS', 'refuse_held', 'refuse_foreign', 'Run', 'logged_rows', 'commit_of', 'provenance', 'save_checkpoint',
+__all__ = ['PARTS', 'BESIDE', 'refuse_held', 'refuse_foreign', 'Run', 'logged_rows', 'commit_of', 'provenance', 'save_checkpoint',
            'prune_checkpoints', 'newest_run', 'check_checkpoint', 'check_numbers', 'load_checkpoint', 'trained_entry',
            'trained_frames', 'load_weights', 'damage_of', 'damaged_files', 'refuse_damaged']
 
@@ -277,9 +278,67 @@ def newest_run(
                         "name a checkpoint, or leave resume_from empty to start a run.")
     return max(found, key=os.path.getmtime).parent
 
+# %% ../nbs/08_run.ipynb #9356752d
+_TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
+_DEEPEST, _LONGEST = 32, 2**19 # tuples in one another, instructions; our checkpoints have 4 and about 1e4
+
+def _tuples_nest(
+    program:bytes, # a pickle
+)->int: # tuples in one another, at most; _DEEPEST for that many and for a pickle that is too long
+    "How deep the tuples of a pickle lie in one another, found without building any."
+    stack, outer, memo, deepest = [], [], {}, 0
+    for k, (op, arg, _) in enumerate(pickletools.genops(program)):
+        if deepest >= _DEEPEST or k >= _LONGEST: return _DEEPEST
+        taken = []
+        if op.name == "MARK":
+            outer.append(stack)
+            stack = []
+        elif op.name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
+            memo[len(memo) if op.name == "MEMOIZE" else int(arg)] = stack[-1]
+        elif op.name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[int(arg)])
+        else:
+            n = len(op.stack_before)
+            if pickletools.markobject in op.stack_before:
+                taken, stack, n = stack, outer.pop(), op.stack_before.index(pickletools.markobject)
+            for _ in range(n): taken.append(stack.pop())
+            depth = max(taken, default=0) + (op.name in _TUPLES)
+            deepest = max(deepest, depth)
+            stack += [depth]*len(op.stack_after)
+    return deepest
+
+# %% ../nbs/08_run.ipynb #86dc1b2b
+_PROGRAM = 2**22 # bytes of a checkpoint's pickle; ours have 2e5, the numbers lie beside it
+
+def _may_be_loaded(
+    path:Path, # a checkpoint
+)->bool:
+    "Whether torch can read a file without harm: an archive as large as it claims, whose pickle is short and shallow."
+    with zipfile.ZipFile(path) as z:
+        parts = z.infolist()
+        program = [p for p in parts if p.filename.endswith("data.pkl")]
+        if len(program) != 1 or program[0].file_size > _PROGRAM or sum(p.file_size for p in parts) > path.stat().st_size: return False
+        return _tuples_nest(z.read(program[0])) < _DEEPEST
+
+def _has_its_numbers(
+    x:Tensor, # from a file
+)->bool:
+    "Whether a tensor is a plain one, with no more numbers than the file had for it."
+    plain = x.layout is torch.strided and not x.is_quantized and not x.is_nested and x.device.type != "meta"
+    return plain and x.numel() <= x.untyped_storage().nbytes()//x.element_size()
+
+def _tensors(value:Any)->Iterable[Tensor]:
+    "The tensors in nested values."
+    if isinstance(value, Tensor): yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for v in value.values() if isinstance(value, dict) else value: yield from _tensors(v)
+
 # %% ../nbs/08_run.ipynb #a08r0032
 PARTS = dict(model=dict, ema=dict, optimizer=dict, rng=dict, config=dict, # what a checkpoint holds, and of which type
              step=int, skipped=int, seconds=(int, float), kind=str, index_hash=str)
+
+BESIDE = dict(started=(int, float), best=(int, float, type(None)), in_a_row=int, first_skip=str, unread=dict, # what it may hold
+              pending=list, train_clips=list)
 
 def check_checkpoint(
     state:dict, # a checkpoint's content
@@ -287,6 +346,10 @@ def check_checkpoint(
     parts:tuple[str,...]=tuple(PARTS), # what it must hold
 )->None: # raises DataError
     "Refuse a checkpoint that lacks a part, or has something else in its place."
+    odd = [part for part, kind in BESIDE.items() if part in state and not isinstance(state[part], kind)]
+    odd += ["train_clips"]*(not odd and not all(isinstance(i, str) for i in state.get("train_clips", [])))
+    if odd:
+        raise DataError(f"{name}: has something else for {odd[0]!r}, so it is no whole flux4d checkpoint; take another ckpt_step file.")
     for part in parts:
         value = state.get(part)
         sound = isinstance(value, PARTS[part]) and not isinstance(value, bool)
@@ -316,11 +379,13 @@ def load_checkpoint(
 )->dict: # what `save_checkpoint` was given; raises DataError when the file is missing, truncated or not ours
     "Read a checkpoint without running code from it."
     path = Path(path)
-    if not path.exists():
+    if not path.is_file():
         raise DataError(f"{path.name}: no such checkpoint in {path.parent.name or '.'}; "
                         "check resume_from or the checkpoint parameter.")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True) if _may_be_loaded(path) else None
+        sound = plain_fault(state, (str, int, float, bool, type(None), Tensor), printable=False) is None
+        state = state if sound and all(map(_has_its_numbers, _tensors(state))) else None
     except Exception:
         state = None
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
@@ -351,7 +416,7 @@ def trained_frames(
         if said.get("unknown_before"): return None
         entries = [(key.partition("@")[0], entry) for key, entry in said["logs"].items()]
         return {(log, str(e["identity"])): {int(f) for f in e["frames"]} for log, e in entries}
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         name = name or (Path(source).name if source is not state else "checkpoint")
         raise DataError(f"{name}: its 'trained' does not name logs with identity and frames; "
                         "take a checkpoint or meta.json that flux4d wrote.") from None

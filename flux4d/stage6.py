@@ -33,7 +33,7 @@ from .report import analysis_lines, summary_table, write_report
 # %% auto #0
 __all__ = ['Frames', 'frame_range', 'TrainingParameters', 'asked_root', 'find_data', 'check_out_dir', 'make_config', 'scoring',
            'read_training', 'index_config', 'keep_aside', 'make_index', 'check_images', 'split_clips', 'next_run',
-           'resume_point', 'open_run', 'background_flow', 'validation']
+           'resume_point', 'open_run', 'background_flow', 'validation', 'curves_say', 'rows_due']
 
 # %% ../nbs/60_stage6.ipynb #9c1dbf7a
 def frame_range(
@@ -330,3 +330,33 @@ def validation(
         trainer.run.say(f"step {trainer.step:6d}  " + "  ".join(f"{k} {v:.2f} dB" if k != "bs_flow" else f"background moves {v:.4f} m" for k,v in found.items()))
         return found | trainer.keep_best(score)
     return every(loader.cfg.train.eval_every, call)
+
+# %% ../nbs/60_stage6.ipynb #95788475
+def curves_say(
+    rows:list[dict], # logged rows of a run
+    step:int, # steps taken in all
+    skipped:int=0, # of them without an update
+    least:int=3, # points that make a curve
+)->list[str]: # sentences
+    "What a run's curves show, and what they cannot."
+    logged = [r for r in rows if "total" in r]
+    scored = [r["score"] for r in rows if "score" in r]
+    if step == skipped:
+        said = [f"Nothing was learned: {step} steps, none with an update. The model is as it was made."]
+    else:
+        said = [f"{step} steps, {step - skipped} with an update; {len(logged)} logged" + ", too few for a curve."*(len(logged) < least) + "."*(len(logged) >= least)]
+    if not scored:
+        return said + ["Nothing was watched: no validation was asked for (eval_every), or no clip could be kept aside."]
+    if len(scored) < least:
+        return said + [f"Validated {len(scored)} time{'s'*(len(scored) > 1)}: that is a score ({scored[-1]:.2f} dB), not a course."]
+    return said + [f"Validated {len(scored)} times: from {scored[0]:.2f} to {scored[-1]:.2f} dB, best {max(scored):.2f} dB."]
+
+def rows_due(
+    first:int, # steps taken before
+    last:int, # steps taken now
+    n:int, # steps between rows; 0 = never
+    done:bool, # has training ended?
+    always:tuple[int,...]=(), # steps that have a row in any case
+)->set[int]: # steps
+    "The steps that must have left a row."
+    return {s for s in range(first + 1, last + 1) if n and (s % n == 0 or s in always or (s == last and done))}

@@ -644,7 +644,7 @@ def resume(self:Trainer,
     if optimizer:
         try:
             self._restore(s)
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as e:
             raise DataError(f"{name}: its optimizer, generators or counters do not fit this run ({type(e).__name__}); "
                             "take another ckpt_step file, or resume_optimizer=False for its weights alone.") from None
     self.run.rewind(self.step)
@@ -692,6 +692,18 @@ def _say_resumed(self:Trainer,
         self.run.say(f"{name} does not say which frames it was trained on, so neither will this run")
 
 # %% ../nbs/32_train.ipynb #cccd3d9e
+def _asks_for_more(
+    config:dict, # plain values
+    weights:dict, # tensors by name
+)->bool:
+    "Whether a network of these widths and depths has more weights than there are."
+    held = sum(w.numel() for w in weights.values() if isinstance(w, Tensor))
+    parts = ["model"] + ["refine"]*(config.get("refine", {}).get("steps", 1) > 1)
+    sizes = flattened({part: config.get(part, {}) for part in parts})
+    widths = [w for name, asked in sizes.items() if name.endswith(("hidden", "widths")) for w in (asked if isinstance(asked, list) else [asked])]
+    blocks = [n for name, n in sizes.items() if name.endswith("blocks")]
+    return any(w**2 > held for w in widths if isinstance(w, int)) or any(n > held for n in blocks if isinstance(n, int))
+
 def load_model(
     path:str|Path, # a checkpoint
     device:Any="cpu", # where the model goes
@@ -708,6 +720,8 @@ def load_model(
         raise DataError(f"{Path(path).name}: names the model {s['kind'][:80]!r}, which this version does not have; "
                         "take a checkpoint of this version.")
     cfg = config_from_dict(s["config"], kind.config)
+    if _asks_for_more(config_to_dict(cfg), s["ema"]):
+        raise DataError(f"{Path(path).name}: its configuration asks for a larger model than it has weights for; take another ckpt_step file.")
     model = kind(cfg).to(device)
     load_weights(model, {k.removeprefix("module."): v for k,v in s["ema"].items() if k.startswith("module.")}, Path(path).name)
     return model.eval(), cfg

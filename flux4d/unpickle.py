@@ -85,12 +85,16 @@ _PLAIN = """PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 L
 BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT
 BINGET LONG_BINGET BINPUT MEMOIZE GLOBAL STACK_GLOBAL""".split()
 
+_SIZES = {pickle.SHORT_BINUNICODE: 1, pickle.BINUNICODE: 4, pickle.BINUNICODE8: 8} # bytes that say how long a text is
+MOST_OF_TABLES, MOST_OF_VALUES = 2**20, 2**23 # instructions; PandaSet's tables have 2e3, its index has 1e6
+
 class _Reader(pickle._Unpickler):
     "The standard unpickler with the instructions of a table, none of which calls anything."
     dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _PLAIN}
 
     def __init__(self, data:bytes, path:Path, admitted:dict[str,frozenset])->None:
         "Read `data`, known to the reader as `path`."
+        self.most = MOST_OF_TABLES if admitted else MOST_OF_VALUES
         file = io.BytesIO(data)
         super().__init__(file)
         self.read, self.readline = file.read, file.readline
@@ -155,6 +159,20 @@ class _Reader(pickle._Unpickler):
         self.append(self.read(size))
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
+    def load_text(self)->None:
+        "Text that can be printed and written: UTF-8 without halves of characters."
+        size = int.from_bytes(self.read(_SIZES[self.op]), "little")
+        if size > self.length: raise EOFError
+        self.append(str(self.read(size), "utf-8"))
+    for _op in _SIZES: dispatch[_op[0]] = load_text
+
+    def load_long(self)->None:
+        "A whole number of at most 64 bits and a sign."
+        size = int.from_bytes(self.read(1 if self.op == pickle.LONG1 else 4), "little")
+        if size > 9: self.untrusted("holds a whole number that is too large for any column")
+        self.append(int.from_bytes(self.read(size), "little", signed=True))
+    dispatch[pickle.LONG1[0]] = dispatch[pickle.LONG4[0]] = load_long
+
     def load_frame(self)->None:
         "Frames only say how much to read ahead."
         self.read(8)
@@ -164,8 +182,12 @@ class _Reader(pickle._Unpickler):
         "Read the program to its end."
         op = b""
         try:
-            while op := self.read(1): self.dispatch[op[0]](self)
-            raise EOFError
+            for _ in range(self.most):
+                op = self.read(1)
+                if not op: raise EOFError
+                self.op = op
+                self.dispatch[op[0]](self)
+            self.untrusted(f"has more than {self.most} pickle instructions")
         except pickle._Stop as stop: return stop.value
         except KeyError:
             known = pickletools.code2op.get(op.decode("latin1"))
@@ -284,6 +306,8 @@ def _nothing_is_nan(x:Any)->bool:
     _need(_is(x, "text_type") and len(x.args) <= 2, "a text type")
     return len(x.args) == 2 and type(x.args[1]) is float
 
+MAX_TEXTS = 2**20 # entries of a column of text, or categories; a frame's labels have hundreds
+
 def _arrow_text(x:Made)->Text:
     "Text that Arrow keeps: letters, and where each entry begins."
     state = x.state
@@ -291,7 +315,10 @@ def _arrow_text(x:Made)->Text:
     parts = state["_pa_array"].args
     _need(len(parts) == 1 and type(parts[0]) is tuple and len(parts[0]) == 7, "text of Arrow")
     kind, n, _, offset, buffers, children, dictionary = parts[0]
-    wide = {("large_string",): np.dtype("<i8"), ("string",): np.dtype("<i4")}.get(kind.args if _is(kind, "arrow_type") else None)
+    _need(_is(kind, "arrow_type") and len(kind.args) == 1, "text of Arrow")
+    _need(type(kind.args[0]) is str, "text of Arrow") # nothing else is ever hashed: deep tuples would end the process
+    wide = {"large_string": np.dtype("<i8"), "string": np.dtype("<i4")}.get(kind.args[0])
+    _at_most(_int(n), MAX_TEXTS, "entries of text")
     _need(wide and type(buffers) is list and len(buffers) == 3 and not children and dictionary is None and _int(n) >= 0 and _int(offset) >= 0, "text of Arrow")
     valid, starts, letters = (None if b is None else _bytes(b.args[0]) if _is(b, "arrow_buffer") and len(b.args) == 1 else _need(False, "a buffer") for b in buffers)
     letters = letters or b""
@@ -320,6 +347,7 @@ def _column(x:Any)->Any:
         return Text(values, _nothing_is_nan(kind))
     _need(word == "category" and _is(kind, "category_type") and type(kind.state) is dict and values.dtype.kind == "i", "categories")
     names = _index(kind.state.get("categories"))
+    _at_most(len(names), MAX_TEXTS, "categories")
     _need(not len(values) or -1 <= values.min() and values.max() < len(names), "categories")
     return Category(values, names.values, kind.state.get("ordered") is True)
 
@@ -333,7 +361,7 @@ class Index(NamedTuple):
         "How many labels."
         return len(self.values.items if isinstance(self.values, Text) else self.values)
 
-MAX_ROWS = 2**24 # of a table; a sweep has 2e5
+MAX_ROWS, MAX_COLUMNS = 2**24, 2**12 # of a table; a sweep has 2e5 rows and 6 columns
 
 def _index(x:Any)->Index:
     "An index of any of the kinds read here."
@@ -358,8 +386,10 @@ def _places(x:Any, n:int)->list[int]:
     elif _is(x, "slice") and len(x.args) == 3:
         start, stop, step = x.args
         x = range(_int(start), _int(stop), 1 if step is None else _int(step))
-    else: x = _array(x).tolist()
-    _need(len(x) <= n and all(type(i) is int and 0 <= i < n for i in x), "places of columns")
+    else: x = _array(x).reshape(-1)
+    _need(len(x) <= n, "places of columns")
+    x = x.tolist() if isinstance(x, np.ndarray) else x
+    _need(all(type(i) is int and 0 <= i < n for i in x), "places of columns")
     return list(x)
 
 def _blocks(x:Any)->tuple[list,list]:
@@ -374,6 +404,12 @@ def _blocks(x:Any)->tuple[list,list]:
         axes, blocks = x.args[1], [b.args[:2] for b in x.args[0]]
     _need(type(axes) in (list, tuple) and len(axes) == 2, "a table")
     return [_index(a) for a in axes], blocks
+
+def _bytes_of(values:Any)->int:
+    "What a block's values take, categories included: blocks may share the bytes that they are copied from."
+    if isinstance(values, np.ndarray): return values.nbytes
+    if isinstance(values, Category): return values.codes.nbytes + _bytes_of(values.names)
+    return 8*len(values) if isinstance(values, range) else values.items.nbytes
 
 def _length(values:Any)->int:
     "Rows of a column."
@@ -412,10 +448,11 @@ def _table(
     "A table from the note of one."
     _need(type(x.state) is dict, "a table")
     (names, index), blocks = _blocks(x.state.get("_mgr", x.state.get("_data")))
+    _at_most(len(names), MAX_COLUMNS, "columns")
     columns, size = [None]*len(names), 0
     for values, places in blocks:
         values = _column(values)
-        size += values.nbytes if isinstance(values, np.ndarray) else 8*_length(values)
+        size += _bytes_of(values)
         _at_most(size >> 20, limit >> 20, "MB")
         _place(columns, values, _places(places, len(names)), len(index))
     _need(all(c is not None for c in columns), "a column that is not there")
