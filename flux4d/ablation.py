@@ -19,10 +19,10 @@ from .settings import Distinct, LogId, Seed, read_parameters
 from .train import flattened, merged
 
 # %% auto #0
-__all__ = ['VARIANTS', 'TABLES', 'PAPER', 'SWITCHES', 'FIELDS', 'SETTINGS', 'COLUMNS', 'BUDGET', 'SILENT', 'NOT_COMPARABLE',
-           'STEPS', 'differences', 'variant_of', 'AblationParameters', 'run_variant', 'found', 'pace', 'mark',
-           'ablation_row', 'as_table', 'paper_tables', 'circumstances', 'clips_helped', 'changes', 'ablation_chart',
-           'time_table', 'near_in_time', 'recorded', 'paired', 'report']
+__all__ = ['VARIANTS', 'TABLES', 'PAPER', 'SWITCHES', 'FIELDS', 'SETTINGS', 'COLUMNS', 'BUDGET', 'SILENT', 'PRIOR',
+           'NOTHING_LEARNED', 'MOVING', 'NOT_COMPARABLE', 'STEPS', 'differences', 'variant_of', 'AblationParameters',
+           'run_variant', 'found', 'pace', 'mark', 'ablation_row', 'as_table', 'paper_tables', 'circumstances',
+           'clips_helped', 'changes', 'ablation_chart', 'time_table', 'near_in_time', 'recorded', 'paired', 'report']
 
 # %% ../nbs/51_ablation.ipynb #72670efe
 VARIANTS = dict(
@@ -130,6 +130,10 @@ def mark(
     kept = {k:v for k,v in (flattened(config) | {"runtime.iters": found(metrics, "runtime.iters")}).items() if k not in but + SILENT}
     return hashlib.sha256(json.dumps([kept, sorted(metrics.get("per_clip", {})), metrics.get("evaluated_on")], sort_keys=True).encode()).hexdigest()[:8]
 
+PRIOR = "motion_prior" # the baseline that learned nothing, see 43
+NOTHING_LEARNED = "motion prior alone, nothing learned"
+MOVING = [p for p in COLUMNS.values() if p.startswith(("nvs.dynamic","scene_flow.v_rmse"))] # what the paper's tables show
+
 def ablation_row(
     folder:str|Path, # a finished run
 )->dict: # by column; None where the run has no such figure; raises DataError for a folder that is no finished run
@@ -140,7 +144,8 @@ def ablation_row(
     log = folder/"metrics.jsonl"; speed = pace([json.loads(l) for l in log.read_text().splitlines()]) if log.is_file() else None
     clips = {c: v["model"] for c,v in m.get("per_clip", {}).items()}
     return dict(run=folder.name, variant=variant_of(config), paired=mark(config, m, FIELDS), timed=mark(config, m, FIELDS + BUDGET), scale=found(config, "data.image_scale"),
-                seed=found(config, "train.seed"), per_clip=clips, **{c: found(m, p) for c,p in COLUMNS.items()}, **{"steps/s": speed})
+                seed=found(config, "train.seed"), per_clip=clips,
+                prior={c: found(m, f"baselines.{PRIOR}.{p}") for c,p in COLUMNS.items() if p in MOVING}, **{c: found(m, p) for c,p in COLUMNS.items()}, **{"steps/s": speed})
 
 # %% ../nbs/51_ablation.ipynb #dc07b172
 def as_table(
@@ -158,9 +163,10 @@ def paper_tables(
     rows:list[dict], # paired runs, from `ablation_row`
 )->str: # markdown; a variant that was not run is a row of dashes
     "The paper's Tables 7 and 8 with our figures of moving regions."
-    have = {r["variant"]: r for r in rows}; ours = [c for c in COLUMNS if COLUMNS[c].startswith(("nvs.dynamic","scene_flow.v_rmse"))]
+    have = {r["variant"]: r for r in rows}; ours = [c for c in COLUMNS if COLUMNS[c] in MOVING]
+    prior = next((r["prior"] for r in rows if any(v is not None for v in r["prior"].values())), {})
     line = lambda v: {"variant": v, **{c: have.get(v, {}).get(c) for c in ours}, NOT_COMPARABLE: " / ".join(f"{x:g}" for x in PAPER[v]) if v in PAPER else None}
-    return "\n\n".join(f"**{title}**, moving regions\n\n" + as_table([line(v) for v in vs], ["variant", *ours, NOT_COMPARABLE]) for title,vs in TABLES.items())
+    return "\n\n".join(f"**{title}**, moving regions\n\n" + as_table([*map(line, vs), dict(variant=NOTHING_LEARNED) | prior], ["variant", *ours, NOT_COMPARABLE]) for title,vs in TABLES.items())
 
 def circumstances(
     rows:list[dict], # paired runs
@@ -212,7 +218,7 @@ def time_table(
     folders:list, # finished runs
 )->str: # markdown
     "Runs side by side with the time they took."
-    return as_table([ablation_row(f) for f in folders], ["run","variant","steps","train s","steps/s","machine", *(c for c in COLUMNS if COLUMNS[c].startswith(("nvs","scene_flow"))), "evaluated on"])
+    return as_table([ablation_row(f) for f in folders], ["run","variant","steps","train s","steps/s","machine", *(c for c in COLUMNS if COLUMNS[c].startswith(("nvs","scene_flow","baselines"))), "evaluated on"])
 
 def near_in_time(
     rows:list[dict], # any runs
