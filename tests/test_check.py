@@ -270,7 +270,7 @@ def test_the_reader_does_not_repeat_a_named_cause(log, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2 # the fault, and the log's last line
 
 def test_a_camera_that_stumbles_is_said_beside_another(log):
-    edit(log, lambda v: [t + .03*(k % 2) for k, t in enumerate(v)], SHUTTER)
+    edit(log, lambda v: [t + .005*(k % 2) for k, t in enumerate(v)], SHUTTER)
     assert ["has an offset to the LiDAR that varies" in f.text for f in examine(log, images=False)] == [True]
 
 
