@@ -3,7 +3,9 @@ import gzip, re, shutil, uuid
 import numpy as np, pandas as pd, pytest
 from flux4d import cuboids
 from flux4d.city import fixture_city
+from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.cuboids import CLASSES, CuboidConfig, check_labels, flow_ground_truth, load_cuboids, moves, same_track
+from flux4d.nvs import check_clip
 from flux4d.pandaset import DataError, PandaSet, safe_load_pickle
 
 FRAMES = (2, 4, 6)
@@ -140,3 +142,13 @@ def test_sound_labels_pass(log):
     found = check_labels(log, FRAMES)
     assert found["hit"] > .8 and found["fit"] > .95 and found["fill"] > .6
     assert not hasattr(cuboids, "box_pose")
+
+@pytest.mark.parametrize("part", ("input_frames", "target_frames"))
+def test_labels_of_all_frames_are_read_before_the_first_step(log, part):
+    record = select_clips(build_index(log.root, ClipConfig()), settings=("eval_future",))[0]
+    clip = Clip(log, record)
+    check_clip(clip, CuboidConfig())
+    frame = getattr(clip, part)[1]
+    log.cuboid_path(frame).write_bytes(log.cuboid_path(frame).read_bytes()[:-30])
+    with pytest.raises(DataError, match=f"001/annotations/cuboids/{frame:02d}.pkl.gz: "):
+        check_clip(Clip(PandaSet(log.root)["001"], record), CuboidConfig())

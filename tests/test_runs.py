@@ -761,3 +761,19 @@ def test_no_batch_is_loaded_after_training_ends(trainer):
     t = trainer(cfg=with_train(prefetch=8))
     t.fit(1)
     assert t.loader.ahead == {}
+
+
+# evaluation
+
+def test_an_evaluation_reads_a_killed_runs_log_and_replaces_no_training_run(trainer, tmp_path):
+    from flux4d.evaluate import open_subject, report_folder, training_rows
+    t = trainer()
+    t.fit(1)
+    with (t.run.folder / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 2, "tot')
+    assert [r["step"] for r in training_rows(t.run.folder)] == [1] and training_rows(None) == []
+    with pytest.raises(DataError, match="out_dir: run holds a training run, whose record would be replaced; choose another"):
+        report_folder(open_subject("", "lift"), str(t.run.folder))
+    torch.save(t.state() | dict(step="many"), tmp_path / "odd.pt")
+    with pytest.raises(DataError, match="odd.pt: has something else for 'step'"):
+        open_subject(str(tmp_path / "odd.pt"))
