@@ -18,7 +18,7 @@ from flux4d.nvs import EvalConfig
 from flux4d.pandaset import DataError, PandaSet, fabricate_log
 from flux4d.presets import PRESETS, preset_config, preset_table
 from flux4d.record import ALWAYS, check_baselines, comparable, frames_of, one_clip_loader, seen
-from flux4d.report import flow_tables, foreign_faults, nvs_tables, summary_table
+from flux4d.report import flow_tables, foreign_faults, nvs_tables, summary_table, title_of
 from flux4d.stage6 import TrainingParameters, curves_say, keep_aside, rows_due, split_clips
 from flux4d.train import config_to_dict, flattened
 
@@ -45,8 +45,8 @@ def rows_of(table):
 def test_every_table_that_scores_motion_has_the_prior(name):
     m = RECORDS[name]
     for table in (*flow_tables(m), nvs_tables(m)[0]): # the second of views has V_RMSE too
-        assert "motion_prior" in rows_of(table), table.splitlines()[0]
-    assert "motion_prior" in summary_table(m).splitlines()[0]
+        assert title_of("motion_prior") in rows_of(table), table.splitlines()[0]
+    assert title_of("motion_prior") in summary_table(m).splitlines()[0]
 
 
 def test_runs_whose_motion_is_claimed_have_the_prior():

@@ -187,14 +187,15 @@ def test_an_older_record_can_be_compared(record, run, capsys):
 def test_tables_of_runs_show_names_as_text(tmp_path, record, name):
     "The README and the site have these tables."
     from markdown_it import MarkdownIt
-    from flux4d.house import results_row, run_summary
+    from flux4d.house import RESULTS, results_row, run_summary
     record["evaluated_on"] = record["runtime"]["machine"] = name
     (tmp_path/"run").mkdir()
     keep(tmp_path/"run", record)
     row = results_row(tmp_path/"run", record)
-    head = "| " + " | ".join("a"*11) + " |\n" + "| --- "*11 + "|\n"
+    columns = 5 + len(RESULTS) # name, evaluated on, trained, machine, reconstruction
+    head = "| " + " | ".join("a"*columns) + " |\n" + "| --- "*columns + "|\n"
     for text in (head + row, run_summary(tmp_path/"run")):
         page = Page(MarkdownIt("commonmark", {"html": True}).enable("table").render(text)) # as a site renders it
         assert {t for t,_ in page.tags} <= TAGS - {"a", "img"} | {"strong"} and all(set(a) <= {"style"} for _,a in page.tags)
         assert name.replace("`", "'") in page.text
-    assert row.replace("\\|", "").count("|") == 12
+    assert row.replace("\\|", "").count("|") == columns + 1
