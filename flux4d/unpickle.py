@@ -167,9 +167,9 @@ class _Reader(pickle._Unpickler):
     for _op in _SIZES: dispatch[_op[0]] = load_text
 
     def load_long(self)->None:
-        "A whole number of at most 64 bits and a sign."
+        "A whole number of at most 128 bits, as a UUID has, and a sign."
         size = int.from_bytes(self.read(1 if self.op == pickle.LONG1 else 4), "little")
-        if size > 9: self.untrusted("holds a whole number that is too large for any column")
+        if size > 17: self.untrusted("holds a whole number that is too large for any column")
         self.append(int.from_bytes(self.read(size), "little", signed=True))
     dispatch[pickle.LONG1[0]] = dispatch[pickle.LONG4[0]] = load_long
 

@@ -19,7 +19,7 @@ from flux4d.unet import Kernels, spconv_constants, use_precision
 ROOT = Path(__file__).parents[1]
 TINY = dict(data=dict(image_scale=.25, loader_threads=1), init=dict(fill_blocks=[64, 32]), voxel=dict(size=.5),
             model=dict(unet=dict(widths=[8, 16], blocks=1), hidden=16, votes=dict(reach=0)),
-            train=dict(iters=12, warmup=1, lr=1e-30, weight_decay=0., log_every=1, eval_every=0, save_ckpt_every=0, views_per_step=1))
+            train=dict(iters=12, warmup=1, log_every=1, eval_every=0, save_ckpt_every=0, views_per_step=1))
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,7 @@ def idle(tmp_path_factory):
     record = select_clips(build_index(root, ClipConfig()))[0]
     clip = Clip(PandaSet(root)[record["scene_id"]], record)
     cfg = config_from_dict(TINY, Config)
+    cfg.train.lr = cfg.train.weight_decay = 0. # no parameter may be 0; set past the gate
     trainer = Trainer(cfg, Loader([clip], cfg, LiftCache(tmp/"cache")), Run(tmp/"run"))
     with redirect_stdout(io.StringIO()):
         rows = trainer.fit()
