@@ -11,9 +11,20 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from .frames import mat_to_quat, pixel_index, project, quat_to_mat, se3, se3_inverse, transform_points
-from .pandaset import (CAMERAS, _RIG, Camera, DataError, Log, PandaSet, check_log, read_image, read_intrinsics,
-                             read_poses,
-                             read_stamps, read_sweep, short_path)
+from flux4d.pandaset import (
+    CAMERAS,
+    _RIG,
+    Camera,
+    Log,
+    PandaSet,
+    check_log,
+    read_image,
+    read_intrinsics,
+    read_poses,
+    read_stamps,
+    read_sweep,
+)
+from .files import DataError, short_path
 from .clips import TIME_UNITS, time_unit
 
 # %% auto #0
@@ -28,8 +39,10 @@ __all__ = ['RULES', 'RING_CAUSES', 'LOOKS', 'CAMERA_CAUSES', 'CLOCK_CHECKS', 'LI
 # %% ../nbs/08_check.ipynb #1a5ced70
 class Rule(NamedTuple):
     "What one check asks, and how grave a no is."
-    severity:str # "fault": refused, exit status 1; "note": only said
-    asks:str # the question, in words
+
+    severity: str  # "fault": refused, exit status 1; "note": only said
+    asks: str  # the question, in words
+
 
 RULES = dict(
     files=Rule("fault", "is every file there, whole and finite?"),
@@ -54,7 +67,9 @@ RULES = dict(
     field_of_view=Rule("fault", "can a lens see that narrow or wide?"),
     pixel_aspect=Rule("note", "are the pixels square?"),
     distortion=Rule("fault", "are the images free of lens distortion?"),
-    camera_axes=Rule("fault", "is the image's up the vehicle's up, and does the camera look where its name says?"),
+    camera_axes=Rule(
+        "fault", "is the image's up the vehicle's up, and does the camera look where its name says?"
+    ),
     reverse=Rule("note", "does the vehicle drive forwards?"),
     camera_distance=Rule("fault", "is the camera on the vehicle?"),
     loose_camera=Rule("fault", "does the camera keep its place on the vehicle?"),
@@ -62,238 +77,302 @@ RULES = dict(
     nothing_in_view=Rule("fault", "does the camera see returns where the LiDAR has some?"),
     repeated_image=Rule("fault", "does each frame have an image of its own?"),
     image_sizes=Rule("fault", "do all cameras give images of one size?"),
-    unknown_camera=Rule("fault", "does every camera folder have a name that is read?"))
+    unknown_camera=Rule("fault", "does every camera folder have a name that is read?"),
+)
 
 # %% ../nbs/08_check.ipynb #20835346
 @dataclass(frozen=True)
 class Limits:
     "How far a number may be from what is usual."
-    step_ratio:float=1.5 # longest step of time against the median; sound: 1
-    camera_late:float=1.25 # periods between a camera's stamp and its frame's; sound: at most 1
-    return_late:float=1.1 # periods between the median return and its sweep's stamp; sound: at most .74
-    return_astray:float=.7 # periods between one sweep's lateness and the usual one; a neighbour's sweep: 1; sound: .02
-    span_min:float=.3 # periods that a sweep's returns span at least; sound: 1
-    span_max:float=2.5 # periods, at most
-    speed:float=60. # m/s, a fast motorway; sound: 12
-    acceleration:float=40. # m/s2, a jump of .4 m between frames at 10 Hz; sound: at most 3
-    rough:float=15. # m/s2, more than tyres hold
-    turn:float=200. # deg/s, faster than any vehicle turns; sound: 30
-    range_max:float=1000. # m, no LiDAR reaches farther; sound: 307
-    range_far:float=500. # m, few LiDARs reach farther
-    one_place:float=.01 # share of a sweep's returns at one and the same point; sound: 0
-    coarse:float=.1 # m, step of the numbers that the points are kept in; float32 far from zero
-    range_min:float=5. # m, the farthest return is farther than this; sound: 140 and more
-    ring_distance:float=25. # m from the place the returns surround to the LiDAR's pose; sound: 1
-    ring_height:float=4. # m between the LiDAR's pose and the median height of near returns; sound: 1.6
-    ring_astray:float=.5 # share of their motion in which this place and the poses differ; sound: .05
-    ring_returns:int=1000 # fewer returns in a sweep surround nothing
-    moved:float=3. # m, a vehicle that moved less shows nothing about directions
-    place_moved:float=8. # m, the place that returns surround wanders less when the vehicle stands
-    up:float=.7 # cosine between a sensor's up and the vehicle's; sound: 1.00
-    forward:float=.5 # cosine between where a camera looks and where its name says; sound: .9 and more
-    axis:float=.85 # cosine between the nearest LiDAR axis and the way the vehicle drives; sound: .99
-    reverse_speed:float=5. # m/s, a slower vehicle may drive backwards
-    off_centre:float=.2 # principal point off the image's middle, as a share of the image's side; sound: .053
-    off_scaled:float=.09 # the same where one factor explains both coordinates, as intrinsics for another size do
-    view_min:float=5. # deg, field of view across the image; sound: 52
-    view_max:float=150. # deg, a pinhole at most
-    aspect:float=1.1 # fx against fy, either way; sound: 1.00
-    camera_distance:float=10. # m between camera and LiDAR, a long lorry; sound: 2.3
-    loose:float=1.5 # m that a camera may wander on the vehicle; sound: .01
-    shaky:float=.15 # m, more than rounding and interpolation explain; sound: .08
-    loose_angle:float=15. # deg that it may turn; sound: .5
-    in_view:float=.002 # share of the returns that a camera sees where the LiDAR has some; sound: .05 and more
+
+    step_ratio: float = 1.5  # longest step of time against the median; sound: 1
+    camera_late: float = 1.25  # periods between a camera's stamp and its frame's; sound: at most 1
+    return_late: float = 1.1  # periods between the median return and its sweep's stamp; sound: at most .74
+    return_astray: float = (
+        0.7  # periods between one sweep's lateness and the usual one; a neighbour's sweep: 1; sound: .02
+    )
+    span_min: float = 0.3  # periods that a sweep's returns span at least; sound: 1
+    span_max: float = 2.5  # periods, at most
+    speed: float = 60.0  # m/s, a fast motorway; sound: 12
+    acceleration: float = 40.0  # m/s2, a jump of .4 m between frames at 10 Hz; sound: at most 3
+    rough: float = 15.0  # m/s2, more than tyres hold
+    turn: float = 200.0  # deg/s, faster than any vehicle turns; sound: 30
+    range_max: float = 1000.0  # m, no LiDAR reaches farther; sound: 307
+    range_far: float = 500.0  # m, few LiDARs reach farther
+    one_place: float = 0.01  # share of a sweep's returns at one and the same point; sound: 0
+    coarse: float = 0.1  # m, step of the numbers that the points are kept in; float32 far from zero
+    range_min: float = 5.0  # m, the farthest return is farther than this; sound: 140 and more
+    ring_distance: float = 25.0  # m from the place the returns surround to the LiDAR's pose; sound: 1
+    ring_height: float = 4.0  # m between the LiDAR's pose and the median height of near returns; sound: 1.6
+    ring_astray: float = 0.5  # share of their motion in which this place and the poses differ; sound: .05
+    ring_returns: int = 1000  # fewer returns in a sweep surround nothing
+    moved: float = 3.0  # m, a vehicle that moved less shows nothing about directions
+    place_moved: float = 8.0  # m, the place that returns surround wanders less when the vehicle stands
+    up: float = 0.7  # cosine between a sensor's up and the vehicle's; sound: 1.00
+    forward: float = 0.5  # cosine between where a camera looks and where its name says; sound: .9 and more
+    axis: float = 0.85  # cosine between the nearest LiDAR axis and the way the vehicle drives; sound: .99
+    reverse_speed: float = 5.0  # m/s, a slower vehicle may drive backwards
+    off_centre: float = (
+        0.2  # principal point off the image's middle, as a share of the image's side; sound: .053
+    )
+    off_scaled: float = (
+        0.09  # the same where one factor explains both coordinates, as intrinsics for another size do
+    )
+    view_min: float = 5.0  # deg, field of view across the image; sound: 52
+    view_max: float = 150.0  # deg, a pinhole at most
+    aspect: float = 1.1  # fx against fy, either way; sound: 1.00
+    camera_distance: float = 10.0  # m between camera and LiDAR, a long lorry; sound: 2.3
+    loose: float = 1.5  # m that a camera may wander on the vehicle; sound: .01
+    shaky: float = 0.15  # m, more than rounding and interpolation explain; sound: .08
+    loose_angle: float = 15.0  # deg that it may turn; sound: .5
+    in_view: float = (
+        0.002  # share of the returns that a camera sees where the LiDAR has some; sound: .05 and more
+    )
 
 # %% ../nbs/08_check.ipynb #cc047714
 class Finding(NamedTuple):
     "One violation."
-    check:str # key of `RULES`
-    text:str # one sentence: file, number, likely cause and remedy
+
+    check: str  # key of `RULES`
+    text: str  # one sentence: file, number, likely cause and remedy
 
     @property
-    def severity(self)->str: # "fault" or "note"
+    def severity(self) -> str:  # "fault" or "note"
         "How grave it is."
         return RULES[self.check].severity
 
-    def __str__(self)->str: # one line
+    def __str__(self) -> str:  # one line
         "As the command prints it."
         return f"{self.severity}: {self.text}"
 
+# %% ../nbs/08_check.ipynb #be904069
 def plain(
-    x:float, # any number
-)->str: # at most a few digits, no power of ten where a reader knows the number
+    x: float,  # any number
+) -> str:  # at most a few digits, no power of ten where a reader knows the number
     "A number as a reader writes it."
     return f"{x:.0f}" if 1000 <= abs(x) < 1e7 else f"{x:.3g}"
 
+# %% ../nbs/08_check.ipynb #1423e176
 def finding(
-    check:str, # key of `RULES`
-    path:Path, # the file at fault
-    what:str, # the number that cannot be true
-    cause:str, # likely cause and remedy
-)->Finding: # one sentence
+    check: str,  # key of `RULES`
+    path: Path,  # the file at fault
+    what: str,  # the number that cannot be true
+    cause: str,  # likely cause and remedy
+) -> Finding:  # one sentence
     "Put a violation in words."
     return Finding(check, f"{short_path(path)}: {what}; {cause}.")
 
 # %% ../nbs/08_check.ipynb #3120f86c
 def place_of_sensor(
-    points:np.ndarray, # (N,3) returns of one sweep
-)->np.ndarray: # (2,) x and y, in the points' own frame
+    points: np.ndarray,  # (N,3) returns of one sweep
+) -> np.ndarray:  # (2,) x and y, in the points' own frame
     "Where the LiDAR stood, from its returns alone: their geometric median, horizontally."
-    xy = points[:,:2]
+    xy = points[:, :2]
     place = np.median(xy, axis=0)
     for _ in range(40):
-        weight = 1/np.maximum(np.linalg.norm(xy - place, axis=1), 1)
-        new = (xy*weight[:,None]).sum(0)/weight.sum()
-        if np.linalg.norm(new - place) < .01*max(1, np.abs(new).max()*1e-6): return new
+        weight = 1 / np.maximum(np.linalg.norm(xy - place, axis=1), 1)
+        new = (xy * weight[:, None]).sum(0) / weight.sum()
+        if np.linalg.norm(new - place) < 0.01 * max(1, np.abs(new).max() * 1e-6):
+            return new
         place = new
     return place
 
+# %% ../nbs/08_check.ipynb #2076f20e
 class SweepNumbers(NamedTuple):
     "What is kept of a sweep; of sensor 0 where there is one."
-    count:int # returns
-    time:float # median time of the returns, in the file's unit
-    span:float # from the first return to the last, in the file's unit
-    place:np.ndarray # (2,) where the LiDAR stood, by `place_of_sensor`
-    median_range:float # m from there
-    farthest:float # m from there, of all sensors
-    sample:np.ndarray # (M,3) some returns
-    same:float # share of these at their most frequent point
-    grain:float # m, step of the numbers that its points are kept in; 0 when they are kept in double precision
-    height:float # m, median z of those near that place, NaN without any
+
+    count: int  # returns
+    time: float  # median time of the returns, in the file's unit
+    span: float  # from the first return to the last, in the file's unit
+    place: np.ndarray  # (2,) where the LiDAR stood, by `place_of_sensor`
+    median_range: float  # m from there
+    farthest: float  # m from there, of all sensors
+    sample: np.ndarray  # (M,3) some returns
+    same: float  # share of these at their most frequent point
+    grain: (
+        float  # m, step of the numbers that its points are kept in; 0 when they are kept in double precision
+    )
+    height: float  # m, median z of those near that place, NaN without any
 
 # %% ../nbs/08_check.ipynb #efa1922a
 @functools.lru_cache(maxsize=256)
-def _sweep_numbers(path:str, version:tuple)->SweepNumbers|None:
+def _sweep_numbers(path: str, version: tuple) -> SweepNumbers | None:
     "Numbers of a sweep, forgotten when its file changes."
     sweep = read_sweep(path, [])
-    if sweep is None: return None
+    if sweep is None:
+        return None
     turning = sweep[sweep.sensor == 0] if (sweep.sensor == 0).any() else sweep
-    if not (np.isfinite(sweep.points).all() and np.isfinite(sweep.stamps).all()): return None
-    sample = turning.points[::max(1, len(turning)//2000)]
+    if not (np.isfinite(sweep.points).all() and np.isfinite(sweep.stamps).all()):
+        return None
+    sample = turning.points[:: max(1, len(turning) // 2000)]
     place = place_of_sensor(sample)
-    middle = np.r_[place, np.median(sample[:,2])]
+    middle = np.r_[place, np.median(sample[:, 2])]
     reach = [np.linalg.norm(p - middle, axis=1) for p in (sample, sweep.points)]
     times = np.unique(sample, axis=0, return_counts=True)[1]
-    coarse = (sample == sample.astype(np.float32)).all() # single precision
-    grain = float(np.spacing(np.abs(sample).max().astype(np.float32))) if coarse else 0.
-    near = sample[np.linalg.norm(sample[:,:2] - place, axis=1) < 15, 2]
-    return SweepNumbers(len(turning), float(np.median(turning.stamps)), float(np.ptp(turning.stamps)), place,
-                        float(np.median(reach[0])), float(reach[1].max()), sample,
-                        float(times.max()/len(sample)) if times.max() > 2 else 0., grain,
-                        float(np.median(near)) if len(near) >= 20 else np.nan)
+    coarse = (sample == sample.astype(np.float32)).all()  # single precision
+    grain = float(np.spacing(np.abs(sample).max().astype(np.float32))) if coarse else 0.0
+    near = sample[np.linalg.norm(sample[:, :2] - place, axis=1) < 15, 2]
+    return SweepNumbers(
+        len(turning),
+        float(np.median(turning.stamps)),
+        float(np.ptp(turning.stamps)),
+        place,
+        float(np.median(reach[0])),
+        float(reach[1].max()),
+        sample,
+        float(times.max() / len(sample)) if times.max() > 2 else 0.0,
+        grain,
+        float(np.median(near)) if len(near) >= 20 else np.nan,
+    )
 
-def _clean(read:Callable, path:Path, *args:int|None)->np.ndarray|None:
+# %% ../nbs/08_check.ipynb #cdce6b9e
+def _clean(read: Callable, path: Path, *args: int | None) -> np.ndarray | None:
     "What a reader returns when it finds no fault, else None."
     found = []
-    try: value = read(path, *args, found=found)
-    except (DataError, RecursionError): return None
+    try:
+        value = read(path, *args, found=found)
+    except (DataError, RecursionError):
+        return None
     return None if found else value
 
 # %% ../nbs/08_check.ipynb #44d098d7
 @dataclass(frozen=True)
 class CameraNumbers:
     "One camera, as far as it can be read."
-    name:str # its folder
-    folder:Path # where its files are
-    size:tuple[int,int]|None # width, height of its first image, px
-    K:np.ndarray|None # (3,3) pinhole matrix, px
-    poses:np.ndarray|None # (F,4,4) camera-to-world
-    stamps:np.ndarray|None # (F,) epoch s
 
+    name: str  # its folder
+    folder: Path  # where its files are
+    size: tuple[int, int] | None  # width, height of its first image, px
+    K: np.ndarray | None  # (3,3) pinhole matrix, px
+    poses: np.ndarray | None  # (F,4,4) camera-to-world
+    stamps: np.ndarray | None  # (F,) epoch s
+
+# %% ../nbs/08_check.ipynb #cf9a1b62
 @dataclass(frozen=True)
 class Numbers:
     "A log, as far as it can be read."
-    folder:Path # the log's folder
-    stamps:np.ndarray|None # (F,) epoch s
-    poses:np.ndarray|None # (F,4,4) LiDAR-to-world
-    cameras:dict[str,CameraNumbers] # by name
-    sweeps:list[SweepNumbers|None] # F
+
+    folder: Path  # the log's folder
+    stamps: np.ndarray | None  # (F,) epoch s
+    poses: np.ndarray | None  # (F,4,4) LiDAR-to-world
+    cameras: dict[str, CameraNumbers]  # by name
+    sweeps: list[SweepNumbers | None]  # F
 
     @property
-    def step(self)->float: # s
+    def step(self) -> float:  # s
         "Usual step from frame to frame."
-        return float(np.median(np.diff(self.stamps))) if self.stamps is not None and len(self.stamps) > 1 else np.nan
+        return (
+            float(np.median(np.diff(self.stamps)))
+            if self.stamps is not None and len(self.stamps) > 1
+            else np.nan
+        )
 
     @property
-    def poses_file(self)->Path: # lidar/poses.json
+    def poses_file(self) -> Path:  # lidar/poses.json
         "Where the LiDAR's poses stand."
-        return self.folder/"lidar/poses.json"
+        return self.folder / "lidar/poses.json"
 
 # %% ../nbs/08_check.ipynb #de65c5a5
 def known_cameras(
-    log:Log, # the log
-)->list[str]: # names, front camera first
+    log: Log,  # the log
+) -> list[str]:  # names, front camera first
     "Cameras of names that are read; none is no error here."
-    return [name for name in CAMERAS if (log.folder/"camera"/name).is_dir()]
+    return [name for name in CAMERAS if (log.folder / "camera" / name).is_dir()]
 
+# %% ../nbs/08_check.ipynb #5f03023a
 def numbers_of(
-    log:Log, # the log
-)->Numbers: # what can be read of it
+    log: Log,  # the log
+) -> Numbers:  # what can be read of it
     "Read what the checks look at."
-    lidar = log.folder/"lidar"
-    stamps = _clean(read_stamps, lidar/"timestamps.json")
+    lidar = log.folder / "lidar"
+    stamps = _clean(read_stamps, lidar / "timestamps.json")
     count = None if stamps is None else len(stamps)
     cameras = {}
     for name in known_cameras(log):
-        folder = log.folder/"camera"/name
-        K, poses, own = (_clean(read, folder/f"{file}.json", *args) for read, file, args in (
-            (read_intrinsics, "intrinsics", ()), (read_poses, "poses", (count,
-                                                                        )), (read_stamps, "timestamps", (count,))))
-        try: size = Camera(name, K, poses, own, folder).size
-        except DataError: size = None
+        folder = log.folder / "camera" / name
+        K, poses, own = (
+            _clean(read, folder / f"{file}.json", *args)
+            for read, file, args in (
+                (read_intrinsics, "intrinsics", ()),
+                (read_poses, "poses", (count,)),
+                (read_stamps, "timestamps", (count,)),
+            )
+        )
+        try:
+            size = Camera(name, K, poses, own, folder).size
+        except DataError:
+            size = None
         cameras[name] = CameraNumbers(name, folder, size, K, poses, own)
     sweeps = []
     for frame in range(count or 0):
         path = log.sweep_path(frame)
         version = (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
         sweeps.append(_sweep_numbers(str(path.resolve()), version) if version else None)
-    return Numbers(log.folder, stamps, _clean(read_poses, lidar/"poses.json", count), cameras, sweeps)
+    return Numbers(log.folder, stamps, _clean(read_poses, lidar / "poses.json", count), cameras, sweeps)
 
 # %% ../nbs/08_check.ipynb #c3faf4e5
 def check_steps(
-    n:Numbers, # a log
-    limits:Limits, # what is usual
-)->Iterator[Finding]: # violations
+    n: Numbers,  # a log
+    limits: Limits,  # what is usual
+) -> Iterator[Finding]:  # violations
     "Units and evenness of the LiDAR's stamps."
-    path = n.folder/"lidar/timestamps.json"
+    path = n.folder / "lidar/timestamps.json"
     unit = time_unit(n.step)
     if unit:
-        yield finding("time_unit", path, f"steps by {plain(n.step)} from frame to frame",
-                      f"its stamps are {unit}, divide all stamps of the log by {TIME_UNITS[unit]:.0f}")
-    if n.stamps is None or len(n.stamps) < 3: return
+        yield finding(
+            "time_unit",
+            path,
+            f"steps by {plain(n.step)} from frame to frame",
+            f"its stamps are {unit}, divide all stamps of the log by {TIME_UNITS[unit]:.0f}",
+        )
+    if n.stamps is None or len(n.stamps) < 3:
+        return
     steps = np.diff(n.stamps)
     k = int(steps.argmax())
-    if steps[k] > limits.step_ratio*n.step:
-        yield finding("uneven_steps", path, f"steps by {steps[k]:.3g} at frame {k} where {n.step:.3g} is usual",
-                      "frames were lost there, and clips that cross it are left out")
+    if steps[k] > limits.step_ratio * n.step:
+        yield finding(
+            "uneven_steps",
+            path,
+            f"steps by {steps[k]:.3g} at frame {k} where {n.step:.3g} is usual",
+            "frames were lost there, and clips that cross it are left out",
+        )
 
+# %% ../nbs/08_check.ipynb #64893591
 def in_seconds(
-    n:Numbers, # a log
-)->Numbers: # the same with stamps in seconds
+    n: Numbers,  # a log
+) -> Numbers:  # the same with stamps in seconds
     "Repair a unit that `check_steps` has named."
     unit = time_unit(n.step)
-    if unit is None: return n
+    if unit is None:
+        return n
     second = TIME_UNITS[unit]
-    same = {k: c if c.stamps is None or time_unit(np.median(np.diff(c.stamps))) != unit
-            else replace(c, stamps=c.stamps/second) for k,c in n.cameras.items()}
-    return replace(n, stamps=n.stamps/second, cameras=same)
+    same = {
+        k: c
+        if c.stamps is None or time_unit(np.median(np.diff(c.stamps))) != unit
+        else replace(c, stamps=c.stamps / second)
+        for k, c in n.cameras.items()
+    }
+    return replace(n, stamps=n.stamps / second, cameras=same)
 
 # %% ../nbs/08_check.ipynb #b4637bc0
-def _other_clock(times:np.ndarray, stamps:np.ndarray, step:float)->str:
+def _other_clock(times: np.ndarray, stamps: np.ndarray, step: float) -> str:
     "The likely cause of times that are far from their stamps."
     for unit, per_second in TIME_UNITS.items():
-        if np.abs(np.median(times/per_second - stamps)) < 2*step:
+        if np.abs(np.median(times / per_second - stamps)) < 2 * step:
             return f"they are {unit}, divide them by {per_second:.0f}"
-    kept = np.spacing(np.abs(times).max().astype(np.float32)) if (times == times.astype(np.float32)).all() else 0
-    if kept > .1*step and np.abs(np.median(times - stamps)) < 4*kept:
+    kept = (
+        np.spacing(np.abs(times).max().astype(np.float32)) if (times == times.astype(np.float32)).all() else 0
+    )
+    if kept > 0.1 * step and np.abs(np.median(times - stamps)) < 4 * kept:
         return f"they are kept in single precision, in steps of {kept:.3g} s, keep them as float64"
-    size, epoch = np.median(np.abs(times)), np.median(np.abs(stamps))
-    if size < max(2*step, 1e-6*epoch) and epoch > 1e6:
+    size = np.median(np.abs(times))
+    epoch = np.median(np.abs(stamps))
+    if size < max(2 * step, 1e-6 * epoch) and epoch > 1e6:
         return "they count from the start of the sweep or the log, add its epoch second"
     if epoch < 1e6 and 1e8 < size < 1e10:
         return "the log's stamps count from its start and these do not, give both the same zero"
     for unit, per_second in TIME_UNITS.items():
-        if size < 2*step*per_second and epoch > 1e6:
+        if size < 2 * step * per_second and epoch > 1e6:
             return f"they are {unit} from the start of the sweep, divide them by {per_second:.0f} and add its epoch second"
     off = float(np.median(times - stamps))
     leap = f", {abs(off):.0f} s is a difference between GPS, TAI and UTC" if 17 <= abs(off) <= 37.5 else ""
@@ -301,646 +380,985 @@ def _other_clock(times:np.ndarray, stamps:np.ndarray, step:float)->str:
 
 # %% ../nbs/08_check.ipynb #a71443be
 def check_camera_clock(
-    n:Numbers, # a log, stamps in seconds
-    limits:Limits, # what is usual
-)->Iterator[Finding]: # violations
+    n: Numbers,  # a log, stamps in seconds
+    limits: Limits,  # what is usual
+) -> Iterator[Finding]:  # violations
     "A camera fires within about one period of its frame's LiDAR stamp."
-    if n.stamps is None: return
-    offs = {name: float(np.median(cam.stamps - n.stamps)) for name, cam in n.cameras.items()
-            if cam.stamps is not None and len(cam.stamps) == len(n.stamps)}
+    if n.stamps is None:
+        return
+    offs = {
+        name: float(np.median(cam.stamps - n.stamps))
+        for name, cam in n.cameras.items()
+        if cam.stamps is not None and len(cam.stamps) == len(n.stamps)
+    }
     shared = list(offs.values())
-    if len(shared) > 1 and np.ptp(shared) < 2*n.step and min(map(abs, shared)) > limits.camera_late*n.step:
-        yield finding("camera_clock", n.folder/"lidar/timestamps.json",
-                      f"lies {plain(-shared[0])} s from the stamps of all {len(shared)} cameras",
-                      "the files in lidar are of another log, or its clock is another")
+    if (
+        len(shared) > 1
+        and np.ptp(shared) < 2 * n.step
+        and min(map(abs, shared)) > limits.camera_late * n.step
+    ):
+        yield finding(
+            "camera_clock",
+            n.folder / "lidar/timestamps.json",
+            f"lies {plain(-shared[0])} s from the stamps of all {len(shared)} cameras",
+            "the files in lidar are of another log, or its clock is another",
+        )
         return
     for name, off in offs.items():
         cam = n.cameras[name]
-        if abs(off) > limits.camera_late*n.step:
-            yield finding("camera_clock", cam.folder/"timestamps.json",
-                          f"lies {plain(off)} s from the LiDAR's stamps, a frame lasts {n.step:.3g} s",
-                          _other_clock(cam.stamps, n.stamps, n.step))
+        if abs(off) > limits.camera_late * n.step:
+            yield finding(
+                "camera_clock",
+                cam.folder / "timestamps.json",
+                f"lies {plain(off)} s from the LiDAR's stamps, a frame lasts {n.step:.3g} s",
+                _other_clock(cam.stamps, n.stamps, n.step),
+            )
 
 # %% ../nbs/08_check.ipynb #f09126d4
 def check_return_clock(
-    n:Numbers, # a log, stamps in seconds
-    limits:Limits, # what is usual
-)->Iterator[Finding]: # violations
+    n: Numbers,  # a log, stamps in seconds
+    limits: Limits,  # what is usual
+) -> Iterator[Finding]:  # violations
     "Returns are measured within a period or so of their sweep's stamp, and over one turn."
-    frames = [k for k,s in enumerate(n.sweeps) if s is not None]
-    if not frames or not n.step > 0: return
+    frames = [k for k, s in enumerate(n.sweeps) if s is not None]
+    if not frames or not n.step > 0:
+        return
     time = np.array([n.sweeps[k].time for k in frames])
-    span = np.array([n.sweeps[k].span for k in frames])/n.step
-    late = (time - n.stamps[frames])/n.step
+    span = np.array([n.sweeps[k].span for k in frames]) / n.step
+    late = (time - n.stamps[frames]) / n.step
     astray = np.abs(late - np.median(late))
     whole = np.abs(np.median(late)) > limits.return_late
     odd = frames[int((np.abs(late) if whole else astray).argmax())]
     if whole or astray.max() > limits.return_astray:
-        yield finding("return_clock", n.folder/f"lidar/{odd:02d}.pkl.gz",
-                      f"has a median return {plain(late[frames.index(odd)]*n.step)} s from its stamp, a frame "
-                      f"lasts {n.step:.3g} s",
-                      _other_clock(time, n.stamps[frames], n.step) if whole
-                      else "this sweep belongs to another frame, restore the order of the files")
+        yield finding(
+            "return_clock",
+            n.folder / f"lidar/{odd:02d}.pkl.gz",
+            f"has a median return {plain(late[frames.index(odd)] * n.step)} s from its stamp, a frame "
+            f"lasts {n.step:.3g} s",
+            _other_clock(time, n.stamps[frames], n.step)
+            if whole
+            else "this sweep belongs to another frame, restore the order of the files",
+        )
     elif span.max() > limits.span_max:
         odd = frames[int(span.argmax())]
-        yield finding("return_span", n.folder/f"lidar/{odd:02d}.pkl.gz",
-                      f"has returns over {plain(span.max()*n.step)} s, a frame lasts {n.step:.3g} s",
-                      "several sweeps are in one file, or times count in another unit from their stamp")
+        yield finding(
+            "return_span",
+            n.folder / f"lidar/{odd:02d}.pkl.gz",
+            f"has returns over {plain(span.max() * n.step)} s, a frame lasts {n.step:.3g} s",
+            "several sweeps are in one file, or times count in another unit from their stamp",
+        )
     elif np.median(span) < limits.span_min:
-        yield finding("no_return_times", n.folder/f"lidar/{frames[0]:02d}.pkl.gz",
-                      f"has returns over only {np.median(span)*n.step:.3g} s, a frame lasts {n.step:.3g} s",
-                      "the time of each return was lost, and what moves is blurred by up to a frame's way")
+        yield finding(
+            "no_return_times",
+            n.folder / f"lidar/{frames[0]:02d}.pkl.gz",
+            f"has returns over only {np.median(span) * n.step:.3g} s, a frame lasts {n.step:.3g} s",
+            "the time of each return was lost, and what moves is blurred by up to a frame's way",
+        )
 
 # %% ../nbs/08_check.ipynb #31888427
 def motion(
-    n:Numbers, # a log
-)->tuple[np.ndarray,np.ndarray]: # velocity (F-1,3) m/s, acceleration (F-2,) m/s2
+    n: Numbers,  # a log
+) -> tuple[np.ndarray, np.ndarray]:  # velocity (F-1,3) m/s, acceleration (F-2,) m/s2
     "How the LiDAR moves from frame to frame."
     dt = np.diff(n.stamps)
-    velocity = np.diff(n.poses[:,:3,3], axis=0)/dt[:,None]
-    return velocity, np.linalg.norm(np.diff(velocity, axis=0), axis=1)/((dt[1:] + dt[:-1])/2)
+    velocity = np.diff(n.poses[:, :3, 3], axis=0) / dt[:, None]
+    return velocity, np.linalg.norm(np.diff(velocity, axis=0), axis=1) / ((dt[1:] + dt[:-1]) / 2)
 
+# %% ../nbs/08_check.ipynb #8d9e31d0
 def turn_rate(
-    n:Numbers, # a log
-)->np.ndarray: # (F-1,) deg/s
+    n: Numbers,  # a log
+) -> np.ndarray:  # (F-1,) deg/s
     "How fast the LiDAR turns from frame to frame."
-    R = n.poses[:,:3,:3]
-    cosine = (np.einsum("fij,fij->f", R[1:], R[:-1]) - 1)/2
-    return np.degrees(np.arccos(np.clip(cosine, -1, 1)))/np.diff(n.stamps)
+    R = n.poses[:, :3, :3]
+    cosine = (np.einsum("fij,fij->f", R[1:], R[:-1]) - 1) / 2
+    return np.degrees(np.arccos(np.clip(cosine, -1, 1))) / np.diff(n.stamps)
 
-def _speed_cause(n:Numbers)->str:
+# %% ../nbs/08_check.ipynb #48b0fb25
+def _speed_cause(n: Numbers) -> str:
     "Why a vehicle is too fast: its poses move so many times as far as the places that its returns surround."
-    frames = [k for k,s in enumerate(n.sweeps) if s is not None]
-    extent = lambda x: float(np.linalg.norm(x - x.mean(0), axis=1).max())
-    times = extent(n.poses[frames,:2,3])/max(extent(np.stack([n.sweeps[k].place for k in frames])),
-                                             .1) if frames else 0.
+    frames = [k for k, s in enumerate(n.sweeps) if s is not None]
+
+    def extent(x):
+        return float(np.linalg.norm(x - x.mean(0), axis=1).max())
+
+    times = (
+        extent(n.poses[frames, :2, 3]) / max(extent(np.stack([n.sweeps[k].place for k in frames])), 0.1)
+        if frames
+        else 0.0
+    )
     for unit, factor in (("millimetres", 1000), ("centimetres", 100)):
-        if factor/2 < times < 2*factor: return f"its positions are in {unit}, divide them by {factor}"
-    if .5 < times < 2: return "the points move as far, so the stamps are too close together: restore seconds"
+        if factor / 2 < times < 2 * factor:
+            return f"its positions are in {unit}, divide them by {factor}"
+    if 0.5 < times < 2:
+        return "the points move as far, so the stamps are too close together: restore seconds"
     return "its positions or stamps are in another unit"
 
+# %% ../nbs/08_check.ipynb #f6c5f77a
 def check_motion(
-    n:Numbers, # a log, stamps in seconds
-    limits:Limits, # what is usual
-)->Iterator[Finding]: # violations
+    n: Numbers,  # a log, stamps in seconds
+    limits: Limits,  # what is usual
+) -> Iterator[Finding]:  # violations
     "Speed and acceleration of the poses."
-    if n.stamps is None or n.poses is None or len(n.poses) < 3: return
+    if n.stamps is None or n.poses is None or len(n.poses) < 3:
+        return
     velocity, acceleration = motion(n)
     speed = np.linalg.norm(velocity, axis=1)
-    k, a = int(speed.argmax()), int(acceleration.argmax())
+    k = int(speed.argmax())
+    a = int(acceleration.argmax())
     usual = float(np.median(speed))
     if usual > limits.speed:
         yield finding("speed", n.poses_file, f"moves by {plain(usual)} m/s", _speed_cause(n))
     elif speed[k] > limits.speed or acceleration[a] > limits.acceleration:
-        yield finding("jump", n.poses_file, f"jumps at frame {a+1}: {plain(acceleration[a])} m/s2, up to "
-                                            f"{plain(speed[k])} m/s",
-                      "the pose of this frame is of another moment or from a bad fix, restore it or cut the log there")
+        yield finding(
+            "jump",
+            n.poses_file,
+            f"jumps at frame {a + 1}: {plain(acceleration[a])} m/s2, up to {plain(speed[k])} m/s",
+            "the pose of this frame is of another moment or from a bad fix, restore it or cut the log there",
+        )
     elif (turn := turn_rate(n)).max() > limits.turn:
-        yield finding("jump", n.poses_file, f"turns by {plain(turn.max())} degrees a second at frame "
-                                            f"{int(turn.argmax())+1}",
-                      "the heading of this frame is of another moment or from a bad fix, restore it or cut the log there")
+        yield finding(
+            "jump",
+            n.poses_file,
+            f"turns by {plain(turn.max())} degrees a second at frame {int(turn.argmax()) + 1}",
+            "the heading of this frame is of another moment or from a bad fix, restore it or cut the log there",
+        )
     elif acceleration[a] > limits.rough:
-        yield finding("rough_motion", n.poses_file, f"changes its speed by {acceleration[a]:.3g} m/s2 at frame {a+1}",
-                      "its poses are noisy or not of the frames' moments")
+        yield finding(
+            "rough_motion",
+            n.poses_file,
+            f"changes its speed by {acceleration[a]:.3g} m/s2 at frame {a + 1}",
+            "its poses are noisy or not of the frames' moments",
+        )
 
 # %% ../nbs/08_check.ipynb #f3b34b68
 def check_range(
-    n:Numbers, # a log
-    limits:Limits, # what is usual
-)->Iterator[Finding]: # violations
+    n: Numbers,  # a log
+    limits: Limits,  # what is usual
+) -> Iterator[Finding]:  # violations
     "Are the returns where a LiDAR reaches?"
-    frames = [k for k,s in enumerate(n.sweeps) if s is not None]
-    if not frames: return
+    frames = [k for k, s in enumerate(n.sweeps) if s is not None]
+    if not frames:
+        return
     odd = max(frames, key=lambda k: n.sweeps[k].farthest)
-    far, usual = n.sweeps[odd].farthest, float(np.median([n.sweeps[k].median_range for k in frames]))
-    path = n.folder/f"lidar/{odd:02d}.pkl.gz"
+    far = n.sweeps[odd].farthest
+    usual = float(np.median([n.sweeps[k].median_range for k in frames]))
+    path = n.folder / f"lidar/{odd:02d}.pkl.gz"
     if far > limits.range_max:
-        unit = next((f"its points are in {u}, divide them by {f}" for u,
-                     f in (("centimetres", 100), ("millimetres", 1000)) if 5 < usual/f < 100 and usual > 200), None)
-        yield finding("range", path, f"has a return {plain(far)} m away, half of all are nearer than {plain(usual)} m",
-                      unit or "no LiDAR reaches that far, drop such returns: they may stand for no return")
+        unit = next(
+            (
+                f"its points are in {u}, divide them by {f}"
+                for u, f in (("centimetres", 100), ("millimetres", 1000))
+                if 5 < usual / f < 100 and usual > 200
+            ),
+            None,
+        )
+        yield finding(
+            "range",
+            path,
+            f"has a return {plain(far)} m away, half of all are nearer than {plain(usual)} m",
+            unit or "no LiDAR reaches that far, drop such returns: they may stand for no return",
+        )
     elif (same := max(n.sweeps[k].same for k in frames)) > limits.one_place:
         odd = next(k for k in frames if n.sweeps[k].same == same)
-        yield finding("one_place", n.folder/f"lidar/{odd:02d}.pkl.gz", f"has {same:.0%} of its returns at one point",
-                      "these stand for no return, drop them")
+        yield finding(
+            "one_place",
+            n.folder / f"lidar/{odd:02d}.pkl.gz",
+            f"has {same:.0%} of its returns at one point",
+            "these stand for no return, drop them",
+        )
     elif (grain := max(n.sweeps[k].grain for k in frames)) > limits.coarse:
         odd = next(k for k in frames if n.sweeps[k].grain == grain)
-        yield finding("coarse_points", n.folder/f"lidar/{odd:02d}.pkl.gz",
-                      f"keeps points in steps of {plain(grain)} m, single precision this far from zero",
-                      "keep x, y, z as float64, or subtract one origin from points, poses and boxes before rounding")
+        yield finding(
+            "coarse_points",
+            n.folder / f"lidar/{odd:02d}.pkl.gz",
+            f"keeps points in steps of {plain(grain)} m, single precision this far from zero",
+            "keep x, y, z as float64, or subtract one origin from points, poses and boxes before rounding",
+        )
     elif far < limits.range_min:
-        yield finding("range", path, f"has no return farther than {far:.3g} m",
-                      "its points are in kilometres or scaled to a unit box, restore metres")
+        yield finding(
+            "range",
+            path,
+            f"has no return farther than {far:.3g} m",
+            "its points are in kilometres or scaled to a unit box, restore metres",
+        )
     elif far > limits.range_far:
-        yield finding("far_returns", path, f"has a return {plain(far)} m away",
-                      "few LiDARs reach that far, look whether it stands for no return")
+        yield finding(
+            "far_returns",
+            path,
+            f"has a return {plain(far)} m away",
+            "few LiDARs reach that far, look whether it stands for no return",
+        )
 
 # %% ../nbs/08_check.ipynb #8f39417f
 class Ring(NamedTuple):
     "How the places that returns surround lie to the LiDAR's poses."
-    distance:float # m between them
-    astray:float # share of their motion in which they differ: 0 together, 1 when one stays
-    poses_move:float # m, extent of the poses
-    places_move:float # m, extent of the places
 
+    distance: float  # m between them
+    astray: float  # share of their motion in which they differ: 0 together, 1 when one stays
+    poses_move: float  # m, extent of the poses
+    places_move: float  # m, extent of the places
+
+# %% ../nbs/08_check.ipynb #d3436967
 def ring(
-    places:np.ndarray, # (S,2) where the returns say that the LiDAR stood
-    positions:np.ndarray, # (S,2) where its poses say so
-)->Ring: # how they lie to each other
+    places: np.ndarray,  # (S,2) where the returns say that the LiDAR stood
+    positions: np.ndarray,  # (S,2) where its poses say so
+) -> Ring:  # how they lie to each other
     "Does the ring of returns follow the poses?"
-    a, b = places - places.mean(0), positions - positions.mean(0)
-    most = max((a*a).sum(), (b*b).sum(), 1e-12)
+    a = places - places.mean(0)
+    b = positions - positions.mean(0)
+    most = max((a * a).sum(), (b * b).sum(), 1e-12)
     extent = [float(np.linalg.norm(x, axis=1).max()) for x in (b, a)]
-    return Ring(float(np.median(np.linalg.norm(places - positions, axis=1))), float((((a - b)**2).sum()/most)**.5),
-                *extent)
+    return Ring(
+        float(np.median(np.linalg.norm(places - positions, axis=1))),
+        float((((a - b) ** 2).sum() / most) ** 0.5),
+        *extent,
+    )
 
-def _in_world(places:np.ndarray, poses:np.ndarray)->np.ndarray:
+# %% ../nbs/08_check.ipynb #fc9389b7
+def _in_world(places: np.ndarray, poses: np.ndarray) -> np.ndarray:
     "Places of the sensor's own frame, carried into the world."
-    return transform_points(poses, np.c_[places, np.zeros(len(places))][:,None])[:,0,:2]
+    return transform_points(poses, np.c_[places, np.zeros(len(places))][:, None])[:, 0, :2]
 
-def _longer(poses:np.ndarray, factor:float)->np.ndarray:
+# %% ../nbs/08_check.ipynb #05862094
+def _longer(poses: np.ndarray, factor: float) -> np.ndarray:
     "Poses whose positions are so many times as long."
-    return se3(poses[:,:3,:3], factor*poses[:,:3,3])
+    return se3(poses[:, :3, :3], factor * poses[:, :3, 3])
 
-RING_CAUSES = { # likely cause and remedy -> places and poses as they would be without it
-    "the points are in the sensor's own frame, carry each sweep into the world by its pose": lambda p,
-               T: (_in_world(p, T), T),
-    "lidar/poses.json is world-to-sensor, invert its poses": lambda p,T: (p, se3_inverse(T)),
-    "lidar/poses.json is in feet, multiply its positions by 0.3048": lambda p,T: (p, _longer(T, .3048)),
-    "lidar/poses.json is in kilometres, multiply its positions by 1000": lambda p,T: (p, _longer(T, 1e3)),
-    "the points are in feet, multiply x, y and z by 0.3048": lambda p,T: (.3048*p, T),
-    "the points have another origin, subtract the same from points and poses": lambda p,
-               T: (p - (p - T[:,:2,3]).mean(0), T)}
+
+RING_CAUSES = {  # likely cause and remedy -> places and poses as they would be without it
+    "the points are in the sensor's own frame, carry each sweep into the world by its pose": lambda p, T: (
+        _in_world(p, T),
+        T,
+    ),
+    "lidar/poses.json is world-to-sensor, invert its poses": lambda p, T: (p, se3_inverse(T)),
+    "lidar/poses.json is in feet, multiply its positions by 0.3048": lambda p, T: (p, _longer(T, 0.3048)),
+    "lidar/poses.json is in kilometres, multiply its positions by 1000": lambda p, T: (p, _longer(T, 1e3)),
+    "the points are in feet, multiply x, y and z by 0.3048": lambda p, T: (0.3048 * p, T),
+    "the points have another origin, subtract the same from points and poses": lambda p, T: (
+        p - (p - T[:, :2, 3]).mean(0),
+        T,
+    ),
+}
 
 # %% ../nbs/08_check.ipynb #4dcca81f
-def world_is_tilted(n:Numbers, limits:Limits)->bool:
+def world_is_tilted(n: Numbers, limits: Limits) -> bool:
     "Do LiDAR and cameras agree on an up that is not the world's z?"
-    if n.poses is None or n.poses[:,2,2].mean() >= limits.up: return False
-    agree = [float(-(cam.poses[:,:3,1]*n.poses[:,:3,2]).sum(1).mean()) for cam in n.cameras.values()
-             if cam.poses is not None]
+    if n.poses is None or n.poses[:, 2, 2].mean() >= limits.up:
+        return False
+    agree = [
+        float(-(cam.poses[:, :3, 1] * n.poses[:, :3, 2]).sum(1).mean())
+        for cam in n.cameras.values()
+        if cam.poses is not None
+    ]
     return bool(agree) and bool(np.median(agree) >= limits.up)
 
-def _ring_fits(places:np.ndarray, positions:np.ndarray, limits:Limits)->bool:
+# %% ../nbs/08_check.ipynb #856c0d20
+def _ring_fits(places: np.ndarray, positions: np.ndarray, limits: Limits) -> bool:
     "Is the ring around the poses, and does it go where they go?"
     r = ring(places, positions)
     moves = r.poses_move >= limits.moved or r.places_move >= limits.place_moved
     return r.distance <= limits.ring_distance and not (moves and r.astray > limits.ring_astray)
 
-def _ring_height(n:Numbers, limits:Limits)->float:
+# %% ../nbs/08_check.ipynb #4a860188
+def _ring_height(n: Numbers, limits: Limits) -> float:
     "How high near returns lie over the LiDAR's poses, m; 0 without any."
-    above = [s.height - n.poses[k,2,3] for k,s in enumerate(n.sweeps) if s is not None and s.count >= limits.ring_returns]
-    return float(np.nanmedian(above)) if np.isfinite(above).any() else 0.
+    above = [
+        s.height - n.poses[k, 2, 3]
+        for k, s in enumerate(n.sweeps)
+        if s is not None and s.count >= limits.ring_returns
+    ]
+    return float(np.nanmedian(above)) if np.isfinite(above).any() else 0.0
 
-def _ring_inputs(n:Numbers, limits:Limits)->tuple[np.ndarray,np.ndarray]|None:
+# %% ../nbs/08_check.ipynb #76bf63a0
+def _ring_inputs(n: Numbers, limits: Limits) -> tuple[np.ndarray, np.ndarray] | None:
     "Places and poses of the sweeps that have enough returns."
-    frames = [k for k,s in enumerate(n.sweeps) if s is not None and s.count >= limits.ring_returns]
-    if not frames or n.poses is None or world_is_tilted(n, limits): return None # places are horizontal
+    frames = [k for k, s in enumerate(n.sweeps) if s is not None and s.count >= limits.ring_returns]
+    if not frames or n.poses is None or world_is_tilted(n, limits):
+        return None  # places are horizontal
     return np.stack([n.sweeps[k].place for k in frames]), n.poses[frames]
 
 # %% ../nbs/08_check.ipynb #3d373de0
 def check_world_points(
-    n:Numbers, # a log
-    limits:Limits, # what is usual
-)->Iterator[Finding]: # violations
+    n: Numbers,  # a log
+    limits: Limits,  # what is usual
+) -> Iterator[Finding]:  # violations
     "Are the points in the world frame, around the LiDAR's poses?"
     inputs = _ring_inputs(n, limits)
-    if inputs is None: return
+    if inputs is None:
+        return
     places, poses = inputs
-    if _ring_fits(places, poses[:,:2,3], limits):
+    if _ring_fits(places, poses[:, :2, 3], limits):
         above = _ring_height(n, limits)
         if abs(above) > limits.ring_height:
-            yield finding("world_points", n.folder/"lidar", f"has near returns {plain(abs(above))} m "
-                                                            f"{'above' if above > 0 else 'below'} the LiDAR's poses",
-                          "the points have another origin in height, subtract the same from points and poses")
+            yield finding(
+                "world_points",
+                n.folder / "lidar",
+                f"has near returns {plain(abs(above))} m "
+                f"{'above' if above > 0 else 'below'} the LiDAR's poses",
+                "the points have another origin in height, subtract the same from points and poses",
+            )
         return
-    r = ring(places, poses[:,:2,3])
+    r = ring(places, poses[:, :2, 3])
     repaired = {cause: repair(places, poses) for cause, repair in RING_CAUSES.items()}
-    fits = [cause for cause, (p, T) in repaired.items() if _ring_fits(p, T[:,:2,3], limits)
-            and not ("multiply" in cause and ring(p, T[:,:2,3]).poses_move < limits.moved)] # lengths show in motion
-    off = {cause: ring(p, T[:,:2,3]).distance for cause, (p, T) in repaired.items()}
-    last = list(RING_CAUSES)[-1] # another origin always brings them together, so it must be clearly better
-    best = min(fits, key=lambda c: off[c] + 5*(c == last), default="points and poses are of different frames or logs")
-    yield finding("world_points", n.folder/"lidar", f"has returns around a place {plain(r.distance)} m from the "
-                                                    "LiDAR's poses whose motion differs from theirs by "
-                                                    f"{r.astray:.0%}", best)
+    fits = [
+        cause
+        for cause, (p, T) in repaired.items()
+        if _ring_fits(p, T[:, :2, 3], limits)
+        and not ("multiply" in cause and ring(p, T[:, :2, 3]).poses_move < limits.moved)
+    ]  # lengths show in motion
+    off = {cause: ring(p, T[:, :2, 3]).distance for cause, (p, T) in repaired.items()}
+    last = list(RING_CAUSES)[-1]  # another origin always brings them together, so it must be clearly better
+    best = min(
+        fits,
+        key=lambda c: off[c] + 5 * (c == last),
+        default="points and poses are of different frames or logs",
+    )
+    yield finding(
+        "world_points",
+        n.folder / "lidar",
+        f"has returns around a place {plain(r.distance)} m from the "
+        "LiDAR's poses whose motion differs from theirs by "
+        f"{r.astray:.0%}",
+        best,
+    )
 
 # %% ../nbs/08_check.ipynb #028a7177
 def heading(
-    n:Numbers, # a log
-    limits:Limits, # what is usual
-)->np.ndarray|None: # (F,3) unit direction of travel, 0 where it stands, None when the vehicle hardly moves
+    n: Numbers,  # a log
+    limits: Limits,  # what is usual
+) -> (
+    np.ndarray | None
+):  # (F,3) unit direction of travel, 0 where it stands, None when the vehicle hardly moves
     "Which way the vehicle drives, frame by frame."
-    if n.poses is None or len(n.poses) < 3: return None
-    step = np.gradient(n.poses[:,:3,3], axis=0)
+    if n.poses is None or len(n.poses) < 3:
+        return None
+    step = np.gradient(n.poses[:, :3, 3], axis=0)
     length = np.linalg.norm(step, axis=1)
-    if not limits.moved < length.sum() < 1e6: return None
-    clear = length > .1*length.max() # the rest is noise
-    return np.where(clear[:,None], step/np.maximum(length, 1e-9)[:,None], 0)
+    if not limits.moved < length.sum() < 1e6:
+        return None
+    clear = length > 0.1 * length.max()  # the rest is noise
+    return np.where(clear[:, None], step / np.maximum(length, 1e-9)[:, None], 0)
 
-def _along(axes:np.ndarray, way:np.ndarray)->float:
+# %% ../nbs/08_check.ipynb #b8e0b202
+def _along(axes: np.ndarray, way: np.ndarray) -> float:
     "Mean cosine between one axis per frame and the direction of travel."
-    return float((axes*way).sum()/max((way*way).sum(), 1e-9))
+    return float((axes * way).sum() / max((way * way).sum(), 1e-9))
 
-def _other_order(R:np.ndarray)->np.ndarray:
+
+def _other_order(R: np.ndarray) -> np.ndarray:
     "Rotations of quaternions that were stored x, y, z, w and read as w, x, y, z."
     return quat_to_mat(np.roll(mat_to_quat(R), 1, axis=-1))
 
-def _axes_score(R:np.ndarray, way:np.ndarray)->tuple[float,float]:
+# %% ../nbs/08_check.ipynb #c7e5bc92
+def _axes_score(R: np.ndarray, way: np.ndarray) -> tuple[float, float]:
     "Cosines of the LiDAR axes nearest to up and to the way driven."
-    forward = max(abs(_along(R[:,:,k], way)) for k in range(3))
-    return float(R[:,2,2].mean()), forward
+    forward = max(abs(_along(R[:, :, k], way)) for k in range(3))
+    return float(R[:, 2, 2].mean()), forward
 
 # %% ../nbs/08_check.ipynb #a2f29827
 def order_is_wrong(
-    n:Numbers, # a log
-    limits:Limits, # what is usual
-)->bool: # True when another order of the LiDAR's quaternions is clearly better
+    n: Numbers,  # a log
+    limits: Limits,  # what is usual
+) -> bool:  # True when another order of the LiDAR's quaternions is clearly better
     "Do the LiDAR's quaternions make sense when they are read x, y, z, w?"
-    if n.poses is None or world_is_tilted(n, limits): return False
-    R, way = n.poses[:,:3,:3], heading(n, limits)
-    scores = [_axes_score(r, np.zeros_like(R[:,0]) if way is None else way) for r in (R, _other_order(R))]
-    given, swapped = (up + (1. if way is None else forward) for up, forward in scores)
-    return bool(swapped > max(given + .02, 1.97))
+    if n.poses is None or world_is_tilted(n, limits):
+        return False
+    R = n.poses[:, :3, :3]
+    way = heading(n, limits)
+    scores = [_axes_score(r, np.zeros_like(R[:, 0]) if way is None else way) for r in (R, _other_order(R))]
+    given, swapped = (up + (1.0 if way is None else forward) for up, forward in scores)
+    return bool(swapped > max(given + 0.02, 1.97))
 
+# %% ../nbs/08_check.ipynb #18467e73
 def check_lidar_axes(
-    n:Numbers, # a log
-    limits:Limits, # what is usual
-)->Iterator[Finding]: # violations
+    n: Numbers,  # a log
+    limits: Limits,  # what is usual
+) -> Iterator[Finding]:  # violations
     "Does the LiDAR stand upright, and along the vehicle?"
-    if n.poses is None: return
-    R, way = n.poses[:,:3,:3], heading(n, limits)
-    up = float(R[:,2,2].mean())
-    if world_is_tilted(n, limits):
-        yield finding("world_up", n.poses_file, f"has an up whose z is {up:.2f} in the world",
-                      "the world's z axis is not up, and boxes turn about z")
+    if n.poses is None:
         return
-    forward = 1. if way is None else _axes_score(R, way)[1]
+    R = n.poses[:, :3, :3]
+    way = heading(n, limits)
+    up = float(R[:, 2, 2].mean())
+    if world_is_tilted(n, limits):
+        yield finding(
+            "world_up",
+            n.poses_file,
+            f"has an up whose z is {up:.2f} in the world",
+            "the world's z axis is not up, and boxes turn about z",
+        )
+        return
+    forward = 1.0 if way is None else _axes_score(R, way)[1]
     better = order_is_wrong(n, limits)
     if up < limits.up or forward < limits.axis or better:
         cause = "the LiDAR is tilted or its axes are not the vehicle's, turn them into right, forward, up"
-        if better: cause = "its quaternions are stored x, y, z, w, write w first"
-        yield finding("lidar_axes", n.poses_file, "points its z axis "
-                                                  f"{np.degrees(np.arccos(np.clip(up, -1, 1))):.0f} degrees from up"
-                      f" and its nearest axis {np.degrees(np.arccos(np.clip(forward, -1, 1))):.0f} degrees from "
-                      "the way driven", cause)
-    elif way is not None and "front_camera" not in n.cameras and _along(R[:,:,1], way) < limits.axis:
-        yield finding("lidar_axes", n.poses_file, f"has a y axis with cosine {_along(R[:,:,1], way):.2f} to the "
-                                                  "way driven",
-                      "without a front_camera the LiDAR's y axis is taken for forward, turn its axes into right, "
-                      "forward, up")
+        if better:
+            cause = "its quaternions are stored x, y, z, w, write w first"
+        yield finding(
+            "lidar_axes",
+            n.poses_file,
+            "points its z axis "
+            f"{np.degrees(np.arccos(np.clip(up, -1, 1))):.0f} degrees from up"
+            f" and its nearest axis {np.degrees(np.arccos(np.clip(forward, -1, 1))):.0f} degrees from "
+            "the way driven",
+            cause,
+        )
+    elif way is not None and "front_camera" not in n.cameras and _along(R[:, :, 1], way) < limits.axis:
+        yield finding(
+            "lidar_axes",
+            n.poses_file,
+            f"has a y axis with cosine {_along(R[:, :, 1], way):.2f} to the way driven",
+            "without a front_camera the LiDAR's y axis is taken for forward, turn its axes into right, "
+            "forward, up",
+        )
 
 # %% ../nbs/08_check.ipynb #25fd929c
 def trusted_poses(
-    n:Numbers, # a log
-    limits:Limits, # what is usual
-)->Numbers: # the same; inverted LiDAR poses turned back, quaternions in their right order
+    n: Numbers,  # a log
+    limits: Limits,  # what is usual
+) -> Numbers:  # the same; inverted LiDAR poses turned back, quaternions in their right order
     "Repair LiDAR poses as `check_world_points` and `check_lidar_axes` name it."
-    if any("world-to-sensor" in f.text for f in check_world_points(n,
-                                                                   limits)): n = replace(n, poses=se3_inverse(n.poses))
-    if order_is_wrong(n, limits): n = replace(n, poses=se3(_other_order(n.poses[:,:3,:3]), n.poses[:,:3,3]))
+    if any("world-to-sensor" in f.text for f in check_world_points(n, limits)):
+        n = replace(n, poses=se3_inverse(n.poses))
+    if order_is_wrong(n, limits):
+        n = replace(n, poses=se3(_other_order(n.poses[:, :3, :3]), n.poses[:, :3, 3]))
     return n
 
 # %% ../nbs/08_check.ipynb #a12b7273
-def _lens_cause(cx:float, cy:float, width:int, height:int, limits:Limits, focal:tuple[float,float]|None=None)->str:
+def _lens_cause(
+    cx: float, cy: float, width: int, height: int, limits: Limits, focal: tuple[float, float] | None = None
+) -> str:
     "Why a principal point is not in the middle."
-    centred = lambda x, y: max(abs(x/width - .5), abs(y/height - .5)) <= limits.off_centre/2
+
+    def centred(x, y):
+        return max(abs(x / width - 0.5), abs(y / height - 0.5)) <= limits.off_centre / 2
+
     if max(abs(cx), abs(cy)) <= 2:
         return "the intrinsics are shares of the image's size, multiply them by width and height"
-    if centred(cy, cx): return "the pixels lie on their side, or cx and cy are exchanged"
-    if focal is not None and centred(*focal): return "fx and cx, fy and cy are exchanged"
-    scale = width/(2*cx) if cx > 0 else 0
-    usual = min((1/8, 1/6, 1/5, 1/4, 1/3, 1/2, 2/3, 3/4, 4/3, 3/2, 2, 3, 4, 5, 6, 8),
-                key=lambda f: abs(f/max(scale, 1e-9) - 1))
-    if scale and abs(usual/scale - 1) < .08: scale = usual
-    if scale and centred(cx*scale, cy*scale):
-        made_for = f"{width/scale:.0f}x{height/scale:.0f}"
+    if centred(cy, cx):
+        return "the pixels lie on their side, or cx and cy are exchanged"
+    if focal is not None and centred(*focal):
+        return "fx and cx, fy and cy are exchanged"
+    scale = width / (2 * cx) if cx > 0 else 0
+    usual = min(
+        (1 / 8, 1 / 6, 1 / 5, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 3 / 4, 4 / 3, 3 / 2, 2, 3, 4, 5, 6, 8),
+        key=lambda f: abs(f / max(scale, 1e-9) - 1),
+    )
+    if scale and abs(usual / scale - 1) < 0.08:
+        scale = usual
+    if scale and centred(cx * scale, cy * scale):
+        made_for = f"{width / scale:.0f}x{height / scale:.0f}"
         return f"the intrinsics are for images of about {made_for}, multiply fx, fy, cx and cy by {scale:.3g}"
     return "the images were cropped without moving cx and cy, or these are the intrinsics of another camera"
 
 # %% ../nbs/08_check.ipynb #8d4cebd8
 def check_lens(
-    n:Numbers, # a log
-    limits:Limits, # what is usual
-)->Iterator[Finding]: # violations
+    n: Numbers,  # a log
+    limits: Limits,  # what is usual
+) -> Iterator[Finding]:  # violations
     "Principal point, field of view and pixel shape against the image's size."
     for cam in n.cameras.values():
-        if cam.K is None or cam.size is None: continue
-        path, (width, height) = cam.folder/"intrinsics.json", cam.size
-        fx, fy, cx, cy = cam.K[0,0], cam.K[1,1], cam.K[0,2], cam.K[1,2]
-        off = max(abs(cx/width - .5), abs(cy/height - .5))
-        view = 2*np.degrees(np.arctan(width/2/fx))
-        aside, down = cx/width - .5, cy/height - .5
-        one_factor = aside*down > 0 and min(abs(aside), abs(down)) > .05 and abs(aside - down) < .08
+        if cam.K is None or cam.size is None:
+            continue
+        path, (width, height) = cam.folder / "intrinsics.json", cam.size
+        fx = cam.K[0, 0]
+        fy = cam.K[1, 1]
+        cx = cam.K[0, 2]
+        cy = cam.K[1, 2]
+        off = max(abs(cx / width - 0.5), abs(cy / height - 0.5))
+        view = 2 * np.degrees(np.arctan(width / 2 / fx))
+        aside = cx / width - 0.5
+        down = cy / height - 0.5
+        one_factor = aside * down > 0 and min(abs(aside), abs(down)) > 0.05 and abs(aside - down) < 0.08
         if off > (limits.off_scaled if one_factor else limits.off_centre):
-            yield finding("principal_point", path, f"has its principal point at ({cx:.4g}, {cy:.4g}) in images of "
-                                                   f"{width}x{height}", _lens_cause(cx, cy, width, height, limits, (fx, fy)))
+            yield finding(
+                "principal_point",
+                path,
+                f"has its principal point at ({cx:.4g}, {cy:.4g}) in images of {width}x{height}",
+                _lens_cause(cx, cy, width, height, limits, (fx, fy)),
+            )
         elif not limits.view_min <= view <= limits.view_max:
-            yield finding("field_of_view", path, f"sees {view:.3g} degrees across images of {width}x{height}",
-                          "fx is of another image size or in another unit")
-        elif not 1/limits.aspect <= fx/fy <= limits.aspect:
-            yield finding("pixel_aspect", path, f"has fx {fx:.4g} and fy {fy:.4g}",
-                          "images of this camera were squeezed, or one of both was not scaled")
+            yield finding(
+                "field_of_view",
+                path,
+                f"sees {view:.3g} degrees across images of {width}x{height}",
+                "fx is of another image size or in another unit",
+            )
+        elif not 1 / limits.aspect <= fx / fy <= limits.aspect:
+            yield finding(
+                "pixel_aspect",
+                path,
+                f"has fx {fx:.4g} and fy {fy:.4g}",
+                "images of this camera were squeezed, or one of both was not scaled",
+            )
 
 # %% ../nbs/08_check.ipynb #c24fb21e
 def check_distortion(
-    n:Numbers, # a log
-    limits:Limits, # what is usual
-)->Iterator[Finding]: # violations
+    n: Numbers,  # a log
+    limits: Limits,  # what is usual
+) -> Iterator[Finding]:  # violations
     "Lens distortion is not modelled: images must be free of it."
     for cam in n.cameras.values():
-        path = cam.folder/"intrinsics.json"
-        try: values = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError): continue
-        if not isinstance(values, dict): continue
-        extra = {k: v for k,v in values.items() if k not in ("fx", "fy", "cx", "cy")}
-        numbers = {k: x for k,v in extra.items() for x in (v if isinstance(v, list) else [v])
-                   if isinstance(x, (int, float)) and x}
-        bent = [k for k in numbers if k.lower()[:1] in "kp" and k[1:].isdigit() or "dist" in k.lower() or k == "D"]
-        other = [f"{k} {v}" for k,v in extra.items() if isinstance(v, str)
-                 and any(w in v.lower() for w in ("fisheye", "omni", "equidist"))]
+        path = cam.folder / "intrinsics.json"
+        try:
+            values = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue
+        if not isinstance(values, dict):
+            continue
+        extra = {k: v for k, v in values.items() if k not in ("fx", "fy", "cx", "cy")}
+        numbers = {
+            k: x
+            for k, v in extra.items()
+            for x in (v if isinstance(v, list) else [v])
+            if isinstance(x, (int, float)) and x
+        }
+        bent = [
+            k for k in numbers if k.lower()[:1] in "kp" and k[1:].isdigit() or "dist" in k.lower() or k == "D"
+        ]
+        other = [
+            f"{k} {v}"
+            for k, v in extra.items()
+            if isinstance(v, str) and any(w in v.lower() for w in ("fisheye", "omni", "equidist"))
+        ]
         if bent or other:
-            yield finding("distortion", path, "describes a lens with "
-                                              f"{other[0] if other else f'{bent[0]}={numbers[bent[0]]:g}'}, which "
-                                              "is not modelled",
-                          "undistort the images and leave fx, fy, cx, cy of the undistorted ones")
+            yield finding(
+                "distortion",
+                path,
+                "describes a lens with "
+                f"{other[0] if other else f'{bent[0]}={numbers[bent[0]]:g}'}, which "
+                "is not modelled",
+                "undistort the images and leave fx, fy, cx, cy of the undistorted ones",
+            )
 
 # %% ../nbs/08_check.ipynb #aa0fb339
-LOOKS = dict(front_camera=0, front_left_camera=55, front_right_camera=-55, left_camera=90, right_camera=-90,
-             back_camera=180) # deg left of forward
+LOOKS = dict(
+    front_camera=0,
+    front_left_camera=55,
+    front_right_camera=-55,
+    left_camera=90,
+    right_camera=-90,
+    back_camera=180,
+)  # deg left of forward
 
-def _turn(*columns:tuple)->Callable:
+
+def _turn(*columns: tuple) -> Callable:
     "A repair that takes other axes for the camera's x right, y down, z forward."
     axes = np.array(columns, float).T
-    return lambda T: se3(T[:,:3,:3] @ axes, T[:,:3,3])
+    return lambda T: se3(T[:, :3, :3] @ axes, T[:, :3, 3])
 
-CAMERA_CAUSES = { # likely cause and remedy -> the poses as they would be without it
+
+CAMERA_CAUSES = {  # likely cause and remedy -> the poses as they would be without it
     "its poses are world-to-camera, invert them": se3_inverse,
-    "its headings alone are world-to-camera, conjugate the quaternions":
-        lambda T: se3(T[:,:3,:3].swapaxes(1, 2), T[:,:3,3]),
-    "its quaternions are stored x, y, z, w, write w first": lambda T: se3(_other_order(T[:,:3,:3]), T[:,:3,3]),
-    "its axes are right, up, backward, turn them into right, down, forward": _turn((1,0,0), (0,-1,0), (0,0,-1)),
-    "its axes are forward, left, up, turn them into right, down, forward": _turn((0,-1,0), (0,0,-1), (1,0,0)),
-    "its axes are right, forward, up, turn them into right, down, forward": _turn((1,0,0), (0,0,-1), (0,1,0)),
-    "its pixels lie on their side, turn images or poses by a quarter": _turn((0,1,0), (-1,0,0), (0,0,1)),
-    "its pixels lie on their other side, turn images or poses by a quarter": _turn((0,-1,0), (1,0,0), (0,0,1)),
-    "its images are upside down, turn images or poses by a half": _turn((-1,0,0), (0,-1,0), (0,0,1)),
-    "its positions are in millimetres, divide them by 1000": lambda T: se3(T[:,:3,:3], T[:,:3,3]/1e3),
-    "its positions are in centimetres, divide them by 100": lambda T: se3(T[:,:3,:3], T[:,:3,3]/1e2)}
+    "its headings alone are world-to-camera, conjugate the quaternions": lambda T: se3(
+        T[:, :3, :3].swapaxes(1, 2), T[:, :3, 3]
+    ),
+    "its quaternions are stored x, y, z, w, write w first": lambda T: se3(
+        _other_order(T[:, :3, :3]), T[:, :3, 3]
+    ),
+    "its axes are right, up, backward, turn them into right, down, forward": _turn(
+        (1, 0, 0), (0, -1, 0), (0, 0, -1)
+    ),
+    "its axes are forward, left, up, turn them into right, down, forward": _turn(
+        (0, -1, 0), (0, 0, -1), (1, 0, 0)
+    ),
+    "its axes are right, forward, up, turn them into right, down, forward": _turn(
+        (1, 0, 0), (0, 0, -1), (0, 1, 0)
+    ),
+    "its pixels lie on their side, turn images or poses by a quarter": _turn(
+        (0, 1, 0), (-1, 0, 0), (0, 0, 1)
+    ),
+    "its pixels lie on their other side, turn images or poses by a quarter": _turn(
+        (0, -1, 0), (1, 0, 0), (0, 0, 1)
+    ),
+    "its images are upside down, turn images or poses by a half": _turn((-1, 0, 0), (0, -1, 0), (0, 0, 1)),
+    "its positions are in millimetres, divide them by 1000": lambda T: se3(T[:, :3, :3], T[:, :3, 3] / 1e3),
+    "its positions are in centimetres, divide them by 100": lambda T: se3(T[:, :3, :3], T[:, :3, 3] / 1e2),
+}
 
 # %% ../nbs/08_check.ipynb #5046db8c
 def camera_stand(
-    name:str, # camera
-    poses:np.ndarray, # (F,4,4) camera-to-world
-    up:np.ndarray, # (F,3) the vehicle's up, world
-    way:np.ndarray|None, # (F,3) where it drives, world
-)->tuple[float,float]: # cosines: image's up to vehicle's up; where it looks to where its name says, 1 when unknown
+    name: str,  # camera
+    poses: np.ndarray,  # (F,4,4) camera-to-world
+    up: np.ndarray,  # (F,3) the vehicle's up, world
+    way: np.ndarray | None,  # (F,3) where it drives, world
+) -> tuple[
+    float, float
+]:  # cosines: image's up to vehicle's up; where it looks to where its name says, 1 when unknown
     "How a camera stands on the vehicle."
-    upright = float(-(poses[:,:3,1]*up).sum(1).mean())
-    if way is None or name not in LOOKS: return upright, 1.
+    upright = float(-(poses[:, :3, 1] * up).sum(1).mean())
+    if way is None or name not in LOOKS:
+        return upright, 1.0
     left = np.cross(up, way)
     angle = np.radians(LOOKS[name])
-    return upright, _along(poses[:,:3,2], np.cos(angle)*way + np.sin(angle)*left)
+    return upright, _along(poses[:, :3, 2], np.cos(angle) * way + np.sin(angle) * left)
 
-def _vehicle_up(n:Numbers, limits:Limits)->np.ndarray:
+# %% ../nbs/08_check.ipynb #317bd1db
+def _vehicle_up(n: Numbers, limits: Limits) -> np.ndarray:
     "The LiDAR's up, or the world's z where the LiDAR does not stand upright."
-    own = n.poses[:,:3,2]
-    cameras = [float(-(cam.poses[:,:3,1]*own).sum(1).mean()) for cam in n.cameras.values() if cam.poses is not None]
-    trust = own[:,2].mean() >= limits.up or (cameras and np.median(cameras) >= limits.up)
-    return own if trust else np.broadcast_to([0,0,1.], own.shape)
+    own = n.poses[:, :3, 2]
+    cameras = [
+        float(-(cam.poses[:, :3, 1] * own).sum(1).mean())
+        for cam in n.cameras.values()
+        if cam.poses is not None
+    ]
+    trust = own[:, 2].mean() >= limits.up or (cameras and np.median(cameras) >= limits.up)
+    return own if trust else np.broadcast_to([0, 0, 1.0], own.shape)
 
 # %% ../nbs/08_check.ipynb #0676edef
-def _lidar_at(n:Numbers, cam:CameraNumbers)->np.ndarray:
+def _lidar_at(n: Numbers, cam: CameraNumbers) -> np.ndarray:
     "Positions of the LiDAR at the camera's own moments, (F,3)."
-    if cam.stamps is None or np.abs(np.median(cam.stamps - n.stamps)) > 2*n.step: return n.poses[:,:3,3]
-    x, frame = n.poses[:,:3,3], np.clip(np.searchsorted(n.stamps, cam.stamps), 1, len(n.stamps) - 1)
-    share = (cam.stamps - n.stamps[frame-1])/(n.stamps[frame] - n.stamps[frame-1])
-    return x[frame-1] + share[:,None]*(x[frame] - x[frame-1]) # the ends are extrapolated
+    if cam.stamps is None or np.abs(np.median(cam.stamps - n.stamps)) > 2 * n.step:
+        return n.poses[:, :3, 3]
+    x = n.poses[:, :3, 3]
+    frame = np.clip(np.searchsorted(n.stamps, cam.stamps), 1, len(n.stamps) - 1)
+    share = (cam.stamps - n.stamps[frame - 1]) / (n.stamps[frame] - n.stamps[frame - 1])
+    return x[frame - 1] + share[:, None] * (x[frame] - x[frame - 1])  # the ends are extrapolated
 
+# %% ../nbs/08_check.ipynb #f1c295c0
 class _Stand(NamedTuple):
     "How a camera stands on the vehicle."
-    up:float # cosine of the image's up to the vehicle's
-    forward:float # cosine of where it looks to where its name says
-    distance:float # m from the LiDAR
-    wander:np.ndarray # (F,) m from its usual place on the vehicle
-    angle:np.ndarray # (F,) deg from its usual direction
 
-    def right(self, limits:Limits)->bool:
+    up: float  # cosine of the image's up to the vehicle's
+    forward: float  # cosine of where it looks to where its name says
+    distance: float  # m from the LiDAR
+    wander: np.ndarray  # (F,) m from its usual place on the vehicle
+    angle: np.ndarray  # (F,) deg from its usual direction
+
+    def right(self, limits: Limits) -> bool:
         "Upright, looking where its name says, on the vehicle?"
-        return self.up >= limits.up and self.forward >= limits.forward and self.distance <= limits.camera_distance
+        return (
+            self.up >= limits.up
+            and self.forward >= limits.forward
+            and self.distance <= limits.camera_distance
+        )
 
-    def firm(self, limits:Limits)->bool:
+    def firm(self, limits: Limits) -> bool:
         "In one place on the vehicle?"
         return self.wander.max() <= limits.loose and self.angle.max() <= limits.loose_angle
 
-def _stand(n:Numbers, cam:CameraNumbers, poses:np.ndarray, limits:Limits)->_Stand:
+# %% ../nbs/08_check.ipynb #b25f1cf8
+def _stand(n: Numbers, cam: CameraNumbers, poses: np.ndarray, limits: Limits) -> _Stand:
     "How a camera with these poses would stand."
-    off = poses[:,:3,3] - _lidar_at(n, cam)
-    R = n.poses[:,:3,:3]
+    off = poses[:, :3, 3] - _lidar_at(n, cam)
+    R = n.poses[:, :3, :3]
     place = np.einsum("fji,fj->fi", R, off)
-    turn = np.einsum("fji,fjk->fik", R, poses[:,:3,:3])
-    usual = turn[int(np.abs(turn - np.median(turn, axis=0)).sum((1,2)).argmin())]
-    angle = np.degrees(np.arccos(np.clip((np.einsum("fij,ij->f", turn, usual) - 1)/2, -1, 1)))
-    return _Stand(*camera_stand(cam.name, poses, _vehicle_up(n, limits), heading(n, limits)),
-                  float(np.median(np.linalg.norm(off, axis=1))),
-                  np.linalg.norm(place - np.median(place, axis=0), axis=1), angle)
+    turn = np.einsum("fji,fjk->fik", R, poses[:, :3, :3])
+    usual = turn[int(np.abs(turn - np.median(turn, axis=0)).sum((1, 2)).argmin())]
+    angle = np.degrees(np.arccos(np.clip((np.einsum("fij,ij->f", turn, usual) - 1) / 2, -1, 1)))
+    return _Stand(
+        *camera_stand(cam.name, poses, _vehicle_up(n, limits), heading(n, limits)),
+        float(np.median(np.linalg.norm(off, axis=1))),
+        np.linalg.norm(place - np.median(place, axis=0), axis=1),
+        angle,
+    )
 
 # %% ../nbs/08_check.ipynb #a6e777ef
-def _camera_cause(n:Numbers, cam:CameraNumbers, limits:Limits)->tuple[str|None,float]:
+def _camera_cause(n: Numbers, cam: CameraNumbers, limits: Limits) -> tuple[str | None, float]:
     "The repair under which a camera stands best, None when none is right; the sum of its cosines."
     far = _stand(n, cam, cam.poses, limits).distance > limits.camera_distance
-    repaired = {cause: _stand(n, cam, repair(cam.poses), limits) for cause, repair in CAMERA_CAUSES.items() if far
-                or "positions" not in cause}
+    repaired = {
+        cause: _stand(n, cam, repair(cam.poses), limits)
+        for cause, repair in CAMERA_CAUSES.items()
+        if far or "positions" not in cause
+    }
     fits = {cause: s for cause, s in repaired.items() if s.right(limits) and s.firm(limits)}
-    if not fits: return None, 0.
-    best = max(fits, key=lambda c: fits[c].up + fits[c].forward - .1*fits[c].wander.max() - .01*fits[c].angle.max())
+    if not fits:
+        return None, 0.0
+    best = max(
+        fits,
+        key=lambda c: fits[c].up + fits[c].forward - 0.1 * fits[c].wander.max() - 0.01 * fits[c].angle.max(),
+    )
     return best, fits[best].up + fits[best].forward
 
-def _other_name(n:Numbers, cam:CameraNumbers, limits:Limits)->str|None:
+# %% ../nbs/08_check.ipynb #94b700fa
+def _other_name(n: Numbers, cam: CameraNumbers, limits: Limits) -> str | None:
     "The camera name whose direction this camera looks in."
     way = heading(n, limits)
     forward = {name: camera_stand(name, cam.poses, _vehicle_up(n, limits), way)[1] for name in LOOKS}
     best = max(forward, key=forward.get)
-    return best if way is not None and forward[best] > .9 else None
+    return best if way is not None and forward[best] > 0.9 else None
 
 # %% ../nbs/08_check.ipynb #20e2e027
 def check_camera_axes(
-    n:Numbers, # a log, stamps in seconds
-    limits:Limits, # what is usual
-)->Iterator[Finding]: # violations
+    n: Numbers,  # a log, stamps in seconds
+    limits: Limits,  # what is usual
+) -> Iterator[Finding]:  # violations
     "Is the image upright, does the camera look where its name says, is it on the vehicle and does it stay there?"
-    if n.poses is None or n.stamps is None: return
-    stands = {name: _stand(n, cam, cam.poses, limits) for name, cam in n.cameras.items() if cam.poses is not None}
+    if n.poses is None or n.stamps is None:
+        return
+    stands = {
+        name: _stand(n, cam, cam.poses, limits) for name, cam in n.cameras.items() if cam.poses is not None
+    }
     slow = len(n.poses) > 2 and np.linalg.norm(motion(n)[0], axis=1).max() < limits.reverse_speed
-    backwards = bool(stands) and slow and all(s.up >= limits.up and s.forward < -limits.up for s in stands.values())
+    backwards = (
+        bool(stands) and slow and all(s.up >= limits.up and s.forward < -limits.up for s in stands.values())
+    )
     for name, s in stands.items():
-        cam, path = n.cameras[name], n.cameras[name].folder/"poses.json"
+        cam = n.cameras[name]
+        path = n.cameras[name].folder / "poses.json"
         sound = s.right(limits) and s.firm(limits) and s.up + s.forward > 1.9
-        cause, score = (None, 0.) if sound else _camera_cause(n, cam, limits)
+        cause, score = (None, 0.0) if sound else _camera_cause(n, cam, limits)
         stance = f"has an image whose up has cosine {s.up:.2f} to the vehicle's, and looks with cosine {s.forward:.2f}"
-        k = int((s.wander/limits.loose + s.angle/limits.loose_angle).argmax())
+        k = int((s.wander / limits.loose + s.angle / limits.loose_angle).argmax())
         if s.distance > limits.camera_distance:
-            yield finding("camera_distance", path, f"puts the camera {plain(s.distance)} m from the LiDAR",
-                          cause or "its positions are in another unit or of another log, or count from another origin")
+            yield finding(
+                "camera_distance",
+                path,
+                f"puts the camera {plain(s.distance)} m from the LiDAR",
+                cause or "its positions are in another unit or of another log, or count from another origin",
+            )
         elif backwards:
-            yield finding("reverse", path, f"looks against the way driven, cosine {s.forward:.2f}",
-                          "the vehicle drives backwards, or the camera's heading is turned by a half")
-        elif not s.right(limits) or score > s.up + s.forward + .2:
+            yield finding(
+                "reverse",
+                path,
+                f"looks against the way driven, cosine {s.forward:.2f}",
+                "the vehicle drives backwards, or the camera's heading is turned by a half",
+            )
+        elif not s.right(limits) or score > s.up + s.forward + 0.2:
             name = _other_name(n, cam, limits)
-            yield finding("camera_axes", path, f"{stance} to where its name says", cause
-                          or (f"it looks where {name} should" if name
-                              else "its poses are of another camera, or turned"))
+            yield finding(
+                "camera_axes",
+                path,
+                f"{stance} to where its name says",
+                cause
+                or (
+                    f"it looks where {name} should" if name else "its poses are of another camera, or turned"
+                ),
+            )
         elif not s.firm(limits):
-            yield finding("loose_camera", path, f"moves the camera by {plain(s.wander[k])} m and {s.angle[k]:.0f} "
-                                                f"degrees on the vehicle at frame {k}",
-                          cause or "its poses are of other frames, in another order or from a bad fix")
+            yield finding(
+                "loose_camera",
+                path,
+                f"moves the camera by {plain(s.wander[k])} m and {s.angle[k]:.0f} "
+                f"degrees on the vehicle at frame {k}",
+                cause or "its poses are of other frames, in another order or from a bad fix",
+            )
         elif s.wander.max() > limits.shaky:
-            yield finding("shaky_camera", path, f"moves the camera by {plain(s.wander.max())} m on the vehicle at "
-                                                f"frame {int(s.wander.argmax())}",
-                          "its poses are not of the moments in its timestamps.json, perhaps a frame off")
+            yield finding(
+                "shaky_camera",
+                path,
+                f"moves the camera by {plain(s.wander.max())} m on the vehicle at "
+                f"frame {int(s.wander.argmax())}",
+                "its poses are not of the moments in its timestamps.json, perhaps a frame off",
+            )
 
 # %% ../nbs/08_check.ipynb #62a48d2a
 def share_in_view(
-    n:Numbers, # a log
-    cam:CameraNumbers, # one of its cameras
-    frame:int, # frame id in the log
-)->tuple[float,float]: # share of the returns in the image; share within 15 degrees of where the camera looks
+    n: Numbers,  # a log
+    cam: CameraNumbers,  # one of its cameras
+    frame: int,  # frame id in the log
+) -> tuple[
+    float, float
+]:  # share of the returns in the image; share within 15 degrees of where the camera looks
     "What a camera sees of a sweep, and what is there to be seen."
-    points, pose = n.sweeps[frame].sample, cam.poses[frame]
+    points = n.sweeps[frame].sample
+    pose = cam.poses[frame]
     uv, _ = project(cam.K, se3_inverse(pose), points)
-    to = points[:,:2] - n.sweeps[frame].place
-    look = pose[:2,2]
-    cosine = (to @ look)/np.maximum(np.linalg.norm(to, axis=1)*np.linalg.norm(look), 1e-9)
+    to = points[:, :2] - n.sweeps[frame].place
+    look = pose[:2, 2]
+    cosine = (to @ look) / np.maximum(np.linalg.norm(to, axis=1) * np.linalg.norm(look), 1e-9)
     return float(pixel_index(uv, *cam.size)[2].mean()), float((cosine > np.cos(np.radians(15))).mean())
 
+# %% ../nbs/08_check.ipynb #28d52e6f
 def check_view(
-    n:Numbers, # a log
-    limits:Limits, # what is usual
-)->Iterator[Finding]: # violations
+    n: Numbers,  # a log
+    limits: Limits,  # what is usual
+) -> Iterator[Finding]:  # violations
     "Does each camera see returns where there are some?"
-    if n.poses is None or n.stamps is None: return
+    if n.poses is None or n.stamps is None:
+        return
     for cam in n.cameras.values():
-        if cam.K is None or cam.size is None or cam.poses is None: continue
-        if not _stand(n, cam, cam.poses, limits).right(limits): continue # said already
-        frames = [k for k,s in enumerate(n.sweeps) if s is not None and s.count >= 100][::max(1, len(n.sweeps)//8)]
-        if not frames: continue
+        if cam.K is None or cam.size is None or cam.poses is None:
+            continue
+        if not _stand(n, cam, cam.poses, limits).right(limits):
+            continue  # said already
+        frames = [k for k, s in enumerate(n.sweeps) if s is not None and s.count >= 100][
+            :: max(1, len(n.sweeps) // 8)
+        ]
+        if not frames:
+            continue
         seen, there = np.mean([share_in_view(n, cam, k) for k in frames], axis=0)
-        if seen < limits.in_view and there > 5*limits.in_view:
-            yield finding("nothing_in_view", cam.folder/"poses.json",
-                          f"sees {seen:.2%} of the returns, and {there:.0%} lie where it looks",
-                          "poses, intrinsics and points do not belong together, compare their frames and units")
+        if seen < limits.in_view and there > 5 * limits.in_view:
+            yield finding(
+                "nothing_in_view",
+                cam.folder / "poses.json",
+                f"sees {seen:.2%} of the returns, and {there:.0%} lie where it looks",
+                "poses, intrinsics and points do not belong together, compare their frames and units",
+            )
 
 # %% ../nbs/08_check.ipynb #de5fd2cd
 def check_repeats(
-    n:Numbers, # a log
-    limits:Limits, # what is usual
-)->Iterator[Finding]: # violations
+    n: Numbers,  # a log
+    limits: Limits,  # what is usual
+) -> Iterator[Finding]:  # violations
     "Does a camera show the same image twice while the vehicle moves?"
-    if n.poses is None: return
-    moved = np.linalg.norm(np.diff(n.poses[:,:3,3], axis=0), axis=1) > .1 # m
+    if n.poses is None:
+        return
+    moved = np.linalg.norm(np.diff(n.poses[:, :3, 3], axis=0), axis=1) > 0.1  # m
     for cam in n.cameras.values():
-        paths = [cam.folder/f"{k:02d}.jpg" for k in range(len(n.poses))]
-        there = [k + 1 for k in np.flatnonzero(moved).tolist() if paths[k].is_file() and paths[k+1].is_file()]
-        same = [k for k in there if paths[k].stat().st_size == paths[k-1].stat().st_size
-                and paths[k].read_bytes() == paths[k-1].read_bytes()]
+        paths = [cam.folder / f"{k:02d}.jpg" for k in range(len(n.poses))]
+        there = [
+            k + 1 for k in np.flatnonzero(moved).tolist() if paths[k].is_file() and paths[k + 1].is_file()
+        ]
+        same = [
+            k
+            for k in there
+            if paths[k].stat().st_size == paths[k - 1].stat().st_size
+            and paths[k].read_bytes() == paths[k - 1].read_bytes()
+        ]
         if same and len(same) < len(there):
-            yield finding("repeated_image", paths[same[0]], "is the image of the frame before, and the vehicle moved",
-                          "this frame is there twice or its image was lost, get the file again or cut the log there")
+            yield finding(
+                "repeated_image",
+                paths[same[0]],
+                "is the image of the frame before, and the vehicle moved",
+                "this frame is there twice or its image was lost, get the file again or cut the log there",
+            )
 
 # %% ../nbs/08_check.ipynb #e8f58be7
 def check_cameras(
-    n:Numbers, # a log
-    limits:Limits, # what is usual
-)->Iterator[Finding]: # violations
+    n: Numbers,  # a log
+    limits: Limits,  # what is usual
+) -> Iterator[Finding]:  # violations
     "Names and image sizes of the cameras."
-    folder = n.folder/"camera"
-    there = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] not in "._") if folder.is_dir() else []
+    folder = n.folder / "camera"
+    there = (
+        sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] not in "._")
+        if folder.is_dir()
+        else []
+    )
     for name in there:
-        if name in CAMERAS: continue
-        yield finding("unknown_camera", folder/name, "has a name that is not read",
-                      f"rename the folder to one of {', '.join(CAMERAS)}")
+        if name in CAMERAS:
+            continue
+        yield finding(
+            "unknown_camera",
+            folder / name,
+            "has a name that is not read",
+            f"rename the folder to one of {', '.join(CAMERAS)}",
+        )
     sizes = {name: cam.size for name, cam in n.cameras.items() if cam.size is not None}
     if len(set(sizes.values())) > 1:
         first = next(iter(sizes))
         odd = next(name for name in sizes if sizes[name] != sizes[first])
-        by = ", ".join(f"{name} {w}x{h}" for name, (w,h) in sizes.items())
-        yield finding("image_sizes", folder/odd, f"has images of another size ({by})",
-                      "use cameras of one size together, or scale images and intrinsics")
+        by = ", ".join(f"{name} {w}x{h}" for name, (w, h) in sizes.items())
+        yield finding(
+            "image_sizes",
+            folder / odd,
+            f"has images of another size ({by})",
+            "use cameras of one size together, or scale images and intrinsics",
+        )
 
 # %% ../nbs/08_check.ipynb #43f060b7
 CLOCK_CHECKS = check_camera_clock, check_return_clock
 LIDAR_CHECKS = check_motion, check_range
 CAMERA_CHECKS = check_lens, check_distortion, check_camera_axes, check_view, check_repeats, check_cameras
 
-SAID_BY_READER = "odd_json", "distortion", "unknown_camera", "image_sizes" # not said again beside the reader's sentence
-AXES = "lidar_axes", "camera_axes", "camera_distance", "world_points" # name what the reader only calls an odd rig
-FOLLOWS = dict(camera_clock=("shaky_camera",), jump=("loose_camera", "shaky_camera", "camera_axes", "lidar_axes", "world_points", "reverse"),
-               rough_motion=("shaky_camera",), world_points=("nothing_in_view",), range=("nothing_in_view",),
-               one_place=("nothing_in_view",), principal_point=("nothing_in_view",)) # not said beside it
-REPEATS = { # what the reader says of the same fault without its cause
+SAID_BY_READER = (
+    "odd_json",
+    "distortion",
+    "unknown_camera",
+    "image_sizes",
+)  # not said again beside the reader's sentence
+AXES = (
+    "lidar_axes",
+    "camera_axes",
+    "camera_distance",
+    "world_points",
+)  # name what the reader only calls an odd rig
+FOLLOWS = dict(
+    camera_clock=("shaky_camera",),
+    jump=("loose_camera", "shaky_camera", "camera_axes", "lidar_axes", "world_points", "reverse"),
+    rough_motion=("shaky_camera",),
+    world_points=("nothing_in_view",),
+    range=("nothing_in_view",),
+    one_place=("nothing_in_view",),
+    principal_point=("nothing_in_view",),
+)  # not said beside it
+REPEATS = {  # what the reader says of the same fault without its cause
     "holds returns of another time than its stamp": ("time_unit", "return_clock"),
     "has an offset to the LiDAR that varies": ("time_unit", "camera_clock"),
-    "differs from the LiDAR stamps": ("time_unit", "camera_clock")}
+    "differs from the LiDAR stamps": ("time_unit", "camera_clock"),
+}
+
 
 def doubts(
-    log:Log, # the log
-    limits:Limits=Limits(), # what is usual
-)->list[Finding]: # violations, empty when every number can be true
+    log: Log,  # the log
+    limits: Limits = Limits(),  # what is usual
+) -> list[Finding]:  # violations, empty when every number can be true
     "Everything about a log's numbers that cannot be true."
     n = numbers_of(log)
     found = list(check_steps(n, limits))
     n = in_seconds(n)
-    for check in (*CLOCK_CHECKS, *LIDAR_CHECKS): found += check(n, limits)
-    if not any(f.check in ("speed", "range", "one_place") for f in found): found += check_world_points(n, limits)
-    of_another_log = any(f.check == "camera_clock" and f.text.startswith(f"{n.folder.name}/lidar") for f in found)
-    if of_another_log or any(f.check == "speed" for f in found): return found # nothing can be said about directions
-    found += check_lidar_axes(n if not any("world-to-sensor" in f.text for f in found)
-                              else replace(n, poses=se3_inverse(n.poses)), limits)
+    for check in (*CLOCK_CHECKS, *LIDAR_CHECKS):
+        found += check(n, limits)
+    if not any(f.check in ("speed", "range", "one_place") for f in found):
+        found += check_world_points(n, limits)
+    of_another_log = any(
+        f.check == "camera_clock" and f.text.startswith(f"{n.folder.name}/lidar") for f in found
+    )
+    if of_another_log or any(f.check == "speed" for f in found):
+        return found  # nothing can be said about directions
+    found += check_lidar_axes(
+        n if not any("world-to-sensor" in f.text for f in found) else replace(n, poses=se3_inverse(n.poses)),
+        limits,
+    )
     n = trusted_poses(n, limits)
-    for check in CAMERA_CHECKS: found += check(n, limits)
+    for check in CAMERA_CHECKS:
+        found += check(n, limits)
     said = {f.check for f in found}
     follow = {name for fault, names in FOLLOWS.items() if fault in said for name in names}
     return [f for f in found if f.check not in follow]
 
 # %% ../nbs/08_check.ipynb #47102dfd
-def _json_faults(log:Log)->list[Finding]:
+def _json_faults(log: Log) -> list[Finding]:
     "JSON files of a log that hold nothing, or nest without end."
     names = ["lidar/timestamps", "lidar/poses", "meta/timestamps"]
     names += [f"camera/{c}/{k}" for c in known_cameras(log) for k in ("timestamps", "poses", "intrinsics")]
     found = []
-    for path in (log.folder/f"{name}.json" for name in names):
+    for path in (log.folder / f"{name}.json" for name in names):
         what = None
-        try: what = "holds null" if path.is_file() and json.loads(path.read_bytes()) is None else None
-        except RecursionError: what = "nests too deep"
-        except (OSError, ValueError): pass # the reader's own sentence
-        if what: found.append(finding("odd_json", path, what, "get the file again"))
+        try:
+            what = "holds null" if path.is_file() and json.loads(path.read_bytes()) is None else None
+        except RecursionError:
+            what = "nests too deep"
+        except (OSError, ValueError):
+            pass  # the reader's own sentence
+        if what:
+            found.append(finding("odd_json", path, what, "get the file again"))
     return found
 
-def _repeats(text:str, f:Finding)->bool:
+# %% ../nbs/08_check.ipynb #acf6c086
+def _repeats(text: str, f: Finding) -> bool:
     "Does the reader's sentence only repeat a finding that names the cause?"
     same = f.check != "camera_clock" or f.text.split(":")[0] == text.split(":")[0] or "meta" in text
     return same and any(what in text and f.check in by for what, by in REPEATS.items())
 
-def _fold(texts:list[str])->list[str]:
+# %% ../nbs/08_check.ipynb #436fd232
+def _fold(texts: list[str]) -> list[str]:
     "One sentence per fault: the first file, and how many more have the same."
     groups = {}
     for text in texts:
         where, _, what = text.partition(": ")
         number = Path(where).name.split(".")[0]
-        if number.isdecimal(): what = re.sub(rf"\b0*{int(number)}(?=\.[A-Za-z])", "N", what) # the file's own number
+        if number.isdecimal():
+            what = re.sub(rf"\b0*{int(number)}(?=\.[A-Za-z])", "N", what)  # the file's own number
         groups.setdefault(what, []).append(text)
-    return [g[0] if len(g) == 1 else f"{g[0][:-1]} (and {len(g)-1} files more)." for g in groups.values()]
+    return [g[0] if len(g) == 1 else f"{g[0][:-1]} (and {len(g) - 1} files more)." for g in groups.values()]
 
 # %% ../nbs/08_check.ipynb #eab558d1
 def examine(
-    log:Log, # the log
-    images:bool=True, # decode every image too
-    limits:Limits=Limits(), # what is usual
-)->list[Finding]: # violations, files first, empty when the log is sound
+    log: Log,  # the log
+    images: bool = True,  # decode every image too
+    limits: Limits = Limits(),  # what is usual
+) -> list[Finding]:  # violations, files first, empty when the log is sound
     "Everything that is wrong with a log."
-    try: texts = check_log(log, images)
-    except RecursionError: texts = [] # `_json_faults` says which file
+    try:
+        texts = check_log(log, images)
+    except RecursionError:
+        texts = []  # `_json_faults` says which file
     own = _json_faults(log) + doubts(log, limits)
-    if any(f.check in AXES for f in own): texts = [text for text in texts if not text.endswith(f"{_RIG}.")]
+    if any(f.check in AXES for f in own):
+        texts = [text for text in texts if not text.endswith(f"{_RIG}.")]
     texts = [text for text in texts if not any(_repeats(text, f) for f in own)]
     named = {text.split(":")[0] for text in texts}
     own = [f for f in own if f.check not in SAID_BY_READER or f.text.split(":")[0] not in named]
@@ -953,21 +1371,27 @@ example:
   flux4d-check data/pandaset
   flux4d-check data/pandaset 001 002 --no-images"""
 
-def _parser()->argparse.ArgumentParser:
+
+def _parser() -> argparse.ArgumentParser:
     "Options of `flux4d-check`."
-    p = argparse.ArgumentParser("flux4d-check", description="Say what is wrong with the logs of a data root.",
-                                epilog=_EXAMPLE,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        "flux4d-check",
+        description="Say what is wrong with the logs of a data root.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("data_root", help="folder that holds 001, 002 and so on")
     p.add_argument("logs", nargs="*", help="log ids, default all")
-    p.add_argument("--log", nargs="+", action="extend", default=[], metavar="ID", help="log ids, as the argument")
+    p.add_argument(
+        "--log", nargs="+", action="extend", default=[], metavar="ID", help="log ids, as the argument"
+    )
     p.add_argument("--no-images", action="store_true", help="do not decode the images")
     return p
 
 # %% ../nbs/08_check.ipynb #19e6cce7
 def check_main(
-    argv:list[str]|None=None, # command line, None: the process's own
-)->int: # 0 when no log has a fault, 1 otherwise
+    argv: list[str] | None = None,  # command line, None: the process's own
+) -> int:  # 0 when no log has a fault, 1 otherwise
     "Command `flux4d-check`: say what is wrong with the logs of a data root."
     a = _parser().parse_args(argv)
     faults = 0
@@ -976,16 +1400,21 @@ def check_main(
         for id in a.logs + a.log or data.log_ids:
             log = data[id]
             found = examine(log, not a.no_images)
-            for f in found: print(f)
+            for f in found:
+                print(f)
             own = sum(f.severity == "fault" for f in found)
-            sweeps = len(list((log.folder/"lidar").glob("*.pkl.gz")))
-            print(f"{id}: {sweeps} sweeps, {len(known_cameras(log))} cameras, {own} faults, {len(found) - own} notes",
-                  flush=True)
+            sweeps = len(list((log.folder / "lidar").glob("*.pkl.gz")))
+            print(
+                f"{id}: {sweeps} sweeps, {len(known_cameras(log))} cameras, {own} faults, {len(found) - own} notes",
+                flush=True,
+            )
             faults += own
     except DataError as e:
         print(e)
         return 1
     except OSError as e:
-        print(f"{e.filename or a.data_root}: cannot be read ({e.strerror}); check the path and its permissions.")
+        print(
+            f"{e.filename or a.data_root}: cannot be read ({e.strerror}); check the path and its permissions."
+        )
         return 1
     return int(faults > 0)

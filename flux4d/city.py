@@ -19,8 +19,16 @@ from fastcore.basics import patch
 from PIL import Image
 from embreex.rtcore_scene import EmbreeScene
 from embreex.mesh_construction import TriangleMesh
-from .frames import intrinsics_matrix, mat_to_quat, pose_to_mat, quat_to_mat, scale_intrinsics, se3, transform_points
-from .pandaset import DataError, atomic_write
+from flux4d.frames import (
+    intrinsics_matrix,
+    mat_to_quat,
+    pose_to_mat,
+    quat_to_mat,
+    scale_intrinsics,
+    se3,
+    transform_points,
+)
+from .files import DataError, atomic_write
 
 # %% auto #0
 __all__ = ['MATERIALS', 'CABINS', 'HULL', 'SIZES', 'PAINTS', 'GLASS', 'TYRE', 'WHITE', 'RED', 'TRUCKS', 'SKINS', 'CLOTHES',
@@ -41,1605 +49,2846 @@ __all__ = ['MATERIALS', 'CABINS', 'HULL', 'SIZES', 'PAINTS', 'GLASS', 'TYRE', 'W
 # %% ../nbs/06_city.ipynb #bff579aa
 MATERIALS = "plain road slab wall paint glass rubber leaf cloth lamp".split()
 
+
 @dataclass
 class Mesh:
     "Triangles and what a hit needs to know about them, in the object's own frame."
-    xyz:np.ndarray      # (F,3,3) corners, m
-    normal:np.ndarray   # (F,3,3) unit normal at each corner
-    material:np.ndarray # (F,) index into MATERIALS
-    colour:np.ndarray   # (F,3) 0..1
 
-    def __len__(self)->int: # faces
+    xyz: np.ndarray  # (F,3,3) corners, m
+    normal: np.ndarray  # (F,3,3) unit normal at each corner
+    material: np.ndarray  # (F,) index into MATERIALS
+    colour: np.ndarray  # (F,3) 0..1
+
+    def __len__(self) -> int:  # faces
         "Number of triangles."
         return len(self.xyz)
 
+# %% ../nbs/06_city.ipynb #d4cd5f96
 def soup(
-    xyz:np.ndarray, # (F,3,3) corners, m
-    material:str,   # one of MATERIALS
-    colour:tuple,   # (3,) 0..1
-    normal:np.ndarray|None=None, # (F,3,3), unit; flat faces when None
-)->Mesh: # in the frame of `xyz`
+    xyz: np.ndarray,  # (F,3,3) corners, m
+    material: str,  # one of MATERIALS
+    colour: tuple,  # (3,) 0..1
+    normal: np.ndarray | None = None,  # (F,3,3), unit; flat faces when None
+) -> Mesh:  # in the frame of `xyz`
     "A mesh of one material and colour."
-    xyz = np.asarray(xyz, float); n = len(xyz)
+    xyz = np.asarray(xyz, float)
+    n = len(xyz)
     if normal is None:
-        flat = np.cross(xyz[:,1] - xyz[:,0], xyz[:,2] - xyz[:,0])
-        normal = np.repeat((flat/np.linalg.norm(flat, axis=1, keepdims=True).clip(1e-12))[:,None], 3, 1)
-    return Mesh(xyz, normal, np.full(n, MATERIALS.index(material)), np.tile(np.asarray(colour, float), (n,1)))
+        flat = np.cross(xyz[:, 1] - xyz[:, 0], xyz[:, 2] - xyz[:, 0])
+        normal = np.repeat((flat / np.linalg.norm(flat, axis=1, keepdims=True).clip(1e-12))[:, None], 3, 1)
+    return Mesh(
+        xyz, normal, np.full(n, MATERIALS.index(material)), np.tile(np.asarray(colour, float), (n, 1))
+    )
 
 # %% ../nbs/06_city.ipynb #e0707093
 def join(
-    meshes:list, # of Mesh, all in one frame
-)->Mesh: # in that frame
+    meshes: list,  # of Mesh, all in one frame
+) -> Mesh:  # in that frame
     "Several meshes as one."
-    return Mesh(*(np.concatenate([getattr(m,k) for m in meshes]) for k in ("xyz","normal","material","colour")))
+    return Mesh(
+        *(np.concatenate([getattr(m, k) for m in meshes]) for k in ("xyz", "normal", "material", "colour"))
+    )
 
+# %% ../nbs/06_city.ipynb #85a401cb
 def panel(
-    corners:np.ndarray, # (K,3) a flat star-shaped polygon, anticlockwise from outside, m
-    material:str,       # one of MATERIALS
-    colour:tuple,       # (3,) 0..1
-)->Mesh: # K triangles
+    corners: np.ndarray,  # (K,3) a flat star-shaped polygon, anticlockwise from outside, m
+    material: str,  # one of MATERIALS
+    colour: tuple,  # (3,) 0..1
+) -> Mesh:  # K triangles
     "A polygon as a fan around its middle."
-    c = np.asarray(corners, float); mid = np.broadcast_to(c.mean(0), c.shape)
-    return soup(np.stack([mid, c, np.roll(c,-1,0)], 1), material, colour)
+    c = np.asarray(corners, float)
+    mid = np.broadcast_to(c.mean(0), c.shape)
+    return soup(np.stack([mid, c, np.roll(c, -1, 0)], 1), material, colour)
 
+# %% ../nbs/06_city.ipynb #58e5902c
 def quads(
-    corners:np.ndarray, # (Q,4,3) anticlockwise from outside, m
-    material:str,       # one of MATERIALS
-    colour:tuple,       # (3,) 0..1
-)->Mesh: # 2Q triangles
+    corners: np.ndarray,  # (Q,4,3) anticlockwise from outside, m
+    material: str,  # one of MATERIALS
+    colour: tuple,  # (3,) 0..1
+) -> Mesh:  # 2Q triangles
     "Four-cornered faces, each as two triangles."
     c = np.asarray(corners, float)
-    return soup(c[:,[[0,1,2],[0,2,3]]].reshape(-1,3,3), material, colour)
+    return soup(c[:, [[0, 1, 2], [0, 2, 3]]].reshape(-1, 3, 3), material, colour)
 
 # %% ../nbs/06_city.ipynb #6f7ac926
 def box(
-    size:tuple,        # (3,) length, width, height, m
-    at:tuple,          # (3,) middle of the bottom, m
-    material:str,      # one of MATERIALS
-    colour:tuple,      # (3,) 0..1
-    taper:tuple=(1,1), # (2,) size of the top relative to the bottom, along x and y
-)->Mesh: # 12 triangles
+    size: tuple,  # (3,) length, width, height, m
+    at: tuple,  # (3,) middle of the bottom, m
+    material: str,  # one of MATERIALS
+    colour: tuple,  # (3,) 0..1
+    taper: tuple = (1, 1),  # (2,) size of the top relative to the bottom, along x and y
+) -> Mesh:  # 12 triangles
     "A box, or a blunt pyramid."
-    s = np.array([[-1,-1],[1,-1],[1,1],[-1,1]])*np.array(size[:2])/2
-    v = np.concatenate([np.c_[s, np.zeros(4)], np.c_[s*taper, np.full(4, size[2])]]) + np.array(at)
-    return quads(v[[[3,2,1,0],[4,5,6,7],[0,1,5,4],[1,2,6,5],[2,3,7,6],[3,0,4,7]]], material, colour)
+    s = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * np.array(size[:2]) / 2
+    v = np.concatenate([np.c_[s, np.zeros(4)], np.c_[s * taper, np.full(4, size[2])]]) + np.array(at)
+    return quads(
+        v[[[3, 2, 1, 0], [4, 5, 6, 7], [0, 1, 5, 4], [1, 2, 6, 5], [2, 3, 7, 6], [3, 0, 4, 7]]],
+        material,
+        colour,
+    )
 
 # %% ../nbs/06_city.ipynb #855971fd
 def prism(
-    profile:np.ndarray, # (K,3) x, z and half width y of a side view: rear bottom, over the top, to the front bottom, m
-    material:str,       # one of MATERIALS
-    colour:tuple,       # (3,) 0..1
-)->Mesh: # 4K triangles
+    profile: np.ndarray,  # (K,3) x, z and half width y of a side view: rear bottom, over the top, to the front bottom, m
+    material: str,  # one of MATERIALS
+    colour: tuple,  # (3,) 0..1
+) -> Mesh:  # 4K triangles
     "A side profile pulled out to both sides."
     x, z, w = np.asarray(profile, float).T
-    left, right = np.c_[x, w, z], np.c_[x, -w, z]
-    rim = quads(np.stack([left, right, np.roll(right,-1,0), np.roll(left,-1,0)], 1), material, colour)
+    left = np.c_[x, w, z]
+    right = np.c_[x, -w, z]
+    rim = quads(np.stack([left, right, np.roll(right, -1, 0), np.roll(left, -1, 0)], 1), material, colour)
     return join([panel(left, material, colour), panel(right[::-1], material, colour), rim])
 
 # %% ../nbs/06_city.ipynb #330303ff
 def rod(
-    a:tuple,            # (3,) one end, m
-    b:tuple,            # (3,) other end, m
-    radius:float|tuple, # m, at both ends or at each
-    material:str,       # one of MATERIALS
-    colour:tuple,       # (3,) 0..1
-    sides:int=8,        # corners around
-    caps:bool=True,     # close the ends
-)->Mesh: # round normals on the mantle
+    a: tuple,  # (3,) one end, m
+    b: tuple,  # (3,) other end, m
+    radius: float | tuple,  # m, at both ends or at each
+    material: str,  # one of MATERIALS
+    colour: tuple,  # (3,) 0..1
+    sides: int = 8,  # corners around
+    caps: bool = True,  # close the ends
+) -> Mesh:  # round normals on the mantle
     "A round rod or cone between two points."
-    a, b = np.array(a, float), np.array(b, float); ra, rb = np.broadcast_to(radius, 2); axis = (b - a)/np.linalg.norm(b - a)
-    side = np.cross(axis, [1,0,0] if abs(axis[0]) < .9 else [0,1,0]); side /= np.linalg.norm(side); up = np.cross(axis, side)
-    t = np.arange(sides)*2*np.pi/sides; n = np.outer(np.cos(t), side) + np.outer(np.sin(t), up); m = np.roll(n,-1,0)
-    p, q, r, s = a + n*ra, a + m*ra, b + m*rb, b + n*rb
-    faces, normals = (np.concatenate([np.stack(k,1), np.stack(l,1)]) for k,l in (((p,q,r),(p,r,s)), ((n,m,m),(n,m,n))))
+    a = np.array(a, float)
+    b = np.array(b, float)
+    ra, rb = np.broadcast_to(radius, 2)
+    axis = (b - a) / np.linalg.norm(b - a)
+    side = np.cross(axis, [1, 0, 0] if abs(axis[0]) < 0.9 else [0, 1, 0])
+    side /= np.linalg.norm(side)
+    up = np.cross(axis, side)
+    t = np.arange(sides) * 2 * np.pi / sides
+    n = np.outer(np.cos(t), side) + np.outer(np.sin(t), up)
+    m = np.roll(n, -1, 0)
+    p = a + n * ra
+    q = a + m * ra
+    r = b + m * rb
+    s = b + n * rb
+    faces, normals = (
+        np.concatenate([np.stack(k, 1), np.stack(l, 1)])
+        for k, l in (((p, q, r), (p, r, s)), ((n, m, m), (n, m, n)))
+    )
     mantle = soup(faces, material, colour, normals)
     return join([mantle, panel(p[::-1], material, colour), panel(s, material, colour)]) if caps else mantle
 
 # %% ../nbs/06_city.ipynb #f7a024d4
 @lru_cache
 def _sphere(
-    level:int, # subdivisions of an octahedron
-)->np.ndarray: # (8*4**level,3,3) corners on the unit sphere
+    level: int,  # subdivisions of an octahedron
+) -> np.ndarray:  # (8*4**level,3,3) corners on the unit sphere
     "A round soup."
-    p, signs = np.eye(3), (1,-1)
-    f = np.array([[s*p[0], t*p[1], u*p[2]][::s*t*u] for s in signs for t in signs for u in signs])
+    p = np.eye(3)
+    signs = (1, -1)
+    f = np.array([[s * p[0], t * p[1], u * p[2]][:: s * t * u] for s in signs for t in signs for u in signs])
     for _ in range(level):
-        a, b, c = f[:,0], f[:,1], f[:,2]; ab, bc, ca = a + b, b + c, c + a
-        f = np.concatenate([np.stack(k, 1) for k in ((a,ab,ca),(ab,b,bc),(ca,bc,c),(ab,bc,ca))])
-        f = f/np.linalg.norm(f, axis=2, keepdims=True)
+        a = f[:, 0]
+        b = f[:, 1]
+        c = f[:, 2]
+        ab = a + b
+        bc = b + c
+        ca = c + a
+        f = np.concatenate([np.stack(k, 1) for k in ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))])
+        f = f / np.linalg.norm(f, axis=2, keepdims=True)
     return f
 
+# %% ../nbs/06_city.ipynb #40ad8481
 def ball(
-    at:tuple,       # (3,) centre, m
-    radii:tuple,    # (3,) m
-    material:str,   # one of MATERIALS
-    colour:tuple,   # (3,) 0..1
-    rough:float=0., # depth of the bumps relative to the radius
-    level:int=2,    # subdivisions
-    seed:int=0,     # of the bumps
-)->Mesh: # 8*4**level triangles
+    at: tuple,  # (3,) centre, m
+    radii: tuple,  # (3,) m
+    material: str,  # one of MATERIALS
+    colour: tuple,  # (3,) 0..1
+    rough: float = 0.0,  # depth of the bumps relative to the radius
+    level: int = 2,  # subdivisions
+    seed: int = 0,  # of the bumps
+) -> Mesh:  # 8*4**level triangles
     "An ellipsoid, smooth or bumpy."
-    f, r = _sphere(level), np.array(radii); w = np.random.default_rng(seed).normal(size=(6,3))*3.5
-    bump = 1 + rough*np.sin(f @ w.T + w[:,0]).sum(-1, keepdims=True)/3
-    n = f/r; n = n/np.linalg.norm(n, axis=2, keepdims=True)
-    return soup(f*bump*r + np.array(at), material, colour, None if rough else n)
+    f = _sphere(level)
+    r = np.array(radii)
+    w = np.random.default_rng(seed).normal(size=(6, 3)) * 3.5
+    bump = 1 + rough * np.sin(f @ w.T + w[:, 0]).sum(-1, keepdims=True) / 3
+    n = f / r
+    n = n / np.linalg.norm(n, axis=2, keepdims=True)
+    return soup(f * bump * r + np.array(at), material, colour, None if rough else n)
 
 # %% ../nbs/06_city.ipynb #3c1481bc
-CABINS = { # x/length, z/height of the cabin's side view: rear bottom, over the roof, to the front bottom
-    "sedan":  [(-.43,.60),(-.30,.97),(-.24,1.),(.02,1.),(.09,.96),(.28,.58)],
-    "hatch":  [(-.49,.60),(-.43,.96),(-.38,1.),(.05,1.),(.12,.96),(.30,.57)],
-    "suv":    [(-.49,.58),(-.46,.96),(-.42,1.),(.08,1.),(.13,.96),(.28,.58)],
-    "van":    [(-.495,.45),(-.49,.96),(-.46,1.),(.22,1.),(.27,.96),(.43,.50)],
-    "pickup": [(-.08,.58),(-.05,.96),(-.02,1.),(.13,1.),(.18,.96),(.30,.58)]}
-HULL = [(-.5,.16),(-.5,.52),(-.48,.60),(.22,.60),(.40,.55),(.48,.48),(.5,.40),(.5,.16)] # the same, of the body
-SIZES = {"sedan":(4.6,1.85,1.48), "hatch":(4.1,1.78,1.52), "suv":(4.7,1.95,1.75), "van":(5.2,2.0,2.1), "pickup":(5.5,2.0,1.9)} # m
-PAINTS = [(.88,.88,.87),(.80,.81,.82),(.60,.61,.63),(.36,.37,.39),(.16,.17,.18),(.12,.12,.13),(.55,.10,.10),(.14,.22,.42),(.30,.36,.30),
-          (.62,.55,.42),(.70,.71,.73),(.24,.13,.12),(.28,.40,.52)] # 0..1
-GLASS, TYRE, WHITE, RED = (.10,.12,.14), (.10,.10,.10), (.95,.95,.90), (.66,.05,.05) # 0..1
+CABINS = {  # x/length, z/height of the cabin's side view: rear bottom, over the roof, to the front bottom
+    "sedan": [(-0.43, 0.60), (-0.30, 0.97), (-0.24, 1.0), (0.02, 1.0), (0.09, 0.96), (0.28, 0.58)],
+    "hatch": [(-0.49, 0.60), (-0.43, 0.96), (-0.38, 1.0), (0.05, 1.0), (0.12, 0.96), (0.30, 0.57)],
+    "suv": [(-0.49, 0.58), (-0.46, 0.96), (-0.42, 1.0), (0.08, 1.0), (0.13, 0.96), (0.28, 0.58)],
+    "van": [(-0.495, 0.45), (-0.49, 0.96), (-0.46, 1.0), (0.22, 1.0), (0.27, 0.96), (0.43, 0.50)],
+    "pickup": [(-0.08, 0.58), (-0.05, 0.96), (-0.02, 1.0), (0.13, 1.0), (0.18, 0.96), (0.30, 0.58)],
+}
+HULL = [
+    (-0.5, 0.16),
+    (-0.5, 0.52),
+    (-0.48, 0.60),
+    (0.22, 0.60),
+    (0.40, 0.55),
+    (0.48, 0.48),
+    (0.5, 0.40),
+    (0.5, 0.16),
+]  # the same, of the body
+SIZES = {
+    "sedan": (4.6, 1.85, 1.48),
+    "hatch": (4.1, 1.78, 1.52),
+    "suv": (4.7, 1.95, 1.75),
+    "van": (5.2, 2.0, 2.1),
+    "pickup": (5.5, 2.0, 1.9),
+}  # m
+PAINTS = [
+    (0.88, 0.88, 0.87),
+    (0.80, 0.81, 0.82),
+    (0.60, 0.61, 0.63),
+    (0.36, 0.37, 0.39),
+    (0.16, 0.17, 0.18),
+    (0.12, 0.12, 0.13),
+    (0.55, 0.10, 0.10),
+    (0.14, 0.22, 0.42),
+    (0.30, 0.36, 0.30),
+    (0.62, 0.55, 0.42),
+    (0.70, 0.71, 0.73),
+    (0.24, 0.13, 0.12),
+    (0.28, 0.40, 0.52),
+]  # 0..1
+GLASS = (0.10, 0.12, 0.14)
+TYRE = (0.10, 0.10, 0.10)
+WHITE = (0.95, 0.95, 0.90)
+RED = (0.66, 0.05, 0.05)  # 0..1
 
 # %% ../nbs/06_city.ipynb #426a3dd3
 def wheel(
-    x:float, # m forward of the middle
-    y:float, # m, outer face; the sign is the side
-    r:float, # radius, m
-    width:float=.24, # m
-)->Mesh: # tyre and hub
+    x: float,  # m forward of the middle
+    y: float,  # m, outer face; the sign is the side
+    r: float,  # radius, m
+    width: float = 0.24,  # m
+) -> Mesh:  # tyre and hub
     "A tyre with its hub."
-    s = np.sign(y); t = np.arange(10)*2*np.pi/10*-s
-    disc = lambda k,dy: np.c_[x + k*r*np.sin(t), np.full(10, y + s*dy), r + k*r*np.cos(t)]
-    return join([rod((x,y - s*width,r), (x,y,r), r, "rubber", TYRE, 14),
-                 panel(disc(.62,.004), "lamp", (.55,.56,.58)), panel(disc(.25,.008), "rubber", (.2,.2,.22))])
+    s = np.sign(y)
+    t = np.arange(10) * 2 * np.pi / 10 * -s
+
+    def disc(k, dy):
+        return np.c_[x + k * r * np.sin(t), np.full(10, y + s * dy), r + k * r * np.cos(t)]
+
+    return join(
+        [
+            rod((x, y - s * width, r), (x, y, r), r, "rubber", TYRE, 14),
+            panel(disc(0.62, 0.004), "lamp", (0.55, 0.56, 0.58)),
+            panel(disc(0.25, 0.008), "rubber", (0.2, 0.2, 0.22)),
+        ]
+    )
 
 # %% ../nbs/06_city.ipynb #60f23c0b
 def inset(
-    poly:np.ndarray, # (K,3) a flat polygon, m
-    k:float=.84,     # size that is left
-    out:float=.006,  # m along the polygon's normal
-)->np.ndarray: # (K,3)
+    poly: np.ndarray,  # (K,3) a flat polygon, m
+    k: float = 0.84,  # size that is left
+    out: float = 0.006,  # m along the polygon's normal
+) -> np.ndarray:  # (K,3)
     "A smaller copy of a polygon, lifted off its face."
-    p = np.asarray(poly, float); mid = p.mean(0); n = np.cross(p[1] - p[0], p[2] - p[0])
-    return mid + (p - mid)*k + n/np.linalg.norm(n)*out
+    p = np.asarray(poly, float)
+    mid = p.mean(0)
+    n = np.cross(p[1] - p[0], p[2] - p[0])
+    return mid + (p - mid) * k + n / np.linalg.norm(n) * out
 
+# %% ../nbs/06_city.ipynb #cf7fc507
 def windows(
-    cab:np.ndarray, # (K,3) x, z, half width of the cabin's profile, m
-)->list: # of Mesh
+    cab: np.ndarray,  # (K,3) x, z, half width of the cabin's profile, m
+) -> list:  # of Mesh
     "Panes on both sides, in front and behind."
-    x, z, w = cab.T; left, flip = np.c_[x, w, z], np.array([1,-1,1]); mid = (x[0] + x[-1])/2 + .06
-    at = lambda i: np.array([mid, w[i], z[i]])
+    x, z, w = cab.T
+    left = np.c_[x, w, z]
+    flip = np.array([1, -1, 1])
+    mid = (x[0] + x[-1]) / 2 + 0.06
+
+    def at(i):
+        return np.array([mid, w[i], z[i]])
+
     sides = [np.stack([left[0], left[1], at(2), at(-1)]), np.stack([at(-1), at(3), left[-2], left[-1]])]
-    across = lambda i,j: np.stack([left[i], left[i]*flip, left[j]*flip, left[j]])
-    return [panel(inset(p), "glass", GLASS) for p in [*sides, *(s[::-1]*flip for s in sides), across(0,1), across(-2,-1)]]
+
+    def across(i, j):
+        return np.stack([left[i], left[i] * flip, left[j] * flip, left[j]])
+
+    return [
+        panel(inset(p), "glass", GLASS)
+        for p in [*sides, *(s[::-1] * flip for s in sides), across(0, 1), across(-2, -1)]
+    ]
 
 # %% ../nbs/06_city.ipynb #751e301b
 def car(
-    style:str,   # a key of SIZES
-    paint:tuple, # (3,) 0..1
-)->Mesh: # front towards +x
+    style: str,  # a key of SIZES
+    paint: tuple,  # (3,) 0..1
+) -> Mesh:  # front towards +x
     "A car, a van or a pickup of its nominal size."
-    l, w, h = SIZES[style]; half = w/2; r = .33; xs, ys = (-.30*l,.31*l), (1,-1)
-    hull = np.array([(x*l, z*h, half*(.97 if z < .3 else 1.)) for x,z in HULL])
-    cab = np.array([(x*l, z*h, half*(.96 - .20*max(z - .6, 0)/.4)) for x,z in CABINS[style]])
-    lamps = [box((.06,.36,.13), (x*l, y*half*.72, z*h), "lamp", c) for x,z,c in ((.483,.45,WHITE),(-.498,.46,RED)) for y in ys]
-    trim = [box((.04,.50,.12), (-.5*l,0,.36*h), "lamp", (.9,.9,.88)), box((.05,.9,.12), (.492*l,0,.32*h), "rubber", TYRE),
-            box((l*.985,w*.985,.1), (0,0,.15*h), "rubber", TYRE)]
-    mirrors = [box((.12,.18,.13), (.20*l,y*(half+.06),.6*h), "paint", paint) for y in ys]
-    bed = [box((l*.38,w*.84,.02), (-.29*l,0,.605*h), "rubber", (.13,.13,.14))]*(style == "pickup")
-    arches = [rod((x, y*(half-.1), r*1.2), (x, y*(half+.003), r*1.2), r*1.17, "rubber", (.05,.05,.05), 14) for x in xs for y in ys]
-    wheels = [wheel(x, y*(half+.01), r) for x in xs for y in ys]
-    return join([prism(hull,"paint",paint), prism(cab,"paint",paint), *windows(cab), *lamps, *trim, *mirrors, *bed, *arches, *wheels])
+    l, w, h = SIZES[style]
+    half = w / 2
+    r = 0.33
+    xs = (-0.30 * l, 0.31 * l)
+    ys = (1, -1)
+    hull = np.array([(x * l, z * h, half * (0.97 if z < 0.3 else 1.0)) for x, z in HULL])
+    cab = np.array([(x * l, z * h, half * (0.96 - 0.20 * max(z - 0.6, 0) / 0.4)) for x, z in CABINS[style]])
+    lamps = [
+        box((0.06, 0.36, 0.13), (x * l, y * half * 0.72, z * h), "lamp", c)
+        for x, z, c in ((0.483, 0.45, WHITE), (-0.498, 0.46, RED))
+        for y in ys
+    ]
+    trim = [
+        box((0.04, 0.50, 0.12), (-0.5 * l, 0, 0.36 * h), "lamp", (0.9, 0.9, 0.88)),
+        box((0.05, 0.9, 0.12), (0.492 * l, 0, 0.32 * h), "rubber", TYRE),
+        box((l * 0.985, w * 0.985, 0.1), (0, 0, 0.15 * h), "rubber", TYRE),
+    ]
+    mirrors = [box((0.12, 0.18, 0.13), (0.20 * l, y * (half + 0.06), 0.6 * h), "paint", paint) for y in ys]
+    bed = [box((l * 0.38, w * 0.84, 0.02), (-0.29 * l, 0, 0.605 * h), "rubber", (0.13, 0.13, 0.14))] * (
+        style == "pickup"
+    )
+    arches = [
+        rod(
+            (x, y * (half - 0.1), r * 1.2),
+            (x, y * (half + 0.003), r * 1.2),
+            r * 1.17,
+            "rubber",
+            (0.05, 0.05, 0.05),
+            14,
+        )
+        for x in xs
+        for y in ys
+    ]
+    wheels = [wheel(x, y * (half + 0.01), r) for x in xs for y in ys]
+    return join(
+        [
+            prism(hull, "paint", paint),
+            prism(cab, "paint", paint),
+            *windows(cab),
+            *lamps,
+            *trim,
+            *mirrors,
+            *bed,
+            *arches,
+            *wheels,
+        ]
+    )
 
 # %% ../nbs/06_city.ipynb #a9dbbf44
-TRUCKS = {"truck":(7.2,2.4,3.2), "bus":(11.5,2.55,3.1)} # m
+TRUCKS = {"truck": (7.2, 2.4, 3.2), "bus": (11.5, 2.55, 3.1)}  # m
+
 
 def truck(
-    paint:tuple, # (3,) of cab and box, 0..1
-)->Mesh: # front towards +x
+    paint: tuple,  # (3,) of cab and box, 0..1
+) -> Mesh:  # front towards +x
     "A medium truck with a box body."
-    l, w, h = TRUCKS["truck"]; half = w/2; top = .74*h; x0, x1 = .5*l - 1.9, .5*l; wide, slim = half*.95, half*.9
-    cab = np.array([(x0,.45,wide),(x0,top,slim),(x1-.7,top,slim),(x1-.12,.55*top,wide),(x1,.5*top,wide),(x1,.45,wide)])
-    side = np.array([(x0+.35,wide,.58*top),(x0+.35,slim,.92*top),(x1-.85,slim,.92*top),(x1-.45,wide,.58*top)])
-    front = np.array([cab[i][[0,2,1]]*[1,s,1] for i,s in ((2,1),(2,-1),(3,-1),(3,1))])
-    glass = [panel(inset(p,.93), "glass", GLASS) for p in (side, side[::-1]*[1,-1,1], front)]
-    body = [box((l-2.1,w,h-.9), (-1.0,0,.9), "plain", paint), box((l-.3,w*.9,.35), (0,0,.55), "rubber", TYRE)]
-    body += [box((.08,w*.9,.3), (x1,0,.45), "rubber", TYRE), box((.06,w*.4,.25), (x1-.01,0,.95), "rubber", TYRE)]
-    lamps = [box((.06,.35,.2), (x,y*half*.7,.85), "lamp", c) for x,c in ((x1,WHITE),(-x1+.02,RED)) for y in (1,-1)]
-    return join([prism(cab,"paint",paint), *glass, *body, *lamps, *[wheel(x*l, y*half, .46, .3) for x in (-.28,.33) for y in (1,-1)]])
+    l, w, h = TRUCKS["truck"]
+    half = w / 2
+    top = 0.74 * h
+    x0 = 0.5 * l - 1.9
+    x1 = 0.5 * l
+    wide = half * 0.95
+    slim = half * 0.9
+    cab = np.array(
+        [
+            (x0, 0.45, wide),
+            (x0, top, slim),
+            (x1 - 0.7, top, slim),
+            (x1 - 0.12, 0.55 * top, wide),
+            (x1, 0.5 * top, wide),
+            (x1, 0.45, wide),
+        ]
+    )
+    side = np.array(
+        [
+            (x0 + 0.35, wide, 0.58 * top),
+            (x0 + 0.35, slim, 0.92 * top),
+            (x1 - 0.85, slim, 0.92 * top),
+            (x1 - 0.45, wide, 0.58 * top),
+        ]
+    )
+    front = np.array([cab[i][[0, 2, 1]] * [1, s, 1] for i, s in ((2, 1), (2, -1), (3, -1), (3, 1))])
+    glass = [panel(inset(p, 0.93), "glass", GLASS) for p in (side, side[::-1] * [1, -1, 1], front)]
+    body = [
+        box((l - 2.1, w, h - 0.9), (-1.0, 0, 0.9), "plain", paint),
+        box((l - 0.3, w * 0.9, 0.35), (0, 0, 0.55), "rubber", TYRE),
+    ]
+    body += [
+        box((0.08, w * 0.9, 0.3), (x1, 0, 0.45), "rubber", TYRE),
+        box((0.06, w * 0.4, 0.25), (x1 - 0.01, 0, 0.95), "rubber", TYRE),
+    ]
+    lamps = [
+        box((0.06, 0.35, 0.2), (x, y * half * 0.7, 0.85), "lamp", c)
+        for x, c in ((x1, WHITE), (-x1 + 0.02, RED))
+        for y in (1, -1)
+    ]
+    return join(
+        [
+            prism(cab, "paint", paint),
+            *glass,
+            *body,
+            *lamps,
+            *[wheel(x * l, y * half, 0.46, 0.3) for x in (-0.28, 0.33) for y in (1, -1)],
+        ]
+    )
 
+# %% ../nbs/06_city.ipynb #67295d9f
 def bus(
-    paint:tuple, # (3,) 0..1
-)->Mesh: # front towards +x
+    paint: tuple,  # (3,) 0..1
+) -> Mesh:  # front towards +x
     "A city bus: a box with a row of windows."
-    l, w, h = TRUCKS["bus"]; half, ys = w/2, (1,-1); xs = np.arange(-.5*l + 1.1, .5*l - .6, 1.35)
-    body = [box((l,w,h-.35), (0,0,.35), "paint", paint, (.985,.96)), box((l*1.001,w*1.003,.28), (0,0,.75), "plain", (.75,.25,.12))]
-    panes = [box((1.2,.02,1.0), (x, y*(half*.985 + .005), 1.5), "glass", GLASS) for x in xs for y in ys]
-    ends = [box((.02,w*.85,1.1), (s*.497*l, 0, 1.4), "glass", GLASS) for s in (1,-1)]
-    lamps = [box((.05,.35,.2), (s*.5*l, y*half*.75, .8), "lamp", c) for s,c in ((1,WHITE),(-1,RED)) for y in ys]
-    return join([*body, *panes, *ends, *lamps, *[wheel(x*l, y*(half+.01), .48, .3) for x in (-.27,.31) for y in ys]])
+    l, w, h = TRUCKS["bus"]
+    half = w / 2
+    ys = (1, -1)
+    xs = np.arange(-0.5 * l + 1.1, 0.5 * l - 0.6, 1.35)
+    body = [
+        box((l, w, h - 0.35), (0, 0, 0.35), "paint", paint, (0.985, 0.96)),
+        box((l * 1.001, w * 1.003, 0.28), (0, 0, 0.75), "plain", (0.75, 0.25, 0.12)),
+    ]
+    panes = [
+        box((1.2, 0.02, 1.0), (x, y * (half * 0.985 + 0.005), 1.5), "glass", GLASS) for x in xs for y in ys
+    ]
+    ends = [box((0.02, w * 0.85, 1.1), (s * 0.497 * l, 0, 1.4), "glass", GLASS) for s in (1, -1)]
+    lamps = [
+        box((0.05, 0.35, 0.2), (s * 0.5 * l, y * half * 0.75, 0.8), "lamp", c)
+        for s, c in ((1, WHITE), (-1, RED))
+        for y in ys
+    ]
+    return join(
+        [
+            *body,
+            *panes,
+            *ends,
+            *lamps,
+            *[wheel(x * l, y * (half + 0.01), 0.48, 0.3) for x in (-0.27, 0.31) for y in ys],
+        ]
+    )
 
 # %% ../nbs/06_city.ipynb #f9503b72
-SKINS = [(.80,.62,.50),(.62,.45,.34),(.42,.29,.22)] # 0..1
-CLOTHES = [(.16,.19,.28),(.55,.14,.15),(.80,.78,.72),(.22,.34,.26),(.75,.60,.20),(.10,.10,.11),(.36,.45,.60)] # 0..1
+SKINS = [(0.80, 0.62, 0.50), (0.62, 0.45, 0.34), (0.42, 0.29, 0.22)]  # 0..1
+CLOTHES = [
+    (0.16, 0.19, 0.28),
+    (0.55, 0.14, 0.15),
+    (0.80, 0.78, 0.72),
+    (0.22, 0.34, 0.26),
+    (0.75, 0.60, 0.20),
+    (0.10, 0.10, 0.11),
+    (0.36, 0.45, 0.60),
+]  # 0..1
+
 
 def walker(
-    top:tuple,    # (3,) jacket, 0..1
-    legs:tuple,   # (3,) trousers, 0..1
-    skin:tuple,   # (3,) 0..1
-    height:float, # m
-)->Mesh: # facing +x
+    top: tuple,  # (3,) jacket, 0..1
+    legs: tuple,  # (3,) trousers, 0..1
+    skin: tuple,  # (3,) 0..1
+    height: float,  # m
+) -> Mesh:  # facing +x
     "A person walking."
-    k = height/1.80; sides = (1,-1)
-    limb = lambda a,b,r,c: rod(np.array(a)*k, np.array(b)*k, (r[0]*k,r[1]*k), "cloth", c, 7)
-    blob = lambda at,r,c: ball(np.array(at)*k, np.array(r)*k, "cloth", c)
-    stride = [limb((0,s*.10,.88), (s*.22,s*.10,.06), (.10,.065), legs) for s in sides]
-    shoes = [box((.26*k,.1*k,.08*k), (s*.24*k,s*.10*k,0), "rubber", TYRE) for s in sides]
-    arms = [limb((0,s*.22,1.42), (-s*.20,s*.25,.86), (.065,.05), top) for s in sides]
-    body = [blob((0,0,1.16), (.14,.21,.36), top), limb((0,0,1.42), (.02,0,1.6), (.06,.06), skin)]
-    return join([*stride, *shoes, *arms, *body, blob((.02,0,1.64), (.10,.085,.12), skin), blob((-.01,0,1.70), (.105,.095,.10), (.14,.10,.08))])
+    k = height / 1.80
+    sides = (1, -1)
+
+    def limb(a, b, r, c):
+        return rod(np.array(a) * k, np.array(b) * k, (r[0] * k, r[1] * k), "cloth", c, 7)
+
+    def blob(at, r, c):
+        return ball(np.array(at) * k, np.array(r) * k, "cloth", c)
+
+    stride = [limb((0, s * 0.10, 0.88), (s * 0.22, s * 0.10, 0.06), (0.10, 0.065), legs) for s in sides]
+    shoes = [
+        box((0.26 * k, 0.1 * k, 0.08 * k), (s * 0.24 * k, s * 0.10 * k, 0), "rubber", TYRE) for s in sides
+    ]
+    arms = [limb((0, s * 0.22, 1.42), (-s * 0.20, s * 0.25, 0.86), (0.065, 0.05), top) for s in sides]
+    body = [
+        blob((0, 0, 1.16), (0.14, 0.21, 0.36), top),
+        limb((0, 0, 1.42), (0.02, 0, 1.6), (0.06, 0.06), skin),
+    ]
+    return join(
+        [
+            *stride,
+            *shoes,
+            *arms,
+            *body,
+            blob((0.02, 0, 1.64), (0.10, 0.085, 0.12), skin),
+            blob((-0.01, 0, 1.70), (0.105, 0.095, 0.10), (0.14, 0.10, 0.08)),
+        ]
+    )
 
 # %% ../nbs/06_city.ipynb #24afdf77
-def bicycle()->Mesh: # facing +x, 1.75 m long
+def bicycle() -> Mesh:  # facing +x, 1.75 m long
     "Two wheels and a frame."
-    t = np.arange(15)*2*np.pi/14; tube = lambda a,b,r=.02: rod(a, b, r, "paint", (.6,.1,.1), 6)
-    rim = lambda x,a: (x + .32*np.cos(a), 0, .345 + .32*np.sin(a))
-    rings = [rod(rim(x,a), rim(x,b), .024, "rubber", TYRE, 5, False) for x in (-.53,.53) for a,b in zip(t,t[1:])]
-    joints = dict(rear=(-.53,0,.34), pedals=(-.05,0,.30), seat=(-.18,0,.92), post=(-.16,0,.80), head=(.38,0,.84), front=(.53,0,.34), stem=(.36,0,1.0))
-    frame = [tube(joints[a], joints[b]) for a,b in (("rear","pedals"),("pedals","seat"),("post","head"),("pedals","head"),("front","stem"))]
-    return join(rings + frame + [rod((.36,-.25,1.02),(.36,.25,1.02),.018,"rubber",TYRE,6), box((.24,.14,.07),(-.2,0,.92),"rubber",TYRE)])
+    t = np.arange(15) * 2 * np.pi / 14
+    tube = lambda a, b, r=0.02: rod(a, b, r, "paint", (0.6, 0.1, 0.1), 6)
 
+    def rim(x, a):
+        return (x + 0.32 * np.cos(a), 0, 0.345 + 0.32 * np.sin(a))
+
+    rings = [
+        rod(rim(x, a), rim(x, b), 0.024, "rubber", TYRE, 5, False)
+        for x in (-0.53, 0.53)
+        for a, b in zip(t, t[1:])
+    ]
+    joints = dict(
+        rear=(-0.53, 0, 0.34),
+        pedals=(-0.05, 0, 0.30),
+        seat=(-0.18, 0, 0.92),
+        post=(-0.16, 0, 0.80),
+        head=(0.38, 0, 0.84),
+        front=(0.53, 0, 0.34),
+        stem=(0.36, 0, 1.0),
+    )
+    frame = [
+        tube(joints[a], joints[b])
+        for a, b in (
+            ("rear", "pedals"),
+            ("pedals", "seat"),
+            ("post", "head"),
+            ("pedals", "head"),
+            ("front", "stem"),
+        )
+    ]
+    return join(
+        rings
+        + frame
+        + [
+            rod((0.36, -0.25, 1.02), (0.36, 0.25, 1.02), 0.018, "rubber", TYRE, 6),
+            box((0.24, 0.14, 0.07), (-0.2, 0, 0.92), "rubber", TYRE),
+        ]
+    )
+
+# %% ../nbs/06_city.ipynb #4fc83050
 def cyclist(
-    top:tuple,  # (3,) jacket, 0..1
-    legs:tuple, # (3,) trousers, 0..1
-    skin:tuple, # (3,) 0..1
-)->Mesh: # facing +x
+    top: tuple,  # (3,) jacket, 0..1
+    legs: tuple,  # (3,) trousers, 0..1
+    skin: tuple,  # (3,) 0..1
+) -> Mesh:  # facing +x
     "A rider on a bicycle."
-    limb = lambda a,b,r,c: rod(a, b, r, "cloth", c, 7); sides = (1,-1)
-    body = [limb((-.17,0,.98),(.12,0,1.42),(.15,.17),top), ball((.12,0,1.40),(.14,.20,.14),"cloth",top),
-            ball((.24,0,1.63),(.11,.09,.13),"cloth",skin), ball((.22,0,1.69),(.14,.11,.10),"plain",(.85,.85,.80))]
-    arms = [limb((.13,s*.18,1.38),(.36,s*.22,1.04),(.055,.04),top) for s in sides]
-    thighs = [limb((-.15,s*.10,.95),(.14,s*.10,.62 + s*.1),(.09,.07),legs) for s in sides]
-    shins = [limb((.14,s*.10,.62 + s*.1),(-.05,s*.10,.22 + s*.12),(.07,.05),legs) for s in sides]
+    limb = lambda a, b, r, c: rod(a, b, r, "cloth", c, 7)
+    sides = (1, -1)
+    body = [
+        limb((-0.17, 0, 0.98), (0.12, 0, 1.42), (0.15, 0.17), top),
+        ball((0.12, 0, 1.40), (0.14, 0.20, 0.14), "cloth", top),
+        ball((0.24, 0, 1.63), (0.11, 0.09, 0.13), "cloth", skin),
+        ball((0.22, 0, 1.69), (0.14, 0.11, 0.10), "plain", (0.85, 0.85, 0.80)),
+    ]
+    arms = [limb((0.13, s * 0.18, 1.38), (0.36, s * 0.22, 1.04), (0.055, 0.04), top) for s in sides]
+    thighs = [
+        limb((-0.15, s * 0.10, 0.95), (0.14, s * 0.10, 0.62 + s * 0.1), (0.09, 0.07), legs) for s in sides
+    ]
+    shins = [
+        limb((0.14, s * 0.10, 0.62 + s * 0.1), (-0.05, s * 0.10, 0.22 + s * 0.12), (0.07, 0.05), legs)
+        for s in sides
+    ]
     return join([bicycle(), *body, *arms, *thighs, *shins])
 
 # %% ../nbs/06_city.ipynb #9f34dd34
 @lru_cache(maxsize=None)
 def model(
-    kind:str, # a key of SIZES or TRUCKS
-)->Mesh: # of nominal size, painted pure red
+    kind: str,  # a key of SIZES or TRUCKS
+) -> Mesh:  # of nominal size, painted pure red
     "The shared model of a vehicle."
-    return car(kind, (1,0,0)) if kind in SIZES else {"truck":truck, "bus":bus}[kind]((1,0,0))
+    return car(kind, (1, 0, 0)) if kind in SIZES else {"truck": truck, "bus": bus}[kind]((1, 0, 0))
 
+# %% ../nbs/06_city.ipynb #d63b5315
 def recast(
-    mesh:Mesh,    # a shared model
-    k:np.ndarray, # (3,) scale
-    paint:tuple,  # (3,) replaces pure red
-)->Mesh: # a copy
+    mesh: Mesh,  # a shared model
+    k: np.ndarray,  # (3,) scale
+    paint: tuple,  # (3,) replaces pure red
+) -> Mesh:  # a copy
     "A model in another size and colour."
-    n = mesh.normal/k; red = (mesh.colour == [1,0,0]).all(1)
-    return Mesh(mesh.xyz*k, n/np.linalg.norm(n, axis=2, keepdims=True).clip(1e-12), mesh.material, np.where(red[:,None], paint, mesh.colour))
+    n = mesh.normal / k
+    red = (mesh.colour == [1, 0, 0]).all(1)
+    return Mesh(
+        mesh.xyz * k,
+        n / np.linalg.norm(n, axis=2, keepdims=True).clip(1e-12),
+        mesh.material,
+        np.where(red[:, None], paint, mesh.colour),
+    )
 
 # %% ../nbs/06_city.ipynb #fd13bb53
 @lru_cache(maxsize=None)
 def tree(
-    height:float, # m
-    crown:float,  # radius, m
-    hue:float,    # 0 dark green .. 1 light green
-    seed:int,     # of the crown's shape
-)->Mesh: # the trunk at the origin
+    height: float,  # m
+    crown: float,  # radius, m
+    hue: float,  # 0 dark green .. 1 light green
+    seed: int,  # of the crown's shape
+) -> Mesh:  # the trunk at the origin
     "A street tree: a trunk and a crown of rough balls."
-    g = np.random.default_rng(seed); base = np.array([.26 + .14*hue, .36 + .12*hue, .17 + .05*hue]); flat = np.array([1,1,.8])
-    spots = g.normal(size=(11,3)).clip(-1.5,1.5)*[.48,.48,.34]*crown + [0,0,height - .95*crown]
-    blobs = [ball(p, flat*crown*g.uniform(.34,.58), "leaf", base*g.uniform(.8,1.2), .22, 2, int(g.integers(1e6))) for p in spots]
-    return join([rod((0,0,0), (0,0,height - 1.1*crown), (.17,.09), "cloth", (.33,.27,.21)), *blobs])
+    g = np.random.default_rng(seed)
+    base = np.array([0.26 + 0.14 * hue, 0.36 + 0.12 * hue, 0.17 + 0.05 * hue])
+    flat = np.array([1, 1, 0.8])
+    spots = g.normal(size=(11, 3)).clip(-1.5, 1.5) * [0.48, 0.48, 0.34] * crown + [
+        0,
+        0,
+        height - 0.95 * crown,
+    ]
+    blobs = [
+        ball(
+            p,
+            flat * crown * g.uniform(0.34, 0.58),
+            "leaf",
+            base * g.uniform(0.8, 1.2),
+            0.22,
+            2,
+            int(g.integers(1e6)),
+        )
+        for p in spots
+    ]
+    return join(
+        [rod((0, 0, 0), (0, 0, height - 1.1 * crown), (0.17, 0.09), "cloth", (0.33, 0.27, 0.21)), *blobs]
+    )
 
 # %% ../nbs/06_city.ipynb #22e27a83
 @lru_cache(maxsize=None)
-def lamp_post()->Mesh: # the arm reaches towards +x
+def lamp_post() -> Mesh:  # the arm reaches towards +x
     "A street lamp."
-    grey = (.42,.44,.45)
-    return join([rod((0,0,0),(0,0,8),(.11,.07),"plain",grey), rod((0,0,8),(2.,0,8.3),.045,"plain",grey,6),
-                 box((.7,.25,.12),(2.2,0,8.25),"lamp",(.75,.75,.72))])
+    grey = (0.42, 0.44, 0.45)
+    return join(
+        [
+            rod((0, 0, 0), (0, 0, 8), (0.11, 0.07), "plain", grey),
+            rod((0, 0, 8), (2.0, 0, 8.3), 0.045, "plain", grey, 6),
+            box((0.7, 0.25, 0.12), (2.2, 0, 8.25), "lamp", (0.75, 0.75, 0.72)),
+        ]
+    )
 
+# %% ../nbs/06_city.ipynb #cf87282e
 @lru_cache(maxsize=None)
-def signal()->Mesh: # the arm reaches towards +x, its lamps face +y
+def signal() -> Mesh:  # the arm reaches towards +x, its lamps face +y
     "A traffic signal on an arm."
-    dark, pole = (.13,.14,.13), (.35,.37,.38); lights = ((.15,.75,.45),(.5,.35,.1),(.4,.08,.06))
-    head = lambda x,z: [box((.34,.3,1.0),(x,0,z),"plain",dark)] + [ball((x,.16,z+.2+.3*i),(.11,.05,.11),"lamp",c,0.,1) for i,c in enumerate(lights)]
-    return join([rod((0,0,0),(0,0,6.2),(.12,.09),"plain",pole), rod((0,0,5.9),(5,0,6.3),.06,"plain",pole,6), *head(5,5.5), *head(.35,3.)])
+    dark = (0.13, 0.14, 0.13)
+    pole = (0.35, 0.37, 0.38)
+    lights = ((0.15, 0.75, 0.45), (0.5, 0.35, 0.1), (0.4, 0.08, 0.06))
 
+    def head(x, z):
+        return [box((0.34, 0.3, 1.0), (x, 0, z), "plain", dark)] + [
+            ball((x, 0.16, z + 0.2 + 0.3 * i), (0.11, 0.05, 0.11), "lamp", c, 0.0, 1)
+            for i, c in enumerate(lights)
+        ]
+
+    return join(
+        [
+            rod((0, 0, 0), (0, 0, 6.2), (0.12, 0.09), "plain", pole),
+            rod((0, 0, 5.9), (5, 0, 6.3), 0.06, "plain", pole, 6),
+            *head(5, 5.5),
+            *head(0.35, 3.0),
+        ]
+    )
+
+# %% ../nbs/06_city.ipynb #b0e32031
 @lru_cache(maxsize=None)
-def utility_pole()->Mesh: # the cross-arm along y
+def utility_pole() -> Mesh:  # the cross-arm along y
     "A wooden pole with two cross-arms."
-    wood = (.34,.27,.21); arms = [box((.12,2.6,.14),(0,0,11-k),"cloth",wood) for k in (.7,1.8)]
-    insulators = [rod((0,y,10.44),(0,y,10.64),.05,"plain",(.6,.6,.58),5) for y in (-1.1,-.5,.5,1.1)]
-    return join([rod((0,0,0),(0,0,11),(.17,.12),"cloth",wood), *arms, *insulators, rod((.25,0,7.8),(.25,0,8.7),.22,"plain",(.45,.46,.47))])
+    wood = (0.34, 0.27, 0.21)
+    arms = [box((0.12, 2.6, 0.14), (0, 0, 11 - k), "cloth", wood) for k in (0.7, 1.8)]
+    insulators = [
+        rod((0, y, 10.44), (0, y, 10.64), 0.05, "plain", (0.6, 0.6, 0.58), 5) for y in (-1.1, -0.5, 0.5, 1.1)
+    ]
+    return join(
+        [
+            rod((0, 0, 0), (0, 0, 11), (0.17, 0.12), "cloth", wood),
+            *arms,
+            *insulators,
+            rod((0.25, 0, 7.8), (0.25, 0, 8.7), 0.22, "plain", (0.45, 0.46, 0.47)),
+        ]
+    )
 
 # %% ../nbs/06_city.ipynb #11bd93ad
 @lru_cache(maxsize=None)
-def small_things()->dict: # name -> Mesh
+def small_things() -> dict:  # name -> Mesh
     "Bin, hydrant, cone and sign."
-    c = np.arange(8)*2*np.pi/8 + np.pi/8; octagon = np.c_[np.full(8,-.04), .38*np.cos(c), 2.5 + .38*np.sin(c)][::-1]
-    yellow, orange, grey = (.80,.72,.30), (.90,.38,.12), (.55,.56,.56); ring = lambda a,b,r,c: rod((0,0,a),(0,0,b),r,"plain",c)
-    bin = [box((.6,.65,1.0),(0,0,.08),"plain",(.16,.27,.40),(1.08,1.05)), box((.72,.74,.08),(0,0,1.08),"plain",(.13,.22,.33))]
-    hydrant = [ring(0,.6,.12,yellow), ball((0,0,.62),(.13,.13,.13),"plain",yellow,0.,1), rod((0,-.2,.42),(0,.2,.42),.06,"plain",yellow,6)]
-    cone = [box((.36,.36,.04),(0,0,0),"rubber",TYRE)]
-    cone += [ring(*k) for k in ((.04,.42,(.14,.08),orange), (.42,.52,(.08,.062),WHITE), (.52,.70,(.062,.03),orange))]
-    sign = [rod((0,0,0),(0,0,2.9),.035,"plain",grey,6), panel(octagon,"lamp",(.70,.10,.10)), panel(octagon[::-1]+[.012,0,0],"plain",grey)]
+    c = np.arange(8) * 2 * np.pi / 8 + np.pi / 8
+    octagon = np.c_[np.full(8, -0.04), 0.38 * np.cos(c), 2.5 + 0.38 * np.sin(c)][::-1]
+    yellow = (0.80, 0.72, 0.30)
+    orange = (0.90, 0.38, 0.12)
+    grey = (0.55, 0.56, 0.56)
+
+    def ring(a, b, r, c):
+        return rod((0, 0, a), (0, 0, b), r, "plain", c)
+
+    bin = [
+        box((0.6, 0.65, 1.0), (0, 0, 0.08), "plain", (0.16, 0.27, 0.40), (1.08, 1.05)),
+        box((0.72, 0.74, 0.08), (0, 0, 1.08), "plain", (0.13, 0.22, 0.33)),
+    ]
+    hydrant = [
+        ring(0, 0.6, 0.12, yellow),
+        ball((0, 0, 0.62), (0.13, 0.13, 0.13), "plain", yellow, 0.0, 1),
+        rod((0, -0.2, 0.42), (0, 0.2, 0.42), 0.06, "plain", yellow, 6),
+    ]
+    cone = [box((0.36, 0.36, 0.04), (0, 0, 0), "rubber", TYRE)]
+    cone += [
+        ring(*k)
+        for k in (
+            (0.04, 0.42, (0.14, 0.08), orange),
+            (0.42, 0.52, (0.08, 0.062), WHITE),
+            (0.52, 0.70, (0.062, 0.03), orange),
+        )
+    ]
+    sign = [
+        rod((0, 0, 0), (0, 0, 2.9), 0.035, "plain", grey, 6),
+        panel(octagon, "lamp", (0.70, 0.10, 0.10)),
+        panel(octagon[::-1] + [0.012, 0, 0], "plain", grey),
+    ]
     return dict(bin=join(bin), hydrant=join(hydrant), cone=join(cone), sign=join(sign))
 
 # %% ../nbs/06_city.ipynb #bd089469
 def building(
-    size:tuple, # (3,) along the street, depth, height, m
-    wall:tuple, # (3,) 0..1
-    g:np.random.Generator, # for its details
-)->Mesh: # the front at -y
+    size: tuple,  # (3,) along the street, depth, height, m
+    wall: tuple,  # (3,) 0..1
+    g: np.random.Generator,  # for its details
+) -> Mesh:  # the front at -y
     "A house with a cornice and perhaps a ledge, awnings and a roof hut."
-    l, d, h = size; trim = tuple(np.clip(np.array(wall)*g.uniform(.7,1.25), 0, .95)); hut = (g.uniform(2,4), g.uniform(2,4), g.uniform(1.2,2.5))
-    parts = [box((l,d,h),(0,0,0),"wall",wall), box((l+.3,d+.3,.35),(0,0,h-.5),"plain",trim), box((l,.3,.6),(0,-d/2+.15,h),"plain",trim)]
-    if g.random() < .5: parts.append(box((l+.1,.14,.3),(0,-d/2-.05,3.75),"plain",trim))
-    if g.random() < .6: parts.append(box(hut,(g.uniform(-l/4,l/4),0,h),"plain",(.55,.55,.54)))
-    if g.random() < .5: parts += awnings(l, d, g)
+    l, d, h = size
+    trim = tuple(np.clip(np.array(wall) * g.uniform(0.7, 1.25), 0, 0.95))
+    hut = (g.uniform(2, 4), g.uniform(2, 4), g.uniform(1.2, 2.5))
+    parts = [
+        box((l, d, h), (0, 0, 0), "wall", wall),
+        box((l + 0.3, d + 0.3, 0.35), (0, 0, h - 0.5), "plain", trim),
+        box((l, 0.3, 0.6), (0, -d / 2 + 0.15, h), "plain", trim),
+    ]
+    if g.random() < 0.5:
+        parts.append(box((l + 0.1, 0.14, 0.3), (0, -d / 2 - 0.05, 3.75), "plain", trim))
+    if g.random() < 0.6:
+        parts.append(box(hut, (g.uniform(-l / 4, l / 4), 0, h), "plain", (0.55, 0.55, 0.54)))
+    if g.random() < 0.5:
+        parts += awnings(l, d, g)
     return join(parts)
 
+# %% ../nbs/06_city.ipynb #b9ecfad5
 def awnings(
-    l:float, # of the house along the street, m
-    d:float, # depth of the house, m
-    g:np.random.Generator, # for size and colour
-)->list: # of Mesh
+    l: float,  # of the house along the street, m
+    d: float,  # depth of the house, m
+    g: np.random.Generator,  # for size and colour
+) -> list:  # of Mesh
     "Sloping cloth above the shop windows."
-    cloth = tuple(g.choice([(.55,.14,.16),(.16,.30,.22),(.20,.24,.42),(.72,.62,.42)])); w = g.uniform(2.5,4.5)
-    p = prism(np.array([(-1.2,2.65,w/2),(-1.2,2.72,w/2),(0,3.3,w/2),(0,2.65,w/2)]), "cloth", cloth)
-    turn = lambda v: np.stack([-v[...,1], v[...,0], v[...,2]], -1)
-    return [replace(p, xyz=turn(p.xyz) + [x,-d/2,0], normal=turn(p.normal)) for x in np.arange(-l/2 + w, l/2 - w/2, w*1.6)]
+    cloth = tuple(g.choice([(0.55, 0.14, 0.16), (0.16, 0.30, 0.22), (0.20, 0.24, 0.42), (0.72, 0.62, 0.42)]))
+    w = g.uniform(2.5, 4.5)
+    p = prism(
+        np.array([(-1.2, 2.65, w / 2), (-1.2, 2.72, w / 2), (0, 3.3, w / 2), (0, 2.65, w / 2)]),
+        "cloth",
+        cloth,
+    )
+
+    def turn(v):
+        return np.stack([-v[..., 1], v[..., 0], v[..., 2]], -1)
+
+    return [
+        replace(p, xyz=turn(p.xyz) + [x, -d / 2, 0], normal=turn(p.normal))
+        for x in np.arange(-l / 2 + w, l / 2 - w / 2, w * 1.6)
+    ]
 
 # %% ../nbs/06_city.ipynb #4a8761e6
 def arc(
-    pose:np.ndarray, # (...,3) x, y, heading
-    d:np.ndarray,    # (...,) m
-    bend:np.ndarray, # (...,) curvature, 1/m
-)->np.ndarray: # (...,3) pose after `d` metres
+    pose: np.ndarray,  # (...,3) x, y, heading
+    d: np.ndarray,  # (...,) m
+    bend: np.ndarray,  # (...,) curvature, 1/m
+) -> np.ndarray:  # (...,3) pose after `d` metres
     "Step along a circle, or along a line where the curvature is 0."
-    half = np.asarray(bend*d/2); chord = d*np.where(half == 0, 1, np.sin(half)/np.where(half == 0, 1, half))
-    out = np.array(pose, float); a = out[...,2] + half
-    out[...,0] += chord*np.cos(a); out[...,1] += chord*np.sin(a); out[...,2] += 2*half
+    half = np.asarray(bend * d / 2)
+    chord = d * np.where(half == 0, 1, np.sin(half) / np.where(half == 0, 1, half))
+    out = np.array(pose, float)
+    a = out[..., 2] + half
+    out[..., 0] += chord * np.cos(a)
+    out[..., 1] += chord * np.sin(a)
+    out[..., 2] += 2 * half
     return out
 
 # %% ../nbs/06_city.ipynb #f4bd0c47
 @dataclass
 class Motion:
     "A path in the street's plane and the speed along it."
-    start:tuple             # x, y in m and heading in rad at time 0
-    path:tuple=((1.,0.),)   # segments: length m, curvature 1/m; the last one goes on
-    speed:tuple=((0.,0.),)  # knots: time s, speed m/s; constant outside them
+
+    start: tuple  # x, y in m and heading in rad at time 0
+    path: tuple = ((1.0, 0.0),)  # segments: length m, curvature 1/m; the last one goes on
+    speed: tuple = ((0.0, 0.0),)  # knots: time s, speed m/s; constant outside them
 
     @property
-    def moves(self)->bool: # False for what stands throughout
+    def moves(self) -> bool:  # False for what stands throughout
         "Whether it ever has a speed."
-        return any(v != 0 for _,v in self.speed)
+        return any(v != 0 for _, v in self.speed)
 
     @cached_property
-    def _times(self)->tuple: # knots s, speeds m/s, accelerations m/s^2, metres since time 0
+    def _times(self) -> tuple:  # knots s, speeds m/s, accelerations m/s^2, metres since time 0
         "The speed's table, held constant at both ends."
-        t, v = np.array(self.speed, float).T; t, v = np.r_[-1e3, t, 1e3], np.r_[v[0], v, v[-1]]; a = np.r_[np.diff(v)/np.diff(t).clip(1e-9), 0]
-        far = np.r_[0, np.cumsum(np.diff(t)*(v[1:] + v[:-1])/2)]; i = np.searchsorted(t, 0, "right") - 1
-        return t, v, a, far - (far[i] - t[i]*v[i] + t[i]**2*a[i]/2)
+        t, v = np.array(self.speed, float).T
+        t = np.r_[-1e3, t, 1e3]
+        v = np.r_[v[0], v, v[-1]]
+        a = np.r_[np.diff(v) / np.diff(t).clip(1e-9), 0]
+        far = np.r_[0, np.cumsum(np.diff(t) * (v[1:] + v[:-1]) / 2)]
+        i = np.searchsorted(t, 0, "right") - 1
+        return t, v, a, far - (far[i] - t[i] * v[i] + t[i] ** 2 * a[i] / 2)
 
     @cached_property
-    def _places(self)->tuple: # metres along, pose and curvature at the start of each segment
+    def _places(self) -> tuple:  # metres along, pose and curvature at the start of each segment
         "The path's table."
-        length, bend = np.array(self.path, float).T; knots = [np.array(self.start, float)]
-        for l,k in zip(length, bend): knots.append(arc(knots[-1], l, k))
+        length, bend = np.array(self.path, float).T
+        knots = [np.array(self.start, float)]
+        for l, k in zip(length, bend):
+            knots.append(arc(knots[-1], l, k))
         return np.r_[0, np.cumsum(length)[:-1]], np.array(knots), bend
 
 # %% ../nbs/06_city.ipynb #62896e65
 @patch
-def travelled(self:Motion,
-    tau:np.ndarray, # (N,) s since the log's start
-)->np.ndarray: # (N,) m along the path since time 0
+def travelled(
+    self: Motion,
+    tau: np.ndarray,  # (N,) s since the log's start
+) -> np.ndarray:  # (N,) m along the path since time 0
     "Distance: the integral of the speed."
-    t, v, a, far = self._times; i = np.searchsorted(t, tau, "right") - 1; d = tau - t[i]
-    return far[i] + d*v[i] + d*d/2*a[i]
+    t, v, a, far = self._times
+    i = np.searchsorted(t, tau, "right") - 1
+    d = tau - t[i]
+    return far[i] + d * v[i] + d * d / 2 * a[i]
 
+# %% ../nbs/06_city.ipynb #30bdc267
 @patch
-def pose(self:Motion,
-    tau:np.ndarray, # (N,) s since the log's start
-)->np.ndarray: # (N,3) x, y in m and heading in rad, street frame
+def pose(
+    self: Motion,
+    tau: np.ndarray,  # (N,) s since the log's start
+) -> np.ndarray:  # (N,3) x, y in m and heading in rad, street frame
     "Where it is and where it points."
-    s = self.travelled(tau); begin, knots, bend = self._places; i = (np.searchsorted(begin, s, "right") - 1).clip(0)
+    s = self.travelled(tau)
+    begin, knots, bend = self._places
+    i = (np.searchsorted(begin, s, "right") - 1).clip(0)
     return arc(knots[i], s - begin[i], bend[i])
 
+# %% ../nbs/06_city.ipynb #3c305677
 @patch
-def rate(self:Motion,
-    tau:np.ndarray, # (N,) s since the log's start
-)->np.ndarray: # (N,) m/s
+def rate(
+    self: Motion,
+    tau: np.ndarray,  # (N,) s since the log's start
+) -> np.ndarray:  # (N,) m/s
     "Speed along the path."
-    t, v, a, _ = self._times; i = np.searchsorted(t, tau, "right") - 1
-    return v[i] + (tau - t[i])*a[i]
+    t, v, a, _ = self._times
+    i = np.searchsorted(t, tau, "right") - 1
+    return v[i] + (tau - t[i]) * a[i]
 
 # %% ../nbs/06_city.ipynb #72d2b2ac
 @dataclass
 class Thing:
     "A solid that stands or moves in the street."
-    mesh:Mesh          # own frame: x forward, z up, origin on the ground
-    motion:Motion      # own frame to street
-    label:str=""       # PandaSet's class, empty for scenery
-    z:float=0.         # ground height below it, m
-    seed:int=0         # of its texture
-    size:tuple=(1,1,1) # length, width, height of its box, m
-    uuid:str=""        # track id
+
+    mesh: Mesh  # own frame: x forward, z up, origin on the ground
+    motion: Motion  # own frame to street
+    label: str = ""  # PandaSet's class, empty for scenery
+    z: float = 0.0  # ground height below it, m
+    seed: int = 0  # of its texture
+    size: tuple = (1, 1, 1)  # length, width, height of its box, m
+    uuid: str = ""  # track id
 
 # %% ../nbs/06_city.ipynb #d185c139
 @dataclass
 class Layout:
     "Widths and crossings of one street, in the street's frame."
-    lanes:int=1               # lanes per direction
-    lane:float=3.4            # width of a lane, m
-    park:float=2.4            # width of a parking lane, m
-    walk:float=3.8            # width of the pavement, m
-    crossings:tuple=(60.,170.) # x of the cross streets' centre lines, m
-    kerb:float=.15            # height of the pavement, m
-    sun:tuple=(.3,.4,.866)    # (3,) direction to the sun
-    light:float=.6            # 0 overcast .. 1 clear
-    tint:int=0                # seed of the ground and the sky
+
+    lanes: int = 1  # lanes per direction
+    lane: float = 3.4  # width of a lane, m
+    park: float = 2.4  # width of a parking lane, m
+    walk: float = 3.8  # width of the pavement, m
+    crossings: tuple = (60.0, 170.0)  # x of the cross streets' centre lines, m
+    kerb: float = 0.15  # height of the pavement, m
+    sun: tuple = (0.3, 0.4, 0.866)  # (3,) direction to the sun
+    light: float = 0.6  # 0 overcast .. 1 clear
+    tint: int = 0  # seed of the ground and the sky
 
     @property
-    def half(self)->float: # m
+    def half(self) -> float:  # m
         "Half the width between the main street's kerbs."
-        return self.lanes*self.lane + self.park
+        return self.lanes * self.lane + self.park
 
     @property
-    def cross(self)->float: # m
+    def cross(self) -> float:  # m
         "Half the width between a cross street's kerbs."
         return self.lane + self.park
 
-    def blocks(self)->np.ndarray: # (B,4) x0, x1, y0, y1, m
+    def blocks(self) -> np.ndarray:  # (B,4) x0, x1, y0, y1, m
         "The raised rectangles between the streets."
-        xs = np.r_[-170, np.ravel([(x - self.cross, x + self.cross) for x in self.crossings]), 380].reshape(-1,2)
-        return np.array([[a,b,*y] for a,b in xs for y in ((self.half,120.),(-120.,-self.half))])
+        xs = np.r_[-170, np.ravel([(x - self.cross, x + self.cross) for x in self.crossings]), 380].reshape(
+            -1, 2
+        )
+        return np.array([[a, b, *y] for a, b in xs for y in ((self.half, 120.0), (-120.0, -self.half))])
 
 # %% ../nbs/06_city.ipynb #d01e2255
 class Edge(NamedTuple):
     "One side of a block that faces a street."
-    p:np.ndarray  # (2,) start, m
-    e:np.ndarray  # (2,) unit direction along it
-    n:np.ndarray  # (2,) unit normal into the block
-    length:float  # m
+
+    p: np.ndarray  # (2,) start, m
+    e: np.ndarray  # (2,) unit direction along it
+    n: np.ndarray  # (2,) unit normal into the block
+    length: float  # m
 
     @property
-    def left(self)->bool: # True when the block is on the left of the direction
+    def left(self) -> bool:  # True when the block is on the left of the direction
         "Which side the block is on."
-        return bool(self.e[0]*self.n[1] > self.e[1]*self.n[0])
+        return bool(self.e[0] * self.n[1] > self.e[1] * self.n[0])
 
-    def at(self,
-        s:float, # m along
-        d:float, # m inwards
-        turn:float=0., # rad, added to the edge's heading
-    )->Motion: # standing
+    def at(
+        self,
+        s: float,  # m along
+        d: float,  # m inwards
+        turn: float = 0.0,  # rad, added to the edge's heading
+    ) -> Motion:  # standing
         "A standing pose beside the edge."
-        x, y = self.p + self.e*s + self.n*d
+        x, y = self.p + self.e * s + self.n * d
         return Motion((float(x), float(y), float(np.arctan2(self.e[1], self.e[0]) + turn)))
 
 # %% ../nbs/06_city.ipynb #874af3a9
 def edges(
-    lay:Layout, # the street
-)->list: # of Edge: for each block the main street's, then its cross streets'
+    lay: Layout,  # the street
+) -> list:  # of Edge: for each block the main street's, then its cross streets'
     "All sides of the blocks that face a street."
-    X, Y = np.eye(2); out = []
-    for x0,x1,y0,y1 in lay.blocks():
-        y, up = (y0,1.) if y0 > 0 else (y1,-1.)
-        out.append(Edge(np.array([x0,y]), X, Y*up, x1 - x0))
-        out += [Edge(np.array([x,y]) + 17*Y*up, Y*up, X*to, 100.) for x,to in ((x0,1.),(x1,-1.)) if -160 < x < 360]
+    X, Y = np.eye(2)
+    out = []
+    for x0, x1, y0, y1 in lay.blocks():
+        y, up = (y0, 1.0) if y0 > 0 else (y1, -1.0)
+        out.append(Edge(np.array([x0, y]), X, Y * up, x1 - x0))
+        out += [
+            Edge(np.array([x, y]) + 17 * Y * up, Y * up, X * to, 100.0)
+            for x, to in ((x0, 1.0), (x1, -1.0))
+            if -160 < x < 360
+        ]
     return out
 
 # %% ../nbs/06_city.ipynb #b5f8d7ad
-WALLS = [(.62,.30,.22),(.52,.24,.19),(.78,.74,.66),(.70,.68,.64),(.60,.58,.50),(.84,.82,.78),
-         (.55,.50,.45),(.66,.60,.46),(.48,.53,.58),(.72,.56,.44)] # 0..1
+WALLS = [
+    (0.62, 0.30, 0.22),
+    (0.52, 0.24, 0.19),
+    (0.78, 0.74, 0.66),
+    (0.70, 0.68, 0.64),
+    (0.60, 0.58, 0.50),
+    (0.84, 0.82, 0.78),
+    (0.55, 0.50, 0.45),
+    (0.66, 0.60, 0.46),
+    (0.48, 0.53, 0.58),
+    (0.72, 0.56, 0.44),
+]  # 0..1
+
 
 def houses(
-    g:np.random.Generator, # of the log
-    edge:Edge,  # where
-    lay:Layout, # the street
-)->list: # of Thing
+    g: np.random.Generator,  # of the log
+    edge: Edge,  # where
+    lay: Layout,  # the street
+) -> list:  # of Thing
     "A row of houses along one edge."
-    s, out = 1., []
+    s = 1.0
+    out = []
     while s < edge.length - 9:
-        l, d, h = min(g.uniform(9,24), edge.length - s - 1), g.uniform(11,15), g.choice([1,1,2,2,3,4])*3.4 + 4.6
-        front = lay.walk + g.uniform(0,.5); mesh = building((l,d,h), tuple(np.array(WALLS[g.integers(len(WALLS))])*g.uniform(.85,1.1)), g)
-        out.append(Thing(mesh, edge.at(s + l/2, front + d/2, np.pi*(not edge.left)), seed=int(g.integers(1<<30)), z=lay.kerb, size=(l,d,h)))
-        s += l + g.choice([.02,.02,2.5])
+        l = min(g.uniform(9, 24), edge.length - s - 1)
+        d = g.uniform(11, 15)
+        h = g.choice([1, 1, 2, 2, 3, 4]) * 3.4 + 4.6
+        front = lay.walk + g.uniform(0, 0.5)
+        mesh = building((l, d, h), tuple(np.array(WALLS[g.integers(len(WALLS))]) * g.uniform(0.85, 1.1)), g)
+        out.append(
+            Thing(
+                mesh,
+                edge.at(s + l / 2, front + d / 2, np.pi * (not edge.left)),
+                seed=int(g.integers(1 << 30)),
+                z=lay.kerb,
+                size=(l, d, h),
+            )
+        )
+        s += l + g.choice([0.02, 0.02, 2.5])
     return out
 
 # %% ../nbs/06_city.ipynb #d5fe53a2
 def labelled(
-    mesh:Mesh,     # own frame
-    motion:Motion, # its path
-    label:str,     # PandaSet's class, may be empty
-    g:np.random.Generator, # of the log
-    z:float=0.,    # ground below it, m
-)->Thing: # with a box around its mesh and a track id
+    mesh: Mesh,  # own frame
+    motion: Motion,  # its path
+    label: str,  # PandaSet's class, may be empty
+    g: np.random.Generator,  # of the log
+    z: float = 0.0,  # ground below it, m
+) -> Thing:  # with a box around its mesh and a track id
     "Wrap a mesh as a thing, its origin moved to the middle of its box."
-    lo, hi = mesh.xyz.reshape(-1,3).min(0), mesh.xyz.reshape(-1,3).max(0)
-    mesh = replace(mesh, xyz=mesh.xyz - np.r_[(lo + hi)[:2]/2, 0])
-    return Thing(mesh, motion, label, z, int(g.integers(1<<30)), (*(hi - lo)[:2], hi[2]), str(uuid.UUID(bytes=g.bytes(16), version=4)))
+    lo = mesh.xyz.reshape(-1, 3).min(0)
+    hi = mesh.xyz.reshape(-1, 3).max(0)
+    mesh = replace(mesh, xyz=mesh.xyz - np.r_[(lo + hi)[:2] / 2, 0])
+    return Thing(
+        mesh,
+        motion,
+        label,
+        z,
+        int(g.integers(1 << 30)),
+        (*(hi - lo)[:2], hi[2]),
+        str(uuid.UUID(bytes=g.bytes(16), version=4)),
+    )
 
+# %% ../nbs/06_city.ipynb #83e665b7
 def vehicle(
-    g:np.random.Generator, # of the log
-    motion:Motion,         # its path
-    kind:str="",           # a key of SIZES or TRUCKS; drawn when empty
-)->Thing: # labelled
+    g: np.random.Generator,  # of the log
+    motion: Motion,  # its path
+    kind: str = "",  # a key of SIZES or TRUCKS; drawn when empty
+) -> Thing:  # labelled
     "A road vehicle of a drawn kind, size and colour."
-    kind = kind or str(g.choice(["sedan","sedan","hatch","suv","suv","pickup","van"])); paint = PAINTS[g.integers(len(PAINTS))]
-    mesh = recast(model(kind), np.round(g.uniform(.96,1.04, 3), 3), (.86,.86,.84) if kind == "bus" else paint)
-    return labelled(mesh, motion, {"truck":"Medium-sized Truck", "bus":"Bus", "pickup":"Pickup Truck"}.get(kind, "Car"), g)
+    kind = kind or str(g.choice(["sedan", "sedan", "hatch", "suv", "suv", "pickup", "van"]))
+    paint = PAINTS[g.integers(len(PAINTS))]
+    mesh = recast(
+        model(kind), np.round(g.uniform(0.96, 1.04, 3), 3), (0.86, 0.86, 0.84) if kind == "bus" else paint
+    )
+    return labelled(
+        mesh,
+        motion,
+        {"truck": "Medium-sized Truck", "bus": "Bus", "pickup": "Pickup Truck"}.get(kind, "Car"),
+        g,
+    )
 
 # %% ../nbs/06_city.ipynb #47bdb9b4
 def parked(
-    g:np.random.Generator, # of the log
-    edge:Edge,  # where
-    lay:Layout, # the street
-)->list: # of Thing
+    g: np.random.Generator,  # of the log
+    edge: Edge,  # where
+    lay: Layout,  # the street
+) -> list:  # of Thing
     "A row of parked cars outside the kerb, facing with the traffic."
-    out, s, full = [], g.uniform(9,12), g.uniform(.5,.85)
+    out = []
+    s = g.uniform(9, 12)
+    full = g.uniform(0.5, 0.85)
     while s < edge.length - 9:
-        if g.random() < full: out.append(vehicle(g, edge.at(s, -1.15 + g.normal()*.06, np.pi*edge.left + g.normal()*.01)))
-        s += g.uniform(5.9,7.2)
+        if g.random() < full:
+            out.append(
+                vehicle(g, edge.at(s, -1.15 + g.normal() * 0.06, np.pi * edge.left + g.normal() * 0.01))
+            )
+        s += g.uniform(5.9, 7.2)
     return out
 
 # %% ../nbs/06_city.ipynb #30395fe9
 def greens(
-    g:np.random.Generator, # of the log
-    edge:Edge,  # where
-    lay:Layout, # the street
-)->list: # of Thing
+    g: np.random.Generator,  # of the log
+    edge: Edge,  # where
+    lay: Layout,  # the street
+) -> list:  # of Thing
     "Trees, lamps, poles and small things on the kerb side of the pavement."
-    out, s, k, leafy, hue = [], g.uniform(4,9), int(g.integers(3)), g.uniform(.35,.75), g.uniform()
+    out = []
+    s = g.uniform(4, 9)
+    k = int(g.integers(3))
+    leafy = g.uniform(0.35, 0.75)
+    hue = g.uniform()
     while s < edge.length - 4:
-        k += 1; what, label, d, turn = None, "", .6, np.pi*edge.left
-        if k%4 == 0: what, turn = (utility_pole(), 0.) if edge.left else (lamp_post(), np.pi/2)
+        k += 1
+        what = None
+        label = ""
+        d = 0.6
+        turn = np.pi * edge.left
+        if k % 4 == 0:
+            what, turn = (utility_pole(), 0.0) if edge.left else (lamp_post(), np.pi / 2)
         elif g.random() < leafy:
-            what, d = tree(7., 2.1, round(float(np.clip(hue + g.integers(-1,2)*.2, 0, 1)), 1), int(g.integers(6))), 1.1
-            what = recast(what, g.uniform(.75,1.2)*np.r_[g.uniform(.85,1.15)*np.ones(2), 1], (1,0,0))
-        elif g.random() < .8:
-            name = str(g.choice(["bin","bin","hydrant","sign","cone"])); what = small_things()[name]
-            label = {"bin":"Rolling Containers", "cone":"Cones", "sign":"Signs"}.get(name, "")
-        if what: out.append(labelled(what, edge.at(s, d, turn), label, g, lay.kerb))
-        s += g.uniform(5.5,10)
+            what = tree(
+                7.0, 2.1, round(float(np.clip(hue + g.integers(-1, 2) * 0.2, 0, 1)), 1), int(g.integers(6))
+            )
+            d = 1.1
+            what = recast(
+                what, g.uniform(0.75, 1.2) * np.r_[g.uniform(0.85, 1.15) * np.ones(2), 1], (1, 0, 0)
+            )
+        elif g.random() < 0.8:
+            name = str(g.choice(["bin", "bin", "hydrant", "sign", "cone"]))
+            what = small_things()[name]
+            label = {"bin": "Rolling Containers", "cone": "Cones", "sign": "Signs"}.get(name, "")
+        if what:
+            out.append(labelled(what, edge.at(s, d, turn), label, g, lay.kerb))
+        s += g.uniform(5.5, 10)
     return out
 
 # %% ../nbs/06_city.ipynb #9604f8b6
 def scenery(
-    g:np.random.Generator, # of the log
-    lay:Layout,            # the street
-)->list: # of Thing, all standing
+    g: np.random.Generator,  # of the log
+    lay: Layout,  # the street
+) -> list:  # of Thing, all standing
     "Everything that does not move: ground, blocks, houses, trees, parked cars, signals, a skyline."
-    plain = 1500*np.array([[-1,-1,0],[1,-1,0],[1,1,0],[-1,1,0]])
-    out = [Thing(quads([plain], "road", (.35,.35,.36)), Motion((0,0,0)))]
-    for x0,x1,y0,y1 in lay.blocks():
-        size = (x1 - x0, y1 - y0, lay.kerb); side = 1. if y0 > 0 else -1.
-        out.append(Thing(box(size, (0,0,0), "slab", (.56,.55,.53)), Motion(((x0+x1)/2,(y0+y1)/2,0)), size=size))
-        if x0 > -160: out.append(Thing(signal(), Motion((x0+1., side*(lay.half+1), -side*np.pi/2)), z=lay.kerb, seed=1))
-    for edge in edges(lay): out += houses(g, edge, lay) + greens(g, edge, lay) + parked(g, edge, lay)
+    plain = 1500 * np.array([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]])
+    out = [Thing(quads([plain], "road", (0.35, 0.35, 0.36)), Motion((0, 0, 0)))]
+    for x0, x1, y0, y1 in lay.blocks():
+        size = (x1 - x0, y1 - y0, lay.kerb)
+        side = 1.0 if y0 > 0 else -1.0
+        out.append(
+            Thing(
+                box(size, (0, 0, 0), "slab", (0.56, 0.55, 0.53)),
+                Motion(((x0 + x1) / 2, (y0 + y1) / 2, 0)),
+                size=size,
+            )
+        )
+        if x0 > -160:
+            out.append(
+                Thing(
+                    signal(), Motion((x0 + 1.0, side * (lay.half + 1), -side * np.pi / 2)), z=lay.kerb, seed=1
+                )
+            )
+    for edge in edges(lay):
+        out += houses(g, edge, lay) + greens(g, edge, lay) + parked(g, edge, lay)
     return out + skyline(g, lay)
 
+# %% ../nbs/06_city.ipynb #f704775c
 def skyline(
-    g:np.random.Generator, # of the log
-    lay:Layout,            # the street
-)->list: # of Thing
+    g: np.random.Generator,  # of the log
+    lay: Layout,  # the street
+) -> list:  # of Thing
     "Towers in the distance, and a house across the end of every street."
-    grey = lambda: tuple(g.uniform(.5,.7)*np.array([.95,1,1.06]))
-    size = lambda: (g.uniform(15,40), g.uniform(15,40), g.uniform(25,110)*(.5 + g.random()))
-    place = [(np.cos(a)*r, np.sin(a)*r, g.uniform(0,6.28), size()) for a,r in zip(g.uniform(0,6.28,26), g.uniform(430,900,26))]
-    place += [(x + g.uniform(-4,4), s*g.uniform(150,190), np.pi*(s > 0), (34.,14.,g.choice([9.,12.,16.]))) for x in lay.crossings for s in (1,-1)]
-    place += [(s*450 + 20, g.uniform(-5,5), s*np.pi/2, (46.,16.,g.choice([14.,22.]))) for s in (1,-1)]
-    return [Thing(box(z,(0,0,0),"wall",grey()), Motion((x,y,a)), seed=int(g.integers(1<<30)), size=z) for x,y,a,z in place]
+
+    def grey():
+        return tuple(g.uniform(0.5, 0.7) * np.array([0.95, 1, 1.06]))
+
+    def size():
+        return (g.uniform(15, 40), g.uniform(15, 40), g.uniform(25, 110) * (0.5 + g.random()))
+
+    place = [
+        (np.cos(a) * r, np.sin(a) * r, g.uniform(0, 6.28), size())
+        for a, r in zip(g.uniform(0, 6.28, 26), g.uniform(430, 900, 26))
+    ]
+    place += [
+        (
+            x + g.uniform(-4, 4),
+            s * g.uniform(150, 190),
+            np.pi * (s > 0),
+            (34.0, 14.0, g.choice([9.0, 12.0, 16.0])),
+        )
+        for x in lay.crossings
+        for s in (1, -1)
+    ]
+    place += [
+        (s * 450 + 20, g.uniform(-5, 5), s * np.pi / 2, (46.0, 16.0, g.choice([14.0, 22.0]))) for s in (1, -1)
+    ]
+    return [
+        Thing(box(z, (0, 0, 0), "wall", grey()), Motion((x, y, a)), seed=int(g.integers(1 << 30)), size=z)
+        for x, y, a, z in place
+    ]
 
 # %% ../nbs/06_city.ipynb #0c2f7190
 def turn(
-    at:float,     # m before the corner begins
-    side:int,     # 1 left, -1 right
-    radius:float, # m
-)->tuple: # segments
+    at: float,  # m before the corner begins
+    side: int,  # 1 left, -1 right
+    radius: float,  # m
+) -> tuple:  # segments
     "A path that goes straight, around a corner, and on."
-    return ((max(at, .01), 0.), (radius*np.pi/2, side/radius), (400., 0.))
+    return ((max(at, 0.01), 0.0), (radius * np.pi / 2, side / radius), (400.0, 0.0))
 
+# %% ../nbs/06_city.ipynb #1bf3d227
 def swerve(
-    at:float,    # m before it begins
-    shift:float, # m to the left
-    length:float=26., # m it takes
-)->tuple: # segments
+    at: float,  # m before it begins
+    shift: float,  # m to the left
+    length: float = 26.0,  # m it takes
+) -> tuple:  # segments
     "A lane change: two arcs of opposite bend."
-    k = 4*shift/length**2
-    return ((max(at, .01), 0.), (length/2, k), (length/2, -k), (400., 0.))
+    k = 4 * shift / length**2
+    return ((max(at, 0.01), 0.0), (length / 2, k), (length / 2, -k), (400.0, 0.0))
 
 # %% ../nbs/06_city.ipynb #34743364
 class Drive(NamedTuple):
     "What a log's ego car does."
-    name:str      # in words
-    speed:tuple   # knots: s, and m/s as a multiple of the log's cruising speed
-    meets:float   # s when it reaches the crossing
-    side:int=0    # 1 turns left there, -1 right, 0 goes on
-    lanes:int=0   # lanes the street must have, 0 any
 
-DRIVES = [Drive("cruises", ((0,1),(4,.9),(8,1)), 4.5, lanes=2), Drive("brakes to a stop", ((0,1),(1.2,1),(5.2,0),(6.6,0),(8,.35)), 5.2),
-          Drive("turns right", ((0,1),(2.6,.48),(5,.5),(8,1)), 2.8, -1), Drive("pulls away", ((0,0),(.8,.03),(5,.95),(8,1.05)), 4.),
-          Drive("turns left", ((0,.9),(2.4,.52),(5,.55),(8,.95)), 2.6, 1), Drive("changes lanes", ((0,1),(8,1.05)), 6., lanes=2)]
+    name: str  # in words
+    speed: tuple  # knots: s, and m/s as a multiple of the log's cruising speed
+    meets: float  # s when it reaches the crossing
+    side: int = 0  # 1 turns left there, -1 right, 0 goes on
+    lanes: int = 0  # lanes the street must have, 0 any
+
+# %% ../nbs/06_city.ipynb #919f789c
+DRIVES = [
+    Drive("cruises", ((0, 1), (4, 0.9), (8, 1)), 4.5, lanes=2),
+    Drive("brakes to a stop", ((0, 1), (1.2, 1), (5.2, 0), (6.6, 0), (8, 0.35)), 5.2),
+    Drive("turns right", ((0, 1), (2.6, 0.48), (5, 0.5), (8, 1)), 2.8, -1),
+    Drive("pulls away", ((0, 0), (0.8, 0.03), (5, 0.95), (8, 1.05)), 4.0),
+    Drive("turns left", ((0, 0.9), (2.4, 0.52), (5, 0.55), (8, 0.95)), 2.6, 1),
+    Drive("changes lanes", ((0, 1), (8, 1.05)), 6.0, lanes=2),
+]
+
 
 def drive(
-    n:int,                 # the log's number
-    g:np.random.Generator, # of the log
-)->tuple: # Layout and the ego's Motion, its start at x = 0
+    n: int,  # the log's number
+    g: np.random.Generator,  # of the log
+) -> tuple:  # Layout and the ego's Motion, its start at x = 0
     "The drive of a log and the street that suits it."
-    what, v, lane = DRIVES[(n - 1)%6], g.uniform(8.,11.4), Layout.lane; lanes = what.lanes or int(g.integers(1,3))
-    m = Motion((0., -lane*(.5 + (what.side < 0)*(lanes - 1)), 0.), speed=tuple((t, k*v) for t,k in what.speed))
-    far = float(m.travelled(np.array([what.meets]))[0]); radius = 8. if what.side < 0 else 9. + lanes*lane/2
-    path = turn(far, what.side, radius) if what.side else swerve(far*.3, -lane) if what.name == "changes lanes" else ((400.,0.),)
-    x = far + radius - what.side*lane/2 if what.side else far + 9.2 + 7*(what.name == "brakes to a stop")
-    a, up = g.uniform(0,2*np.pi), g.uniform(.5,1.); sun = (np.cos(a)*np.cos(up), np.sin(a)*np.cos(up), np.sin(up))
-    return Layout(lanes, crossings=(x, x + g.uniform(105,130)), sun=sun, light=g.uniform(.3,1.), tint=int(g.integers(1000))), replace(m, path=path)
+    what = DRIVES[(n - 1) % 6]
+    v = g.uniform(8.0, 11.4)
+    lane = Layout.lane
+    lanes = what.lanes or int(g.integers(1, 3))
+    m = Motion(
+        (0.0, -lane * (0.5 + (what.side < 0) * (lanes - 1)), 0.0),
+        speed=tuple((t, k * v) for t, k in what.speed),
+    )
+    far = float(m.travelled(np.array([what.meets]))[0])
+    radius = 8.0 if what.side < 0 else 9.0 + lanes * lane / 2
+    path = (
+        turn(far, what.side, radius)
+        if what.side
+        else swerve(far * 0.3, -lane)
+        if what.name == "changes lanes"
+        else ((400.0, 0.0),)
+    )
+    x = (
+        far + radius - what.side * lane / 2
+        if what.side
+        else far + 9.2 + 7 * (what.name == "brakes to a stop")
+    )
+    a = g.uniform(0, 2 * np.pi)
+    up = g.uniform(0.5, 1.0)
+    sun = (np.cos(a) * np.cos(up), np.sin(a) * np.cos(up), np.sin(up))
+    return Layout(
+        lanes,
+        crossings=(x, x + g.uniform(105, 130)),
+        sun=sun,
+        light=g.uniform(0.3, 1.0),
+        tint=int(g.integers(1000)),
+    ), replace(m, path=path)
 
 # %% ../nbs/06_city.ipynb #c5374453
 def discs(
-    thing:Thing,     # with a size and a motion
-    tau:np.ndarray,  # (T,) s
-)->tuple: # centres (T,K,2) m and the radius m
+    thing: Thing,  # with a size and a motion
+    tau: np.ndarray,  # (T,) s
+) -> tuple:  # centres (T,K,2) m and the radius m
     "A road user as a row of discs."
-    l, w = thing.size[:2]; k = max(1, int(np.ceil(l/w))); off = np.linspace(-(l - w)/2, (l - w)/2, k) if k > 1 else np.zeros(1)
+    l, w = thing.size[:2]
+    k = max(1, int(np.ceil(l / w)))
+    off = np.linspace(-(l - w) / 2, (l - w) / 2, k) if k > 1 else np.zeros(1)
     x, y, h = thing.motion.pose(tau).T
-    return np.stack([x[:,None] + off*np.cos(h)[:,None], y[:,None] + off*np.sin(h)[:,None]], -1), w/2
+    return np.stack([x[:, None] + off * np.cos(h)[:, None], y[:, None] + off * np.sin(h)[:, None]], -1), w / 2
 
+# %% ../nbs/06_city.ipynb #c61cdd5a
 def clears(
-    c:np.ndarray, # (T,K,2) m
-    r:float,      # m
-    others:list,  # of (centres, radius)
-    gap:float=.35, # m kept free
-)->bool: # True when it never touches
+    c: np.ndarray,  # (T,K,2) m
+    r: float,  # m
+    others: list,  # of (centres, radius)
+    gap: float = 0.35,  # m kept free
+) -> bool:  # True when it never touches
     "Whether a road user keeps its distance from all others at all times."
-    lo, hi = c.min((0,1)), c.max((0,1))
-    for o,ro in others:
-        far = r + ro + gap; o = o[:,((o > lo - far) & (o < hi + far)).all(-1).any(0)] # only those that come near its whole path
-        if o.size and (((c[:,:,None] - o[:,None])**2).sum(-1) < far**2).any(): return False
+    lo = c.min((0, 1))
+    hi = c.max((0, 1))
+    for o, ro in others:
+        far = r + ro + gap
+        o = o[:, ((o > lo - far) & (o < hi + far)).all(-1).any(0)]  # only those that come near its whole path
+        if o.size and (((c[:, :, None] - o[:, None]) ** 2).sum(-1) < far**2).any():
+            return False
     return True
 
 # %% ../nbs/06_city.ipynb #9bf0b061
 def cars_to_try(
-    g:np.random.Generator, # of the log
-    lay:Layout,            # the street
-    ego:Motion,            # the ego's drive
-)->list: # of functions that draw a Thing
+    g: np.random.Generator,  # of the log
+    lay: Layout,  # the street
+    ego: Motion,  # the ego's drive
+) -> list:  # of functions that draw a Thing
     "Vehicles on the main street: ahead of the ego, beside it, turning off, oncoming."
-    lane, xc, u = lay.lane, lay.crossings[0], g.uniform; pick = lambda *kinds: str(g.choice(kinds)); on = ((600.,0.),)
-    vary = lambda v: ((0,v),(u(1,4),v*u(.6,1.15)),(8,v*u(.7,1.15))) if g.random() < .6 else ((0,v),(8,v))
-    pace = lambda: tuple((t + .3, max(0., min(v*u(.95,1.1), 12.))) for t,v in ego.speed)
-    my_lane = lambda: -lane*(.5 + g.integers(lay.lanes)); bend = 6.5 if lay.lanes == 1 else 8.
-    own = lambda: vehicle(g, Motion((u(13,32), ego.start[1], 0.), on, pace()), pick("suv","sedan","hatch","pickup","van","truck"))
-    same = lambda: vehicle(g, Motion((u(-30,130), my_lane(), 0.), on, vary(u(5,11))), pick("","","truck","bus"))
-    off = lambda x: Motion((x, -lane*(lay.lanes - .5), 0.), turn(xc - lane/2 - bend - x, -1, bend), ((0,u(6,9)),(2,4.5),(8,5.5)))
-    anti = lambda: vehicle(g, Motion((u(15,190), -my_lane(), np.pi), on, vary(u(5,11))), pick("","","","truck","bus"))
-    return [own]*3 + [same]*(5 + 3*lay.lanes) + [lambda: vehicle(g, off(xc - u(14,40)))]*2 + [anti]*(7 + 3*lay.lanes)
+    lane = lay.lane
+    xc = lay.crossings[0]
+    u = g.uniform
+
+    def pick(*kinds):
+        return str(g.choice(kinds))
+
+    on = ((600.0, 0.0),)
+
+    def vary(v):
+        return (
+            ((0, v), (u(1, 4), v * u(0.6, 1.15)), (8, v * u(0.7, 1.15)))
+            if g.random() < 0.6
+            else ((0, v), (8, v))
+        )
+
+    def pace():
+        return tuple((t + 0.3, max(0.0, min(v * u(0.95, 1.1), 12.0))) for t, v in ego.speed)
+
+    my_lane = lambda: -lane * (0.5 + g.integers(lay.lanes))
+    bend = 6.5 if lay.lanes == 1 else 8.0
+
+    def own():
+        return vehicle(
+            g,
+            Motion((u(13, 32), ego.start[1], 0.0), on, pace()),
+            pick("suv", "sedan", "hatch", "pickup", "van", "truck"),
+        )
+
+    def same():
+        return vehicle(
+            g, Motion((u(-30, 130), my_lane(), 0.0), on, vary(u(5, 11))), pick("", "", "truck", "bus")
+        )
+
+    def off(x):
+        return Motion(
+            (x, -lane * (lay.lanes - 0.5), 0.0),
+            turn(xc - lane / 2 - bend - x, -1, bend),
+            ((0, u(6, 9)), (2, 4.5), (8, 5.5)),
+        )
+
+    def anti():
+        return vehicle(
+            g, Motion((u(15, 190), -my_lane(), np.pi), on, vary(u(5, 11))), pick("", "", "", "truck", "bus")
+        )
+
+    return (
+        [own] * 3
+        + [same] * (5 + 3 * lay.lanes)
+        + [lambda: vehicle(g, off(xc - u(14, 40)))] * 2
+        + [anti] * (7 + 3 * lay.lanes)
+    )
 
 # %% ../nbs/06_city.ipynb #05c451dd
 def crossing_to_try(
-    g:np.random.Generator, # of the log
-    lay:Layout,            # the street
-    ego:Motion,            # the ego's drive
-)->list: # of functions that draw a Thing
+    g: np.random.Generator,  # of the log
+    lay: Layout,  # the street
+    ego: Motion,  # the ego's drive
+) -> list:  # of functions that draw a Thing
     "Vehicles on the cross streets: passing, waiting, and ahead of an ego that turns in."
-    lane, (xc, xd), u = lay.lane, lay.crossings, g.uniform; on = ((600.,0.),); side = np.sign(ego.path[1][1]) if len(ego.path) == 3 else 0
-    along = lambda x,y,s,*speed: vehicle(g, Motion((x + s*lane/2, y, s*np.pi/2), on, speed))
-    passing = lambda s: along(g.choice([xc,xc,xd]), -s*u(8,55), s, (0,u(4,10)), (8,u(4,10)))
-    waiting = lambda s: along(xc, -s*(lay.half + 5.5), s, (0,0.), (u(3,7),0.), (9.5,7.))
-    beyond = lambda s: along(xc, side*u(22,100), s, (0,u(3,7)), (3,u(3,7)), (8,u(4,9)))
-    either = lambda f: lambda: f(g.choice([1,-1]))
-    return [either(passing)]*6 + [either(waiting)]*3 + [lambda: beyond(side)]*3*int(abs(side)) + [lambda: beyond(-side)]*5*int(abs(side))
+    lane, (xc, xd), u = lay.lane, lay.crossings, g.uniform
+    on = ((600.0, 0.0),)
+    side = np.sign(ego.path[1][1]) if len(ego.path) == 3 else 0
+
+    def along(x, y, s, *speed):
+        return vehicle(g, Motion((x + s * lane / 2, y, s * np.pi / 2), on, speed))
+
+    def passing(s):
+        return along(g.choice([xc, xc, xd]), -s * u(8, 55), s, (0, u(4, 10)), (8, u(4, 10)))
+
+    def waiting(s):
+        return along(xc, -s * (lay.half + 5.5), s, (0, 0.0), (u(3, 7), 0.0), (9.5, 7.0))
+
+    def beyond(s):
+        return along(xc, side * u(22, 100), s, (0, u(3, 7)), (3, u(3, 7)), (8, u(4, 9)))
+
+    def either(f):
+        return lambda: f(g.choice([1, -1]))
+
+    return (
+        [either(passing)] * 6
+        + [either(waiting)] * 3
+        + [lambda: beyond(side)] * 3 * int(abs(side))
+        + [lambda: beyond(-side)] * 5 * int(abs(side))
+    )
 
 # %% ../nbs/06_city.ipynb #b9254fa8
 def people_to_try(
-    g:np.random.Generator, # of the log
-    lay:Layout,            # the street
-    ego:Motion,            # the ego's drive
-)->list: # of functions that draw a Thing
+    g: np.random.Generator,  # of the log
+    lay: Layout,  # the street
+    ego: Motion,  # the ego's drive
+) -> list:  # of functions that draw a Thing
     "Walkers on the pavements, on the crossings and between parked cars."
-    u, xc, coin = g.uniform, lay.crossings[0], lambda: g.choice([1,-1]); cloth = lambda: CLOTHES[g.integers(7)]; skin = lambda: SKINS[g.integers(3)]
-    walks = lambda *at: Motion(at, ((200.,0.),), ((0,u(.9,1.7)),(8,u(.9,1.7))))
-    person = lambda x,y,h,z: labelled(walker(cloth(), cloth(), skin(), u(1.55,1.9)), walks(x, y, h), "Pedestrian", g, z)
-    along = lambda s: person(u(2,100), coin()*(lay.half + u(1.9,3.0)), 0. if s > 0 else np.pi, lay.kerb)
-    round_corner = lambda s: person(xc + coin()*(lay.cross + u(1.9,3.0)), coin()*u(12,70), s*np.pi/2, lay.kerb)
-    zebra = lambda s: person(xc + coin()*(lay.cross + u(1.6,3.6)), s*u(0, lay.half - 1), -s*np.pi/2, 0.)
-    over = lambda s: person(u(12,90), s*(lay.half - lay.park), -s*np.pi/2, 0.)
-    either = lambda f: lambda: f(coin())
-    return [either(f) for f,n in ((along,14),(round_corner,6),(zebra,5),(over,4)) for _ in range(n)]
+    u = g.uniform
+    xc = lay.crossings[0]
+
+    def coin():
+        return g.choice([1, -1])
+
+    def cloth():
+        return CLOTHES[g.integers(7)]
+
+    def skin():
+        return SKINS[g.integers(3)]
+
+    def walks(*at):
+        return Motion(at, ((200.0, 0.0),), ((0, u(0.9, 1.7)), (8, u(0.9, 1.7))))
+
+    def person(x, y, h, z):
+        return labelled(walker(cloth(), cloth(), skin(), u(1.55, 1.9)), walks(x, y, h), "Pedestrian", g, z)
+
+    def along(s):
+        return person(u(2, 100), coin() * (lay.half + u(1.9, 3.0)), 0.0 if s > 0 else np.pi, lay.kerb)
+
+    def round_corner(s):
+        return person(xc + coin() * (lay.cross + u(1.9, 3.0)), coin() * u(12, 70), s * np.pi / 2, lay.kerb)
+
+    def zebra(s):
+        return person(xc + coin() * (lay.cross + u(1.6, 3.6)), s * u(0, lay.half - 1), -s * np.pi / 2, 0.0)
+
+    def over(s):
+        return person(u(12, 90), s * (lay.half - lay.park), -s * np.pi / 2, 0.0)
+
+    def either(f):
+        return lambda: f(coin())
+
+    return [either(f) for f, n in ((along, 14), (round_corner, 6), (zebra, 5), (over, 4)) for _ in range(n)]
 
 # %% ../nbs/06_city.ipynb #0c8cbd51
 def riders_to_try(
-    g:np.random.Generator, # of the log
-    lay:Layout,            # the street
-    ego:Motion,            # the ego's drive
-)->list: # of functions that draw a Thing
+    g: np.random.Generator,  # of the log
+    lay: Layout,  # the street
+    ego: Motion,  # the ego's drive
+) -> list:  # of functions that draw a Thing
     "Cyclists: at the edge of the lane, on both streets."
-    u, xc = g.uniform, lay.crossings[0]; cloth = lambda: CLOTHES[g.integers(7)]; edge = lay.half - lay.park - .5
-    rider = lambda *at: labelled(cyclist(cloth(), cloth(), SKINS[g.integers(3)]), Motion(at, ((400.,0.),), ((0,u(3,6.5)),(8,u(3,6.5)))), "Bicycle", g)
-    main = lambda s: rider(u(5,70), -s*edge, 0. if s > 0 else np.pi)
-    cross = lambda s: rider(xc + s*(lay.lane - .5), -s*u(5,30), s*np.pi/2)
-    return [lambda f=f: f(g.choice([1,-1])) for f in (main, main, main, cross)]
+    u = g.uniform
+    xc = lay.crossings[0]
+
+    def cloth():
+        return CLOTHES[g.integers(7)]
+
+    edge = lay.half - lay.park - 0.5
+
+    def rider(*at):
+        return labelled(
+            cyclist(cloth(), cloth(), SKINS[g.integers(3)]),
+            Motion(at, ((400.0, 0.0),), ((0, u(3, 6.5)), (8, u(3, 6.5)))),
+            "Bicycle",
+            g,
+        )
+
+    def main(s):
+        return rider(u(5, 70), -s * edge, 0.0 if s > 0 else np.pi)
+
+    def cross(s):
+        return rider(xc + s * (lay.lane - 0.5), -s * u(5, 30), s * np.pi / 2)
+
+    return [lambda f=f: f(g.choice([1, -1])) for f in (main, main, main, cross)]
 
 # %% ../nbs/06_city.ipynb #9971f45d
 def traffic(
-    g:np.random.Generator, # of the log
-    lay:Layout,            # the street
-    ego:Motion,            # the ego's drive
-    standing:list,         # of Thing, scenery
-)->list: # of Thing, all clear of one another and of the ego
+    g: np.random.Generator,  # of the log
+    lay: Layout,  # the street
+    ego: Motion,  # the ego's drive
+    standing: list,  # of Thing, scenery
+) -> list:  # of Thing, all clear of one another and of the ego
     "Draw actors until every idea had its tries; keep those that touch nothing."
-    tau = np.arange(-.3, 8.4, .1); kept = []; ego_box = Thing(standing[0].mesh, ego, size=(16.,2.3,1.8)) # with room to see
+    tau = np.arange(-0.3, 8.4, 0.1)
+    kept = []
+    ego_box = Thing(standing[0].mesh, ego, size=(16.0, 2.3, 1.8))  # with room to see
     still = np.concatenate([discs(t, tau[:1])[0] for t in standing if t.label], 1)
-    taken = [discs(ego_box, tau), (still, .95)]
-    for make in (f for ideas in (riders_to_try, cars_to_try, crossing_to_try, people_to_try) for f in ideas(g, lay, ego)):
-        thing = make(); c, r = discs(thing, tau)
-        if clears(c, r, taken): kept.append(thing); taken.append((c, r))
+    taken = [discs(ego_box, tau), (still, 0.95)]
+    for make in (
+        f
+        for ideas in (riders_to_try, cars_to_try, crossing_to_try, people_to_try)
+        for f in ideas(g, lay, ego)
+    ):
+        thing = make()
+        c, r = discs(thing, tau)
+        if clears(c, r, taken):
+            kept.append(thing)
+            taken.append((c, r))
     return kept
 
 # %% ../nbs/06_city.ipynb #fc4aa440
-RIG = pd.DataFrame({ # intrinsics at 1920x1080 px; pose in the LiDAR frame (x right, y forward, z up) m; quaternion w x y z; ms after the LiDAR stamp
-    "front_camera":       (1970.01,1970.01,970.00,483.30,  .000, .853,1.808, .70825,-.70590,-.00824,-.00513, -49.84),
-    "front_left_camera":  ( 929.84, 930.06,972.18,508.01, -.645,1.517,1.533, .62014,-.61823,-.34042, .34254, -60.64),
-    "front_right_camera": ( 930.04, 930.03,965.05,463.42,  .601,1.488,1.604, .62540,-.61261, .34222,-.34129, -39.06),
-    "left_camera":        ( 930.45, 930.09,991.69,541.61, -.536, .554,1.579, .49914,-.48715,-.50443, .50901, -81.20),
-    "right_camera":       ( 922.55, 922.42,945.06,517.58,  .695, .593,1.552, .51059,-.50158, .49069,-.49693, -18.55),
-    "back_camera":        ( 933.47, 934.68,896.47,507.36,  .033,-.249,1.652, .01199,-.00941, .70588,-.70817, -99.88)},
-    index="fx fy cx cy x y z qw qx qy qz offset".split())
-BEAMS = np.r_[14.882,11.032,8.059,5.057,3.040, 2.028 - .1675*np.arange(49),
-              -7.076,-8.,-9.,-9.98,-10.96,-11.94,-12.92,-13.88,-18.889,-24.897] # degrees
-SCANNER = dict(at=(0.,.757,1.847), pitch=.0158, axle=.37) # m and rad in the LiDAR frame; axle: its height above the road, m
-SWEEP = .1 # s per turn; the seam is behind the car
-_AHEAD = quat_to_mat(RIG.loc[["qw","qx","qy","qz"]].values.T)[:,:,2] # each camera's viewing direction in the LiDAR frame
-_HEADING = np.degrees(np.arctan2(_AHEAD[:,0], _AHEAD[:,1])) # degrees right of forward
+RIG = pd.DataFrame(
+    {  # intrinsics at 1920x1080 px; pose in the LiDAR frame (x right, y forward, z up) m; quaternion w x y z; ms after the LiDAR stamp
+        "front_camera": (
+            1970.01,
+            1970.01,
+            970.00,
+            483.30,
+            0.000,
+            0.853,
+            1.808,
+            0.70825,
+            -0.70590,
+            -0.00824,
+            -0.00513,
+            -49.84,
+        ),
+        "front_left_camera": (
+            929.84,
+            930.06,
+            972.18,
+            508.01,
+            -0.645,
+            1.517,
+            1.533,
+            0.62014,
+            -0.61823,
+            -0.34042,
+            0.34254,
+            -60.64,
+        ),
+        "front_right_camera": (
+            930.04,
+            930.03,
+            965.05,
+            463.42,
+            0.601,
+            1.488,
+            1.604,
+            0.62540,
+            -0.61261,
+            0.34222,
+            -0.34129,
+            -39.06,
+        ),
+        "left_camera": (
+            930.45,
+            930.09,
+            991.69,
+            541.61,
+            -0.536,
+            0.554,
+            1.579,
+            0.49914,
+            -0.48715,
+            -0.50443,
+            0.50901,
+            -81.20,
+        ),
+        "right_camera": (
+            922.55,
+            922.42,
+            945.06,
+            517.58,
+            0.695,
+            0.593,
+            1.552,
+            0.51059,
+            -0.50158,
+            0.49069,
+            -0.49693,
+            -18.55,
+        ),
+        "back_camera": (
+            933.47,
+            934.68,
+            896.47,
+            507.36,
+            0.033,
+            -0.249,
+            1.652,
+            0.01199,
+            -0.00941,
+            0.70588,
+            -0.70817,
+            -99.88,
+        ),
+    },
+    index="fx fy cx cy x y z qw qx qy qz offset".split(),
+)
+BEAMS = np.r_[
+    14.882,
+    11.032,
+    8.059,
+    5.057,
+    3.040,
+    2.028 - 0.1675 * np.arange(49),
+    -7.076,
+    -8.0,
+    -9.0,
+    -9.98,
+    -10.96,
+    -11.94,
+    -12.92,
+    -13.88,
+    -18.889,
+    -24.897,
+]  # degrees
+SCANNER = dict(
+    at=(0.0, 0.757, 1.847), pitch=0.0158, axle=0.37
+)  # m and rad in the LiDAR frame; axle: its height above the road, m
+SWEEP = 0.1  # s per turn; the seam is behind the car
+_AHEAD = quat_to_mat(RIG.loc[["qw", "qx", "qy", "qz"]].values.T)[
+    :, :, 2
+]  # each camera's viewing direction in the LiDAR frame
+_HEADING = np.degrees(np.arctan2(_AHEAD[:, 0], _AHEAD[:, 1]))  # degrees right of forward
 
 # %% ../nbs/06_city.ipynb #31c5863f
 def ego_pose(
-    ego:Motion,      # the ego's drive
-    tau:np.ndarray,  # (N,) s since the log's start
-)->np.ndarray: # (N,4,4) LiDAR frame (x right, y forward, z up) to street
+    ego: Motion,  # the ego's drive
+    tau: np.ndarray,  # (N,) s since the log's start
+) -> np.ndarray:  # (N,4,4) LiDAR frame (x right, y forward, z up) to street
     "The pose PandaSet stores, at any instant."
-    x, y, h = ego.pose(tau).T; a = (h - np.pi/2)/2; q = np.stack([np.cos(a), 0*a, 0*a, np.sin(a)], -1)
-    return se3(quat_to_mat(q), np.stack([x, y, 0*x + SCANNER["axle"]], -1))
+    x, y, h = ego.pose(tau).T
+    a = (h - np.pi / 2) / 2
+    q = np.stack([np.cos(a), 0 * a, 0 * a, np.sin(a)], -1)
+    return se3(quat_to_mat(q), np.stack([x, y, 0 * x + SCANNER["axle"]], -1))
 
+# %% ../nbs/06_city.ipynb #4bc57450
 @dataclass
 class Street:
     "One log's world: its layout, its solids and the ego's drive."
-    layout:Layout    # widths, crossings, sun
-    ego:Motion       # of the point below the LiDAR frame's origin
-    things:list      # of Thing; the standing ones first
-    standing:int     # how many of them never move
-    world:np.ndarray # (4,4) street to the log's world frame
 
+    layout: Layout  # widths, crossings, sun
+    ego: Motion  # of the point below the LiDAR frame's origin
+    things: list  # of Thing; the standing ones first
+    standing: int  # how many of them never move
+    world: np.ndarray  # (4,4) street to the log's world frame
+
+# %% ../nbs/06_city.ipynb #1049be4c
 def make_street(
-    log_id:str, # e.g. "001"
-    seed:int=0, # of the city
-)->Street: # the same for the same arguments
+    log_id: str,  # e.g. "001"
+    seed: int = 0,  # of the city
+) -> Street:  # the same for the same arguments
     "Draw one log's street, traffic and world frame."
-    g = np.random.default_rng([seed, int(log_id)]); lay, ego = drive(int(log_id), g)
-    still = scenery(g, lay); moving = traffic(g, lay, ego, still)
-    first = ego_pose(ego, np.zeros(1))[0]; a = g.uniform(0, 2*np.pi); spin = quat_to_mat(np.array([np.cos(a/2),0,0,np.sin(a/2)]))
-    return Street(lay, ego, still + moving, len(still), se3(spin, -spin @ first[:3,3]))
+    g = np.random.default_rng([seed, int(log_id)])
+    lay, ego = drive(int(log_id), g)
+    still = scenery(g, lay)
+    moving = traffic(g, lay, ego, still)
+    first = ego_pose(ego, np.zeros(1))[0]
+    a = g.uniform(0, 2 * np.pi)
+    spin = quat_to_mat(np.array([np.cos(a / 2), 0, 0, np.sin(a / 2)]))
+    return Street(lay, ego, still + moving, len(still), se3(spin, -spin @ first[:3, 3]))
 
 # %% ../nbs/06_city.ipynb #1190ae2f
 def turned(
-    v:np.ndarray, # (...,3)
-    a:np.ndarray, # (...,) rad
-)->np.ndarray: # (...,3)
+    v: np.ndarray,  # (...,3)
+    a: np.ndarray,  # (...,) rad
+) -> np.ndarray:  # (...,3)
     "Turn vectors about the vertical."
-    c, s = np.cos(a), np.sin(a)
-    return np.stack([v[...,0]*c - v[...,1]*s, v[...,0]*s + v[...,1]*c, v[...,2]], -1)
+    c = np.cos(a)
+    s = np.sin(a)
+    return np.stack([v[..., 0] * c - v[..., 1] * s, v[..., 0] * s + v[..., 1] * c, v[..., 2]], -1)
 
+# %% ../nbs/06_city.ipynb #dd1c5dd9
 def tree_of(
-    xyz:np.ndarray, # (F,3,3) m
-)->EmbreeScene: # its face numbers are the soup's
+    xyz: np.ndarray,  # (F,3,3) m
+) -> EmbreeScene:  # its face numbers are the soup's
     "A search tree over a soup."
-    scene = EmbreeScene(); TriangleMesh(scene, np.ascontiguousarray(xyz, np.float32))
+    scene = EmbreeScene()
+    TriangleMesh(scene, np.ascontiguousarray(xyz, np.float32))
     return scene
 
+# %% ../nbs/06_city.ipynb #cf3a8222
 def nearest(
-    scene:EmbreeScene, # a search tree
-    o:np.ndarray,      # (N,3) m
-    d:np.ndarray,      # (N,3) unit
-)->tuple: # t (N,) m in the precision of `o`, inf for a miss; face (N,); uv (N,2)
+    scene: EmbreeScene,  # a search tree
+    o: np.ndarray,  # (N,3) m
+    d: np.ndarray,  # (N,3) unit
+) -> tuple:  # t (N,) m in the precision of `o`, inf for a miss; face (N,); uv (N,2)
     "Nearest hits in one tree."
-    r = scene.run(np.ascontiguousarray(o, np.float32), np.ascontiguousarray(d, np.float32), output=1); face = r["primID"].astype(np.int64)
+    r = scene.run(np.ascontiguousarray(o, np.float32), np.ascontiguousarray(d, np.float32), output=1)
+    face = r["primID"].astype(np.int64)
     return np.where(face < 0, np.inf, r["tfar"]).astype(o.dtype), face, np.stack([r["u"], r["v"]], -1)
 
 # %% ../nbs/06_city.ipynb #cda1c5e9
 class Stage:
     "A street made ready for rays."
-    def __init__(self,
-        street:Street, # one log's world
-    )->None:
+
+    def __init__(
+        self,
+        street: Street,  # one log's world
+    ) -> None:
         "Build the search trees and one table of faces."
         self.street, things, n = street, street.things, street.standing
-        self.pose0, self.z = np.array([t.motion.pose(np.zeros(1))[0] for t in things]), np.array([t.z for t in things])
-        self.base0 = np.c_[self.pose0[:,:2], self.z, self.pose0[:,2]]
-        self.seed, self.size = np.array([t.seed for t in things]), np.array([t.size for t in things], np.float32)
-        self.first = np.r_[0, np.cumsum([len(t.mesh) for t in things])]; self.owner = np.repeat(np.arange(len(things)), np.diff(self.first))
+        self.pose0 = np.array([t.motion.pose(np.zeros(1))[0] for t in things])
+        self.z = np.array([t.z for t in things])
+        self.base0 = np.c_[self.pose0[:, :2], self.z, self.pose0[:, 2]]
+        self.seed = np.array([t.seed for t in things])
+        self.size = np.array([t.size for t in things], np.float32)
+        self.first = np.r_[0, np.cumsum([len(t.mesh) for t in things])]
+        self.owner = np.repeat(np.arange(len(things)), np.diff(self.first))
         every = join([t.mesh for t in things])
-        self.normal, self.material, self.colour = every.normal.astype(np.float32), every.material, every.colour.astype(np.float32)
-        o = self.owner[:self.first[n]]; base = np.c_[self.pose0[:,:2], self.z]
-        self.still = tree_of(turned(every.xyz[:len(o)], self.pose0[o,None,2]) + base[o,None])
+        self.normal = every.normal.astype(np.float32)
+        self.material = every.material
+        self.colour = every.colour.astype(np.float32)
+        o = self.owner[: self.first[n]]
+        base = np.c_[self.pose0[:, :2], self.z]
+        self.still = tree_of(turned(every.xyz[: len(o)], self.pose0[o, None, 2]) + base[o, None])
         self.movers = {i: tree_of(things[i].mesh.xyz) for i in range(n, len(things))}
         self.boxed = np.array([bool(t.label) for t in things[:n]])
-        self.middle = np.c_[np.zeros((len(things),2)), self.size[:,2]/2 + self.z]; self.radius = np.linalg.norm(self.size, axis=1)/2 + .3
+        self.middle = np.c_[np.zeros((len(things), 2)), self.size[:, 2] / 2 + self.z]
+        self.radius = np.linalg.norm(self.size, axis=1) / 2 + 0.3
 
 # %% ../nbs/06_city.ipynb #4f6e478e
 @patch
-def poses(self:Stage,
-    i:int,          # a thing's index
-    tau:np.ndarray, # (G,) s
-)->np.ndarray: # (G,3) x, y, heading
+def poses(
+    self: Stage,
+    i: int,  # a thing's index
+    tau: np.ndarray,  # (G,) s
+) -> np.ndarray:  # (G,3) x, y, heading
     "Where one thing is at given times."
-    return self.street.things[i].motion.pose(tau) if i >= self.street.standing else np.broadcast_to(self.pose0[i], (len(tau),3))
+    return (
+        self.street.things[i].motion.pose(tau)
+        if i >= self.street.standing
+        else np.broadcast_to(self.pose0[i], (len(tau), 3))
+    )
 
+# %% ../nbs/06_city.ipynb #e5e8adb6
 @patch
-def base(self:Stage,
-    i:int,         # a thing's index
-    q:np.ndarray,  # (G,3) its poses
-)->np.ndarray: # (G,3) m
+def base(
+    self: Stage,
+    i: int,  # a thing's index
+    q: np.ndarray,  # (G,3) its poses
+) -> np.ndarray:  # (G,3) m
     "The origin of its frame in the street."
-    return np.c_[q[:,:2], np.full(len(q), self.z[i])]
+    return np.c_[q[:, :2], np.full(len(q), self.z[i])]
 
+# %% ../nbs/06_city.ipynb #57f64bb7
 @patch
-def around(self:Stage,
-    tau:float,       # s
-    reach:float=70., # m
-)->dict: # index of a labelled thing or mover -> (3,) x, y, heading
+def around(
+    self: Stage,
+    tau: float,  # s
+    reach: float = 70.0,  # m
+) -> dict:  # index of a labelled thing or mover -> (3,) x, y, heading
     "What road users and boxed things are near the ego."
-    eye, t, n = self.street.ego.pose(np.array([tau]))[0], np.array([tau]), self.street.standing
-    still = np.nonzero(self.boxed & (np.hypot(*(self.pose0 - eye)[:n,:2].T) < reach))[0]; moving = {i: self.poses(i, t)[0] for i in self.movers}
-    return {i: self.pose0[i] for i in still} | {i: q for i,q in moving.items() if np.hypot(*(q - eye)[:2]) < reach}
+    eye = self.street.ego.pose(np.array([tau]))[0]
+    t = np.array([tau])
+    n = self.street.standing
+    still = np.nonzero(self.boxed & (np.hypot(*(self.pose0 - eye)[:n, :2].T) < reach))[0]
+    moving = {i: self.poses(i, t)[0] for i in self.movers}
+    return {i: self.pose0[i] for i in still} | {
+        i: q for i, q in moving.items() if np.hypot(*(q - eye)[:2]) < reach
+    }
 
 # %% ../nbs/06_city.ipynb #0bc0ba16
 class Hits(NamedTuple):
     "Where rays ended; `thing` is -1 in the sky."
-    t:np.ndarray       # (N,) m along the ray, inf in the sky
-    thing:np.ndarray   # (N,) index of the thing
-    face:np.ndarray    # (N,) index in the stage's face table
-    uv:np.ndarray      # (N,2) barycentric
-    local:np.ndarray   # (N,3) m, in the thing's frame at the ray's time
-    heading:np.ndarray # (N,) of the thing at the ray's time, rad
 
-    def pick(self,
-        k:np.ndarray, # indices or mask
-    )->Hits: # those
+    t: np.ndarray  # (N,) m along the ray, inf in the sky
+    thing: np.ndarray  # (N,) index of the thing
+    face: np.ndarray  # (N,) index in the stage's face table
+    uv: np.ndarray  # (N,2) barycentric
+    local: np.ndarray  # (N,3) m, in the thing's frame at the ray's time
+    heading: np.ndarray  # (N,) of the thing at the ray's time, rad
+
+    def pick(
+        self,
+        k: np.ndarray,  # indices or mask
+    ) -> Hits:  # those
         "Some of the hits."
         return Hits(*(a[k] for a in self))
 
+# %% ../nbs/06_city.ipynb #b487b560
 def near(
-    to:np.ndarray,   # (G,3) from the origins to a mover's middle, m
-    r:float,         # radius of its bounding ball, m
-    d:np.ndarray,    # (G,R,3) unit
-    cone:tuple|None, # middle direction and half angle of all rays when there is one group
-)->tuple: # (group, ray) indices
+    to: np.ndarray,  # (G,3) from the origins to a mover's middle, m
+    r: float,  # radius of its bounding ball, m
+    d: np.ndarray,  # (G,R,3) unit
+    cone: tuple | None,  # middle direction and half angle of all rays when there is one group
+) -> tuple:  # (group, ray) indices
     "Rays that pass a bounding ball."
-    far = np.linalg.norm(to, axis=1); cos = np.where(far < r, -2, np.sqrt((1 - (r/far.clip(1e-9))**2).clip(0)))
-    if cone and cos[0] > -2 and np.arccos((to[0] @ cone[0]/far[0]).clip(-1, 1)) > cone[1] + np.arccos(cos[0]): return (), ()
-    return np.nonzero((d @ (to/far[:,None]).astype(d.dtype)[:,:,None])[...,0] > cos[:,None].astype(d.dtype))
+    far = np.linalg.norm(to, axis=1)
+    cos = np.where(far < r, -2, np.sqrt((1 - (r / far.clip(1e-9)) ** 2).clip(0)))
+    if (
+        cone
+        and cos[0] > -2
+        and np.arccos((to[0] @ cone[0] / far[0]).clip(-1, 1)) > cone[1] + np.arccos(cos[0])
+    ):
+        return (), ()
+    return np.nonzero(
+        (d @ (to / far[:, None]).astype(d.dtype)[:, :, None])[..., 0] > cos[:, None].astype(d.dtype)
+    )
 
 # %% ../nbs/06_city.ipynb #8b70f97e
 def cast(
-    stage:Stage,     # the street
-    o:np.ndarray,    # (G,3) origins, street, m
-    d:np.ndarray,    # (G,R,3) unit directions, street
-    tau:np.ndarray,  # (G,) s
-)->Hits: # N = G*R, in order
+    stage: Stage,  # the street
+    o: np.ndarray,  # (G,3) origins, street, m
+    d: np.ndarray,  # (G,R,3) unit directions, street
+    tau: np.ndarray,  # (G,) s
+) -> Hits:  # N = G*R, in order
     "Follow rays to what they meet at their own time."
-    G, R = d.shape[:2]; flat, rays = np.repeat(o, R, 0), d.reshape(-1,3); t, face, uv = nearest(stage.still, flat, rays); cone = None
-    thing = np.where(face < 0, -1, stage.owner[face]); p = stage.base0[thing].astype(o.dtype); heading = p[:,3].copy()
-    local = turned(flat + np.where(np.isinf(t), 0, t)[:,None]*rays - p[:,:3], -heading)
-    if G == 1: axis = d[0].mean(0, dtype=float); axis /= np.linalg.norm(axis); cone = axis, np.arccos((d[0] @ axis.astype(d.dtype)).min().clip(-1, 1))
-    for i,tree in stage.movers.items():
-        q = stage.poses(i, tau); g, k = near(np.c_[q[:,:2], 0*tau] + stage.middle[i] - o, stage.radius[i], d, cone)
-        if not len(g): continue
-        lo, ld = turned(o[g] - stage.base(i, q[g]), -q[g,2]), turned(d[g,k].astype(float), -q[g,2]); mt, mf, muv = nearest(tree, lo, ld)
-        win = mt < t[g*R + k]; n = (g*R + k)[win]
-        t[n], face[n], uv[n], thing[n], heading[n] = mt[win], mf[win] + stage.first[i], muv[win], i, q[g[win],2]
-        local[n] = lo[win] + mt[win,None]*ld[win]
+    G, R = d.shape[:2]
+    flat = np.repeat(o, R, 0)
+    rays = d.reshape(-1, 3)
+    t, face, uv = nearest(stage.still, flat, rays)
+    cone = None
+    thing = np.where(face < 0, -1, stage.owner[face])
+    p = stage.base0[thing].astype(o.dtype)
+    heading = p[:, 3].copy()
+    local = turned(flat + np.where(np.isinf(t), 0, t)[:, None] * rays - p[:, :3], -heading)
+    if G == 1:
+        axis = d[0].mean(0, dtype=float)
+        axis /= np.linalg.norm(axis)
+        cone = axis, np.arccos((d[0] @ axis.astype(d.dtype)).min().clip(-1, 1))
+    for i, tree in stage.movers.items():
+        q = stage.poses(i, tau)
+        g, k = near(np.c_[q[:, :2], 0 * tau] + stage.middle[i] - o, stage.radius[i], d, cone)
+        if not len(g):
+            continue
+        lo = turned(o[g] - stage.base(i, q[g]), -q[g, 2])
+        ld = turned(d[g, k].astype(float), -q[g, 2])
+        mt, mf, muv = nearest(tree, lo, ld)
+        win = mt < t[g * R + k]
+        n = (g * R + k)[win]
+        t[n], face[n], uv[n], thing[n], heading[n] = (
+            mt[win],
+            mf[win] + stage.first[i],
+            muv[win],
+            i,
+            q[g[win], 2],
+        )
+        local[n] = lo[win] + mt[win, None] * ld[win]
     return Hits(t, thing, face, uv, local, heading)
 
 # %% ../nbs/06_city.ipynb #6c9efd67
 def beam_columns(
-    ego:Motion, # the ego's drive
-    tau:float,  # s, the sweep's stamp since the log's start
-    step:float, # degrees between columns
-)->tuple: # origins (G,3), directions (G,64,3) float32, times (G,) s
+    ego: Motion,  # the ego's drive
+    tau: float,  # s, the sweep's stamp since the log's start
+    step: float,  # degrees between columns
+) -> tuple:  # origins (G,3), directions (G,64,3) float32, times (G,) s
     "The rays of one turn of the scanner, in the street's frame."
-    n = round(360/step); az = (np.arange(n) + .5)*2*np.pi/n - np.pi; when = tau + (az/(2*np.pi) - .5)*SWEEP; el = np.radians(BEAMS)
-    d = np.stack([np.outer(np.sin(az), np.cos(el)), np.outer(np.cos(az), np.cos(el)), np.broadcast_to(np.sin(el), (n,64))], -1)
-    c, s = np.cos(SCANNER["pitch"]), np.sin(SCANNER["pitch"]); d = d @ np.array([[1,0,0],[0,c,s],[0,-s,c]]); T = ego_pose(ego, when)
-    return T[:,:3,3] + T[:,:3,:3] @ np.array(SCANNER["at"]), np.einsum("gij,grj->gri", T[:,:3,:3], d).astype(np.float32), when
+    n = round(360 / step)
+    az = (np.arange(n) + 0.5) * 2 * np.pi / n - np.pi
+    when = tau + (az / (2 * np.pi) - 0.5) * SWEEP
+    el = np.radians(BEAMS)
+    d = np.stack(
+        [
+            np.outer(np.sin(az), np.cos(el)),
+            np.outer(np.cos(az), np.cos(el)),
+            np.broadcast_to(np.sin(el), (n, 64)),
+        ],
+        -1,
+    )
+    c = np.cos(SCANNER["pitch"])
+    s = np.sin(SCANNER["pitch"])
+    d = d @ np.array([[1, 0, 0], [0, c, s], [0, -s, c]])
+    T = ego_pose(ego, when)
+    return (
+        T[:, :3, 3] + T[:, :3, :3] @ np.array(SCANNER["at"]),
+        np.einsum("gij,grj->gri", T[:, :3, :3], d).astype(np.float32),
+        when,
+    )
 
 # %% ../nbs/06_city.ipynb #dc9f53fa
-GLOW = dict(plain=24, road=10, slab=22, wall=26, paint=16, glass=3, rubber=4, leaf=18, cloth=20, lamp=140) # LiDAR intensity at normal incidence
+GLOW = dict(
+    plain=24, road=10, slab=22, wall=26, paint=16, glass=3, rubber=4, leaf=18, cloth=20, lamp=140
+)  # LiDAR intensity at normal incidence
+
 
 def sweep(
-    stage:Stage,    # the street
-    tau:float,      # s, the sweep's stamp since the log's start
-    step:float=.25, # degrees between columns
-    reach:float=140., # longest range, m
-)->dict: # points and flow (N,3) street m, tau (N,) s, intensity, thing, dynamic (N,)
+    stage: Stage,  # the street
+    tau: float,  # s, the sweep's stamp since the log's start
+    step: float = 0.25,  # degrees between columns
+    reach: float = 140.0,  # longest range, m
+) -> dict:  # points and flow (N,3) street m, tau (N,) s, intensity, thing, dynamic (N,)
     "One sweep and the exact displacement of each return until the next sweep."
-    o, d, when = beam_columns(stage.street.ego, tau, step); h = cast(stage, o, d, when); k = np.nonzero((h.t < reach) & (h.t > 1.))[0]
-    h, g, d = h.pick(k), k//64, d.reshape(-1,3)[k].astype(float); points = o[g] + h.t[:,None]*d; flow = np.zeros_like(points)
+    o, d, when = beam_columns(stage.street.ego, tau, step)
+    h = cast(stage, o, d, when)
+    k = np.nonzero((h.t < reach) & (h.t > 1.0))[0]
+    h = h.pick(k)
+    g = k // 64
+    d = d.reshape(-1, 3)[k].astype(float)
+    points = o[g] + h.t[:, None] * d
+    flow = np.zeros_like(points)
     for i in np.unique(h.thing[h.thing >= stage.street.standing]):
-        m = h.thing == i; q = stage.poses(i, when[g[m]] + SWEEP); flow[m] = turned(h.local[m], q[:,2]) + stage.base(i, q) - points[m]
-    return dict(points=points, flow=flow, tau=when[g], thing=h.thing, intensity=glow(stage, h, d), dynamic=np.linalg.norm(flow, axis=1) >= .05)
+        m = h.thing == i
+        q = stage.poses(i, when[g[m]] + SWEEP)
+        flow[m] = turned(h.local[m], q[:, 2]) + stage.base(i, q) - points[m]
+    return dict(
+        points=points,
+        flow=flow,
+        tau=when[g],
+        thing=h.thing,
+        intensity=glow(stage, h, d),
+        dynamic=np.linalg.norm(flow, axis=1) >= 0.05,
+    )
 
+# %% ../nbs/06_city.ipynb #c2378561
 def glow(
-    stage:Stage,   # the street
-    h:Hits,        # N of them on something
-    d:np.ndarray,  # (N,3) unit, street
-)->np.ndarray: # (N,) whole numbers 0..255
+    stage: Stage,  # the street
+    h: Hits,  # N of them on something
+    d: np.ndarray,  # (N,3) unit, street
+) -> np.ndarray:  # (N,) whole numbers 0..255
     "Intensity of returns: material, brightness and angle."
-    n = turned(stage.normal[h.face,0], h.heading); shine = np.array([GLOW[m] for m in MATERIALS])[stage.material[h.face]]
-    return np.round((shine*(.35 + .65*abs((n*d).sum(1)))*(.6 + .8*stage.colour[h.face].mean(1))).clip(0, 255))
+    n = turned(stage.normal[h.face, 0], h.heading)
+    shine = np.array([GLOW[m] for m in MATERIALS])[stage.material[h.face]]
+    return np.round(
+        (shine * (0.35 + 0.65 * abs((n * d).sum(1))) * (0.6 + 0.8 * stage.colour[h.face].mean(1))).clip(
+            0, 255
+        )
+    )
 
 # %% ../nbs/06_city.ipynb #daad4f44
-_TABLE = np.random.default_rng(7).uniform(-1, 1, (256,256)).astype(np.float32)
+_TABLE = np.random.default_rng(7).uniform(-1, 1, (256, 256)).astype(np.float32)
+
 
 def noise(
-    u:np.ndarray, # (N,) in units of the wavelength
-    v:np.ndarray, # (N,)
-    seed:float|np.ndarray=0, # shifts the pattern
-)->np.ndarray: # (N,) in -1..1, smooth
+    u: np.ndarray,  # (N,) in units of the wavelength
+    v: np.ndarray,  # (N,)
+    seed: float | np.ndarray = 0,  # shifts the pattern
+) -> np.ndarray:  # (N,) in -1..1, smooth
     "Value noise: random numbers on a lattice, blended between."
-    u, v = u + seed*.754877, v + seed*.569840; i, j = np.floor(u), np.floor(v); a, b = u - i, v - j
-    a, b = a*a*(3 - 2*a), b*b*(3 - 2*b); i, j = i.astype(np.int64) & 255, j.astype(np.int64) & 255; k, l = (i + 1) & 255, (j + 1) & 255
-    lo = _TABLE[i,j] + (_TABLE[k,j] - _TABLE[i,j])*a; hi = _TABLE[i,l] + (_TABLE[k,l] - _TABLE[i,l])*a
-    return lo + (hi - lo)*b
+    u = u + seed * 0.754877
+    v = v + seed * 0.569840
+    i = np.floor(u)
+    j = np.floor(v)
+    a = u - i
+    b = v - j
+    a = a * a * (3 - 2 * a)
+    b = b * b * (3 - 2 * b)
+    i = i.astype(np.int64) & 255
+    j = j.astype(np.int64) & 255
+    k = (i + 1) & 255
+    l = (j + 1) & 255
+    lo = _TABLE[i, j] + (_TABLE[k, j] - _TABLE[i, j]) * a
+    hi = _TABLE[i, l] + (_TABLE[k, l] - _TABLE[i, l]) * a
+    return lo + (hi - lo) * b
 
+# %% ../nbs/06_city.ipynb #f9e5208d
 def grain(
-    u:np.ndarray,    # (N,) m
-    v:np.ndarray,    # (N,) m
-    waves:tuple,     # of (wavelength m, amplitude)
-    foot:np.ndarray, # (N,) width of a pixel on the surface, m
-    seed:float|np.ndarray=0, # shifts the pattern
-)->np.ndarray: # (N,)
+    u: np.ndarray,  # (N,) m
+    v: np.ndarray,  # (N,) m
+    waves: tuple,  # of (wavelength m, amplitude)
+    foot: np.ndarray,  # (N,) width of a pixel on the surface, m
+    seed: float | np.ndarray = 0,  # shifts the pattern
+) -> np.ndarray:  # (N,)
     "Noise over several wavelengths, each fading where a pixel covers it."
     out = np.zeros(len(u), np.float32)
-    for w,a in waves:
-        fade = np.clip((1.2 - foot/w)/.7, 0, 1); k = np.nonzero(fade)[0]
-        if len(k): out[k] += a*fade[k]*noise(u[k]/w, v[k]/w, seed if np.isscalar(seed) else seed[k].astype(np.float32))
+    for w, a in waves:
+        fade = np.clip((1.2 - foot / w) / 0.7, 0, 1)
+        k = np.nonzero(fade)[0]
+        if len(k):
+            out[k] += (
+                a
+                * fade[k]
+                * noise(u[k] / w, v[k] / w, seed if np.isscalar(seed) else seed[k].astype(np.float32))
+            )
     return out
 
 # %% ../nbs/06_city.ipynb #0f83df4f
 def band(
-    d:np.ndarray,    # (N,) signed distance from the band's middle, m
-    half:float|np.ndarray, # half its width, m
-    foot:np.ndarray, # (N,) width of a pixel, m
-)->np.ndarray: # (N,) coverage 0..1
+    d: np.ndarray,  # (N,) signed distance from the band's middle, m
+    half: float | np.ndarray,  # half its width, m
+    foot: np.ndarray,  # (N,) width of a pixel, m
+) -> np.ndarray:  # (N,) coverage 0..1
     "A painted line, averaged over the pixel."
-    lo, hi = np.maximum(d - foot/2, -half), np.minimum(d + foot/2, half)
-    return ((hi - lo)/foot).clip(0, 1)
+    lo = np.maximum(d - foot / 2, -half)
+    hi = np.minimum(d + foot / 2, half)
+    return ((hi - lo) / foot).clip(0, 1)
 
 # %% ../nbs/06_city.ipynb #2b1198c7
 def cells(
-    i:np.ndarray, # (N,) whole numbers
-    j:np.ndarray, # (N,) whole numbers
-    seed:int|np.ndarray=0, # which numbers
-)->np.ndarray: # (N,) in 0..1
+    i: np.ndarray,  # (N,) whole numbers
+    j: np.ndarray,  # (N,) whole numbers
+    seed: int | np.ndarray = 0,  # which numbers
+) -> np.ndarray:  # (N,) in 0..1
     "A random number per cell of a grid."
-    i, j = np.asarray(i).astype(np.int64), np.asarray(j).astype(np.int64)
-    return (_TABLE[(i*7 + seed) & 255, (j*13 + i*3 + seed//256) & 255] + 1)/2
+    i = np.asarray(i).astype(np.int64)
+    j = np.asarray(j).astype(np.int64)
+    return (_TABLE[(i * 7 + seed) & 255, (j * 13 + i * 3 + seed // 256) & 255] + 1) / 2
 
+# %% ../nbs/06_city.ipynb #a87ee0ab
 def rgb(
-    *c:float, # numbers, usually three of 0..1
-)->np.ndarray: # float32
+    *c: float,  # numbers, usually three of 0..1
+) -> np.ndarray:  # float32
     "Numbers that keep single precision."
     return np.array(c, np.float32)
 
+# %% ../nbs/06_city.ipynb #f0e55f9b
 def over(
-    c:np.ndarray,     # (N,3) colours
-    k:np.ndarray,     # (N,) coverage 0..1
-    paint:np.ndarray, # (3,) or (N,3)
-)->np.ndarray: # (N,3)
+    c: np.ndarray,  # (N,3) colours
+    k: np.ndarray,  # (N,) coverage 0..1
+    paint: np.ndarray,  # (3,) or (N,3)
+) -> np.ndarray:  # (N,3)
     "Paint over."
-    return c + k[:,None]*(paint - c)
+    return c + k[:, None] * (paint - c)
 
 # %% ../nbs/06_city.ipynb #f1aba6fb
 class Spots(NamedTuple):
     "Surface points to be coloured, in the frame of their solid."
-    p:np.ndarray      # (N,3) m
-    u:np.ndarray      # (N,) m along the surface
-    v:np.ndarray      # (N,) m along the surface, upwards on walls
-    n:np.ndarray      # (N,3) unit normal
-    fu:np.ndarray     # (N,) width of a pixel along u, m
-    fv:np.ndarray     # (N,) width of a pixel along v, m
-    colour:np.ndarray # (N,3) base colour 0..1
-    seed:np.ndarray   # (N,) int, of the solid
-    size:np.ndarray   # (N,3) of the solid, m
+
+    p: np.ndarray  # (N,3) m
+    u: np.ndarray  # (N,) m along the surface
+    v: np.ndarray  # (N,) m along the surface, upwards on walls
+    n: np.ndarray  # (N,3) unit normal
+    fu: np.ndarray  # (N,) width of a pixel along u, m
+    fv: np.ndarray  # (N,) width of a pixel along v, m
+    colour: np.ndarray  # (N,3) base colour 0..1
+    seed: np.ndarray  # (N,) int, of the solid
+    size: np.ndarray  # (N,3) of the solid, m
 
     @property
-    def foot(self)->np.ndarray: # (N,) m
+    def foot(self) -> np.ndarray:  # (N,) m
         "One width for patterns that have no direction."
-        return .6*np.maximum(self.fu, self.fv) + .4*np.minimum(self.fu, self.fv)
+        return 0.6 * np.maximum(self.fu, self.fv) + 0.4 * np.minimum(self.fu, self.fv)
 
 # %% ../nbs/06_city.ipynb #f283e4e2
 def asphalt(
-    u:np.ndarray,    # (N,) m
-    v:np.ndarray,    # (N,) m
-    foot:np.ndarray, # (N,) m
-    tint:int,        # of the street
-)->np.ndarray: # (N,) brightness about 0.4
+    u: np.ndarray,  # (N,) m
+    v: np.ndarray,  # (N,) m
+    foot: np.ndarray,  # (N,) m
+    tint: int,  # of the street
+) -> np.ndarray:  # (N,) brightness about 0.4
     "Worn asphalt: stains, tyre tracks, repaired patches, cracks, grain."
-    i, j = np.floor(u/7.3), np.floor(v/3.4); long = 3.65*(.5 + .5*cells(i, j, tint+9))
-    patch = (cells(i, j, tint) < .22)*band(u - i*7.3 - 3.65, long, foot)*band(v - j*3.4 - 1.7, 1.3, foot)
-    tracks = np.cos(v*2*np.pi/1.7)*np.clip(1.2 - foot/.8, 0, 1)
-    cracks = np.clip(1 - abs(noise(u/2.9, v/2.9, tint) + .3*noise(u/.6, v/.6, tint+1))*22, 0, 1)*np.clip(1 - foot/.08, 0, 1)
-    stains = grain(u, v, ((9.,.030),(2.7,.022),(.7,.018),(.18,.022),(.05,.03)), foot, tint)
-    return .40 + tint%7*.012 + stains - .055*patch + .020*tracks - .07*cracks
+    i = np.floor(u / 7.3)
+    j = np.floor(v / 3.4)
+    long = 3.65 * (0.5 + 0.5 * cells(i, j, tint + 9))
+    patch = (
+        (cells(i, j, tint) < 0.22) * band(u - i * 7.3 - 3.65, long, foot) * band(v - j * 3.4 - 1.7, 1.3, foot)
+    )
+    tracks = np.cos(v * 2 * np.pi / 1.7) * np.clip(1.2 - foot / 0.8, 0, 1)
+    cracks = np.clip(
+        1 - abs(noise(u / 2.9, v / 2.9, tint) + 0.3 * noise(u / 0.6, v / 0.6, tint + 1)) * 22, 0, 1
+    ) * np.clip(1 - foot / 0.08, 0, 1)
+    stains = grain(u, v, ((9.0, 0.030), (2.7, 0.022), (0.7, 0.018), (0.18, 0.022), (0.05, 0.03)), foot, tint)
+    return 0.40 + tint % 7 * 0.012 + stains - 0.055 * patch + 0.020 * tracks - 0.07 * cracks
 
 # %% ../nbs/06_city.ipynb #545b1a6e
 def lane_lines(
-    a:np.ndarray,  # (N,) m along the street
-    b:np.ndarray,  # (N,) m across, from the centre line
-    fa:np.ndarray, # (N,) width of a pixel along, m
-    fb:np.ndarray, # (N,) width of a pixel across, m
-    lanes:int,     # per direction
-)->tuple: # white and yellow coverage, (N,) each
+    a: np.ndarray,  # (N,) m along the street
+    b: np.ndarray,  # (N,) m across, from the centre line
+    fa: np.ndarray,  # (N,) width of a pixel along, m
+    fb: np.ndarray,  # (N,) width of a pixel across, m
+    lanes: int,  # per direction
+) -> tuple:  # white and yellow coverage, (N,) each
     "Lane lines, parking line and centre line of one street."
-    yellow = band(abs(b) - .14, .055, fb); edge = band(abs(b) - lanes*Layout.lane, .05, fb)
-    dash = band(np.mod(a, 9.) - 4.5, 1.5, fa)*band(abs(b) - Layout.lane, .06, fb)*(lanes > 1)
+    yellow = band(abs(b) - 0.14, 0.055, fb)
+    edge = band(abs(b) - lanes * Layout.lane, 0.05, fb)
+    dash = band(np.mod(a, 9.0) - 4.5, 1.5, fa) * band(abs(b) - Layout.lane, 0.06, fb) * (lanes > 1)
     return np.maximum(edge, dash), yellow
 
+# %% ../nbs/06_city.ipynb #4f337b9a
 def bars(
-    along:np.ndarray,  # (N,) m from the crossing's kerb, along the street that is crossed
-    across:np.ndarray, # (N,) m across it
-    side:np.ndarray,   # (N,) bool: the side where traffic comes to a stop
-    fa:np.ndarray,     # (N,) width of a pixel, m
-    fb:np.ndarray,     # (N,) width of a pixel, m
-)->np.ndarray: # (N,) coverage
+    along: np.ndarray,  # (N,) m from the crossing's kerb, along the street that is crossed
+    across: np.ndarray,  # (N,) m across it
+    side: np.ndarray,  # (N,) bool: the side where traffic comes to a stop
+    fa: np.ndarray,  # (N,) width of a pixel, m
+    fb: np.ndarray,  # (N,) width of a pixel, m
+) -> np.ndarray:  # (N,) coverage
     "A zebra crossing and the stop line before it."
-    return band(np.mod(across, 1.2) - .6, .28, fb)*band(along - 2.6, 1.5, fa) + band(along - 5., .2, fa)*side
+    return (
+        band(np.mod(across, 1.2) - 0.6, 0.28, fb) * band(along - 2.6, 1.5, fa)
+        + band(along - 5.0, 0.2, fa) * side
+    )
 
 # %% ../nbs/06_city.ipynb #9d9a454e
 def road(
-    s:Spots,     # hits on the ground
-    lay:Layout,  # the street
-)->np.ndarray: # (N,3)
+    s: Spots,  # hits on the ground
+    lay: Layout,  # the street
+) -> np.ndarray:  # (N,3)
     "The carriageway of the main street and its cross streets."
-    x, y, at = s.u, s.v, rgb(*lay.crossings); near = at[abs(x[:,None] - at).argmin(1)]; dx, out = abs(x - near), abs(y) - lay.half
-    main, cross = (dx > lay.cross + 5.2)*(out < 0), (out > 5.2)*(dx < lay.cross); stops = (near - x)*y < 0
-    (w0,y0), (w1,y1) = lane_lines(x, y, s.fu, s.fv, lay.lanes), lane_lines(y, x - near, s.fv, s.fu, 1)
-    zebra = bars(dx - lay.cross, y, stops*(out < -lay.park), s.fu, s.fv)*(out < -.3)
-    zebra = zebra + bars(out, x, ~stops*(dx < lay.lane), s.fv, s.fu)*(dx < lay.cross - .3)
-    worn = .72 + grain(x, y, ((.9,.2),(.15,.25)), s.foot, lay.tint + 5); c = asphalt(x, y, s.foot, lay.tint)[:,None]*rgb(1.,1.,1.02)
-    c = over(c, np.clip(w0*main + w1*cross + zebra, 0, 1)*worn, rgb(.80,.80,.78))
-    return over(c, np.clip(y0*main + y1*cross, 0, 1)*worn, rgb(.78,.60,.20))
+    x = s.u
+    y = s.v
+    at = rgb(*lay.crossings)
+    near = at[abs(x[:, None] - at).argmin(1)]
+    dx = abs(x - near)
+    out = abs(y) - lay.half
+    main = (dx > lay.cross + 5.2) * (out < 0)
+    cross = (out > 5.2) * (dx < lay.cross)
+    stops = (near - x) * y < 0
+    (w0, y0), (w1, y1) = lane_lines(x, y, s.fu, s.fv, lay.lanes), lane_lines(y, x - near, s.fv, s.fu, 1)
+    zebra = bars(dx - lay.cross, y, stops * (out < -lay.park), s.fu, s.fv) * (out < -0.3)
+    zebra = zebra + bars(out, x, ~stops * (dx < lay.lane), s.fv, s.fu) * (dx < lay.cross - 0.3)
+    worn = 0.72 + grain(x, y, ((0.9, 0.2), (0.15, 0.25)), s.foot, lay.tint + 5)
+    c = asphalt(x, y, s.foot, lay.tint)[:, None] * rgb(1.0, 1.0, 1.02)
+    c = over(c, np.clip(w0 * main + w1 * cross + zebra, 0, 1) * worn, rgb(0.80, 0.80, 0.78))
+    return over(c, np.clip(y0 * main + y1 * cross, 0, 1) * worn, rgb(0.78, 0.60, 0.20))
 
 # %% ../nbs/06_city.ipynb #15b7dcfd
 def slab(
-    s:Spots,     # hits on a block
-    lay:Layout,  # the street
-)->np.ndarray: # (N,3)
+    s: Spots,  # hits on a block
+    lay: Layout,  # the street
+) -> np.ndarray:  # (N,3)
     "Pavement: joints, stains, a paler kerb."
-    rim = (s.size[:,:2]/2 - abs(s.p[:,:2])).min(1); top = s.n[:,2] > .5
-    joint = np.maximum(band(np.mod(s.u, 1.5) - .75, .012, s.fu), band(np.mod(s.v, 1.5) - .75, .012, s.fv))*top
-    plate = (cells(np.floor(s.u/1.5), np.floor(s.v/1.5), 3) - .5)*np.clip(1.5 - s.foot, 0, 1)
-    return s.colour*(1 + .07*plate + grain(s.u, s.v, ((3.,.06),(.8,.05),(.12,.05)), s.foot, 3) - .35*joint + .12*(rim < .16)*top)[:,None]
+    rim = (s.size[:, :2] / 2 - abs(s.p[:, :2])).min(1)
+    top = s.n[:, 2] > 0.5
+    joint = (
+        np.maximum(band(np.mod(s.u, 1.5) - 0.75, 0.012, s.fu), band(np.mod(s.v, 1.5) - 0.75, 0.012, s.fv))
+        * top
+    )
+    plate = (cells(np.floor(s.u / 1.5), np.floor(s.v / 1.5), 3) - 0.5) * np.clip(1.5 - s.foot, 0, 1)
+    return (
+        s.colour
+        * (
+            1
+            + 0.07 * plate
+            + grain(s.u, s.v, ((3.0, 0.06), (0.8, 0.05), (0.12, 0.05)), s.foot, 3)
+            - 0.35 * joint
+            + 0.12 * (rim < 0.16) * top
+        )[:, None]
+    )
 
+# %% ../nbs/06_city.ipynb #ad5b7c06
 def leaf(
-    s:Spots,     # hits on a crown
-    lay:Layout,  # the street
-)->np.ndarray: # (N,3)
+    s: Spots,  # hits on a crown
+    lay: Layout,  # the street
+) -> np.ndarray:  # (N,3)
     "Foliage: clumps and gaps."
-    k = 1 + grain(s.u, s.v, ((.8,.2),(.3,.35),(.12,.40),(.06,.3)), s.foot, s.seed%31) - .25*(s.n[:,2] < -.2)
-    return s.colour*k.clip(.3)[:,None]*(1 + rgb(.10,.02,-.12)*grain(s.v, s.u, ((.5,1.),), s.foot, 5)[:,None])
+    k = (
+        1
+        + grain(s.u, s.v, ((0.8, 0.2), (0.3, 0.35), (0.12, 0.40), (0.06, 0.3)), s.foot, s.seed % 31)
+        - 0.25 * (s.n[:, 2] < -0.2)
+    )
+    return (
+        s.colour
+        * k.clip(0.3)[:, None]
+        * (1 + rgb(0.10, 0.02, -0.12) * grain(s.v, s.u, ((0.5, 1.0),), s.foot, 5)[:, None])
+    )
 
+# %% ../nbs/06_city.ipynb #56cb4091
 def stuff(
-    s:Spots,     # hits on anything else
-    lay:Layout,  # the street
-)->np.ndarray: # (N,3)
+    s: Spots,  # hits on anything else
+    lay: Layout,  # the street
+) -> np.ndarray:  # (N,3)
     "Nearly plain surfaces: a little dirt and fading."
-    return s.colour*(1 + grain(s.u, s.v, ((1.3,.05),(.3,.05),(.07,.04)), s.foot, s.seed%53))[:,None]
+    return (
+        s.colour
+        * (1 + grain(s.u, s.v, ((1.3, 0.05), (0.3, 0.05), (0.07, 0.04)), s.foot, s.seed % 53))[:, None]
+    )
 
 # %% ../nbs/06_city.ipynb #142d2a64
 def paintwork(
-    s:Spots,     # hits on bodywork
-    lay:Layout,  # the street
-)->np.ndarray: # (N,3)
+    s: Spots,  # hits on bodywork
+    lay: Layout,  # the street
+) -> np.ndarray:  # (N,3)
     "Bodywork: door gaps, handles, a crease and road dust."
-    (x, _, z), (l, _, h) = s.p.T, s.size.T; side = (abs(s.n[:,1]) > .6)*(h < 2.8); up = z/h
-    gap = sum(band(x - k*l, .014, s.fu) for k in (-.16,.05,.20))*side*(up < .9)*(up > .2); crease = band(z - .42*h, .03, s.fv)*side
-    handle = sum(band(x - k*l, .08, s.fu) for k in (-.12,.09))*band(z - .52*h, .018, s.fv)*side
-    c = s.colour*(1 + grain(s.u, s.v, ((1.6,.04),), s.foot, s.seed%53) - .5*np.clip(gap, 0, 1) - .12*crease - .5*handle)[:,None]
-    return over(c, np.clip(.35 - up, 0, 1)*.25, rgb(.45,.42,.38))
+    (x, _, z), (l, _, h) = s.p.T, s.size.T
+    side = (abs(s.n[:, 1]) > 0.6) * (h < 2.8)
+    up = z / h
+    gap = sum(band(x - k * l, 0.014, s.fu) for k in (-0.16, 0.05, 0.20)) * side * (up < 0.9) * (up > 0.2)
+    crease = band(z - 0.42 * h, 0.03, s.fv) * side
+    handle = sum(band(x - k * l, 0.08, s.fu) for k in (-0.12, 0.09)) * band(z - 0.52 * h, 0.018, s.fv) * side
+    c = (
+        s.colour
+        * (
+            1
+            + grain(s.u, s.v, ((1.6, 0.04),), s.foot, s.seed % 53)
+            - 0.5 * np.clip(gap, 0, 1)
+            - 0.12 * crease
+            - 0.5 * handle
+        )[:, None]
+    )
+    return over(c, np.clip(0.35 - up, 0, 1) * 0.25, rgb(0.45, 0.42, 0.38))
 
 # %% ../nbs/06_city.ipynb #94c6f625
-SHOP = 4.2 # height of the shop floor, m
+SHOP = 4.2  # height of the shop floor, m
+
 
 def masonry(
-    s:Spots, # hits on a house
-)->np.ndarray: # (N,3)
+    s: Spots,  # hits on a house
+) -> np.ndarray:  # (N,3)
     "Brick or plaster, stained, darker near the ground."
-    brick = s.colour[:,0] > 1.5*s.colour[:,2]; row = np.floor(s.v/.085); shift = s.u + .12*np.mod(row, 2)
-    tone = brick*.16*(cells(np.floor(shift/.24), row, 5) - .5)*np.clip(1.3 - s.foot/.12, 0, 1)
-    stain = grain(s.u, s.v, ((6.,.06),(1.6,.05),(.4,.035),(.1,.03)), s.foot, s.seed%97) - .10*np.clip(1 - s.v/1.2, 0, 1)
-    mortar = np.maximum(band(np.mod(s.v, .085) - .0425, .006, s.fv), band(np.mod(shift, .24) - .12, .006, s.fu))
-    return over(s.colour*(1 + tone + stain)[:,None], brick*mortar*.5, rgb(.66,.63,.58))
+    brick = s.colour[:, 0] > 1.5 * s.colour[:, 2]
+    row = np.floor(s.v / 0.085)
+    shift = s.u + 0.12 * np.mod(row, 2)
+    tone = brick * 0.16 * (cells(np.floor(shift / 0.24), row, 5) - 0.5) * np.clip(1.3 - s.foot / 0.12, 0, 1)
+    stain = grain(
+        s.u, s.v, ((6.0, 0.06), (1.6, 0.05), (0.4, 0.035), (0.1, 0.03)), s.foot, s.seed % 97
+    ) - 0.10 * np.clip(1 - s.v / 1.2, 0, 1)
+    mortar = np.maximum(
+        band(np.mod(s.v, 0.085) - 0.0425, 0.006, s.fv), band(np.mod(shift, 0.24) - 0.12, 0.006, s.fu)
+    )
+    return over(s.colour * (1 + tone + stain)[:, None], brick * mortar * 0.5, rgb(0.66, 0.63, 0.58))
 
 # %% ../nbs/06_city.ipynb #8778dfcc
 def panes(
-    s:Spots,        # hits on a house
-    c:np.ndarray,   # (N,3) colours so far
-    here:np.ndarray, # (N,) bool, where windows may be
-)->np.ndarray: # (N,3)
+    s: Spots,  # hits on a house
+    c: np.ndarray,  # (N,3) colours so far
+    here: np.ndarray,  # (N,) bool, where windows may be
+) -> np.ndarray:  # (N,3)
     "Rows of windows with frames, sills, bars and blinds."
-    draw = lambda k: cells(s.seed%251, s.seed//251%253, k); gap, rise = 2.1 + 1.5*draw(1), 3.1 + .5*draw(2)
-    wide, high = gap*(.30 + .16*draw(3)), .55 + .35*draw(4)
-    i, j = np.floor(s.u/gap), np.floor((s.v - SHOP)/rise); a, b = s.u - (i + .5)*gap, s.v - SHOP - (j + .52)*rise
-    pane = lambda more: band(a, wide + more, s.fu)*band(b, high + more, s.fv)*here
-    sill = band(a, wide + .2, s.fu)*band(b + high + .16, .08, s.fv)*here
-    blind, up = cells(i, j, s.seed%89), np.clip(b/high*.5 + .5, 0, 1)
-    glass = (rgb(.14,.17,.21) + rgb(.20,.22,.25)*up[:,None])*(.65 + .6*blind)[:,None]
-    glass = over(glass, 1.*((up > 1.15 - .8*blind)*(blind > .45)), rgb(.62,.60,.55))
-    glass = over(glass, np.maximum(band(a, .03, s.fu), band(b - .1, .03, s.fv)), rgb(.75,.74,.70))
-    return over(over(c, np.maximum(pane(.10), sill), np.clip(s.colour*.55 + .38, 0, .92)), pane(0.), glass)
+
+    def draw(k):
+        return cells(s.seed % 251, s.seed // 251 % 253, k)
+
+    gap = 2.1 + 1.5 * draw(1)
+    rise = 3.1 + 0.5 * draw(2)
+    wide = gap * (0.30 + 0.16 * draw(3))
+    high = 0.55 + 0.35 * draw(4)
+    i = np.floor(s.u / gap)
+    j = np.floor((s.v - SHOP) / rise)
+    a = s.u - (i + 0.5) * gap
+    b = s.v - SHOP - (j + 0.52) * rise
+
+    def pane(more):
+        return band(a, wide + more, s.fu) * band(b, high + more, s.fv) * here
+
+    sill = band(a, wide + 0.2, s.fu) * band(b + high + 0.16, 0.08, s.fv) * here
+    blind = cells(i, j, s.seed % 89)
+    up = np.clip(b / high * 0.5 + 0.5, 0, 1)
+    glass = (rgb(0.14, 0.17, 0.21) + rgb(0.20, 0.22, 0.25) * up[:, None]) * (0.65 + 0.6 * blind)[:, None]
+    glass = over(glass, 1.0 * ((up > 1.15 - 0.8 * blind) * (blind > 0.45)), rgb(0.62, 0.60, 0.55))
+    glass = over(glass, np.maximum(band(a, 0.03, s.fu), band(b - 0.1, 0.03, s.fv)), rgb(0.75, 0.74, 0.70))
+    return over(
+        over(c, np.maximum(pane(0.10), sill), np.clip(s.colour * 0.55 + 0.38, 0, 0.92)), pane(0.0), glass
+    )
 
 # %% ../nbs/06_city.ipynb #96e8709f
 def shops(
-    s:Spots,        # hits on a house
-    c:np.ndarray,   # (N,3) colours so far
-    here:np.ndarray, # (N,) bool, the ground floor
-)->np.ndarray: # (N,3)
+    s: Spots,  # hits on a house
+    c: np.ndarray,  # (N,3) colours so far
+    here: np.ndarray,  # (N,) bool, the ground floor
+) -> np.ndarray:  # (N,3)
     "Shop windows, doors and name boards."
-    i = np.floor(s.u/3.6); a = s.u - (i + .5)*3.6; r = cells(i, s.seed%241, 11); door = r < .3; half = np.where(door, .55, 1.45).astype(np.float32)
-    let = here*(cells(s.seed%251, s.seed//251%253, 12) > .25)
-    opening = band(a, half, s.fu)*np.where(door, band(s.v - 1.2, 1.05, s.fv), band(s.v - 1.75, .95, s.fv))*let
-    goods = .7 + .5*np.clip(s.v/2.7, 0, 1) + grain(s.u, s.v, ((.9,.35),(.35,.3)), s.foot, s.seed%61)
-    inside = (rgb(.20,.20,.21)*goods[:,None] + r[:,None]*rgb(.10,.08,.04))*np.where(door[:,None], rgb(1.3,.9,.7), rgb(1,1,1))
-    frame = np.maximum(band(abs(a) - half, .05, s.fu)*(s.v < 2.75), band(s.v - 2.72, .05, s.fv))*(opening > 0)
-    c = over(over(c, opening, inside), frame, rgb(.28,.27,.26)); hue = cells(s.seed%83, s.seed//83%79, 13)
-    board = rgb(.40,.40,.40) + rgb(.28,.28,.28)*np.cos(2*np.pi*(hue[:,None] + rgb(0,.33,.67))); line = s.v - 3.3
-    text = band(line, .12, s.fv)*band(a, 1.1, s.fu)*(cells(np.floor(s.u/.17), s.seed%97, 14) > .42)*np.clip(1.2 - s.fu/.15, 0, 1)
-    return over(c, band(line, .3, s.fv)*band(a, 1.7, s.fu)*here*(r > .35), over(board, text, rgb(.92,.92,.92)))
+    i = np.floor(s.u / 3.6)
+    a = s.u - (i + 0.5) * 3.6
+    r = cells(i, s.seed % 241, 11)
+    door = r < 0.3
+    half = np.where(door, 0.55, 1.45).astype(np.float32)
+    let = here * (cells(s.seed % 251, s.seed // 251 % 253, 12) > 0.25)
+    opening = (
+        band(a, half, s.fu) * np.where(door, band(s.v - 1.2, 1.05, s.fv), band(s.v - 1.75, 0.95, s.fv)) * let
+    )
+    goods = (
+        0.7
+        + 0.5 * np.clip(s.v / 2.7, 0, 1)
+        + grain(s.u, s.v, ((0.9, 0.35), (0.35, 0.3)), s.foot, s.seed % 61)
+    )
+    inside = (rgb(0.20, 0.20, 0.21) * goods[:, None] + r[:, None] * rgb(0.10, 0.08, 0.04)) * np.where(
+        door[:, None], rgb(1.3, 0.9, 0.7), rgb(1, 1, 1)
+    )
+    frame = np.maximum(band(abs(a) - half, 0.05, s.fu) * (s.v < 2.75), band(s.v - 2.72, 0.05, s.fv)) * (
+        opening > 0
+    )
+    c = over(over(c, opening, inside), frame, rgb(0.28, 0.27, 0.26))
+    hue = cells(s.seed % 83, s.seed // 83 % 79, 13)
+    board = rgb(0.40, 0.40, 0.40) + rgb(0.28, 0.28, 0.28) * np.cos(
+        2 * np.pi * (hue[:, None] + rgb(0, 0.33, 0.67))
+    )
+    line = s.v - 3.3
+    text = (
+        band(line, 0.12, s.fv)
+        * band(a, 1.1, s.fu)
+        * (cells(np.floor(s.u / 0.17), s.seed % 97, 14) > 0.42)
+        * np.clip(1.2 - s.fu / 0.15, 0, 1)
+    )
+    return over(
+        c,
+        band(line, 0.3, s.fv) * band(a, 1.7, s.fu) * here * (r > 0.35),
+        over(board, text, rgb(0.92, 0.92, 0.92)),
+    )
 
+# %% ../nbs/06_city.ipynb #e21fea4a
 def wall(
-    s:Spots,     # hits on a house
-    lay:Layout,  # the street
-)->np.ndarray: # (N,3)
+    s: Spots,  # hits on a house
+    lay: Layout,  # the street
+) -> np.ndarray:  # (N,3)
     "A façade."
-    roof, low = s.n[:,2] > .5, (s.v < SHOP)*(s.size[:,2] < 24)
-    c = panes(s, masonry(s), ~roof*~low*(s.v < s.size[:,2] - 1.))
-    return shops(s, c, low*~roof)
+    roof = s.n[:, 2] > 0.5
+    low = (s.v < SHOP) * (s.size[:, 2] < 24)
+    c = panes(s, masonry(s), ~roof * ~low * (s.v < s.size[:, 2] - 1.0))
+    return shops(s, c, low * ~roof)
 
-SURFACES = dict(road=road, slab=slab, wall=wall, leaf=leaf, paint=paintwork) # everything else: stuff
+
+SURFACES = dict(road=road, slab=slab, wall=wall, leaf=leaf, paint=paintwork)  # everything else: stuff
 
 # %% ../nbs/06_city.ipynb #8eabc5e3
 def sky(
-    d:np.ndarray, # (N,3) unit directions, street
-    lay:Layout,   # sun and tint
-)->np.ndarray: # (N,3) linear light 0..1
+    d: np.ndarray,  # (N,3) unit directions, street
+    lay: Layout,  # sun and tint
+) -> np.ndarray:  # (N,3) linear light 0..1
     "A gradient from the horizon up, with cloud."
-    z = d[:,2].clip(0); top = rgb(.23,.40,.68)*np.float32(.6 + .4*lay.light) + np.float32(.18*(1 - lay.light))
-    c = over(np.tile(rgb(.72,.77,.82), (len(d),1)), z**.55, top)
-    k = 1.6/(z + .12); u, v = d[:,0]*k, d[:,1]*k; n = sum(noise(u*f, v*f, lay.tint + f)/f for f in (1,2,4))
-    return over(c, np.clip(n*.9 + .35 - .5*lay.light, 0, 1)*np.clip(z*6, 0, 1), rgb(.86,.87,.88))
+    z = d[:, 2].clip(0)
+    top = rgb(0.23, 0.40, 0.68) * np.float32(0.6 + 0.4 * lay.light) + np.float32(0.18 * (1 - lay.light))
+    c = over(np.tile(rgb(0.72, 0.77, 0.82), (len(d), 1)), z**0.55, top)
+    k = 1.6 / (z + 0.12)
+    u = d[:, 0] * k
+    v = d[:, 1] * k
+    n = sum(noise(u * f, v * f, lay.tint + f) / f for f in (1, 2, 4))
+    return over(
+        c, np.clip(n * 0.9 + 0.35 - 0.5 * lay.light, 0, 1) * np.clip(z * 6, 0, 1), rgb(0.86, 0.87, 0.88)
+    )
 
 # %% ../nbs/06_city.ipynb #0db8de76
 def rays(
-    T:np.ndarray,  # (4,4) camera to street
-    K:np.ndarray,  # (3,3)
-    uv:np.ndarray, # (N,2) continuous px
-)->np.ndarray: # (N,3) float32, unit, street
+    T: np.ndarray,  # (4,4) camera to street
+    K: np.ndarray,  # (3,3)
+    uv: np.ndarray,  # (N,2) continuous px
+) -> np.ndarray:  # (N,3) float32, unit, street
     "Directions through pixels."
-    d = np.c_[(uv - K[:2,2])/K[[0,1],[0,1]], np.ones(len(uv))]
-    return (d/np.linalg.norm(d, axis=1, keepdims=True) @ T[:3,:3].T).astype(np.float32)
+    d = np.c_[(uv - K[:2, 2]) / K[[0, 1], [0, 1]], np.ones(len(uv))]
+    return (d / np.linalg.norm(d, axis=1, keepdims=True) @ T[:3, :3].T).astype(np.float32)
 
+# %% ../nbs/06_city.ipynb #344b6056
 def camera_at(
-    stage:Stage, # the street
-    name:str,    # a camera of the rig
-    tau:float,   # s, the LiDAR stamp since the log's start
-    scale:float, # of the image
-)->tuple: # K (3,3), camera to street (4,4), its own time s, width, height
+    stage: Stage,  # the street
+    name: str,  # a camera of the rig
+    tau: float,  # s, the LiDAR stamp since the log's start
+    scale: float,  # of the image
+) -> tuple:  # K (3,3), camera to street (4,4), its own time s, width, height
     "A camera of the rig at its own moment."
-    fx, fy, cx, cy, x, y, z, *q, ms = RIG[name]; when = tau + ms/1e3
-    T = ego_pose(stage.street.ego, np.array([when]))[0] @ pose_to_mat(np.array([x,y,z]), np.array(q))
-    return scale_intrinsics(intrinsics_matrix(fx,fy,cx,cy), scale), T, when, round(1920*scale), round(1080*scale)
+    fx, fy, cx, cy, x, y, z, *q, ms = RIG[name]
+    when = tau + ms / 1e3
+    T = ego_pose(stage.street.ego, np.array([when]))[0] @ pose_to_mat(np.array([x, y, z]), np.array(q))
+    return (
+        scale_intrinsics(intrinsics_matrix(fx, fy, cx, cy), scale),
+        T,
+        when,
+        round(1920 * scale),
+        round(1080 * scale),
+    )
 
 # %% ../nbs/06_city.ipynb #383dc8cc
 def spots(
-    stage:Stage,   # the street
-    h:Hits,        # M of them on something
-    d:np.ndarray,  # (M,3) directions, street
-    pixel:float,   # rad per pixel
-)->tuple: # Spots and the normals (M,3) in the street's frame
+    stage: Stage,  # the street
+    h: Hits,  # M of them on something
+    d: np.ndarray,  # (M,3) directions, street
+    pixel: float,  # rad per pixel
+) -> tuple:  # Spots and the normals (M,3) in the street's frame
     "Gather what the surfaces need: place, axes, pixel widths."
-    p, heading, t, d = (a.astype(np.float32) for a in (h.local, h.heading, h.t, d)); n = stage.normal[h.face]; a, b = h.uv.T[:,:,None]
-    n = n[:,0]*(1 - a - b) + n[:,1]*a + n[:,2]*b; n = n/np.linalg.norm(n, axis=1, keepdims=True).clip(1e-9); ld = turned(d, -heading)
-    facing = (n*ld).sum(1); n = np.where(facing[:,None] > 0, -n, n); cos = abs(facing).clip(.03)
-    flat = abs(n[:,2]) > .7; q = np.hypot(n[:,0], n[:,1]).clip(1e-6)
-    eu, ev = np.stack([np.where(flat, 1, -n[:,1]/q), np.where(flat, 0, n[:,0]/q), 0*q], 1), np.stack([0*q, flat, ~flat], 1).astype(np.float32)
-    slope = ld + cos[:,None]*n; slope = slope/np.linalg.norm(slope, axis=1, keepdims=True).clip(1e-6)
-    foot = lambda e: np.float32(pixel)*t*np.sqrt(1 + (slope*e).sum(1)**2*(1/cos**2 - 1))
-    s = Spots(p, (p*eu).sum(1), (p*ev).sum(1), n, foot(eu), foot(ev), stage.colour[h.face], stage.seed[h.thing], stage.size[h.thing])
+    p, heading, t, d = (a.astype(np.float32) for a in (h.local, h.heading, h.t, d))
+    n = stage.normal[h.face]
+    a, b = h.uv.T[:, :, None]
+    n = n[:, 0] * (1 - a - b) + n[:, 1] * a + n[:, 2] * b
+    n = n / np.linalg.norm(n, axis=1, keepdims=True).clip(1e-9)
+    ld = turned(d, -heading)
+    facing = (n * ld).sum(1)
+    n = np.where(facing[:, None] > 0, -n, n)
+    cos = abs(facing).clip(0.03)
+    flat = abs(n[:, 2]) > 0.7
+    q = np.hypot(n[:, 0], n[:, 1]).clip(1e-6)
+    eu = np.stack([np.where(flat, 1, -n[:, 1] / q), np.where(flat, 0, n[:, 0] / q), 0 * q], 1)
+    ev = np.stack([0 * q, flat, ~flat], 1).astype(np.float32)
+    slope = ld + cos[:, None] * n
+    slope = slope / np.linalg.norm(slope, axis=1, keepdims=True).clip(1e-6)
+
+    def foot(e):
+        return np.float32(pixel) * t * np.sqrt(1 + (slope * e).sum(1) ** 2 * (1 / cos**2 - 1))
+
+    s = Spots(
+        p,
+        (p * eu).sum(1),
+        (p * ev).sum(1),
+        n,
+        foot(eu),
+        foot(ev),
+        stage.colour[h.face],
+        stage.seed[h.thing],
+        stage.size[h.thing],
+    )
     return s, turned(n, heading)
 
 # %% ../nbs/06_city.ipynb #b68418ca
 def free(
-    scene:EmbreeScene, # a search tree
-    o:np.ndarray,      # (N,3) m
-    d:np.ndarray,      # (3,) unit
-)->np.ndarray: # (N,) bool
+    scene: EmbreeScene,  # a search tree
+    o: np.ndarray,  # (N,3) m
+    d: np.ndarray,  # (3,) unit
+) -> np.ndarray:  # (N,) bool
     "Whether nothing lies in one direction."
-    return scene.run(np.ascontiguousarray(o, np.float32), np.tile(np.asarray(d, np.float32), (len(o),1)), query="OCCLUDED") < 0
+    return (
+        scene.run(
+            np.ascontiguousarray(o, np.float32),
+            np.tile(np.asarray(d, np.float32), (len(o), 1)),
+            query="OCCLUDED",
+        )
+        < 0
+    )
 
+# %% ../nbs/06_city.ipynb #1efbab11
 def sunlit(
-    stage:Stage,     # the street
-    x:np.ndarray,    # (M,3) points, street, m
-    tau:float,       # s
-    ask:np.ndarray,  # (M,) bool, points that face the sun
-)->np.ndarray: # (M,) 1 in the sun, 0 in shadow
+    stage: Stage,  # the street
+    x: np.ndarray,  # (M,3) points, street, m
+    tau: float,  # s
+    ask: np.ndarray,  # (M,) bool, points that face the sun
+) -> np.ndarray:  # (M,) 1 in the sun, 0 in shadow
     "One ray towards the sun from each point."
-    out = np.zeros(len(x), np.float32); sun = np.array(stage.street.layout.sun)
-    k = np.nonzero(ask)[0]; k = k[free(stage.still, x[k], sun)]; out[k] = 1
-    across = np.linalg.svd(sun[None])[2][1:].T; flat = x[k] @ across.astype(np.float32)
-    for i,q in stage.around(tau).items():
-        if i not in stage.movers: continue
-        off = flat - ((np.r_[q[:2], 0] + stage.middle[i]) @ across).astype(np.float32); m = k[off[:,0]**2 + off[:,1]**2 < stage.radius[i]**2]
-        if len(m): out[m] *= free(stage.movers[i], turned(x[m] - stage.base(i, q[None]), -q[2]), turned(sun, -q[2]))
+    out = np.zeros(len(x), np.float32)
+    sun = np.array(stage.street.layout.sun)
+    k = np.nonzero(ask)[0]
+    k = k[free(stage.still, x[k], sun)]
+    out[k] = 1
+    across = np.linalg.svd(sun[None])[2][1:].T
+    flat = x[k] @ across.astype(np.float32)
+    for i, q in stage.around(tau).items():
+        if i not in stage.movers:
+            continue
+        off = flat - ((np.r_[q[:2], 0] + stage.middle[i]) @ across).astype(np.float32)
+        m = k[off[:, 0] ** 2 + off[:, 1] ** 2 < stage.radius[i] ** 2]
+        if len(m):
+            out[m] *= free(stage.movers[i], turned(x[m] - stage.base(i, q[None]), -q[2]), turned(sun, -q[2]))
     return out
 
 # %% ../nbs/06_city.ipynb #cbb6919a
 def under(
-    stage:Stage,   # the street
-    x:np.ndarray,  # (M,3) points, street, m
-    tau:float,     # s
-)->np.ndarray: # (M,) share of the sky that is left
+    stage: Stage,  # the street
+    x: np.ndarray,  # (M,3) points, street, m
+    tau: float,  # s
+) -> np.ndarray:  # (M,) share of the sky that is left
     "The dim patch below vehicles and people."
-    out = np.ones(len(x), np.float32); k = np.nonzero(x[:,2] < .25)[0]; k = k[np.argsort(x[k,0])]; low = x[k]; keep = np.ones(len(k), np.float32)
-    for i,q in stage.around(tau).items():
-        l, w = stage.size[i,:2]; a, b = np.searchsorted(low[:,0], rgb(q[0] - l, q[0] + l))
-        if b == a: continue
-        m = a + np.nonzero(abs(low[a:b,1] - np.float32(q[1])) < l)[0]; p = turned(low[m] - rgb(*q[:2], 0), np.float32(-q[2]))
-        away = np.hypot((abs(p[:,0]) - l/2 + .25).clip(0), (abs(p[:,1]) - w/2 + .25).clip(0))
-        keep[m] = np.minimum(keep[m], .25 + .75*np.clip(away/.75, 0, 1)**.7)
+    out = np.ones(len(x), np.float32)
+    k = np.nonzero(x[:, 2] < 0.25)[0]
+    k = k[np.argsort(x[k, 0])]
+    low = x[k]
+    keep = np.ones(len(k), np.float32)
+    for i, q in stage.around(tau).items():
+        l, w = stage.size[i, :2]
+        a, b = np.searchsorted(low[:, 0], rgb(q[0] - l, q[0] + l))
+        if b == a:
+            continue
+        m = a + np.nonzero(abs(low[a:b, 1] - np.float32(q[1])) < l)[0]
+        p = turned(low[m] - rgb(*q[:2], 0), np.float32(-q[2]))
+        away = np.hypot((abs(p[:, 0]) - l / 2 + 0.25).clip(0), (abs(p[:, 1]) - w / 2 + 0.25).clip(0))
+        keep[m] = np.minimum(keep[m], 0.25 + 0.75 * np.clip(away / 0.75, 0, 1) ** 0.7)
     out[k] = keep
     return out
 
 # %% ../nbs/06_city.ipynb #3fd9f9f1
 def mirror(
-    c:np.ndarray,   # (M,3) linear light so far
-    d:np.ndarray,   # (M,3) unit, street
-    n:np.ndarray,   # (M,3) unit normals, street
-    mat:np.ndarray, # (M,) materials
-)->np.ndarray: # (M,3)
+    c: np.ndarray,  # (M,3) linear light so far
+    d: np.ndarray,  # (M,3) unit, street
+    n: np.ndarray,  # (M,3) unit normals, street
+    mat: np.ndarray,  # (M,) materials
+) -> np.ndarray:  # (M,3)
     "Sky reflected in glass and paint, more at grazing angles."
-    glass, paint = MATERIALS.index("glass"), MATERIALS.index("paint"); k = np.nonzero((mat == glass) | (mat == paint))[0]; cos = (d[k]*n[k]).sum(1)
-    gloss = (.05 + .75*(1 - abs(cos))**4)*np.where(mat[k] == glass, 1., .6); up = np.clip((d[k,2] - 2*cos*n[k,2])*4 + .3, .12, 1)
-    c[k] += (gloss*up)[:,None]*rgb(.62,.68,.75)
+    glass = MATERIALS.index("glass")
+    paint = MATERIALS.index("paint")
+    k = np.nonzero((mat == glass) | (mat == paint))[0]
+    cos = (d[k] * n[k]).sum(1)
+    gloss = (0.05 + 0.75 * (1 - abs(cos)) ** 4) * np.where(mat[k] == glass, 1.0, 0.6)
+    up = np.clip((d[k, 2] - 2 * cos * n[k, 2]) * 4 + 0.3, 0.12, 1)
+    c[k] += (gloss * up)[:, None] * rgb(0.62, 0.68, 0.75)
     return c
 
 # %% ../nbs/06_city.ipynb #8e415864
 def shade(
-    stage:Stage,   # the street
-    h:Hits,        # M of them on something
-    o:np.ndarray,  # (3,) camera, street, m
-    d:np.ndarray,  # (M,3) unit, street
-    tau:float,     # s since the log's start
-    pixel:float,   # rad per pixel
-)->np.ndarray: # (M,3) linear light 0..1
+    stage: Stage,  # the street
+    h: Hits,  # M of them on something
+    o: np.ndarray,  # (3,) camera, street, m
+    d: np.ndarray,  # (M,3) unit, street
+    tau: float,  # s since the log's start
+    pixel: float,  # rad per pixel
+) -> np.ndarray:  # (M,3) linear light 0..1
     "Colour of surface points: texture, sky light, sun, mirror, haze."
-    order = np.argsort(stage.material[h.face], kind="stable"); h, d, lay = h.pick(order), d[order], stage.street.layout; mat = stage.material[h.face]
-    s, n = spots(stage, h, d, pixel); c = np.empty((len(mat),3), np.float32); cut = np.searchsorted(mat, np.arange(len(MATERIALS) + 1))
-    for k,i,j in zip(MATERIALS, cut, cut[1:]): c[i:j] = SURFACES.get(k, stuff)(Spots(*(a[i:j] for a in s)), lay)
-    x = (o + h.t[:,None]*d).astype(np.float32); facing = (n @ rgb(*lay.sun)).clip(0)
-    lit = facing*sunlit(stage, x + n*np.float32(.02), tau, facing > 0)
-    dome = np.float32(.78 - .14*lay.light)*(.62 + .38*n[:,2])*under(stage, x, tau)
-    c = c.clip(0, 1)**2*(dome[:,None]*rgb(.95,1.,1.08) + (np.float32(1.15*lay.light)*lit)[:,None]*rgb(1.08,1.,.88))
-    c = mirror(c, d, n, mat); out = np.empty_like(c); out[order] = over(c, 1 - np.exp(-h.t.astype(np.float32)/1100), rgb(.70,.75,.80))
+    order = np.argsort(stage.material[h.face], kind="stable")
+    h = h.pick(order)
+    d = d[order]
+    lay = stage.street.layout
+    mat = stage.material[h.face]
+    s, n = spots(stage, h, d, pixel)
+    c = np.empty((len(mat), 3), np.float32)
+    cut = np.searchsorted(mat, np.arange(len(MATERIALS) + 1))
+    for k, i, j in zip(MATERIALS, cut, cut[1:]):
+        c[i:j] = SURFACES.get(k, stuff)(Spots(*(a[i:j] for a in s)), lay)
+    x = (o + h.t[:, None] * d).astype(np.float32)
+    facing = (n @ rgb(*lay.sun)).clip(0)
+    lit = facing * sunlit(stage, x + n * np.float32(0.02), tau, facing > 0)
+    dome = np.float32(0.78 - 0.14 * lay.light) * (0.62 + 0.38 * n[:, 2]) * under(stage, x, tau)
+    c = c.clip(0, 1) ** 2 * (
+        dome[:, None] * rgb(0.95, 1.0, 1.08)
+        + (np.float32(1.15 * lay.light) * lit)[:, None] * rgb(1.08, 1.0, 0.88)
+    )
+    c = mirror(c, d, n, mat)
+    out = np.empty_like(c)
+    out[order] = over(c, 1 - np.exp(-h.t.astype(np.float32) / 1100), rgb(0.70, 0.75, 0.80))
     return out
 
 # %% ../nbs/06_city.ipynb #2a7ee593
-MORE = np.array([[.30,.17],[-.30,-.17]]) # px, further samples of a pixel
+MORE = np.array([[0.30, 0.17], [-0.30, -0.17]])  # px, further samples of a pixel
+
 
 def outline(
-    stage:Stage, # the street
-    hit:Hits,    # one per pixel
-    h:int,       # px
-    w:int,       # px
-)->np.ndarray: # (h*w,) bool
+    stage: Stage,  # the street
+    hit: Hits,  # one per pixel
+    h: int,  # px
+    w: int,  # px
+) -> np.ndarray:  # (h*w,) bool
     "Pixels beside another solid, material or side; inside foliage there are none."
-    mat, n = stage.material[hit.face], turned(stage.normal[hit.face,0], hit.heading); key = hit.thing*1000. + mat*50 + np.round(n @ [3.,5.,8.])
-    key = np.where(hit.thing < 0, -1, np.where(mat == MATERIALS.index("leaf"), -2., key)).reshape(h,w); out = np.zeros((h,w), bool)
-    dx, dy = key[:,1:] != key[:,:-1], key[1:] != key[:-1]; out[:,1:] |= dx; out[:,:-1] |= dx; out[1:] |= dy; out[:-1] |= dy
+    mat = stage.material[hit.face]
+    n = turned(stage.normal[hit.face, 0], hit.heading)
+    key = hit.thing * 1000.0 + mat * 50 + np.round(n @ [3.0, 5.0, 8.0])
+    key = np.where(hit.thing < 0, -1, np.where(mat == MATERIALS.index("leaf"), -2.0, key)).reshape(h, w)
+    out = np.zeros((h, w), bool)
+    dx = key[:, 1:] != key[:, :-1]
+    dy = key[1:] != key[:-1]
+    out[:, 1:] |= dx
+    out[:, :-1] |= dx
+    out[1:] |= dy
+    out[:-1] |= dy
     return out.ravel()
 
+# %% ../nbs/06_city.ipynb #ad9402d5
 def look(
-    stage:Stage,   # the street
-    T:np.ndarray,  # (4,4) camera to street
-    K:np.ndarray,  # (3,3)
-    uv:np.ndarray, # (N,2) continuous px
-    when:float,    # s
-)->tuple: # linear light (N,3) and Hits
+    stage: Stage,  # the street
+    T: np.ndarray,  # (4,4) camera to street
+    K: np.ndarray,  # (3,3)
+    uv: np.ndarray,  # (N,2) continuous px
+    when: float,  # s
+) -> tuple:  # linear light (N,3) and Hits
     "What a camera sees through given points of its image."
-    d = rays(T, K, uv); hit = cast(stage, T[None,:3,3].astype(np.float32), d[None], np.array([when])); c = np.empty(d.shape, np.float32)
-    miss = hit.thing < 0; k = np.nonzero(~miss)[0]; c[miss] = sky(d[miss], stage.street.layout)
-    c[k] = shade(stage, hit.pick(k), T[:3,3], d[k], when, 1/K[0,0])
+    d = rays(T, K, uv)
+    hit = cast(stage, T[None, :3, 3].astype(np.float32), d[None], np.array([when]))
+    c = np.empty(d.shape, np.float32)
+    miss = hit.thing < 0
+    k = np.nonzero(~miss)[0]
+    c[miss] = sky(d[miss], stage.street.layout)
+    c[k] = shade(stage, hit.pick(k), T[:3, 3], d[k], when, 1 / K[0, 0])
     return c, hit
 
 # %% ../nbs/06_city.ipynb #96049f25
 def shoot(
-    stage:Stage,     # the street
-    name:str,        # a camera of the rig
-    tau:float,       # s, the LiDAR stamp since the log's start
-    scale:float=.25, # of the image
-    smooth:bool=True, # sample outlines again
-)->tuple: # image uint8 (H,W,3), thing per pixel (H,W), -1 in the sky
+    stage: Stage,  # the street
+    name: str,  # a camera of the rig
+    tau: float,  # s, the LiDAR stamp since the log's start
+    scale: float = 0.25,  # of the image
+    smooth: bool = True,  # sample outlines again
+) -> tuple:  # image uint8 (H,W,3), thing per pixel (H,W), -1 in the sky
     "One photograph."
-    K, T, when, w, h = camera_at(stage, name, tau, scale); v, u = np.mgrid[:h,:w] + .5; uv = np.stack([u.ravel(), v.ravel()], 1)
+    K, T, when, w, h = camera_at(stage, name, tau, scale)
+    v, u = np.mgrid[:h, :w] + 0.5
+    uv = np.stack([u.ravel(), v.ravel()], 1)
     c, hit = look(stage, T, K, uv, when)
     if smooth:
-        k = np.nonzero(outline(stage, hit, h, w))[0]; more, _ = look(stage, T, K, (uv[k] + MORE[:,None]).reshape(-1,2), when)
-        c[k] = (c[k] + more.reshape(len(MORE),-1,3).sum(0))/(1 + len(MORE))
-    return np.round(255*np.sqrt(np.clip(c, 0, 1))).astype(np.uint8).reshape(h,w,3), hit.thing.reshape(h,w)
+        k = np.nonzero(outline(stage, hit, h, w))[0]
+        more, _ = look(stage, T, K, (uv[k] + MORE[:, None]).reshape(-1, 2), when)
+        c[k] = (c[k] + more.reshape(len(MORE), -1, 3).sum(0)) / (1 + len(MORE))
+    return np.round(255 * np.sqrt(np.clip(c, 0, 1))).astype(np.uint8).reshape(h, w, 3), hit.thing.reshape(
+        h, w
+    )
 
 # %% ../nbs/06_city.ipynb #de93b2eb
 def box_time(
-    stage:Stage, # the street
-    i:int,       # a thing
-    tau:float,   # s, the sweep's stamp since the log's start
-)->float: # s, when the beam passes the thing's middle
+    stage: Stage,  # the street
+    i: int,  # a thing
+    tau: float,  # s, the sweep's stamp since the log's start
+) -> float:  # s, when the beam passes the thing's middle
     "Solve for the moment the scanner points at a thing."
-    when = np.array([tau - SWEEP/2])
+    when = np.array([tau - SWEEP / 2])
     for _ in range(4):
-        T, q = ego_pose(stage.street.ego, when)[0], stage.poses(i, when)[0]
-        x, y, _ = T[:3,:3].T @ (np.r_[q[:2], 0] - T[:3,3]) - SCANNER["at"]; az = np.arctan2(x, y)
-        when = np.array([tau + (np.angle(np.exp(1j*az))/(2*np.pi) - .5)*SWEEP])
+        T = ego_pose(stage.street.ego, when)[0]
+        q = stage.poses(i, when)[0]
+        x, y, _ = T[:3, :3].T @ (np.r_[q[:2], 0] - T[:3, 3]) - SCANNER["at"]
+        az = np.arctan2(x, y)
+        when = np.array([tau + (np.angle(np.exp(1j * az)) / (2 * np.pi) - 0.5) * SWEEP])
     return float(when[0])
 
-_WIDE = np.where(RIG.columns == "front_camera", 26., 46.) # half the field of view, degrees
-SEEN_BY = dict(front_left_camera=0, front_camera=1, front_right_camera=2, right_camera=3, back_camera=4, left_camera=5) # PandaSet's camera_used
+# %% ../nbs/06_city.ipynb #335e1c3a
+_WIDE = np.where(RIG.columns == "front_camera", 26.0, 46.0)  # half the field of view, degrees
+SEEN_BY = dict(
+    front_left_camera=0, front_camera=1, front_right_camera=2, right_camera=3, back_camera=4, left_camera=5
+)  # PandaSet's camera_used
+
 
 def camera_used(
-    ego:np.ndarray, # (4,4) LiDAR frame to street
-    p:np.ndarray,   # (3,) street, m
-)->int: # PandaSet's number of a camera
+    ego: np.ndarray,  # (4,4) LiDAR frame to street
+    p: np.ndarray,  # (3,) street, m
+) -> int:  # PandaSet's number of a camera
     "The camera whose middle is nearest, in fields of view."
-    q = ego[:3,:3].T @ (p - ego[:3,3]); off = abs((np.degrees(np.arctan2(q[0], q[1])) - _HEADING + 180)%360 - 180)/_WIDE
+    q = ego[:3, :3].T @ (p - ego[:3, 3])
+    off = abs((np.degrees(np.arctan2(q[0], q[1])) - _HEADING + 180) % 360 - 180) / _WIDE
     return SEEN_BY[RIG.columns[off.argmin()]]
 
 # %% ../nbs/06_city.ipynb #0d2650cb
-COLUMNS = {"uuid":object, "label":object, "yaw":float, "stationary":bool, "camera_used":np.int64,
-           "position.x":float, "position.y":float, "position.z":float, "dimensions.x":float, "dimensions.y":float, "dimensions.z":float,
-           "attributes.object_motion":object, "cuboids.sibling_id":object, "cuboids.sensor_id":np.int64,
-           "attributes.rider_status":object, "attributes.pedestrian_behavior":object, "attributes.pedestrian_age":object} # of PandaSet's cuboid files
+COLUMNS = {
+    "uuid": object,
+    "label": object,
+    "yaw": float,
+    "stationary": bool,
+    "camera_used": np.int64,
+    "position.x": float,
+    "position.y": float,
+    "position.z": float,
+    "dimensions.x": float,
+    "dimensions.y": float,
+    "dimensions.z": float,
+    "attributes.object_motion": object,
+    "cuboids.sibling_id": object,
+    "cuboids.sensor_id": np.int64,
+    "attributes.rider_status": object,
+    "attributes.pedestrian_behavior": object,
+    "attributes.pedestrian_age": object,
+}  # of PandaSet's cuboid files
+
 
 def box_row(
-    t:Thing,            # labelled
-    centre:np.ndarray,  # (3,) world, m
-    heading:float,      # world, rad
-    when:float,         # s
-    seen:int,           # camera_used
-)->tuple: # in the order of COLUMNS
+    t: Thing,  # labelled
+    centre: np.ndarray,  # (3,) world, m
+    heading: float,  # world, rad
+    when: float,  # s
+    seen: int,  # camera_used
+) -> tuple:  # in the order of COLUMNS
     "One labelled box."
-    speed, yaw, nan = t.motion.rate(np.array([when]))[0], np.angle(np.exp(1j*(heading - np.pi/2))), float("nan"); person = t.label == "Pedestrian"
-    thing = person or t.label in ("Cones","Signs","Rolling Containers")
-    state = nan if thing else "Parked" if not t.motion.moves else "Moving" if speed > .05 else "Stopped"
-    return (t.uuid, t.label, yaw, not t.motion.moves, seen, *centre, t.size[1], t.size[0], t.size[2], state, "-", -1,
-            "With Rider" if t.label == "Bicycle" else nan, "Walking" if person else nan, "Adult" if person else nan)
+    speed = t.motion.rate(np.array([when]))[0]
+    yaw = np.angle(np.exp(1j * (heading - np.pi / 2)))
+    nan = float("nan")
+    person = t.label == "Pedestrian"
+    thing = person or t.label in ("Cones", "Signs", "Rolling Containers")
+    state = nan if thing else "Parked" if not t.motion.moves else "Moving" if speed > 0.05 else "Stopped"
+    return (
+        t.uuid,
+        t.label,
+        yaw,
+        not t.motion.moves,
+        seen,
+        *centre,
+        t.size[1],
+        t.size[0],
+        t.size[2],
+        state,
+        "-",
+        -1,
+        "With Rider" if t.label == "Bicycle" else nan,
+        "Walking" if person else nan,
+        "Adult" if person else nan,
+    )
 
 # %% ../nbs/06_city.ipynb #9e2c804b
 def boxes(
-    stage:Stage,  # the street
-    s:dict,       # the sweep of the same stamp
-    tau:float,    # s, the sweep's stamp since the log's start
-    reach:float=100., # m; farther ones are boxed only if the sweep hit them
-)->pd.DataFrame: # PandaSet's cuboid columns, world frame
+    stage: Stage,  # the street
+    s: dict,  # the sweep of the same stamp
+    tau: float,  # s, the sweep's stamp since the log's start
+    reach: float = 100.0,  # m; farther ones are boxed only if the sweep hit them
+) -> pd.DataFrame:  # PandaSet's cuboid columns, world frame
     "The label file of one frame."
-    W, rows, ego = stage.street.world, [], ego_pose(stage.street.ego, np.array([tau]))[0]
-    order = np.argsort(s["thing"], kind="stable"); ids = s["thing"][order]
-    for i,t in enumerate(stage.street.things):
-        if not t.label: continue
-        a, b = np.searchsorted(ids, [i, i+1]); own = np.sort(s["tau"][order[a:b]])
-        when = own[len(own)//2] if b > a else box_time(stage, i, tau) if t.motion.moves else tau
-        x, y, h = stage.poses(i, np.array([when]))[0]; centre = np.array([x, y, t.z + t.size[2]/2])
-        if b == a and np.hypot(*(centre - ego[:3,3])[:2]) > reach: continue
-        rows.append(box_row(t, W[:3,:3] @ centre + W[:3,3], h + np.arctan2(W[1,0], W[0,0]), when, camera_used(ego, centre)))
+    W = stage.street.world
+    rows = []
+    ego = ego_pose(stage.street.ego, np.array([tau]))[0]
+    order = np.argsort(s["thing"], kind="stable")
+    ids = s["thing"][order]
+    for i, t in enumerate(stage.street.things):
+        if not t.label:
+            continue
+        a, b = np.searchsorted(ids, [i, i + 1])
+        own = np.sort(s["tau"][order[a:b]])
+        when = own[len(own) // 2] if b > a else box_time(stage, i, tau) if t.motion.moves else tau
+        x, y, h = stage.poses(i, np.array([when]))[0]
+        centre = np.array([x, y, t.z + t.size[2] / 2])
+        if b == a and np.hypot(*(centre - ego[:3, 3])[:2]) > reach:
+            continue
+        rows.append(
+            box_row(
+                t,
+                W[:3, :3] @ centre + W[:3, 3],
+                h + np.arctan2(W[1, 0], W[0, 0]),
+                when,
+                camera_used(ego, centre),
+            )
+        )
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
 
 # %% ../nbs/06_city.ipynb #416b60b6
 def log_stamps(
-    log_id:str, # e.g. "001"
-    frames:int, # how many
-)->np.ndarray: # (frames,) float64 epoch s
+    log_id: str,  # e.g. "001"
+    frames: int,  # how many
+) -> np.ndarray:  # (frames,) float64 epoch s
     "LiDAR stamps: ten a second, each log in an hour of its own."
-    return 1557539956.5 + 3600.*int(log_id) + np.round(SWEEP*np.arange(frames), 6)
+    return 1557539956.5 + 3600.0 * int(log_id) + np.round(SWEEP * np.arange(frames), 6)
 
+# %% ../nbs/06_city.ipynb #e14ae137
 def dump(
-    table:pd.DataFrame, # to store
-    path:Path,          # NN.pkl.gz; its folder is made
-)->None:
+    table: pd.DataFrame,  # to store
+    path: Path,  # NN.pkl.gz; its folder is made
+) -> None:
     "A gzipped pickle whose bytes depend on the table only, text as plain objects whatever pandas stores it in by default."
     words = {c: object for c in table.columns if isinstance(table[c].dtype, pd.StringDtype)}
-    plain = table.astype(words).set_axis(table.columns.astype(object), axis=1); path.parent.mkdir(parents=True, exist_ok=True)
+    plain = table.astype(words).set_axis(table.columns.astype(object), axis=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(pickle.dumps(plain, protocol=4), 1, mtime=0))
 
+# %% ../nbs/06_city.ipynb #8aace862
 def pose_records(
-    T:np.ndarray, # (F,4,4) sensor to world
-)->list: # of PandaSet's pose records
+    T: np.ndarray,  # (F,4,4) sensor to world
+) -> list:  # of PandaSet's pose records
     "Poses as PandaSet stores them."
-    q = mat_to_quat(T[:,:3,:3])
-    return [dict(position=dict(zip("xyz", map(float, t))), heading=dict(zip("wxyz", map(float, h)))) for t,h in zip(T[:,:3,3], q)]
+    q = mat_to_quat(T[:, :3, :3])
+    return [
+        dict(position=dict(zip("xyz", map(float, t))), heading=dict(zip("wxyz", map(float, h))))
+        for t, h in zip(T[:, :3, 3], q)
+    ]
 
 # %% ../nbs/06_city.ipynb #0285692d
 def write_frame(
-    stage:Stage, # the street
-    log:Path,    # the log's folder
-    truth:Path,  # folder of the log's truth
-    frame:int,   # frame id
-    stamp:float, # epoch s of the log's first stamp
-    cfg:dict,    # scale, cameras, step
-)->None:
+    stage: Stage,  # the street
+    log: Path,  # the log's folder
+    truth: Path,  # folder of the log's truth
+    frame: int,  # frame id
+    stamp: float,  # epoch s of the log's first stamp
+    cfg: dict,  # scale, cameras, step
+) -> None:
     "One frame: sweep, labels, photographs, truth."
-    tau, W, n, first = frame*SWEEP, stage.street.world, f"{frame:02d}", stage.street.standing; s = sweep(stage, tau, cfg["step"])
-    x, y, z = np.round(transform_points(W, s["points"]), 3).T; index = pd.RangeIndex(len(x), name="index")
-    table = pd.DataFrame(dict(x=x, y=y, z=z, i=s["intensity"], t=np.round(stamp + s["tau"], 6), d=np.zeros(len(x), np.int64)), index=index)
-    dump(table, log/f"lidar/{n}.pkl.gz"); dump(boxes(stage, s, tau), log/f"annotations/cuboids/{n}.pkl.gz")
-    mover = lambda thing: np.where(thing < first, -1, thing)
+    tau = frame * SWEEP
+    W = stage.street.world
+    n = f"{frame:02d}"
+    first = stage.street.standing
+    s = sweep(stage, tau, cfg["step"])
+    x, y, z = np.round(transform_points(W, s["points"]), 3).T
+    index = pd.RangeIndex(len(x), name="index")
+    table = pd.DataFrame(
+        dict(x=x, y=y, z=z, i=s["intensity"], t=np.round(stamp + s["tau"], 6), d=np.zeros(len(x), np.int64)),
+        index=index,
+    )
+    dump(table, log / f"lidar/{n}.pkl.gz")
+    dump(boxes(stage, s, tau), log / f"annotations/cuboids/{n}.pkl.gz")
+
+    def mover(thing):
+        return np.where(thing < first, -1, thing)
+
     for c in cfg["cameras"]:
         image, thing = shoot(stage, c, tau, cfg["scale"])
-        for folder in (log/f"camera/{c}", truth/c): folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(log/f"camera/{c}/{n}.jpg", quality=92, subsampling=0)
-        Image.fromarray((mover(thing) + 1).astype(np.uint16)).save(truth/c/f"{n}.png") # 0 where nothing moves
-    flow = (s["flow"] @ W[:3,:3].T).astype(np.float32); truth.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(truth/f"{n}.npz", flow=flow, dynamic=s["dynamic"], object=mover(s["thing"]).astype(np.int32))
+        for folder in (log / f"camera/{c}", truth / c):
+            folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(log / f"camera/{c}/{n}.jpg", quality=92, subsampling=0)
+        Image.fromarray((mover(thing) + 1).astype(np.uint16)).save(
+            truth / c / f"{n}.png"
+        )  # 0 where nothing moves
+    flow = (s["flow"] @ W[:3, :3].T).astype(np.float32)
+    truth.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(
+        truth / f"{n}.npz", flow=flow, dynamic=s["dynamic"], object=mover(s["thing"]).astype(np.int32)
+    )
 
 # %% ../nbs/06_city.ipynb #c46041d4
 def write_json(
-    value:list|dict, # to store
-    path:Path,       # .json
-)->None:
+    value: list | dict,  # to store
+    path: Path,  # .json
+) -> None:
     "A JSON file, whole or not at all."
-    with atomic_write(path) as tmp: Path(tmp).write_text(json.dumps(value))
+    with atomic_write(path) as tmp:
+        Path(tmp).write_text(json.dumps(value))
 
+# %% ../nbs/06_city.ipynb #52a377c7
 def write_lists(
-    stage:Stage, # the street
-    log:Path,    # the log's folder
-    truth:Path,  # folder of the log's truth
-    stamps:np.ndarray, # (F,) epoch s
-    cfg:dict,    # scale, cameras
-)->None:
+    stage: Stage,  # the street
+    log: Path,  # the log's folder
+    truth: Path,  # folder of the log's truth
+    stamps: np.ndarray,  # (F,) epoch s
+    cfg: dict,  # scale, cameras
+) -> None:
     "Poses, stamps, intrinsics, GPS and the names of the movers."
-    W, ego, tau = stage.street.world, stage.street.ego, stamps - stamps[0]; T = W @ ego_pose(ego, tau); T[:,:3,3] = np.round(T[:,:3,3], 9) + 0.
-    lists = {"meta/timestamps": stamps.tolist(), "lidar/timestamps": stamps.tolist(), "lidar/poses": pose_records(T)}
-    places = zip(T[:,:3,3].tolist(), ego.rate(tau).tolist())
-    lists["meta/gps"] = [dict(lat=37.776 + y/111320, long=-122.399 + x/87990, height=2.95, xvel=0., yvel=v) for (x,y,_),v in places]
+    W = stage.street.world
+    ego = stage.street.ego
+    tau = stamps - stamps[0]
+    T = W @ ego_pose(ego, tau)
+    T[:, :3, 3] = np.round(T[:, :3, 3], 9) + 0.0
+    lists = {
+        "meta/timestamps": stamps.tolist(),
+        "lidar/timestamps": stamps.tolist(),
+        "lidar/poses": pose_records(T),
+    }
+    places = zip(T[:, :3, 3].tolist(), ego.rate(tau).tolist())
+    lists["meta/gps"] = [
+        dict(lat=37.776 + y / 111320, long=-122.399 + x / 87990, height=2.95, xvel=0.0, yvel=v)
+        for (x, y, _), v in places
+    ]
     for c in cfg["cameras"]:
-        K, *_ = camera_at(stage, c, 0., cfg["scale"]); shots = [camera_at(stage, c, t, cfg["scale"]) for t in tau]
-        lists[f"camera/{c}/intrinsics"] = {k: float(K[i]) for k,i in (("fx",(0,0)),("fy",(1,1)),("cx",(0,2)),("cy",(1,2)))}
+        K, *_ = camera_at(stage, c, 0.0, cfg["scale"])
+        shots = [camera_at(stage, c, t, cfg["scale"]) for t in tau]
+        lists[f"camera/{c}/intrinsics"] = {
+            k: float(K[i]) for k, i in (("fx", (0, 0)), ("fy", (1, 1)), ("cx", (0, 2)), ("cy", (1, 2)))
+        }
         lists[f"camera/{c}/poses"] = pose_records(np.stack([W @ s[1] for s in shots]))
         lists[f"camera/{c}/timestamps"] = [float(stamps[0] + s[2]) for s in shots]
-    for k,v in lists.items(): write_json(v, log/f"{k}.json")
-    write_json({i: dict(uuid=t.uuid, label=t.label) for i,t in enumerate(stage.street.things) if t.motion.moves}, truth/"objects.json")
+    for k, v in lists.items():
+        write_json(v, log / f"{k}.json")
+    write_json(
+        {i: dict(uuid=t.uuid, label=t.label) for i, t in enumerate(stage.street.things) if t.motion.moves},
+        truth / "objects.json",
+    )
 
 # %% ../nbs/06_city.ipynb #988c12c9
 @lru_cache(maxsize=1)
 def stage_of(
-    log_id:str, # e.g. "001"
-    seed:int,   # of the city
-)->Stage: # ready for rays
+    log_id: str,  # e.g. "001"
+    seed: int,  # of the city
+) -> Stage:  # ready for rays
     "The stage of the log a worker is busy with."
     return Stage(make_street(log_id, seed))
 
+# %% ../nbs/06_city.ipynb #3ec4fbe1
 def write_part(
-    out:str,     # the city's folder
-    log_id:str,  # e.g. "001"
-    frames:list, # frame ids to write
-    cfg:dict,    # the city's parameters
-)->str: # the log id
+    out: str,  # the city's folder
+    log_id: str,  # e.g. "001"
+    frames: list,  # frame ids to write
+    cfg: dict,  # the city's parameters
+) -> str:  # the log id
     "A worker's share: some frames of one log."
-    stage = stage_of(log_id, cfg["seed"]); part = Path(out)/"_part"/log_id; stamps = log_stamps(log_id, cfg["frames"])
-    for f in frames: write_frame(stage, part/"log", part/"truth", f, stamps[0], cfg)
-    if 0 in frames: write_lists(stage, part/"log", part/"truth", stamps, cfg)
+    stage = stage_of(log_id, cfg["seed"])
+    part = Path(out) / "_part" / log_id
+    stamps = log_stamps(log_id, cfg["frames"])
+    for f in frames:
+        write_frame(stage, part / "log", part / "truth", f, stamps[0], cfg)
+    if 0 in frames:
+        write_lists(stage, part / "log", part / "truth", stamps, cfg)
     return log_id
 
 # %% ../nbs/06_city.ipynb #11ac62fe
 def finish(
-    out:Path,   # the city's folder
-    log_id:str, # complete in `_part`
-)->None:
+    out: Path,  # the city's folder
+    log_id: str,  # complete in `_part`
+) -> None:
     "Move a complete log into place, its truth first."
-    part, truth = out/"_part"/log_id, out/"_truth"/log_id; truth.parent.mkdir(exist_ok=True); shutil.rmtree(truth, ignore_errors=True)
-    os.replace(part/"truth", truth); os.replace(part/"log", out/log_id); part.rmdir()
+    part = out / "_part" / log_id
+    truth = out / "_truth" / log_id
+    truth.parent.mkdir(exist_ok=True)
+    shutil.rmtree(truth, ignore_errors=True)
+    os.replace(part / "truth", truth)
+    os.replace(part / "log", out / log_id)
+    part.rmdir()
 
+# %% ../nbs/06_city.ipynb #2f09639d
 def claim(
-    out:Path, # the city's folder
-    cfg:dict, # parameters
-)->bool: # True when there is nothing left to do
+    out: Path,  # the city's folder
+    cfg: dict,  # parameters
+) -> bool:  # True when there is nothing left to do
     "Refuse a folder that holds something else; remember the parameters."
-    found = out/"city.json"
+    found = out / "city.json"
     if found.is_file():
         try:
             old = dict(json.loads(found.read_text()))
         except (ValueError, TypeError, RecursionError) as e:
-            raise DataError(f"{out.name}/city.json: holds no parameters of a city; choose another folder or delete this one.") from e
+            raise DataError(
+                f"{out.name}/city.json: holds no parameters of a city; choose another folder or delete this one."
+            ) from e
         done = old.pop("complete", False)
-        other = ", ".join(f"{k}={v}" for k,v in old.items() if cfg.get(k) != v)
-        if not other: return done
-        raise DataError(f"{out.name}/city.json: holds a city made with other parameters ({other}); choose another folder or delete this one.")
-    if out.exists() and not out.is_dir(): raise DataError(f"{out.name}: is a file; choose a folder.")
-    if out.is_dir() and any(out.iterdir()): raise DataError(f"{out.name}: is not empty and holds no city; choose another folder.")
+        other = ", ".join(f"{k}={v}" for k, v in old.items() if cfg.get(k) != v)
+        if not other:
+            return done
+        raise DataError(
+            f"{out.name}/city.json: holds a city made with other parameters ({other}); choose another folder or delete this one."
+        )
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out.name}: is a file; choose a folder.")
+    if out.is_dir() and any(out.iterdir()):
+        raise DataError(f"{out.name}: is not empty and holds no city; choose another folder.")
     write_json({**cfg, "complete": False}, found)
     return False
 
 # %% ../nbs/06_city.ipynb #aa03a3b8
 def each_part(
-    parts:list,  # arguments of `write_part`
-    workers:int, # processes
-)->Iterator: # of log ids, as parts are done
+    parts: list,  # arguments of `write_part`
+    workers: int,  # processes
+) -> Iterator:  # of log ids, as parts are done
     "Run the parts here, or in fresh single-threaded processes."
-    work = importlib.import_module("flux4d.city").write_part # importable by a fresh process, also from a notebook
-    if workers == 1 or len(parts) < 2: yield from (work(*p) for p in parts); return
-    old = os.environ.get("OMP_NUM_THREADS"); os.environ["OMP_NUM_THREADS"] = "1"
+    work = importlib.import_module(
+        "flux4d.city"
+    ).write_part  # importable by a fresh process, also from a notebook
+    if workers == 1 or len(parts) < 2:
+        yield from (work(*p) for p in parts)
+        return
+    old = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
     try:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            for f in as_completed([pool.submit(work, *p) for p in parts]): yield f.result()
-    finally: os.environ.pop("OMP_NUM_THREADS") if old is None else os.environ.update(OMP_NUM_THREADS=old)
+            for f in as_completed([pool.submit(work, *p) for p in parts]):
+                yield f.result()
+    finally:
+        os.environ.pop("OMP_NUM_THREADS") if old is None else os.environ.update(OMP_NUM_THREADS=old)
 
 # %% ../nbs/06_city.ipynb #225fe5e1
-RANGES = dict(logs=(1, 999), frames=(1, 1000), scale=(.01, 4.), seed=(0, 2**63 - 1), workers=(1, 1024), step=(.05, 45.)) # of the parameters of a city
-PART = 10 # frames a worker writes before it reports, at most
+RANGES = dict(
+    logs=(1, 999),
+    frames=(1, 1000),
+    scale=(0.01, 4.0),
+    seed=(0, 2**63 - 1),
+    workers=(1, 1024),
+    step=(0.05, 45.0),
+)  # of the parameters of a city
+PART = 10  # frames a worker writes before it reports, at most
+
 
 def check_range(
-    **given:int|float|None, # parameters by name; None: left to the default
-)->None: # raises DataError
+    **given: int | float | None,  # parameters by name; None: left to the default
+) -> None:  # raises DataError
     "Refuse a number that no city can have, before anything is written."
     for name, value in given.items():
         low, high = RANGES[name]
         whole = isinstance(low, int)
-        fits = value is None or (isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and low <= value <= high)
+        fits = value is None or (
+            isinstance(value, int if whole else (int, float))
+            and not isinstance(value, bool)
+            and low <= value <= high
+        )
         if not fits:
-            raise DataError(f"{name}: is {value!r}, and has to be {'a whole number' if whole else 'a number'} from {low} to {high}; choose one of these.")
+            raise DataError(
+                f"{name}: is {value!r}, and has to be {'a whole number' if whole else 'a number'} from {low} to {high}; choose one of these."
+            )
 
+# %% ../nbs/06_city.ipynb #0e4521bb
 def make_city(
-    out:str|Path,    # folder to write; becomes a data root
-    logs:int,        # how many, ids from "001" on
-    frames:int=80,   # per log
-    scale:float=.25, # of the 1920x1080 images
-    seed:int=0,      # of the whole city
-    cameras:tuple=("front_camera",), # names of the rig
-    workers:int|None=None, # processes; None: one per core
-    step:float=.25,  # degrees between columns of beams
-    progress:Callable=lambda parts, total: parts, # wraps the parts as they are done, such as tqdm
-)->list: # log ids
+    out: str | Path,  # folder to write; becomes a data root
+    logs: int,  # how many, ids from "001" on
+    frames: int = 80,  # per log
+    scale: float = 0.25,  # of the 1920x1080 images
+    seed: int = 0,  # of the whole city
+    cameras: tuple = ("front_camera",),  # names of the rig
+    workers: int | None = None,  # processes; None: one per core
+    step: float = 0.25,  # degrees between columns of beams
+    progress: Callable = lambda parts, total: parts,  # wraps the parts as they are done, such as tqdm
+) -> list:  # log ids
     "Write a city of logs in PandaSet's layout; do nothing if it is there. In a script, call it under `if __name__ == '__main__'`."
     check_range(logs=logs, frames=frames, scale=scale, seed=seed, workers=workers, step=step)
-    out, ids = Path(out), [f"{i+1:03d}" for i in range(logs)]
+    out = Path(out)
+    ids = [f"{i + 1:03d}" for i in range(logs)]
     cfg = dict(logs=logs, frames=frames, scale=scale, seed=seed, cameras=list(cameras), step=step)
     wrong = [c for c in cameras if c not in RIG]
-    if wrong: raise DataError(f"{wrong[0]}: is not a camera of the rig; choose from {', '.join(RIG)}.")
-    if claim(out, cfg): return ids
-    todo = [i for i in ids if not (out/i).is_dir()]
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    shares = max(1, -(-workers//max(len(todo), 1)), -(-frames//PART))
+    if wrong:
+        raise DataError(f"{wrong[0]}: is not a camera of the rig; choose from {', '.join(RIG)}.")
+    if claim(out, cfg):
+        return ids
+    todo = [i for i in ids if not (out / i).is_dir()]
+    workers = workers or (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    )
+    shares = max(1, -(-workers // max(len(todo), 1)), -(-frames // PART))
     parts = [(str(out), i, list(range(frames))[k::shares], cfg) for i in todo for k in range(shares)]
     left = {i: sum(p[1] == i for p in parts) for i in todo}
     for i in progress(each_part(parts, workers), total=len(parts)):
         left[i] -= 1
-        if not left[i]: finish(out, i)
-    shutil.rmtree(out/"_part", ignore_errors=True); write_json({**cfg, "complete": True}, out/"city.json")
+        if not left[i]:
+            finish(out, i)
+    shutil.rmtree(out / "_part", ignore_errors=True)
+    write_json({**cfg, "complete": True}, out / "city.json")
     return ids
 
 # %% ../nbs/06_city.ipynb #1ad8fb3d
 def fixture_city(
-    n_logs:int=1,     # logs
-    frames:int=24,    # per log
-    scale:float=.125, # of the images
-)->Path: # a data root in the cache
+    n_logs: int = 1,  # logs
+    frames: int = 24,  # per log
+    scale: float = 0.125,  # of the images
+) -> Path:  # a data root in the cache
     "A small city for tests; the cache is `$FLUX4D_CACHE`, else `~/.cache/flux4d`."
-    cfg = dict(logs=n_logs, frames=frames, scale=scale, seed=0, step=.5); code = Path(importlib.import_module("flux4d.city").__file__).read_bytes()
-    home = Path(os.environ.get("FLUX4D_CACHE") or Path.home()/".cache"/"flux4d")
-    final = home/f"city_{sha256(json.dumps(cfg).encode() + code).hexdigest()[:12]}"
-    if (final/"city.json").is_file(): return final
-    home.mkdir(parents=True, exist_ok=True); tmp = Path(tempfile.mkdtemp(prefix="part_", dir=home))
+    cfg = dict(logs=n_logs, frames=frames, scale=scale, seed=0, step=0.5)
+    code = Path(importlib.import_module("flux4d.city").__file__).read_bytes()
+    home = Path(os.environ.get("FLUX4D_CACHE") or Path.home() / ".cache" / "flux4d")
+    final = home / f"city_{sha256(json.dumps(cfg).encode() + code).hexdigest()[:12]}"
+    if (final / "city.json").is_file():
+        return final
+    home.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(prefix="part_", dir=home))
     make_city(tmp, workers=1, **cfg)
-    try: os.rename(tmp, final)
-    except OSError: shutil.rmtree(tmp, ignore_errors=True) # another process was first
+    try:
+        os.rename(tmp, final)
+    except OSError:
+        shutil.rmtree(tmp, ignore_errors=True)  # another process was first
     return final
 
 # %% ../nbs/06_city.ipynb #3a9643fc
@@ -1647,22 +2896,32 @@ CITY_EXAMPLES = """examples:
   flux4d-city data/city --logs 2 --frames 80                             two logs of eight seconds, images of 480x270
   flux4d-city data/six --logs 1 --frames 16 --cameras front_camera left_camera --scale 0.5"""
 
+
 def city_main(
-    argv:list|None=None, # command line, None: the process's own
-)->int: # exit status
+    argv: list | None = None,  # command line, None: the process's own
+) -> int:  # exit status
     "Command `flux4d-city`: write a made-up city."
-    p = argparse.ArgumentParser("flux4d-city", description="Write made-up logs in PandaSet's layout, with exact flow beside them. What was interrupted goes on where it stopped.",
-                                epilog=CITY_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("out", help="folder to write: new, empty, or begun by this command with the same parameters")
+    p = argparse.ArgumentParser(
+        "flux4d-city",
+        description="Write made-up logs in PandaSet's layout, with exact flow beside them. What was interrupted goes on where it stopped.",
+        epilog=CITY_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "out", help="folder to write: new, empty, or begun by this command with the same parameters"
+    )
     p.add_argument("--logs", type=int, default=4, help="how many, default 4")
     p.add_argument("--frames", type=int, default=80, help="of a log, ten a second, default 80")
-    p.add_argument("--scale", type=float, default=.25, help="of the 1920x1080 images, default 0.25")
+    p.add_argument("--scale", type=float, default=0.25, help="of the 1920x1080 images, default 0.25")
     p.add_argument("--seed", type=int, default=0, help="another one is another city")
     p.add_argument("--cameras", nargs="+", default=["front_camera"], choices=list(RIG))
     p.add_argument("--workers", type=int, help="processes, default one per core")
-    p.add_argument("--step", type=float, default=.25, help="degrees between columns of LiDAR beams, default 0.25")
+    p.add_argument(
+        "--step", type=float, default=0.25, help="degrees between columns of LiDAR beams, default 0.25"
+    )
     a = p.parse_args(argv)
     from tqdm import tqdm
+
     bar = partial(tqdm, desc="city", unit="part")
     try:
         ids = make_city(a.out, a.logs, a.frames, a.scale, a.seed, tuple(a.cameras), a.workers, a.step, bar)
@@ -1670,10 +2929,14 @@ def city_main(
         print(e)
         return 1
     except OSError as e:
-        print(f"{e.filename or a.out}: {(e.strerror or str(e)).lower()}; choose another folder, or make room and run the same command again.")
+        print(
+            f"{e.filename or a.out}: {(e.strerror or str(e)).lower()}; choose another folder, or make room and run the same command again."
+        )
         return 1
     except BrokenProcessPool:
-        print("workers: one of them was ended from outside, perhaps for want of memory; run the same command again with a smaller --workers.")
+        print(
+            "workers: one of them was ended from outside, perhaps for want of memory; run the same command again with a smaller --workers."
+        )
         return 1
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on where this one stopped.")

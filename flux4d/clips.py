@@ -15,8 +15,11 @@ from annotated_types import Gt, MinLen
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from .frames import ClipTime, project, pixel_index, se3_inverse, scale_intrinsics
 from .files import counts_otherwise, missing_text, plain_fault
-from .pandaset import PandaSet, Log, DataError, atomic_write, report, safe_load_pickle, scaled_size, short_path
-if TYPE_CHECKING: # loaded where images become tensors, so that the commands start at once
+from .pandaset import PandaSet, Log, report, scaled_size
+from .files import DataError, atomic_write, short_path
+from .unpickle import safe_load_pickle
+
+if TYPE_CHECKING:  # loaded where images become tensors, so that the commands start at once
     import torch
     from torch import Tensor
 
@@ -31,525 +34,807 @@ __all__ = ['TEST_SCENES', 'PRESETS', 'TRAIN_SETTINGS', 'TIME_UNITS', 'SANE_STEP'
 # %% ../nbs/04_clips.ipynb #e82b7df0
 TEST_SCENES = ("001", "011", "016", "065", "084", "090", "106", "115", "123", "158")
 PRESETS = "paper", "debug", "long_log"
-TRAIN_SETTINGS = "train_interpolation", "train_future", "debug", "long_log" # kinds of clip that training may use
+TRAIN_SETTINGS = (
+    "train_interpolation",
+    "train_future",
+    "debug",
+    "long_log",
+)  # kinds of clip that training may use
+
 
 @dataclass(frozen=True)
 class ClipConfig:
     "How logs are cut into clips."
+
     # "paper": the paper's three settings; "debug": equal pieces of every log; "long_log": every log whole, as a
     # chain of interpolation clips
-    preset:Literal["paper","debug","long_log"]="paper"
-    cameras:Annotated[tuple[str,...], MinLen(1)]=("front_camera",) # cameras a clip holds
-    test_scenes:tuple[str,...]=TEST_SCENES # logs that give evaluation clips
-    train_scenes:tuple[str,...]|None=None # logs that give training clips, None: all that are not test logs
-    tiny_scenes:tuple[str,...]|PositiveInt=("001", "002") # logs of the tiny index, or how many from the first on
+    preset: Literal["paper", "debug", "long_log"] = "paper"
+    cameras: Annotated[tuple[str, ...], MinLen(1)] = ("front_camera",)  # cameras a clip holds
+    test_scenes: tuple[str, ...] = TEST_SCENES  # logs that give evaluation clips
+    train_scenes: tuple[str, ...] | None = (
+        None  # logs that give training clips, None: all that are not test logs
+    )
+    tiny_scenes: tuple[str, ...] | PositiveInt = (
+        "001",
+        "002",
+    )  # logs of the tiny index, or how many from the first on
     # what the network sees, counted from the clip's start
-    input_frames:Annotated[tuple[NonNegativeInt,...], MinLen(1)]=(0, 2, 4, 6, 8, 10)
-    interp_len:PositiveInt=11 # frames of a training clip for interpolation
-    interp_stride:PositiveInt=6 # frames from one to the next, which shares 5
-    future_len:PositiveInt=16 # frames of a clip for future prediction
-    future_stride:PositiveInt=11 # frames from one to the next, which shares 5
-    eval_stride:PositiveInt=20 # frames from one evaluation clip to the next, which share none
-    fps:NonNegativeFloat=10. # turns the debug preset's seconds into frames, 0: the measured rate
-    debug_len_s:PositiveFloat=1.5 # s, length of a debug clip
-    debug_stride_s:PositiveFloat=1.5 # s, from one debug clip to the next
-    max_step_ratio:Annotated[float, Gt(1)]=1.5 # a clip with a longer step than this many usual steps of its log is left out
+    input_frames: Annotated[tuple[NonNegativeInt, ...], MinLen(1)] = (0, 2, 4, 6, 8, 10)
+    interp_len: PositiveInt = 11  # frames of a training clip for interpolation
+    interp_stride: PositiveInt = 6  # frames from one to the next, which shares 5
+    future_len: PositiveInt = 16  # frames of a clip for future prediction
+    future_stride: PositiveInt = 11  # frames from one to the next, which shares 5
+    eval_stride: PositiveInt = 20  # frames from one evaluation clip to the next, which share none
+    fps: NonNegativeFloat = 10.0  # turns the debug preset's seconds into frames, 0: the measured rate
+    debug_len_s: PositiveFloat = 1.5  # s, length of a debug clip
+    debug_stride_s: PositiveFloat = 1.5  # s, from one debug clip to the next
+    max_step_ratio: Annotated[float, Gt(1)] = (
+        1.5  # a clip with a longer step than this many usual steps of its log is left out
+    )
 
-    def __post_init__(self)->None:
+    def __post_init__(self) -> None:
         "Refuse what cannot be cut."
-        if self.preset not in PRESETS: raise DataError(f"preset: is {self.preset!r}; choose from {', '.join(PRESETS)}.")
+        if self.preset not in PRESETS:
+            raise DataError(f"preset: is {self.preset!r}; choose from {', '.join(PRESETS)}.")
         for f in ("cameras", "input_frames"):
-            if not getattr(self, f): raise DataError(f"{f}: is empty; name at least one.")
+            if not getattr(self, f):
+                raise DataError(f"{f}: is empty; name at least one.")
 
 # %% ../nbs/04_clips.ipynb #fd5b4d69
 def cut(
-    scene:str, # log id
-    n_frames:int, # frames of the log
-    fps:float, # frames per second
-    cfg:ClipConfig, # how to cut
-)->Iterator[tuple[str,str,list[int],int]]: # setting, split, frame ids, stride
+    scene: str,  # log id
+    n_frames: int,  # frames of the log
+    fps: float,  # frames per second
+    cfg: ClipConfig,  # how to cut
+) -> Iterator[tuple[str, str, list[int], int]]:  # setting, split, frame ids, stride
     "Every clip a log of this length gives, in the index's order."
     test = scene in cfg.test_scenes
     train = scene in cfg.train_scenes if cfg.train_scenes is not None else not test
     if cfg.preset == "debug":
-        rules = [("debug", "test" if test else "train", round(cfg.debug_len_s*fps), round(cfg.debug_stride_s*fps))]
-    elif cfg.preset == "long_log": rules = [("long_log", "test" if test else "train", cfg.interp_len, cfg.interp_len-1)]
+        rules = [
+            (
+                "debug",
+                "test" if test else "train",
+                round(cfg.debug_len_s * fps),
+                round(cfg.debug_stride_s * fps),
+            )
+        ]
+    elif cfg.preset == "long_log":
+        rules = [("long_log", "test" if test else "train", cfg.interp_len, cfg.interp_len - 1)]
     else:
-        rules  = [("eval_future", "test", cfg.future_len, cfg.eval_stride)]*test
-        rules += [("train_future", "train", cfg.future_len, cfg.future_stride), ("train_interpolation", "train", cfg.interp_len, cfg.interp_stride)]*train
+        rules = [("eval_future", "test", cfg.future_len, cfg.eval_stride)] * test
+        rules += [
+            ("train_future", "train", cfg.future_len, cfg.future_stride),
+            ("train_interpolation", "train", cfg.interp_len, cfg.interp_stride),
+        ] * train
     for setting, split, length, stride in rules:
-        if length < 1 or stride < 1: raise DataError(f"{setting}: cuts clips of {length} frames every {stride}; lengthen debug_len_s or debug_stride_s.")
-        last = (n_frames - 1)//2*2 if setting == "long_log" else n_frames - 1; starts = list(range(0, last - length + 2, stride))
-        if setting == "long_log" and starts and starts[-1] + length <= last: starts.append(last - length + 1)
-        for s in starts: yield setting, split, list(range(s, s+length)), stride
+        if length < 1 or stride < 1:
+            raise DataError(
+                f"{setting}: cuts clips of {length} frames every {stride}; lengthen debug_len_s or debug_stride_s."
+            )
+        last = (n_frames - 1) // 2 * 2 if setting == "long_log" else n_frames - 1
+        starts = list(range(0, last - length + 2, stride))
+        if setting == "long_log" and starts and starts[-1] + length <= last:
+            starts.append(last - length + 1)
+        for s in starts:
+            yield setting, split, list(range(s, s + length)), stride
 
 # %% ../nbs/04_clips.ipynb #263698a2
-TIME_UNITS = dict(milliseconds=1e3, microseconds=1e6, nanoseconds=1e9) # per second
-SANE_STEP = .005, 5. # s, from a LiDAR at 200 Hz to keyframes every five seconds
+TIME_UNITS = dict(milliseconds=1e3, microseconds=1e6, nanoseconds=1e9)  # per second
+SANE_STEP = 0.005, 5.0  # s, from a LiDAR at 200 Hz to keyframes every five seconds
+
 
 def time_unit(
-    step:float, # usual step from frame to frame, in the file's unit
-)->str|None: # "milliseconds", "microseconds" or "nanoseconds"; None when seconds, or nothing, explains it
+    step: float,  # usual step from frame to frame, in the file's unit
+) -> (
+    str | None
+):  # "milliseconds", "microseconds" or "nanoseconds"; None when seconds, or nothing, explains it
     "The unit that makes a step of time sensible when seconds do not."
     low, high = SANE_STEP
-    if step <= high: return None
-    return next((unit for unit, per_second in TIME_UNITS.items() if low <= step/per_second <= high), None)
+    if step <= high:
+        return None
+    return next((unit for unit, per_second in TIME_UNITS.items() if low <= step / per_second <= high), None)
 
+# %% ../nbs/04_clips.ipynb #c0887de7
 def check_time_unit(
-    log:Log, # the log
-)->None: # raises DataError
+    log: Log,  # the log
+) -> None:  # raises DataError
     "Stop at stamps that are not in seconds."
-    path, stamps = log.folder/"lidar/timestamps.json", log.lidar_stamps
-    step = float(np.median(np.diff(stamps))) if len(stamps) > 1 else 0.
+    path = log.folder / "lidar/timestamps.json"
+    stamps = log.lidar_stamps
+    step = float(np.median(np.diff(stamps))) if len(stamps) > 1 else 0.0
     unit = time_unit(step)
-    if unit: report(path, f"steps by {step:.0f} from frame to frame, which are {unit}",
-                    f"divide its stamps by {TIME_UNITS[unit]:.0f} to get seconds")
+    if unit:
+        report(
+            path,
+            f"steps by {step:.0f} from frame to frame, which are {unit}",
+            f"divide its stamps by {TIME_UNITS[unit]:.0f} to get seconds",
+        )
 
 # %% ../nbs/04_clips.ipynb #f78e89b1
 def irregular_step(
-    stamps:np.ndarray, # (F,) epoch s, of a clip or a log
-    usual:float, # s, median step of the log
-    ratio:float, # a step may be this many times as long
-)->str|None: # what is wrong, None when the steps are even
+    stamps: np.ndarray,  # (F,) epoch s, of a clip or a log
+    usual: float,  # s, median step of the log
+    ratio: float,  # a step may be this many times as long
+) -> str | None:  # what is wrong, None when the steps are even
     "Name the longest step when it is too long."
     steps = np.diff(stamps)
-    if not len(steps) or steps.max() <= ratio*usual: return None
+    if not len(steps) or steps.max() <= ratio * usual:
+        return None
     k = int(steps.argmax())
     return f"steps by {steps[k]:.3f} s at its frame {k} where {usual:.3f} s are usual"
 
 # %% ../nbs/04_clips.ipynb #df21a390
-def _clip_id(scene:str, setting:str, frames:list[int])->str:
+def _clip_id(scene: str, setting: str, frames: list[int]) -> str:
     "Name of a clip, e.g. `001_eval_future_s000_e015`; debug clips have no setting in theirs."
     return f"{scene}_{'' if setting == 'debug' else setting + '_'}s{frames[0]:03d}_e{frames[-1]:03d}"
 
-def _frame_lists(frames:list[int], cfg:ClipConfig, judged:set[int]=frozenset())->dict:
+# %% ../nbs/04_clips.ipynb #3f3b7225
+def _frame_lists(frames: list[int], cfg: ClipConfig, judged: set[int] = frozenset()) -> dict:
     "Input and target frames, relative to the clip and absolute; frames already judged elsewhere are neither."
     inputs = [i for i in cfg.input_frames if i < len(frames)]
     targets = [i for i in range(len(frames)) if i not in inputs and frames[i] not in judged]
-    return dict(input_indices=inputs, target_indices=targets, input_frame_ids=[frames[i] for i in inputs], target_frame_ids=[frames[i] for i in targets])
+    return dict(
+        input_indices=inputs,
+        target_indices=targets,
+        input_frame_ids=[frames[i] for i in inputs],
+        target_frame_ids=[frames[i] for i in targets],
+    )
 
-def _log_lists(log:Log, cfg:ClipConfig)->dict:
+# %% ../nbs/04_clips.ipynb #94951a00
+def _log_lists(log: Log, cfg: ClipConfig) -> dict:
     "What the clips of a log share, read once: stamps, poses, intrinsics and paths of every frame."
     cams = {c: log.camera(c) for c in cfg.cameras}
-    rel = lambda p: p.relative_to(log.root).as_posix()
-    return dict(stamps=log.lidar_stamps.tolist(), poses=log.lidar_poses.tolist(), sweeps=[rel(log.sweep_path(f)) for f in log.frame_ids],
-        cam_stamps={c: cam.stamps.tolist() for c,cam in cams.items()}, cam_poses={c: cam.poses.tolist() for c,cam in cams.items()},
+
+    def rel(p):
+        return p.relative_to(log.root).as_posix()
+
+    return dict(
+        stamps=log.lidar_stamps.tolist(),
+        poses=log.lidar_poses.tolist(),
+        sweeps=[rel(log.sweep_path(f)) for f in log.frame_ids],
+        cam_stamps={c: cam.stamps.tolist() for c, cam in cams.items()},
+        cam_poses={c: cam.poses.tolist() for c, cam in cams.items()},
         images={c: [rel(log.image_path(c, f)) for f in log.frame_ids] for c in cams},
-        intrinsics={c: dict(fx=k[0,0].item(), fy=k[1,1].item(), cx=k[0,2].item(), cy=k[1,2].item()) for c,cam in cams.items() for k in (cam.K,)})
+        intrinsics={
+            c: dict(fx=k[0, 0].item(), fy=k[1, 1].item(), cx=k[0, 2].item(), cy=k[1, 2].item())
+            for c, cam in cams.items()
+            for k in (cam.K,)
+        },
+    )
 
 # %% ../nbs/04_clips.ipynb #0f0b9fb2
 def make_record(
-    scene:str, # log id
-    setting:str, # "train_interpolation", "train_future", "eval_future", "debug" or "long_log"
-    split:str, # "train" or "test"
-    frames:list[int], # frame ids
-    stride:int, # frames to the next clip
-    lists:dict, # what the log's clips share
-    fps:float, # frames per second asked for
-    cfg:ClipConfig, # how it was cut
-    judged:set[int]=frozenset(), # frame ids that are targets of an earlier clip and must not be of this one
-)->dict[str,Any]: # the clip's entry in the index
+    scene: str,  # log id
+    setting: str,  # "train_interpolation", "train_future", "eval_future", "debug" or "long_log"
+    split: str,  # "train" or "test"
+    frames: list[int],  # frame ids
+    stride: int,  # frames to the next clip
+    lists: dict,  # what the log's clips share
+    fps: float,  # frames per second asked for
+    cfg: ClipConfig,  # how it was cut
+    judged: set[
+        int
+    ] = frozenset(),  # frame ids that are targets of an earlier clip and must not be of this one
+) -> dict[str, Any]:  # the clip's entry in the index
     "One clip as plain Python."
-    a, b = frames[0], frames[-1]+1; stamps = lists["stamps"]; part = lambda d: {c: v[a:b] for c,v in d.items()}
+    a = frames[0]
+    b = frames[-1] + 1
+    stamps = lists["stamps"]
+
+    def part(d):
+        return {c: v[a:b] for c, v in d.items()}
+
     roles = _frame_lists(frames, cfg, judged)
-    return dict(clip_id=_clip_id(scene, setting, frames), scene_id=scene, split=split, fps=fps, fps_actual=(len(stamps)-1)/(stamps[-1]-stamps[0]),
-        setting=setting, clip_len_frames=len(frames), stride_frames=stride, **roles, frame_start=a, frame_end=b-1, frame_ids=frames,
-        timestamps=dict(lidar=stamps[a:b], cameras=part(lists["cam_stamps"])), intrinsics=lists["intrinsics"],
+    return dict(
+        clip_id=_clip_id(scene, setting, frames),
+        scene_id=scene,
+        split=split,
+        fps=fps,
+        fps_actual=(len(stamps) - 1) / (stamps[-1] - stamps[0]),
+        setting=setting,
+        clip_len_frames=len(frames),
+        stride_frames=stride,
+        **roles,
+        frame_start=a,
+        frame_end=b - 1,
+        frame_ids=frames,
+        timestamps=dict(lidar=stamps[a:b], cameras=part(lists["cam_stamps"])),
+        intrinsics=lists["intrinsics"],
         extrinsics=dict(lidar=lists["poses"][a:b], cameras=part(lists["cam_poses"])),
-        image_paths=part(lists["images"]), lidar_paths=lists["sweeps"][a:b],
-        views={k: [(c, f) for f in roles[f"{k}_frame_ids"] for c in cfg.cameras] for k in ("input", "target")})
+        image_paths=part(lists["images"]),
+        lidar_paths=lists["sweeps"][a:b],
+        views={
+            k: [(c, f) for f in roles[f"{k}_frame_ids"] for c in cfg.cameras] for k in ("input", "target")
+        },
+    )
 
 # %% ../nbs/04_clips.ipynb #c0e36c36
-COORD = dict(lidar_points_frame="world", pose_convention="sensor_to_world", ego0_frame_index=0,
-             render_frame="world", voxel_frame="ego0", velocity_frame="world", quaternion="wxyz", pixel_centre=.5)
+COORD = dict(
+    lidar_points_frame="world",
+    pose_convention="sensor_to_world",
+    ego0_frame_index=0,
+    render_frame="world",
+    voxel_frame="ego0",
+    velocity_frame="world",
+    quaternion="wxyz",
+    pixel_centre=0.5,
+)
+
 
 def fingerprint(
-    log:Log, # the log
-    cameras:tuple[str,...], # the index's cameras
-)->str: # 16 hex digits
+    log: Log,  # the log
+    cameras: tuple[str, ...],  # the index's cameras
+) -> str:  # 16 hex digits
     "Hash of the stamps, poses and intrinsics an index is built from."
-    names = ["lidar/timestamps", "lidar/poses"] + [f"camera/{c}/{k}" for c in cameras for k in ("timestamps", "poses", "intrinsics")]
+    names = ["lidar/timestamps", "lidar/poses"] + [
+        f"camera/{c}/{k}" for c in cameras for k in ("timestamps", "poses", "intrinsics")
+    ]
     h = hashlib.sha1()
-    for p in (log.folder/f"{n}.json" for n in names): h.update(p.read_bytes() if p.is_file() else b"missing")
+    for p in (log.folder / f"{n}.json" for n in names):
+        h.update(p.read_bytes() if p.is_file() else b"missing")
     return h.hexdigest()[:16]
 
 # %% ../nbs/04_clips.ipynb #2934dd47
-def _missing(log:Log, cameras:tuple[str,...])->dict[int,str]:
+def _missing(log: Log, cameras: tuple[str, ...]) -> dict[int, str]:
     "Frame id -> the file it lacks and what lies beside it, from one listing per folder."
     lost = {}
     for folder, name in [("lidar", "{:02d}.pkl.gz")] + [(f"camera/{c}", "{:02d}.jpg") for c in cameras]:
-        there, first = {p.name for p in (log.folder/folder).iterdir()}, log.folder/folder/name.format(0)
-        if counts_otherwise(first): # what looks like frame 1 is another
-            for f in log.frame_ids: lost.setdefault(f, f"{folder}/{first.name} {missing_text(first)}")
+        there = {p.name for p in (log.folder / folder).iterdir()}
+        first = log.folder / folder / name.format(0)
+        if counts_otherwise(first):  # what looks like frame 1 is another
+            for f in log.frame_ids:
+                lost.setdefault(f, f"{folder}/{first.name} {missing_text(first)}")
         for f in log.frame_ids:
-            if name.format(f) not in there: lost.setdefault(f, f"{folder}/{name.format(f)} {missing_text(log.folder/folder/name.format(f))}")
+            if name.format(f) not in there:
+                lost.setdefault(
+                    f, f"{folder}/{name.format(f)} {missing_text(log.folder / folder / name.format(f))}"
+                )
     return lost
 
-def _cut_log(log:Log, cfg:ClipConfig)->tuple[list[dict],list[dict]]:
+# %% ../nbs/04_clips.ipynb #0f988647
+def _cut_log(log: Log, cfg: ClipConfig) -> tuple[list[dict], list[dict]]:
     "Records of one log, and the clips left out with their reasons."
-    lists = _log_lists(log, cfg); lost = _missing(log, cfg.cameras); stamps = lists["stamps"]
-    fps = cfg.fps or ((len(stamps)-1)/(stamps[-1]-stamps[0]) if len(stamps) > 1 else 10.)
-    clips, out, judged = [], [], set(); usual = float(np.median(np.diff(stamps))) if len(stamps) > 1 else 0.
+    lists = _log_lists(log, cfg)
+    lost = _missing(log, cfg.cameras)
+    stamps = lists["stamps"]
+    fps = cfg.fps or ((len(stamps) - 1) / (stamps[-1] - stamps[0]) if len(stamps) > 1 else 10.0)
+    clips = []
+    out = []
+    judged = set()
+    usual = float(np.median(np.diff(stamps))) if len(stamps) > 1 else 0.0
     for setting, split, frames, stride in cut(log.id, len(stamps), fps, cfg):
         gap = next((lost[f] for f in frames if f in lost), None)
-        reason = gap or irregular_step(np.array(stamps[frames[0]:frames[-1]+1]), usual, cfg.max_step_ratio)
+        reason = gap or irregular_step(
+            np.array(stamps[frames[0] : frames[-1] + 1]), usual, cfg.max_step_ratio
+        )
         if reason:
             out.append(dict(clip_id=_clip_id(log.id, setting, frames), scene_id=log.id, reason=reason))
             continue
         clips.append(make_record(log.id, setting, split, frames, stride, lists, fps, cfg, judged))
-        if setting == "long_log": judged.update(clips[-1]["target_frame_ids"])
-    if not clips and not out: out.append(dict(clip_id=log.id, scene_id=log.id, reason=f"{len(stamps)} frames are too few for a clip of its settings"))
+        if setting == "long_log":
+            judged.update(clips[-1]["target_frame_ids"])
+    if not clips and not out:
+        out.append(
+            dict(
+                clip_id=log.id,
+                scene_id=log.id,
+                reason=f"{len(stamps)} frames are too few for a clip of its settings",
+            )
+        )
     return clips, out
 
 # %% ../nbs/04_clips.ipynb #1766fa1d
 def build_index(
-    root:str|Path, # data root
-    cfg:ClipConfig=ClipConfig(), # how to cut
-)->dict[str,Any]: # "meta" and "clips"
+    root: str | Path,  # data root
+    cfg: ClipConfig = ClipConfig(),  # how to cut
+) -> dict[str, Any]:  # "meta" and "clips"
     "Cut every log of a data root."
-    data = PandaSet(root); clips, left_out, prints = [], [], {}
+    data = PandaSet(root)
+    clips = []
+    left_out = []
+    prints = {}
     for id in data.log_ids:
-        log = data[id]; check_time_unit(log); kept, out = _cut_log(log, cfg); clips += kept; left_out += out
+        log = data[id]
+        check_time_unit(log)
+        kept, out = _cut_log(log, cfg)
+        clips += kept
+        left_out += out
         prints[id] = fingerprint(log, cfg.cameras)
     if not clips:
         first = f" ({left_out[0]['clip_id']}: {left_out[0]['reason']})" if left_out else ""
         report(root, f"gives no clip at all{first}", "get more frames of its logs or shorten the clips")
     config = json.loads(json.dumps(asdict(cfg)))
-    return dict(meta=dict(version=1, preset=cfg.preset, config=config, coord=dict(COORD), scenes=data.log_ids, fingerprint=prints, left_out=left_out), clips=clips)
+    return dict(
+        meta=dict(
+            version=1,
+            preset=cfg.preset,
+            config=config,
+            coord=dict(COORD),
+            scenes=data.log_ids,
+            fingerprint=prints,
+            left_out=left_out,
+        ),
+        clips=clips,
+    )
 
+# %% ../nbs/04_clips.ipynb #4e65d057
 def tiny_index(
-    index:dict[str,Any], # a full index
-    cfg:ClipConfig=ClipConfig(), # names the tiny logs
-)->dict[str,Any]: # the same for a few logs
+    index: dict[str, Any],  # a full index
+    cfg: ClipConfig = ClipConfig(),  # names the tiny logs
+) -> dict[str, Any]:  # the same for a few logs
     "The part of an index that belongs to the tiny logs; the first two when none of them is there."
-    m = index["meta"]; have = m["scenes"]; want = cfg.tiny_scenes
+    m = index["meta"]
+    have = m["scenes"]
+    want = cfg.tiny_scenes
     ids = have[:want] if isinstance(want, int) else [s for s in have if s in want] or have[:2]
-    meta = m | dict(scenes=ids, fingerprint={s: m["fingerprint"][s] for s in ids}, left_out=[o for o in m["left_out"] if o["scene_id"] in ids])
+    meta = m | dict(
+        scenes=ids,
+        fingerprint={s: m["fingerprint"][s] for s in ids},
+        left_out=[o for o in m["left_out"] if o["scene_id"] in ids],
+    )
     return dict(meta=meta, clips=[c for c in index["clips"] if c["scene_id"] in ids])
 
 # %% ../nbs/04_clips.ipynb #be319b14
 def left_out_lines(
-    index:dict[str,Any], # an index
-    limit:int|None=20, # at most this many clips by name, None: all
-)->list[str]: # a headline and a line per clip, empty when nothing was left out
+    index: dict[str, Any],  # an index
+    limit: int | None = 20,  # at most this many clips by name, None: all
+) -> list[str]:  # a headline and a line per clip, empty when nothing was left out
     "Which clips an index does without, and why."
     out = index["meta"]["left_out"]
-    if not out: return []
+    if not out:
+        return []
     shown = out if limit is None else out[:limit]
     lines = [f"{len(out)} clips left out:"] + [f"  {o['clip_id']}: {o['reason']}" for o in shown]
-    if len(shown) < len(out): lines.append(f"  and {len(out) - len(shown)} more")
+    if len(shown) < len(out):
+        lines.append(f"  and {len(out) - len(shown)} more")
     return lines
 
 # %% ../nbs/04_clips.ipynb #de67db7f
 INDEX_NAMES = "pandaset_full_clips.pkl", "pandaset_tiny_clips.pkl"
 
+
 def write_index(
-    root:str|Path, # data root
-    out_dir:str|Path, # folder for the two files
-    cfg:ClipConfig=ClipConfig(), # how to cut
-)->tuple[Path,Path]: # full and tiny index
+    root: str | Path,  # data root
+    out_dir: str | Path,  # folder for the two files
+    cfg: ClipConfig = ClipConfig(),  # how to cut
+) -> tuple[Path, Path]:  # full and tiny index
     "Build and write both index files."
-    full = build_index(root, cfg); paths = tuple(Path(out_dir)/n for n in INDEX_NAMES)
+    full = build_index(root, cfg)
+    paths = tuple(Path(out_dir) / n for n in INDEX_NAMES)
     for path, index in zip(paths, (full, tiny_index(full, cfg))):
-        with atomic_write(path) as tmp: tmp.write_bytes(pickle.dumps(index, protocol=4))
+        with atomic_write(path) as tmp:
+            tmp.write_bytes(pickle.dumps(index, protocol=4))
     return paths
 
 # %% ../nbs/04_clips.ipynb #357c388a
 def is_name(
-    x:Any, # from a file
-)->bool: # may it become part of a path?
+    x: Any,  # from a file
+) -> bool:  # may it become part of a path?
     "A plain name: text without separators, without a leading dot, drive or control characters."
-    return isinstance(x, str) and 0 < len(x) <= 200 and x.isprintable() and x[0] != "." and not set(x) & set("/\\:")
+    return (
+        isinstance(x, str)
+        and 0 < len(x) <= 200
+        and x.isprintable()
+        and x[0] != "."
+        and not set(x) & set("/\\:")
+    )
 
+# %% ../nbs/04_clips.ipynb #c3392459
 def is_path(
-    x:Any, # from a file
-)->bool: # does it stay below the data root?
+    x: Any,  # from a file
+) -> bool:  # does it stay below the data root?
     "A relative path made of plain names."
     return isinstance(x, str) and all(is_name(part) for part in x.split("/"))
 
 # %% ../nbs/04_clips.ipynb #556e81cb
-def _whole(x:Any)->bool:
+def _whole(x: Any) -> bool:
     "A whole number from 0 on."
     return isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**31
 
-def _number(x:Any)->bool:
+
+def _number(x: Any) -> bool:
     "A finite number."
     return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 2**63
 
-def _list_of(holds:Callable)->Callable:
+
+def _list_of(holds: Callable) -> Callable:
     "A list of such things."
     return lambda x: isinstance(x, (list, tuple)) and all(map(holds, x))
 
-def _dict_of(holds:Callable)->Callable:
+# %% ../nbs/04_clips.ipynb #c8457bb4
+def _dict_of(holds: Callable) -> Callable:
     "A dictionary from plain names to such things."
     return lambda x: isinstance(x, dict) and all(map(is_name, x)) and all(map(holds, x.values()))
 
-def _keys(**fields:Callable)->Callable:
+
+def _keys(**fields: Callable) -> Callable:
     "A dictionary with at least these keys."
-    return lambda x: isinstance(x, dict) and all(k in x and holds(x[k]) for k,holds in fields.items())
+    return lambda x: isinstance(x, dict) and all(k in x and holds(x[k]) for k, holds in fields.items())
 
-def _poses(x:Any)->bool:
+# %% ../nbs/04_clips.ipynb #aa00bb4c
+def _poses(x: Any) -> bool:
     "A list of finite 4x4 matrices."
-    try: return isinstance(x, list) and (m := np.array(x, np.float64)).shape[1:] == (4,4) and bool(np.isfinite(m).all())
-    except (TypeError, ValueError, OverflowError, RecursionError): return False
+    try:
+        return (
+            isinstance(x, list)
+            and (m := np.array(x, np.float64)).shape[1:] == (4, 4)
+            and bool(np.isfinite(m).all())
+        )
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return False
 
-def _pair(x:Any)->bool:
+# %% ../nbs/04_clips.ipynb #3d0701d3
+def _pair(x: Any) -> bool:
     "A camera and a frame."
     return isinstance(x, (list, tuple)) and len(x) == 2 and is_name(x[0]) and _whole(x[1])
 
 # %% ../nbs/04_clips.ipynb #c41c6254
 class Field(NamedTuple):
     "What a field of an index must hold."
-    holds:Callable # value -> bool
-    want:str # the same in words
 
-_frames, _stamps, _text = _list_of(_whole), _list_of(_number), lambda x: isinstance(x, str) and x.isprintable()
+    holds: Callable  # value -> bool
+    want: str  # the same in words
+
+# %% ../nbs/04_clips.ipynb #650a8803
+_frames = _list_of(_whole)
+_stamps = _list_of(_number)
+
+
+def _text(x):
+    return isinstance(x, str) and x.isprintable()
+
+
 _K = _keys(fx=_number, fy=_number, cx=_number, cy=_number)
 META_SCHEMA = dict(
-    version=Field(_whole, "a whole number"), preset=Field(_text, "text"),
+    version=Field(_whole, "a whole number"),
+    preset=Field(_text, "text"),
     config=Field(_keys(cameras=_list_of(is_name)), "the settings of the cut, with plain names of cameras"),
     coord=Field(lambda x: isinstance(x, dict) and plain_fault(x) is None, "the coordinate block"),
-                   scenes=Field(_list_of(is_name), "a list of plain names of logs"),
+    scenes=Field(_list_of(is_name), "a list of plain names of logs"),
     fingerprint=Field(_dict_of(_text), "a mark for each log's plain name"),
-    left_out=Field(_list_of(_keys(clip_id=_text, scene_id=_text, reason=_text)), "a list of clips with reasons"))
+    left_out=Field(
+        _list_of(_keys(clip_id=_text, scene_id=_text, reason=_text)), "a list of clips with reasons"
+    ),
+)
 RECORD_SCHEMA = dict(
-    clip_id=Field(is_name, "a plain name"), scene_id=Field(is_name, "a plain name"),
-                     setting=Field(is_name, "a plain name"),
+    clip_id=Field(is_name, "a plain name"),
+    scene_id=Field(is_name, "a plain name"),
+    setting=Field(is_name, "a plain name"),
     split=Field(lambda x: isinstance(x, str) and x in ("train", "test"), "train or test"),
     **dict.fromkeys(("fps", "fps_actual"), Field(lambda x: _number(x) and x > 0, "a positive number")),
-    **dict.fromkeys(("clip_len_frames", "stride_frames", "frame_start", "frame_end"),
-                    Field(_whole, "a whole number from 0 on")),
-    **dict.fromkeys("frame_ids input_indices target_indices input_frame_ids target_frame_ids".split(),
-                    Field(_frames, "a list of whole numbers from 0 on")),
+    **dict.fromkeys(
+        ("clip_len_frames", "stride_frames", "frame_start", "frame_end"),
+        Field(_whole, "a whole number from 0 on"),
+    ),
+    **dict.fromkeys(
+        "frame_ids input_indices target_indices input_frame_ids target_frame_ids".split(),
+        Field(_frames, "a list of whole numbers from 0 on"),
+    ),
     timestamps=Field(_keys(lidar=_stamps, cameras=_dict_of(_stamps)), "lists of stamps by sensor"),
     intrinsics=Field(_dict_of(_K), "fx, fy, cx, cy by camera"),
     extrinsics=Field(_keys(lidar=_poses, cameras=_dict_of(_poses)), "lists of 4x4 poses by sensor"),
     image_paths=Field(_dict_of(_list_of(is_path)), "lists of paths below the data root by camera"),
     lidar_paths=Field(_list_of(is_path), "a list of paths below the data root"),
-    views=Field(_keys(input=_list_of(_pair), target=_list_of(_pair)), "pairs of camera and frame"))
-META_FIELDS, RECORD_FIELDS = tuple(META_SCHEMA), tuple(RECORD_SCHEMA)
+    views=Field(_keys(input=_list_of(_pair), target=_list_of(_pair)), "pairs of camera and frame"),
+)
+META_FIELDS = tuple(META_SCHEMA)
+RECORD_FIELDS = tuple(RECORD_SCHEMA)
 
 # %% ../nbs/04_clips.ipynb #7082b3a5
-def _wrong_field(values:dict, schema:dict[str,Field])->str|None:
+def _wrong_field(values: dict, schema: dict[str, Field]) -> str | None:
     "The first field that does not hold what it must, in words."
     for name, field in schema.items():
-        if not field.holds(values[name]): return f"{name} must be {field.want}, got {str(values[name])[:40]!r}"
+        if not field.holds(values[name]):
+            return f"{name} must be {field.want}, got {str(values[name])[:40]!r}"
 
-def _wrong_record(record:dict, meta:dict)->str|None:
+# %% ../nbs/04_clips.ipynb #8135db27
+def _wrong_record(record: dict, meta: dict) -> str | None:
     "What is wrong with a record whose fields have their types."
-    if record["scene_id"] not in meta["scenes"]: return f"scene_id {record['scene_id']!r} is not among the index's logs"
+    if record["scene_id"] not in meta["scenes"]:
+        return f"scene_id {record['scene_id']!r} is not among the index's logs"
     other = set(record["image_paths"]) - set(meta["config"]["cameras"])
-    if other: return f"image_paths name the camera {min(other)!r}, which is not among the index's cameras"
-    frames, n = record["frame_ids"], len(record["frame_ids"])
-    if frames != list(range(frames[0], frames[0] + n) if n else []): return "frame_ids must be consecutive"
+    if other:
+        return f"image_paths name the camera {min(other)!r}, which is not among the index's cameras"
+    frames = record["frame_ids"]
+    n = len(record["frame_ids"])
+    if frames != list(range(frames[0], frames[0] + n) if n else []):
+        return "frame_ids must be consecutive"
     if not {*record["input_frame_ids"], *record["target_frame_ids"]} <= set(frames):
         return "input_frame_ids and target_frame_ids must lie in frame_ids"
-    lists = [record["timestamps"]["lidar"], record["lidar_paths"], *record["timestamps"]["cameras"].values(),
-             *record["image_paths"].values()]
-    if any(len(v) != n for v in lists): return f"its lists must have {n} entries, one per frame"
+    lists = [
+        record["timestamps"]["lidar"],
+        record["lidar_paths"],
+        *record["timestamps"]["cameras"].values(),
+        *record["image_paths"].values(),
+    ]
+    if any(len(v) != n for v in lists):
+        return f"its lists must have {n} entries, one per frame"
 
 # %% ../nbs/04_clips.ipynb #dc053468
 def load_index(
-    path:str|Path, # an index file
-    root:str|Path|None=None, # data root it must have been built for
-)->dict[str,Any]: # "meta" and "clips"
+    path: str | Path,  # an index file
+    root: str | Path | None = None,  # data root it must have been built for
+) -> dict[str, Any]:  # "meta" and "clips"
     "Read an index whose every field has its type, and compare it with the data when the root is given."
-    index, again = safe_load_pickle(path, admitted={}), "write it again with flux4d-index"
-    has = lambda d, names: isinstance(d, dict) and set(names) <= d.keys()
-    if odd := plain_fault(index, printable=False): report(path, odd, again)
-    whole = has(index, ("meta", "clips")) and has(index["meta"], META_FIELDS) and isinstance(index["clips"], list)
+    index = safe_load_pickle(path, admitted={})
+    again = "write it again with flux4d-index"
+
+    def has(d, names):
+        return isinstance(d, dict) and set(names) <= d.keys()
+
+    if odd := plain_fault(index, printable=False):
+        report(path, odd, again)
+    whole = (
+        has(index, ("meta", "clips")) and has(index["meta"], META_FIELDS) and isinstance(index["clips"], list)
+    )
     if not (whole and all(has(c, RECORD_FIELDS) for c in index["clips"])):
         report(path, "lacks fields of a clip index", again)
     meta = index["meta"]
-    if wrong := _wrong_field(meta, META_SCHEMA): report(path, f"its {wrong}", again)
+    if wrong := _wrong_field(meta, META_SCHEMA):
+        report(path, f"its {wrong}", again)
     for k, record in enumerate(index["clips"]):
         wrong = _wrong_field(record, RECORD_SCHEMA) or _wrong_record(record, meta)
-        if wrong: report(path, f"in clip {k}, {wrong}", again)
+        if wrong:
+            report(path, f"in clip {k}, {wrong}", again)
     for id, mark in meta["fingerprint"].items() if root is not None else ():
-        held = (Path(root)/id/"lidar").is_dir() # `id` is a plain name
+        held = (Path(root) / id / "lidar").is_dir()  # `id` is a plain name
         if not held or fingerprint(Log(root, id), meta["config"]["cameras"]) != mark:
             report(path, f"was built for other data than log {id} here", again)
     return index
 
 # %% ../nbs/04_clips.ipynb #2da5fb7e
 def index_hash(
-    index:dict[str,Any], # an index
-)->str: # 16 hex digits
+    index: dict[str, Any],  # an index
+) -> str:  # 16 hex digits
     "Identity of an index: its cut and the data it was cut from."
     # what max_step_ratio leaves out shows in the clips' names
-    config = {k: v for k,v in index["meta"]["config"].items() if k != "max_step_ratio"}
-    text = json.dumps([config, index["meta"]["fingerprint"], [c["clip_id"] for c in index["clips"]]], sort_keys=True)
+    config = {k: v for k, v in index["meta"]["config"].items() if k != "max_step_ratio"}
+    text = json.dumps(
+        [config, index["meta"]["fingerprint"], [c["clip_id"] for c in index["clips"]]], sort_keys=True
+    )
     return hashlib.sha1(text.encode()).hexdigest()[:16]
 
 # %% ../nbs/04_clips.ipynb #c322dbeb
 def select_clips(
-    index:dict[str,Any], # an index
-    split:str|None=None, # "train" or "test"
-    settings:tuple[str,...]|None=None, # e.g. ("train_future",)
-    logs:tuple[str,...]|None=None, # log ids
-    starts:tuple[int,...]|None=None, # first frame ids
-    clip_ids:tuple[str,...]|None=None, # by name
-    exclude_frames:tuple[int,...]=(), # leave out clips that touch any of these frame ids
-    limit:int|None=None, # at most this many, spread evenly over the rest
-)->list[dict[str,Any]]: # records, in the index's order
+    index: dict[str, Any],  # an index
+    split: str | None = None,  # "train" or "test"
+    settings: tuple[str, ...] | None = None,  # e.g. ("train_future",)
+    logs: tuple[str, ...] | None = None,  # log ids
+    starts: tuple[int, ...] | None = None,  # first frame ids
+    clip_ids: tuple[str, ...] | None = None,  # by name
+    exclude_frames: tuple[int, ...] = (),  # leave out clips that touch any of these frame ids
+    limit: int | None = None,  # at most this many, spread evenly over the rest
+) -> list[dict[str, Any]]:  # records, in the index's order
     "Records that satisfy every condition given."
-    asked = dict(split=split and (split,), setting=settings, scene_id=logs, frame_start=starts, clip_id=clip_ids)
-    keep = [c for c in index["clips"] if all(v is None or c[k] in v for k,v in asked.items()) and not set(exclude_frames) & set(c["frame_ids"])]
+    asked = dict(
+        split=split and (split,), setting=settings, scene_id=logs, frame_start=starts, clip_id=clip_ids
+    )
+    keep = [
+        c
+        for c in index["clips"]
+        if all(v is None or c[k] in v for k, v in asked.items())
+        and not set(exclude_frames) & set(c["frame_ids"])
+    ]
     if not keep:
-        given = ", ".join(f"{k} {'/'.join(map(str, v))}" for k,v in asked.items() if v is not None) or "these conditions"
+        given = (
+            ", ".join(f"{k} {'/'.join(map(str, v))}" for k, v in asked.items() if v is not None)
+            or "these conditions"
+        )
         if exclude_frames:
             given += f", leaving out frames {min(exclude_frames)} to {max(exclude_frames)}"
-        raise DataError(f"index: holds no clip with {given}; relax a condition or build the index with train_scenes and test_scenes that give such clips.")
-    if limit is None or limit >= len(keep): return keep
-    return [keep[i] for i in np.linspace(0, len(keep)-1, limit).round().astype(int)]
+        raise DataError(
+            f"index: holds no clip with {given}; relax a condition or build the index with train_scenes and test_scenes that give such clips."
+        )
+    if limit is None or limit >= len(keep):
+        return keep
+    return [keep[i] for i in np.linspace(0, len(keep) - 1, limit).round().astype(int)]
 
 # %% ../nbs/04_clips.ipynb #23091f7a
 def inspect_index(
-    index:dict[str,Any], # an index
-    clip:int|None=0, # which record to show, None: only the summary
-    stop:bool=False, # stop in the debugger with `index` and `record` at hand
-)->None: # prints
+    index: dict[str, Any],  # an index
+    clip: int | None = 0,  # which record to show, None: only the summary
+    stop: bool = False,  # stop in the debugger with `index` and `record` at hand
+) -> None:  # prints
     "Print a summary, the coordinate block and one record."
-    m, clips = index["meta"], index["clips"]
+    m = index["meta"]
+    clips = index["clips"]
     if clip is not None and not 0 <= clip < len(clips):
-        remedy = f"choose a number from 0 to {len(clips)-1}" if clips else "it holds no clip"
+        remedy = f"choose a number from 0 to {len(clips) - 1}" if clips else "it holds no clip"
         raise DataError(f"clip: {clip} is not in this index; {remedy}.")
     kinds = sorted({(c["setting"], c["split"]) for c in clips})
-    print(f"{m['preset']} preset, {len(m['scenes'])} logs, {len(clips)} clips, {len(m['left_out'])} left out, hash {index_hash(index)}")
-    for k in kinds: print(f"  {k[0]:20} {k[1]:6}{sum((c['setting'], c['split']) == k for c in clips):6}")
-    print("coord:", *(f"{k}={v}" for k,v in m["coord"].items()), sep="\n  ")
+    print(
+        f"{m['preset']} preset, {len(m['scenes'])} logs, {len(clips)} clips, {len(m['left_out'])} left out, hash {index_hash(index)}"
+    )
+    for k in kinds:
+        print(f"  {k[0]:20} {k[1]:6}{sum((c['setting'], c['split']) == k for c in clips):6}")
+    print("coord:", *(f"{k}={v}" for k, v in m["coord"].items()), sep="\n  ")
     record = None if clip is None else clips[clip]
-    for k in ("clip_id", "split", "setting", "fps_actual", "input_frame_ids", "target_frame_ids", "lidar_paths") if record else (): print(f"{k}: {record[k]}"[:110])
-    if stop: breakpoint()
+    for k in (
+        ("clip_id", "split", "setting", "fps_actual", "input_frame_ids", "target_frame_ids", "lidar_paths")
+        if record
+        else ()
+    ):
+        print(f"{k}: {record[k]}"[:110])
+    if stop:
+        breakpoint()
 
 # %% ../nbs/04_clips.ipynb #ad41855d
 _EXAMPLE = """example:
   flux4d-index data/pandaset indices --test-scenes 001 011
   flux4d-index --inspect indices/pandaset_full_clips.pkl --clip 3"""
 
-def _parser()->argparse.ArgumentParser:
+
+def _parser() -> argparse.ArgumentParser:
     "Options of `flux4d-index`; every default is `ClipConfig`'s."
     d = ClipConfig()
-    p = argparse.ArgumentParser("flux4d-index", description="Cut PandaSet logs into clips.", epilog=_EXAMPLE,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        "flux4d-index",
+        description="Cut PandaSet logs into clips.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("data_root", nargs="?", help="folder that holds 001, 002 and so on")
-    p.add_argument("out_dir", nargs="?", default="indices", help="folder for the two index files, default indices")
+    p.add_argument(
+        "out_dir", nargs="?", default="indices", help="folder for the two index files, default indices"
+    )
     p.add_argument("--preset", choices=PRESETS, default=d.preset)
-    for k in ("cameras", "test_scenes", "train_scenes", "tiny_scenes"): p.add_argument(f"--{k}".replace("_", "-"), nargs="*", default=getattr(d, k))
+    for k in ("cameras", "test_scenes", "train_scenes", "tiny_scenes"):
+        p.add_argument(f"--{k}".replace("_", "-"), nargs="*", default=getattr(d, k))
     p.add_argument("--tiny-count", type=int, help="this many logs in the tiny index instead of --tiny-scenes")
-    for k in ("fps", "debug_len_s", "debug_stride_s"): p.add_argument(f"--{k}".replace("_", "-"), type=float, default=getattr(d, k))
+    for k in ("fps", "debug_len_s", "debug_stride_s"):
+        p.add_argument(f"--{k}".replace("_", "-"), type=float, default=getattr(d, k))
     p.add_argument("--inspect", metavar="INDEX", help="print this index instead of building one")
-    p.add_argument("--clip", type=int, default=0, help="which record to print"); p.add_argument("--stop", action="store_true", help="stop in the debugger")
+    p.add_argument("--clip", type=int, default=0, help="which record to print")
+    p.add_argument("--stop", action="store_true", help="stop in the debugger")
     return p
 
 # %% ../nbs/04_clips.ipynb #dd3924cc
 def index_main(
-    argv:list[str]|None=None, # command line, None: the process's own
-)->int: # 0, or 1 after an error
+    argv: list[str] | None = None,  # command line, None: the process's own
+) -> int:  # 0, or 1 after an error
     "Command `flux4d-index`: build both index files, or look into one."
-    p = _parser(); a = p.parse_args(argv)
+    p = _parser()
+    a = p.parse_args(argv)
     given = {f.name: getattr(a, f.name) for f in fields(ClipConfig) if hasattr(a, f.name)}
-    cfg = {k: tuple(v) if isinstance(v, list) else v for k,v in given.items()} | ({} if a.tiny_count is None else dict(tiny_scenes=a.tiny_count))
+    cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()} | (
+        {} if a.tiny_count is None else dict(tiny_scenes=a.tiny_count)
+    )
     try:
-        if a.inspect: inspect_index(load_index(a.inspect, a.data_root), a.clip, a.stop); return 0
-        if not a.data_root: p.error("give the data root, or --inspect INDEX")
+        if a.inspect:
+            inspect_index(load_index(a.inspect, a.data_root), a.clip, a.stop)
+            return 0
+        if not a.data_root:
+            p.error("give the data root, or --inspect INDEX")
         paths = write_index(a.data_root, a.out_dir, ClipConfig(**cfg))
         full, tiny = map(load_index, paths)
-        for path, index in zip(paths, (full, tiny)): print(f"wrote {path}: {len(index['clips'])} clips")
-        print(*left_out_lines(full), sep="\n", end="\n"*bool(full["meta"]["left_out"]))
+        for path, index in zip(paths, (full, tiny)):
+            print(f"wrote {path}: {len(index['clips'])} clips")
+        print(*left_out_lines(full), sep="\n", end="\n" * bool(full["meta"]["left_out"]))
     except DataError as e:
         print(e)
         return 1
     except OSError as e:
-        print(f"{e.filename or a.out_dir}: cannot be read or written ({e.strerror}); choose a folder you may write "
-              "to, on a disk with room.")
+        print(
+            f"{e.filename or a.out_dir}: cannot be read or written ({e.strerror}); choose a folder you may write "
+            "to, on a disk with room."
+        )
         return 1
     return 0
 
 # %% ../nbs/04_clips.ipynb #1dc118b6
 class Clip:
     "One clip of one log."
-    def __init__(self,
-        log:Log, # the log
-        record:dict[str,Any], # its entry in the index
-    )->None:
+
+    def __init__(
+        self,
+        log: Log,  # the log
+        record: dict[str, Any],  # its entry in the index
+    ) -> None:
         "Open a clip and compare it with the log."
-        self.log, self.record = log, record; self.id, self.setting, self.split = (record[k] for k in ("clip_id", "setting", "split"))
-        if not is_name(self.id): # it becomes part of paths
-            raise DataError(f"clip_id: {str(self.id)[:40]!r} is not a plain name; write the index again with "
-                            "flux4d-index.")
-        self.frames, self.input_frames, self.target_frames = (list(record[k]) for k in ("frame_ids", "input_frame_ids", "target_frame_ids"))
-        if len(self.frames) < 2 or not self.input_frames: raise DataError(f"{self.id}: is an empty clip; write the index again with flux4d-index.")
-        own, stamps = np.asarray(record["timestamps"]["lidar"]), log.lidar_stamps[self.frames[0]:self.frames[-1]+1]
+        self.log = log
+        self.record = record
+        self.id, self.setting, self.split = (record[k] for k in ("clip_id", "setting", "split"))
+        if not is_name(self.id):  # it becomes part of paths
+            raise DataError(
+                f"clip_id: {str(self.id)[:40]!r} is not a plain name; write the index again with "
+                "flux4d-index."
+            )
+        self.frames, self.input_frames, self.target_frames = (
+            list(record[k]) for k in ("frame_ids", "input_frame_ids", "target_frame_ids")
+        )
+        if len(self.frames) < 2 or not self.input_frames:
+            raise DataError(f"{self.id}: is an empty clip; write the index again with flux4d-index.")
+        own = np.asarray(record["timestamps"]["lidar"])
+        stamps = log.lidar_stamps[self.frames[0] : self.frames[-1] + 1]
         if record["scene_id"] != log.id or len(own) != len(stamps) or np.abs(own - stamps).max() > 1e-6:
-            raise DataError(f"{self.id}: was indexed for other data than {short_path(log.folder/'lidar/timestamps.json')}; write the index again with flux4d-index.")
+            raise DataError(
+                f"{self.id}: was indexed for other data than {short_path(log.folder / 'lidar/timestamps.json')}; write the index again with flux4d-index."
+            )
         self.time = ClipTime(float(stamps[0]), float(stamps[-1]))
         self.cameras = list(record["image_paths"])
 
-    def __repr__(self)->str: # one line
+    def __repr__(self) -> str:  # one line
         "Name the clip."
         return f"Clip({self.id})"
 
 # %% ../nbs/04_clips.ipynb #1033ba92
 @patch(as_prop=True)
-def interpolation_frames(self:Clip)->list[int]: # log frame ids
+def interpolation_frames(self: Clip) -> list[int]:  # log frame ids
     "Targets between the inputs."
     return [f for f in self.target_frames if f < max(self.input_frames)]
 
+
 @patch(as_prop=True)
-def future_frames(self:Clip)->list[int]: # log frame ids
+def future_frames(self: Clip) -> list[int]:  # log frame ids
     "Targets after the last input."
     return [f for f in self.target_frames if f > max(self.input_frames)]
 
+# %% ../nbs/04_clips.ipynb #e1645609
 @patch(as_prop=True)
-def ego0(self:Clip)->np.ndarray: # (4,4) float64 vehicle-to-world
+def ego0(self: Clip) -> np.ndarray:  # (4,4) float64 vehicle-to-world
     "The vehicle's frame at the clip's first frame: x forward, y left, z up."
     return self.log.ego_pose(self.frames[0])
 
+# %% ../nbs/04_clips.ipynb #6571774d
 @patch
-def check_times(self:Clip,
-    t:np.ndarray|float, # normalised times
-    path:Path, # the file they come from
-    what:str, # what it says, e.g. "puts frame 7"
-    reach:float, # how far outside [0, 1] they may lie
-)->None: # raises DataError
+def check_times(
+    self: Clip,
+    t: np.ndarray | float,  # normalised times
+    path: Path,  # the file they come from
+    what: str,  # what it says, e.g. "puts frame 7"
+    reach: float,  # how far outside [0, 1] they may lie
+) -> None:  # raises DataError
     "Stop at times that are not of this clip."
-    low, high = float(np.min(t)), float(np.max(t))
-    if -reach - 1e-3 <= low and high <= 1 + reach + 1e-3: return # stamps are stored in steps of 0.1 ms
+    low = float(np.min(t))
+    high = float(np.max(t))
+    if -reach - 1e-3 <= low and high <= 1 + reach + 1e-3:
+        return  # stamps are stored in steps of 0.1 ms
     off = low if low < -reach else high
-    report(path, f"{what} at {off:.4g} of clip {self.id}, more than {reach:.2g} outside 0..1",
-           "compare its unit, clock and order with lidar/timestamps.json")
+    report(
+        path,
+        f"{what} at {off:.4g} of clip {self.id}, more than {reach:.2g} outside 0..1",
+        "compare its unit, clock and order with lidar/timestamps.json",
+    )
 
+# %% ../nbs/04_clips.ipynb #84a75487
 @patch
-def check_returns(self:Clip,
-    frame:int, # log frame id
-    stamps:np.ndarray, # (N,) epoch s, of the returns of its sweep
-)->None: # raises DataError
+def check_returns(
+    self: Clip,
+    frame: int,  # log frame id
+    stamps: np.ndarray,  # (N,) epoch s, of the returns of its sweep
+) -> None:  # raises DataError
     "Stop at returns that were not measured in this clip; two frames' time before and after it are allowed."
-    if not len(stamps): return
-    reach = max(self.time.slack, 2/(len(self.frames) - 1))
+    if not len(stamps):
+        return
+    reach = max(self.time.slack, 2 / (len(self.frames) - 1))
     self.check_times(self.time.normalise(stamps), self.log.sweep_path(frame), "holds returns", reach)
 
+# %% ../nbs/04_clips.ipynb #0f69372a
 @patch
-def t_of_camera(self:Clip,
-    camera:str, # name
-    frame:int, # log frame id
-)->float: # normalised clip time
+def t_of_camera(
+    self: Clip,
+    camera: str,  # name
+    frame: int,  # log frame id
+) -> float:  # normalised clip time
     "When an image was taken; within the clip, or a tenth of it outside (`ClipTime.slack`)."
     cam = self.log.camera(camera)
     t = float(self.time.normalise(cam.stamps[frame]))
-    path = cam.folder/"timestamps.json"
-    if frame in self.frames: self.check_times(t, path, f"puts frame {frame}", self.time.reach)
+    path = cam.folder / "timestamps.json"
+    if frame in self.frames:
+        self.check_times(t, path, f"puts frame {frame}", self.time.reach)
     return t
 
 # %% ../nbs/04_clips.ipynb #689c9511
 def long_log_clips(
-    data:PandaSet, # the data root
-    log_id:str, # a log of it
-    cameras:tuple[str,...]=("front_camera",), # cameras the clips hold
-)->list[Clip]: # in the order of the log
+    data: PandaSet,  # the data root
+    log_id: str,  # a log of it
+    cameras: tuple[str, ...] = ("front_camera",),  # cameras the clips hold
+) -> list[Clip]:  # in the order of the log
     "A whole log as a chain of clips; every odd frame between two even ones is the target of exactly one."
-    kept, out = _cut_log(data[log_id], ClipConfig(preset="long_log", cameras=tuple(cameras), test_scenes=(log_id,)))
+    kept, out = _cut_log(
+        data[log_id], ClipConfig(preset="long_log", cameras=tuple(cameras), test_scenes=(log_id,))
+    )
     if out:
         needs = "a whole log needs 11 frames or more, at even steps, and all their files"
         raise DataError(f"{out[0]['clip_id']}: {out[0]['reason']}; {needs}.")
@@ -557,160 +842,206 @@ def long_log_clips(
 
 # %% ../nbs/04_clips.ipynb #637ffbad
 def _quadrant_far(
-    near:Tensor, # (V,rows,cols) nearest depth of each cell, infinite where empty
-    up:int,      # rows a quadrant reaches up or down
-    aside:int,   # columns it reaches to either side
-)->Tensor: # (V,rows,cols)
+    near: Tensor,  # (V,rows,cols) nearest depth of each cell, infinite where empty
+    up: int,  # rows a quadrant reaches up or down
+    aside: int,  # columns it reaches to either side
+) -> Tensor:  # (V,rows,cols)
     "The largest of the four quadrants' smallest depth around each cell; a quadrant includes the cell's own row and column."
     import torch
     import torch.nn.functional as F
+
     rows, cols = near.shape[1:]
-    padded = F.pad(-near[:,None], (aside, aside, up, up), value=-math.inf)
-    least = -F.max_pool2d(padded, (up+1, aside+1), 1)[:,0]
-    above, below = least[:,:rows], least[:,up:]
-    return torch.stack([above[...,:cols], above[...,aside:], below[...,:cols], below[...,aside:]]).amax(0)
+    padded = F.pad(-near[:, None], (aside, aside, up, up), value=-math.inf)
+    least = -F.max_pool2d(padded, (up + 1, aside + 1), 1)[:, 0]
+    above = least[:, :rows]
+    below = least[:, up:]
+    return torch.stack([above[..., :cols], above[..., aside:], below[..., :cols], below[..., aside:]]).amax(0)
 
 # %% ../nbs/04_clips.ipynb #0c84b7b6
 def unhidden(
-    uv:Tensor,     # (V,N,2) px
-    z:Tensor,      # (V,N) m
-    inside:Tensor, # (V,N) bool, in the image
-    focal:Tensor,  # (V,) px
-    width:int,     # px
-    height:int,    # px
-    cell:float=.2, # deg, cell of the coarse depth image
-    window:tuple[float,float]=(1.2, .6), # deg, reach of a quadrant: vertical, horizontal
-    margin:float=.1, # how much nearer, as a share of the depth, an occluder must be
-)->Tensor: # (V,N) bool, in the image and not hidden
+    uv: Tensor,  # (V,N,2) px
+    z: Tensor,  # (V,N) m
+    inside: Tensor,  # (V,N) bool, in the image
+    focal: Tensor,  # (V,) px
+    width: int,  # px
+    height: int,  # px
+    cell: float = 0.2,  # deg, cell of the coarse depth image
+    window: tuple[float, float] = (1.2, 0.6),  # deg, reach of a quadrant: vertical, horizontal
+    margin: float = 0.1,  # how much nearer, as a share of the depth, an occluder must be
+) -> Tensor:  # (V,N) bool, in the image and not hidden
     "Which returns of V images nothing nearer surrounds."
     import torch
-    px = math.radians(cell)*focal
-    rows, cols = (int(n/float(px.min())) + 1 for n in (height, width))
+
+    px = math.radians(cell) * focal
+    rows, cols = (int(n / float(px.min())) + 1 for n in (height, width))
     image, which = inside.nonzero(as_tuple=True)
-    col, row = torch.floor(uv[image,which]/px[image,None]).long().unbind(-1)
-    at = (image*rows + row.clamp_max(rows-1))*cols + col.clamp_max(cols-1)
-    near = z.new_full((len(px)*rows*cols,), math.inf).scatter_reduce_(0, at, z[image,which], "amin")
-    up, aside = (max(1, round(w/cell)) for w in window)
+    col, row = torch.floor(uv[image, which] / px[image, None]).long().unbind(-1)
+    at = (image * rows + row.clamp_max(rows - 1)) * cols + col.clamp_max(cols - 1)
+    near = z.new_full((len(px) * rows * cols,), math.inf).scatter_reduce_(0, at, z[image, which], "amin")
+    up, aside = (max(1, round(w / cell)) for w in window)
     far = _quadrant_far(near.view(len(px), rows, cols), up, aside).flatten()
     seen = torch.zeros_like(inside)
-    seen[image,which] = z[image,which] <= (1 + margin)*far[at]
+    seen[image, which] = z[image, which] <= (1 + margin) * far[at]
     return seen
 
+# %% ../nbs/04_clips.ipynb #7c02378a
 def project_sweep(
-    points:np.ndarray, # (N,3) returns of one sweep, world, m
-    K:np.ndarray, # (3,3) pinhole matrix, px
-    world_to_cam:np.ndarray, # (4,4)
-    width:int, # px
-    height:int, # px
-    **how:Any, # cell, window, margin: as for `unhidden`
-)->tuple[np.ndarray,np.ndarray,np.ndarray]: # uv (N,2) px, z (N,) m, visible (N,) bool: in the image and not hidden
+    points: np.ndarray,  # (N,3) returns of one sweep, world, m
+    K: np.ndarray,  # (3,3) pinhole matrix, px
+    world_to_cam: np.ndarray,  # (4,4)
+    width: int,  # px
+    height: int,  # px
+    **how: Any,  # cell, window, margin: as for `unhidden`
+) -> tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]:  # uv (N,2) px, z (N,) m, visible (N,) bool: in the image and not hidden
     "Project a sweep and tell which returns the camera sees."
     uv, z = project(K, world_to_cam, points)
     inside = pixel_index(uv, width, height)[2]
     import torch
+
     one = [torch.from_numpy(a)[None] for a in (uv, z, inside)]
-    return uv, z, unhidden(*one, torch.tensor(K[:1,0]), width, height, **how)[0].numpy()
+    return uv, z, unhidden(*one, torch.tensor(K[:1, 0]), width, height, **how)[0].numpy()
 
 # %% ../nbs/04_clips.ipynb #7485f3ed
 @dataclass
 class Views:
     "Images of one clip with cameras, times and depth."
-    images:Tensor # (V,H,W,3) float32, 0..1
-    K:Tensor # (V,3,3) pinhole matrices, px of these images
-    world_to_cam:Tensor # (V,4,4)
-    t:Tensor # (V,) normalised clip time of the shutter
-    frame:Tensor # (V,) int64 log frame ids
-    camera:list[str] # V names
-    depth:Tensor # (V,H,W) m, 0 = no visible return
 
-    def __len__(self)->int: # V
+    images: Tensor  # (V,H,W,3) float32, 0..1
+    K: Tensor  # (V,3,3) pinhole matrices, px of these images
+    world_to_cam: Tensor  # (V,4,4)
+    t: Tensor  # (V,) normalised clip time of the shutter
+    frame: Tensor  # (V,) int64 log frame ids
+    camera: list[str]  # V names
+    depth: Tensor  # (V,H,W) m, 0 = no visible return
+
+    def __len__(self) -> int:  # V
         "How many views."
         return len(self.camera)
 
-    def _map(self, f:Any, camera:list[str]|None=None)->Views:
+    def _map(self, f: Any, camera: list[str] | None = None) -> Views:
         "Apply a function to every tensor."
-        return replace(self, **{k.name: f(getattr(self, k.name)) for k in fields(self) if k.name != "camera"}, camera=self.camera if camera is None else camera)
+        return replace(
+            self,
+            **{k.name: f(getattr(self, k.name)) for k in fields(self) if k.name != "camera"},
+            camera=self.camera if camera is None else camera,
+        )
 
-    def to(self,
-        device:str|torch.device, # where to
-    )->Views: # of the same type
+    def to(
+        self,
+        device: str | torch.device,  # where to
+    ) -> Views:  # of the same type
         "Move to a device."
         return self._map(lambda x: x.to(device))
 
     @property
-    def height(self)->int: # px
+    def height(self) -> int:  # px
         "Image height."
         return self.images.shape[1]
 
     @property
-    def width(self)->int: # px
+    def width(self) -> int:  # px
         "Image width."
         return self.images.shape[2]
 
-class InputViews(Views): "Views the network may see."
-class TargetViews(Views): "Views it is judged by, and must not see."
+# %% ../nbs/04_clips.ipynb #1f1f2f91
+class InputViews(Views):
+    "Views the network may see."
+
+
+class TargetViews(Views):
+    "Views it is judged by, and must not see."
 
 # %% ../nbs/04_clips.ipynb #c6832637
 @patch
-def __getitem__(self:Views,
-    i:int|slice|list|Tensor, # which views
-)->Views: # of the same type; an int gives one view with V = 1
+def __getitem__(
+    self: Views,
+    i: int | slice | list | Tensor,  # which views
+) -> Views:  # of the same type; an int gives one view with V = 1
     "A part of the views."
     import torch
+
     rows = np.atleast_1d(np.arange(len(self))[i.cpu().numpy() if isinstance(i, torch.Tensor) else i])
     j = torch.as_tensor(rows, device=self.t.device)
     return self._map(lambda x: x[j], [self.camera[r] for r in rows])
 
 # %% ../nbs/04_clips.ipynb #ebd5d032
 def splat_depth(
-    uv:np.ndarray, # (N,2) px
-    z:np.ndarray, # (N,) m
-    visible:np.ndarray, # (N,) bool
-    width:int, # px
-    height:int, # px
-)->np.ndarray: # (H,W) float32 m, 0 = none
+    uv: np.ndarray,  # (N,2) px
+    z: np.ndarray,  # (N,) m
+    visible: np.ndarray,  # (N,) bool
+    width: int,  # px
+    height: int,  # px
+) -> np.ndarray:  # (H,W) float32 m, 0 = none
     "Depth image of a sweep: the nearest visible return of each pixel."
-    col, row, inside = pixel_index(uv, width, height); keep = inside & visible
-    depth = np.full((height, width), np.inf, np.float32); np.minimum.at(depth, (row[keep], col[keep]), z[keep].astype(np.float32))
+    col, row, inside = pixel_index(uv, width, height)
+    keep = inside & visible
+    depth = np.full((height, width), np.inf, np.float32)
+    np.minimum.at(depth, (row[keep], col[keep]), z[keep].astype(np.float32))
     return np.where(np.isfinite(depth), depth, 0)
 
 # %% ../nbs/04_clips.ipynb #11527d02
 def check_frames(
-    clip:Clip, # the clip
-    frames:list[int], # log frame ids
-    kind:type[Views], # what is to be made of them
-)->None: # raises ValueError
+    clip: Clip,  # the clip
+    frames: list[int],  # log frame ids
+    kind: type[Views],  # what is to be made of them
+) -> None:  # raises ValueError
     "Refuse frames that such views of a clip must not show: `InputViews` are of input frames only."
     allowed = clip.input_frames if issubclass(kind, InputViews) else clip.frames
     if not len(frames) or set(frames) - set(allowed):
-        raise ValueError(f"{kind.__name__} of {clip.id} must be chosen from frames {allowed}, got {list(frames)}; a clip never leaks its targets.")
+        raise ValueError(
+            f"{kind.__name__} of {clip.id} must be chosen from frames {allowed}, got {list(frames)}; a clip never leaks its targets."
+        )
 
+# %% ../nbs/04_clips.ipynb #be662f63
 def load_views(
-    clip:Clip, # the clip
-    frames:list[int], # log frame ids
-    cameras:list[str]|None=None, # names, None: the clip's
-    image_scale:float=1., # 1.0 = full resolution
-    kind:type[Views]=TargetViews, # type of the result; `InputViews` takes input frames only
-    with_depth:bool=True, # project the sweeps too; without, depth is 0
-    lidar_sensors:tuple[int,...]=(0,), # sensors that give depth
-)->Views: # one view per frame and camera, frames first
+    clip: Clip,  # the clip
+    frames: list[int],  # log frame ids
+    cameras: list[str] | None = None,  # names, None: the clip's
+    image_scale: float = 1.0,  # 1.0 = full resolution
+    kind: type[Views] = TargetViews,  # type of the result; `InputViews` takes input frames only
+    with_depth: bool = True,  # project the sweeps too; without, depth is 0
+    lidar_sensors: tuple[int, ...] = (0,),  # sensors that give depth
+) -> Views:  # one view per frame and camera, frames first
     "Load images, cameras and depth of some frames of a clip."
     import torch
+
     check_frames(clip, frames, kind)
     clip.log.image_size(clip.cameras if cameras is None else cameras)
     rows = []
     for f in frames:
-        points = clip.log.sweep(f, lidar_sensors).points if with_depth else np.zeros((0,3))
-        for c in clip.cameras if cameras is None else cameras: rows.append(_view(clip, f, c, image_scale, points))
+        points = clip.log.sweep(f, lidar_sensors).points if with_depth else np.zeros((0, 3))
+        for c in clip.cameras if cameras is None else cameras:
+            rows.append(_view(clip, f, c, image_scale, points))
     images, K, w2c, t, frame, camera, depth = zip(*rows)
-    tensor = lambda xs: torch.from_numpy(np.stack(xs).astype(np.float32))
-    return kind(torch.from_numpy(np.stack(images)).float().div_(255), tensor(K), tensor(w2c), tensor(t), torch.tensor(frame), list(camera), tensor(depth))
+
+    def tensor(xs):
+        return torch.from_numpy(np.stack(xs).astype(np.float32))
+
+    return kind(
+        torch.from_numpy(np.stack(images)).float().div_(255),
+        tensor(K),
+        tensor(w2c),
+        tensor(t),
+        torch.tensor(frame),
+        list(camera),
+        tensor(depth),
+    )
 
 # %% ../nbs/04_clips.ipynb #7b1129db
-def _view(clip:Clip, frame:int, camera:str, scale:float, points:np.ndarray)->tuple:
+def _view(clip: Clip, frame: int, camera: str, scale: float, points: np.ndarray) -> tuple:
     "One row of `load_views`."
-    cam = clip.log.camera(camera); image = clip.log.image(camera, frame, scale)
-    if image.shape[1::-1] != scaled_size(cam.width, cam.height, scale): report(clip.log.image_path(camera, frame), "differs in size from the camera's first image", "get the file again")
-    h, w = image.shape[:2]; K = scale_intrinsics(cam.K, scale); w2c = se3_inverse(cam.poses[frame])
+    cam = clip.log.camera(camera)
+    image = clip.log.image(camera, frame, scale)
+    if image.shape[1::-1] != scaled_size(cam.width, cam.height, scale):
+        report(
+            clip.log.image_path(camera, frame),
+            "differs in size from the camera's first image",
+            "get the file again",
+        )
+    h, w = image.shape[:2]
+    K = scale_intrinsics(cam.K, scale)
+    w2c = se3_inverse(cam.poses[frame])
     depth = splat_depth(*project_sweep(points, K, w2c, w, h), w, h)
     return image, K, w2c, clip.t_of_camera(camera, frame), frame, camera, depth

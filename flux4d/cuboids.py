@@ -17,7 +17,9 @@ from annotated_types import Interval
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from .frames import pixel_index, scale_intrinsics, se3, se3_inverse, transform_points
 from .files import quoted
-from .pandaset import DataError, Log, need_pandas, report, safe_load_pickle, scaled_size, short_path
+from .files import DataError, short_path
+from .pandaset import Log, report, scaled_size
+from .unpickle import need_pandas, safe_load_pickle
 from .clips import project_sweep
 
 # %% auto #0
@@ -29,416 +31,594 @@ __all__ = ['LABELS', 'BUCKETS', 'METAS', 'CLASSES', 'BUCKET_OF', 'META_OF', 'Cub
 # %% ../nbs/05_cuboids.ipynb #294b1e52
 @dataclass
 class CuboidConfig:
-    "What counts as moving, and where (S6-18, S6-19)."
-    moved:NonNegativeFloat=.05 # a track that goes further than this from one frame to the next moves, m
-    turned:NonNegativeFloat=1. # ... or turns by more than this, deg
-    vote:PositiveInt=3 # frames of the majority vote that smooths the decision
-    dilate:NonNegativeInt=5 # how far a mask grows around each return, px at full resolution
-    sensors:tuple[Literal[0,1],...]=(0,) # LiDAR sensors whose returns draw a mask
-    timed:bool=False  # flow: a box stands at the time of the middle return in it; False: at its frame's stamp
+    "What counts as moving, and where."
+
+    moved: NonNegativeFloat = 0.05  # a track that goes further than this from one frame to the next moves, m
+    turned: NonNegativeFloat = 1.0  # ... or turns by more than this, deg
+    vote: PositiveInt = 3  # frames of the majority vote that smooths the decision
+    dilate: NonNegativeInt = 5  # how far a mask grows around each return, px at full resolution
+    sensors: tuple[Literal[0, 1], ...] = (0,)  # LiDAR sensors whose returns draw a mask
+    timed: bool = (
+        False  # flow: a box stands at the time of the middle return in it; False: at its frame's stamp
+    )
     # a label not in LABELS: "error" refuses the file, "ignore" scores no return of such a box, "other" counts it as other
-    unknown:Literal["error","ignore","other"]="error"
-    near:NonNegativeFloat=40. # boxes within this distance must contain returns, m
-    min_hit:Annotated[float, Interval(ge=0, le=1)]=.6 # ... at least this share of the moving ones
-    min_boxes:NonNegativeInt=5 # fewer moving boxes give no verdict: two hidden pedestrians prove nothing
+    unknown: Literal["error", "ignore", "other"] = "error"
+    near: NonNegativeFloat = 40.0  # boxes within this distance must contain returns, m
+    min_hit: Annotated[float, Interval(ge=0, le=1)] = 0.6  # ... at least this share of the moving ones
+    min_boxes: NonNegativeInt = 5  # fewer moving boxes give no verdict: two hidden pedestrians prove nothing
     # share of the returns in and around moving boxes that lie inside; log 002 has .93 at the least, boxes turned by 90 deg .80 at the most
-    min_fit:Annotated[float, Interval(ge=0, le=1)]=.8
+    min_fit: Annotated[float, Interval(ge=0, le=1)] = 0.8
     # share of its extent that the returns in a box span, median; log 002 has .88 at the least, the city .62, boxes twice as large .53 at the most
-    min_fill:Annotated[float, Interval(ge=0, le=1)]=.58
-    max_turned:PositiveFloat=1.2 # moving boxes turned by a quarter hold at most so many times their returns; log 002 has .4, the city .36
-    max_distance:PositiveFloat=400. # half of the boxes are nearer to the LiDAR than this, m; log 002 has 57, the city 73
-    max_speed:PositiveFloat=80. # a track that moves faster is two objects, m/s
-    max_jumps:Annotated[float, Interval(ge=0, le=1)]=.1 # share of a frame's tracks that may be faster
-    min_kept:Annotated[float, Interval(ge=0, le=1)]=.3 # share of a frame's ids that the next frame has too; both have .98 at the least
-    min_returns:NonNegativeInt=10 # boxes with fewer returns say nothing about their extent
+    min_fill: Annotated[float, Interval(ge=0, le=1)] = 0.58
+    max_turned: PositiveFloat = 1.2  # moving boxes turned by a quarter hold at most so many times their returns; log 002 has .4, the city .36
+    max_distance: PositiveFloat = (
+        400.0  # half of the boxes are nearer to the LiDAR than this, m; log 002 has 57, the city 73
+    )
+    max_speed: PositiveFloat = 80.0  # a track that moves faster is two objects, m/s
+    max_jumps: Annotated[float, Interval(ge=0, le=1)] = 0.1  # share of a frame's tracks that may be faster
+    min_kept: Annotated[float, Interval(ge=0, le=1)] = (
+        0.3  # share of a frame's ids that the next frame has too; both have .98 at the least
+    )
+    min_returns: NonNegativeInt = 10  # boxes with fewer returns say nothing about their extent
 
 # %% ../nbs/05_cuboids.ipynb #cd086c01
 _NAMES = {
     ("vehicle", "CAR"): "Car|Pickup Truck",
-    ("vehicle", "OTHER_VEHICLES"): "Bus|Emergency Vehicle|Medium-sized Truck|Other Vehicle - Construction Vehicle|Other Vehicle - Uncommon|"
-                                   "Semi-truck|Towed Object|Train|Tram / Subway|Trolley",
+    (
+        "vehicle",
+        "OTHER_VEHICLES",
+    ): "Bus|Emergency Vehicle|Medium-sized Truck|Other Vehicle - Construction Vehicle|Other Vehicle - Uncommon|"
+    "Semi-truck|Towed Object|Train|Tram / Subway|Trolley",
     ("pedestrian", "PEDESTRIAN"): "Pedestrian|Pedestrian with Object",
-    ("cyclist", "WHEELED_VRU"): "Bicycle|Motorcycle|Motorized Scooter|Other Vehicle - Pedicab|Personal Mobility Device",
-    ("other", "IGNORED"): "Animals - Bird|Animals - Other|Cones|Construction Signs|Pylons|Road Barriers|Rolling Containers|Signs|"
-                          "Temporary Construction Barriers"}
-LABELS = {name: kind for kind,names in _NAMES.items() for name in names.split("|")} # PandaSet's name -> (bucket, meta-class)
+    (
+        "cyclist",
+        "WHEELED_VRU",
+    ): "Bicycle|Motorcycle|Motorized Scooter|Other Vehicle - Pedicab|Personal Mobility Device",
+    (
+        "other",
+        "IGNORED",
+    ): "Animals - Bird|Animals - Other|Cones|Construction Signs|Pylons|Road Barriers|Rolling Containers|Signs|"
+    "Temporary Construction Barriers",
+}
+LABELS = {
+    name: kind for kind, names in _NAMES.items() for name in names.split("|")
+}  # PandaSet's name -> (bucket, meta-class)
 BUCKETS = "background", "vehicle", "pedestrian", "cyclist", "other"
 METAS = "BACKGROUND", "CAR", "WHEELED_VRU", "OTHER_VEHICLES", "PEDESTRIAN", "IGNORED"
-CLASSES = *LABELS, "unlisted", "" # class ids are places in this tuple; the last one means "in no box"
-_KINDS = *LABELS.values(), ("other","IGNORED"), ("background","BACKGROUND")
-BUCKET_OF = np.array([BUCKETS.index(b) for b,_ in _KINDS]) # class id -> place in BUCKETS
-META_OF = np.array([METAS.index(m) for _,m in _KINDS])     # class id -> place in METAS
+CLASSES = *LABELS, "unlisted", ""  # class ids are places in this tuple; the last one means "in no box"
+_KINDS = *LABELS.values(), ("other", "IGNORED"), ("background", "BACKGROUND")
+BUCKET_OF = np.array([BUCKETS.index(b) for b, _ in _KINDS])  # class id -> place in BUCKETS
+META_OF = np.array([METAS.index(m) for _, m in _KINDS])  # class id -> place in METAS
 
 # %% ../nbs/05_cuboids.ipynb #2147d7e2
 def class_ids(
-    labels:np.ndarray, # (B,) names as the labels have them
-    unknown:str="error", # "error" stops at a name that is not in LABELS, "ignore" and "other" accept it as unlisted
-    source:str="labels", # what to call them in the message
-)->np.ndarray: # (B,) int64 places in CLASSES
+    labels: np.ndarray,  # (B,) names as the labels have them
+    unknown: str = "error",  # "error" stops at a name that is not in LABELS, "ignore" and "other" accept it as unlisted
+    source: str = "labels",  # what to call them in the message
+) -> np.ndarray:  # (B,) int64 places in CLASSES
     "Class ids of label names."
-    ids = {n: i for i,n in enumerate(CLASSES)}
+    ids = {n: i for i, n in enumerate(CLASSES)}
     odd = sorted({str(n) for n in labels if n not in LABELS})
-    if odd and unknown not in ("ignore", "other"): raise DataError(f"{source}: names the class '{quoted(odd[0])}', which has no bucket; add it to LABELS, or set unknown to 'ignore' or 'other'.")
+    if odd and unknown not in ("ignore", "other"):
+        raise DataError(
+            f"{source}: names the class '{quoted(odd[0])}', which has no bucket; add it to LABELS, or set unknown to 'ignore' or 'other'."
+        )
     return np.array([ids[n] if n in LABELS else ids["unlisted"] for n in labels], np.int64)
 
 # %% ../nbs/05_cuboids.ipynb #b9116adc
 @dataclass
 class Boxes:
     "The B labelled boxes of one frame."
-    uuid:np.ndarray      # (B,) track ids
-    label:np.ndarray     # (B,) class names
-    centre:np.ndarray    # (B,3) float64, world, m
-    size:np.ndarray      # (B,3) width, length, height, m
-    yaw:np.ndarray       # (B,) rad about world +z, counter-clockwise, zero along +y
-    sensor_id:np.ndarray # (B,) int64, LiDAR sensor whose returns the box fits, -1 = both
-    motion:np.ndarray    # (B,) "Parked", "Stopped", "Moving" or ""
 
-    def __len__(self)->int: # B
+    uuid: np.ndarray  # (B,) track ids
+    label: np.ndarray  # (B,) class names
+    centre: np.ndarray  # (B,3) float64, world, m
+    size: np.ndarray  # (B,3) width, length, height, m
+    yaw: np.ndarray  # (B,) rad about world +z, counter-clockwise, zero along +y
+    sensor_id: np.ndarray  # (B,) int64, LiDAR sensor whose returns the box fits, -1 = both
+    motion: np.ndarray  # (B,) "Parked", "Stopped", "Moving" or ""
+
+    def __len__(self) -> int:  # B
         "How many boxes."
         return len(self.uuid)
 
-    def __getitem__(self,
-        keep:Any, # mask, indices or slice
-    )->Boxes: # the chosen boxes
+    def __getitem__(
+        self,
+        keep: Any,  # mask, indices or slice
+    ) -> Boxes:  # the chosen boxes
         "Some of the boxes."
         return Boxes(*(getattr(self, f.name)[keep] for f in fields(self)))
 
 # %% ../nbs/05_cuboids.ipynb #dd5dd422
-_NEEDED = "uuid", "label", "yaw", *(f"{k}.{a}" for k in ("position","dimensions") for a in "xyz")
+_NEEDED = "uuid", "label", "yaw", *(f"{k}.{a}" for k in ("position", "dimensions") for a in "xyz")
 
-def _text(v:Any)->str:
+
+def _text(v: Any) -> str:
     "A value as text; a whole number has no decimals, what is missing is empty."
-    if isinstance(v, str): return v.strip()
-    if isinstance(v, bytes): return v.decode("utf-8", "replace").strip()
-    if v is None or need_pandas().isna(v): return ""
+    if isinstance(v, str):
+        return v.strip()
+    if isinstance(v, bytes):
+        return v.decode("utf-8", "replace").strip()
+    if v is None or need_pandas().isna(v):
+        return ""
     return str(int(v)) if isinstance(v, Real) and float(v).is_integer() else str(v)
 
-def _texts(table:Any, name:str)->np.ndarray:
+# %% ../nbs/05_cuboids.ipynb #3e12c685
+def _texts(table: Any, name: str) -> np.ndarray:
     "A column as text, empty where the table lacks it."
-    return np.array([_text(v) for v in table[name]] if name in table else [""]*len(table), object)
+    return np.array([_text(v) for v in table[name]] if name in table else [""] * len(table), object)
 
-def _numbers(path:Path, table:Any, *names:str)->np.ndarray:
+
+def _numbers(path: Path, table: Any, *names: str) -> np.ndarray:
     "Columns as float64, side by side."
-    try: return np.stack([np.asarray(table[n], np.float64) for n in names], -1)
-    except (TypeError, ValueError, OverflowError): report(path, f"holds something that is not a number in {' or '.join(names)}", "get the file again")
+    try:
+        return np.stack([np.asarray(table[n], np.float64) for n in names], -1)
+    except (TypeError, ValueError, OverflowError):
+        report(path, f"holds something that is not a number in {' or '.join(names)}", "get the file again")
 
-_NO_ID = "", "nan", "none", "null", "<na>", "nat" # what becomes of a missing id when a column is turned into text
+# %% ../nbs/05_cuboids.ipynb #5db3a0fe
+_NO_ID = (
+    "",
+    "nan",
+    "none",
+    "null",
+    "<na>",
+    "nat",
+)  # what becomes of a missing id when a column is turned into text
 
-def _check_boxes(path:Path, b:Boxes)->None:
+
+def _check_boxes(path: Path, b: Boxes) -> None:
     "Stop at boxes that cannot be right."
-    bad = ~(np.isfinite(b.centre).all(1) & np.isfinite(b.yaw) & (b.size > 0).all(1) & np.isfinite(b.size).all(1))
-    if bad.any(): report(path, f"has {bad.sum()} boxes that are not finite or have no volume", "drop these rows or get the file again")
+    bad = ~(
+        np.isfinite(b.centre).all(1) & np.isfinite(b.yaw) & (b.size > 0).all(1) & np.isfinite(b.size).all(1)
+    )
+    if bad.any():
+        report(
+            path,
+            f"has {bad.sum()} boxes that are not finite or have no volume",
+            "drop these rows or get the file again",
+        )
     turned = np.abs(b.yaw) > 7
-    if turned.any(): report(path, f"has {turned.sum()} boxes with a yaw beyond 7 rad, as if it were in degrees", "convert yaw to radians")
-    if not np.isin(b.sensor_id, (-1, 0, 1)).all(): report(path, "names a sensor that is none of -1, 0 and 1", "get the file again")
+    if turned.any():
+        report(
+            path,
+            f"has {turned.sum()} boxes with a yaw beyond 7 rad, as if it were in degrees",
+            "convert yaw to radians",
+        )
+    if not np.isin(b.sensor_id, (-1, 0, 1)).all():
+        report(path, "names a sensor that is none of -1, 0 and 1", "get the file again")
     lost = np.array([u.lower() in _NO_ID for u in b.uuid], bool)
-    if lost.any(): report(path, f"has {lost.sum()} boxes without an id", "give every object an id that it keeps from frame to frame")
-    times = Counter(zip(b.uuid, b.sensor_id)); (most, _), n = times.most_common(1)[0]
-    if 2*sum(k for k in times.values() if k > 1) > len(b): report(path, f"gives the id '{quoted(most)}' to {n} boxes", "give every object an id of its own that it keeps from frame to frame")
+    if lost.any():
+        report(
+            path,
+            f"has {lost.sum()} boxes without an id",
+            "give every object an id that it keeps from frame to frame",
+        )
+    times = Counter(zip(b.uuid, b.sensor_id))
+    (most, _), n = times.most_common(1)[0]
+    if 2 * sum(k for k in times.values() if k > 1) > len(b):
+        report(
+            path,
+            f"gives the id '{quoted(most)}' to {n} boxes",
+            "give every object an id of its own that it keeps from frame to frame",
+        )
 
+# %% ../nbs/05_cuboids.ipynb #9bdbcffa
 @lru_cache(maxsize=128)
-def _read_boxes(path:Path, version:tuple)->Boxes:
+def _read_boxes(path: Path, version: tuple) -> Boxes:
     "Parse a label file; forgotten when the file changes."
     table = safe_load_pickle(path)
     columns = getattr(table, "columns", None)
-    if columns is None: report(path, "is not a table", "get the file again")
-    if len(table) == 0: table = need_pandas().DataFrame(columns=_NEEDED)   # a frame without labels needs no columns
-    if lacks := [c for c in _NEEDED if c not in table.columns]: report(path, f"lacks the columns {' '.join(lacks)}", "get the file again")
-    if not table.columns.is_unique: report(path, "has two columns of one name", "drop one of them")
+    if columns is None:
+        report(path, "is not a table", "get the file again")
+    if len(table) == 0:
+        table = need_pandas().DataFrame(columns=_NEEDED)  # a frame without labels needs no columns
+    if lacks := [c for c in _NEEDED if c not in table.columns]:
+        report(path, f"lacks the columns {' '.join(lacks)}", "get the file again")
+    if not table.columns.is_unique:
+        report(path, "has two columns of one name", "drop one of them")
     sensor = "cuboids.sensor_id"
-    boxes = Boxes(uuid=_texts(table, "uuid"), label=_texts(table, "label"), centre=_numbers(path, table, *_NEEDED[3:6]), size=_numbers(path, table, *_NEEDED[6:]),
-                  yaw=_numbers(path, table, "yaw")[:,0], sensor_id=_numbers(path, table, sensor)[:,0] if sensor in table else np.full(len(table), -1),
-                  motion=_texts(table, "attributes.object_motion"))
-    if len(boxes): _check_boxes(path, boxes)
+    boxes = Boxes(
+        uuid=_texts(table, "uuid"),
+        label=_texts(table, "label"),
+        centre=_numbers(path, table, *_NEEDED[3:6]),
+        size=_numbers(path, table, *_NEEDED[6:]),
+        yaw=_numbers(path, table, "yaw")[:, 0],
+        sensor_id=_numbers(path, table, sensor)[:, 0] if sensor in table else np.full(len(table), -1),
+        motion=_texts(table, "attributes.object_motion"),
+    )
+    if len(boxes):
+        _check_boxes(path, boxes)
     boxes.sensor_id = boxes.sensor_id.astype(np.int64)
-    for f in fields(boxes): getattr(boxes, f.name).flags.writeable = False # shared by all who ask for this frame
+    for f in fields(boxes):
+        getattr(boxes, f.name).flags.writeable = False  # shared by all who ask for this frame
     return boxes
 
+# %% ../nbs/05_cuboids.ipynb #8d4391ca
 def load_cuboids(
-    log:Log, # the log
-    frame:int, # frame id in the LOG, never counted from a clip's start
-)->Boxes: # its boxes, world frame
+    log: Log,  # the log
+    frame: int,  # frame id in the LOG, never counted from a clip's start
+) -> Boxes:  # its boxes, world frame
     "Labelled boxes of one frame."
-    path = log.cuboid_path(frame); stat = path.stat() if path.is_file() else None
+    path = log.cuboid_path(frame)
+    stat = path.stat() if path.is_file() else None
     boxes = _read_boxes(path, (stat.st_mtime_ns, stat.st_size) if stat else ())
     return replace(boxes, centre=log.from_world(boxes.centre)) if log.origin.any() else boxes
 
 # %% ../nbs/05_cuboids.ipynb #4f0d3536
 @patch
-def pose(self:Boxes)->np.ndarray: # (B,4,4) float64 box-to-world
+def pose(self: Boxes) -> np.ndarray:  # (B,4,4) float64 box-to-world
     "Poses of the boxes."
-    c, s, o = np.cos(self.yaw), np.sin(self.yaw), np.zeros(len(self))
-    return se3(np.stack([np.stack([c,-s,o], -1), np.stack([s,c,o], -1), np.stack([o,o,o+1], -1)], -2), self.centre)
+    c = np.cos(self.yaw)
+    s = np.sin(self.yaw)
+    o = np.zeros(len(self))
+    return se3(
+        np.stack([np.stack([c, -s, o], -1), np.stack([s, c, o], -1), np.stack([o, o, o + 1], -1)], -2),
+        self.centre,
+    )
 
 # %% ../nbs/05_cuboids.ipynb #8ec551d5
 def points_in_boxes(
-    points:np.ndarray, # (N,3) world, m
-    boxes:Boxes, # B boxes
-    grow:float|np.ndarray=0., # m added on every side: a number, or (3,) in the box's axes
-)->np.ndarray: # (N,B) bool
+    points: np.ndarray,  # (N,3) world, m
+    boxes: Boxes,  # B boxes
+    grow: float | np.ndarray = 0.0,  # m added on every side: a number, or (3,) in the box's axes
+) -> np.ndarray:  # (N,B) bool
     "Which points lie in which boxes, faces included."
-    out = np.zeros((len(points), len(boxes)), bool); order = np.argsort(points[:,0]); xs = points[order,0]
-    half = boxes.size/2 + grow; reach = np.linalg.norm(half, axis=1); R = boxes.pose()[:,:3,:3]
+    out = np.zeros((len(points), len(boxes)), bool)
+    order = np.argsort(points[:, 0])
+    xs = points[order, 0]
+    half = boxes.size / 2 + grow
+    reach = np.linalg.norm(half, axis=1)
+    R = boxes.pose()[:, :3, :3]
     for b in range(len(boxes)):
-        lo, hi = np.searchsorted(xs, boxes.centre[b,0] + np.array([-reach[b], reach[b]]) + np.array([-1e-9, 1e-9]))
+        lo, hi = np.searchsorted(
+            xs, boxes.centre[b, 0] + np.array([-reach[b], reach[b]]) + np.array([-1e-9, 1e-9])
+        )
         near = order[lo:hi]
-        out[near,b] = (np.abs((points[near] - boxes.centre[b]) @ R[b]) <= half[b]).all(1)
+        out[near, b] = (np.abs((points[near] - boxes.centre[b]) @ R[b]) <= half[b]).all(1)
     return out
 
 # %% ../nbs/05_cuboids.ipynb #0e93b77f
 def assign_points(
-    points:np.ndarray, # (N,3) world, m
-    sensor:np.ndarray, # (N,) sensor of each return
-    boxes:Boxes, # B boxes
-)->np.ndarray: # (N,) int64 place in `boxes`, -1 = in none
+    points: np.ndarray,  # (N,3) world, m
+    sensor: np.ndarray,  # (N,) sensor of each return
+    boxes: Boxes,  # B boxes
+) -> np.ndarray:  # (N,) int64 place in `boxes`, -1 = in none
     "The box each return belongs to: smallest volume, then nearest centre."
     inside = points_in_boxes(points, boxes)
-    inside &= (boxes.sensor_id == -1) | (boxes.sensor_id == np.asarray(sensor)[:,None])
-    n, b = np.nonzero(inside); out = np.full(len(points), -1, np.int64)
-    volume, off = boxes.size.prod(1)[b], np.linalg.norm(points[n] - boxes.centre[b], axis=1)
-    order = np.lexsort((b, off, volume, n)); first = np.unique(n[order], return_index=True)[1]
+    inside &= (boxes.sensor_id == -1) | (boxes.sensor_id == np.asarray(sensor)[:, None])
+    n, b = np.nonzero(inside)
+    out = np.full(len(points), -1, np.int64)
+    volume = boxes.size.prod(1)[b]
+    off = np.linalg.norm(points[n] - boxes.centre[b], axis=1)
+    order = np.lexsort((b, off, volume, n))
+    first = np.unique(n[order], return_index=True)[1]
     out[n[order][first]] = b[order][first]
     return out
 
 # %% ../nbs/05_cuboids.ipynb #2cc5c630
-def _boxes_or_none(log:Log, frame:int)->Boxes|None:
+def _boxes_or_none(log: Log, frame: int) -> Boxes | None:
     "Boxes of a neighbouring frame, which may have no labels."
     return load_cuboids(log, frame) if frame >= 0 and log.cuboid_path(frame).is_file() else None
 
+# %% ../nbs/05_cuboids.ipynb #3163ae99
 def tracks(
-    log:Log, # the log
-    frames:list[int]|None=None, # frame ids in the log; None = all that have labels
-)->dict[str,dict[int,Boxes]]: # uuid -> frame id -> its box
+    log: Log,  # the log
+    frames: list[int] | None = None,  # frame ids in the log; None = all that have labels
+) -> dict[str, dict[int, Boxes]]:  # uuid -> frame id -> its box
     "Every object's boxes through time."
     found = {}
     for f in log.frame_ids if frames is None else frames:
-        if (boxes := _boxes_or_none(log, f)) is None: continue
-        for i,u in enumerate(boxes.uuid): found.setdefault(u, {})[f] = boxes[i:i+1]
+        if (boxes := _boxes_or_none(log, f)) is None:
+            continue
+        for i, u in enumerate(boxes.uuid):
+            found.setdefault(u, {})[f] = boxes[i : i + 1]
     return found
 
 # %% ../nbs/05_cuboids.ipynb #49174bb6
 def same_track(
-    a:Boxes, # boxes of one frame
-    b:Boxes, # boxes of another
-)->tuple[np.ndarray,np.ndarray]: # places in `a` and in `b` of the tracks both frames have
+    a: Boxes,  # boxes of one frame
+    b: Boxes,  # boxes of another
+) -> tuple[np.ndarray, np.ndarray]:  # places in `a` and in `b` of the tracks both frames have
     "Pair the boxes of two frames by track."
-    here, there = Counter(a.uuid), Counter(b.uuid)                        # an id that two boxes share names neither
-    at = {u: j for j,u in enumerate(b.uuid) if there[u] == 1}
-    i = np.array([k for k,u in enumerate(a.uuid) if u in at and here[u] == 1], np.int64)
+    here = Counter(a.uuid)
+    there = Counter(b.uuid)  # an id that two boxes share names neither
+    at = {u: j for j, u in enumerate(b.uuid) if there[u] == 1}
+    i = np.array([k for k, u in enumerate(a.uuid) if u in at and here[u] == 1], np.int64)
     return i, np.array([at[u] for u in a.uuid[i]], np.int64)
 
+# %% ../nbs/05_cuboids.ipynb #cdcb856a
 def moves(
-    log:Log, # the log
-    frame:int, # frame id in the log
-    cfg:CuboidConfig, # thresholds
-)->dict[str,bool]: # uuid -> moves from this frame to the next; tracks that end here are absent
+    log: Log,  # the log
+    frame: int,  # frame id in the log
+    cfg: CuboidConfig,  # thresholds
+) -> dict[str, bool]:  # uuid -> moves from this frame to the next; tracks that end here are absent
     "Which tracks move in one step."
-    a, b = _boxes_or_none(log, frame), _boxes_or_none(log, frame + 1)
-    if a is None or b is None: return {}
+    a = _boxes_or_none(log, frame)
+    b = _boxes_or_none(log, frame + 1)
+    if a is None or b is None:
+        return {}
     i, j = same_track(a, b)
     far = np.linalg.norm(b.centre[j] - a.centre[i], axis=1) > cfg.moved
-    turn = np.abs((b.yaw[j] - a.yaw[i] + np.pi) % (2*np.pi) - np.pi)
+    turn = np.abs((b.yaw[j] - a.yaw[i] + np.pi) % (2 * np.pi) - np.pi)
     return dict(zip(a.uuid[i], (far | (turn > np.radians(cfg.turned))).tolist()))
 
 # %% ../nbs/05_cuboids.ipynb #0342814b
 def majority(
-    steps:dict[int,bool], # frame id -> moves from it to the next
-    frame:int, # frame id to decide for
-    vote:int=3, # window, frames
-)->bool: # moving at this frame?
+    steps: dict[int, bool],  # frame id -> moves from it to the next
+    frame: int,  # frame id to decide for
+    vote: int = 3,  # window, frames
+) -> bool:  # moving at this frame?
     "Decide by the steps around a frame; a tie falls to its own step, or to the one before where the track ends."
-    votes = [steps[f] for f in range(frame - vote//2, frame + vote//2 + 1) if f in steps]
-    if 2*sum(votes) != len(votes): return 2*sum(votes) > len(votes)
+    votes = [steps[f] for f in range(frame - vote // 2, frame + vote // 2 + 1) if f in steps]
+    if 2 * sum(votes) != len(votes):
+        return 2 * sum(votes) > len(votes)
     return steps.get(frame, steps.get(frame - 1, False))
 
 # %% ../nbs/05_cuboids.ipynb #4d4d3fc1
 def dynamic_uuids(
-    log:Log, # the log
-    frames:list[int], # frame ids in the LOG
-    cfg:CuboidConfig=CuboidConfig(), # thresholds
-)->dict[int,set[str]]: # frame id -> uuids of what moves then
+    log: Log,  # the log
+    frames: list[int],  # frame ids in the LOG
+    cfg: CuboidConfig = CuboidConfig(),  # thresholds
+) -> dict[int, set[str]]:  # frame id -> uuids of what moves then
     "Tracks that move, by frame; the answer for a frame does not depend on which others are asked for."
-    r = cfg.vote//2; needed = {f+d for f in frames for d in range(-r - 1, r + 1)}
+    r = cfg.vote // 2
+    needed = {f + d for f in frames for d in range(-r - 1, r + 1)}
     steps = {}
     for f in needed:
-        for u,m in moves(log, f, cfg).items(): steps.setdefault(u, {})[f] = m
-    return {f: {u for u in load_cuboids(log, f).uuid if majority(steps.get(u, {}), f, cfg.vote)} for f in frames}
+        for u, m in moves(log, f, cfg).items():
+            steps.setdefault(u, {})[f] = m
+    return {
+        f: {u for u in load_cuboids(log, f).uuid if majority(steps.get(u, {}), f, cfg.vote)} for f in frames
+    }
 
+# %% ../nbs/05_cuboids.ipynb #dc3f09b4
 def is_dynamic(
-    log:Log, # the log
-    frame:int, # frame id in the LOG
-    cfg:CuboidConfig=CuboidConfig(), # thresholds
-)->np.ndarray: # (B,) bool, rows as in `load_cuboids(log, frame)`
+    log: Log,  # the log
+    frame: int,  # frame id in the LOG
+    cfg: CuboidConfig = CuboidConfig(),  # thresholds
+) -> np.ndarray:  # (B,) bool, rows as in `load_cuboids(log, frame)`
     "Which boxes of a frame move."
     moving = dynamic_uuids(log, [frame], cfg)[frame]
     return np.array([u in moving for u in load_cuboids(log, frame).uuid], bool)
 
 # %% ../nbs/05_cuboids.ipynb #128326c5
 def label_table(
-    log:Log, # the log
-    frames:list[int]|None=None, # frame ids in the log; None = all that have labels
-    cfg:CuboidConfig=CuboidConfig(), # thresholds
-)->list[tuple[str,int,int,str,str]]: # label, its tracks, those that ever move, bucket, meta-class; most frequent first
+    log: Log,  # the log
+    frames: list[int] | None = None,  # frame ids in the log; None = all that have labels
+    cfg: CuboidConfig = CuboidConfig(),  # thresholds
+) -> list[
+    tuple[str, int, int, str, str]
+]:  # label, its tracks, those that ever move, bucket, meta-class; most frequent first
     "Every label of a log, and what it is counted as."
-    found = tracks(log, frames); label = {u: next(iter(b.values())).label[0] for u,b in found.items()}
+    found = tracks(log, frames)
+    label = {u: next(iter(b.values())).label[0] for u, b in found.items()}
     moving = set().union(*dynamic_uuids(log, sorted({f for b in found.values() for f in b}), cfg).values())
-    all_, moved = Counter(label.values()), Counter(label[u] for u in moving)
-    ids = class_ids([n for n,_ in all_.most_common()], cfg.unknown, f"log {log.id}")
-    return [(n, c, moved[n], BUCKETS[BUCKET_OF[i]], METAS[META_OF[i]]) for (n,c),i in zip(all_.most_common(), ids)]
+    all_ = Counter(label.values())
+    moved = Counter(label[u] for u in moving)
+    ids = class_ids([n for n, _ in all_.most_common()], cfg.unknown, f"log {log.id}")
+    return [
+        (n, c, moved[n], BUCKETS[BUCKET_OF[i]], METAS[META_OF[i]])
+        for (n, c), i in zip(all_.most_common(), ids)
+    ]
 
 # %% ../nbs/05_cuboids.ipynb #07777706
 def draw_points(
-    uv:np.ndarray, # (N,2) px, may lie outside or be NaN
-    width:int, # px
-    height:int, # px
-    grow:int, # px, square neighbourhood
-)->np.ndarray: # (H,W) bool
+    uv: np.ndarray,  # (N,2) px, may lie outside or be NaN
+    width: int,  # px
+    height: int,  # px
+    grow: int,  # px, square neighbourhood
+) -> np.ndarray:  # (H,W) bool
     "Rasterise points and dilate them; what lies outside the image is dropped first."
-    mask = np.zeros((height, width), np.uint8); col, row, inside = pixel_index(uv, width, height)
+    mask = np.zeros((height, width), np.uint8)
+    col, row, inside = pixel_index(uv, width, height)
     mask[row[inside], col[inside]] = 1
-    for axis in (0,1): mask = maximum_filter1d(mask, 2*grow + 1, axis=axis, mode="constant")
+    for axis in (0, 1):
+        mask = maximum_filter1d(mask, 2 * grow + 1, axis=axis, mode="constant")
     return mask.astype(bool)
 
 # %% ../nbs/05_cuboids.ipynb #19e40e26
 def dynamic_mask(
-    log:Log, # the log
-    frame:int, # frame id in the LOG, of the image and of the sweep
-    camera:str="front_camera", # camera name
-    scale:float=1., # image scale, 1.0 = full resolution
-    cfg:CuboidConfig=CuboidConfig(), # thresholds, growth, sensors
-)->np.ndarray: # (H,W) bool, the size of the image at this scale
+    log: Log,  # the log
+    frame: int,  # frame id in the LOG, of the image and of the sweep
+    camera: str = "front_camera",  # camera name
+    scale: float = 1.0,  # image scale, 1.0 = full resolution
+    cfg: CuboidConfig = CuboidConfig(),  # thresholds, growth, sensors
+) -> np.ndarray:  # (H,W) bool, the size of the image at this scale
     "Where moving things are in an image."
-    boxes = load_cuboids(log, frame); cam, sweep = log.camera(camera), log.sweep(frame, cfg.sensors)
+    boxes = load_cuboids(log, frame)
+    cam = log.camera(camera)
+    sweep = log.sweep(frame, cfg.sensors)
     w, h = scaled_size(cam.width, cam.height, scale)
-    uv, _, visible = project_sweep(sweep.points, scale_intrinsics(cam.K, scale), se3_inverse(cam.poses[frame]), w, h)
+    uv, _, visible = project_sweep(
+        sweep.points, scale_intrinsics(cam.K, scale), se3_inverse(cam.poses[frame]), w, h
+    )
     owner = assign_points(sweep.points[visible], sweep.sensor[visible], boxes)
-    return draw_points(uv[visible][np.append(is_dynamic(log, frame, cfg), False)[owner]], w, h, max(1, round(cfg.dilate*scale)))
+    return draw_points(
+        uv[visible][np.append(is_dynamic(log, frame, cfg), False)[owner]],
+        w,
+        h,
+        max(1, round(cfg.dilate * scale)),
+    )
 
 # %% ../nbs/05_cuboids.ipynb #9e84410e
 def box_times(
-    log:Log, # the log
-    frame:int, # frame id in the LOG
-    sensors:tuple[int,...]=(0,), # LiDAR sensors
-)->np.ndarray: # (B,) epoch s, NaN where a box holds no return
+    log: Log,  # the log
+    frame: int,  # frame id in the LOG
+    sensors: tuple[int, ...] = (0,),  # LiDAR sensors
+) -> np.ndarray:  # (B,) epoch s, NaN where a box holds no return
     "When the middle return of each box was taken."
-    sweep, boxes = log.sweep(frame, sensors), load_cuboids(log, frame); owner = assign_points(sweep.points, sweep.sensor, boxes)
-    order = np.lexsort((sweep.stamps, owner)); lo, hi = (np.searchsorted(owner[order], np.arange(len(boxes)), side) for side in ("left","right"))
-    return np.where(hi > lo, np.append(sweep.stamps[order], np.nan)[(lo + hi)//2], np.nan)
+    sweep = log.sweep(frame, sensors)
+    boxes = load_cuboids(log, frame)
+    owner = assign_points(sweep.points, sweep.sensor, boxes)
+    order = np.lexsort((sweep.stamps, owner))
+    lo, hi = (np.searchsorted(owner[order], np.arange(len(boxes)), side) for side in ("left", "right"))
+    return np.where(hi > lo, np.append(sweep.stamps[order], np.nan)[(lo + hi) // 2], np.nan)
 
-def _one_gap_on(log:Log, frame:int, i:np.ndarray, j:np.ndarray, sensors:tuple[int,...])->Boxes:
+# %% ../nbs/05_cuboids.ipynb #f811907e
+def _one_gap_on(log: Log, frame: int, i: np.ndarray, j: np.ndarray, sensors: tuple[int, ...]) -> Boxes:
     "Boxes `i` of a frame one gap of the stamps later, at the pace from them to the boxes `j` of the next; those themselves where times are unknown or far from a gap apart."
-    a, b = load_cuboids(log, frame)[i], load_cuboids(log, frame + 1)[j]; gap = log.lidar_stamps[frame+1] - log.lidar_stamps[frame]
-    took = box_times(log, frame + 1, sensors)[j] - box_times(log, frame, sensors)[i]; share = gap/np.where(np.abs(took - gap) < gap/2, took, gap)
-    turn = (b.yaw - a.yaw + np.pi) % (2*np.pi) - np.pi
-    return replace(b, centre=a.centre + share[:,None]*(b.centre - a.centre), yaw=a.yaw + share*turn)
+    a = load_cuboids(log, frame)[i]
+    b = load_cuboids(log, frame + 1)[j]
+    gap = log.lidar_stamps[frame + 1] - log.lidar_stamps[frame]
+    took = box_times(log, frame + 1, sensors)[j] - box_times(log, frame, sensors)[i]
+    share = gap / np.where(np.abs(took - gap) < gap / 2, took, gap)
+    turn = (b.yaw - a.yaw + np.pi) % (2 * np.pi) - np.pi
+    return replace(b, centre=a.centre + share[:, None] * (b.centre - a.centre), yaw=a.yaw + share * turn)
 
 # %% ../nbs/05_cuboids.ipynb #eaed2f89
 class FlowTruth(NamedTuple):
     "What happens to each of N returns until the next frame."
-    flow:np.ndarray    # (N,3) float64, m, world; 0 where not valid
-    valid:np.ndarray   # (N,) bool
-    label:np.ndarray   # (N,) int64 place in CLASSES; the last one = in no box
-    dynamic:np.ndarray # (N,) bool, in a box that moves
 
+    flow: np.ndarray  # (N,3) float64, m, world; 0 where not valid
+    valid: np.ndarray  # (N,) bool
+    label: np.ndarray  # (N,) int64 place in CLASSES; the last one = in no box
+    dynamic: np.ndarray  # (N,) bool, in a box that moves
+
+# %% ../nbs/05_cuboids.ipynb #5735ecc2
 def flow_ground_truth(
-    log:Log, # the log
-    frame:int, # frame id in the LOG
-    sensors:tuple[int,...]=(0,), # LiDAR sensors, rows as in `log.sweep(frame, sensors)`
-    cfg:CuboidConfig=CuboidConfig(), # thresholds
-)->FlowTruth: # flow, valid, label, dynamic
+    log: Log,  # the log
+    frame: int,  # frame id in the LOG
+    sensors: tuple[int, ...] = (0,),  # LiDAR sensors, rows as in `log.sweep(frame, sensors)`
+    cfg: CuboidConfig = CuboidConfig(),  # thresholds
+) -> FlowTruth:  # flow, valid, label, dynamic
     "Scene flow of a sweep from the rigid motion of its boxes."
-    sweep, boxes, after = log.sweep(frame, sensors), load_cuboids(log, frame), _boxes_or_none(log, frame + 1)
-    owner = assign_points(sweep.points, sweep.sensor, boxes); n, held = len(boxes), owner >= 0
-    i, j = same_track(boxes, after) if after is not None else (np.zeros(0, np.int64),)*2
-    step = np.tile(np.eye(4), (n + 1,1,1)); known = np.append(np.zeros(n, bool), True)  # the last row is for returns in no box
+    sweep = log.sweep(frame, sensors)
+    boxes = load_cuboids(log, frame)
+    after = _boxes_or_none(log, frame + 1)
+    owner = assign_points(sweep.points, sweep.sensor, boxes)
+    n = len(boxes)
+    held = owner >= 0
+    i, j = same_track(boxes, after) if after is not None else (np.zeros(0, np.int64),) * 2
+    step = np.tile(np.eye(4), (n + 1, 1, 1))
+    known = np.append(np.zeros(n, bool), True)  # the last row is for returns in no box
     if len(i):
         then = _one_gap_on(log, frame, i, j, sensors) if cfg.timed else after[j]
         step[i], known[i] = then.pose() @ se3_inverse(boxes.pose()[i]), True
-    flow = np.zeros((len(sweep),3)); x = sweep.points[held]
-    flow[held] = transform_points(step[owner[held]], x[:,None])[:,0] - x
+    flow = np.zeros((len(sweep), 3))
+    x = sweep.points[held]
+    flow[held] = transform_points(step[owner[held]], x[:, None])[:, 0] - x
     moving = np.append(is_dynamic(log, frame, cfg), False)
-    label = np.append(class_ids(boxes.label, cfg.unknown, short_path(log.cuboid_path(frame))), len(CLASSES) - 1)
-    if cfg.unknown == "ignore": known &= label != CLASSES.index("unlisted")
+    label = np.append(
+        class_ids(boxes.label, cfg.unknown, short_path(log.cuboid_path(frame))), len(CLASSES) - 1
+    )
+    if cfg.unknown == "ignore":
+        known &= label != CLASSES.index("unlisted")
     return FlowTruth(flow, known[owner], label[owner], moving[owner])
 
 # %% ../nbs/05_cuboids.ipynb #fdd89572
 def hidden(
-    boxes:Boxes, # M boxes
-    points:np.ndarray, # (N,3) returns, world, m
-    origin:np.ndarray, # (3,) where the beams start, world, m
-)->np.ndarray: # (M,) bool
+    boxes: Boxes,  # M boxes
+    points: np.ndarray,  # (N,3) returns, world, m
+    origin: np.ndarray,  # (3,) where the beams start, world, m
+) -> np.ndarray:  # (M,) bool
     "Boxes in front of which beams end, more than pass through."
-    x, to = points - origin, boxes.centre - origin; r, d = np.linalg.norm(x, axis=1), np.linalg.norm(to, axis=1); reach = np.linalg.norm(boxes.size, axis=1)/2
-    cone = x @ to.T >= r[:,None]*d*np.cos(np.arctan(boxes.size.min(1)/2/d))      # beams that meet the ball inside a box
-    before, beyond = (cone & (r[:,None] < d - reach)).sum(0), (cone & (r[:,None] > d + reach)).sum(0)
+    x = points - origin
+    to = boxes.centre - origin
+    r = np.linalg.norm(x, axis=1)
+    d = np.linalg.norm(to, axis=1)
+    reach = np.linalg.norm(boxes.size, axis=1) / 2
+    cone = x @ to.T >= r[:, None] * d * np.cos(
+        np.arctan(boxes.size.min(1) / 2 / d)
+    )  # beams that meet the ball inside a box
+    before = (cone & (r[:, None] < d - reach)).sum(0)
+    beyond = (cone & (r[:, None] > d + reach)).sum(0)
     return (before > 0) & (before >= beyond)
 
+# %% ../nbs/05_cuboids.ipynb #d4807fd4
 class BoxFit(NamedTuple):
     "How well M near moving boxes fit the returns of a frame."
-    inside:np.ndarray # (M,) returns in each box
-    around:np.ndarray # (M,) the same with 0.3 m more on every side
-    seen:np.ndarray   # (M,) bool, in sight
-    fill:np.ndarray   # (M,) share of its extent that the returns in it span, 0..1; 0 without returns
-    turned:np.ndarray # (M,) returns in each box with width and length exchanged
 
-def _fill(boxes:Boxes, points:np.ndarray, inside:np.ndarray)->np.ndarray:
+    inside: np.ndarray  # (M,) returns in each box
+    around: np.ndarray  # (M,) the same with 0.3 m more on every side
+    seen: np.ndarray  # (M,) bool, in sight
+    fill: np.ndarray  # (M,) share of its extent that the returns in it span, 0..1; 0 without returns
+    turned: np.ndarray  # (M,) returns in each box with width and length exchanged
+
+# %% ../nbs/05_cuboids.ipynb #6b8d4afc
+def _fill(boxes: Boxes, points: np.ndarray, inside: np.ndarray) -> np.ndarray:
     "The share of a box that its returns span: of its height or of the better side, whichever is less."
-    out, R = np.zeros(len(boxes)), boxes.pose()[:,:3,:3]
+    out = np.zeros(len(boxes))
+    R = boxes.pose()[:, :3, :3]
     for k in np.flatnonzero(inside.any(0)):
-        x, y, z = np.ptp(points[inside[:,k]] @ R[k], axis=0)/boxes.size[k]
+        x, y, z = np.ptp(points[inside[:, k]] @ R[k], axis=0) / boxes.size[k]
         out[k] = min(max(x, y), z)
     return out
 
+# %% ../nbs/05_cuboids.ipynb #02b76fa5
 def box_fit(
-    log:Log, # the log
-    frame:int, # frame id of the returns
-    label_frame:int|None=None, # frame id of the labels; None = the same
-    cfg:CuboidConfig=CuboidConfig(), # what is near
-    sensors:tuple[int,...]=(0,1), # LiDAR sensors
-)->BoxFit: # of the near moving boxes
+    log: Log,  # the log
+    frame: int,  # frame id of the returns
+    label_frame: int | None = None,  # frame id of the labels; None = the same
+    cfg: CuboidConfig = CuboidConfig(),  # what is near
+    sensors: tuple[int, ...] = (0, 1),  # LiDAR sensors
+) -> BoxFit:  # of the near moving boxes
     "How well moving boxes fit the returns of a frame."
-    k = frame if label_frame is None else label_frame; boxes, sweep = load_cuboids(log, k), log.sweep(frame, sensors)
-    near = np.linalg.norm((boxes.centre - log.lidar_poses[frame][:3,3])[:,:2], axis=1) < cfg.near
-    b = boxes[is_dynamic(log, k, cfg) & near & np.isin(boxes.sensor_id, (-1,*sensors))]
-    b.centre[:,2] += .075; b.size[:,2] -= .15                             # copies: lift the floor by 15 cm
-    mine = (b.sensor_id == -1) | (b.sensor_id == sweep.sensor[:,None])
-    held, around = (points_in_boxes(sweep.points, b, grow) & mine for grow in (0., np.array([.3,.3,0.])))
+    k = frame if label_frame is None else label_frame
+    boxes = load_cuboids(log, k)
+    sweep = log.sweep(frame, sensors)
+    near = np.linalg.norm((boxes.centre - log.lidar_poses[frame][:3, 3])[:, :2], axis=1) < cfg.near
+    b = boxes[is_dynamic(log, k, cfg) & near & np.isin(boxes.sensor_id, (-1, *sensors))]
+    b.centre[:, 2] += 0.075
+    b.size[:, 2] -= 0.15  # copies: lift the floor by 15 cm
+    mine = (b.sensor_id == -1) | (b.sensor_id == sweep.sensor[:, None])
+    held, around = (
+        points_in_boxes(sweep.points, b, grow) & mine for grow in (0.0, np.array([0.3, 0.3, 0.0]))
+    )
     inside = held.sum(0)
-    turned = (points_in_boxes(sweep.points, replace(b, size=b.size[:,[1,0,2]])) & mine).sum(0)
-    return BoxFit(inside, around.sum(0), (inside > 0) | ~hidden(b, sweep.points, log.lidar_poses[frame][:3,3]), _fill(b, sweep.points, held), turned)
+    turned = (points_in_boxes(sweep.points, replace(b, size=b.size[:, [1, 0, 2]])) & mine).sum(0)
+    return BoxFit(
+        inside,
+        around.sum(0),
+        (inside > 0) | ~hidden(b, sweep.points, log.lidar_poses[frame][:3, 3]),
+        _fill(b, sweep.points, held),
+        turned,
+    )
 
 # %% ../nbs/05_cuboids.ipynb #25214c50
-def _check_place(log:Log, frame:int, cfg:CuboidConfig)->None:
+def _check_place(log: Log, frame: int, cfg: CuboidConfig) -> None:
     "Stop at boxes that are nowhere near the LiDAR."
     boxes = load_cuboids(log, frame)
-    if len(boxes) < max(1, cfg.min_boxes): return
-    usual = float(np.median(np.linalg.norm(boxes.centre - log.lidar_poses[frame][:3,3], axis=1)))
+    if len(boxes) < max(1, cfg.min_boxes):
+        return
+    usual = float(np.median(np.linalg.norm(boxes.centre - log.lidar_poses[frame][:3, 3], axis=1)))
     if usual > cfg.max_distance:
-        report(log.cuboid_path(frame), f"has half of its boxes more than {usual:.0f} m from the LiDAR",
-               "give position.x, y and z in metres and in the frame of the points, with the same origin")
+        report(
+            log.cuboid_path(frame),
+            f"has half of its boxes more than {usual:.0f} m from the LiDAR",
+            "give position.x, y and z in metres and in the frame of the points, with the same origin",
+        )
 
-def _check_tracks(log:Log, frame:int, cfg:CuboidConfig)->None:
+# %% ../nbs/05_cuboids.ipynb #2b214bc8
+def _check_tracks(log: Log, frame: int, cfg: CuboidConfig) -> None:
     "Stop at ids that name other objects, or none, in the next frame."
-    a, b = _boxes_or_none(log, frame), _boxes_or_none(log, frame + 1)
-    if a is None or b is None or min(len(a), len(b)) < max(1, cfg.min_boxes): return
+    a = _boxes_or_none(log, frame)
+    b = _boxes_or_none(log, frame + 1)
+    if a is None or b is None or min(len(a), len(b)) < max(1, cfg.min_boxes):
+        return
     i, j = same_track(a, b)
-    path, remedy = log.cuboid_path(frame), "give every object an id of its own that it keeps from frame to frame"
+    path = log.cuboid_path(frame)
+    remedy = "give every object an id of its own that it keeps from frame to frame"
     alone = np.array([k == 1 for k in map(Counter(a.uuid).get, a.uuid)])
-    if len(i) < cfg.min_kept*alone.sum():
+    if len(i) < cfg.min_kept * alone.sum():
         report(path, f"shares only {len(i)} of its {alone.sum()} ids with the next frame", remedy)
-    seconds = log.lidar_stamps[frame+1] - log.lidar_stamps[frame]
-    speed = np.linalg.norm(b.centre[j] - a.centre[i], axis=1)/seconds
+    seconds = log.lidar_stamps[frame + 1] - log.lidar_stamps[frame]
+    speed = np.linalg.norm(b.centre[j] - a.centre[i], axis=1) / seconds
     fast = speed > cfg.max_speed
-    if fast.sum() > cfg.max_jumps*len(i):
-        report(path, f"has {fast.sum()} of {len(i)} tracks that move by up to {speed.max()*seconds:.0f} m to the next frame", remedy)
+    if fast.sum() > cfg.max_jumps * len(i):
+        report(
+            path,
+            f"has {fast.sum()} of {len(i)} tracks that move by up to {speed.max() * seconds:.0f} m to the next frame",
+            remedy,
+        )
 
 # %% ../nbs/05_cuboids.ipynb #a4303bab
 def check_labels(
-    log:Log, # the log
-    frames:int|list[int], # frame ids in the LOG, of the returns
-    shift:int=0, # read the labels this many frames late, to see what a fault looks like
-    cfg:CuboidConfig=CuboidConfig(), # distance, shares and numbers
-)->dict: # boxes; hit: share of them that contain returns, of those in sight if they are enough; fit: share of the returns around them that are inside; fill: share of a box that its returns span, median
+    log: Log,  # the log
+    frames: int | list[int],  # frame ids in the LOG, of the returns
+    shift: int = 0,  # read the labels this many frames late, to see what a fault looks like
+    cfg: CuboidConfig = CuboidConfig(),  # distance, shares and numbers
+) -> dict:  # boxes; hit: share of them that contain returns, of those in sight if they are enough; fit: share of the returns around them that are inside; fill: share of a box that its returns span, median
     "Stop when labels cannot be read, name unknown classes, or when the moving boxes are not those of the returns."
     frames = [frames] if isinstance(frames, int) else list(frames)
     for f in frames:
@@ -446,21 +626,38 @@ def check_labels(
         _check_place(log, f + shift, cfg)
         _check_tracks(log, f + shift, cfg)
     all_ = BoxFit(*map(np.concatenate, zip(*(box_fit(log, f, f + shift, cfg) for f in frames))))
-    asked = all_.inside[all_.seen] if all_.seen.sum() >= cfg.min_boxes else all_.inside; n = len(asked)
+    asked = all_.inside[all_.seen] if all_.seen.sum() >= cfg.min_boxes else all_.inside
+    n = len(asked)
     spans = all_.fill[all_.inside >= cfg.min_returns]
-    found = dict(boxes=n, hit=float((asked > 0).mean()) if n else None, fit=float(all_.inside.sum()/all_.around.sum()) if all_.around.any() else None,
-                 fill=float(np.median(spans)) if len(spans) else None)
+    found = dict(
+        boxes=n,
+        hit=float((asked > 0).mean()) if n else None,
+        fit=float(all_.inside.sum() / all_.around.sum()) if all_.around.any() else None,
+        fill=float(np.median(spans)) if len(spans) else None,
+    )
     path = log.cuboid_path(frames[0] + shift)
     if n >= cfg.min_boxes and found["hit"] < cfg.min_hit:
-        report(path, f"has moving boxes near the sensor of which only {found['hit']:.0%} contain returns of frame {frames[0]}",
-               "look labels up by the log's frame id, and get the files again if they were")
-    if n >= cfg.min_boxes and all_.turned.sum() > cfg.max_turned*all_.inside.sum():
-        report(path, f"has moving boxes near the sensor that hold {all_.inside.sum()} returns, and {all_.turned.sum()} when turned by a quarter",
-               "exchange dimensions.x (width) and dimensions.y (length), or count yaw from +y")
+        report(
+            path,
+            f"has moving boxes near the sensor of which only {found['hit']:.0%} contain returns of frame {frames[0]}",
+            "look labels up by the log's frame id, and get the files again if they were",
+        )
+    if n >= cfg.min_boxes and all_.turned.sum() > cfg.max_turned * all_.inside.sum():
+        report(
+            path,
+            f"has moving boxes near the sensor that hold {all_.inside.sum()} returns, and {all_.turned.sum()} when turned by a quarter",
+            "exchange dimensions.x (width) and dimensions.y (length), or count yaw from +y",
+        )
     if n >= cfg.min_boxes and found["fit"] < cfg.min_fit:
-        report(path, f"has moving boxes near the sensor that hold only {found['fit']:.0%} of the returns in and around them",
-               "compare the boxes' centres, their dimensions (width, length, height, m) and their yaw (rad, zero along +y) with the returns")
+        report(
+            path,
+            f"has moving boxes near the sensor that hold only {found['fit']:.0%} of the returns in and around them",
+            "compare the boxes' centres, their dimensions (width, length, height, m) and their yaw (rad, zero along +y) with the returns",
+        )
     if len(spans) >= cfg.min_boxes and found["fill"] < cfg.min_fill:
-        report(path, f"has moving boxes near the sensor of which returns fill only {found['fill']:.0%}",
-               "compare the boxes' dimensions (width, length, height, m) and the height of their centres with the returns")
+        report(
+            path,
+            f"has moving boxes near the sensor of which returns fill only {found['fill']:.0%}",
+            "compare the boxes' dimensions (width, length, height, m) and the height of their centres with the returns",
+        )
     return found

@@ -13,12 +13,23 @@ import numpy as np, torch
 from annotated_types import Interval
 from pydantic import NonNegativeInt
 from torch import nn
-from .pandaset import DataError, PandaSet
+from .files import DataError
+from .pandaset import PandaSet
 from .clips import TEST_SCENES, Clip, build_index, long_log_clips, select_clips
 from .presets import PRESETS, preset_config
-from .settings import Device, Distinct, FilePath, LogId, Name, find_device, read_parameters, refuse_missing
+from flux4d.settings import (
+    Device,
+    Distinct,
+    FilePath,
+    LogId,
+    Name,
+    find_device,
+    read_parameters,
+    refuse_missing,
+)
 from .run import check_checkpoint, logged_rows, refuse_damaged
-from .train import Config, Loader, files_of, load_checkpoint, load_model, rebuilder, trained_frames
+from .train import Config, Loader, files_of, load_model, rebuilder
+from .run import load_checkpoint, trained_frames
 from .nvs import VARIANTS, EvalConfig, check_clip
 from .baselines import BASELINES
 from .record import METHODS, About, frames_of, seen
@@ -32,33 +43,35 @@ __all__ = ['EvaluationParameters', 'check_subject', 'read_evaluation', 'Subject'
 @dataclass(frozen=True)
 class EvaluationParameters:
     "The parameters of this notebook, as the cell above explains them; () means what empty means there."
-    checkpoint:FilePath=""
-    baseline:Literal[("", *METHODS)]=""
-    baselines:Distinct[Literal[METHODS]]=("lift", "zero_motion", "nearest")
-    data_root:FilePath=""
-    eval_logs:Distinct[LogId]=()
-    eval_starts:Distinct[NonNegativeInt]=()
-    max_clips:NonNegativeInt=0
-    long_log:bool=False
-    cameras:Distinct[Name]=()
-    image_scale:Annotated[float, Interval(ge=0, le=1)]=0.
-    out_dir:FilePath=""
-    overwrite:bool=False
-    device:Device=""
-    preset:Literal[("", *PRESETS)]=""
-    eval_overrides:dict=field(default_factory=dict)
-    save_renders:NonNegativeInt=3
-    videos:NonNegativeInt=3
 
-    def __post_init__(self)->None:
+    checkpoint: FilePath = ""
+    baseline: Literal[("", *METHODS)] = ""
+    baselines: Distinct[Literal[METHODS]] = ("lift", "zero_motion", "nearest")
+    data_root: FilePath = ""
+    eval_logs: Distinct[LogId] = ()
+    eval_starts: Distinct[NonNegativeInt] = ()
+    max_clips: NonNegativeInt = 0
+    long_log: bool = False
+    cameras: Distinct[Name] = ()
+    image_scale: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    out_dir: FilePath = ""
+    overwrite: bool = False
+    device: Device = ""
+    preset: Literal[("", *PRESETS)] = ""
+    eval_overrides: dict = field(default_factory=dict)
+    save_renders: NonNegativeInt = 3
+    videos: NonNegativeInt = 3
+
+    def __post_init__(self) -> None:
         "Refuse what contradicts itself."
         check_subject(self.checkpoint, self.baseline, self.preset)
 
+# %% ../nbs/61_evaluate.ipynb #3288e6ee
 def check_subject(
-    checkpoint:str, # path, "" = none
-    baseline:str,   # one of METHODS, "" = the model, without a checkpoint the lift
-    preset:str,     # configuration where there is no checkpoint; "" = default
-)->None: # raises DataError
+    checkpoint: str,  # path, "" = none
+    baseline: str,  # one of METHODS, "" = the model, without a checkpoint the lift
+    preset: str,  # configuration where there is no checkpoint; "" = default
+) -> None:  # raises DataError
     "Refuse a choice of what is evaluated that makes no sense."
     if checkpoint and preset:
         raise DataError("preset: the checkpoint brings its own configuration; leave one of the two out.")
@@ -67,9 +80,10 @@ def check_subject(
     if baseline == "static" and not checkpoint:
         raise DataError("baseline: 'static' needs the Gaussians of a checkpoint; name one, or take lift.")
 
+# %% ../nbs/61_evaluate.ipynb #fb24f5a5
 def read_evaluation(
-    namespace:dict, # this notebook's variables
-)->tuple[EvaluationParameters,EvalConfig]: # raises DataError
+    namespace: dict,  # this notebook's variables
+) -> tuple[EvaluationParameters, EvalConfig]:  # raises DataError
     "Check all that can be known before a file is touched or a folder is made."
     p = read_parameters(EvaluationParameters, namespace)
     eval_cfg = scoring(p.save_renders, p.eval_overrides)
@@ -82,102 +96,165 @@ def read_evaluation(
 # %% ../nbs/61_evaluate.ipynb #e9ac2aa2
 class Subject(NamedTuple):
     "What is evaluated."
-    name:str         # for titles
-    baseline:str     # "" = the model itself
-    model:nn.Module|None # None: no checkpoint
-    cfg:Config       # the checkpoint's, or the default one
-    folder:Path|None # of the checkpoint
-    steps:int        # trained
-    seconds:float    # of training
-    skipped:int      # steps without an update
-    trained:dict|None=None # {(log id, identity): frames} that its steps used; None: not known
 
+    name: str  # for titles
+    baseline: str  # "" = the model itself
+    model: nn.Module | None  # None: no checkpoint
+    cfg: Config  # the checkpoint's, or the default one
+    folder: Path | None  # of the checkpoint
+    steps: int  # trained
+    seconds: float  # of training
+    skipped: int  # steps without an update
+    trained: dict | None = None  # {(log id, identity): frames} that its steps used; None: not known
+
+# %% ../nbs/61_evaluate.ipynb #ffb172c0
 def open_subject(
-    checkpoint:str, # path, "" = none
-    baseline:str="", # one of METHODS, "" = the model, without a checkpoint the lift
-    device:str="cpu", # where the model goes
-    cameras:tuple[str,...]=(), # () = the configuration's
-    image_scale:float=0., # 0 = the configuration's
-    preset:str="", # configuration where there is no checkpoint; "" = default
-)->Subject: # raises DataError
+    checkpoint: str,  # path, "" = none
+    baseline: str = "",  # one of METHODS, "" = the model, without a checkpoint the lift
+    device: str = "cpu",  # where the model goes
+    cameras: tuple[str, ...] = (),  # () = the configuration's
+    image_scale: float = 0.0,  # 0 = the configuration's
+    preset: str = "",  # configuration where there is no checkpoint; "" = default
+) -> Subject:  # raises DataError
     "Load what shall be evaluated; its configuration comes with it."
     check_subject(checkpoint, baseline, preset)
     baseline = baseline or ("" if checkpoint else "lift")
     model, cfg = load_model(checkpoint, device) if checkpoint else (None, preset_config(preset or "default"))
     s = load_checkpoint(checkpoint) if checkpoint else {}
     check_checkpoint(s, Path(checkpoint).name, tuple(k for k in ("step", "seconds", "skipped") if k in s))
-    cfg = replace(cfg, data=replace(cfg.data, cameras=cameras or cfg.data.cameras, image_scale=image_scale or cfg.data.image_scale)); path = Path(checkpoint)
-    name = " of ".join([baseline]*bool(baseline) + [f"{path.resolve().parent.name}/{path.name}"]*bool(checkpoint))
-    return Subject(name, baseline, model, cfg, path.resolve().parent if checkpoint else None, *(s.get(k, 0) for k in ("step","seconds","skipped")), trained_frames(s) if checkpoint else None)
+    cfg = replace(
+        cfg,
+        data=replace(
+            cfg.data, cameras=cameras or cfg.data.cameras, image_scale=image_scale or cfg.data.image_scale
+        ),
+    )
+    path = Path(checkpoint)
+    name = " of ".join(
+        [baseline] * bool(baseline) + [f"{path.resolve().parent.name}/{path.name}"] * bool(checkpoint)
+    )
+    return Subject(
+        name,
+        baseline,
+        model,
+        cfg,
+        path.resolve().parent if checkpoint else None,
+        *(s.get(k, 0) for k in ("step", "seconds", "skipped")),
+        trained_frames(s) if checkpoint else None,
+    )
 
 # %% ../nbs/61_evaluate.ipynb #75011310
 def rebuild_of(
-    s:Subject, # what is evaluated
-    loader:Loader, # reads the input views
-)->Callable: # (clip, lifted Gaussians) -> Gaussians, velocity
+    s: Subject,  # what is evaluated
+    loader: Loader,  # reads the input views
+) -> Callable:  # (clip, lifted Gaussians) -> Gaussians, velocity
     "The reconstruction that a subject stands for."
-    if s.baseline in BASELINES: return BASELINES[s.baseline]
+    if s.baseline in BASELINES:
+        return BASELINES[s.baseline]
     full = rebuilder(s.model, loader)
-    if s.baseline != "static": return full
+    if s.baseline != "static":
+        return full
     return lambda clip, g0: (lambda g, v: (g, torch.zeros_like(v)))(*full(clip, g0))
 
 # %% ../nbs/61_evaluate.ipynb #446557a8
 def eval_clips_of(
-    root:Path, # data root
-    cameras:tuple[str,...], # names
-    logs:tuple[str,...], # "002", or "2" as papermill hands it over; () = the paper's ten test logs
-    starts:tuple[int,...]=(), # first frames, () = all
-    limit:int=0, # at most this many, spread evenly; 0 = all
-    long_log:bool=False, # whole logs as chains of clips
-)->tuple[list[Clip],dict[str,str]]: # the clips; those that the data cannot give, and why
+    root: Path,  # data root
+    cameras: tuple[str, ...],  # names
+    logs: tuple[str, ...],  # "002", or "2" as papermill hands it over; () = the paper's ten test logs
+    starts: tuple[int, ...] = (),  # first frames, () = all
+    limit: int = 0,  # at most this many, spread evenly; 0 = all
+    long_log: bool = False,  # whole logs as chains of clips
+) -> tuple[list[Clip], dict[str, str]]:  # the clips; those that the data cannot give, and why
     "The clips an evaluation covers."
-    data = PandaSet(root); logs = tuple(l.zfill(3) for l in logs)
+    data = PandaSet(root)
+    logs = tuple(l.zfill(3) for l in logs)
     refuse_missing("eval_logs", logs, data.log_ids, "logs of the data root")
     if long_log:
-        chains = [c for l in logs or [l for l in data.log_ids if l in TEST_SCENES] for c in long_log_clips(data, l, cameras)]
+        chains = [
+            c
+            for l in logs or [l for l in data.log_ids if l in TEST_SCENES]
+            for c in long_log_clips(data, l, cameras)
+        ]
         refuse_missing("eval_starts", starts, [c.frames[0] for c in chains], "first frames of the chains")
         clips = [c for c in chains if not starts or c.frames[0] in starts]
         if not clips:
-            raise DataError("eval_logs: is empty and the data root has none of the paper's test logs; name logs.")
-        few = np.unique(np.linspace(0, len(clips) - 1, limit).round().astype(int)) if 0 < limit < len(clips) else range(len(clips))
+            raise DataError(
+                "eval_logs: is empty and the data root has none of the paper's test logs; name logs."
+            )
+        few = (
+            np.unique(np.linspace(0, len(clips) - 1, limit).round().astype(int))
+            if 0 < limit < len(clips)
+            else range(len(clips))
+        )
         return [clips[i] for i in few], {}
     index = build_index(root, index_config(cameras, (), logs))
-    left_out = {o["clip_id"]: o["reason"] for o in index["meta"]["left_out"] if not logs or o["scene_id"] in logs}
-    there = [r["frame_start"] for r in index["clips"] if r["split"] == "test" and r["setting"] == "eval_future"]
+    left_out = {
+        o["clip_id"]: o["reason"] for o in index["meta"]["left_out"] if not logs or o["scene_id"] in logs
+    }
+    there = [
+        r["frame_start"] for r in index["clips"] if r["split"] == "test" and r["setting"] == "eval_future"
+    ]
     refuse_missing("eval_starts", starts, there, "first frames of evaluation clips")
-    chosen = select_clips(index, split="test", settings=("eval_future",), starts=starts or None, limit=limit or None)
+    chosen = select_clips(
+        index, split="test", settings=("eval_future",), starts=starts or None, limit=limit or None
+    )
     return [Clip(data[r["scene_id"]], r) for r in chosen], left_out
 
+# %% ../nbs/61_evaluate.ipynb #97e00bcb
 def training_rows(
-    folder:Path|None, # of a checkpoint
-)->list[dict]: # the logged steps, [] where there is no record
+    folder: Path | None,  # of a checkpoint
+) -> list[dict]:  # the logged steps, [] where there is no record
     "What a run logged beside its checkpoint."
-    return logged_rows(folder/"metrics.jsonl") if folder else []
+    return logged_rows(folder / "metrics.jsonl") if folder else []
+
 
 def judged_on(
-    s:Subject, # what is evaluated
-    clips:list[Clip], # the clips it is evaluated on
-)->str: # a phrase for the record
+    s: Subject,  # what is evaluated
+    clips: list[Clip],  # the clips it is evaluated on
+) -> str:  # a phrase for the record
     "What an evaluation says about generalisation, by the frames that the checkpoint was trained on."
     return "clips that nothing was trained on" if s.model is None else seen(s.trained, clips)
 
 # %% ../nbs/61_evaluate.ipynb #1186a931
 def about_of(
-    s:Subject, # what is evaluated
-    clips:list[Clip], # on these
-    left_out:dict[str,str]={}, # clips that the data could not give, and why
-)->About:
+    s: Subject,  # what is evaluated
+    clips: list[Clip],  # on these
+    left_out: dict[str, str] = {},  # clips that the data could not give, and why
+) -> About:
     "What the record says of a subject."
-    names = ("model",) if s.baseline in ("lift","zero_motion") else ("model","lift") if s.baseline else VARIANTS
-    return About(s.name, judged_on(s, clips), s.baseline, None if s.baseline else s.model, s.steps, s.seconds, s.skipped, training_rows(s.folder), names, left_out)
+    names = (
+        ("model",) if s.baseline in ("lift", "zero_motion") else ("model", "lift") if s.baseline else VARIANTS
+    )
+    return About(
+        s.name,
+        judged_on(s, clips),
+        s.baseline,
+        None if s.baseline else s.model,
+        s.steps,
+        s.seconds,
+        s.skipped,
+        training_rows(s.folder),
+        names,
+        left_out,
+    )
 
 # %% ../nbs/61_evaluate.ipynb #7ff8c437
 def report_folder(
-    s:Subject, # what is evaluated
-    out_dir:str="", # as asked, "" = choose
-)->Path: # raises DataError for the checkpoint's own folder
+    s: Subject,  # what is evaluated
+    out_dir: str = "",  # as asked, "" = choose
+) -> Path:  # raises DataError for the checkpoint's own folder
     "Where an evaluation goes: beside its checkpoint, never over the record of the training run."
-    if s.folder and out_dir and Path(out_dir).resolve() == s.folder: raise DataError("out_dir: is the checkpoint's own folder, whose metrics.json would be replaced; choose another.")
-    if out_dir and (Path(out_dir)/"metrics.jsonl").exists():
-        raise DataError(f"out_dir: {Path(out_dir).name} holds a training run, whose record would be replaced; choose another.")
-    return Path(out_dir) if out_dir else s.folder/f"report{'_'*bool(s.baseline)}{s.baseline}" if s.folder else next_run()
+    if s.folder and out_dir and Path(out_dir).resolve() == s.folder:
+        raise DataError(
+            "out_dir: is the checkpoint's own folder, whose metrics.json would be replaced; choose another."
+        )
+    if out_dir and (Path(out_dir) / "metrics.jsonl").exists():
+        raise DataError(
+            f"out_dir: {Path(out_dir).name} holds a training run, whose record would be replaced; choose another."
+        )
+    return (
+        Path(out_dir)
+        if out_dir
+        else s.folder / f"report{'_' * bool(s.baseline)}{s.baseline}"
+        if s.folder
+        else next_run()
+    )

@@ -19,10 +19,11 @@ from .clips import Clip, ClipConfig, build_index, project_sweep, select_clips
 from .cuboids import CuboidConfig, draw_points, dynamic_mask, flow_ground_truth
 from .frames import pixel_index, project, scale_intrinsics, se3_inverse
 from .gaussians import Gaussians, LIDAR
-from .pandaset import DataError, Log, PandaSet, atomic_write, scaled_size
+from .files import DataError, atomic_write
+from .pandaset import Log, PandaSet, scaled_size
 from .render import Cameras, RenderConfig, Rendered
 from .settings import Device, LogId, Name, find_device, read_parameters
-from .velocity import FlowConfig, clip_gaps, colour_wheel, flow_colours, render_velocity
+from .image_velocity import FlowConfig, clip_gaps, colour_wheel, flow_colours, render_velocity
 
 # %% auto #0
 __all__ = ['FlowParameters', 'open_clip', 'frame_list', 'frame_camera', 'TrueMotion', 'true_motion', 'true_velocity',
@@ -34,259 +35,400 @@ __all__ = ['FlowParameters', 'open_clip', 'frame_list', 'frame_camera', 'TrueMot
 @dataclass(frozen=True)
 class FlowParameters:
     "The parameters of this notebook, as the cell above explains them."
-    mode:Literal["fixed","per_frame","both"]="both"
-    checkpoint:str=""
-    data_root:str=""
-    log:Literal[""]|LogId=""
-    start:NonNegativeInt=0
-    render_frames:Name="0-15"
-    frame_ref:NonNegativeInt=0
-    camera:Name="front_camera"
-    out_dir:Name="papermill_runs/flow"
-    image_scale:Annotated[float, Interval(ge=0, le=1)]=0.
-    device:Device=""
+
+    mode: Literal["fixed", "per_frame", "both"] = "both"
+    checkpoint: str = ""
+    data_root: str = ""
+    log: Literal[""] | LogId = ""
+    start: NonNegativeInt = 0
+    render_frames: Name = "0-15"
+    frame_ref: NonNegativeInt = 0
+    camera: Name = "front_camera"
+    out_dir: Name = "papermill_runs/flow"
+    image_scale: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    device: Device = ""
 
 # %% ../nbs/40_flow.ipynb #408ea2f4
 def open_clip(
-    root:str|Path, # data root
-    log:str|int="", # log id, "" = the first; papermill makes a number of 001
-    start:int=0,   # first frame, log frame id
-    camera:str="front_camera", # name
-)->Clip: # 16 frames
+    root: str | Path,  # data root
+    log: str | int = "",  # log id, "" = the first; papermill makes a number of 001
+    start: int = 0,  # first frame, log frame id
+    camera: str = "front_camera",  # name
+) -> Clip:  # 16 frames
     "One clip of the evaluation length."
-    data = PandaSet(root); found = data[f"{log:03d}" if isinstance(log, int) else log or data.log_ids[0]]
-    index = build_index(root, ClipConfig(cameras=(camera,), test_scenes=(found.id,), train_scenes=(), eval_stride=1))
+    data = PandaSet(root)
+    found = data[f"{log:03d}" if isinstance(log, int) else log or data.log_ids[0]]
+    index = build_index(
+        root, ClipConfig(cameras=(camera,), test_scenes=(found.id,), train_scenes=(), eval_stride=1)
+    )
     return Clip(found, select_clips(index, logs=(found.id,), starts=(start,))[0])
 
+# %% ../nbs/40_flow.ipynb #09042097
 def frame_list(
-    text:str|int, # "0-15", "3" or "0-4,10"
-    n:int,    # frames of the clip
-)->list[int]: # clip-relative
+    text: str | int,  # "0-15", "3" or "0-4,10"
+    n: int,  # frames of the clip
+) -> list[int]:  # clip-relative
     "Frames asked for, both ends included; raises DataError when the clip has no such frame."
-    spans = re.findall(r"(\d+)(?:-(\d+))?", str(text)) if re.fullmatch(r"\d+(-\d+)?(, ?\d+(-\d+)?)*", str(text)) else []
-    found = [k for a,b in spans for k in range(int(a), int(b or a) + 1)]
-    if not found or max(found) >= n: raise DataError(f"render_frames: asks for {text!r} and the clip has frames 0-{n-1}; name frames among them.")
+    spans = (
+        re.findall(r"(\d+)(?:-(\d+))?", str(text))
+        if re.fullmatch(r"\d+(-\d+)?(, ?\d+(-\d+)?)*", str(text))
+        else []
+    )
+    found = [k for a, b in spans for k in range(int(a), int(b or a) + 1)]
+    if not found or max(found) >= n:
+        raise DataError(
+            f"render_frames: asks for {text!r} and the clip has frames 0-{n - 1}; name frames among them."
+        )
     return found
 
 # %% ../nbs/40_flow.ipynb #5aedd9e6
 def frame_camera(
-    clip:Clip,   # the clip
-    camera:str,  # name
-    frame:int,   # log frame id: the moment
-    stand:int,   # log frame id: where the camera stands
-    scale:float=1., # image scale, 1.0 = full resolution
-    device:Any="cpu", # where it goes
-)->Cameras: # one view
+    clip: Clip,  # the clip
+    camera: str,  # name
+    frame: int,  # log frame id: the moment
+    stand: int,  # log frame id: where the camera stands
+    scale: float = 1.0,  # image scale, 1.0 = full resolution
+    device: Any = "cpu",  # where it goes
+) -> Cameras:  # one view
     "The camera at the pose of one frame and the moment of another."
-    cam = clip.log.camera(camera); w, h = scaled_size(cam.width, cam.height, scale)
-    tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float32)[None]
-    return Cameras(tensor(scale_intrinsics(cam.K, scale)), tensor(se3_inverse(cam.poses[stand])), tensor(clip.t_of_camera(camera, frame)), h, w).to(device)
+    cam = clip.log.camera(camera)
+    w, h = scaled_size(cam.width, cam.height, scale)
+
+    def tensor(x):
+        return torch.as_tensor(np.asarray(x), dtype=torch.float32)[None]
+
+    return Cameras(
+        tensor(scale_intrinsics(cam.K, scale)),
+        tensor(se3_inverse(cam.poses[stand])),
+        tensor(clip.t_of_camera(camera, frame)),
+        h,
+        w,
+    ).to(device)
 
 # %% ../nbs/40_flow.ipynb #a93d0862
 class TrueMotion(NamedTuple):
     "How the N returns of one sweep move."
-    points:np.ndarray   # (N,3) world, m, at the return's own moment
-    stamps:np.ndarray   # (N,) epoch s
-    velocity:np.ndarray # (N,3) m/s, world, mean over the step to the next sweep
-    known:np.ndarray    # (N,) bool, the velocity is known
-    dynamic:np.ndarray  # (N,) bool, belongs to something that moves
 
+    points: np.ndarray  # (N,3) world, m, at the return's own moment
+    stamps: np.ndarray  # (N,) epoch s
+    velocity: np.ndarray  # (N,3) m/s, world, mean over the step to the next sweep
+    known: np.ndarray  # (N,) bool, the velocity is known
+    dynamic: np.ndarray  # (N,) bool, belongs to something that moves
+
+# %% ../nbs/40_flow.ipynb #b2e1687f
 def true_motion(
-    log:Log,   # the log
-    frame:int, # log frame id
-    labels:CuboidConfig=CuboidConfig(), # what counts as moving, where boxes decide
-)->TrueMotion|None: # of the 360-degree LiDAR; None when nothing tells
+    log: Log,  # the log
+    frame: int,  # log frame id
+    labels: CuboidConfig = CuboidConfig(),  # what counts as moving, where boxes decide
+) -> TrueMotion | None:  # of the 360-degree LiDAR; None when nothing tells
     "The truth about a sweep's motion; for judging only."
-    exact = log.root/"_truth"/log.id/f"{frame:02d}.npz"; k = min(frame, len(log.lidar_stamps) - 2)
-    if not exact.is_file() and not log.cuboid_path(frame).is_file(): return None
-    sweep = log.sweep(frame, (0,)); step = log.lidar_stamps[k+1] - log.lidar_stamps[k]
-    if exact.is_file(): d = np.load(exact); flow, known, moving = d["flow"].astype(float), np.ones(len(sweep), bool), d["dynamic"]
-    else: flow, known, _, moving = flow_ground_truth(log, frame, (0,), labels)
-    return TrueMotion(sweep.points, sweep.stamps, flow/step, known, moving)
+    exact = log.root / "_truth" / log.id / f"{frame:02d}.npz"
+    k = min(frame, len(log.lidar_stamps) - 2)
+    if not exact.is_file() and not log.cuboid_path(frame).is_file():
+        return None
+    sweep = log.sweep(frame, (0,))
+    step = log.lidar_stamps[k + 1] - log.lidar_stamps[k]
+    if exact.is_file():
+        d = np.load(exact)
+        flow, known, moving = d["flow"].astype(float), np.ones(len(sweep), bool), d["dynamic"]
+    else:
+        flow, known, _, moving = flow_ground_truth(log, frame, (0,), labels)
+    return TrueMotion(sweep.points, sweep.stamps, flow / step, known, moving)
 
 # %% ../nbs/40_flow.ipynb #b3212e86
 def true_velocity(
-    clip:Clip,   # the clip
-    g:Gaussians, # N Gaussians lifted from it
-    labels:CuboidConfig=CuboidConfig(), # what counts as moving
-)->Tensor: # (N,1,3) m/s, world; 0 for the background
+    clip: Clip,  # the clip
+    g: Gaussians,  # N Gaussians lifted from it
+    labels: CuboidConfig = CuboidConfig(),  # what counts as moving
+) -> Tensor:  # (N,1,3) m/s, world; 0 for the background
     "What a perfect network would predict for a lift, to within a return's distance."
-    v, x = torch.zeros(len(g), 1, 3), g.means.double().cpu().numpy()
+    v = torch.zeros(len(g), 1, 3)
+    x = g.means.double().cpu().numpy()
     for f in clip.input_frames:
-        if (m := true_motion(clip.log, f, labels)) is None: raise DataError(f"{clip.id}: neither labels nor truth for frame {f}; give a checkpoint.")
-        mine = ((g.frame == f) & (g.kind == LIDAR)).cpu(); near = cKDTree(m.points[m.known]).query(x[mine.numpy()])[1]
-        v[mine,0] = torch.from_numpy(np.where(m.dynamic[:,None], m.velocity, 0)[m.known][near]).float()
+        if (m := true_motion(clip.log, f, labels)) is None:
+            raise DataError(f"{clip.id}: neither labels nor truth for frame {f}; give a checkpoint.")
+        mine = ((g.frame == f) & (g.kind == LIDAR)).cpu()
+        near = cKDTree(m.points[m.known]).query(x[mine.numpy()])[1]
+        v[mine, 0] = torch.from_numpy(np.where(m.dynamic[:, None], m.velocity, 0)[m.known][near]).float()
     return v.to(g.means.device)
 
 # %% ../nbs/40_flow.ipynb #e3ca4122
 class ImageTruth(NamedTuple):
     "True motion in one view."
-    uv:np.ndarray     # (n,2) px, moving returns that the camera sees
-    d:np.ndarray      # (n,2) px, their displacement to the next frame
-    moving:np.ndarray # (H,W) bool, around all moving returns in the image
 
+    uv: np.ndarray  # (n,2) px, moving returns that the camera sees
+    d: np.ndarray  # (n,2) px, their displacement to the next frame
+    moving: np.ndarray  # (H,W) bool, around all moving returns in the image
+
+# %% ../nbs/40_flow.ipynb #d857d8ce
 def true_image_flow(
-    m:TrueMotion,  # the sweep of the view's frame
-    cam:Cameras,   # one view
-    shutter:float, # epoch s
-    dt:float,      # s to the next frame
-    grow:int=2,    # px, how far the moving area reaches beyond its returns
-)->ImageTruth: # of the view
+    m: TrueMotion,  # the sweep of the view's frame
+    cam: Cameras,  # one view
+    shutter: float,  # epoch s
+    dt: float,  # s to the next frame
+    grow: int = 2,  # px, how far the moving area reaches beyond its returns
+) -> ImageTruth:  # of the view
     "Project true motion into a camera that stands still."
-    K, T, w, h = cam.K[0].double().cpu().numpy(), cam.world_to_cam[0].double().cpu().numpy(), cam.width, cam.height
-    x = m.points + m.velocity*(shutter - m.stamps)[:,None]
-    uv, _, seen = project_sweep(x, K, T, w, h); pick = seen & m.dynamic & m.known
-    return ImageTruth(uv[pick], project(K, T, (x + m.velocity*dt)[pick])[0] - uv[pick], draw_points(uv[m.dynamic], w, h, grow))
+    K = cam.K[0].double().cpu().numpy()
+    T = cam.world_to_cam[0].double().cpu().numpy()
+    w = cam.width
+    h = cam.height
+    x = m.points + m.velocity * (shutter - m.stamps)[:, None]
+    uv, _, seen = project_sweep(x, K, T, w, h)
+    pick = seen & m.dynamic & m.known
+    return ImageTruth(
+        uv[pick],
+        project(K, T, (x + m.velocity * dt)[pick])[0] - uv[pick],
+        draw_points(uv[m.dynamic], w, h, grow),
+    )
 
 # %% ../nbs/40_flow.ipynb #f633a6fb
 @dataclass(frozen=True)
 class GateConfig:
-    "Thresholds of the two gates (S4-06, S4-07)."
-    background_px:float=.1 # A: median |v_r| over the background stays below, px
-    cosine:float=.8        # A: mean cosine with the true flow over moving pixels exceeds
-    saturated:float=.05    # A: share of valid pixels at the bound stays below
-    ratio:float=3.         # B: mean |v_r| inside the dynamic mask over outside exceeds
-    min_px:float=.1        # A: shorter true displacements have no direction
+    "Thresholds of the two gates."
 
+    background_px: float = 0.1  # A: median |v_r| over the background stays below, px
+    cosine: float = 0.8  # A: mean cosine with the true flow over moving pixels exceeds
+    saturated: float = 0.05  # A: share of valid pixels at the bound stays below
+    ratio: float = 3.0  # B: mean |v_r| inside the dynamic mask over outside exceeds
+    min_px: float = 0.1  # A: shorter true displacements have no direction
+
+# %% ../nbs/40_flow.ipynb #a590ca1e
 def measure_fixed(
-    v_r:Tensor,       # (H,W,2) px
-    valid:Tensor,     # (H,W) bool
-    truth:ImageTruth, # of the same view
-    flow:FlowConfig=FlowConfig(), # read: clip_px
-    cfg:GateConfig=GateConfig(),  # read: min_px
-)->dict: # plain numbers of one frame, sums with their counts
+    v_r: Tensor,  # (H,W,2) px
+    valid: Tensor,  # (H,W) bool
+    truth: ImageTruth,  # of the same view
+    flow: FlowConfig = FlowConfig(),  # read: clip_px
+    cfg: GateConfig = GateConfig(),  # read: min_px
+) -> dict:  # plain numbers of one frame, sums with their counts
     "What gate A looks at in one frame."
-    v, ok = v_r.cpu().numpy(), valid.cpu().numpy(); speed = np.linalg.norm(v, axis=-1); full = speed > .99*flow.clip_px; still = speed[ok & ~truth.moving]
-    col, row, _ = pixel_index(truth.uv, v.shape[1], v.shape[0]); long = np.linalg.norm(truth.d, axis=1)
-    use = ok[row,col] & (long > cfg.min_px); a, b, n = v[row,col][use], truth.d[use], speed[row,col][use]
-    cos = (a*b).sum(1)/np.maximum(n*long[use], 1e-9); length = n/np.minimum(long[use], flow.clip_px)
-    bounded = b*np.minimum(1, flow.clip_px/np.maximum(long[use], 1e-9))[:,None] # the true displacement, with the bound that v_r has
-    return dict(background=float(np.median(still)) if len(still) else None, cosine=float(cos.sum()), moving=int(use.sum()),
-                error=float(np.linalg.norm(a - bounded, axis=1).sum()), error_of_rest=float(np.linalg.norm(bounded, axis=1).sum()),
-                saturated=int((full & ok).sum()), saturated_moving=int(full[row,col][use].sum()), valid=int(ok.sum()), length=float(np.median(length)) if len(length) else None)
+    v = v_r.cpu().numpy()
+    ok = valid.cpu().numpy()
+    speed = np.linalg.norm(v, axis=-1)
+    full = speed > 0.99 * flow.clip_px
+    still = speed[ok & ~truth.moving]
+    col, row, _ = pixel_index(truth.uv, v.shape[1], v.shape[0])
+    long = np.linalg.norm(truth.d, axis=1)
+    use = ok[row, col] & (long > cfg.min_px)
+    a = v[row, col][use]
+    b = truth.d[use]
+    n = speed[row, col][use]
+    cos = (a * b).sum(1) / np.maximum(n * long[use], 1e-9)
+    length = n / np.minimum(long[use], flow.clip_px)
+    bounded = (
+        b * np.minimum(1, flow.clip_px / np.maximum(long[use], 1e-9))[:, None]
+    )  # the true displacement, with the bound that v_r has
+    return dict(
+        background=float(np.median(still)) if len(still) else None,
+        cosine=float(cos.sum()),
+        moving=int(use.sum()),
+        error=float(np.linalg.norm(a - bounded, axis=1).sum()),
+        error_of_rest=float(np.linalg.norm(bounded, axis=1).sum()),
+        saturated=int((full & ok).sum()),
+        saturated_moving=int(full[row, col][use].sum()),
+        valid=int(ok.sum()),
+        length=float(np.median(length)) if len(length) else None,
+    )
 
+# %% ../nbs/40_flow.ipynb #14b5402a
 def gate_a(
-    rows:list[dict], # one per frame, see `measure_fixed`
-    cfg:GateConfig=GateConfig(), # thresholds
-)->dict: # numbers, `passes` by name, `passed`
+    rows: list[dict],  # one per frame, see `measure_fixed`
+    cfg: GateConfig = GateConfig(),  # thresholds
+) -> dict:  # numbers, `passes` by name, `passed`
     "Gate A over all frames: the worst background median, pooled cosine and shares."
-    total = {k: sum(r[k] for r in rows) for k in ("cosine","moving","saturated","saturated_moving","valid","error","error_of_rest")}; share = lambda a,b: total[a]/total[b] if total[b] else None
-    lengths = [r["length"] for r in rows if r["length"] is not None]; still = [r["background"] for r in rows if r["background"] is not None]
-    got = dict(background_px=max(still) if still else None, cosine=share("cosine","moving"), saturated=share("saturated","valid"),
-               saturated_moving=share("saturated_moving","moving"),
-               error_px=share("error","moving"), error_of_rest_px=share("error_of_rest","moving"), length=float(np.median(lengths)) if lengths else None, moving_pixels=total["moving"])
-    passes = dict(background_px=bool(still) and got["background_px"] < cfg.background_px, cosine=bool(total["moving"]) and got["cosine"] > cfg.cosine,
-                  saturated=bool(total["valid"]) and got["saturated"] < cfg.saturated)
+    total = {
+        k: sum(r[k] for r in rows)
+        for k in ("cosine", "moving", "saturated", "saturated_moving", "valid", "error", "error_of_rest")
+    }
+    share = lambda a, b: total[a] / total[b] if total[b] else None
+    lengths = [r["length"] for r in rows if r["length"] is not None]
+    still = [r["background"] for r in rows if r["background"] is not None]
+    got = dict(
+        background_px=max(still) if still else None,
+        cosine=share("cosine", "moving"),
+        saturated=share("saturated", "valid"),
+        saturated_moving=share("saturated_moving", "moving"),
+        error_px=share("error", "moving"),
+        error_of_rest_px=share("error_of_rest", "moving"),
+        length=float(np.median(lengths)) if lengths else None,
+        moving_pixels=total["moving"],
+    )
+    passes = dict(
+        background_px=bool(still) and got["background_px"] < cfg.background_px,
+        cosine=bool(total["moving"]) and got["cosine"] > cfg.cosine,
+        saturated=bool(total["valid"]) and got["saturated"] < cfg.saturated,
+    )
     return got | dict(passes=passes, passed=all(passes.values()))
 
 # %% ../nbs/40_flow.ipynb #fe540768
 def what_training_adds(
-    trained:dict, # gate A of a checkpoint, from `gate_a`
-    prior:dict,   # gate A of an untrained network of the same configuration, over the same frames
-)->dict: # px: error, error of the motion prior alone, error of a scene at rest, what is gained over the prior; `adds`
+    trained: dict,  # gate A of a checkpoint, from `gate_a`
+    prior: dict,  # gate A of an untrained network of the same configuration, over the same frames
+) -> dict:  # px: error, error of the motion prior alone, error of a scene at rest, what is gained over the prior; `adds`
     "The error of a checkpoint's motion beside that of the motion prior alone."
     if trained["moving_pixels"] == 0 or trained["moving_pixels"] != prior["moving_pixels"]:
-        raise DataError(f"gate A: {trained['moving_pixels']} moving pixels of the checkpoint, {prior['moving_pixels']} of the prior; compare the same frames, with something that moves.")
+        raise DataError(
+            f"gate A: {trained['moving_pixels']} moving pixels of the checkpoint, {prior['moving_pixels']} of the prior; compare the same frames, with something that moves."
+        )
     gained = prior["error_px"] - trained["error_px"]
-    return dict(error_px=trained["error_px"], prior_px=prior["error_px"], rest_px=trained["error_of_rest_px"], gained_px=gained, adds=gained > 0)
+    return dict(
+        error_px=trained["error_px"],
+        prior_px=prior["error_px"],
+        rest_px=trained["error_of_rest_px"],
+        gained_px=gained,
+        adds=gained > 0,
+    )
 
 # %% ../nbs/40_flow.ipynb #03846f58
 def measure_per_frame(
-    v_r:Tensor,     # (H,W,2) px
-    valid:Tensor,   # (H,W) bool
-    mask:np.ndarray, # (H,W) bool, moving things
-)->dict: # sums and counts of one frame
+    v_r: Tensor,  # (H,W,2) px
+    valid: Tensor,  # (H,W) bool
+    mask: np.ndarray,  # (H,W) bool, moving things
+) -> dict:  # sums and counts of one frame
     "What gate B looks at in one frame."
-    speed, ok = v_r.norm(dim=-1).cpu().numpy(), valid.cpu().numpy()
-    return dict(inside=float(speed[ok & mask].sum(dtype=float)), n_inside=int((ok & mask).sum()), outside=float(speed[ok & ~mask].sum(dtype=float)), n_outside=int((ok & ~mask).sum()))
+    speed = v_r.norm(dim=-1).cpu().numpy()
+    ok = valid.cpu().numpy()
+    return dict(
+        inside=float(speed[ok & mask].sum(dtype=float)),
+        n_inside=int((ok & mask).sum()),
+        outside=float(speed[ok & ~mask].sum(dtype=float)),
+        n_outside=int((ok & ~mask).sum()),
+    )
 
+# %% ../nbs/40_flow.ipynb #b155c086
 def gate_b(
-    rows:list[dict], # one per frame, see `measure_per_frame`
-    cfg:GateConfig=GateConfig(), # read: ratio
-)->dict: # numbers, `passes` by name, `passed`
+    rows: list[dict],  # one per frame, see `measure_per_frame`
+    cfg: GateConfig = GateConfig(),  # read: ratio
+) -> dict:  # numbers, `passes` by name, `passed`
     "Gate B over all frames, pixels pooled."
-    mean = lambda k: sum(r[k] for r in rows)/max(1, sum(r[f"n_{k}"] for r in rows)); inside, outside = mean("inside"), mean("outside")
-    ok = inside > cfg.ratio*outside
-    return dict(inside_px=inside, outside_px=outside, ratio=inside/outside if outside else None, mask_pixels=sum(r["n_inside"] for r in rows), passes=dict(ratio=ok), passed=ok)
+
+    def mean(k):
+        return sum(r[k] for r in rows) / max(1, sum(r[f"n_{k}"] for r in rows))
+
+    inside = mean("inside")
+    outside = mean("outside")
+    ok = inside > cfg.ratio * outside
+    return dict(
+        inside_px=inside,
+        outside_px=outside,
+        ratio=inside / outside if outside else None,
+        mask_pixels=sum(r["n_inside"] for r in rows),
+        passes=dict(ratio=ok),
+        passed=ok,
+    )
 
 # %% ../nbs/40_flow.ipynb #fd806b5d
 def tint(
-    x:Tensor, # (...) 0..1
-)->Tensor: # (...,3) 0..1, CPU
+    x: Tensor,  # (...) 0..1
+) -> Tensor:  # (...,3) 0..1, CPU
     "Numbers as the turbo colours."
-    return torch.as_tensor(colormaps["turbo"](x.detach().clamp(0,1).cpu().numpy())[...,:3], dtype=torch.float32)
+    return torch.as_tensor(
+        colormaps["turbo"](x.detach().clamp(0, 1).cpu().numpy())[..., :3], dtype=torch.float32
+    )
 
+# %% ../nbs/40_flow.ipynb #47e09a00
 def speed_pictures(
-    g:Gaussians,          # a scene
-    velocity:Tensor|None, # (N,l+1,3) m/s^(j+1), world
-    duration:float,       # s
-    views:Any,            # V views: K, world_to_cam, t, height, width
-    dt:Tensor|float,      # (V,) or scalar, s to the next frame
-    cfg:RenderConfig=RenderConfig(), # how to render
-    flow:FlowConfig=FlowConfig(),    # read: clip_px, alpha_threshold
-)->tuple[Rendered,Tensor]: # the pictures; |v_r| (V,H,W,3) as turbo colours, 0 blue, clip_px red
+    g: Gaussians,  # a scene
+    velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world
+    duration: float,  # s
+    views: Any,  # V views: K, world_to_cam, t, height, width
+    dt: Tensor | float,  # (V,) or scalar, s to the next frame
+    cfg: RenderConfig = RenderConfig(),  # how to render
+    flow: FlowConfig = FlowConfig(),  # read: clip_px, alpha_threshold
+) -> tuple[Rendered, Tensor]:  # the pictures; |v_r| (V,H,W,3) as turbo colours, 0 blue, clip_px red
     "One render that also gives |v_r| as a picture."
     out, v_r, _ = render_velocity(g, velocity, duration, views, dt, cfg, flow)
-    return out, tint(v_r.norm(dim=-1)/flow.clip_px)
+    return out, tint(v_r.norm(dim=-1) / flow.clip_px)
 
+# %% ../nbs/40_flow.ipynb #725b2501
 def frame_pictures(
-    out:Rendered, # one view
-    v_r:Tensor,   # (H,W,2) px
-    flow:FlowConfig=FlowConfig(), # read: clip_px
-    before:Tensor|None=None, # (H,W,3) render of the frame before
-    far:float=80., # depth drawn brightest, m
-)->dict[str,Tensor]: # name -> (H,W,3) 0..1, CPU
+    out: Rendered,  # one view
+    v_r: Tensor,  # (H,W,2) px
+    flow: FlowConfig = FlowConfig(),  # read: clip_px
+    before: Tensor | None = None,  # (H,W,3) render of the frame before
+    far: float = 80.0,  # depth drawn brightest, m
+) -> dict[str, Tensor]:  # name -> (H,W,3) 0..1, CPU
     "The pictures of one frame."
-    found = dict(rgb=out.rgb[0].cpu(), depth=tint(out.depth[0]/far), speed=tint(v_r.norm(dim=-1)/flow.clip_px), hsv=flow_colours(v_r, flow.clip_px).cpu())
+    found = dict(
+        rgb=out.rgb[0].cpu(),
+        depth=tint(out.depth[0] / far),
+        speed=tint(v_r.norm(dim=-1) / flow.clip_px),
+        hsv=flow_colours(v_r, flow.clip_px).cpu(),
+    )
     return found | ({} if before is None else dict(diff=(out.rgb[0] - before).abs().cpu()))
 
+# %% ../nbs/40_flow.ipynb #57d0c640
 def save_pictures(
-    folder:Path, # where
-    number:int,  # clip-relative frame
-    pictures:dict[str,Tensor], # name -> (H,W,3) 0..1
-)->None:
+    folder: Path,  # where
+    number: int,  # clip-relative frame
+    pictures: dict[str, Tensor],  # name -> (H,W,3) 0..1
+) -> None:
     "Write NN_name.jpg for each picture."
     for name, x in pictures.items():
-        with atomic_write(folder/f"{number:02d}_{name}.jpg") as tmp: Image.fromarray(x.clamp(0,1).mul(255).byte().numpy()).save(tmp, format="JPEG", quality=90)
+        with atomic_write(folder / f"{number:02d}_{name}.jpg") as tmp:
+            Image.fromarray(x.clamp(0, 1).mul(255).byte().numpy()).save(tmp, format="JPEG", quality=90)
 
 # %% ../nbs/40_flow.ipynb #896ce270
 def walk(
-    g:Gaussians,          # a scene
-    velocity:Tensor|None, # (N,l+1,3) m/s^(j+1), world
-    clip:Clip,            # its clip
-    frames:list[int],     # clip-relative
-    camera:str="front_camera", # name
-    frame_ref:int|None=None, # clip-relative frame whose pose is the fixed one; None: each frame's own
-    scale:float=1.,       # image scale
-    folder:Path|None=None, # pictures go here; None: none are written
-    cfg:RenderConfig=RenderConfig(), # how to render
-    flow:FlowConfig=FlowConfig(),    # clip and mask of v_r
-    gates:GateConfig=GateConfig(),   # thresholds
-    labels:CuboidConfig=CuboidConfig(), # what counts as moving
-)->dict|None: # gate A with a fixed pose, gate B without; None when there is no truth
+    g: Gaussians,  # a scene
+    velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world
+    clip: Clip,  # its clip
+    frames: list[int],  # clip-relative
+    camera: str = "front_camera",  # name
+    frame_ref: int | None = None,  # clip-relative frame whose pose is the fixed one; None: each frame's own
+    scale: float = 1.0,  # image scale
+    folder: Path | None = None,  # pictures go here; None: none are written
+    cfg: RenderConfig = RenderConfig(),  # how to render
+    flow: FlowConfig = FlowConfig(),  # clip and mask of v_r
+    gates: GateConfig = GateConfig(),  # thresholds
+    labels: CuboidConfig = CuboidConfig(),  # what counts as moving
+) -> dict | None:  # gate A with a fixed pose, gate B without; None when there is no truth
     "Draw a clip's frames, write their pictures, measure the gate of the mode."
-    for old in folder.glob("*.jpg") if folder else (): old.unlink()
-    rows, before, gaps, shutters = [], None, clip_gaps(clip, camera), clip.log.camera(camera).stamps
+    for old in folder.glob("*.jpg") if folder else ():
+        old.unlink()
+    rows = []
+    before = None
+    gaps = clip_gaps(clip, camera)
+    shutters = clip.log.camera(camera).stamps
     for k in frames:
-        f = clip.frames[k]; cam = frame_camera(clip, camera, f, f if frame_ref is None else clip.frames[frame_ref], scale, g.means.device)
-        with torch.no_grad(): out, v_r, valid = render_velocity(g, velocity, clip.time.duration, cam, gaps[k], cfg, flow)
-        if folder: save_pictures(folder, k, frame_pictures(out, v_r[0], flow, before)); before = out.rgb[0] if frame_ref is not None else None
-        if frame_ref is None and clip.log.cuboid_path(f).is_file(): rows.append(measure_per_frame(v_r[0], valid[0], dynamic_mask(clip.log, f, camera, scale, labels)))
-        if frame_ref is not None and (m := true_motion(clip.log, f, labels)): rows.append(measure_fixed(v_r[0], valid[0], true_image_flow(m, cam, shutters[f], float(gaps[k])), flow, gates))
+        f = clip.frames[k]
+        cam = frame_camera(
+            clip, camera, f, f if frame_ref is None else clip.frames[frame_ref], scale, g.means.device
+        )
+        with torch.no_grad():
+            out, v_r, valid = render_velocity(g, velocity, clip.time.duration, cam, gaps[k], cfg, flow)
+        if folder:
+            save_pictures(folder, k, frame_pictures(out, v_r[0], flow, before))
+            before = out.rgb[0] if frame_ref is not None else None
+        if frame_ref is None and clip.log.cuboid_path(f).is_file():
+            rows.append(measure_per_frame(v_r[0], valid[0], dynamic_mask(clip.log, f, camera, scale, labels)))
+        if frame_ref is not None and (m := true_motion(clip.log, f, labels)):
+            rows.append(
+                measure_fixed(
+                    v_r[0], valid[0], true_image_flow(m, cam, shutters[f], float(gaps[k])), flow, gates
+                )
+            )
     return (gate_b(rows, gates) if frame_ref is None else gate_a(rows, gates)) if rows else None
 
+# %% ../nbs/40_flow.ipynb #260e7460
 def run_flow(
-    g:Gaussians,          # a scene
-    velocity:Tensor|None, # (N,l+1,3) m/s^(j+1), world
-    clip:Clip,            # its clip
-    mode:str="both",      # "fixed", "per_frame" or "both"
-    frames:list[int]=tuple(range(16)), # clip-relative
-    frame_ref:int=0,      # clip-relative
-    folder:Path|None=None, # made; None: no pictures
-    **how:Any,            # camera, scale, cfg, flow, gates, labels: as for `walk`
-)->dict: # {"A": ..., "B": ...}, what the mode does not make is left out
-    "Both modes of the flow tool (S4-08)."
-    todo = dict(fixed=("A","fixed_pose",frame_ref), per_frame=("B","per_frame_pose",None))
-    if mode not in ("both", *todo): raise DataError(f"mode: is {mode!r}; choose both, fixed or per_frame.")
-    return {gate: walk(g, velocity, clip, list(frames), frame_ref=ref, folder=folder and Path(folder)/name, **how)
-            for m,(gate,name,ref) in todo.items() if mode in ("both", m)}
+    g: Gaussians,  # a scene
+    velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world
+    clip: Clip,  # its clip
+    mode: str = "both",  # "fixed", "per_frame" or "both"
+    frames: list[int] = tuple(range(16)),  # clip-relative
+    frame_ref: int = 0,  # clip-relative
+    folder: Path | None = None,  # made; None: no pictures
+    **how: Any,  # camera, scale, cfg, flow, gates, labels: as for `walk`
+) -> dict:  # {"A": ..., "B": ...}, what the mode does not make is left out
+    "Both modes of the flow tool."
+    todo = dict(fixed=("A", "fixed_pose", frame_ref), per_frame=("B", "per_frame_pose", None))
+    if mode not in ("both", *todo):
+        raise DataError(f"mode: is {mode!r}; choose both, fixed or per_frame.")
+    return {
+        gate: walk(
+            g, velocity, clip, list(frames), frame_ref=ref, folder=folder and Path(folder) / name, **how
+        )
+        for m, (gate, name, ref) in todo.items()
+        if mode in ("both", m)
+    }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 import numpy as np
 
-Array = Any # a NumPy array or a torch tensor
+Array = Any  # a NumPy array or a torch tensor
 
 # %% auto #0
 __all__ = ['Array', 'NEAR', 'TIME_SLACK', 'ONE_SWEEP', 'normalise', 'quat_mul', 'quat_to_mat', 'mat_to_quat', 'se3',
@@ -18,220 +18,269 @@ __all__ = ['Array', 'NEAR', 'TIME_SLACK', 'ONE_SWEEP', 'normalise', 'quat_mul', 
 
 # %% ../nbs/01_frames.ipynb #ca1a41e1
 def _lib(
-    x:Array, # NumPy array or torch tensor
-)->Any: # the module whose functions fit `x`
+    x: Array,  # NumPy array or torch tensor
+) -> Any:  # the module whose functions fit `x`
     "NumPy for arrays, torch for tensors."
     return sys.modules["torch"] if type(x).__module__.startswith("torch") else np
 
-def _stack(xs:list, # list of arrays or tensors of one shape
-)->Array: # stacked along a new last axis
+
+def _stack(
+    xs: list,  # list of arrays or tensors of one shape
+) -> Array:  # stacked along a new last axis
     "Stack along a new last axis, in the library of the inputs."
     return _lib(xs[0]).stack(xs, -1)
 
 # %% ../nbs/01_frames.ipynb #4c218cd5
 def normalise(
-    v:Array, # (...,d) vectors
-    eps:float=1e-12, # smallest length divided by
-)->Array: # (...,d) unit vectors
+    v: Array,  # (...,d) vectors
+    eps: float = 1e-12,  # smallest length divided by
+) -> Array:  # (...,d) unit vectors
     "Scale vectors to unit length."
-    n = (v*v).sum(-1)[...,None]**.5
-    return v/(n + eps*(n < eps))
+    n = (v * v).sum(-1)[..., None] ** 0.5
+    return v / (n + eps * (n < eps))
 
+# %% ../nbs/01_frames.ipynb #21525923
 def quat_mul(
-    a:Array, # (...,4) w,x,y,z
-    b:Array, # (...,4) w,x,y,z
-)->Array: # (...,4) the rotation `b` first, then `a`
+    a: Array,  # (...,4) w,x,y,z
+    b: Array,  # (...,4) w,x,y,z
+) -> Array:  # (...,4) the rotation `b` first, then `a`
     "Hamilton product."
-    aw,ax,ay,az = (a[...,i] for i in range(4)); bw,bx,by,bz = (b[...,i] for i in range(4))
-    return _stack([aw*bw - ax*bx - ay*by - az*bz,
-                   aw*bx + ax*bw + ay*bz - az*by,
-                   aw*by - ax*bz + ay*bw + az*bx,
-                   aw*bz + ax*by - ay*bx + az*bw])
+    aw, ax, ay, az = (a[..., i] for i in range(4))
+    bw, bx, by, bz = (b[..., i] for i in range(4))
+    return _stack(
+        [
+            aw * bw - ax * bx - ay * by - az * bz,
+            aw * bx + ax * bw + ay * bz - az * by,
+            aw * by - ax * bz + ay * bw + az * bx,
+            aw * bz + ax * by - ay * bx + az * bw,
+        ]
+    )
 
 # %% ../nbs/01_frames.ipynb #4d7eb7a6
 def quat_to_mat(
-    q:Array, # (...,4) w,x,y,z; need not be of unit length
-)->Array: # (...,3,3) rotation matrices
+    q: Array,  # (...,4) w,x,y,z; need not be of unit length
+) -> Array:  # (...,3,3) rotation matrices
     "Rotation matrix of a quaternion."
     q = normalise(q)
-    w,x,y,z = (q[...,i] for i in range(4))
-    rows = [[1 - 2*(y*y + z*z), 2*(x*y - w*z), 2*(x*z + w*y)],
-            [2*(x*y + w*z), 1 - 2*(x*x + z*z), 2*(y*z - w*x)],
-            [2*(x*z - w*y), 2*(y*z + w*x), 1 - 2*(x*x + y*y)]]
+    w, x, y, z = (q[..., i] for i in range(4))
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
     return _lib(q).stack([_stack(r) for r in rows], -2)
 
 # %% ../nbs/01_frames.ipynb #034b38b2
 def mat_to_quat(
-    R:Array, # (...,3,3) rotation matrices
-)->Array: # (...,4) w,x,y,z, unit length, w >= 0
+    R: Array,  # (...,3,3) rotation matrices
+) -> Array:  # (...,4) w,x,y,z, unit length, w >= 0
     "Quaternion of a rotation matrix."
-    xp = _lib(R); m = lambda i,j: R[...,i,j]
-    d = [1 + m(0,0) + m(1,1) + m(2,2), 1 + m(0,0) - m(1,1) - m(2,2), 1 - m(0,0) + m(1,1) - m(2,2), 1 - m(0,0) - m(1,1) + m(2,2)]
-    a, b, c = m(2,1) - m(1,2), m(0,2) - m(2,0), m(1,0) - m(0,1)
-    e, f, g = m(1,0) + m(0,1), m(0,2) + m(2,0), m(2,1) + m(1,2)
-    rows = xp.stack([_stack(r) for r in ([d[0],a,b,c], [a,d[1],e,f], [b,e,d[2],g], [c,f,g,d[3]])], -2)
+    xp = _lib(R)
+    m = lambda i, j: R[..., i, j]
+    d = [
+        1 + m(0, 0) + m(1, 1) + m(2, 2),
+        1 + m(0, 0) - m(1, 1) - m(2, 2),
+        1 - m(0, 0) + m(1, 1) - m(2, 2),
+        1 - m(0, 0) - m(1, 1) + m(2, 2),
+    ]
+    a = m(2, 1) - m(1, 2)
+    b = m(0, 2) - m(2, 0)
+    c = m(1, 0) - m(0, 1)
+    e = m(1, 0) + m(0, 1)
+    f = m(0, 2) + m(2, 0)
+    g = m(2, 1) + m(1, 2)
+    rows = xp.stack(
+        [_stack(r) for r in ([d[0], a, b, c], [a, d[1], e, f], [b, e, d[2], g], [c, f, g, d[3]])], -2
+    )
     best = _stack(d).argmax(-1)
-    pick = _stack([best == i for i in range(4)])[...,None]
-    q = normalise((rows*pick).sum(-2))
-    return q*(1 - 2*(q[...,:1] < 0))
+    pick = _stack([best == i for i in range(4)])[..., None]
+    q = normalise((rows * pick).sum(-2))
+    return q * (1 - 2 * (q[..., :1] < 0))
 
 # %% ../nbs/01_frames.ipynb #3c45c3ea
 def se3(
-    R:Array, # (...,3,3) rotation
-    t:Array, # (...,3) translation, m
-)->Array: # (...,4,4) homogeneous transform
+    R: Array,  # (...,3,3) rotation
+    t: Array,  # (...,3) translation, m
+) -> Array:  # (...,4,4) homogeneous transform
     "Homogeneous matrix of a rotation and a translation."
     xp = _lib(R)
-    top = xp.concatenate([R, t[...,None]], -1)
-    bottom = xp.zeros_like(top[...,:1,:]); bottom[...,3] = 1
+    top = xp.concatenate([R, t[..., None]], -1)
+    bottom = xp.zeros_like(top[..., :1, :])
+    bottom[..., 3] = 1
     return xp.concatenate([top, bottom], -2)
 
+# %% ../nbs/01_frames.ipynb #75768476
 def se3_inverse(
-    T:Array, # (...,4,4) rigid transform a-to-b
-)->Array: # (...,4,4) rigid transform b-to-a
+    T: Array,  # (...,4,4) rigid transform a-to-b
+) -> Array:  # (...,4,4) rigid transform b-to-a
     "Inverse of a rigid transform, through the transpose of its rotation."
-    Rt = T[...,:3,:3].swapaxes(-1,-2)
-    return se3(Rt, -(Rt @ T[...,:3,3:])[...,0])
+    Rt = T[..., :3, :3].swapaxes(-1, -2)
+    return se3(Rt, -(Rt @ T[..., :3, 3:])[..., 0])
 
+# %% ../nbs/01_frames.ipynb #c50d8e2d
 def pose_to_mat(
-    position:np.ndarray, # (...,3) sensor centre, world, m
-    heading:np.ndarray,  # (...,4) w,x,y,z, sensor-to-world
-)->np.ndarray: # (...,4,4) float64, sensor-to-world
+    position: np.ndarray,  # (...,3) sensor centre, world, m
+    heading: np.ndarray,  # (...,4) w,x,y,z, sensor-to-world
+) -> np.ndarray:  # (...,4,4) float64, sensor-to-world
     "Pose matrix of a position and a heading, as PandaSet stores them."
     return se3(quat_to_mat(np.asarray(heading, np.float64)), np.asarray(position, np.float64))
 
 # %% ../nbs/01_frames.ipynb #71e03f8f
 def transform_points(
-    T:Array, # (4,4) or (...,4,4) a-to-b
-    x:Array, # (N,3) or (...,N,3) points, frame a, m
-)->Array: # same shape, frame b, m
+    T: Array,  # (4,4) or (...,4,4) a-to-b
+    x: Array,  # (N,3) or (...,N,3) points, frame a, m
+) -> Array:  # same shape, frame b, m
     "Carry points from one frame to another."
-    return rotate_vectors(T, x) + T[...,None,:3,3]
+    return rotate_vectors(T, x) + T[..., None, :3, 3]
 
+# %% ../nbs/01_frames.ipynb #0e45d9ca
 def rotate_vectors(
-    T:Array, # (4,4) or (...,4,4) a-to-b
-    v:Array, # (N,3) or (...,N,3) directions or velocities, frame a
-)->Array: # same shape, frame b
+    T: Array,  # (4,4) or (...,4,4) a-to-b
+    v: Array,  # (N,3) or (...,N,3) directions or velocities, frame a
+) -> Array:  # same shape, frame b
     "Turn vectors from one frame to another; translation does not touch them."
-    return v @ T[...,:3,:3].swapaxes(-1,-2)
+    return v @ T[..., :3, :3].swapaxes(-1, -2)
 
 # %% ../nbs/01_frames.ipynb #1da23d0e
-NEAR = 1e3 # m, a log whose first pose is within this of zero on every axis keeps its coordinates
+NEAR = 1e3  # m, a log whose first pose is within this of zero on every axis keeps its coordinates
+
 
 def far_origin(
-    position:np.ndarray, # (3,) float64, first position of a log, world, m
-)->np.ndarray: # (3,) float64, world, whole metres; zero for a log near zero
+    position: np.ndarray,  # (3,) float64, first position of a log, world, m
+) -> np.ndarray:  # (3,) float64, world, whole metres; zero for a log near zero
     "The point that a log's coordinates are counted from."
     position = np.asarray(position, np.float64)
-    if (np.abs(position) < NEAR).all(): return np.zeros(3)
-    return np.where(np.abs(position) < 10, 0., np.round(position))
+    if (np.abs(position) < NEAR).all():
+        return np.zeros(3)
+    return np.where(np.abs(position) < 10, 0.0, np.round(position))
 
 # %% ../nbs/01_frames.ipynb #7a02660c
 def intrinsics_matrix(
-    fx:float, # focal length, px
-    fy:float, # focal length, px
-    cx:float, # principal point, continuous px
-    cy:float, # principal point, continuous px
-)->np.ndarray: # (3,3) float64
+    fx: float,  # focal length, px
+    fy: float,  # focal length, px
+    cx: float,  # principal point, continuous px
+    cy: float,  # principal point, continuous px
+) -> np.ndarray:  # (3,3) float64
     "Pinhole matrix K."
-    return np.array([[fx,0,cx], [0,fy,cy], [0,0,1.]])
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
 
+# %% ../nbs/01_frames.ipynb #5a50ef89
 def scale_intrinsics(
-    K:Array, # (...,3,3) pinhole matrix
-    s:float, # image scale, 1.0 = full resolution
-)->Array: # (...,3,3) pinhole matrix of the scaled image
+    K: Array,  # (...,3,3) pinhole matrix
+    s: float,  # image scale, 1.0 = full resolution
+) -> Array:  # (...,3,3) pinhole matrix of the scaled image
     "Intrinsics of the same camera with its image scaled by `s`."
-    return K * _lib(K).stack([K[...,0,:]*0 + s, K[...,0,:]*0 + s, K[...,0,:]*0 + 1], -2)
+    return K * _lib(K).stack([K[..., 0, :] * 0 + s, K[..., 0, :] * 0 + s, K[..., 0, :] * 0 + 1], -2)
 
 # %% ../nbs/01_frames.ipynb #286d1cdf
 def project(
-    K:Array, # (3,3) pinhole matrix, px
-    world_to_cam:Array, # (4,4) world-to-camera
-    x:Array, # (N,3) points, world, m
-)->tuple[Array,Array]: # uv (N,2) continuous px, NaN where z <= 0; z (N,) camera depth, m
+    K: Array,  # (3,3) pinhole matrix, px
+    world_to_cam: Array,  # (4,4) world-to-camera
+    x: Array,  # (N,3) points, world, m
+) -> tuple[Array, Array]:  # uv (N,2) continuous px, NaN where z <= 0; z (N,) camera depth, m
     "Project world points into a pinhole camera."
-    c = transform_points(world_to_cam, x); z = c[...,2]; xp = _lib(z)
+    c = transform_points(world_to_cam, x)
+    z = c[..., 2]
+    xp = _lib(z)
     ahead = z > 0
     safe = xp.where(ahead, z, xp.ones_like(z))
-    uv = (c @ K.swapaxes(-1,-2))[...,:2]/safe[...,None]
-    return xp.where(ahead[...,None], uv, xp.full_like(uv, float("nan"))), z
+    uv = (c @ K.swapaxes(-1, -2))[..., :2] / safe[..., None]
+    return xp.where(ahead[..., None], uv, xp.full_like(uv, float("nan"))), z
 
+# %% ../nbs/01_frames.ipynb #5b19b5a2
 def pixel_index(
-    uv:Array, # (N,2) continuous px, may be NaN
-    width:int, # px
-    height:int, # px
-)->tuple[Array,Array,Array]: # col (N,), row (N,) int64, 0 where outside; inside (N,) bool
+    uv: Array,  # (N,2) continuous px, may be NaN
+    width: int,  # px
+    height: int,  # px
+) -> tuple[Array, Array, Array]:  # col (N,), row (N,) int64, 0 where outside; inside (N,) bool
     "The pixel each coordinate lies in, and whether it lies in the image."
-    xp = _lib(uv); u, v = uv[...,0], uv[...,1]
+    xp = _lib(uv)
+    u = uv[..., 0]
+    v = uv[..., 1]
     inside = (u >= 0) & (u < width) & (v >= 0) & (v < height)
-    whole = lambda a: (a.astype(np.int64) if xp is np else a.long())
+
+    def whole(a):
+        return a.astype(np.int64) if xp is np else a.long()
+
     return *(whole(xp.floor(xp.where(inside, a, xp.zeros_like(a)))) for a in (u, v)), inside
 
 # %% ../nbs/01_frames.ipynb #26d3b1de
 def unproject(
-    K:Array, # (3,3) pinhole matrix, px
-    cam_to_world:Array, # (4,4) camera pose
-    uv:Array, # (N,2) continuous px
-    z:Array, # (N,) camera depth, m
-)->Array: # (N,3) points, world, m
+    K: Array,  # (3,3) pinhole matrix, px
+    cam_to_world: Array,  # (4,4) camera pose
+    uv: Array,  # (N,2) continuous px
+    z: Array,  # (N,) camera depth, m
+) -> Array:  # (N,3) points, world, m
     "World points at given pixels and depths; the inverse of `project`."
-    x = (uv[...,0] - K[...,0,2])/K[...,0,0]*z; y = (uv[...,1] - K[...,1,2])/K[...,1,1]*z
+    x = (uv[..., 0] - K[..., 0, 2]) / K[..., 0, 0] * z
+    y = (uv[..., 1] - K[..., 1, 2]) / K[..., 1, 1] * z
     return transform_points(cam_to_world, _stack([x, y, z]))
 
 # %% ../nbs/01_frames.ipynb #fc7e91f6
-TIME_SLACK = .1  # share of a clip's length that a time may lie outside it
-ONE_SWEEP = .11 # s, and at least this much: a camera may fire a whole sweep before its frame's stamp
+TIME_SLACK = 0.1  # share of a clip's length that a time may lie outside it
+ONE_SWEEP = 0.11  # s, and at least this much: a camera may fire a whole sweep before its frame's stamp
+
 
 def time_reach(
-    duration:float, # length of the clip, s
-    slack:float=TIME_SLACK, # share of it
-)->float: # how far outside [0, 1] a normalised time may lie
+    duration: float,  # length of the clip, s
+    slack: float = TIME_SLACK,  # share of it
+) -> float:  # how far outside [0, 1] a normalised time may lie
     "The tolerance for times of views: a tenth of the clip, in short clips one sweep."
-    return max(slack, ONE_SWEEP/duration)
+    return max(slack, ONE_SWEEP / duration)
 
+# %% ../nbs/01_frames.ipynb #942cc482
 @dataclass(frozen=True)
 class ClipTime:
     "The clock of one clip."
-    start:float # epoch s of the first frame's LiDAR stamp
-    end:float   # epoch s of the last frame's LiDAR stamp
-    slack:float=TIME_SLACK # how far outside the clip a time may lie, as a share of its length
 
-    def __post_init__(self)->None:
+    start: float  # epoch s of the first frame's LiDAR stamp
+    end: float  # epoch s of the last frame's LiDAR stamp
+    slack: float = TIME_SLACK  # how far outside the clip a time may lie, as a share of its length
+
+    def __post_init__(self) -> None:
         "Refuse a clock that does not run forward."
-        if not self.end > self.start: raise ValueError(f"A clip must end after it starts, got {self.start} to {self.end}; check the order of its stamps.")
+        if not self.end > self.start:
+            raise ValueError(
+                f"A clip must end after it starts, got {self.start} to {self.end}; check the order of its stamps."
+            )
 
     @property
-    def duration(self)->float: # s
+    def duration(self) -> float:  # s
         "Length of the clip."
         return self.end - self.start
 
     @property
-    def reach(self)->float: # share of the clip
+    def reach(self) -> float:  # share of the clip
         "How far outside [0, 1] a time of this clip may lie."
         return time_reach(self.duration, self.slack)
 
-    def normalise(self,
-        stamp:Array, # epoch s, float64, scalar or array
-    )->Array: # same shape, float64, 0 at the clip's first stamp and 1 at its last
+    def normalise(
+        self,
+        stamp: Array,  # epoch s, float64, scalar or array
+    ) -> Array:  # same shape, float64, 0 at the clip's first stamp and 1 at its last
         "Epoch seconds to normalised clip time."
-        return (np.asarray(stamp, np.float64) - self.start)/self.duration
+        return (np.asarray(stamp, np.float64) - self.start) / self.duration
 
-    def seconds(self,
-        t:Array, # normalised time, scalar or array
-    )->Array: # same shape, s since the clip's first stamp
+    def seconds(
+        self,
+        t: Array,  # normalised time, scalar or array
+    ) -> Array:  # same shape, s since the clip's first stamp
         "Normalised clip time to seconds since the clip's start."
-        return t*self.duration
+        return t * self.duration
 
 # %% ../nbs/01_frames.ipynb #ed14a6c3
 def check_normalised(
-    t:Array, # normalised times, array or tensor
-    name:str="t", # what to call them in the message
-    slack:float=TIME_SLACK, # how far outside [0, 1] is still a time of this clip
-)->None: # raises ValueError when the times look like seconds
+    t: Array,  # normalised times, array or tensor
+    name: str = "t",  # what to call them in the message
+    slack: float = TIME_SLACK,  # how far outside [0, 1] is still a time of this clip
+) -> None:  # raises ValueError when the times look like seconds
     "Stop when times are not normalised to their clip."
     t = t if hasattr(t, "min") else np.asarray(t)
-    lo, hi = float(t.min()), float(t.max())
-    rounding = 1e-3 # stamps are stored in steps of 0.1 ms
+    lo = float(t.min())
+    hi = float(t.max())
+    rounding = 1e-3  # stamps are stored in steps of 0.1 ms
     if not (-slack - rounding <= lo and hi <= 1 + slack + rounding):
-        raise ValueError(f"{name} spans {lo:g}..{hi:g} but must be normalised to its clip (0..1, at most {slack:.2g} outside); "
-                         "convert stamps with ClipTime.normalise.")
+        raise ValueError(
+            f"{name} spans {lo:g}..{hi:g} but must be normalised to its clip (0..1, at most {slack:.2g} outside); "
+            "convert stamps with ClipTime.normalise."
+        )

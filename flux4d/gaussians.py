@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
-from .frames import TIME_SLACK, normalise, quat_mul, mat_to_quat, transform_points, check_normalised, time_reach
+from flux4d.frames import (
+    TIME_SLACK,
+    normalise,
+    quat_mul,
+    mat_to_quat,
+    transform_points,
+    check_normalised,
+    time_reach,
+)
 
 # %% auto #0
 __all__ = ['colour_act', 'colour_inv', 'LIDAR', 'BACKGROUND', 'FLAT', 'scale_act', 'scale_inv', 'opacity_act', 'opacity_inv',
@@ -18,175 +26,222 @@ __all__ = ['colour_act', 'colour_inv', 'LIDAR', 'BACKGROUND', 'FLAT', 'scale_act
 
 # %% ../nbs/02_gaussians.ipynb #36682812
 def scale_act(
-    raw:Tensor, # any shape, stored value
-)->Tensor: # same shape, standard deviation, m
+    raw: Tensor,  # any shape, stored value
+) -> Tensor:  # same shape, standard deviation, m
     "Stored scale to metres."
     return F.softplus(raw)
 
+
 def scale_inv(
-    scale:Tensor, # any shape, standard deviation, m, > 0
-)->Tensor: # same shape, stored value
+    scale: Tensor,  # any shape, standard deviation, m, > 0
+) -> Tensor:  # same shape, stored value
     "Metres to stored scale; the inverse of `scale_act`."
     return scale + torch.log(-torch.expm1(-scale.clamp_min(1e-8)))
 
 # %% ../nbs/02_gaussians.ipynb #fad753e4
 def opacity_act(
-    raw:Tensor, # any shape, logit
-)->Tensor: # same shape, 0..1
+    raw: Tensor,  # any shape, logit
+) -> Tensor:  # same shape, 0..1
     "Logit to opacity."
     return torch.sigmoid(raw)
 
+# %% ../nbs/02_gaussians.ipynb #7492dd87
 def opacity_inv(
-    opacity:Tensor, # any shape, 0..1
-    eps:float=1e-4, # keeps the logit within +-9.2, where its gradient is still alive
-)->Tensor: # same shape, logit
+    opacity: Tensor,  # any shape, 0..1
+    eps: float = 1e-4,  # keeps the logit within +-9.2, where its gradient is still alive
+) -> Tensor:  # same shape, logit
     "Opacity to logit; the inverse of `opacity_act`."
     return torch.logit(opacity, eps=eps)
+
 
 colour_act, colour_inv = opacity_act, opacity_inv
 
 # %% ../nbs/02_gaussians.ipynb #bed2a9ef
-LIDAR, BACKGROUND = 0, 1 # values of `Gaussians.kind`
+LIDAR, BACKGROUND = 0, 1  # values of `Gaussians.kind`
+
 
 @dataclass
 class Gaussians:
     "A set of N Gaussians, raw values."
-    means:Tensor          # (N,3) centres at their own time, world, m
-    quats:Tensor          # (N,4) w,x,y,z, world
-    log_scales:Tensor     # (N,3) stored scale, see `scale_act`
-    opacity_logits:Tensor # (N,) stored opacity
-    colour_logits:Tensor  # (N,3) stored RGB
-    t:Tensor              # (N,) capture time, normalised to the clip
-    frame:Tensor          # (N,) int64, frame id in the log of the source sweep or image
-    kind:Tensor           # (N,) int64, LIDAR or BACKGROUND
 
-    def __len__(self)->int:
+    means: Tensor  # (N,3) centres at their own time, world, m
+    quats: Tensor  # (N,4) w,x,y,z, world
+    log_scales: Tensor  # (N,3) stored scale, see `scale_act`
+    opacity_logits: Tensor  # (N,) stored opacity
+    colour_logits: Tensor  # (N,3) stored RGB
+    t: Tensor  # (N,) capture time, normalised to the clip
+    frame: Tensor  # (N,) int64, frame id in the log of the source sweep or image
+    kind: Tensor  # (N,) int64, LIDAR or BACKGROUND
+
+    def __len__(self) -> int:
         "Number of Gaussians."
         return len(self.means)
 
 # %% ../nbs/02_gaussians.ipynb #7da96b3c
 def gaussians_from(
-    means:Tensor,   # (N,3) world, m
-    scales:Tensor,  # (N,) or (N,3) standard deviation, m
-    colours:Tensor, # (N,3) 0..1
-    t:Tensor,       # (N,) normalised
-    frame:Tensor|int,   # (N,) frame ids, or one for all
-    kind:Tensor|int=LIDAR, # (N,) kinds, or one for all
-    quats:Tensor|None=None, # (N,4) w,x,y,z; identity when left out
-    opacity:float=.5, # paper supp. A.2
-)->Gaussians:
+    means: Tensor,  # (N,3) world, m
+    scales: Tensor,  # (N,) or (N,3) standard deviation, m
+    colours: Tensor,  # (N,3) 0..1
+    t: Tensor,  # (N,) normalised
+    frame: Tensor | int,  # (N,) frame ids, or one for all
+    kind: Tensor | int = LIDAR,  # (N,) kinds, or one for all
+    quats: Tensor | None = None,  # (N,4) w,x,y,z; identity when left out
+    opacity: float = 0.5,  # paper supp. A.2
+) -> Gaussians:
     "Gaussians from values in plain units."
-    n = len(means); whole = lambda v: v.long() if torch.is_tensor(v) else torch.full((n,), v, dtype=torch.long, device=means.device)
-    if quats is None: quats = means.new_tensor([1.,0,0,0]).repeat(n,1)
-    scales = scales[:,None].expand(n,3) if scales.dim() == 1 else scales
-    return Gaussians(means, quats, scale_inv(scales), opacity_inv(means.new_full((n,), opacity)), colour_inv(colours), t, whole(frame), whole(kind))
+    n = len(means)
+    whole = lambda v: (
+        v.long() if torch.is_tensor(v) else torch.full((n,), v, dtype=torch.long, device=means.device)
+    )
+    if quats is None:
+        quats = means.new_tensor([1.0, 0, 0, 0]).repeat(n, 1)
+    scales = scales[:, None].expand(n, 3) if scales.dim() == 1 else scales
+    return Gaussians(
+        means,
+        quats,
+        scale_inv(scales),
+        opacity_inv(means.new_full((n,), opacity)),
+        colour_inv(colours),
+        t,
+        whole(frame),
+        whole(kind),
+    )
 
 # %% ../nbs/02_gaussians.ipynb #0927eca5
 @patch(as_prop=True)
-def scales(self:Gaussians)->Tensor: # (N,3) m
+def scales(self: Gaussians) -> Tensor:  # (N,3) m
     "Standard deviations along the Gaussian's own axes."
     return scale_act(self.log_scales)
 
+
 @patch(as_prop=True)
-def opacities(self:Gaussians)->Tensor: # (N,) 0..1
+def opacities(self: Gaussians) -> Tensor:  # (N,) 0..1
     "Opacities."
     return opacity_act(self.opacity_logits)
 
+# %% ../nbs/02_gaussians.ipynb #2a7a56aa
 @patch(as_prop=True)
-def colours(self:Gaussians)->Tensor: # (N,3) 0..1
+def colours(self: Gaussians) -> Tensor:  # (N,3) 0..1
     "RGB colours."
     return colour_act(self.colour_logits)
 
+
 @patch(as_prop=True)
-def unit_quats(self:Gaussians)->Tensor: # (N,4)
+def unit_quats(self: Gaussians) -> Tensor:  # (N,4)
     "Quaternions of unit length, w,x,y,z."
     return normalise(self.quats)
 
 # %% ../nbs/02_gaussians.ipynb #7ae27b8f
 @patch
-def map(self:Gaussians,
-    f:Callable, # Tensor -> Tensor, applied to every attribute
-)->Gaussians:
+def map(
+    self: Gaussians,
+    f: Callable,  # Tensor -> Tensor, applied to every attribute
+) -> Gaussians:
     "A new set with `f` applied to each tensor."
     return Gaussians(*(f(getattr(self, o.name)) for o in fields(self)))
 
+# %% ../nbs/02_gaussians.ipynb #e4b4c51b
 @patch
-def __getitem__(self:Gaussians,
-    i:Any, # index, slice or mask over the N Gaussians
-)->Gaussians:
+def __getitem__(
+    self: Gaussians,
+    i: Any,  # index, slice or mask over the N Gaussians
+) -> Gaussians:
     "A subset."
     return self.map(lambda x: x[i])
 
+# %% ../nbs/02_gaussians.ipynb #2c923624
 @patch
-def to(self:Gaussians,
-    device:Any, # torch device
-)->Gaussians:
+def to(
+    self: Gaussians,
+    device: Any,  # torch device
+) -> Gaussians:
     "A copy on another device."
     return self.map(lambda x: x.to(device))
 
+# %% ../nbs/02_gaussians.ipynb #b47acae6
 def cat(
-    sets:list[Gaussians], # any number of sets
-)->Gaussians:
+    sets: list[Gaussians],  # any number of sets
+) -> Gaussians:
     "One set from several."
     return Gaussians(*(torch.cat([getattr(g, o.name) for g in sets]) for o in fields(Gaussians)))
 
 # %% ../nbs/02_gaussians.ipynb #19e95caf
-FLAT = dict(means=slice(0,3), quats=slice(3,7), log_scales=slice(7,10), opacity_logits=slice(10,11), colour_logits=slice(11,14)) # columns of the flat form
+FLAT = dict(
+    means=slice(0, 3),
+    quats=slice(3, 7),
+    log_scales=slice(7, 10),
+    opacity_logits=slice(10, 11),
+    colour_logits=slice(11, 14),
+)  # columns of the flat form
+
 
 @patch
-def flat(self:Gaussians)->Tensor: # (N,14)
+def flat(self: Gaussians) -> Tensor:  # (N,14)
     "The 14 raw numbers of each Gaussian."
-    return torch.cat([getattr(self, k).reshape(len(self),-1) for k in FLAT], 1)
+    return torch.cat([getattr(self, k).reshape(len(self), -1) for k in FLAT], 1)
 
+# %% ../nbs/02_gaussians.ipynb #129c7408
 @patch
-def with_flat(self:Gaussians,
-    x:Tensor, # (N,14) raw numbers in the order of `FLAT`
-)->Gaussians:
+def with_flat(
+    self: Gaussians,
+    x: Tensor,  # (N,14) raw numbers in the order of `FLAT`
+) -> Gaussians:
     "The same set with its 14 raw numbers replaced."
-    return replace(self, **{k: x[:,s].reshape(getattr(self, k).shape) for k,s in FLAT.items()})
+    return replace(self, **{k: x[:, s].reshape(getattr(self, k).shape) for k, s in FLAT.items()})
 
+# %% ../nbs/02_gaussians.ipynb #851fc719
 @patch
-def add(self:Gaussians,
-    dG:Tensor, # (N,14) residual
-)->Gaussians:
+def add(
+    self: Gaussians,
+    dG: Tensor,  # (N,14) residual
+) -> Gaussians:
     "G + dG with the quaternion renormalised; a zero residual changes nothing, bit for bit."
     new = self.with_flat(self.flat() + dG)
-    turned = (dG[:,FLAT["quats"]] != 0).any(1, keepdim=True)
+    turned = (dG[:, FLAT["quats"]] != 0).any(1, keepdim=True)
     return replace(new, quats=torch.where(turned, normalise(new.quats), new.quats))
 
 # %% ../nbs/02_gaussians.ipynb #49c3e1c8
 @patch
-def transform(self:Gaussians,
-    T:Tensor, # (4,4) a-to-b
-)->Gaussians:
+def transform(
+    self: Gaussians,
+    T: Tensor,  # (4,4) a-to-b
+) -> Gaussians:
     "The same set in another frame; scales, colours and times stay."
-    return replace(self, means=transform_points(T, self.means), quats=quat_mul(mat_to_quat(T[:3,:3])[None], self.quats))
+    return replace(
+        self, means=transform_points(T, self.means), quats=quat_mul(mat_to_quat(T[:3, :3])[None], self.quats)
+    )
 
 # %% ../nbs/02_gaussians.ipynb #13178432
 def advance(
-    means:Tensor,    # (N,3) centres at their own time, world, m
-    velocity:Tensor|None, # (N,l+1,3) coefficients, m/s^(j+1), world; None = static
-    t:Tensor,        # (N,) own time, normalised
-    t_target:Any,    # scalar or (V,), target time, normalised
-    duration:float,  # length of the clip, s
-    slack:float=TIME_SLACK, # how far outside the clip the target may lie, as a share of its length
-)->Tensor: # (N,3) for a scalar target, else (V,N,3), world, m
+    means: Tensor,  # (N,3) centres at their own time, world, m
+    velocity: Tensor | None,  # (N,l+1,3) coefficients, m/s^(j+1), world; None = static
+    t: Tensor,  # (N,) own time, normalised
+    t_target: Any,  # scalar or (V,), target time, normalised
+    duration: float,  # length of the clip, s
+    slack: float = TIME_SLACK,  # how far outside the clip the target may lie, as a share of its length
+) -> Tensor:  # (N,3) for a scalar target, else (V,N,3), world, m
     "Centres at another time (paper Eq. 2, supp. A.1 Eq. 2)."
     # times on a GPU were checked when they were made (`Clip.t_of_camera`); reading them here would stop the GPU
-    if not getattr(t_target, "is_cuda", False): check_normalised(torch.as_tensor(t_target), "target time", time_reach(duration, slack))
-    t_target = torch.as_tensor(t_target, dtype=means.dtype, device=means.device)[...,None,None]
-    if velocity is None: return means.expand(*t_target.shape[:-2], *means.shape)
-    if velocity.shape[1] == 1: return means + velocity[:,0]*((t_target - t[:,None])*duration)
-    s, s1, p = t[:,None]*duration, t_target*duration, means
-    for j in range(velocity.shape[1]): p = p + velocity[:,j]*((s1**(j+1) - s**(j+1))/(j+1))
+    if not getattr(t_target, "is_cuda", False):
+        check_normalised(torch.as_tensor(t_target), "target time", time_reach(duration, slack))
+    t_target = torch.as_tensor(t_target, dtype=means.dtype, device=means.device)[..., None, None]
+    if velocity is None:
+        return means.expand(*t_target.shape[:-2], *means.shape)
+    if velocity.shape[1] == 1:
+        return means + velocity[:, 0] * ((t_target - t[:, None]) * duration)
+    s = t[:, None] * duration
+    s1 = t_target * duration
+    p = means
+    for j in range(velocity.shape[1]):
+        p = p + velocity[:, j] * ((s1 ** (j + 1) - s ** (j + 1)) / (j + 1))
     return p
 
 # %% ../nbs/02_gaussians.ipynb #351ddb31
 def velocity_at(
-    velocity:Tensor, # (N,l+1,3) coefficients, m/s^(j+1), world
-    t_target:Any,    # scalar or (V,), normalised
-    duration:float,  # length of the clip, s
-)->Tensor: # (N,3) for a scalar target, else (V,N,3), m/s, world
+    velocity: Tensor,  # (N,l+1,3) coefficients, m/s^(j+1), world
+    t_target: Any,  # scalar or (V,), normalised
+    duration: float,  # length of the clip, s
+) -> Tensor:  # (N,3) for a scalar target, else (V,N,3), m/s, world
     "Instantaneous velocity, the time derivative of `advance` (supp. A.1 Eq. 1)."
-    s = torch.as_tensor(t_target, dtype=velocity.dtype, device=velocity.device)[...,None,None]*duration
-    return sum(velocity[:,j]*s**j for j in range(velocity.shape[1]))
+    s = torch.as_tensor(t_target, dtype=velocity.dtype, device=velocity.device)[..., None, None] * duration
+    return sum(velocity[:, j] * s**j for j in range(velocity.shape[1]))

@@ -26,157 +26,213 @@ __all__ = ['ROOMS', 'ROWS', 'row_ids', 'MARKUP', 'RESULTS', 'RUN_FILES', 'OPERAT
 @dataclass
 class Notebook:
     "A notebook's file and its cells."
-    path:Path  # the .ipynb file
-    cells:list # dicts with `cell_type`, `source` (one string) and, for code, `outputs`
 
+    path: Path  # the .ipynb file
+    cells: list  # dicts with `cell_type`, `source` (one string) and, for code, `outputs`
+
+# %% ../nbs/09_house.ipynb #eb4b7c4c
 def read_notebook(
-    path:Path, # an .ipynb file
-)->Notebook: # its cells, each source joined to one string
+    path: Path,  # an .ipynb file
+) -> Notebook:  # its cells, each source joined to one string
     "Read a notebook's cells."
     try:
         cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
         return Notebook(Path(path), [dict(c, source="".join(c["source"])) for c in cells])
     except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise ValueError(f"{Path(path).name}: is no notebook; take it out of its folder, or get it back from git.") from e
+        raise ValueError(
+            f"{Path(path).name}: is no notebook; take it out of its folder, or get it back from git."
+        ) from e
 
 # %% ../nbs/09_house.ipynb #701fc258
 def repo_root(
-    start:Path|None=None, # where to look first; the working directory when None
-)->Path: # the folder that holds settings.ini
+    start: Path | None = None,  # where to look first; the working directory when None
+) -> Path:  # the folder that holds settings.ini
     "The repository that holds `start`."
     here = Path(start or ".").resolve()
     for p in (here, *here.parents):
-        if (p/"settings.ini").is_file(): return p
+        if (p / "settings.ini").is_file():
+            return p
     raise FileNotFoundError("no settings.ini here or above: run this inside the repository")
 
+# %% ../nbs/09_house.ipynb #5b0ac26a
 def notebooks(
-    root:Path, # the repository
-)->list[Notebook]: # in reading order
+    root: Path,  # the repository
+) -> list[Notebook]:  # in reading order
     "All notebooks of the house."
-    return [read_notebook(p) for p in sorted((root/"nbs").glob("[0-9]*.ipynb"))]
+    return [read_notebook(p) for p in sorted((root / "nbs").glob("[0-9]*.ipynb"))]
 
 # %% ../nbs/09_house.ipynb #d6fd8d06
 @patch(as_prop=True)
-def title(self:Notebook)->str: # the H1 of the first cell
+def title(self: Notebook) -> str:  # the H1 of the first cell
     "What the notebook is called."
-    m = re.match(r"# (.+)", self.cells[0]["source"]); return m[1].strip() if m else ""
+    m = re.match(r"# (.+)", self.cells[0]["source"])
+    return m[1].strip() if m else ""
+
 
 @patch(as_prop=True)
-def claim(self:Notebook)->str: # the quoted line below the H1
+def claim(self: Notebook) -> str:  # the quoted line below the H1
     "What the notebook shows."
-    m = re.search(r"^> (.+(?:\n> .+)*)", self.cells[0]["source"], re.M); return m[1].replace("\n> ", " ") if m else ""
+    m = re.search(r"^> (.+(?:\n> .+)*)", self.cells[0]["source"], re.M)
+    return m[1].replace("\n> ", " ") if m else ""
 
+# %% ../nbs/09_house.ipynb #54f6506e
 @patch(as_prop=True)
-def module(self:Notebook)->str|None: # name inside flux4d, None for a notebook that exports nothing
+def module(self: Notebook) -> str | None:  # name inside flux4d, None for a notebook that exports nothing
     "Where the notebook's exported cells go."
     found = [re.search(r"^#\|\s*default_exp (\S+)", c["source"], re.M) for c in self.cells]
     return next((m[1] for m in found if m), None)
 
 # %% ../nbs/09_house.ipynb #2fabd33e
-ROOMS = ["ground", "lift", "rendering", "base predictor", "motion", "full model", "whole data set", "use", "evidence"]
+ROOMS = [
+    "ground",
+    "lift",
+    "rendering",
+    "base predictor",
+    "motion",
+    "full model",
+    "whole data set",
+    "use",
+    "evidence",
+]
+
 
 def notebooks_table(
-    root:Path, # the repository
-)->str: # a markdown table, one row a notebook
+    root: Path,  # the repository
+) -> str:  # a markdown table, one row a notebook
     "The house, room by room."
     rows = ["| room | notebook | claim |", "| --- | --- | --- |"]
     for nb in notebooks(root):
-        rows.append(f"| {ROOMS[int(nb.path.name[0])]} | [{nb.path.stem}]({nb.path.name}) | **{nb.title}.** {nb.claim} |")
+        rows.append(
+            f"| {ROOMS[int(nb.path.name[0])]} | [{nb.path.stem}]({nb.path.name}) | **{nb.title}.** {nb.claim} |"
+        )
     return "\n".join(rows)
 
 # %% ../nbs/09_house.ipynb #bc443ffc
-ROWS = {"G":range(1,14), "S0":range(1,4), "S1":range(1,16), "S2":range(1,18), "S3":range(1,17), "S4":range(1,10), "S5":range(1,20), "S6":range(1,39)}
-row_ids = [f"{stage}-{n:02d}" for stage,ns in ROWS.items() for n in ns] # every row that this version answers
+ROWS = {
+    "G": range(1, 14),
+    "S0": range(1, 4),
+    "S1": range(1, 16),
+    "S2": range(1, 18),
+    "S3": range(1, 17),
+    "S4": range(1, 10),
+    "S5": range(1, 20),
+    "S6": range(1, 39),
+}
+row_ids = [
+    f"{stage}-{n:02d}" for stage, ns in ROWS.items() for n in ns
+]  # every row that this version answers
+
 
 def ids_in(
-    text:str, # markdown
-)->list[str]: # ids in order of appearance, ranges written out
+    text: str,  # markdown
+) -> list[str]:  # ids in order of appearance, ranges written out
     "The requirement ids that a text names."
     found = []
-    for stage,a,b in re.findall(r"\b(G|S\d)-(\d\d)(?:(?:\.\.| to )(?:\1-)?(\d\d)\b)?", text):
-        found += [f"{stage}-{n:02d}" for n in range(int(a), int(b or a)+1)]
+    for stage, a, b in re.findall(r"\b(G|S\d)-(\d\d)(?:(?:\.\.| to )(?:\1-)?(\d\d)\b)?", text):
+        found += [f"{stage}-{n:02d}" for n in range(int(a), int(b or a) + 1)]
     return found
 
 # %% ../nbs/09_house.ipynb #6bb2f242
 def row_sections(
-    root:Path, # the repository
-)->dict[str,list[tuple[str,str]]]: # id -> (notebook file name, heading), in reading order
+    root: Path,  # the repository
+) -> dict[str, list[tuple[str, str]]]:  # id -> (notebook file name, heading), in reading order
     "Where each requirement is treated."
     found = {}
     for nb in notebooks(root):
         heading = nb.title
-        for line in (l for c in nb.cells if c["cell_type"]=="markdown" for l in c["source"].splitlines()):
-            if m := re.match(r"#{1,6} (.+)", line): heading = m[1].strip()
+        for line in (l for c in nb.cells if c["cell_type"] == "markdown" for l in c["source"].splitlines()):
+            if m := re.match(r"#{1,6} (.+)", line):
+                heading = m[1].strip()
             for i in ids_in(line):
-                if (at := (nb.path.name, heading)) not in found.setdefault(i, []): found[i].append(at)
+                if (at := (nb.path.name, heading)) not in found.setdefault(i, []):
+                    found[i].append(at)
     return found
 
 # %% ../nbs/09_house.ipynb #574ed5b7
 def anchor(
-    name:str,    # notebook file name
-    heading:str, # a heading in it
-)->str: # a markdown link
+    name: str,  # notebook file name
+    heading: str,  # a heading in it
+) -> str:  # a markdown link
     "A link to a section."
     return f"[{Path(name).stem}: {heading.replace('|', ' ')}]({name}#{quote(heading.replace(' ', '-'))})"
 
+# %% ../nbs/09_house.ipynb #bc151083
 def rows_table(
-    root:Path, # the repository
-    rows:list[str]=row_ids, # ids to list
-)->str: # a markdown table
+    root: Path,  # the repository
+    rows: list[str] = row_ids,  # ids to list
+) -> str:  # a markdown table
     "Every requirement and the sections that answer it."
     where = row_sections(root)
-    answer = lambda i: "; ".join(anchor(*at) for at in where.get(i, [])) or "open"
+
+    def answer(i):
+        return "; ".join(anchor(*at) for at in where.get(i, [])) or "open"
+
     return "\n".join(["| row | answered in |", "| --- | --- |", *(f"| {i} | {answer(i)} |" for i in rows)])
 
 # %% ../nbs/09_house.ipynb #c8aa9773
 MARKUP = re.compile(r"[\\\[\]<>|*~]|&(?=#?\w+;)|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
+
 def one_line(
-    text:str, # any text
-    length:int=300, # characters, at most
-)->str:
+    text: str,  # any text
+    length: int = 300,  # characters, at most
+) -> str:
     "A text without line breaks and control characters."
     shown = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return shown if len(shown) <= length else shown[:length - 3] + "..."
+    return shown if len(shown) <= length else shown[: length - 3] + "..."
 
+# %% ../nbs/09_house.ipynb #d53d2c45
 def literal(
-    name:str, # of a run, clip, log, camera, class or machine
-)->str: # Markdown that shows the name and does nothing else
+    name: str,  # of a run, clip, log, camera, class or machine
+) -> str:  # Markdown that shows the name and does nothing else
     "A name as text."
     shown = "".join(c if c.isprintable() else " " for c in name).replace("`", "'")
     return MARKUP.sub(r"\\\g<0>", shown)
 
 # %% ../nbs/09_house.ipynb #08716443
 def measured(
-    metrics:dict, # the content of a metrics.json
-    at:tuple=(),  # keys above
-)->list[tuple[tuple[str,...],float|None,int]]: # (keys, mean, count)
+    metrics: dict,  # the content of a metrics.json
+    at: tuple = (),  # keys above
+) -> list[tuple[tuple[str, ...], float | None, int]]:  # (keys, mean, count)
     "Every measured quantity in a nested dict."
     found = []
-    for k,v in metrics.items():
-        if not isinstance(v, dict): continue
-        if "mean" in v: found.append(((*at, k), v["mean"], v.get("count", metrics.get("count", 0))))
-        else: found += measured(v, (*at, k))
+    for k, v in metrics.items():
+        if not isinstance(v, dict):
+            continue
+        if "mean" in v:
+            found.append(((*at, k), v["mean"], v.get("count", metrics.get("count", 0))))
+        else:
+            found += measured(v, (*at, k))
     return found
 
+# %% ../nbs/09_house.ipynb #14dba0a6
 def metrics_table(
-    metrics:dict, # the content of a metrics.json
-)->str: # markdown tables: one row a group, one column a metric; groups that measure the same share a table
+    metrics: dict,  # the content of a metrics.json
+) -> str:  # markdown tables: one row a group, one column a metric; groups that measure the same share a table
     "A run's metrics, mean and count."
-    cells, counts, tables = {}, {}, {}
-    for (*group,name),mean,count in measured(metrics):
-        cells.setdefault(g := literal(" ".join(group)), {})[literal(name)] = "-" if mean is None else f"{mean:.4g}"
+    cells = {}
+    counts = {}
+    tables = {}
+    for (*group, name), mean, count in measured(metrics):
+        cells.setdefault(g := literal(" ".join(group)), {})[literal(name)] = (
+            "-" if mean is None else f"{mean:.4g}"
+        )
         counts[g] = max(count, counts.get(g, 0))
-    for g,c in cells.items():
+    for g, c in cells.items():
         names = next((n for n in tables if set(c) <= set(n)), tuple(c))
-        tables.setdefault(names, []).append(f"| {g} | " + " | ".join([*(c.get(n, "") for n in names), str(counts[g])]) + " |")
-    head = lambda names: ["| | " + " | ".join([*names, "count"]) + " |", "| --- " + "| ---: "*(len(names)+1) + "|"]
-    return "\n\n".join("\n".join([*head(names), *rows]) for names,rows in tables.items())
+        tables.setdefault(names, []).append(
+            f"| {g} | " + " | ".join([*(c.get(n, "") for n in names), str(counts[g])]) + " |"
+        )
+
+    def head(names):
+        return ["| | " + " | ".join([*names, "count"]) + " |", "| --- " + "| ---: " * (len(names) + 1) + "|"]
+
+    return "\n\n".join("\n".join([*head(names), *rows]) for names, rows in tables.items())
 
 # %% ../nbs/09_house.ipynb #09049e75
 def is_number(
-    value:Any, # any value
-)->bool:
+    value: Any,  # any value
+) -> bool:
     "Whether a value is a finite number that a float can hold."
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
@@ -185,9 +241,10 @@ def is_number(
     except OverflowError:
         return False
 
+# %% ../nbs/09_house.ipynb #8c17c408
 def read_metrics(
-    path:Path, # a run's metrics.json
-)->dict: # its content; raises ValueError with one sentence
+    path: Path,  # a run's metrics.json
+) -> dict:  # its content; raises ValueError with one sentence
     "The values that a run left, of any version of this project or of none."
     at = f"{path.parent.name}/{path.name}"
     try:
@@ -207,87 +264,151 @@ def read_metrics(
 
 # %% ../nbs/09_house.ipynb #15ffadd3
 def record_files(
-    run:Path, # a run's folder
-)->list[Path]: # what a run of record commits
+    run: Path,  # a run's folder
+) -> list[Path]:  # what a run of record commits
     "The files of a run that are small enough and needed to be kept for good."
-    pictures = sorted(run.rglob("*.jpg")); size = sum(p.stat().st_size for p in pictures)
+    pictures = sorted(run.rglob("*.jpg"))
+    size = sum(p.stat().st_size for p in pictures)
     if len(pictures) > 8 or size > 2**20:
-        raise ValueError(f"{run.name}: {len(pictures)} JPEGs of {size/2**20:.2f} MB; a run of record keeps at most 8 of 1 MB in all: delete some")
-    trained = not (run/"metrics.json").is_file() or read_metrics(run/"metrics.json").get("runtime", {}).get("iters", 1)
-    needed = [run/n for n in ("config.yaml", "metrics.json", *["metrics.jsonl"]*bool(trained))]; report = [run/n for n in ("report.md", "meta.json") if (run/n).is_file()]
-    missing = [p.name for p in needed if not p.is_file()] + ([] if list(run.glob("*.ipynb")) else ["the executed notebook"])
-    if missing: raise FileNotFoundError(f"{run.name} is no complete run: {', '.join(missing)} missing; run it to its end first")
+        raise ValueError(
+            f"{run.name}: {len(pictures)} JPEGs of {size / 2**20:.2f} MB; a run of record keeps at most 8 of 1 MB in all: delete some"
+        )
+    trained = not (run / "metrics.json").is_file() or read_metrics(run / "metrics.json").get(
+        "runtime", {}
+    ).get("iters", 1)
+    needed = [run / n for n in ("config.yaml", "metrics.json", *["metrics.jsonl"] * bool(trained))]
+    report = [run / n for n in ("report.md", "meta.json") if (run / n).is_file()]
+    missing = [p.name for p in needed if not p.is_file()] + (
+        [] if list(run.glob("*.ipynb")) else ["the executed notebook"]
+    )
+    if missing:
+        raise FileNotFoundError(
+            f"{run.name} is no complete run: {', '.join(missing)} missing; run it to its end first"
+        )
     return [*sorted(run.glob("*.ipynb")), *needed, *report, *pictures]
 
+# %% ../nbs/09_house.ipynb #1153ac7d
 def runs_of_record(
-    root:Path, # the repository
-)->list[Path]: # folders under papermill_runs whose metrics.json git knows
+    root: Path,  # the repository
+) -> list[Path]:  # folders under papermill_runs whose metrics.json git knows
     "The runs that were kept."
-    listed = subprocess.run(["git","ls-files","papermill_runs/*/metrics.json"], cwd=root, capture_output=True, text=True)
-    return [(root/p).parent for p in listed.stdout.splitlines()]
+    listed = subprocess.run(
+        ["git", "ls-files", "papermill_runs/*/metrics.json"], cwd=root, capture_output=True, text=True
+    )
+    return [(root / p).parent for p in listed.stdout.splitlines()]
 
 # %% ../nbs/09_house.ipynb #cea8b3f1
 def run_summary(
-    run:Path, # a run's folder
-)->str: # markdown: one line, then a table
+    run: Path,  # a run's folder
+) -> str:  # markdown: one line, then a table
     "What a run measured, and under which circumstances."
-    if not (run/"metrics.json").is_file(): raise FileNotFoundError(f"{run.name} has no metrics.json: the run did not reach its evaluation")
-    metrics = read_metrics(run/"metrics.json")
-    notes = {literal(k): literal(v) if isinstance(v, str) else v for k,v in {**metrics, **metrics.get("runtime", {})}.items() if isinstance(v, (str,int,float))}
-    said = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k,v in notes.items())
+    if not (run / "metrics.json").is_file():
+        raise FileNotFoundError(f"{run.name} has no metrics.json: the run did not reach its evaluation")
+    metrics = read_metrics(run / "metrics.json")
+    notes = {
+        literal(k): literal(v) if isinstance(v, str) else v
+        for k, v in {**metrics, **metrics.get("runtime", {})}.items()
+        if isinstance(v, (str, int, float))
+    }
+    said = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in notes.items())
     return f"**{run.name}**: {said}\n\n{metrics_table(metrics)}"
 
-RESULTS = {"full PSNR dB": "nvs full * psnr", "moving PSNR dB": "nvs dynamic * psnr", "depth RMSE m": "nvs full * depth_rmse", "FD EPE m": "scene_flow epe_3way FD", "FD, motion prior alone": "baselines motion_prior scene_flow epe_3way FD", "at rest": "zero_motion scene_flow epe_3way FD", "BS EPE m": "scene_flow epe_3way BS", "BS, motion prior alone": "baselines motion_prior scene_flow epe_3way BS"}
+# %% ../nbs/09_house.ipynb #a3315856
+RESULTS = {
+    "full PSNR dB": "nvs full * psnr",
+    "moving PSNR dB": "nvs dynamic * psnr",
+    "depth RMSE m": "nvs full * depth_rmse",
+    "FD EPE m": "scene_flow epe_3way FD",
+    "FD, motion prior alone": "baselines motion_prior scene_flow epe_3way FD",
+    "at rest": "zero_motion scene_flow epe_3way FD",
+    "BS EPE m": "scene_flow epe_3way BS",
+    "BS, motion prior alone": "baselines motion_prior scene_flow epe_3way BS",
+}
+
 
 def results_row(
-    run:Path, # a run's folder
-    metrics:dict, # its metrics
-)->str: # a row; interpolation / future where a metric has both
+    run: Path,  # a run's folder
+    metrics: dict,  # its metrics
+) -> str:  # a row; interpolation / future where a metric has both
     "A run in a line."
-    have = {" ".join(k): v for k,v,_ in measured(metrics)}; show = lambda v: "-" if v is None else f"{v:.4g}"; r = metrics["runtime"]
-    cells = [" / ".join(show(have.get(path.replace("*", s))) for s in (("interpolation","future") if "*" in path else ("",))) for path in RESULTS.values()]
-    name = f"[{run.name}](../papermill_runs/{run.name}/report.md)" if (run/"report.md").is_file() else run.name; took = f"{r['iters']} steps, {r['train_seconds']:.0f} s" if r.get("iters") else "nothing"
-    return f"| {name} | {literal(str(metrics['evaluated_on']))} | {took} | {literal(str(r['machine']))} | " + " | ".join(cells) + f" | {show((r.get('reconstruction') or {}).get('total'))} |"
+    have = {" ".join(k): v for k, v, _ in measured(metrics)}
+    show = lambda v: "-" if v is None else f"{v:.4g}"
+    r = metrics["runtime"]
+    cells = [
+        " / ".join(
+            show(have.get(path.replace("*", s)))
+            for s in (("interpolation", "future") if "*" in path else ("",))
+        )
+        for path in RESULTS.values()
+    ]
+    name = (
+        f"[{run.name}](../papermill_runs/{run.name}/report.md)" if (run / "report.md").is_file() else run.name
+    )
+    took = f"{r['iters']} steps, {r['train_seconds']:.0f} s" if r.get("iters") else "nothing"
+    return (
+        f"| {name} | {literal(str(metrics['evaluated_on']))} | {took} | {literal(str(r['machine']))} | "
+        + " | ".join(cells)
+        + f" | {show((r.get('reconstruction') or {}).get('total'))} |"
+    )
 
+# %% ../nbs/09_house.ipynb #809624aa
 def results_table(
-    root:Path, # the repository
-)->str: # markdown
+    root: Path,  # the repository
+) -> str:  # markdown
     "The runs of record, a row each; those that measured something else are summed up below."
-    runs = {r: read_metrics(r/"metrics.json") for r in runs_of_record(root)}; full = [r for r,m in runs.items() if {"nvs","scene_flow","runtime"} <= set(m)]
-    head = ["run","evaluated on","trained","machine",*RESULTS,"reconstruction s"]; table = ["| " + " | ".join(head) + " |", "| --- "*4 + "| ---: "*(len(head) - 4) + "|", *(results_row(r, runs[r]) for r in full)]
-    return "\n\n".join(["\n".join(table)]*bool(full) + [run_summary(r) for r in runs if r not in full]) or "No run of record is committed yet."
+    runs = {r: read_metrics(r / "metrics.json") for r in runs_of_record(root)}
+    full = [r for r, m in runs.items() if {"nvs", "scene_flow", "runtime"} <= set(m)]
+    head = ["run", "evaluated on", "trained", "machine", *RESULTS, "reconstruction s"]
+    table = [
+        "| " + " | ".join(head) + " |",
+        "| --- " * 4 + "| ---: " * (len(head) - 4) + "|",
+        *(results_row(r, runs[r]) for r in full),
+    ]
+    return (
+        "\n\n".join(["\n".join(table)] * bool(full) + [run_summary(r) for r in runs if r not in full])
+        or "No run of record is committed yet."
+    )
 
 # %% ../nbs/09_house.ipynb #c83eba61
 def show_run(
-    run:Path, # a run's folder
-)->str: # the run's summary and the names of its pictures
+    run: Path,  # a run's folder
+) -> str:  # the run's summary and the names of its pictures
     "What a run brought."
-    return "\n".join([run_summary(run), "", *(str(p) for p in sorted(run.rglob("*")) if p.suffix in (".png",".jpg",".mp4",".gif"))])
+    return "\n".join(
+        [
+            run_summary(run),
+            "",
+            *(str(p) for p in sorted(run.rglob("*")) if p.suffix in (".png", ".jpg", ".mp4", ".gif")),
+        ]
+    )
 
 # %% ../nbs/09_house.ipynb #67df6f86
-RUN_FILES = "config", "gate", "limits", "meta" # files of a run, beside metrics.json, that a source may name
+RUN_FILES = "config", "gate", "limits", "meta"  # files of a run, beside metrics.json, that a source may name
+
 
 def run_file(
-    run:Path, # a run's folder
-    stem:str, # name of a file without its ending
-)->Any: # plain values; raises ValueError
+    run: Path,  # a run's folder
+    stem: str,  # name of a file without its ending
+) -> Any:  # plain values; raises ValueError
     "A file of a run that holds values."
-    for path in (run/f"{stem}.json", run/f"{stem}.yaml"):
+    for path in (run / f"{stem}.json", run / f"{stem}.yaml"):
         if path.is_file() and path.suffix == ".json":
             return read_metrics(path)
         if path.is_file():
             import yaml
+
             return yaml.safe_load(path.read_text(encoding="utf-8"))
     raise ValueError(f"papermill_runs/{run.name} has no file {stem}")
 
+# %% ../nbs/09_house.ipynb #80027107
 def run_value(
-    root:Path, # the repository
-    keys:list[str], # the run's folder, then the keys; a file of RUN_FILES may stand between them
-)->Any: # what stands there, of a measured quantity its mean; raises ValueError
+    root: Path,  # the repository
+    keys: list[str],  # the run's folder, then the keys; a file of RUN_FILES may stand between them
+) -> Any:  # what stands there, of a measured quantity its mean; raises ValueError
     "A value of a run."
     run, *rest = keys
     stem = rest.pop(0) if rest and rest[0] in RUN_FILES else "metrics"
-    value = run_file(root/"papermill_runs"/run, stem)
+    value = run_file(root / "papermill_runs" / run, stem)
     for k in rest:
         if not isinstance(value, dict) or k not in value:
             raise ValueError(f"{run}'s {stem} has no {'.'.join(rest)}")
@@ -295,26 +416,41 @@ def run_value(
     return value.get("mean") if isinstance(value, dict) else value
 
 # %% ../nbs/09_house.ipynb #5701a792
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Eq: operator.eq}
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+}
 CALLS = {"min": min, "max": max, "abs": abs}
 
+
 def chain_of(
-    node:ast.AST, # of an expression
-)->list[str]|None: # ["run", "key", "key"] for run.key["key"]; None for anything else
+    node: ast.AST,  # of an expression
+) -> list[str] | None:  # ["run", "key", "key"] for run.key["key"]; None for anything else
     "The keys that an expression names."
     if isinstance(node, ast.Name):
         return [node.id]
     if isinstance(node, ast.Attribute) and (before := chain_of(node.value)):
         return [*before, node.attr]
-    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and (before := chain_of(node.value)):
+    if (
+        isinstance(node, ast.Subscript)
+        and isinstance(node.slice, ast.Constant)
+        and (before := chain_of(node.value))
+    ):
         return [*before, node.slice.value]
     return None
 
+# %% ../nbs/09_house.ipynb #82a96a24
 def evaluated(
-    node:ast.AST, # of an expression
-    root:Path, # the repository
-)->float|bool: # raises ValueError
+    node: ast.AST,  # of an expression
+    root: Path,  # the repository
+) -> float | bool:  # raises ValueError
     "What an expression over runs comes to."
     if isinstance(node, ast.Constant) and is_number(node.value):
         return node.value
@@ -329,14 +465,20 @@ def evaluated(
         return OPERATORS[type(node.op)](evaluated(node.left, root), evaluated(node.right, root))
     if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in OPERATORS:
         return OPERATORS[type(node.ops[0])](evaluated(node.left, root), evaluated(node.comparators[0], root))
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CALLS and not node.keywords:
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in CALLS
+        and not node.keywords
+    ):
         return CALLS[node.func.id](*(evaluated(a, root) for a in node.args))
     raise ValueError(f"{ast.unparse(node)!r} is no arithmetic over runs")
 
+# %% ../nbs/09_house.ipynb #a276de21
 def run_arithmetic(
-    root:Path, # the repository
-    source:str, # such as `100*a_run.analysis.fd.found`
-)->float|bool: # raises ValueError with a reason
+    root: Path,  # the repository
+    source: str,  # such as `100*a_run.analysis.fd.found`
+) -> float | bool:  # raises ValueError with a reason
     "What a source says today."
     try:
         return evaluated(ast.parse(source, mode="eval").body, root)
@@ -347,73 +489,94 @@ def run_arithmetic(
 
 # %% ../nbs/09_house.ipynb #0f242610
 SOURCES = re.compile(r"^<!-- figures\n((?:.*\n)*?)-->", re.M)
-NOT_PROSE = re.compile(r"```[\s\S]*?```|`[^`\n]*`|\]\([^)]*\)|\$[^$\n]*\$|<!--[\s\S]*?-->|^    .*$|(?:Sec|Eq|Table|Fig|Alg)s?\. ?[\d.]+|^#+ .*$", re.M)
+NOT_PROSE = re.compile(
+    r"```[\s\S]*?```|`[^`\n]*`|\]\([^)]*\)|\$[^$\n]*\$|<!--[\s\S]*?-->|^    .*$|(?:Sec|Eq|Table|Fig|Alg)s?\. ?[\d.]+|^#+ .*$",
+    re.M,
+)
 NUMBER = re.compile(r"(?<![\w.,])[+−-]?\d+(?:,\d{3})*(?:\.\d+)?(?!\w|\.\d)")
 UNITS = re.compile(r"\s(?:dB|m|mm|s|ms|px|%|steps)(?!\w)")
+
 
 @dataclass
 class Figure:
     "A number in a text."
-    start:int # where it begins
-    end:int   # where it ends
-    text:str  # as printed, such as 2,332 or +0.15
-    wanted:bool # whether it has to have a source
 
+    start: int  # where it begins
+    end: int  # where it ends
+    text: str  # as printed, such as 2,332 or +0.15
+    wanted: bool  # whether it has to have a source
+
+# %% ../nbs/09_house.ipynb #b5d1ba1a
 def figures_in(
-    text:str, # markdown
-    runs:list[str], # names of runs
-)->list[Figure]: # in their order
+    text: str,  # markdown
+    runs: list[str],  # names of runs
+) -> list[Figure]:  # in their order
     "The numbers of a text outside code and links."
     shown = NOT_PROSE.sub(lambda m: re.sub(r"[^\n]", "\0", m[0]), text)
     names = re.compile(rf"\b(?:{'|'.join(map(re.escape, runs)) or '(?!)'})\b")
     found = []
-    for section in re.finditer(r"(?:^#+ .*\n?)?(?:^(?!#+ ).*\n?)*", text, re.M): # from heading to heading
+    for section in re.finditer(r"(?:^#+ .*\n?)?(?:^(?!#+ ).*\n?)*", text, re.M):  # from heading to heading
         named = names.search(SOURCES.sub("", section[0]))
         for m in NUMBER.finditer(shown, section.start(), section.end()):
-            line = text[text.rfind("\n", 0, m.start()) + 1:(text.find("\n", m.end()) + 1 or len(text))]
+            line = text[text.rfind("\n", 0, m.start()) + 1 : (text.find("\n", m.end()) + 1 or len(text))]
             measure = "." in m[0] or bool(UNITS.match(shown, m.end()))
-            found.append(Figure(m.start(), m.end(), m[0], measure and bool(names.search(line) if line.startswith("|") else named)))
+            found.append(
+                Figure(
+                    m.start(),
+                    m.end(),
+                    m[0],
+                    measure and bool(names.search(line) if line.startswith("|") else named),
+                )
+            )
     return found
 
 # %% ../nbs/09_house.ipynb #bc75a211
 def printed_like(
-    value:float, # what a source says
-    text:str, # how its figure is printed
-)->str: # the value with as many decimals
+    value: float,  # what a source says
+    text: str,  # how its figure is printed
+) -> str:  # the value with as many decimals
     "A value in the form of a figure."
     decimals = len(text.partition(".")[2])
     sign = "+" if text.startswith("+") else ""
     made = f"{value:{sign}{',' if ',' in text else ''}.{decimals}f}"
     return made.replace("-", "−") if text.startswith("−") else made
 
+# %% ../nbs/09_house.ipynb #af2c9b57
 def is_printed_right(
-    value:float, # what a source says
-    text:str, # the figure
-)->bool:
+    value: float,  # what a source says
+    text: str,  # the figure
+) -> bool:
     "Whether a figure is its source, rounded."
-    half = .5*10**-len(text.partition(".")[2])
-    return abs(float(text.replace(",", "").replace("−", "-")) - value) <= half*(1 + 1e-9)
+    half = 0.5 * 10 ** -len(text.partition(".")[2])
+    return abs(float(text.replace(",", "").replace("−", "-")) - value) <= half * (1 + 1e-9)
 
+# %% ../nbs/09_house.ipynb #a2d2fa3a
 def text_faults(
-    text:str, # markdown
-    root:Path, # the repository
-    runs:list[str], # names of runs whose figures need a source
-)->tuple[list[str],str]: # one sentence a fault; the text with stale figures replaced
+    text: str,  # markdown
+    root: Path,  # the repository
+    runs: list[str],  # names of runs whose figures need a source
+) -> tuple[list[str], str]:  # one sentence a fault; the text with stale figures replaced
     "Hold the figures of a text against the runs that they come from."
-    faults, edits, begin = [], [], 0
+    faults = []
+    edits = []
+    begin = 0
     for marker in [*SOURCES.finditer(text), None]:
-        numbers = [f for f in figures_in(text, runs) if begin <= f.start < (marker.start() if marker else len(text))]
+        numbers = [
+            f for f in figures_in(text, runs) if begin <= f.start < (marker.start() if marker else len(text))
+        ]
         at = 0
         for line in re.finditer(r"\S.*", marker[1]) if marker else ():
             if line[0].startswith("holds "):
-                faults += holds_fault(line[0][len("holds "):], root)
+                faults += holds_fault(line[0][len("holds ") :], root)
                 continue
             printed, _, source = map(str.strip, line[0].partition(" = "))
             for entry in re.finditer(r"[^ ]+?(?=, |$)", printed):
                 figure = entry[0]
                 k = next((k for k in range(at, len(numbers)) if numbers[k].text == figure), None)
                 if k is None:
-                    faults.append(f"{figure} ({source}) does not stand in the text above its source, in the order of the sources")
+                    faults.append(
+                        f"{figure} ({source}) does not stand in the text above its source, in the order of the sources"
+                    )
                     continue
                 faults += [f"{f.text} has no source" for f in numbers[at:k] if f.wanted]
                 at = k + 1
@@ -428,21 +591,27 @@ def text_faults(
         text = text[:start] + new + text[end:]
     return faults, text
 
+# %% ../nbs/09_house.ipynb #8d6242c8
 def holds_fault(
-    claim:str, # a comparison over runs
-    root:Path, # the repository
-)->list[str]: # a sentence, or nothing
+    claim: str,  # a comparison over runs
+    root: Path,  # the repository
+) -> list[str]:  # a sentence, or nothing
     "Whether a claim about runs is true."
     try:
-        return [] if run_arithmetic(root, claim) is True else [f"it no longer holds that {claim}: say what is true"]
+        return (
+            []
+            if run_arithmetic(root, claim) is True
+            else [f"it no longer holds that {claim}: say what is true"]
+        )
     except ValueError as e:
         return [str(e)]
 
+# %% ../nbs/09_house.ipynb #b8b3f103
 def checked_figure(
-    figure:str, # as printed
-    source:str, # arithmetic over runs, or a dash and a reason
-    root:Path, # the repository
-)->tuple[str,list[str]]: # the figure as it should be; a sentence, or nothing
+    figure: str,  # as printed
+    source: str,  # arithmetic over runs, or a dash and a reason
+    root: Path,  # the repository
+) -> tuple[str, list[str]]:  # the figure as it should be; a sentence, or nothing
     "A figure held against its source."
     if source.startswith("-") and source.strip("- "):
         return figure, []
@@ -457,28 +626,38 @@ def checked_figure(
 
 # %% ../nbs/09_house.ipynb #05be340c
 def kept_runs(
-    root:Path, # the repository
-)->list[str]: # names of folders under papermill_runs of which git knows a file
+    root: Path,  # the repository
+) -> list[str]:  # names of folders under papermill_runs of which git knows a file
     "The runs that prose can name."
-    listed = subprocess.run(["git","ls-files","papermill_runs/*/*"], cwd=root, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "papermill_runs/*/*"], cwd=root, capture_output=True, text=True
+    )
     return sorted({Path(p).parts[1] for p in listed.stdout.splitlines()})
 
+# %% ../nbs/09_house.ipynb #3eeae229
 def figure_faults(
-    root:Path, # the repository
-    write:bool=False, # replace stale figures where they stand
-)->list[str]: # one sentence a fault, with its place
+    root: Path,  # the repository
+    write: bool = False,  # replace stale figures where they stand
+) -> list[str]:  # one sentence a fault, with its place
     "Figures of runs that are stale, have no source, or name a run that is not there."
-    runs, faults = kept_runs(root), []
+    runs = kept_runs(root)
+    faults = []
     for nb in notebooks(root):
         raw = json.loads(nb.path.read_text(encoding="utf-8"))
-        texts = {i: text_faults(c["source"], root, runs) for i,c in enumerate(nb.cells) if c["cell_type"] == "markdown"}
-        faults += [f"nbs/{nb.path.name}, cell {i}: {f}" for i,(found,_) in texts.items() for f in found]
-        changed = {i: text for i,(_,text) in texts.items() if text != nb.cells[i]["source"]}
+        texts = {
+            i: text_faults(c["source"], root, runs)
+            for i, c in enumerate(nb.cells)
+            if c["cell_type"] == "markdown"
+        }
+        faults += [f"nbs/{nb.path.name}, cell {i}: {f}" for i, (found, _) in texts.items() for f in found]
+        changed = {i: text for i, (_, text) in texts.items() if text != nb.cells[i]["source"]}
         if write and changed:
             for i, text in changed.items():
                 raw["cells"][i]["source"] = text.splitlines(keepends=True)
-            nb.path.write_text(json.dumps(raw, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
-    for path in [*sorted((root/"docs").glob("*.md")), *sorted((root/"papermill_runs").glob("*.md"))]:
+            nb.path.write_text(
+                json.dumps(raw, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8"
+            )
+    for path in [*sorted((root / "docs").glob("*.md")), *sorted((root / "papermill_runs").glob("*.md"))]:
         text = path.read_text(encoding="utf-8")
         found, mended = text_faults(text, root, runs)
         faults += [f"{path.relative_to(root)}: {f}" for f in found]
@@ -488,166 +667,253 @@ def figure_faults(
 
 # %% ../nbs/09_house.ipynb #21fe4365
 def visible(
-    nb:Notebook, # any notebook
-)->list[dict]: # copies of the cells that a reader should see, directives removed
+    nb: Notebook,  # any notebook
+) -> list[dict]:  # copies of the cells that a reader should see, directives removed
     "The cells of a page."
     kept = []
     for c in nb.cells:
-        said = re.findall(r"^#\|\s*(\S+)", c["source"], re.M) if c["cell_type"]=="code" else []
-        if {"hide","default_exp"} & set(said): continue
-        source = "" if "echo:" in said else re.sub(r"^#\|.*\n?", "", c["source"], flags=re.M) if said else c["source"]
-        if source.strip() or c.get("outputs"): kept.append(dict(c, source=source))
+        said = re.findall(r"^#\|\s*(\S+)", c["source"], re.M) if c["cell_type"] == "code" else []
+        if {"hide", "default_exp"} & set(said):
+            continue
+        source = (
+            ""
+            if "echo:" in said
+            else re.sub(r"^#\|.*\n?", "", c["source"], flags=re.M)
+            if said
+            else c["source"]
+        )
+        if source.strip() or c.get("outputs"):
+            kept.append(dict(c, source=source))
     return kept
 
 # %% ../nbs/09_house.ipynb #a5837400
 def output_text(
-    output:dict, # one output of a code cell
-)->str: # markdown, empty for a picture
+    output: dict,  # one output of a code cell
+) -> str:  # markdown, empty for a picture
     "One stored output as markdown."
     data = output.get("data", {})
-    if "text/markdown" in data: return "".join(data["text/markdown"])
+    if "text/markdown" in data:
+        return "".join(data["text/markdown"])
     text = "".join(output.get("text", []) or ([] if "image/png" in data else data.get("text/plain", [])))
     return f"```\n{text.rstrip()}\n```" if text.strip() else ""
 
+# %% ../nbs/09_house.ipynb #2748823b
 def as_markdown(
-    nb:Notebook, # any notebook
-)->str: # one markdown text
+    nb: Notebook,  # any notebook
+) -> str:  # one markdown text
     "A notebook as markdown."
     parts = []
     for c in visible(nb):
-        parts.append(c["source"] if c["cell_type"]=="markdown" else f"```python\n{c['source']}\n```" if c["source"] else "")
+        parts.append(
+            c["source"]
+            if c["cell_type"] == "markdown"
+            else f"```python\n{c['source']}\n```"
+            if c["source"]
+            else ""
+        )
         parts += map(output_text, c.get("outputs", []))
     return "\n\n".join(p.strip() for p in parts if p.strip()) + "\n"
 
 # %% ../nbs/09_house.ipynb #84b1e01f
 def relink(
-    text:str,   # markdown
-    turn:Callable, # str -> str, applied to every relative link target
-)->str: # the text with its links turned
+    text: str,  # markdown
+    turn: Callable,  # str -> str, applied to every relative link target
+) -> str:  # the text with its links turned
     "Rewrite the relative links of a text."
     return re.sub(r"\]\((?!\w+:|#)([^)\s]+)\)", lambda m: f"]({turn(m[1])})", text)
 
+
 def from_root(
-    link:str, # a link as written in nbs/
-)->str: # the same target seen from the repository's root
+    link: str,  # a link as written in nbs/
+) -> str:  # the same target seen from the repository's root
     "A link of the README."
     return link[3:] if link.startswith("../") else f"nbs/{link}"
 
+# %% ../nbs/09_house.ipynb #ed7d0301
 def readme_text(
-    root:Path, # the repository
-)->str: # the README that the index stands for
+    root: Path,  # the repository
+) -> str:  # the README that the index stands for
     "The index as README."
-    return "<!-- Made from nbs/00_index.ipynb by `make readme`: edit that. -->\n\n" + relink(as_markdown(read_notebook(root/"nbs/00_index.ipynb")), from_root)
+    return "<!-- Made from nbs/00_index.ipynb by `make readme`: edit that. -->\n\n" + relink(
+        as_markdown(read_notebook(root / "nbs/00_index.ipynb")), from_root
+    )
 
 # %% ../nbs/09_house.ipynb #4f09dfcb
 def readme_faults(
-    root:Path, # the repository
-)->list[str]: # one sentence a fault
+    root: Path,  # the repository
+) -> list[str]:  # one sentence a fault
     "What is out of date in the README."
-    have = (root/"README.md").read_text(encoding="utf-8") if (root/"README.md").is_file() else ""
-    faults = [] if have==readme_text(root) else ["README.md is not what nbs/00_index.ipynb says: run make readme"]
+    have = (root / "README.md").read_text(encoding="utf-8") if (root / "README.md").is_file() else ""
+    faults = (
+        []
+        if have == readme_text(root)
+        else ["README.md is not what nbs/00_index.ipynb says: run make readme"]
+    )
     for make in (notebooks_table, results_table, rows_table):
-        if relink(make(root), from_root) not in have: faults.append(f"README.md lacks today's {make.__name__}: run make readme")
+        if relink(make(root), from_root) not in have:
+            faults.append(f"README.md lacks today's {make.__name__}: run make readme")
     return faults
 
 # %% ../nbs/09_house.ipynb #534c6500
 def write_readme(
-    root:Path, # the repository
-)->None:
+    root: Path,  # the repository
+) -> None:
     "Run the index, clean it, and write the README."
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
-    path = root/"nbs/00_index.ipynb"; nb = nbformat.read(path, 4)
-    client = NotebookClient(nb, timeout=300, kernel_name="python3", extra_arguments=["--log-level=ERROR"], resources={"metadata":{"path":str(root/"nbs")}})
+
+    path = root / "nbs/00_index.ipynb"
+    nb = nbformat.read(path, 4)
+    client = NotebookClient(
+        nb,
+        timeout=300,
+        kernel_name="python3",
+        extra_arguments=["--log-level=ERROR"],
+        resources={"metadata": {"path": str(root / "nbs")}},
+    )
     try:
         client.execute()
     except CellExecutionError as e:
-        raise RuntimeError(f"nbs/00_index.ipynb: a cell ended in {e.ename}, {e.evalue}; mend it and run make readme again.") from e
+        raise RuntimeError(
+            f"nbs/00_index.ipynb: a cell ended in {e.ename}, {e.evalue}; mend it and run make readme again."
+        ) from e
     nbformat.write(nb, path)
-    subprocess.run([sys.executable, "-c", "from nbdev.clean import nbdev_clean; nbdev_clean(fname='nbs/00_index.ipynb')"], cwd=root, check=True)
-    (root/"README.md").write_text(readme_text(root), encoding="utf-8")
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from nbdev.clean import nbdev_clean; nbdev_clean(fname='nbs/00_index.ipynb')",
+        ],
+        cwd=root,
+        check=True,
+    )
+    (root / "README.md").write_text(readme_text(root), encoding="utf-8")
 
 # %% ../nbs/09_house.ipynb #5ef6a46e
 def site_link(
-    link:str, # as written in nbs/: a notebook and perhaps a heading, or a file of the repository
-    repo:str="", # where the repository's files can be read, with a slash at the end
-)->str: # the same target on the site
+    link: str,  # as written in nbs/: a notebook and perhaps a heading, or a file of the repository
+    repo: str = "",  # where the repository's files can be read, with a slash at the end
+) -> str:  # the same target on the site
     "A link of the site."
-    name,_,heading = link.partition("#")
-    if not name.endswith(".ipynb"): return repo + link.removeprefix("../")
+    name, _, heading = link.partition("#")
+    if not name.endswith(".ipynb"):
+        return repo + link.removeprefix("../")
     slug = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", unquote(heading)).strip().lower())
     return name.replace("00_index", "index").replace(".ipynb", ".html") + (slug and f"#{slug}")
 
 # %% ../nbs/09_house.ipynb #34c76800
-MADE = ".made_by_flux4d_house" # in a folder of pages: the files that were written, and a digest of each
+MADE = ".made_by_flux4d_house"  # in a folder of pages: the files that were written, and a digest of each
+
 
 def digest(
-    path:Path, # a file
-)->str:
+    path: Path,  # a file
+) -> str:
     "What tells a file from a changed one."
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
+# %% ../nbs/09_house.ipynb #acc0b3c5
 def remove_pages(
-    out:Path, # folder of pages; may not exist
-)->None: # raises ValueError for a folder that holds anything else
+    out: Path,  # folder of pages; may not exist
+) -> None:  # raises ValueError for a folder that holds anything else
     "Remove the pages that `write_pages` wrote, and nothing else."
     if not out.exists():
         return
     if not out.is_dir():
         raise ValueError(f"{out}: is a file; name a folder for the pages.")
     try:
-        made = json.loads((out/MADE).read_text(encoding="utf-8")) if (out/MADE).is_file() else {}
+        made = json.loads((out / MADE).read_text(encoding="utf-8")) if (out / MADE).is_file() else {}
     except (ValueError, RecursionError):
         made = {}
     made = made if isinstance(made, dict) else {}
-    if others := sorted(p.name for p in out.iterdir() if p.name != MADE and (p.is_symlink() or not p.is_file() or made.get(p.name) != digest(p))):
-        raise ValueError(f"{out}: holds {others[0]}, which flux4d-house did not write; name another folder, or empty this one yourself.")
+    if others := sorted(
+        p.name
+        for p in out.iterdir()
+        if p.name != MADE and (p.is_symlink() or not p.is_file() or made.get(p.name) != digest(p))
+    ):
+        raise ValueError(
+            f"{out}: holds {others[0]}, which flux4d-house did not write; name another folder, or empty this one yourself."
+        )
     for p in out.iterdir():
         p.unlink()
 
+# %% ../nbs/09_house.ipynb #c422c09e
 def write_pages(
-    root:Path, # the repository
-    out:Path,  # folder for the pages: new, empty, or written by this function before
-)->list[Path]: # the notebooks written
+    root: Path,  # the repository
+    out: Path,  # folder for the pages: new, empty, or written by this function before
+) -> list[Path]:  # the notebooks written
     "The notebooks as the site generator wants them."
-    ini = configparser.ConfigParser(); ini.read(root/"settings.ini"); ini = ini["DEFAULT"]
-    page = lambda link: site_link(link, f"{ini.get('git_url')}/blob/{ini.get('branch')}/")
+    ini = configparser.ConfigParser()
+    ini.read(root / "settings.ini")
+    ini = ini["DEFAULT"]
+
+    def page(link):
+        return site_link(link, f"{ini.get('git_url')}/blob/{ini.get('branch')}/")
+
     remove_pages(out)
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for nb in notebooks(root):
-        raw = json.loads(nb.path.read_text(encoding="utf-8")); raw["cells"] = visible(nb)
+        raw = json.loads(nb.path.read_text(encoding="utf-8"))
+        raw["cells"] = visible(nb)
         for c in raw["cells"]:
-            if c["cell_type"]=="markdown": c["source"] = relink(c["source"], page)
+            if c["cell_type"] == "markdown":
+                c["source"] = relink(c["source"], page)
             for o in c.get("outputs", []):
-                if md := o.get("data", {}).get("text/markdown"): o["data"]["text/markdown"] = relink("".join(md), page)
-        written.append(out/nb.path.name.replace("00_index", "index"))
+                if md := o.get("data", {}).get("text/markdown"):
+                    o["data"]["text/markdown"] = relink("".join(md), page)
+        written.append(out / nb.path.name.replace("00_index", "index"))
         written[-1].write_text(json.dumps(raw), encoding="utf-8")
-        (out/MADE).write_text(json.dumps({p.name: digest(p) for p in written}), encoding="utf-8")
+        (out / MADE).write_text(json.dumps({p.name: digest(p) for p in written}), encoding="utf-8")
     return written
 
 # %% ../nbs/09_house.ipynb #26a93b60
 def differing(
-    made:Path, # folder made anew
-    kept:Path, # folder in the repository
-    glob:str,  # which files
-)->list[str]: # names that are in one only or differ in content
+    made: Path,  # folder made anew
+    kept: Path,  # folder in the repository
+    glob: str,  # which files
+) -> list[str]:  # names that are in one only or differ in content
     "Files that two folders do not share."
     names = sorted({p.name for d in (made, kept) for p in d.glob(glob)})
-    return [n for n in names if not ((made/n).is_file() and (kept/n).is_file() and filecmp.cmp(made/n, kept/n, shallow=False))]
+    return [
+        n
+        for n in names
+        if not (
+            (made / n).is_file() and (kept / n).is_file() and filecmp.cmp(made / n, kept / n, shallow=False)
+        )
+    ]
 
+# %% ../nbs/09_house.ipynb #653f1297
 def generated_faults(
-    root:Path, # the repository
-)->list[str]: # one sentence a fault
+    root: Path,  # the repository
+) -> list[str]:  # one sentence a fault
     "Modules that are not what the notebooks export, and notebooks that are not clean."
     with tempfile.TemporaryDirectory() as tmp:
-        copy = Path(tmp); shutil.copy(root/"settings.ini", copy); shutil.copytree(root/"nbs", copy/"nbs", ignore=shutil.ignore_patterns(".*", "__pycache__"))
+        copy = Path(tmp)
+        shutil.copy(root / "settings.ini", copy)
+        shutil.copytree(root / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".*", "__pycache__"))
         code = "from nbdev.doclinks import nbdev_export; nbdev_export(path=None); from nbdev.clean import nbdev_clean; nbdev_clean(fname=None)"
-        done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, env={**os.environ, "IN_TEST":""})
-        if done.returncode: raise RuntimeError(f"nbdev could not export the notebooks: {done.stderr.strip().splitlines()[-1]}")
-        return [*(f"flux4d/{n} is not what its notebook exports: run make export" for n in differing(copy/"flux4d", root/"flux4d", "*.py")),
-                *(f"nbs/{n} is not clean: run make export" for n in differing(copy/"nbs", root/"nbs", "*.ipynb"))]
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=copy,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "IN_TEST": ""},
+        )
+        if done.returncode:
+            raise RuntimeError(
+                f"nbdev could not export the notebooks: {done.stderr.strip().splitlines()[-1]}"
+            )
+        return [
+            *(
+                f"flux4d/{n} is not what its notebook exports: run make export"
+                for n in differing(copy / "flux4d", root / "flux4d", "*.py")
+            ),
+            *(
+                f"nbs/{n} is not clean: run make export"
+                for n in differing(copy / "nbs", root / "nbs", "*.ipynb")
+            ),
+        ]
 
 # %% ../nbs/09_house.ipynb #bd892e7a
 HOUSE_EXAMPLES = """examples:
@@ -657,38 +923,57 @@ HOUSE_EXAMPLES = """examples:
   flux4d-house pages build/pages                      write the pages of the site"""
 NEEDS_PATH = {"show": "a run's folder", "record": "a run's folder", "pages": "the folder to write"}
 
+
 def as_sentence(
-    error:Exception, # of a command
-)->str: # one line
+    error: Exception,  # of a command
+) -> str:  # one line
     "What went wrong, for a person."
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror[0].lower() + error.strerror[1:]}; name another file or folder, or change its permissions."
     return " ".join(str(error).split())
 
+# %% ../nbs/09_house.ipynb #d49d799d
 def house_main(
-    argv:list[str]|None=None, # words of the command line; sys.argv when None
-)->int: # exit status
+    argv: list[str] | None = None,  # words of the command line; sys.argv when None
+) -> int:  # exit status
     "Check and make what is derived from the notebooks; show and keep runs."
-    ap = argparse.ArgumentParser(prog="flux4d-house", description=house_main.__doc__, epilog=HOUSE_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("command", choices=["check","readme","pages","figures","show","record"])
-    ap.add_argument("path", nargs="?", type=Path, help="show, record: a run's folder; pages: the folder to write, new or written by this command before")
-    ap.add_argument("--write", action="store_true", help="figures: replace stale figures in the notebooks and in the README")
+    ap = argparse.ArgumentParser(
+        prog="flux4d-house",
+        description=house_main.__doc__,
+        epilog=HOUSE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    ap.add_argument("command", choices=["check", "readme", "pages", "figures", "show", "record"])
+    ap.add_argument(
+        "path",
+        nargs="?",
+        type=Path,
+        help="show, record: a run's folder; pages: the folder to write, new or written by this command before",
+    )
+    ap.add_argument(
+        "--write",
+        action="store_true",
+        help="figures: replace stale figures in the notebooks and in the README",
+    )
     a = ap.parse_args(argv)
     try:
         lines = house_command(a.command, a.path, a.write)
     except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as e:
         lines = [as_sentence(e)]
-    print(*lines, sep="\n", end="\n"*bool(lines), file=sys.stderr)
+    print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr)
     return int(bool(lines))
 
+# %% ../nbs/09_house.ipynb #6e4857e0
 def house_command(
-    command:str, # as on the command line
-    path:Path|None, # as on the command line
-    write:bool, # as on the command line
-)->list[str]: # faults, one sentence each
+    command: str,  # as on the command line
+    path: Path | None,  # as on the command line
+    write: bool,  # as on the command line
+) -> list[str]:  # faults, one sentence each
     "Run one command; what it has to say beside faults goes to standard output."
     if command in NEEDS_PATH and path is None:
-        return [f"flux4d-house {command}: needs {NEEDS_PATH[command]}, such as {'build/pages' if command == 'pages' else 'papermill_runs/run_001'}."]
+        return [
+            f"flux4d-house {command}: needs {NEEDS_PATH[command]}, such as {'build/pages' if command == 'pages' else 'papermill_runs/run_001'}."
+        ]
     if command == "show":
         print(show_run(path))
     if command == "record":
@@ -702,7 +987,7 @@ def house_command(
         faults = figure_faults(root, write)
         if not write:
             return faults
-        (root/"README.md").write_text(readme_text(root), encoding="utf-8")
+        (root / "README.md").write_text(readme_text(root), encoding="utf-8")
         left = figure_faults(root)
         for fault in faults:
             if fault not in left:

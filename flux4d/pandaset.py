@@ -12,7 +12,17 @@ import numpy as np
 from PIL import Image
 from fastcore.basics import patch
 from .frames import far_origin, pose_to_mat, intrinsics_matrix, rotate_vectors, se3_inverse
-from .files import DataError, WriteError, atomic_write, listing, quoted, remove_unfinished, report, report_missing, short_path
+from flux4d.files import (
+    DataError,
+    WriteError,
+    atomic_write,
+    listing,
+    quoted,
+    remove_unfinished,
+    report,
+    report_missing,
+    short_path,
+)
 from .unpickle import ADMITTED, Category, Table, Text, load_table, need_pandas, safe_load_pickle
 
 # %% auto #0
@@ -22,435 +32,660 @@ __all__ = ['MAX_PIXELS', 'CAMERAS', 'read_stamps', 'read_poses', 'read_intrinsic
 
 # %% ../nbs/03_pandaset.ipynb #6162841e
 _AGAIN = "get the file again"
-_NOTHING = object() # what `_json` gives when it could not read
+_NOTHING = object()  # what `_json` gives when it could not read
 
-def _json(path:Path, found:list[str]|None=None)->Any:
+
+def _json(path: Path, found: list[str] | None = None) -> Any:
     "Parse a JSON file, or report it and give `_NOTHING`."
-    if not path.is_file(): report_missing(path, _AGAIN, found)
+    if not path.is_file():
+        report_missing(path, _AGAIN, found)
     else:
-        try: return json.loads(path.read_bytes())
-        except RecursionError: report(path, "is nested deeper than any list of a log", _AGAIN, found)
-        except (ValueError, MemoryError): report(path, "is truncated or not JSON", _AGAIN, found)
+        try:
+            return json.loads(path.read_bytes())
+        except RecursionError:
+            report(path, "is nested deeper than any list of a log", _AGAIN, found)
+        except (ValueError, MemoryError):
+            report(path, "is truncated or not JSON", _AGAIN, found)
     return _NOTHING
 
-def _counted(path:Path, items:Any, count:int|None, found:list[str]|None)->bool:
+# %% ../nbs/03_pandaset.ipynb #b1e5c5ed
+def _counted(path: Path, items: Any, count: int | None, found: list[str] | None) -> bool:
     "Is this a list with one entry per LiDAR stamp?"
-    if items is _NOTHING: return False
+    if items is _NOTHING:
+        return False
     if not isinstance(items, list) or not items:
         report(path, "is not a list with entries", _AGAIN, found)
         return False
     if count is not None and len(items) != count:
-        report(path, f"has {len(items)} entries where the LiDAR has {count} stamps", "cut both to the same frames or " + _AGAIN, found)
+        report(
+            path,
+            f"has {len(items)} entries where the LiDAR has {count} stamps",
+            "cut both to the same frames or " + _AGAIN,
+            found,
+        )
     return True
 
 # %% ../nbs/03_pandaset.ipynb #8576fdb3
 def read_stamps(
-    path:str|Path, # a timestamps.json
-    count:int|None=None, # entries it must have
-    found:list[str]|None=None, # collect faults here instead of raising
-)->np.ndarray|None: # (F,) float64 epoch s, None when unreadable
+    path: str | Path,  # a timestamps.json
+    count: int | None = None,  # entries it must have
+    found: list[str] | None = None,  # collect faults here instead of raising
+) -> np.ndarray | None:  # (F,) float64 epoch s, None when unreadable
     "Read stamps that must be finite and run forward."
-    path = Path(path); items = _json(path, found)
-    if not _counted(path, items, count, found): return None
-    try: stamps = np.array(items, np.float64).reshape(len(items))
-    except (TypeError, ValueError, OverflowError, RecursionError): return report(path, "holds something that is not a number", _AGAIN, found)
-    if not np.isfinite(stamps).all(): report(path, f"has no finite stamp for frame {np.flatnonzero(~np.isfinite(stamps))[0]}", _AGAIN, found)
+    path = Path(path)
+    items = _json(path, found)
+    if not _counted(path, items, count, found):
+        return None
+    try:
+        stamps = np.array(items, np.float64).reshape(len(items))
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return report(path, "holds something that is not a number", _AGAIN, found)
+    if not np.isfinite(stamps).all():
+        report(
+            path, f"has no finite stamp for frame {np.flatnonzero(~np.isfinite(stamps))[0]}", _AGAIN, found
+        )
     back = np.flatnonzero(np.diff(stamps) <= 0)
-    twice = len(back) and stamps[back[0]+1] == stamps[back[0]]
-    if len(back): report(path, f"runs backwards at frame {back[0]+1}{', which has the stamp of the frame before' if twice else ''}", f"{'drop the frame that is there twice, ' if twice else ''}restore the recording's order or " + _AGAIN, found)
+    twice = len(back) and stamps[back[0] + 1] == stamps[back[0]]
+    if len(back):
+        report(
+            path,
+            f"runs backwards at frame {back[0] + 1}{', which has the stamp of the frame before' if twice else ''}",
+            f"{'drop the frame that is there twice, ' if twice else ''}restore the recording's order or "
+            + _AGAIN,
+            found,
+        )
     return stamps
 
 # %% ../nbs/03_pandaset.ipynb #7375dc6a
 def read_poses(
-    path:str|Path, # a poses.json
-    count:int|None=None, # entries it must have
-    found:list[str]|None=None, # collect faults here instead of raising
-)->np.ndarray|None: # (F,4,4) float64 sensor-to-world, None when unreadable
+    path: str | Path,  # a poses.json
+    count: int | None = None,  # entries it must have
+    found: list[str] | None = None,  # collect faults here instead of raising
+) -> np.ndarray | None:  # (F,4,4) float64 sensor-to-world, None when unreadable
     "Read poses that must have a position and a unit heading each."
-    path = Path(path); items = _json(path, found)
-    if not _counted(path, items, count, found): return None
-    try: rows = np.array([[float(p[k][a]) for k,axes in (("position","xyz"), ("heading","wxyz")) for a in axes] for p in items])
-    except (KeyError, TypeError, ValueError, OverflowError): return report(path, "has a pose without a complete position and heading", _AGAIN, found)
+    path = Path(path)
+    items = _json(path, found)
+    if not _counted(path, items, count, found):
+        return None
+    try:
+        rows = np.array(
+            [
+                [float(p[k][a]) for k, axes in (("position", "xyz"), ("heading", "wxyz")) for a in axes]
+                for p in items
+            ]
+        )
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return report(path, "has a pose without a complete position and heading", _AGAIN, found)
     bad = np.flatnonzero(~np.isfinite(rows).all(1))
-    if len(bad): report(path, f"has a pose that is not finite at frame {bad[0]}", _AGAIN, found)
-    norm = np.linalg.norm(rows[:,3:], axis=1); off = np.flatnonzero(np.abs(norm - 1) > 1e-3)
-    if len(off): report(path, f"has a heading of norm {norm[off[0]]:.3f} at frame {off[0]}, not a unit quaternion", _AGAIN, found)
-    return pose_to_mat(rows[:,:3], rows[:,3:])
+    if len(bad):
+        report(path, f"has a pose that is not finite at frame {bad[0]}", _AGAIN, found)
+    norm = np.linalg.norm(rows[:, 3:], axis=1)
+    off = np.flatnonzero(np.abs(norm - 1) > 1e-3)
+    if len(off):
+        report(
+            path,
+            f"has a heading of norm {norm[off[0]]:.3f} at frame {off[0]}, not a unit quaternion",
+            _AGAIN,
+            found,
+        )
+    return pose_to_mat(rows[:, :3], rows[:, 3:])
 
 # %% ../nbs/03_pandaset.ipynb #dc6bd8ec
 _DISTORTION = "k1 k2 k3 k4 k5 k6 p1 p2 s1 s2 s3 s4".split()
 
-def _distortion(item:dict)->str|None:
+
+def _distortion(item: dict) -> str | None:
     "The first distortion that is not zero, under any of its usual names."
     for k, v in item.items():
-        if k.lower() not in _DISTORTION and not k.lower().startswith("dist") and k != "D": continue
-        try: v = np.asarray(v, np.float64)
-        except (TypeError, ValueError, OverflowError, RecursionError): return quoted(k)
-        if v.any(): return quoted(f"{k} = {v.ravel()[v.ravel().nonzero()[0][0]]:g}")
+        if k.lower() not in _DISTORTION and not k.lower().startswith("dist") and k != "D":
+            continue
+        try:
+            v = np.asarray(v, np.float64)
+        except (TypeError, ValueError, OverflowError, RecursionError):
+            return quoted(k)
+        if v.any():
+            return quoted(f"{k} = {v.ravel()[v.ravel().nonzero()[0][0]]:g}")
 
+# %% ../nbs/03_pandaset.ipynb #bca933f7
 def read_intrinsics(
-    path:str|Path, # an intrinsics.json
-    found:list[str]|None=None, # collect faults here instead of raising
-)->np.ndarray|None: # (3,3) float64 pinhole matrix K, px at full resolution, None when unreadable
+    path: str | Path,  # an intrinsics.json
+    found: list[str] | None = None,  # collect faults here instead of raising
+) -> np.ndarray | None:  # (3,3) float64 pinhole matrix K, px at full resolution, None when unreadable
     "Read a pinhole camera."
     path = Path(path)
     item = _json(path, found)
-    if item is _NOTHING: return None
-    try: fx, fy, cx, cy = (float(item[k]) for k in ("fx", "fy", "cx", "cy"))
-    except (KeyError, TypeError, ValueError, OverflowError): return report(path, "lacks one of fx, fy, cx, cy", _AGAIN, found)
+    if item is _NOTHING:
+        return None
+    try:
+        fx, fy, cx, cy = (float(item[k]) for k in ("fx", "fy", "cx", "cy"))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return report(path, "lacks one of fx, fy, cx, cy", _AGAIN, found)
     if not np.isfinite([cx, cy]).all():
-        report(path, f"has its principal point at ({cx:g}, {cy:g}), which must be finite", "copy the camera's calibration from another log", found)
+        report(
+            path,
+            f"has its principal point at ({cx:g}, {cy:g}), which must be finite",
+            "copy the camera's calibration from another log",
+            found,
+        )
     elif not np.isfinite([fx, fy]).all() or min(fx, fy) <= 0:
-        report(path, f"has focal lengths {fx:g} and {fy:g}, which must be positive", "copy the camera's calibration from another log", found)
+        report(
+            path,
+            f"has focal lengths {fx:g} and {fy:g}, which must be positive",
+            "copy the camera's calibration from another log",
+            found,
+        )
     if bent := _distortion(item):
-        report(path, f"has lens distortion ({bent}), and images are read as from a pinhole camera", "undistort the images and leave it out", found)
+        report(
+            path,
+            f"has lens distortion ({bent}), and images are read as from a pinhole camera",
+            "undistort the images and leave it out",
+            found,
+        )
     return intrinsics_matrix(fx, fy, cx, cy)
 
 # %% ../nbs/03_pandaset.ipynb #13951c74
 @dataclass
 class Sweep:
     "One LiDAR sweep, one row per return."
-    points:np.ndarray    # (N,3) float64, world, m
-    intensity:np.ndarray # (N,) float32, 0..255
-    stamps:np.ndarray    # (N,) float64, epoch s of each return
-    sensor:np.ndarray    # (N,) int8, 0 = 360 degrees, 1 = forward
-    row:np.ndarray|None=None # (N,) int64, row of the return in its file
 
-    def __len__(self)->int: # returns
+    points: np.ndarray  # (N,3) float64, world, m
+    intensity: np.ndarray  # (N,) float32, 0..255
+    stamps: np.ndarray  # (N,) float64, epoch s of each return
+    sensor: np.ndarray  # (N,) int8, 0 = 360 degrees, 1 = forward
+    row: np.ndarray | None = None  # (N,) int64, row of the return in its file
+
+    def __len__(self) -> int:  # returns
         "How many returns."
         return len(self.points)
 
-    def __getitem__(self,
-        keep:Any, # mask, indices or slice
-    )->Sweep: # the chosen returns
+    def __getitem__(
+        self,
+        keep: Any,  # mask, indices or slice
+    ) -> Sweep:  # the chosen returns
         "A part of the sweep."
-        return Sweep(*(None if a is None else a[keep] for a in (self.points, self.intensity, self.stamps, self.sensor, self.row)))
+        return Sweep(
+            *(
+                None if a is None else a[keep]
+                for a in (self.points, self.intensity, self.stamps, self.sensor, self.row)
+            )
+        )
 
 # %% ../nbs/03_pandaset.ipynb #068656f1
-def _number_column(path:Path, table:Table, name:str, found:list[str]|None)->np.ndarray|None:
+def _number_column(path: Path, table: Table, name: str, found: list[str] | None) -> np.ndarray | None:
     "A column as float64, None when it holds something else."
     column = table.columns[table.labels().index(name)]
     if isinstance(column, np.ndarray):
-        try: return column.astype(np.float64)
-        except (TypeError, ValueError, OverflowError): pass
-    kept = "text" if isinstance(column, Text) else "categories" if isinstance(column, Category) else "objects (an object column)"
-    report(path, f"holds something that is not a number in the column {name}, kept as {kept}", f"convert it with table.astype({{'{name}': 'float64'}}) or {_AGAIN}", found)
+        try:
+            return column.astype(np.float64)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    kept = (
+        "text"
+        if isinstance(column, Text)
+        else "categories"
+        if isinstance(column, Category)
+        else "objects (an object column)"
+    )
+    report(
+        path,
+        f"holds something that is not a number in the column {name}, kept as {kept}",
+        f"convert it with table.astype({{'{name}': 'float64'}}) or {_AGAIN}",
+        found,
+    )
 
+# %% ../nbs/03_pandaset.ipynb #40295120
 def read_sweep(
-    path:str|Path, # a lidar/NN.pkl.gz
-    found:list[str]|None=None, # collect faults here instead of raising
-)->Sweep|None: # every return of the file, None when unreadable
+    path: str | Path,  # a lidar/NN.pkl.gz
+    found: list[str] | None = None,  # collect faults here instead of raising
+) -> Sweep | None:  # every return of the file, None when unreadable
     "Read a sweep whose numbers must all be finite."
     path = Path(path)
-    try: table = load_table(path)
+    try:
+        table = load_table(path)
     except DataError as e:
-        if found is None: raise
+        if found is None:
+            raise
         return found.append(str(e))
     labels = table.labels()
     lacks = [c for c in "xyzitd" if c not in labels]
     if lacks:
         has = quoted(", ".join(map(str, labels)))
-        return report(path, f"lacks the columns {' '.join(lacks)} (it has {has})", f"rename the columns or {_AGAIN}", found)
+        return report(
+            path,
+            f"lacks the columns {' '.join(lacks)} (it has {has})",
+            f"rename the columns or {_AGAIN}",
+            found,
+        )
     twice = [c for c in "xyzitd" if labels.count(c) > 1]
-    if twice: return report(path, f"has the column {twice[0]} twice", _AGAIN, found)
-    if not len(table): return report(path, "holds no returns", _AGAIN, found)
+    if twice:
+        return report(path, f"has the column {twice[0]} twice", _AGAIN, found)
+    if not len(table):
+        return report(path, "holds no returns", _AGAIN, found)
     columns = [_number_column(path, table, c, found) for c in "xyzitd"]
-    if any(c is None for c in columns): return None
+    if any(c is None for c in columns):
+        return None
     x, (i, t, d) = np.stack(columns[:3], 1), columns[3:]
     bad = ~(np.isfinite(x).all(1) & np.isfinite(t) & np.isfinite(i))
-    if bad.any(): report(path, f"has {bad.sum()} returns that are NaN or infinite", "drop these rows or " + _AGAIN, found)
-    if not ((d == 0) | (d == 1)).all(): report(path, "names a sensor that is neither 0 nor 1", _AGAIN, found)
+    if bad.any():
+        report(
+            path, f"has {bad.sum()} returns that are NaN or infinite", "drop these rows or " + _AGAIN, found
+        )
+    if not ((d == 0) | (d == 1)).all():
+        report(path, "names a sensor that is neither 0 nor 1", _AGAIN, found)
     return Sweep(x, i.astype(np.float32), t, d.astype(np.int8), np.arange(len(x)))
 
+# %% ../nbs/03_pandaset.ipynb #6736631a
 @functools.lru_cache(maxsize=8)
-def _sweep(path:str, version:tuple)->Sweep:
+def _sweep(path: str, version: tuple) -> Sweep:
     "Recently read sweeps, forgotten when the file changes."
     return read_sweep(path)
 
-def _version(path:Path)->tuple|None:
+
+def _version(path: Path) -> tuple | None:
     "What changes when a file changes."
     return ((s := path.stat()).st_mtime_ns, s.st_size) if path.is_file() else None
 
 # %% ../nbs/03_pandaset.ipynb #f5693ab7
 def scaled_size(
-    width:int, # px at full resolution
-    height:int, # px at full resolution
-    scale:float, # image scale, 1.0 = full resolution
-)->tuple[int,int]: # width, height, px
+    width: int,  # px at full resolution
+    height: int,  # px at full resolution
+    scale: float,  # image scale, 1.0 = full resolution
+) -> tuple[int, int]:  # width, height, px
     "Size of a scaled image: whole pixels only, never past the border."
-    return int(width*scale + 1e-6), int(height*scale + 1e-6)
+    return int(width * scale + 1e-6), int(height * scale + 1e-6)
 
-MAX_PIXELS = 10**8 # of an image; PandaSet's have 2e6
+# %% ../nbs/03_pandaset.ipynb #77adafee
+MAX_PIXELS = 10**8  # of an image; PandaSet's have 2e6
+
 
 @contextlib.contextmanager
 def open_image(
-    path:str|Path, # a JPEG or PNG
-)->Iterator[Image.Image]: # open, not decoded yet
+    path: str | Path,  # a JPEG or PNG
+) -> Iterator[Image.Image]:  # open, not decoded yet
     "Open an image; what fails inside the `with` block ends in one sentence about the file."
     path = Path(path)
-    if not path.is_file(): report_missing(path, "get the file again or leave its clips out")
+    if not path.is_file():
+        report_missing(path, "get the file again or leave its clips out")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             im = Image.open(path, formats=("JPEG", "PNG"))
         with im:
-            if im.width*im.height > MAX_PIXELS: report(path, f"claims to have {im.width} x {im.height} pixels", "get the file again from a source you trust")
-            if im.mode.startswith(("I", "F")): report(path, f"has pixels of type {im.mode}, not of 8 bits", "save it again as an 8-bit JPEG")
+            if im.width * im.height > MAX_PIXELS:
+                report(
+                    path,
+                    f"claims to have {im.width} x {im.height} pixels",
+                    "get the file again from a source you trust",
+                )
+            if im.mode.startswith(("I", "F")):
+                report(path, f"has pixels of type {im.mode}, not of 8 bits", "save it again as an 8-bit JPEG")
             yield im
-    except DataError: raise
-    except Exception: raise DataError(f"{short_path(path)}: is truncated or not a JPEG; get the file again.") from None
+    except DataError:
+        raise
+    except Exception:
+        raise DataError(f"{short_path(path)}: is truncated or not a JPEG; get the file again.") from None
 
+# %% ../nbs/03_pandaset.ipynb #5fc1d447
 def read_image(
-    path:str|Path, # a JPEG or PNG
-    scale:float=1., # image scale, 1.0 = full resolution
-)->np.ndarray: # (H,W,3) uint8
+    path: str | Path,  # a JPEG or PNG
+    scale: float = 1.0,  # image scale, 1.0 = full resolution
+) -> np.ndarray:  # (H,W,3) uint8
     "Decode an image and reduce it by a box filter."
-    with open_image(path) as im: im = im.convert("RGB")
-    if scale == 1: return np.array(im)
+    with open_image(path) as im:
+        im = im.convert("RGB")
+    if scale == 1:
+        return np.array(im)
     w, h = scaled_size(*im.size, scale)
-    return np.array(im.resize((w, h), Image.Resampling.BOX, box=(0, 0, min(w/scale, im.width), min(h/scale, im.height))))
+    return np.array(
+        im.resize(
+            (w, h), Image.Resampling.BOX, box=(0, 0, min(w / scale, im.width), min(h / scale, im.height))
+        )
+    )
 
+# %% ../nbs/03_pandaset.ipynb #f0314ac1
 @functools.lru_cache(maxsize=8)
-def _image(path:str, version:tuple, scale:float)->np.ndarray:
+def _image(path: str, version: tuple, scale: float) -> np.ndarray:
     "Recently decoded images, forgotten when the file changes."
     return read_image(path, scale)
 
 # %% ../nbs/03_pandaset.ipynb #58aa4f93
-CAMERAS = ("front_camera", "front_left_camera", "front_right_camera", "left_camera", "right_camera", "back_camera")
+CAMERAS = (
+    "front_camera",
+    "front_left_camera",
+    "front_right_camera",
+    "left_camera",
+    "right_camera",
+    "back_camera",
+)
+
 
 def fabricate_log(
-    root:str|Path, # data root to write into
-    log_id:str, # the log's folder
-    frames:int=20, # how many
-    cameras:tuple[str,...]=CAMERAS[:1], # which
-    contents:bool=True, # write real JPEGs and sweeps; False: empty files
-    size:tuple[int,int]=(64,36), # image width, height, px
-    points:int=400, # returns a sweep
-    speed:float=10., # m/s along world +y
-    start:float=1557539956.5, # epoch s of the first LiDAR stamp
-    seed:int=0, # of the wall's pattern
-)->Path: # the log's folder
+    root: str | Path,  # data root to write into
+    log_id: str,  # the log's folder
+    frames: int = 20,  # how many
+    cameras: tuple[str, ...] = CAMERAS[:1],  # which
+    contents: bool = True,  # write real JPEGs and sweeps; False: empty files
+    size: tuple[int, int] = (64, 36),  # image width, height, px
+    points: int = 400,  # returns a sweep
+    speed: float = 10.0,  # m/s along world +y
+    start: float = 1557539956.5,  # epoch s of the first LiDAR stamp
+    seed: int = 0,  # of the wall's pattern
+) -> Path:  # the log's folder
     "Write a small log in PandaSet's layout."
-    log = Path(root)/log_id; rng = np.random.default_rng(seed); wall = rng.uniform((-20,60,0), (20,60,12), (points,3))
-    stamps = start + .1*np.arange(frames)
-    poses = lambda dt,q: [dict(position=dict(x=0.,y=speed*float(t-start+dt),z=1.5), heading=dict(zip("wxyz", q))) for t in stamps]
-    lists = {"meta/timestamps": stamps.tolist(), "lidar/timestamps": stamps.tolist(), "lidar/poses": poses(0, (1.,0.,0.,0.))}
+    log = Path(root) / log_id
+    rng = np.random.default_rng(seed)
+    wall = rng.uniform((-20, 60, 0), (20, 60, 12), (points, 3))
+    stamps = start + 0.1 * np.arange(frames)
+
+    def poses(dt, q):
+        return [
+            dict(position=dict(x=0.0, y=speed * float(t - start + dt), z=1.5), heading=dict(zip("wxyz", q)))
+            for t in stamps
+        ]
+
+    lists = {
+        "meta/timestamps": stamps.tolist(),
+        "lidar/timestamps": stamps.tolist(),
+        "lidar/poses": poses(0, (1.0, 0.0, 0.0, 0.0)),
+    }
     for c in cameras:
-        lists |= {f"camera/{c}/timestamps": (stamps-.05).tolist(), f"camera/{c}/poses": poses(-.05, (.5**.5,-.5**.5,0.,0.)),
-                  f"camera/{c}/intrinsics": dict(fx=size[0]*1., fy=size[0]*1., cx=size[0]/2, cy=size[1]/2)}
-    for name,value in lists.items():
-        (p := log/f"{name}.json").parent.mkdir(parents=True, exist_ok=True); p.write_text(json.dumps(value), encoding="utf-8")
-    picture = Image.fromarray(np.add.outer(np.arange(size[1]), np.arange(size[0])).astype(np.uint8)*2).convert("RGB")
-    for f,t in enumerate(stamps):
-        for c in cameras: picture.save(p) if (p := log/f"camera/{c}/{f:02d}.jpg") and contents else p.touch()
-        p = log/f"lidar/{f:02d}.pkl.gz"
-        if not contents: p.touch(); continue
-        rows = np.column_stack([wall, rng.uniform(0, 255, points), t + rng.uniform(-.1, 0, points), np.arange(points) % 2])
+        lists |= {
+            f"camera/{c}/timestamps": (stamps - 0.05).tolist(),
+            f"camera/{c}/poses": poses(-0.05, (0.5**0.5, -(0.5**0.5), 0.0, 0.0)),
+            f"camera/{c}/intrinsics": dict(
+                fx=size[0] * 1.0, fy=size[0] * 1.0, cx=size[0] / 2, cy=size[1] / 2
+            ),
+        }
+    for name, value in lists.items():
+        (p := log / f"{name}.json").parent.mkdir(parents=True, exist_ok=True)
+        p.write_text(json.dumps(value), encoding="utf-8")
+    picture = Image.fromarray(
+        np.add.outer(np.arange(size[1]), np.arange(size[0])).astype(np.uint8) * 2
+    ).convert("RGB")
+    for f, t in enumerate(stamps):
+        for c in cameras:
+            picture.save(p) if (p := log / f"camera/{c}/{f:02d}.jpg") and contents else p.touch()
+        p = log / f"lidar/{f:02d}.pkl.gz"
+        if not contents:
+            p.touch()
+            continue
+        rows = np.column_stack(
+            [wall, rng.uniform(0, 255, points), t + rng.uniform(-0.1, 0, points), np.arange(points) % 2]
+        )
         need_pandas().DataFrame(rows, columns=list("xyzitd")).astype({"d": int}).to_pickle(p)
     return log
 
 # %% ../nbs/03_pandaset.ipynb #75aeabfc
-def find_pandaset()->Path|None: # the data root, None when there is none
+def find_pandaset() -> Path | None:  # the data root, None when there is none
     "Look for real PandaSet logs."
     if env := os.environ.get("FLUX4D_PANDASET"):
-        if not Path(env).is_dir(): raise DataError("FLUX4D_PANDASET: names a folder that is not there; correct it or unset it.")
+        if not Path(env).is_dir():
+            raise DataError("FLUX4D_PANDASET: names a folder that is not there; correct it or unset it.")
         return Path(env)
     here = Path.cwd()
-    return next((p/"shared/pandaset" for p in (here, *here.parents) if (p/"shared/pandaset").is_dir()), None)
+    return next(
+        (p / "shared/pandaset" for p in (here, *here.parents) if (p / "shared/pandaset").is_dir()), None
+    )
 
+# %% ../nbs/03_pandaset.ipynb #449b70b4
 class PandaSet:
     "A data root: a folder of logs."
-    def __init__(self,
-        root:str|Path, # folder that holds 001, 002, ...
-    )->None:
+
+    def __init__(
+        self,
+        root: str | Path,  # folder that holds 001, 002, ...
+    ) -> None:
         "Open a data root."
         self.root = Path(root)
-        self.log_ids = [p.name for p in listing(self.root) if (p/"lidar").is_dir() and not p.name.startswith("_")]
-        if not self.log_ids: report(self.root, "holds no logs", "give the folder that contains 001, 002 and so on as the data root")
+        self.log_ids = [
+            p.name for p in listing(self.root) if (p / "lidar").is_dir() and not p.name.startswith("_")
+        ]
+        if not self.log_ids:
+            report(
+                self.root,
+                "holds no logs",
+                "give the folder that contains 001, 002 and so on as the data root",
+            )
 
-    def __getitem__(self,
-        log_id:str, # e.g. "002"
-    )->Log: # the log
+    def __getitem__(
+        self,
+        log_id: str,  # e.g. "002"
+    ) -> Log:  # the log
         "Open one log."
-        if log_id not in self.log_ids: report(self.root/log_id, "is not among the logs", f"choose one of {', '.join(self.log_ids[:5])}{' ...' if len(self.log_ids) > 5 else ''}")
+        if log_id not in self.log_ids:
+            report(
+                self.root / log_id,
+                "is not among the logs",
+                f"choose one of {', '.join(self.log_ids[:5])}{' ...' if len(self.log_ids) > 5 else ''}",
+            )
         return Log(self.root, log_id)
 
 # %% ../nbs/03_pandaset.ipynb #fb51a92f
 @dataclass(frozen=True)
 class Camera:
     "One camera of one log at full resolution."
-    name:str # e.g. "front_camera"
-    K:np.ndarray # (3,3) float64 pinhole matrix, px
-    poses:np.ndarray # (F,4,4) float64 camera-to-world, counted from the log's origin
-    stamps:np.ndarray # (F,) float64 epoch s
-    folder:Path # where its images are
+
+    name: str  # e.g. "front_camera"
+    K: np.ndarray  # (3,3) float64 pinhole matrix, px
+    poses: np.ndarray  # (F,4,4) float64 camera-to-world, counted from the log's origin
+    stamps: np.ndarray  # (F,) float64 epoch s
+    folder: Path  # where its images are
 
     @functools.cached_property
-    def size(self)->tuple[int,int]: # width, height, px
+    def size(self) -> tuple[int, int]:  # width, height, px
         "Image size, read from the header of the first image there is."
-        path = next(iter(listing(self.folder, "*.jpg")), self.folder/"00.jpg")
-        with open_image(path) as im: return im.size
+        path = next(iter(listing(self.folder, "*.jpg")), self.folder / "00.jpg")
+        with open_image(path) as im:
+            return im.size
 
     @property
-    def width(self)->int: # px
+    def width(self) -> int:  # px
         "Image width."
         return self.size[0]
 
     @property
-    def height(self)->int: # px
+    def height(self) -> int:  # px
         "Image height."
         return self.size[1]
 
 # %% ../nbs/03_pandaset.ipynb #d6ce4c4d
 class Log:
     "One recording, by its own frame ids."
-    def __init__(self,
-        root:str|Path, # data root
-        log_id:str, # e.g. "002"
-    )->None:
+
+    def __init__(
+        self,
+        root: str | Path,  # data root
+        log_id: str,  # e.g. "002"
+    ) -> None:
         "Open a log; nothing is read yet."
-        self.root, self.id, self.folder = Path(root), log_id, Path(root)/log_id
-        if not self.folder.is_dir(): report(self.folder, "is not there", "check the data root and the log's id")
+        self.root, self.id, self.folder = Path(root), log_id, Path(root) / log_id
+        if not self.folder.is_dir():
+            report(self.folder, "is not there", "check the data root and the log's id")
         self._cameras = {}
 
-    def __repr__(self)->str: # one line
+    def __repr__(self) -> str:  # one line
         "Name the log."
         return f"Log({self.id})"
 
     @functools.cached_property
-    def lidar_stamps(self)->np.ndarray: # (F,) float64 epoch s, the end of each sweep
+    def lidar_stamps(self) -> np.ndarray:  # (F,) float64 epoch s, the end of each sweep
         "Stamps of the sweeps."
-        return read_stamps(self.folder/"lidar/timestamps.json")
+        return read_stamps(self.folder / "lidar/timestamps.json")
 
     @functools.cached_property
-    def _world_poses(self)->np.ndarray: # (F,4,4) float64
+    def _world_poses(self) -> np.ndarray:  # (F,4,4) float64
         "Poses of the LiDAR as the file has them."
-        return read_poses(self.folder/"lidar/poses.json", len(self.lidar_stamps))
+        return read_poses(self.folder / "lidar/poses.json", len(self.lidar_stamps))
 
     @functools.cached_property
-    def origin(self)->np.ndarray: # (3,) float64, world, m
+    def origin(self) -> np.ndarray:  # (3,) float64, world, m
         "What is subtracted from the log's coordinates on reading: zero unless the log lies far from zero."
-        return far_origin(self._world_poses[0,:3,3])
+        return far_origin(self._world_poses[0, :3, 3])
 
     @functools.cached_property
-    def lidar_poses(self)->np.ndarray: # (F,4,4) float64 LiDAR-to-world, counted from the origin
+    def lidar_poses(self) -> np.ndarray:  # (F,4,4) float64 LiDAR-to-world, counted from the origin
         "Poses of the LiDAR; points do not need them."
         return self.from_world_poses(self._world_poses)
 
     @property
-    def frame_ids(self)->list[int]: # 0..F-1
+    def frame_ids(self) -> list[int]:  # 0..F-1
         "Frames the LiDAR has stamps for."
         return list(range(len(self.lidar_stamps)))
 
     @property
-    def cameras(self)->list[str]: # names, front camera first
+    def cameras(self) -> list[str]:  # names, front camera first
         "Cameras that have a folder."
-        return [c for c in CAMERAS if (self.folder/"camera"/c).is_dir()]
+        return [c for c in CAMERAS if (self.folder / "camera" / c).is_dir()]
 
     @property
-    def unknown_cameras(self)->list[str]: # names
+    def unknown_cameras(self) -> list[str]:  # names
         "Folders with a camera's lists whose names are not PandaSet's; they are not read."
         lists = "timestamps.json", "poses.json", "intrinsics.json"
-        return [p.name for p in listing(self.folder/"camera") if p.name not in CAMERAS and any((p/n).is_file() for n in lists)]
+        return [
+            p.name
+            for p in listing(self.folder / "camera")
+            if p.name not in CAMERAS and any((p / n).is_file() for n in lists)
+        ]
 
 # %% ../nbs/03_pandaset.ipynb #b9650b45
-_UNKNOWN_CAMERA = "is not one of PandaSet's cameras and is not read", f"rename the folder to one of {', '.join(CAMERAS)}"
+_UNKNOWN_CAMERA = (
+    "is not one of PandaSet's cameras and is not read",
+    f"rename the folder to one of {', '.join(CAMERAS)}",
+)
+
 
 @patch
-def from_world_poses(self:Log,
-    poses:np.ndarray, # (...,4,4) float64 sensor-to-world, as the log's files have them
-)->np.ndarray: # (...,4,4) the same, counted from the log's origin
+def from_world_poses(
+    self: Log,
+    poses: np.ndarray,  # (...,4,4) float64 sensor-to-world, as the log's files have them
+) -> np.ndarray:  # (...,4,4) the same, counted from the log's origin
     "Count poses from the log's origin."
     moved = poses.copy()
-    moved[...,:3,3] -= self.origin
+    moved[..., :3, 3] -= self.origin
     return moved
 
+# %% ../nbs/03_pandaset.ipynb #6eb262e8
 @patch
-def from_world(self:Log,
-    points:np.ndarray, # (...,3) world, m, as the log's files have them
-)->np.ndarray: # (...,3) float64, m, counted from the log's origin
+def from_world(
+    self: Log,
+    points: np.ndarray,  # (...,3) world, m, as the log's files have them
+) -> np.ndarray:  # (...,3) float64, m, counted from the log's origin
     "Count points from the log's origin."
     return np.asarray(points, np.float64) - self.origin
 
+# %% ../nbs/03_pandaset.ipynb #6a8a9a22
 @patch
-def to_world(self:Log,
-    points:np.ndarray, # (...,3) m, counted from the log's origin
-)->np.ndarray: # (...,3) float64, m, in the world frame of the log's files
+def to_world(
+    self: Log,
+    points: np.ndarray,  # (...,3) m, counted from the log's origin
+) -> np.ndarray:  # (...,3) float64, m, in the world frame of the log's files
     "Give points back the coordinates that the log's files use."
     return np.asarray(points, np.float64) + self.origin
 
 # %% ../nbs/03_pandaset.ipynb #6cd27917
 @patch
-def sweep_path(self:Log,
-    frame:int, # frame id in the log
-)->Path: # lidar/NN.pkl.gz
+def sweep_path(
+    self: Log,
+    frame: int,  # frame id in the log
+) -> Path:  # lidar/NN.pkl.gz
     "File of a frame's LiDAR sweep."
-    return self.folder/f"lidar/{frame:02d}.pkl.gz"
+    return self.folder / f"lidar/{frame:02d}.pkl.gz"
 
+# %% ../nbs/03_pandaset.ipynb #464c5aad
 @patch
-def image_path(self:Log,
-    camera:str, # one of `CAMERAS`
-    frame:int, # frame id in the log
-)->Path: # camera/<name>/NN.jpg
+def image_path(
+    self: Log,
+    camera: str,  # one of `CAMERAS`
+    frame: int,  # frame id in the log
+) -> Path:  # camera/<name>/NN.jpg
     "File of a frame's image."
-    return self.folder/f"camera/{camera}/{frame:02d}.jpg"
+    return self.folder / f"camera/{camera}/{frame:02d}.jpg"
 
+# %% ../nbs/03_pandaset.ipynb #a34551d5
 @patch
-def cuboid_path(self:Log,
-    frame:int, # frame id in the log
-)->Path: # annotations/cuboids/NN.pkl.gz
+def cuboid_path(
+    self: Log,
+    frame: int,  # frame id in the log
+) -> Path:  # annotations/cuboids/NN.pkl.gz
     "File of a frame's labels."
-    return self.folder/f"annotations/cuboids/{frame:02d}.pkl.gz"
+    return self.folder / f"annotations/cuboids/{frame:02d}.pkl.gz"
+
 
 @patch(as_prop=True)
-def missing_sweeps(self:Log)->list[int]: # frame ids
+def missing_sweeps(self: Log) -> list[int]:  # frame ids
     "Frames that have a stamp and no sweep file."
     return [f for f in self.frame_ids if not self.sweep_path(f).is_file()]
 
 # %% ../nbs/03_pandaset.ipynb #4b4ced75
 @patch
-def camera(self:Log,
-    name:str="front_camera", # one of `CAMERAS`
-)->Camera: # intrinsics, poses and stamps of every frame
+def camera(
+    self: Log,
+    name: str = "front_camera",  # one of `CAMERAS`
+) -> Camera:  # intrinsics, poses and stamps of every frame
     "Open one camera."
     if name not in self._cameras:
-        folder, n = self.folder/"camera"/name, len(self.lidar_stamps)
+        folder = self.folder / "camera" / name
+        n = len(self.lidar_stamps)
         if not folder.is_dir():
             odd = self.unknown_cameras
-            also = f" (its folder {quoted(odd[0])} has no name of PandaSet's: rename it to one of {', '.join(CAMERAS)})" if odd else ""
-            report(folder, "is a camera this log does not have" + also, f"choose from {', '.join(self.cameras) or 'another log'}")
-        poses = self.from_world_poses(read_poses(folder/"poses.json", n))
-        self._cameras[name] = Camera(name, read_intrinsics(folder/"intrinsics.json"), poses, read_stamps(folder/"timestamps.json", n), folder)
+            also = (
+                f" (its folder {quoted(odd[0])} has no name of PandaSet's: rename it to one of {', '.join(CAMERAS)})"
+                if odd
+                else ""
+            )
+            report(
+                folder,
+                "is a camera this log does not have" + also,
+                f"choose from {', '.join(self.cameras) or 'another log'}",
+            )
+        poses = self.from_world_poses(read_poses(folder / "poses.json", n))
+        self._cameras[name] = Camera(
+            name,
+            read_intrinsics(folder / "intrinsics.json"),
+            poses,
+            read_stamps(folder / "timestamps.json", n),
+            folder,
+        )
     return self._cameras[name]
 
+# %% ../nbs/03_pandaset.ipynb #3fc05051
 @patch
-def image_size(self:Log,
-    cameras:list[str]|None=None, # names, None: all there are
-)->tuple[int,int]: # width, height, px
+def image_size(
+    self: Log,
+    cameras: list[str] | None = None,  # names, None: all there are
+) -> tuple[int, int]:  # width, height, px
     "The size that the images of these cameras share; cameras of different sizes do not fit into one array."
     sizes = {c: self.camera(c).size for c in (self.cameras if cameras is None else cameras)}
     first = next(iter(sizes))
     for c, size in sizes.items():
         if size != sizes[first]:
             what = f"has images of {size[0]} x {size[1]} pixels where {first} has {sizes[first][0]} x {sizes[first][1]}"
-            report(self.folder/"camera"/c, what, "use cameras of one size together, or scale the images and the intrinsics")
+            report(
+                self.folder / "camera" / c,
+                what,
+                "use cameras of one size together, or scale the images and the intrinsics",
+            )
     return sizes[first]
 
+# %% ../nbs/03_pandaset.ipynb #f5283257
 @patch
-def image(self:Log,
-    camera:str, # one of `CAMERAS`
-    frame:int, # frame id in the log
-    scale:float=1., # image scale, 1.0 = full resolution
-)->np.ndarray: # (H,W,3) uint8
+def image(
+    self: Log,
+    camera: str,  # one of `CAMERAS`
+    frame: int,  # frame id in the log
+    scale: float = 1.0,  # image scale, 1.0 = full resolution
+) -> np.ndarray:  # (H,W,3) uint8
     "One image."
     path = self.image_path(camera, frame)
     return _image(str(path), _version(path), scale).copy()
 
+# %% ../nbs/03_pandaset.ipynb #6c2f5730
 @patch
-def sweep(self:Log,
-    frame:int, # frame id in the log
-    sensors:tuple[int,...]=(0,), # LiDAR sensors to keep
-)->Sweep: # its returns, world frame, counted from the log's origin
+def sweep(
+    self: Log,
+    frame: int,  # frame id in the log
+    sensors: tuple[int, ...] = (0,),  # LiDAR sensors to keep
+) -> Sweep:  # its returns, world frame, counted from the log's origin
     "One LiDAR sweep."
     path = self.sweep_path(frame)
     s = _sweep(str(path), _version(path))
@@ -460,93 +695,141 @@ def sweep(self:Log,
 
 # %% ../nbs/03_pandaset.ipynb #88a7b798
 def vehicle_axes(
-    lidar_to_world:np.ndarray, # (4,4)
-    camera_to_world:np.ndarray, # (4,4) the front camera, x right, y down, z forward
-)->np.ndarray: # (3,3) signed permutation, columns forward, left, up in LiDAR axes
+    lidar_to_world: np.ndarray,  # (4,4)
+    camera_to_world: np.ndarray,  # (4,4) the front camera, x right, y down, z forward
+) -> np.ndarray:  # (3,3) signed permutation, columns forward, left, up in LiDAR axes
     "Name the LiDAR axes that point forward, left and up."
-    ahead, up = (lidar_to_world[:3,:3].T @ camera_to_world[:3,k]*s for k,s in ((2,1), (1,-1)))
-    snap = lambda v: np.sign(v)*(np.arange(3) == np.abs(v).argmax())
-    x = snap(ahead); z = snap(up*(x == 0))
-    return np.column_stack([x, np.cross(z, x), z]) + 0. # + 0. turns -0 into 0
+    ahead, up = (lidar_to_world[:3, :3].T @ camera_to_world[:3, k] * s for k, s in ((2, 1), (1, -1)))
 
+    def snap(v):
+        return np.sign(v) * (np.arange(3) == np.abs(v).argmax())
+
+    x = snap(ahead)
+    z = snap(up * (x == 0))
+    return np.column_stack([x, np.cross(z, x), z]) + 0.0  # + 0. turns -0 into 0
+
+# %% ../nbs/03_pandaset.ipynb #16f73f67
 _RIG = "give camera poses x right, y down, z forward, and a LiDAR whose axes are the vehicle's"
 
-def rig_fault(
-    log:Log, # the log
-    axes:np.ndarray, # (3,3) of its vehicle, as `vehicle_axes` found them
-    off:float=35., # deg, how far the front camera may look off its axis of the LiDAR
-    least:float=5., # m, a shorter drive says nothing about forward
-)->str|None: # the fault, None when the rig is as the reader takes it
-    "Do the front camera, the LiDAR's axes and the vehicle's motion agree?"
-    ahead, up = rotate_vectors(se3_inverse(log.lidar_poses[0]), log.camera("front_camera").poses[0][:3,:3].T[[2,1]]*[[1],[-1]])
-    lean = np.degrees(np.arccos(np.clip([ahead @ axes[:,0], up @ axes[:,2]], -1, 1)))
-    if lean.max() > off: return f"stands {lean.max():.0f} degrees off every axis of the LiDAR"
-    step = np.diff(log.lidar_poses[:,:3,3], axis=0)
-    own = np.einsum("fji,fj->fi", log.lidar_poses[:-1,:3,:3] @ axes, step)
-    way = np.linalg.norm(own, axis=1).sum()
-    if way > least and np.abs(own[:,0]).sum() < .5*way: return "looks across the direction in which the vehicle moves"
 
+def rig_fault(
+    log: Log,  # the log
+    axes: np.ndarray,  # (3,3) of its vehicle, as `vehicle_axes` found them
+    off: float = 35.0,  # deg, how far the front camera may look off its axis of the LiDAR
+    least: float = 5.0,  # m, a shorter drive says nothing about forward
+) -> str | None:  # the fault, None when the rig is as the reader takes it
+    "Do the front camera, the LiDAR's axes and the vehicle's motion agree?"
+    ahead, up = rotate_vectors(
+        se3_inverse(log.lidar_poses[0]), log.camera("front_camera").poses[0][:3, :3].T[[2, 1]] * [[1], [-1]]
+    )
+    lean = np.degrees(np.arccos(np.clip([ahead @ axes[:, 0], up @ axes[:, 2]], -1, 1)))
+    if lean.max() > off:
+        return f"stands {lean.max():.0f} degrees off every axis of the LiDAR"
+    step = np.diff(log.lidar_poses[:, :3, 3], axis=0)
+    own = np.einsum("fji,fj->fi", log.lidar_poses[:-1, :3, :3] @ axes, step)
+    way = np.linalg.norm(own, axis=1).sum()
+    if way > least and np.abs(own[:, 0]).sum() < 0.5 * way:
+        return "looks across the direction in which the vehicle moves"
+
+# %% ../nbs/03_pandaset.ipynb #182230d1
 @patch
-def ego_pose(self:Log,
-    frame:int, # frame id in the log
-)->np.ndarray: # (4,4) float64 vehicle-to-world: x forward, y left, z up, origin of the LiDAR pose
+def ego_pose(
+    self: Log,
+    frame: int,  # frame id in the log
+) -> np.ndarray:  # (4,4) float64 vehicle-to-world: x forward, y left, z up, origin of the LiDAR pose
     "Pose of the vehicle."
     if not hasattr(self, "_axes"):
-        front = "front_camera" in self.cameras # without it: the axes PandaSet documents
-        axes = vehicle_axes(self.lidar_poses[0], self.camera("front_camera").poses[0]) if front else np.array([[0,-1,0],[1,0,0],[0,0,1.]])
-        if front and (odd := rig_fault(self, axes)): report(self.folder/"camera/front_camera/poses.json", odd, _RIG)
+        front = "front_camera" in self.cameras  # without it: the axes PandaSet documents
+        axes = (
+            vehicle_axes(self.lidar_poses[0], self.camera("front_camera").poses[0])
+            if front
+            else np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1.0]])
+        )
+        if front and (odd := rig_fault(self, axes)):
+            report(self.folder / "camera/front_camera/poses.json", odd, _RIG)
         self._axes = axes
-    pose = self.lidar_poses[frame].copy(); pose[:3,:3] = pose[:3,:3] @ self._axes
+    pose = self.lidar_poses[frame].copy()
+    pose[:3, :3] = pose[:3, :3] @ self._axes
     return pose
 
 # %% ../nbs/03_pandaset.ipynb #fd1fca40
-def _check_camera(log:Log, name:str, stamps:np.ndarray|None, found:list[str])->None:
+def _check_camera(log: Log, name: str, stamps: np.ndarray | None, found: list[str]) -> None:
     "Faults of one camera's lists."
-    folder = log.folder/"camera"/name; count = None if stamps is None else len(stamps)
-    read_intrinsics(folder/"intrinsics.json", found); read_poses(folder/"poses.json", count, found)
-    own = read_stamps(folder/"timestamps.json", count, found)
-    if own is None or stamps is None or len(own) != count: return
+    folder = log.folder / "camera" / name
+    count = None if stamps is None else len(stamps)
+    read_intrinsics(folder / "intrinsics.json", found)
+    read_poses(folder / "poses.json", count, found)
+    own = read_stamps(folder / "timestamps.json", count, found)
+    if own is None or stamps is None or len(own) != count:
+        return
     spread = np.std(own - stamps)
     if not spread < 1e-3:
-        report(folder/"timestamps.json", f"has an offset to the LiDAR that varies by {1e3*spread:.1f} ms", "leave this camera out or restore its stamps", found)
+        report(
+            folder / "timestamps.json",
+            f"has an offset to the LiDAR that varies by {1e3 * spread:.1f} ms",
+            "leave this camera out or restore its stamps",
+            found,
+        )
 
-def _check_images(log:Log, name:str, frames:range, found:list[str])->None:
+# %% ../nbs/03_pandaset.ipynb #8ab05020
+def _check_images(log: Log, name: str, frames: range, found: list[str]) -> None:
     "Faults of one camera's images."
     sizes = {}
     for f in frames:
-        try: sizes[f] = read_image(log.image_path(name, f)).shape
-        except DataError as e: found.append(str(e))
+        try:
+            sizes[f] = read_image(log.image_path(name, f)).shape
+        except DataError as e:
+            found.append(str(e))
     odd = [f for f in sizes if sizes[f] != next(iter(sizes.values()))]
-    if odd: report(log.image_path(name, odd[0]), "differs in size from the camera's first image", _AGAIN, found)
+    if odd:
+        report(log.image_path(name, odd[0]), "differs in size from the camera's first image", _AGAIN, found)
 
-def _check_sweeps(log:Log, stamps:np.ndarray, found:list[str])->None:
+# %% ../nbs/03_pandaset.ipynb #ca340e38
+def _check_sweeps(log: Log, stamps: np.ndarray, found: list[str]) -> None:
     "Faults of the sweeps, and of label files where there are any."
-    for f,stamp in enumerate(stamps):
+    for f, stamp in enumerate(stamps):
         s = read_sweep(log.sweep_path(f), found)
-        if s is not None and not np.abs(np.median(s.stamps) - stamp) < 1: report(log.sweep_path(f), "holds returns of another time than its stamp", _AGAIN, found)
-        if not log.cuboid_path(0).parent.is_dir(): continue
-        try: safe_load_pickle(log.cuboid_path(f))
-        except DataError as e: found.append(str(e))
+        if s is not None and not np.abs(np.median(s.stamps) - stamp) < 1:
+            report(log.sweep_path(f), "holds returns of another time than its stamp", _AGAIN, found)
+        if not log.cuboid_path(0).parent.is_dir():
+            continue
+        try:
+            safe_load_pickle(log.cuboid_path(f))
+        except DataError as e:
+            found.append(str(e))
 
 # %% ../nbs/03_pandaset.ipynb #898b9e25
 def check_log(
-    log:Log, # the log to check
-    images:bool=True, # decode every image too
-)->list[str]: # one sentence per fault, empty when the log is sound
+    log: Log,  # the log to check
+    images: bool = True,  # decode every image too
+) -> list[str]:  # one sentence per fault, empty when the log is sound
     "Every fault of a log, in one pass."
-    found = []; stamps = read_stamps(log.folder/"lidar/timestamps.json", found=found); count = None if stamps is None else len(stamps)
-    read_poses(log.folder/"lidar/poses.json", count, found)
-    meta = read_stamps(log.folder/"meta/timestamps.json", count, found)
+    found = []
+    stamps = read_stamps(log.folder / "lidar/timestamps.json", found=found)
+    count = None if stamps is None else len(stamps)
+    read_poses(log.folder / "lidar/poses.json", count, found)
+    meta = read_stamps(log.folder / "meta/timestamps.json", count, found)
     if meta is not None and stamps is not None and len(meta) == count and np.abs(meta - stamps).max() > 1e-6:
-        report(log.folder/"meta/timestamps.json", "differs from the LiDAR stamps", "get both files again from one source", found)
+        report(
+            log.folder / "meta/timestamps.json",
+            "differs from the LiDAR stamps",
+            "get both files again from one source",
+            found,
+        )
     cameras = log.cameras
-    for odd in log.unknown_cameras: report(log.folder/"camera"/odd, *_UNKNOWN_CAMERA, found)
-    if not cameras and not log.unknown_cameras: report(log.folder/"camera", "has no camera of PandaSet's names", "get the log again", found)
+    for odd in log.unknown_cameras:
+        report(log.folder / "camera" / odd, *_UNKNOWN_CAMERA, found)
+    if not cameras and not log.unknown_cameras:
+        report(log.folder / "camera", "has no camera of PandaSet's names", "get the log again", found)
     for name in cameras:
         _check_camera(log, name, stamps, found)
-        if images and stamps is not None: _check_images(log, name, range(count), found)
-    if stamps is not None: _check_sweeps(log, stamps, found)
+        if images and stamps is not None:
+            _check_images(log, name, range(count), found)
+    if stamps is not None:
+        _check_sweeps(log, stamps, found)
     if images and cameras and not found:
-        try: log.image_size(cameras)
-        except DataError as e: found.append(str(e))
+        try:
+            log.image_size(cameras)
+        except DataError as e:
+            found.append(str(e))
     return found

@@ -17,313 +17,462 @@ from .settings import OpenShare
 from .gaussians import BACKGROUND, FLAT, LIDAR, Gaussians
 from .lift import Returns
 from .voxels import VoxelConfig, Voxels
-from .votes import CLOSER, VoteConfig, two_looks
-from .unet import SparseUNet, UNetConfig, count_rows, grid_position, mix_voxels, neighbours, pool_mean, voxelise
+from .motion_prior import FINE_PRIOR, MotionPriorConfig, coarse_to_fine
+from flux4d.unet import (
+    SparseUNet,
+    UNetConfig,
+    count_rows,
+    grid_position,
+    mix_voxels,
+    neighbours,
+    pool_mean,
+    voxelise,
+)
 
 # %% auto #0
-__all__ = ['PredictorConfig', 'drift', 'motion_hints', 'hint_channels', 'point_features', 'orientation', 'time_bins',
-           'binned_features', 'voxel_features', 'point_channels', 'voxel_channels', 'bounded', 'make_head',
-           'decode_residual', 'motion_channels', 'since_start', 'decode_velocity', 'settle', 'Layout', 'in_grid',
-           'make_layout', 'BasePredictor']
+__all__ = ['PredictorConfig', 'local_velocity', 'motion_features', 'motion_feature_count', 'point_features', 'orientation',
+           'time_bins', 'binned_features', 'voxel_features', 'point_channels', 'voxel_channels', 'bounded', 'make_head',
+           'decode_residual', 'motion_channels', 'since_start', 'decode_velocity', 'apply_dead_zone', 'GridIndex',
+           'in_grid', 'make_grid_index', 'BasePredictor']
 
 # %% ../nbs/31_predictor.ipynb #fc4def75
 @dataclass(frozen=True)
 class PredictorConfig:
     "The predictor: what it is shown and how far it may go."
-    unet:UNetConfig=UNetConfig() # the network between voxels and voxels
-    hidden:PositiveInt=96 # width of the two hidden layers of each head
-    degree:Annotated[int, Interval(ge=0, le=5)]=0 # l of the motion polynomial; l+1 velocity blocks (supp. A.1)
-    time_bins:Annotated[int, Interval(ge=1, le=256)]=8 # groups of channels per voxel that keep capture times apart
-    bin_seconds:PositiveFloat=.2 # width of one bin, s; the input frames are 0.2 s apart
+
+    unet: UNetConfig = UNetConfig()  # the network between voxels and voxels
+    hidden: PositiveInt = 96  # width of the two hidden layers of each head
+    degree: Annotated[int, Interval(ge=0, le=5)] = (
+        0  # l of the motion polynomial; l+1 velocity blocks (supp. A.1)
+    )
+    time_bins: Annotated[int, Interval(ge=1, le=256)] = (
+        8  # groups of channels per voxel that keep capture times apart
+    )
+    bin_seconds: PositiveFloat = 0.2  # width of one bin, s; the input frames are 0.2 s apart
     # start of the first bin before the clip's start, s; a sweep's returns end at its stamp
-    bin_shift:NonNegativeFloat=.15
-    drift_cells:tuple[PositiveFloat,...]=(2., 4., 8., 16.) # edges of the cells in which drift is measured, m
-    drift_height:PositiveFloat=.8 # their height, m; low, so that the road is apart from what drives on it
-    votes:VoteConfig=VoteConfig() # how sweeps are searched for displacements
-    closer:VoteConfig=CLOSER  # how they are searched again for what is small and slow
-    position_bound:PositiveFloat=4. # largest shift along an axis, in the Gaussian's own standard deviations
-    quat_bound:OpenShare=.5 # largest quaternion residual per component; below 1, so the sum never vanishes
-    scale_bound:PositiveFloat=3. # largest change of the stored scale, about a factor of 20
-    opacity_bound:PositiveFloat=6. # largest change of the opacity logit
-    colour_bound:PositiveFloat=4. # largest change of a colour logit
-    velocity_scale:PositiveFloat=10. # m/s per unit of the head's output
-    velocity_bound:PositiveFloat=50. # largest velocity component, m/s
-    stray:PositiveFloat=.5 # largest departure from a trusted vote along an axis, and the scale of it, m/s and m/s^2
+    bin_shift: NonNegativeFloat = 0.15
+    local_velocity_cells: tuple[PositiveFloat, ...] = (
+        2.0,
+        4.0,
+        8.0,
+        16.0,
+    )  # edges of the cells in which drift is measured, m
+    local_velocity_height: PositiveFloat = (
+        0.8  # their height, m; low, so that the road is apart from what drives on it
+    )
+    motion_prior: MotionPriorConfig = MotionPriorConfig()  # how sweeps are searched for displacements
+    fine_prior: MotionPriorConfig = FINE_PRIOR  # how they are searched again for what is small and slow
+    position_bound: PositiveFloat = (
+        4.0  # largest shift along an axis, in the Gaussian's own standard deviations
+    )
+    quat_bound: OpenShare = (
+        0.5  # largest quaternion residual per component; below 1, so the sum never vanishes
+    )
+    scale_bound: PositiveFloat = 3.0  # largest change of the stored scale, about a factor of 20
+    opacity_bound: PositiveFloat = 6.0  # largest change of the opacity logit
+    colour_bound: PositiveFloat = 4.0  # largest change of a colour logit
+    velocity_scale: PositiveFloat = 10.0  # m/s per unit of the head's output
+    velocity_bound: PositiveFloat = 50.0  # largest velocity component, m/s
+    max_residual: PositiveFloat = (
+        0.5  # largest departure from a trusted vote along an axis, and the scale of it, m/s and m/s^2
+    )
     # m/s, a departure from rest, once trained, does not count up to here and counts in full from twice this
-    settle:NonNegativeFloat=.5
+    dead_zone: NonNegativeFloat = 0.5
 
 # %% ../nbs/31_predictor.ipynb #31b71d9f
-def drift(
-    points:Tensor,  # (M,3) ego0, m
-    seconds:Tensor, # (M,) since the clip's start
-    cell:float,     # edge of a cell, m
-    height:float,   # its height, m
-    ridge:float=.02, # added to the variance of time, s^2
-)->Tensor: # (M,4) slope of position over time in the point's cell, m/s; spread of time there, s
+def local_velocity(
+    points: Tensor,  # (M,3) ego0, m
+    seconds: Tensor,  # (M,) since the clip's start
+    cell: float,  # edge of a cell, m
+    height: float,  # its height, m
+    ridge: float = 0.02,  # added to the variance of time, s^2
+) -> Tensor:  # (M,4) slope of position over time in the point's cell, m/s; spread of time there, s
     "Least-squares velocity of everything in a coarse cell."
-    at = (points.detach()/points.new_tensor([cell, cell, height])).floor().long()
-    key = ((at - at.min(0)[0])*at.new_tensor([1 << 40, 1 << 20, 1])).sum(1)
-    row = torch.unique(key, return_inverse=True)[1]; n = int(row.max()) + 1
-    x = torch.cat([points, seconds.to(points.dtype)[:,None]], 1)
+    at = (points.detach() / points.new_tensor([cell, cell, height])).floor().long()
+    key = ((at - at.min(0)[0]) * at.new_tensor([1 << 40, 1 << 20, 1])).sum(1)
+    row = torch.unique(key, return_inverse=True)[1]
+    n = int(row.max()) + 1
+    x = torch.cat([points, seconds.to(points.dtype)[:, None]], 1)
     x = x - pool_mean(x, row, n)[row]
-    m = pool_mean(x*x[:,3:], row, n)
-    return torch.cat([m[:,:3]/(m[:,3:] + ridge), m[:,3:].sqrt()], 1)[row].float()
+    m = pool_mean(x * x[:, 3:], row, n)
+    return torch.cat([m[:, :3] / (m[:, 3:] + ridge), m[:, 3:].sqrt()], 1)[row].float()
 
 # %% ../nbs/31_predictor.ipynb #2fb5a3d5
-def motion_hints(
-    points:Tensor,  # (M,3) ego0, m
-    seconds:Tensor, # (M,) since the clip's start
-    frame:Tensor,   # (M,) int64 source frame
-    voxel:VoxelConfig,
-    cfg:PredictorConfig, # read: drift_cells, drift_height, votes, closer, velocity_scale
-    voters:tuple[Tensor,Tensor,Tensor]|None=None, # (R,3) ego0, m, (R,) seconds and (R,) frame of the returns that vote; None = the points
-)->Tensor: # (M,hint_channels) float32
+def motion_features(
+    points: Tensor,  # (M,3) ego0, m
+    seconds: Tensor,  # (M,) since the clip's start
+    frame: Tensor,  # (M,) int64 source frame
+    voxel: VoxelConfig,
+    cfg: PredictorConfig,  # read: drift_cells, drift_height, votes, closer, velocity_scale
+    voters: tuple[Tensor, Tensor, Tensor]
+    | None = None,  # (R,3) ego0, m, (R,) seconds and (R,) frame of the returns that vote; None = the points
+) -> Tensor:  # (M,hint_channels) float32
     "Drift in cells of every size, then the votes."
-    p, v = points.float(), cfg.velocity_scale
-    found = [drift(p, seconds, c, cfg.drift_height)*p.new_tensor([1/v, 1/v, 1/v, 2.]) for c in cfg.drift_cells]
-    if cfg.votes.reach: found.append(two_looks(*voters or (p, seconds, frame), voxel, cfg.votes, cfg.closer, (p, frame))*p.new_tensor([1/v]*4 + [1.]*4))
+    p = points.float()
+    v = cfg.velocity_scale
+    found = [
+        local_velocity(p, seconds, c, cfg.local_velocity_height) * p.new_tensor([1 / v, 1 / v, 1 / v, 2.0])
+        for c in cfg.local_velocity_cells
+    ]
+    if cfg.motion_prior.reach:
+        found.append(
+            coarse_to_fine(
+                *voters or (p, seconds, frame), voxel, cfg.motion_prior, cfg.fine_prior, (p, frame)
+            )
+            * p.new_tensor([1 / v] * 4 + [1.0] * 4)
+        )
     return torch.cat(found + [p.new_zeros(len(p), 0)], 1)
 
-def hint_channels(
-    cfg:PredictorConfig,
-)->int:
+# %% ../nbs/31_predictor.ipynb #6ae51b0c
+def motion_feature_count(
+    cfg: PredictorConfig,
+) -> int:
     "How many channels `motion_hints` gives."
-    return 4*len(cfg.drift_cells) + 8*bool(cfg.votes.reach)
+    return 4 * len(cfg.local_velocity_cells) + 8 * bool(cfg.motion_prior.reach)
 
 # %% ../nbs/31_predictor.ipynb #d030d7a3
 def point_features(
-    g:Gaussians,         # M Gaussians in the grid, world
-    points:Tensor,       # (M,3) their centres, ego0, m
-    seconds:Tensor,      # (M,) since the clip's start
-    cell:Tensor,         # (M,3) int64, the voxel each was lifted into
-    voxel:VoxelConfig,
-)->Tensor: # (M,14) float32
+    g: Gaussians,  # M Gaussians in the grid, world
+    points: Tensor,  # (M,3) their centres, ego0, m
+    seconds: Tensor,  # (M,) since the clip's start
+    cell: Tensor,  # (M,3) int64, the voxel each was lifted into
+    voxel: VoxelConfig,
+) -> Tensor:  # (M,14) float32
     "A Gaussian's own features, scaled to order one."
     at, _ = grid_position(points, voxel)
-    parts = [2*at/at.new_tensor(voxel.shape) - 1, g.log_scales + 2.5, g.opacity_logits[:,None]/4, 2*g.colours - 1,
-             (2*seconds - 1)[:,None], 2*(at - cell) - 1]
+    parts = [
+        2 * at / at.new_tensor(voxel.shape) - 1,
+        g.log_scales + 2.5,
+        g.opacity_logits[:, None] / 4,
+        2 * g.colours - 1,
+        (2 * seconds - 1)[:, None],
+        2 * (at - cell) - 1,
+    ]
     return torch.cat([p.float() for p in parts], 1)
 
+# %% ../nbs/31_predictor.ipynb #b75dc29c
 def orientation(
-    quats:Tensor, # (M,4) w,x,y,z, world
-    to_ego:Tensor, # (4,4) float64, world-to-ego0
-)->Tensor: # (M,9) float32, rotation matrix in ego0
+    quats: Tensor,  # (M,4) w,x,y,z, world
+    to_ego: Tensor,  # (4,4) float64, world-to-ego0
+) -> Tensor:  # (M,9) float32, rotation matrix in ego0
     "Orientation without the sign of the quaternion."
-    return (to_ego[:3,:3].to(quats.dtype) @ quat_to_mat(quats)).reshape(-1,9).float()
+    return (to_ego[:3, :3].to(quats.dtype) @ quat_to_mat(quats)).reshape(-1, 9).float()
 
 # %% ../nbs/31_predictor.ipynb #db6569c4
 def time_bins(
-    seconds:Tensor, # (M,) since the clip's start
-    cfg:PredictorConfig,
-)->tuple[Tensor,Tensor]: # (M,) int64 bin; (M,) place in the bin, -1..1
+    seconds: Tensor,  # (M,) since the clip's start
+    cfg: PredictorConfig,
+) -> tuple[Tensor, Tensor]:  # (M,) int64 bin; (M,) place in the bin, -1..1
     "The time bin of each point; times outside all bins go to the nearest."
-    u = (seconds + cfg.bin_shift)/cfg.bin_seconds
+    u = (seconds + cfg.bin_shift) / cfg.bin_seconds
     b = u.floor().clamp(0, cfg.time_bins - 1)
-    return b.long(), (2*(u - b) - 1).clamp(-2, 2)
+    return b.long(), (2 * (u - b) - 1).clamp(-2, 2)
 
+# %% ../nbs/31_predictor.ipynb #72396d93
 def binned_features(
-    own:Tensor,     # (M,C) from `point_features`
-    seconds:Tensor, # (M,) since the clip's start
-    row:Tensor,     # (M,) int64, voxel of each point
-    n:int,          # voxels
-    cfg:PredictorConfig,
-)->Tensor: # (n,8*time_bins)
+    own: Tensor,  # (M,C) from `point_features`
+    seconds: Tensor,  # (M,) since the clip's start
+    row: Tensor,  # (M,) int64, voxel of each point
+    n: int,  # voxels
+    cfg: PredictorConfig,
+) -> Tensor:  # (n,8*time_bins)
     "Per voxel and time bin: log count, mean colour, mean offset, mean time in the bin; zeros where empty."
-    b, place = time_bins(seconds, cfg); slot = row*cfg.time_bins + b
-    mean = pool_mean(torch.cat([own[:,7:10], own[:,11:14], place[:,None]], 1), slot, n*cfg.time_bins)
-    count = count_rows(slot, n*cfg.time_bins)[:,None].log1p()
+    b, place = time_bins(seconds, cfg)
+    slot = row * cfg.time_bins + b
+    mean = pool_mean(torch.cat([own[:, 7:10], own[:, 11:14], place[:, None]], 1), slot, n * cfg.time_bins)
+    count = count_rows(slot, n * cfg.time_bins)[:, None].log1p()
     return torch.cat([count, mean], 1).reshape(n, -1)
 
 # %% ../nbs/31_predictor.ipynb #d8e32929
 def voxel_features(
-    own:Tensor,     # (M,C) point features, hints and extra channels if any
-    seconds:Tensor, # (M,) since the clip's start
-    v:Voxels,       # the points' voxels, every point inside
-    cfg:PredictorConfig,
-)->Tensor: # (V,voxel_channels)
+    own: Tensor,  # (M,C) point features, hints and extra channels if any
+    seconds: Tensor,  # (M,) since the clip's start
+    v: Voxels,  # the points' voxels, every point inside
+    cfg: PredictorConfig,
+) -> Tensor:  # (V,voxel_channels)
     "What the U-Net sees of each voxel."
-    row, n, s = v.voxel, len(v), seconds[:,None]
-    spread = pool_mean((s - pool_mean(s, row, n)[row])**2, row, n).sqrt()
-    return torch.cat([pool_mean(own, row, n), 4*spread, v.count[:,None].log1p()/3, binned_features(own, seconds, row, n, cfg)], 1)
+    row = v.voxel
+    n = len(v)
+    s = seconds[:, None]
+    spread = pool_mean((s - pool_mean(s, row, n)[row]) ** 2, row, n).sqrt()
+    return torch.cat(
+        [
+            pool_mean(own, row, n),
+            4 * spread,
+            v.count[:, None].log1p() / 3,
+            binned_features(own, seconds, row, n, cfg),
+        ],
+        1,
+    )
 
+# %% ../nbs/31_predictor.ipynb #5bd3ee46
 def point_channels(
-    cfg:PredictorConfig,
-)->int:
+    cfg: PredictorConfig,
+) -> int:
     "How many channels `point_features` and `motion_hints` give."
-    return 14 + hint_channels(cfg)
+    return 14 + motion_feature_count(cfg)
+
 
 def voxel_channels(
-    cfg:PredictorConfig,
-    n_extra:int=0, # further channels per point
-)->int:
+    cfg: PredictorConfig,
+    n_extra: int = 0,  # further channels per point
+) -> int:
     "How many channels `voxel_features` gives."
-    return point_channels(cfg) + n_extra + 2 + 8*cfg.time_bins
+    return point_channels(cfg) + n_extra + 2 + 8 * cfg.time_bins
 
 # %% ../nbs/31_predictor.ipynb #7e442f2f
 def bounded(
-    x:Tensor,    # raw output of a head
-    bound:float, # largest magnitude
-)->Tensor: # same shape
+    x: Tensor,  # raw output of a head
+    bound: float,  # largest magnitude
+) -> Tensor:  # same shape
     "x near zero, +-bound far out."
-    return bound*torch.tanh(x/bound)
+    return bound * torch.tanh(x / bound)
 
+# %% ../nbs/31_predictor.ipynb #e294762c
 def make_head(
-    n_in:int,   # channels in
-    hidden:int, # width of the two hidden layers
-    n_out:int,  # numbers per point
-)->nn.Sequential: # (M,n_in) -> (M,n_out), zero at first
+    n_in: int,  # channels in
+    hidden: int,  # width of the two hidden layers
+    n_out: int,  # numbers per point
+) -> nn.Sequential:  # (M,n_in) -> (M,n_out), zero at first
     "A small MLP per point, zero-initialised at its end."
-    layers = [nn.Linear(n_in, hidden), nn.LeakyReLU(.1), nn.Linear(hidden, hidden), nn.LeakyReLU(.1), nn.Linear(hidden, n_out)]
-    nn.init.zeros_(layers[-1].weight); nn.init.zeros_(layers[-1].bias)
+    layers = [
+        nn.Linear(n_in, hidden),
+        nn.LeakyReLU(0.1),
+        nn.Linear(hidden, hidden),
+        nn.LeakyReLU(0.1),
+        nn.Linear(hidden, n_out),
+    ]
+    nn.init.zeros_(layers[-1].weight)
+    nn.init.zeros_(layers[-1].bias)
     return nn.Sequential(*layers)
 
 # %% ../nbs/31_predictor.ipynb #210ba452
 def decode_residual(
-    x:Tensor,     # (M,14) raw head output, ego0
-    g:Gaussians,  # the M Gaussians it is for, world
-    to_world:Tensor, # (4,4) ego0-to-world
-    cfg:PredictorConfig,
-)->Tensor: # (M,14) dG, world
+    x: Tensor,  # (M,14) raw head output, ego0
+    g: Gaussians,  # the M Gaussians it is for, world
+    to_world: Tensor,  # (4,4) ego0-to-world
+    cfg: PredictorConfig,
+) -> Tensor:  # (M,14) dG, world
     "Head output to a bounded residual of the raw attributes."
-    T, part = to_world.to(x.dtype), {k: x[:,s] for k,s in FLAT.items()}
-    dp = rotate_vectors(T, bounded(part["means"], cfg.position_bound)*g.scales.mean(1, keepdim=True))
+    T = to_world.to(x.dtype)
+    part = {k: x[:, s] for k, s in FLAT.items()}
+    dp = rotate_vectors(T, bounded(part["means"], cfg.position_bound) * g.scales.mean(1, keepdim=True))
     delta = bounded(part["quats"], cfg.quat_bound)
-    dq = quat_mul(torch.cat([delta[:,:1], rotate_vectors(T, delta[:,1:])], 1), g.quats)
-    rest = [bounded(part[k], b) for k,b in (("log_scales", cfg.scale_bound), ("opacity_logits", cfg.opacity_bound), ("colour_logits", cfg.colour_bound))]
+    dq = quat_mul(torch.cat([delta[:, :1], rotate_vectors(T, delta[:, 1:])], 1), g.quats)
+    rest = [
+        bounded(part[k], b)
+        for k, b in (
+            ("log_scales", cfg.scale_bound),
+            ("opacity_logits", cfg.opacity_bound),
+            ("colour_logits", cfg.colour_bound),
+        )
+    ]
     return torch.cat([dp, dq, *rest], 1)
 
+# %% ../nbs/31_predictor.ipynb #f960778f
 def motion_channels(
-    cfg:PredictorConfig,
-)->int:
+    cfg: PredictorConfig,
+) -> int:
     "How many numbers the motion head gives: the velocity blocks, and how far to follow the votes if there are any."
-    return 3*(cfg.degree + 1) + bool(cfg.votes.reach)
+    return 3 * (cfg.degree + 1) + bool(cfg.motion_prior.reach)
 
+# %% ../nbs/31_predictor.ipynb #a8f7744d
 def since_start(
-    own:Tensor,     # (M,l+1,3) coefficients about each point's own time, m/s^(j+1)
-    seconds:Tensor, # (M,) that time, since the clip's start
-)->Tensor: # (M,l+1,3) coefficients about the clip's start
+    own: Tensor,  # (M,l+1,3) coefficients about each point's own time, m/s^(j+1)
+    seconds: Tensor,  # (M,) that time, since the clip's start
+) -> Tensor:  # (M,l+1,3) coefficients about the clip's start
     "The same polynomial of time, written from another origin."
-    n, back = own.shape[1], -seconds.to(own.dtype)[:,None]
-    return torch.stack([sum(math.comb(j, k)*back**(j-k)*own[:,j] for j in range(k, n)) for k in range(n)], 1)
+    n = own.shape[1]
+    back = -seconds.to(own.dtype)[:, None]
+    return torch.stack(
+        [sum(math.comb(j, k) * back ** (j - k) * own[:, j] for j in range(k, n)) for k in range(n)], 1
+    )
 
+# %% ../nbs/31_predictor.ipynb #32d4afe0
 def decode_velocity(
-    x:Tensor,        # (M,motion_channels) raw head output, ego0
-    hints:Tensor,    # (M,hint_channels) from `motion_hints`
-    seconds:Tensor,  # (M,) own time, since the clip's start
-    to_world:Tensor, # (4,4) ego0-to-world
-    cfg:PredictorConfig,
-    settled:bool=False, # True: small departures from rest are noise
-)->Tensor: # (M,l+1,3) coefficients, m/s^(j+1), world
+    x: Tensor,  # (M,motion_channels) raw head output, ego0
+    hints: Tensor,  # (M,hint_channels) from `motion_hints`
+    seconds: Tensor,  # (M,) own time, since the clip's start
+    to_world: Tensor,  # (4,4) ego0-to-world
+    cfg: PredictorConfig,
+    settled: bool = False,  # True: small departures from rest are noise
+) -> Tensor:  # (M,l+1,3) coefficients, m/s^(j+1), world
     "Head output to velocity coefficients: the first guess, and what the network adds to it, about each point's own time."
-    n, v, may = cfg.degree + 1, cfg.velocity_scale, 1.; raw = x[:,:3*n].reshape(-1, n, 3); own = bounded(v*raw, cfg.velocity_bound)
-    if cfg.votes.reach:
-        vote, trust, may = v*hints[:,-8:-4].to(x.dtype).reshape(-1,2,2), hints[:,-2,None,None].to(x.dtype), hints[:,-1,None,None].to(x.dtype)
-        own = own + F.pad((torch.tanh(x[:,3*n:])*vote[:,0])[:,None], (0,1,0,n-1))
-        guess = F.pad(vote[:,:n], (0,1,0,max(0, n-2))) + bounded(cfg.stray*raw, cfg.stray); own = torch.where(trust > 0, guess, settle(own, cfg.settle) if settled else own)
-    elif settled: own = settle(own, cfg.settle)
-    return rotate_vectors(to_world.to(x.dtype), since_start(may*own, seconds))
+    n = cfg.degree + 1
+    v = cfg.velocity_scale
+    may = 1.0
+    raw = x[:, : 3 * n].reshape(-1, n, 3)
+    own = bounded(v * raw, cfg.velocity_bound)
+    if cfg.motion_prior.reach:
+        vote = v * hints[:, -8:-4].to(x.dtype).reshape(-1, 2, 2)
+        trust = hints[:, -2, None, None].to(x.dtype)
+        may = hints[:, -1, None, None].to(x.dtype)
+        own = own + F.pad((torch.tanh(x[:, 3 * n :]) * vote[:, 0])[:, None], (0, 1, 0, n - 1))
+        guess = F.pad(vote[:, :n], (0, 1, 0, max(0, n - 2))) + bounded(
+            cfg.max_residual * raw, cfg.max_residual
+        )
+        own = torch.where(trust > 0, guess, apply_dead_zone(own, cfg.dead_zone) if settled else own)
+    elif settled:
+        own = apply_dead_zone(own, cfg.dead_zone)
+    return rotate_vectors(to_world.to(x.dtype), since_start(may * own, seconds))
 
-def settle(
-    own:Tensor,  # (M,l+1,3) coefficients, velocity first
-    least:float, # m/s
-)->Tensor: # same shape
+# %% ../nbs/31_predictor.ipynb #54c2a113
+def apply_dead_zone(
+    own: Tensor,  # (M,l+1,3) coefficients, velocity first
+    least: float,  # m/s
+) -> Tensor:  # same shape
     "Zero where the velocity is below `least`, as it is above twice that, in proportion between."
-    return own*(own[:,:1].norm(dim=2, keepdim=True)/max(least, 1e-9) - 1).clamp(0, 1)
+    return own * (own[:, :1].norm(dim=2, keepdim=True) / max(least, 1e-9) - 1).clamp(0, 1)
 
 # %% ../nbs/31_predictor.ipynb #1acb7e59
 @dataclass
-class Layout:
+class GridIndex:
     "Where one lifted clip's Gaussians sit in the network's grid."
-    at:Tensor        # (M,) int64 rows of the LiDAR Gaussians in the grid
-    far:Tensor       # (B,) int64 rows of the background
-    to_world:Tensor  # (4,4) float64 ego0-to-world
-    seconds:Tensor   # (M,) capture time since the clip's start
-    voxels:Voxels    # of the M Gaussians, without features
-    rows:Tensor      # (M,8) int64 voxels around each
-    weights:Tensor   # (M,8) their shares
-    hints:Tensor     # (M,hint_channels) motion of its neighbourhood
-    tables:dict=field(default_factory=dict) # of the U-Net's layers, filled by the first passes
 
+    at: Tensor  # (M,) int64 rows of the LiDAR Gaussians in the grid
+    far: Tensor  # (B,) int64 rows of the background
+    to_world: Tensor  # (4,4) float64 ego0-to-world
+    seconds: Tensor  # (M,) capture time since the clip's start
+    voxels: Voxels  # of the M Gaussians, without features
+    rows: Tensor  # (M,8) int64 voxels around each
+    weights: Tensor  # (M,8) their shares
+    hints: Tensor  # (M,hint_channels) motion of its neighbourhood
+    tables: dict = field(default_factory=dict)  # of the U-Net's layers, filled by the first passes
+
+# %% ../nbs/31_predictor.ipynb #2c89c552
 def in_grid(
-    r:Returns,       # on the device of `to_world`
-    to_world:Tensor, # (4,4) float64 ego0-to-world
-    voxel:VoxelConfig, # read: low, shape, size
-)->tuple[Tensor,Tensor,Tensor]: # (R,3) ego0, m; (R,) s since the clip's start; (R,) int64 frame
+    r: Returns,  # on the device of `to_world`
+    to_world: Tensor,  # (4,4) float64 ego0-to-world
+    voxel: VoxelConfig,  # read: low, shape, size
+) -> tuple[Tensor, Tensor, Tensor]:  # (R,3) ego0, m; (R,) s since the clip's start; (R,) int64 frame
     "The returns inside the network's grid."
-    points = transform_points(se3_inverse(to_world), r.points); kept = grid_position(points, voxel)[1]
+    points = transform_points(se3_inverse(to_world), r.points)
+    kept = grid_position(points, voxel)[1]
     return points[kept].float(), r.seconds[kept].float(), r.frame[kept]
 
+# %% ../nbs/31_predictor.ipynb #567b97ec
 @torch.no_grad()
-def make_layout(
-    g:Gaussians,    # N lifted Gaussians, world
-    ego0:Any,       # (4,4) array or tensor, ego0-to-world
-    duration:float, # length of the clip, s
-    voxel:VoxelConfig,
-    cfg:PredictorConfig, # read: what `motion_hints` reads
-    returns:Returns|None, # all around, of the input sweeps, on the same device; None = only the Gaussians tell what moves
-)->Layout: # on the Gaussians' device
+def make_grid_index(
+    g: Gaussians,  # N lifted Gaussians, world
+    ego0: Any,  # (4,4) array or tensor, ego0-to-world
+    duration: float,  # length of the clip, s
+    voxel: VoxelConfig,
+    cfg: PredictorConfig,  # read: what `motion_hints` reads
+    returns: Returns
+    | None,  # all around, of the input sweeps, on the same device; None = only the Gaussians tell what moves
+) -> GridIndex:  # on the Gaussians' device
     "Sort a lifted clip into the grid."
     to_world = torch.as_tensor(ego0, dtype=torch.float64, device=g.means.device)
     points = transform_points(se3_inverse(to_world), g.means.double())
-    at = (grid_position(points, voxel)[1] & (g.kind == LIDAR)).nonzero()[:,0]; points = points[at]
-    seconds, v = (g.t[at]*duration).float(), voxelise(points, points[:,:0], voxel)
-    rows, weights = neighbours(v.keys, points.float(), voxel) if len(at) else (at[:,None].expand(-1,8), at[:,None].expand(-1,8).float())
+    at = (grid_position(points, voxel)[1] & (g.kind == LIDAR)).nonzero()[:, 0]
+    points = points[at]
+    seconds = (g.t[at] * duration).float()
+    v = voxelise(points, points[:, :0], voxel)
+    rows, weights = (
+        neighbours(v.keys, points.float(), voxel)
+        if len(at)
+        else (at[:, None].expand(-1, 8), at[:, None].expand(-1, 8).float())
+    )
     voters = None if returns is None else in_grid(returns, to_world, voxel)
-    return Layout(at, (g.kind == BACKGROUND).nonzero()[:,0], to_world, seconds, v, rows, weights, motion_hints(points, seconds, g.frame[at], voxel, cfg, voters) if len(at) else points.new_zeros(0, hint_channels(cfg)))
+    return GridIndex(
+        at,
+        (g.kind == BACKGROUND).nonzero()[:, 0],
+        to_world,
+        seconds,
+        v,
+        rows,
+        weights,
+        motion_features(points, seconds, g.frame[at], voxel, cfg, voters)
+        if len(at)
+        else points.new_zeros(0, motion_feature_count(cfg)),
+    )
 
 # %% ../nbs/31_predictor.ipynb #f0c35365
 class BasePredictor(nn.Module):
     "(dG, velocity) = f(G, T), paper Eq. 1."
 
-    def __init__(self,
-        cfg:PredictorConfig=PredictorConfig(),
-        voxel:VoxelConfig=VoxelConfig(),
-        n_extra:int=0, # further channels per point, of order one, in ego0 axes
-        predict_velocity:bool=True, # False: the residual only
-    )->None:
+    def __init__(
+        self,
+        cfg: PredictorConfig = PredictorConfig(),
+        voxel: VoxelConfig = VoxelConfig(),
+        n_extra: int = 0,  # further channels per point, of order one, in ego0 axes
+        predict_velocity: bool = True,  # False: the residual only
+    ) -> None:
         "A U-Net and one or two heads."
-        super().__init__(); self.cfg, self.voxel, self.n_extra = cfg, voxel, n_extra
-        self.unet = SparseUNet(voxel_channels(cfg, n_extra), cfg.unet); n = self.unet.n_out + point_channels(cfg) + n_extra + 9
+        super().__init__()
+        self.cfg = cfg
+        self.voxel = voxel
+        self.n_extra = n_extra
+        self.unet = SparseUNet(voxel_channels(cfg, n_extra), cfg.unet)
+        n = self.unet.n_out + point_channels(cfg) + n_extra + 9
         self.attributes = make_head(n, cfg.hidden, 14)
         self.motion = make_head(n, cfg.hidden, motion_channels(cfg)) if predict_velocity else None
 
 # %% ../nbs/31_predictor.ipynb #f1ba07e4
 @patch
-def encode(self:BasePredictor,
-    g:Gaussians,    # M Gaussians in the grid, world
-    lay:Layout,     # where they were lifted to
-    extra:Tensor|None, # (M,n_extra)
-)->Tensor: # (M,C) what each head sees of a point
+def encode(
+    self: BasePredictor,
+    g: Gaussians,  # M Gaussians in the grid, world
+    index: GridIndex,  # where they were lifted to
+    extra: Tensor | None,  # (M,n_extra)
+) -> Tensor:  # (M,C) what each head sees of a point
     "A point's own features beside those of its surroundings."
-    to_ego = se3_inverse(lay.to_world); points = transform_points(to_ego, g.means.double())
-    own = [point_features(g, points, lay.seconds, lay.voxels.coords[lay.voxels.voxel], self.voxel), lay.hints]
+    to_ego = se3_inverse(index.to_world)
+    points = transform_points(to_ego, g.means.double())
+    own = [
+        point_features(g, points, index.seconds, index.voxels.coords[index.voxels.voxel], self.voxel),
+        index.hints,
+    ]
     own = torch.cat(own + ([extra.float()] if self.n_extra else []), 1)
-    v = replace(lay.voxels, features=voxel_features(own, lay.seconds, lay.voxels, self.cfg))
-    around = mix_voxels(self.unet(v, self.voxel.shape, lay.tables), lay.rows, lay.weights)
+    v = replace(index.voxels, features=voxel_features(own, index.seconds, index.voxels, self.cfg))
+    around = mix_voxels(self.unet(v, self.voxel.shape, index.tables), index.rows, index.weights)
     return torch.cat([own, orientation(g.quats, to_ego), around], 1)
 
 # %% ../nbs/31_predictor.ipynb #e40559ce
 @patch
-def forward(self:BasePredictor,
-    g:Gaussians,    # N Gaussians, world; lifted, or refined since
-    lay:Layout,     # of their lift
-    extra:Tensor|None=None, # (N,n_extra) further channels
-)->tuple[Tensor,Tensor|None]: # dG (N,14), velocity (N,l+1,3) m/s^(j+1), both in world axes
+def forward(
+    self: BasePredictor,
+    g: Gaussians,  # N Gaussians, world; lifted, or refined since
+    index: GridIndex,  # of their lift
+    extra: Tensor | None = None,  # (N,n_extra) further channels
+) -> tuple[Tensor, Tensor | None]:  # dG (N,14), velocity (N,l+1,3) m/s^(j+1), both in world axes
     "Residual and velocity of every Gaussian; zero for background and outside the grid."
-    if (extra is None) != (self.n_extra == 0): raise ValueError(f"This predictor takes {self.n_extra} extra channels per point; pass them as `extra`.")
-    dG, velocity, like = g.means.new_zeros(len(g), 14), g.means.new_zeros(len(g), self.cfg.degree + 1, 3), g.means.dtype
-    if len(lay.at):
-        some = g[lay.at]; h = self.encode(some, lay, None if extra is None else extra[lay.at])
-        dG = dG.index_copy(0, lay.at, decode_residual(self.attributes(h).to(like), some, lay.to_world, self.cfg))
-        if self.motion: velocity = velocity.index_copy(0, lay.at, decode_velocity(self.motion(h).to(like), lay.hints, lay.seconds, lay.to_world, self.cfg, settled=not self.training))
+    if (extra is None) != (self.n_extra == 0):
+        raise ValueError(
+            f"This predictor takes {self.n_extra} extra channels per point; pass them as `extra`."
+        )
+    dG = g.means.new_zeros(len(g), 14)
+    velocity = g.means.new_zeros(len(g), self.cfg.degree + 1, 3)
+    like = g.means.dtype
+    if len(index.at):
+        some = g[index.at]
+        h = self.encode(some, index, None if extra is None else extra[index.at])
+        dG = dG.index_copy(
+            0, index.at, decode_residual(self.attributes(h).to(like), some, index.to_world, self.cfg)
+        )
+        if self.motion:
+            velocity = velocity.index_copy(
+                0,
+                index.at,
+                decode_velocity(
+                    self.motion(h).to(like),
+                    index.hints,
+                    index.seconds,
+                    index.to_world,
+                    self.cfg,
+                    settled=not self.training,
+                ),
+            )
     return dG, velocity if self.motion else None
 
+# %% ../nbs/31_predictor.ipynb #9aaa7bef
 @patch
-def layout(self:BasePredictor,
-    g:Gaussians,    # N lifted Gaussians, world
-    ego0:Any,       # (4,4) array or tensor, ego0-to-world
-    duration:float, # length of the clip, s
-    returns:Returns|None, # as for `make_layout`
-)->Layout: # on the Gaussians' device
+def grid_index(
+    self: BasePredictor,
+    g: Gaussians,  # N lifted Gaussians, world
+    ego0: Any,  # (4,4) array or tensor, ego0-to-world
+    duration: float,  # length of the clip, s
+    returns: Returns | None,  # as for `make_layout`
+) -> GridIndex:  # on the Gaussians' device
     "The layout of a lifted clip for this predictor."
-    return make_layout(g, ego0, duration, self.voxel, self.cfg, returns)
+    return make_grid_index(g, ego0, duration, self.voxel, self.cfg, returns)

@@ -18,292 +18,370 @@ __all__ = ['ALPHA_MIN', 'ALPHA_MAX', 'T_MIN', 'STRIP', 'EDGE', 'screen_covarianc
            'cut_strips', 'strength_gradient', 'moments', 'splat_gradients', 'Blend', 'rasterise']
 
 # %% ../nbs/20_raster.ipynb #37b63adc
-ALPHA_MIN = 1/255 # a Gaussian weaker than this at a pixel centre is skipped there
-ALPHA_MAX = .999  # no Gaussian is more opaque than this
-T_MIN = 1e-4      # a pixel is finished before the Gaussian that would bring its transmittance to this
-STRIP = 300_000   # (Gaussian, pixel) pairs worked on at a time: fits the cache, bounds the memory
+ALPHA_MIN = 1 / 255  # a Gaussian weaker than this at a pixel centre is skipped there
+ALPHA_MAX = 0.999  # no Gaussian is more opaque than this
+T_MIN = 1e-4  # a pixel is finished before the Gaussian that would bring its transmittance to this
+STRIP = 300_000  # (Gaussian, pixel) pairs worked on at a time: fits the cache, bounds the memory
 
 # %% ../nbs/20_raster.ipynb #ffa61903
 def screen_covariance(
-    c:Tensor,    # (n,3) centres, camera, m, z > 0
-    axes:Tensor, # (n,3,3) principal half-axes as columns, camera, m
-    K:Tensor,    # (3,3) pinhole matrix, px
-    width:int,   # px
-    height:int,  # px
-)->Tensor: # (n,3) xx, xy, yy, px^2
+    c: Tensor,  # (n,3) centres, camera, m, z > 0
+    axes: Tensor,  # (n,3,3) principal half-axes as columns, camera, m
+    K: Tensor,  # (3,3) pinhole matrix, px
+    width: int,  # px
+    height: int,  # px
+) -> Tensor:  # (n,3) xx, xy, yy, px^2
     "Covariance of each Gaussian's image, linearised at its centre (EWA splatting)."
-    fx,fy,cx,cy = K[0,0], K[1,1], K[0,2], K[1,2]; z = c[:,2]
-    wide,tall = .15*width/fx, .15*height/fy
-    tx = (c[:,0]/z).clamp(-cx/fx - wide, (width - cx)/fx + wide)
-    ty = (c[:,1]/z).clamp(-cy/fy - tall, (height - cy)/fy + tall)
-    u = (fx/z)[:,None]*(axes[:,0] - tx[:,None]*axes[:,2])
-    v = (fy/z)[:,None]*(axes[:,1] - ty[:,None]*axes[:,2])
-    return torch.stack([(u*u).sum(-1), (u*v).sum(-1), (v*v).sum(-1)], -1)
+    fx = K[0, 0]
+    fy = K[1, 1]
+    cx = K[0, 2]
+    cy = K[1, 2]
+    z = c[:, 2]
+    wide = 0.15 * width / fx
+    tall = 0.15 * height / fy
+    tx = (c[:, 0] / z).clamp(-cx / fx - wide, (width - cx) / fx + wide)
+    ty = (c[:, 1] / z).clamp(-cy / fy - tall, (height - cy) / fy + tall)
+    u = (fx / z)[:, None] * (axes[:, 0] - tx[:, None] * axes[:, 2])
+    v = (fy / z)[:, None] * (axes[:, 1] - ty[:, None] * axes[:, 2])
+    return torch.stack([(u * u).sum(-1), (u * v).sum(-1), (v * v).sum(-1)], -1)
 
 # %% ../nbs/20_raster.ipynb #8352ad82
 def nearest_first(
-    z:Tensor,   # (N,) camera depth, m
-    near:float, # m
-    far:float,  # m
-)->Tensor: # (n,) int64, rows of the Gaussians in view, nearest first
+    z: Tensor,  # (N,) camera depth, m
+    near: float,  # m
+    far: float,  # m
+) -> Tensor:  # (n,) int64, rows of the Gaussians in view, nearest first
     "Rows between the planes, in order of depth; equal depths keep their order."
-    kept = ((z >= near) & (z <= far)).nonzero()[:,0]
+    kept = ((z >= near) & (z <= far)).nonzero()[:, 0]
     return kept[z[kept].argsort(stable=True)]
 
 # %% ../nbs/20_raster.ipynb #8fdc3482
 class Splats(NamedTuple):
     "What one camera sees, nearest first."
-    ids:Tensor     # (n,) int64, row of the Gaussian
-    uv:Tensor      # (n,2) centre, continuous px
-    conic:Tensor   # (n,3) A, B, C: the inverse [[A,B],[B,C]] of the screen covariance, px^-2
-    opacity:Tensor # (n,) 0..1
-    depth:Tensor   # (n,) along the optical axis, m
+
+    ids: Tensor  # (n,) int64, row of the Gaussian
+    uv: Tensor  # (n,2) centre, continuous px
+    conic: Tensor  # (n,3) A, B, C: the inverse [[A,B],[B,C]] of the screen covariance, px^-2
+    opacity: Tensor  # (n,) 0..1
+    depth: Tensor  # (n,) along the optical axis, m
 
 # %% ../nbs/20_raster.ipynb #7549aecb
 def project_gaussians(
-    means:Tensor,     # (N,3) centres, world, m
-    quats:Tensor,     # (N,4) w,x,y,z
-    scales:Tensor,    # (N,3) standard deviations, m
-    opacities:Tensor, # (N,) 0..1
-    K:Tensor,         # (3,3) pinhole matrix, px
-    world_to_cam:Tensor, # (4,4)
-    width:int,        # px
-    height:int,       # px
-    near:float=.1,    # m
-    far:float=1e4,    # m
-    eps2d:float=.3,   # px^2 added to both variances
-    antialiased:bool=False, # keep each splat's total weight when eps2d widens it
-)->Splats:
+    means: Tensor,  # (N,3) centres, world, m
+    quats: Tensor,  # (N,4) w,x,y,z
+    scales: Tensor,  # (N,3) standard deviations, m
+    opacities: Tensor,  # (N,) 0..1
+    K: Tensor,  # (3,3) pinhole matrix, px
+    world_to_cam: Tensor,  # (4,4)
+    width: int,  # px
+    height: int,  # px
+    near: float = 0.1,  # m
+    far: float = 1e4,  # m
+    eps2d: float = 0.3,  # px^2 added to both variances
+    antialiased: bool = False,  # keep each splat's total weight when eps2d widens it
+) -> Splats:
     "Gaussians of the world as splats on the screen."
     c = transform_points(world_to_cam, means)
-    ids = nearest_first(c[:,2].detach(), near, far)
-    c,q,s,o = (v.index_select(0, ids) for v in (c, quats, scales, opacities))
-    xx,xy,yy = screen_covariance(c, (world_to_cam[:3,:3] @ quat_to_mat(q))*s[:,None], K, width, height).unbind(-1)
-    sharp, xx, yy = xx*yy - xy*xy, xx + eps2d, yy + eps2d
-    det = xx*yy - xy*xy
-    if antialiased: o = o*(sharp/det).clamp_min(1e-12).sqrt()
-    conic = torch.stack([yy,-xy,xx], -1)/det.clamp_min(1e-10)[:,None]
-    uv = c[:,:2]/c[:,2:]*torch.stack([K[0,0],K[1,1]]) + K[:2,2]
-    return Splats(ids, uv, conic, torch.where(det > 0, o, 0.), c[:,2])
+    ids = nearest_first(c[:, 2].detach(), near, far)
+    c, q, s, o = (v.index_select(0, ids) for v in (c, quats, scales, opacities))
+    xx, xy, yy = screen_covariance(
+        c, (world_to_cam[:3, :3] @ quat_to_mat(q)) * s[:, None], K, width, height
+    ).unbind(-1)
+    sharp = xx * yy - xy * xy
+    xx = xx + eps2d
+    yy = yy + eps2d
+    det = xx * yy - xy * xy
+    if antialiased:
+        o = o * (sharp / det).clamp_min(1e-12).sqrt()
+    conic = torch.stack([yy, -xy, xx], -1) / det.clamp_min(1e-10)[:, None]
+    uv = c[:, :2] / c[:, 2:] * torch.stack([K[0, 0], K[1, 1]]) + K[:2, 2]
+    return Splats(ids, uv, conic, torch.where(det > 0, o, 0.0), c[:, 2])
 
 # %% ../nbs/20_raster.ipynb #c9359bf3
 class Outline(NamedTuple):
     "The ellipse of each splat, float64."
-    x:Tensor      # (n,) centre, continuous px
-    y:Tensor      # (n,) centre, continuous px
-    A:Tensor      # (n,) conic, px^-2
-    B:Tensor      # (n,) conic, px^-2
-    C:Tensor      # (n,) conic, px^-2
-    log_o:Tensor  # (n,) logarithm of the opacity
-    top:Tensor    # (n,) first row
-    bottom:Tensor # (n,) one past the last row
-    width:Tensor  # (n,) width of the ellipse's box, px
+
+    x: Tensor  # (n,) centre, continuous px
+    y: Tensor  # (n,) centre, continuous px
+    A: Tensor  # (n,) conic, px^-2
+    B: Tensor  # (n,) conic, px^-2
+    C: Tensor  # (n,) conic, px^-2
+    log_o: Tensor  # (n,) logarithm of the opacity
+    top: Tensor  # (n,) first row
+    bottom: Tensor  # (n,) one past the last row
+    width: Tensor  # (n,) width of the ellipse's box, px
 
 # %% ../nbs/20_raster.ipynb #7ca5c4cc
-EDGE = 1e-3 # px by which an outline is widened, so that rounding loses no pixel; the strength itself decides there
+EDGE = 1e-3  # px by which an outline is widened, so that rounding loses no pixel; the strength itself decides there
+
 
 def outline(
-    s:Splats,   # what the camera sees
-    width:int,  # px
-    height:int, # px
-)->Outline: # an empty range of rows for splats beside the image
+    s: Splats,  # what the camera sees
+    width: int,  # px
+    height: int,  # px
+) -> Outline:  # an empty range of rows for splats beside the image
     "Ellipses inside which the splats count."
     log_o = s.opacity.detach().double().log()
-    x,y,A,B,C,log_o = torch.nan_to_num(torch.stack([*s.uv.detach().double().T, *s.conic.detach().double().T, log_o]))
-    reach = 2*(log_o - math.log(ALPHA_MIN)).clamp_min(0)/(A*C - B*B).clamp_min(1e-12)
-    rx,ry = (reach*C).sqrt() + EDGE, (reach*A).sqrt() + EDGE
-    top,bottom = (y - ry - .5).ceil().clamp(0, height), (y + ry + .5).floor().clamp(0, height)
-    return Outline(x, y, A, B, C, log_o, top, torch.where((x + rx < 0) | (x - rx > width), top, bottom), (2*rx).clamp(1, width))
+    x, y, A, B, C, log_o = torch.nan_to_num(
+        torch.stack([*s.uv.detach().double().T, *s.conic.detach().double().T, log_o])
+    )
+    reach = 2 * (log_o - math.log(ALPHA_MIN)).clamp_min(0) / (A * C - B * B).clamp_min(1e-12)
+    rx = (reach * C).sqrt() + EDGE
+    ry = (reach * A).sqrt() + EDGE
+    top = (y - ry - 0.5).ceil().clamp(0, height)
+    bottom = (y + ry + 0.5).floor().clamp(0, height)
+    return Outline(
+        x,
+        y,
+        A,
+        B,
+        C,
+        log_o,
+        top,
+        torch.where((x + rx < 0) | (x - rx > width), top, bottom),
+        (2 * rx).clamp(1, width),
+    )
 
 # %% ../nbs/20_raster.ipynb #d4ec46e9
 def expand(
-    n:Tensor, # (m,) int64, entries of each owner
-)->tuple[Tensor,Tensor]: # owner (P,) and place in the owner's list (P,), int64
+    n: Tensor,  # (m,) int64, entries of each owner
+) -> tuple[Tensor, Tensor]:  # owner (P,) and place in the owner's list (P,), int64
     "Owners and places of lists laid end to end."
     own = torch.repeat_interleave(n)
     return own, torch.arange(len(own)) - (n.cumsum(0) - n).index_select(0, own)
 
 # %% ../nbs/20_raster.ipynb #336b9a22
 def pairs(
-    o:Outline, # n splats, nearest first
-    y0:int,    # first row
-    y1:int,    # one past the last row
-    width:int, # px
-    dtype:torch.dtype=torch.float32, # of the strengths
-)->tuple[Tensor,Tensor,Tensor]: # ptr (n+1,): pairs ptr[i]:ptr[i+1] are splat i's; pixel (P,) int32; alpha (P,)
+    o: Outline,  # n splats, nearest first
+    y0: int,  # first row
+    y1: int,  # one past the last row
+    width: int,  # px
+    dtype: torch.dtype = torch.float32,  # of the strengths
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # ptr (n+1,): pairs ptr[i]:ptr[i+1] are splat i's; pixel (P,) int32; alpha (P,)
     "Every pixel in every ellipse, splat by splat, between two rows."
     top = o.top.clamp(y0, y1)
-    own,k = expand((o.bottom.clamp(y0, y1) - top).long())
-    x,y,A,B,C,log_o,row = (v.index_select(0, own) for v in (*o[:6], top))
-    row = row + k; dy = row + .5 - y
-    b,c = B*dy, C*dy*dy/2 - log_o
-    mid,half = x - b/A, (b*b - 2*A*(c + math.log(ALPHA_MIN))).clamp_min(0).sqrt()/A + EDGE
-    left = (mid - half - .5).ceil().clamp(0, width)
-    n = ((mid + half + .5).floor().clamp(0, width) - left).clamp_min(0).long()
-    each,k = expand(n)
-    a,b,c,dx,first = (v.index_select(0, each) for v in ((A/2).to(dtype), b.to(dtype), c.to(dtype), (left + .5 - x).to(dtype), ((row - y0)*width + left).int()))
+    own, k = expand((o.bottom.clamp(y0, y1) - top).long())
+    x, y, A, B, C, log_o, row = (v.index_select(0, own) for v in (*o[:6], top))
+    row = row + k
+    dy = row + 0.5 - y
+    b = B * dy
+    c = C * dy * dy / 2 - log_o
+    mid = x - b / A
+    half = (b * b - 2 * A * (c + math.log(ALPHA_MIN))).clamp_min(0).sqrt() / A + EDGE
+    left = (mid - half - 0.5).ceil().clamp(0, width)
+    n = ((mid + half + 0.5).floor().clamp(0, width) - left).clamp_min(0).long()
+    each, k = expand(n)
+    a, b, c, dx, first = (
+        v.index_select(0, each)
+        for v in (
+            (A / 2).to(dtype),
+            b.to(dtype),
+            c.to(dtype),
+            (left + 0.5 - x).to(dtype),
+            ((row - y0) * width + left).int(),
+        )
+    )
     dx = dx + k
-    alpha = torch.exp(-((a*dx + b)*dx + c)).clamp_max(ALPHA_MAX)
+    alpha = torch.exp(-((a * dx + b) * dx + c)).clamp_max(ALPHA_MAX)
     ptr = torch.zeros(len(top) + 1, dtype=torch.long).index_add(0, own + 1, n).cumsum(0)
-    return ptr, (first + k).int(), alpha*(alpha >= ALPHA_MIN)
+    return ptr, (first + k).int(), alpha * (alpha >= ALPHA_MIN)
 
 # %% ../nbs/20_raster.ipynb #37ec3895
 def transmittance(
-    alpha:Tensor, # (P,) strengths, pixel by pixel, nearest first
-    ptr:Tensor,   # (pixels+1,) int64, where each pixel's entries begin
-)->Tensor: # (P,) light left before each entry; 0 once the pixel is finished
+    alpha: Tensor,  # (P,) strengths, pixel by pixel, nearest first
+    ptr: Tensor,  # (pixels+1,) int64, where each pixel's entries begin
+) -> Tensor:  # (P,) light left before each entry; 0 once the pixel is finished
     "Light that reaches each entry."
     step = torch.log1p(-alpha)
     after = step.cumsum(0, dtype=torch.float64)
     start = torch.cat([after.new_zeros(1), after])[ptr[:-1]]
     after = (after - torch.repeat_interleave(start, ptr.diff(), output_size=len(alpha))).to(alpha.dtype)
-    return torch.exp(after - step)*(after > math.log(T_MIN))
+    return torch.exp(after - step) * (after > math.log(T_MIN))
 
 # %% ../nbs/20_raster.ipynb #501dec07
 class Strip(NamedTuple):
     "The blending weights of some image rows, pixel by pixel, nearest first."
-    y0:int       # first row
-    y1:int       # one past the last row
-    near:Tensor  # (m,) int64, the splats that touch the strip
-    ptr:Tensor   # (pixels+1,) int64, where each pixel's entries begin
-    splat:Tensor # (P,) int32, entry of `near`
-    alpha:Tensor # (P,) strength
-    T:Tensor     # (P,) light left before it
+
+    y0: int  # first row
+    y1: int  # one past the last row
+    near: Tensor  # (m,) int64, the splats that touch the strip
+    ptr: Tensor  # (pixels+1,) int64, where each pixel's entries begin
+    splat: Tensor  # (P,) int32, entry of `near`
+    alpha: Tensor  # (P,) strength
+    T: Tensor  # (P,) light left before it
 
 # %% ../nbs/20_raster.ipynb #3862b30c
 def strip(
-    o:Outline, # all splats, nearest first
-    y0:int,    # first row
-    y1:int,    # one past the last row
-    width:int, # px
-    dtype:torch.dtype=torch.float32, # of the weights
-)->Strip:
+    o: Outline,  # all splats, nearest first
+    y0: int,  # first row
+    y1: int,  # one past the last row
+    width: int,  # px
+    dtype: torch.dtype = torch.float32,  # of the weights
+) -> Strip:
     "Weights of the image rows y0..y1-1."
-    near = ((o.top < y1) & (o.bottom > y0)).nonzero()[:,0]
-    ptr,pixel,alpha = pairs(Outline(*(v[near] for v in o)), y0, y1, width, dtype)
-    by_pixel = csr_array((alpha.numpy(), pixel.numpy(), ptr.int().numpy()), shape=(len(near), (y1 - y0)*width)).tocsc()
-    alpha,splat,ptr = torch.from_numpy(by_pixel.data), torch.from_numpy(by_pixel.indices), torch.from_numpy(by_pixel.indptr).long()
+    near = ((o.top < y1) & (o.bottom > y0)).nonzero()[:, 0]
+    ptr, pixel, alpha = pairs(Outline(*(v[near] for v in o)), y0, y1, width, dtype)
+    by_pixel = csr_array(
+        (alpha.numpy(), pixel.numpy(), ptr.int().numpy()), shape=(len(near), (y1 - y0) * width)
+    ).tocsc()
+    alpha = torch.from_numpy(by_pixel.data)
+    splat = torch.from_numpy(by_pixel.indices)
+    ptr = torch.from_numpy(by_pixel.indptr).long()
     T = transmittance(alpha, ptr)
     seen = T > 0
-    if 2*seen.count_nonzero() > len(seen): return Strip(y0, y1, near, ptr, splat, alpha, T)
+    if 2 * seen.count_nonzero() > len(seen):
+        return Strip(y0, y1, near, ptr, splat, alpha, T)
     ptr = torch.cat([ptr.new_zeros(1), seen.cumsum(0)])[ptr]
     return Strip(y0, y1, near, ptr, splat[seen], alpha[seen], T[seen])
 
 # %% ../nbs/20_raster.ipynb #5fea84c6
 def matrix(
-    s:Strip,        # one strip
-    entries:Tensor, # (P,) a number for each (pixel, splat) pair
-)->csr_array: # (pixels, splats)
+    s: Strip,  # one strip
+    entries: Tensor,  # (P,) a number for each (pixel, splat) pair
+) -> csr_array:  # (pixels, splats)
     "A strip's pairs as a sparse matrix."
-    return csr_array((entries.numpy(), s.splat.numpy(), s.ptr.int().numpy()), shape=(len(s.ptr) - 1, len(s.near)))
+    return csr_array(
+        (entries.numpy(), s.splat.numpy(), s.ptr.int().numpy()), shape=(len(s.ptr) - 1, len(s.near))
+    )
 
 # %% ../nbs/20_raster.ipynb #b5a39c70
 def cut_strips(
-    o:Outline,   # all splats
-    height:int,  # px
-    most:int=STRIP, # pairs a strip
-)->list[tuple[int,int]]: # first row and one past the last, top to bottom
+    o: Outline,  # all splats
+    height: int,  # px
+    most: int = STRIP,  # pairs a strip
+) -> list[tuple[int, int]]:  # first row and one past the last, top to bottom
     "Image rows in strips of bounded work."
-    begin,end = o.top.long(), o.bottom.long()
-    change = torch.zeros(height + 1, dtype=torch.float64).index_add(0, begin, o.width).index_add(0, end, -o.width)
+    begin = o.top.long()
+    end = o.bottom.long()
+    change = (
+        torch.zeros(height + 1, dtype=torch.float64).index_add(0, begin, o.width).index_add(0, end, -o.width)
+    )
     work = change[:-1].cumsum(0).cumsum(0)
-    cuts = [0, *((work/most).floor().diff().nonzero()[:,0] + 1).tolist(), height]
+    cuts = [0, *((work / most).floor().diff().nonzero()[:, 0] + 1).tolist(), height]
     return list(zip(cuts, cuts[1:]))
 
 # %% ../nbs/20_raster.ipynb #67dfb32d
 def strength_gradient(
-    s:Strip,      # one strip
-    f:Tensor,     # (m,C) features of the strip's splats
-    g:Tensor,     # (pixels,C) gradient of the strip's pixels
-)->Tensor: # (P,) gradient of each strength
+    s: Strip,  # one strip
+    f: Tensor,  # (m,C) features of the strip's splats
+    g: Tensor,  # (pixels,C) gradient of the strip's pixels
+) -> Tensor:  # (P,) gradient of each strength
     "How each strength moves the loss."
     pixel = torch.repeat_interleave(s.ptr.diff())
     v = torch.zeros_like(s.alpha)
-    for fc,gc in zip(f.T.contiguous(), g.T.contiguous()): v.addcmul_(fc.index_select(0, s.splat), gc.index_select(0, pixel))
-    so_far = (s.alpha*s.T*v).cumsum(0, dtype=torch.float64)
+    for fc, gc in zip(f.T.contiguous(), g.T.contiguous()):
+        v.addcmul_(fc.index_select(0, s.splat), gc.index_select(0, pixel))
+    so_far = (s.alpha * s.T * v).cumsum(0, dtype=torch.float64)
     total = torch.cat([so_far.new_zeros(1), so_far])[s.ptr[1:]]
     behind = (total.index_select(0, pixel) - so_far).to(v.dtype)
-    return s.T*v - behind/(1 - s.alpha)
+    return s.T * v - behind / (1 - s.alpha)
 
 # %% ../nbs/20_raster.ipynb #8f367984
 def moments(
-    s:Strip,   # one strip
-    u:Tensor,  # (P,) one number a pair
-    width:int, # px
-)->Tensor: # (m,6) float64, sums over pixels of u times 1, x, y, xx, xy, yy
+    s: Strip,  # one strip
+    u: Tensor,  # (P,) one number a pair
+    width: int,  # px
+) -> Tensor:  # (m,6) float64, sums over pixels of u times 1, x, y, xx, xy, yy
     "Moments of `u` over each splat's pixels."
-    y,x = (v.flatten() + .5 for v in torch.meshgrid(torch.arange(s.y0, s.y1, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing='ij'))
-    return torch.from_numpy(matrix(s, u.double()).T @ torch.stack([torch.ones_like(x), x, y, x*x, x*y, y*y], -1).numpy())
+    y, x = (
+        v.flatten() + 0.5
+        for v in torch.meshgrid(
+            torch.arange(s.y0, s.y1, dtype=torch.float64),
+            torch.arange(width, dtype=torch.float64),
+            indexing='ij',
+        )
+    )
+    return torch.from_numpy(
+        matrix(s, u.double()).T @ torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], -1).numpy()
+    )
 
 # %% ../nbs/20_raster.ipynb #a07e40a9
 def splat_gradients(
-    m:Tensor,       # (n,6) float64, moments of u = alpha dL/dalpha
-    uv:Tensor,      # (n,2) centres, px
-    conic:Tensor,   # (n,3) A, B, C
-    opacity:Tensor, # (n,)
-)->tuple[Tensor,Tensor,Tensor]: # gradients of uv, conic, opacity
+    m: Tensor,  # (n,6) float64, moments of u = alpha dL/dalpha
+    uv: Tensor,  # (n,2) centres, px
+    conic: Tensor,  # (n,3) A, B, C
+    opacity: Tensor,  # (n,)
+) -> tuple[Tensor, Tensor, Tensor]:  # gradients of uv, conic, opacity
     "Gradients of the splats from the moments of their pairs."
-    s,sx,sy,sxx,sxy,syy = m.unbind(-1); (x,y),(A,B,C) = uv.double().unbind(-1), conic.double().unbind(-1)
-    dx,dy = s*x - sx, s*y - sy
-    dxx,dxy,dyy = s*x*x - 2*x*sx + sxx, s*x*y - x*sy - y*sx + sxy, s*y*y - 2*y*sy + syy
-    grads = -torch.stack([A*dx + B*dy, B*dx + C*dy], -1), -torch.stack([dxx/2, dxy, dyy/2], -1), s/opacity.double().clamp_min(1e-10)
+    s, sx, sy, sxx, sxy, syy = m.unbind(-1)
+    (x, y), (A, B, C) = uv.double().unbind(-1), conic.double().unbind(-1)
+    dx = s * x - sx
+    dy = s * y - sy
+    dxx = s * x * x - 2 * x * sx + sxx
+    dxy = s * x * y - x * sy - y * sx + sxy
+    dyy = s * y * y - 2 * y * sy + syy
+    grads = (
+        -torch.stack([A * dx + B * dy, B * dx + C * dy], -1),
+        -torch.stack([dxx / 2, dxy, dyy / 2], -1),
+        s / opacity.double().clamp_min(1e-10),
+    )
     return tuple(v.to(uv.dtype) for v in grads)
 
 # %% ../nbs/20_raster.ipynb #18250328
 class Blend(torch.autograd.Function):
     "Splats blended front to back: (pixels, C) from (n, C) features."
+
     @staticmethod
     def forward(
-        ctx:Any,         # what autograd keeps for later
-        uv:Tensor,       # (n,2) centres, px, nearest first
-        conic:Tensor,    # (n,3) A, B, C, px^-2
-        opacity:Tensor,  # (n,) 0..1
-        features:Tensor, # (n,C)
-        width:int,       # px
-        height:int,      # px
-    )->Tensor: # (pixels,C)
+        ctx: Any,  # what autograd keeps for later
+        uv: Tensor,  # (n,2) centres, px, nearest first
+        conic: Tensor,  # (n,3) A, B, C, px^-2
+        opacity: Tensor,  # (n,) 0..1
+        features: Tensor,  # (n,C)
+        width: int,  # px
+        height: int,  # px
+    ) -> Tensor:  # (pixels,C)
         "The picture; its strips are kept for the gradient."
         o = outline(Splats(None, uv, conic, opacity, None), width, height)
-        ctx.strips, picture = [], features.new_zeros(height*width, features.shape[1])
-        for y0,y1 in cut_strips(o, height):
+        ctx.strips, picture = [], features.new_zeros(height * width, features.shape[1])
+        for y0, y1 in cut_strips(o, height):
             s = strip(o, y0, y1, width, features.dtype)
-            picture[y0*width:y1*width] = torch.from_numpy(matrix(s, s.alpha*s.T) @ features.detach().index_select(0, s.near).numpy())
-            if any(ctx.needs_input_grad): ctx.strips.append(s)
-        ctx.width = width; ctx.save_for_backward(uv, conic, opacity, features)
+            picture[y0 * width : y1 * width] = torch.from_numpy(
+                matrix(s, s.alpha * s.T) @ features.detach().index_select(0, s.near).numpy()
+            )
+            if any(ctx.needs_input_grad):
+                ctx.strips.append(s)
+        ctx.width = width
+        ctx.save_for_backward(uv, conic, opacity, features)
         return picture
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx:Any,     # what autograd keeps for later
-        grad:Tensor, # (pixels,C) gradient of the picture
-    )->tuple: # one entry an argument of `forward`
+        ctx: Any,  # what autograd keeps for later
+        grad: Tensor,  # (pixels,C) gradient of the picture
+    ) -> tuple:  # one entry an argument of `forward`
         "Gradients of centres, conics, opacities and features."
-        uv,conic,opacity,features = ctx.saved_tensors
-        d_features, m = torch.zeros_like(features), torch.zeros(len(uv), 6, dtype=torch.float64)
+        uv, conic, opacity, features = ctx.saved_tensors
+        d_features = torch.zeros_like(features)
+        m = torch.zeros(len(uv), 6, dtype=torch.float64)
         for s in ctx.strips:
-            g = grad[s.y0*ctx.width:s.y1*ctx.width].contiguous()
-            u = strength_gradient(s, features.index_select(0, s.near), g)*s.alpha*(s.alpha < ALPHA_MAX)
+            g = grad[s.y0 * ctx.width : s.y1 * ctx.width].contiguous()
+            u = strength_gradient(s, features.index_select(0, s.near), g) * s.alpha * (s.alpha < ALPHA_MAX)
             m.index_add_(0, s.near, moments(s, u, ctx.width))
-            d_features.index_add_(0, s.near, torch.from_numpy(matrix(s, s.alpha*s.T).T @ g.numpy()))
+            d_features.index_add_(0, s.near, torch.from_numpy(matrix(s, s.alpha * s.T).T @ g.numpy()))
         return *splat_gradients(m, uv, conic, opacity), d_features, None, None
 
 # %% ../nbs/20_raster.ipynb #b95b1189
 def rasterise(
-    means:Tensor,     # (N,3) centres, world, m
-    quats:Tensor,     # (N,4) w,x,y,z
-    scales:Tensor,    # (N,3) standard deviations, m
-    opacities:Tensor, # (N,) 0..1
-    features:Tensor,  # (N,C) colours or anything else
-    K:Tensor,         # (3,3) pinhole matrix, px
-    world_to_cam:Tensor, # (4,4)
-    width:int,        # px
-    height:int,       # px
-    **kwargs:Any,     # near, far, eps2d, antialiased of `project_gaussians`
-)->tuple[Tensor,Tensor,Tensor]: # features (H,W,C), expected depth (H,W) m, alpha (H,W)
+    means: Tensor,  # (N,3) centres, world, m
+    quats: Tensor,  # (N,4) w,x,y,z
+    scales: Tensor,  # (N,3) standard deviations, m
+    opacities: Tensor,  # (N,) 0..1
+    features: Tensor,  # (N,C) colours or anything else
+    K: Tensor,  # (3,3) pinhole matrix, px
+    world_to_cam: Tensor,  # (4,4)
+    width: int,  # px
+    height: int,  # px
+    **kwargs: Any,  # near, far, eps2d, antialiased of `project_gaussians`
+) -> tuple[Tensor, Tensor, Tensor]:  # features (H,W,C), expected depth (H,W) m, alpha (H,W)
     "One camera's picture of the Gaussians, by the rules of gsplat's `rasterization`."
     s = project_gaussians(means, quats, scales, opacities, K, world_to_cam, width, height, **kwargs)
-    values = torch.cat([features.index_select(0, s.ids), s.depth[:,None], torch.ones_like(s.depth)[:,None]], 1)
+    values = torch.cat(
+        [features.index_select(0, s.ids), s.depth[:, None], torch.ones_like(s.depth)[:, None]], 1
+    )
     out = Blend.apply(*(v.cpu() for v in (s.uv, s.conic, s.opacity, values)), width, height).to(means.device)
-    image,depth,alpha = out.reshape(height, width, -1).split([features.shape[1],1,1], -1)
-    return image, (depth/alpha.clamp_min(1e-10))[...,0], alpha[...,0]
+    image, depth, alpha = out.reshape(height, width, -1).split([features.shape[1], 1, 1], -1)
+    return image, (depth / alpha.clamp_min(1e-10))[..., 0], alpha[..., 0]

@@ -16,7 +16,7 @@ from .clips import InputViews
 from .frames import mat_to_quat, quat_mul, rotate_vectors, se3_inverse, transform_points
 from .gaussians import FLAT, Gaussians
 from .losses import LossConfig, reconstruction_loss
-from .predictor import BasePredictor, Layout, PredictorConfig, decode_residual, make_head
+from .predictor import BasePredictor, GridIndex, PredictorConfig, decode_residual, make_head
 from .render import RenderConfig, Rendered, render
 from .train import Batch, Config, Flux4DBase
 from .unet import UNetConfig
@@ -30,155 +30,222 @@ __all__ = ['N_FEEDBACK', 'RefineConfig', 'FullConfig', 'feedback_error', 'Feedba
 @dataclass
 class RefineConfig:
     "Iterative refinement (paper Sec. 3.4)."
-    steps:Annotated[int, Interval(ge=1, le=100)]=3 # stages in all; 1 = the base alone (S5-05)
-    unet:UNetConfig=UNetConfig(widths=(32,64,128,256), blocks=1) # of the refiner; its own weights, one network for every stage
-    rgb:NonNegativeFloat=1. # weight of the squared colour error in the feedback, per pixel
-    depth:NonNegativeFloat=5. # weight of the relative depth error in the feedback, per return
-    floor:NonNegativeFloat=1. # px, what fills less of the input views hears little
+
+    steps: Annotated[int, Interval(ge=1, le=100)] = 3  # stages in all; 1 = the base alone
+    unet: UNetConfig = UNetConfig(
+        widths=(32, 64, 128, 256), blocks=1
+    )  # of the refiner; its own weights, one network for every stage
+    rgb: NonNegativeFloat = 1.0  # weight of the squared colour error in the feedback, per pixel
+    depth: NonNegativeFloat = 5.0  # weight of the relative depth error in the feedback, per return
+    floor: NonNegativeFloat = 1.0  # px, what fills less of the input views hears little
     # whose gradient feeds back: "robust" = squared colour and relative depth errors; "training" = Eq. 3 with the weights
     # of `loss` (Sec. 3.4, supp. Alg. 2)
-    error:Literal["robust","training"]="robust"
+    error: Literal["robust", "training"] = "robust"
     # how the refiner reads it: "scaled" = per filled pixel, each attribute by its typical size; "plain" = dL/dG, each
     # channel by its largest (G3R)
-    told:Literal["scaled","plain"]="scaled"
+    told: Literal["scaled", "plain"] = "scaled"
 
-    def __post_init__(self)->None:
+    def __post_init__(self) -> None:
         "Refuse a model without a stage, and unknown words."
-        if self.steps < 1: raise ValueError(f"steps: is {self.steps}; the base alone is 1, the paper's full model 3.")
-        if self.error not in ("robust", "training"): raise ValueError(f"error: is {self.error!r}; choose 'robust' or 'training'.")
-        if self.told not in ("scaled", "plain"): raise ValueError(f"told: is {self.told!r}; choose 'scaled' or 'plain'.")
+        if self.steps < 1:
+            raise ValueError(f"steps: is {self.steps}; the base alone is 1, the paper's full model 3.")
+        if self.error not in ("robust", "training"):
+            raise ValueError(f"error: is {self.error!r}; choose 'robust' or 'training'.")
+        if self.told not in ("scaled", "plain"):
+            raise ValueError(f"told: is {self.told!r}; choose 'scaled' or 'plain'.")
 
+# %% ../nbs/50_refine.ipynb #ac06a86e
 @dataclass
 class FullConfig(Config):
     "Every tunable of a run of the full model."
-    refine:RefineConfig=field(default_factory=RefineConfig)
+
+    refine: RefineConfig = field(default_factory=RefineConfig)
 
 # %% ../nbs/50_refine.ipynb #338b5757
 def feedback_error(
-    out:Rendered,      # the input views as rendered
-    inputs:InputViews, # the input views
-    cfg:RefineConfig,  # read: error, rgb, depth
-    loss:LossConfig=LossConfig(), # read where `error` is "training"
-)->Tensor: # scalar, px
+    out: Rendered,  # the input views as rendered
+    inputs: InputViews,  # the input views
+    cfg: RefineConfig,  # read: error, rgb, depth
+    loss: LossConfig = LossConfig(),  # read where `error` is "training"
+) -> Tensor:  # scalar, px
     "What the scene gets wrong in its own input images."
     if cfg.error == "training":
         total = reconstruction_loss(out, inputs, None, None, loss)["total"]
-        return total*inputs.images[...,0].numel()
-    hit = inputs.depth > 0; off = (out.depth - inputs.depth).abs()/inputs.depth.clamp_min(1e-6)
-    return cfg.rgb*.5*(out.rgb - inputs.images).square().sum() + cfg.depth*torch.where(hit, off, 0.).sum()
+        return total * inputs.images[..., 0].numel()
+    hit = inputs.depth > 0
+    off = (out.depth - inputs.depth).abs() / inputs.depth.clamp_min(1e-6)
+    return (
+        cfg.rgb * 0.5 * (out.rgb - inputs.images).square().sum()
+        + cfg.depth * torch.where(hit, off, 0.0).sum()
+    )
 
+# %% ../nbs/50_refine.ipynb #1e47fc7a
 class Feedback(NamedTuple):
     "What the input views say to each Gaussian."
-    grad:Tensor # (N,14) gradient of `feedback_error` with respect to the raw numbers
-    seen:Tensor # (N,) px, blending weight summed over all pixels of all input views
 
+    grad: Tensor  # (N,14) gradient of `feedback_error` with respect to the raw numbers
+    seen: Tensor  # (N,) px, blending weight summed over all pixels of all input views
+
+# %% ../nbs/50_refine.ipynb #76161818
 def feedback(
-    g:Gaussians,       # N Gaussians, world
-    velocity:Tensor,   # (N,l+1,3) m/s^(j+1), world
-    duration:float,    # length of the clip, s
-    inputs:InputViews, # raises TypeError for any other views
-    render_cfg:RenderConfig, # how to render
-    cfg:RefineConfig,  # read: error, rgb, depth
-    loss:LossConfig=LossConfig(), # read where `error` is "training"
-)->Feedback: # without graph
+    g: Gaussians,  # N Gaussians, world
+    velocity: Tensor,  # (N,l+1,3) m/s^(j+1), world
+    duration: float,  # length of the clip, s
+    inputs: InputViews,  # raises TypeError for any other views
+    render_cfg: RenderConfig,  # how to render
+    cfg: RefineConfig,  # read: error, rgb, depth
+    loss: LossConfig = LossConfig(),  # read where `error` is "training"
+) -> Feedback:  # without graph
     "Gradient of the input views' error; works under no_grad too."
-    if not isinstance(inputs, InputViews): raise TypeError(f"feedback comes from InputViews only, got {type(inputs).__name__}: a reconstruction never sees its targets.")
+    if not isinstance(inputs, InputViews):
+        raise TypeError(
+            f"feedback comes from InputViews only, got {type(inputs).__name__}: a reconstruction never sees its targets."
+        )
     with torch.enable_grad():
-        raw, share = g.flat().detach().requires_grad_(), g.means.new_zeros(len(g), 1).requires_grad_()
+        raw = g.flat().detach().requires_grad_()
+        share = g.means.new_zeros(len(g), 1).requires_grad_()
         out = render(g.with_flat(raw), velocity.detach(), duration, inputs, render_cfg, features=share)
-        grad, seen = torch.autograd.grad(feedback_error(out, inputs, cfg, loss) + out.features.sum(), (raw, share))
-    return Feedback(grad, seen[:,0])
+        grad, seen = torch.autograd.grad(
+            feedback_error(out, inputs, cfg, loss) + out.features.sum(), (raw, share)
+        )
+    return Feedback(grad, seen[:, 0])
 
 # %% ../nbs/50_refine.ipynb #9005a661
-N_FEEDBACK = 15 # channels of `feedback_features`
+N_FEEDBACK = 15  # channels of `feedback_features`
+
 
 def feedback_features(
-    fb:Feedback,     # of N Gaussians
-    g:Gaussians,     # the same, world
-    to_ego:Tensor,   # (4,4) world-to-ego0
-    cfg:RefineConfig, # read: told, floor
-)->Tensor: # (N,15) of order one, in ego0 axes
+    fb: Feedback,  # of N Gaussians
+    g: Gaussians,  # the same, world
+    to_ego: Tensor,  # (4,4) world-to-ego0
+    cfg: RefineConfig,  # read: told, floor
+) -> Tensor:  # (N,15) of order one, in ego0 axes
     "Feedback as a network can read it."
     if cfg.told == "plain":
         return plain_features(fb, to_ego)
-    per = fb.grad/(fb.seen + cfg.floor)[:,None]; part, T, c = {k: per[:,s] for k,s in FLAT.items()}, to_ego.to(per), g.colours
-    turn = quat_mul(part["quats"], g.unit_quats*per.new_tensor([1.,-1,-1,-1]))
-    own = [rotate_vectors(T, part["means"])*g.scales.mean(1, keepdim=True), torch.cat([turn[:,:1], rotate_vectors(T, turn[:,1:])], 1),
-           part["log_scales"], part["opacity_logits"]]
+    per = fb.grad / (fb.seen + cfg.floor)[:, None]
+    part = {k: per[:, s] for k, s in FLAT.items()}
+    T = to_ego.to(per)
+    c = g.colours
+    turn = quat_mul(part["quats"], g.unit_quats * per.new_tensor([1.0, -1, -1, -1]))
+    own = [
+        rotate_vectors(T, part["means"]) * g.scales.mean(1, keepdim=True),
+        torch.cat([turn[:, :1], rotate_vectors(T, turn[:, 1:])], 1),
+        part["log_scales"],
+        part["opacity_logits"],
+    ]
     sizes = [typical(x, fb.seen > cfg.floor) for x in own]
-    colour = 5*part["colour_logits"]/(c*(1 - c)).clamp_min(1e-3)
-    return torch.cat([torch.asinh(x/s) for x,s in zip(own, sizes)] + [colour.clamp(-5, 5), (fb.seen.log1p()/4)[:,None]], 1)
+    colour = 5 * part["colour_logits"] / (c * (1 - c)).clamp_min(1e-3)
+    return torch.cat(
+        [torch.asinh(x / s) for x, s in zip(own, sizes)]
+        + [colour.clamp(-5, 5), (fb.seen.log1p() / 4)[:, None]],
+        1,
+    )
 
+# %% ../nbs/50_refine.ipynb #1b4badeb
 def typical(
-    x:Tensor,    # (N,C) one attribute
-    where:Tensor, # (N,) bool
-)->Tensor: # scalar, > 0
+    x: Tensor,  # (N,C) one attribute
+    where: Tensor,  # (N,) bool
+) -> Tensor:  # scalar, > 0
     "Root mean square over some rows, without waiting for the GPU; the rounding of a round Gaussian's rotation is not blown up."
-    return ((x*x*where[:,None]).sum()/(where.sum()*x.shape[1]).clamp_min(1)).sqrt().clamp_min(1e-4)
+    return ((x * x * where[:, None]).sum() / (where.sum() * x.shape[1]).clamp_min(1)).sqrt().clamp_min(1e-4)
 
+# %% ../nbs/50_refine.ipynb #2ae232f5
 def plain_features(
-    fb:Feedback,   # of N Gaussians
-    to_ego:Tensor, # (4,4) world-to-ego0
-)->Tensor: # (N,15) dL/dG in ego0 axes, -1..1; the last channel is not used
+    fb: Feedback,  # of N Gaussians
+    to_ego: Tensor,  # (4,4) world-to-ego0
+) -> Tensor:  # (N,15) dL/dG in ego0 axes, -1..1; the last channel is not used
     "The gradient itself, each channel divided by its largest magnitude in the clip."
-    T, part = to_ego.to(fb.grad), {k: fb.grad[:,s] for k,s in FLAT.items()}
+    T = to_ego.to(fb.grad)
+    part = {k: fb.grad[:, s] for k, s in FLAT.items()}
     part["means"] = rotate_vectors(T, part["means"])
-    part["quats"] = quat_mul(mat_to_quat(T[:3,:3])[None], part["quats"])
+    part["quats"] = quat_mul(mat_to_quat(T[:3, :3])[None], part["quats"])
     grad = torch.cat(list(part.values()), 1)
     largest = grad.abs().amax(0).clamp_min(1e-12)
-    return torch.cat([grad/largest, torch.zeros_like(grad[:,:1])], 1)
+    return torch.cat([grad / largest, torch.zeros_like(grad[:, :1])], 1)
 
 # %% ../nbs/50_refine.ipynb #e0fb00b3
 class Refiner(nn.Module):
     "dG = r(G, T, dL/dG), paper Sec. 3.4."
 
-    def __init__(self,
-        cfg:PredictorConfig,
-        voxel:VoxelConfig,
-    )->None:
+    def __init__(
+        self,
+        cfg: PredictorConfig,
+        voxel: VoxelConfig,
+    ) -> None:
         "A predictor for the grid, a head for the far field."
-        super().__init__(); self.cfg = cfg
+        super().__init__()
+        self.cfg = cfg
         self.net = BasePredictor(cfg, voxel, n_extra=N_FEEDBACK, predict_velocity=False)
         self.far = make_head(11 + N_FEEDBACK, cfg.hidden, 14)
 
-    def forward(self,
-        g:Gaussians,  # N Gaussians of the stage before, world
-        lay:Layout,   # of their lift
-        extra:Tensor, # (N,15) from `feedback_features`
-    )->Tensor: # (N,14) dG, world
+    def forward(
+        self,
+        g: Gaussians,  # N Gaussians of the stage before, world
+        index: GridIndex,  # of their lift
+        extra: Tensor,  # (N,15) from `feedback_features`
+    ) -> Tensor:  # (N,14) dG, world
         "The residual of one stage."
-        dG, _ = self.net(g, lay, extra); some = g[lay.far]
-        x = torch.cat([far_features(some, lay), extra[lay.far]], 1).float()
-        return dG.index_copy(0, lay.far, decode_residual(self.far(x).to(dG.dtype), some, lay.to_world, self.cfg))
+        dG, _ = self.net(g, index, extra)
+        some = g[index.far]
+        x = torch.cat([far_features(some, index), extra[index.far]], 1).float()
+        return dG.index_copy(
+            0, index.far, decode_residual(self.far(x).to(dG.dtype), some, index.to_world, self.cfg)
+        )
 
+# %% ../nbs/50_refine.ipynb #e76323c4
 def far_features(
-    g:Gaussians, # (B) background Gaussians, world
-    lay:Layout,  # read: to_world
-)->Tensor: # (B,11) of order one
+    g: Gaussians,  # (B) background Gaussians, world
+    index: GridIndex,  # read: to_world
+) -> Tensor:  # (B,11) of order one
     "A far Gaussian's own features: direction, size in the image, opacity, colour, time."
-    p = transform_points(se3_inverse(lay.to_world), g.means.double()).to(g.means.dtype); r = p.norm(dim=1, keepdim=True)
-    return torch.cat([p/r, (g.scales/r).clamp_min(1e-6).log()/2 + 3, g.opacity_logits[:,None]/4, 2*g.colours - 1, 2*g.t[:,None] - 1], 1)
+    p = transform_points(se3_inverse(index.to_world), g.means.double()).to(g.means.dtype)
+    r = p.norm(dim=1, keepdim=True)
+    return torch.cat(
+        [
+            p / r,
+            (g.scales / r).clamp_min(1e-6).log() / 2 + 3,
+            g.opacity_logits[:, None] / 4,
+            2 * g.colours - 1,
+            2 * g.t[:, None] - 1,
+        ],
+        1,
+    )
 
 # %% ../nbs/50_refine.ipynb #f179fe1e
 class Flux4D(Flux4DBase):
     "The full model: base, then refinement (supp. Alg. 2)."
+
     config, home = FullConfig, "flux4d.refine:Flux4D"
 
-    def __init__(self,
-        cfg:FullConfig, # read: voxel, model, render, loss, refine
-    )->None:
+    def __init__(
+        self,
+        cfg: FullConfig,  # read: voxel, model, render, loss, refine
+    ) -> None:
         "The base first, so that its weights do not depend on what follows."
-        super().__init__(cfg); self.render_cfg, self.loss_cfg, self.cfg = cfg.render, cfg.loss, cfg.refine
-        self.refiner = Refiner(replace(cfg.model, unet=cfg.refine.unet), cfg.voxel) if cfg.refine.steps > 1 else None
+        super().__init__(cfg)
+        self.render_cfg = cfg.render
+        self.loss_cfg = cfg.loss
+        self.cfg = cfg.refine
+        self.refiner = (
+            Refiner(replace(cfg.model, unet=cfg.refine.unet), cfg.voxel) if cfg.refine.steps > 1 else None
+        )
 
-    def stages(self,
-        b:Batch, # a lifted clip; its supervised views are not looked at
-    )->Iterator[tuple[Gaussians,Tensor]]: # G (world); velocity (N,l+1,3) m/s^(j+1), world, the same at every stage
+    def stages(
+        self,
+        b: Batch,  # a lifted clip; its supervised views are not looked at
+    ) -> Iterator[
+        tuple[Gaussians, Tensor]
+    ]:  # G (world); velocity (N,l+1,3) m/s^(j+1), world, the same at every stage
         "The base's scene, then each refined one."
-        for g, velocity in super().stages(b): yield g, velocity
-        velocity, inputs = velocity.detach(), b.inputs() if self.refiner else None
+        for g, velocity in super().stages(b):
+            yield g, velocity
+        velocity = velocity.detach()
+        inputs = b.inputs() if self.refiner else None
         for _ in range(self.cfg.steps - 1):
             g = g.map(Tensor.detach)
             fb = feedback(g, velocity, b.clip.time.duration, inputs, self.render_cfg, self.cfg, self.loss_cfg)
-            g = g.add(self.refiner(g, b.layout, feedback_features(fb, g, se3_inverse(b.layout.to_world), self.cfg)))
+            g = g.add(
+                self.refiner(g, b.index, feedback_features(fb, g, se3_inverse(b.index.to_world), self.cfg))
+            )
             yield g, velocity

@@ -22,20 +22,21 @@ __all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'pick_backend'
 @dataclass
 class RenderConfig:
     "How Gaussians become pixels; supp. A.2 where it speaks, our choice elsewhere."
+
     # "gsplat", "torch" (the twin), or "auto": gsplat for tensors on a GPU, else the twin
-    backend:Literal["auto","gsplat","torch"]="auto"
-    near:PositiveFloat=.1 # m, nothing nearer is drawn
-    far:PositiveFloat=10_000. # m, nothing farther is drawn; the sky lies at 1 to 3 km
-    max_scale:PositiveFloat=1. # m, largest standard deviation of a LiDAR Gaussian when drawn (supp. A.2)
-    eps2d:NonNegativeFloat=.3 # px^2 added to each splat's variances
-    antialiased:bool=False # lower a splat's opacity as eps2d widens it
+    backend: Literal["auto", "gsplat", "torch"] = "auto"
+    near: PositiveFloat = 0.1  # m, nothing nearer is drawn
+    far: PositiveFloat = 10_000.0  # m, nothing farther is drawn; the sky lies at 1 to 3 km
+    max_scale: PositiveFloat = 1.0  # m, largest standard deviation of a LiDAR Gaussian when drawn (supp. A.2)
+    eps2d: NonNegativeFloat = 0.3  # px^2 added to each splat's variances
+    antialiased: bool = False  # lower a splat's opacity as eps2d widens it
     # px of an image 1920 wide, how far the depth of LiDAR Gaussians is carried to pixels that none of them
     # touches; 0 = not at all
-    depth_reach:NonNegativeFloat=8.
+    depth_reach: NonNegativeFloat = 8.0
     # colour where no Gaussian is; None: the mean colour of the LiDAR Gaussians
-    background:tuple[Share,Share,Share]|None=None
+    background: tuple[Share, Share, Share] | None = None
 
-    def __post_init__(self)->None:
+    def __post_init__(self) -> None:
         "Refuse a range without depth."
         if self.near >= self.far:
             raise ValueError(f"near: is {self.near}; choose less than far, which is {self.far}.")
@@ -44,159 +45,241 @@ class RenderConfig:
 @dataclass
 class Cameras:
     "V cameras of one size, without pictures."
-    K:Tensor            # (V,3,3) pinhole matrices, px
-    world_to_cam:Tensor # (V,4,4)
-    t:Tensor            # (V,) moments, normalised to the clip
-    height:int          # px
-    width:int           # px
 
-    def __len__(self)->int: # V
+    K: Tensor  # (V,3,3) pinhole matrices, px
+    world_to_cam: Tensor  # (V,4,4)
+    t: Tensor  # (V,) moments, normalised to the clip
+    height: int  # px
+    width: int  # px
+
+    def __len__(self) -> int:  # V
         "How many cameras."
         return len(self.t)
 
-    def to(self,
-        device:Any, # torch device
-    )->Cameras:
+    def to(
+        self,
+        device: Any,  # torch device
+    ) -> Cameras:
         "The same cameras on another device."
-        return Cameras(self.K.to(device), self.world_to_cam.to(device), self.t.to(device), self.height, self.width)
+        return Cameras(
+            self.K.to(device), self.world_to_cam.to(device), self.t.to(device), self.height, self.width
+        )
 
+# %% ../nbs/21_render.ipynb #a01a17cb
 class Rendered(NamedTuple):
     "V pictures."
-    rgb:Tensor   # (V,H,W,3) 0..1, over the background
-    depth:Tensor # (V,H,W) expected depth of the LiDAR Gaussians along the optical axis, m; 0 where there are none near
-    alpha:Tensor # (V,H,W) 0..1
-    features:Tensor|None # (V,H,W,F) blended like colours, over zero
+
+    rgb: Tensor  # (V,H,W,3) 0..1, over the background
+    depth: Tensor  # (V,H,W) expected depth of the LiDAR Gaussians along the optical axis, m; 0 where there are none near
+    alpha: Tensor  # (V,H,W) 0..1
+    features: Tensor | None  # (V,H,W,F) blended like colours, over zero
 
 # %% ../nbs/21_render.ipynb #ad37bece
 def drawn_scales(
-    g:Gaussians,     # N Gaussians
-    max_scale:float, # m
-)->Tensor: # (N,3) m
+    g: Gaussians,  # N Gaussians
+    max_scale: float,  # m
+) -> Tensor:  # (N,3) m
     "Scales as rendered: those of LiDAR Gaussians at most `max_scale`."
-    return torch.where((g.kind == LIDAR)[:,None], g.scales.clamp_max(max_scale), g.scales)
+    return torch.where((g.kind == LIDAR)[:, None], g.scales.clamp_max(max_scale), g.scales)
 
 # %% ../nbs/21_render.ipynb #3fa633a4
 def _with_torch(
-    means:Tensor,     # (V,N,3) centres at each view's time, world, m
-    quats:Tensor,     # (N,4) w,x,y,z
-    scales:Tensor,    # (N,3) m
-    opacities:Tensor, # (N,) 0..1
-    values:Tensor,    # (V,N,C) what each Gaussian shows to each view
-    views:Any,        # V views
-    cfg:RenderConfig, # planes, widening, mode
-)->tuple[Tensor,Tensor]: # values (V,H,W,C), alpha (V,H,W)
+    means: Tensor,  # (V,N,3) centres at each view's time, world, m
+    quats: Tensor,  # (N,4) w,x,y,z
+    scales: Tensor,  # (N,3) m
+    opacities: Tensor,  # (N,) 0..1
+    values: Tensor,  # (V,N,C) what each Gaussian shows to each view
+    views: Any,  # V views
+    cfg: RenderConfig,  # planes, widening, mode
+) -> tuple[Tensor, Tensor]:  # values (V,H,W,C), alpha (V,H,W)
     "The twin's pictures."
     views_of = zip(means, values, views.K.to(means), views.world_to_cam.to(means))
-    drawn = [rasterise(m, quats, scales, opacities, f, K, T, views.width, views.height, near=cfg.near, far=cfg.far, eps2d=cfg.eps2d,
-                       antialiased=cfg.antialiased) for m,f,K,T in views_of]
+    drawn = [
+        rasterise(
+            m,
+            quats,
+            scales,
+            opacities,
+            f,
+            K,
+            T,
+            views.width,
+            views.height,
+            near=cfg.near,
+            far=cfg.far,
+            eps2d=cfg.eps2d,
+            antialiased=cfg.antialiased,
+        )
+        for m, f, K, T in views_of
+    ]
     return torch.stack([d[0] for d in drawn]), torch.stack([d[2] for d in drawn])
 
 # %% ../nbs/21_render.ipynb #21341fb3
 def _with_gsplat(
-    means:Tensor,     # (V,N,3) centres at each view's time, world, m
-    quats:Tensor,     # (N,4) w,x,y,z
-    scales:Tensor,    # (N,3) m
-    opacities:Tensor, # (N,) 0..1
-    values:Tensor,    # (V,N,C) what each Gaussian shows to each view
-    views:Any,        # V views
-    cfg:RenderConfig, # planes, widening, mode
-)->tuple[Tensor,Tensor]: # values (V,H,W,C), alpha (V,H,W)
+    means: Tensor,  # (V,N,3) centres at each view's time, world, m
+    quats: Tensor,  # (N,4) w,x,y,z
+    scales: Tensor,  # (N,3) m
+    opacities: Tensor,  # (N,) 0..1
+    values: Tensor,  # (V,N,C) what each Gaussian shows to each view
+    views: Any,  # V views
+    cfg: RenderConfig,  # planes, widening, mode
+) -> tuple[Tensor, Tensor]:  # values (V,H,W,C), alpha (V,H,W)
     "gsplat's pictures."
-    if not means.is_cuda: raise ValueError(f"backend 'gsplat' needs tensors on a GPU and these are on {means.device}: move them, or set backend='torch'")
-    try: from gsplat import rasterization
-    except ImportError as e: raise ImportError("gsplat is not installed: `pip install gsplat`, or set backend='torch' for the plain-torch rasteriser") from e
-    each = lambda v, dim: v.expand(len(means), *v.shape) if v.dim() == dim else v
-    image,alpha,_ = rasterization(means, each(quats,2), each(scales,2), each(opacities,1), values, views.world_to_cam.to(means)[:,None], views.K.to(means)[:,None],
-        views.width, views.height, near_plane=cfg.near, far_plane=cfg.far, eps2d=cfg.eps2d, packed=False, render_mode="RGB",
-        rasterize_mode="antialiased" if cfg.antialiased else "classic")
-    return image[:,0], alpha[:,0,...,0]
+    if not means.is_cuda:
+        raise ValueError(
+            f"backend 'gsplat' needs tensors on a GPU and these are on {means.device}: move them, or set backend='torch'"
+        )
+    try:
+        from gsplat import rasterization
+    except ImportError as e:
+        raise ImportError(
+            "gsplat is not installed: `pip install gsplat`, or set backend='torch' for the plain-torch rasteriser"
+        ) from e
+
+    def each(v, dim):
+        return v.expand(len(means), *v.shape) if v.dim() == dim else v
+
+    image, alpha, _ = rasterization(
+        means,
+        each(quats, 2),
+        each(scales, 2),
+        each(opacities, 1),
+        values,
+        views.world_to_cam.to(means)[:, None],
+        views.K.to(means)[:, None],
+        views.width,
+        views.height,
+        near_plane=cfg.near,
+        far_plane=cfg.far,
+        eps2d=cfg.eps2d,
+        packed=False,
+        render_mode="RGB",
+        rasterize_mode="antialiased" if cfg.antialiased else "classic",
+    )
+    return image[:, 0], alpha[:, 0, ..., 0]
 
 # %% ../nbs/21_render.ipynb #4fda22ce
 def pick_backend(
-    backend:str,         # "auto", "gsplat" or "torch"
-    device:torch.device, # of the Gaussians
-)->Any: # the function that draws
+    backend: str,  # "auto", "gsplat" or "torch"
+    device: torch.device,  # of the Gaussians
+) -> Any:  # the function that draws
     "The back end's function."
-    table = dict(torch=_with_torch, gsplat=_with_gsplat, auto=_with_gsplat if device.type == "cuda" else _with_torch)
-    if backend not in table: raise ValueError(f"unknown render backend {backend!r}: choose one of {', '.join(sorted(table))}")
+    table = dict(
+        torch=_with_torch, gsplat=_with_gsplat, auto=_with_gsplat if device.type == "cuda" else _with_torch
+    )
+    if backend not in table:
+        raise ValueError(f"unknown render backend {backend!r}: choose one of {', '.join(sorted(table))}")
     return table[backend]
 
 # %% ../nbs/21_render.ipynb #7e4326c6
 def backdrop(
-    g:Gaussians, # N Gaussians
-    cfg:RenderConfig, # read: background
-)->Tensor: # (3,) without graph
+    g: Gaussians,  # N Gaussians
+    cfg: RenderConfig,  # read: background
+) -> Tensor:  # (3,) without graph
     "What shows through where nothing is drawn."
-    if cfg.background is not None: return g.means.new_tensor(cfg.background)
-    solid = (g.kind == LIDAR).to(g.means)[:,None]
-    return (g.colours.detach()*solid).sum(0)/solid.sum().clamp_min(1)
+    if cfg.background is not None:
+        return g.means.new_tensor(cfg.background)
+    solid = (g.kind == LIDAR).to(g.means)[:, None]
+    return (g.colours.detach() * solid).sum(0) / solid.sum().clamp_min(1)
 
+# %% ../nbs/21_render.ipynb #9780cdbb
 def solid_depth(
-    z:Tensor,     # (V,H,W) depths of the LiDAR Gaussians times their blending weights, m
-    solid:Tensor, # (V,H,W) sum of these weights
-    reach:int,    # px
-)->Tensor: # (V,H,W) m
+    z: Tensor,  # (V,H,W) depths of the LiDAR Gaussians times their blending weights, m
+    solid: Tensor,  # (V,H,W) sum of these weights
+    reach: int,  # px
+) -> Tensor:  # (V,H,W) m
     "Expected depth; where no LiDAR Gaussian is, that of a square around, without gradient."
-    n = 2*reach + 1; mean = lambda x: F.avg_pool2d(F.avg_pool2d(x, (1, n), 1, (0, reach)), (n, 1), 1, (reach, 0))
-    with torch.no_grad(): near = mean(z)/mean(solid).clamp_min(1e-10)
-    return torch.where(solid > 0, z/solid.clamp_min(1e-10), near)
+    n = 2 * reach + 1
+    mean = lambda x: F.avg_pool2d(F.avg_pool2d(x, (1, n), 1, (0, reach)), (n, 1), 1, (reach, 0))
+    with torch.no_grad():
+        near = mean(z) / mean(solid).clamp_min(1e-10)
+    return torch.where(solid > 0, z / solid.clamp_min(1e-10), near)
 
+# %% ../nbs/21_render.ipynb #bd9fdecc
 def render(
-    g:Gaussians,            # N Gaussians, world
-    velocity:Tensor|None,   # (N,l+1,3) m/s^(j+1), world; None = nothing moves
-    duration:float,         # length of the clip, s
-    views:Any,              # V views: K, world_to_cam, t, height, width
-    cfg:RenderConfig=RenderConfig(), # planes, widening, mode, background, back end
-    features:Tensor|None=None, # (N,F), or (V,N,F) for values that change with the view's time
-)->Rendered: # V pictures
+    g: Gaussians,  # N Gaussians, world
+    velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world; None = nothing moves
+    duration: float,  # length of the clip, s
+    views: Any,  # V views: K, world_to_cam, t, height, width
+    cfg: RenderConfig = RenderConfig(),  # planes, widening, mode, background, back end
+    features: Tensor | None = None,  # (N,F), or (V,N,F) for values that change with the view's time
+) -> Rendered:  # V pictures
     "Draw the scene as each view sees it at its own time."
     with torch.autocast(g.means.device.type, enabled=False):
-        like = lambda v: None if v is None else v.to(g.means.dtype)
+
+        def like(v):
+            return None if v is None else v.to(g.means.dtype)
+
         means = advance(g.means, like(velocity), g.t, views.t, duration)
         values = _channels(g, means, views.world_to_cam.to(means), like(features))
         draw = pick_backend(cfg.backend, means.device)
-        image,alpha = draw(means, g.unit_quats, drawn_scales(g, cfg.max_scale), g.opacities, values, views, cfg)
-        rgb = image[...,:3] + (1 - alpha)[...,None]*backdrop(g, cfg)
-        return Rendered(rgb, solid_depth(image[...,4], image[...,3], round(cfg.depth_reach*views.width/1920)), alpha, None if features is None else image[...,5:])
+        image, alpha = draw(
+            means, g.unit_quats, drawn_scales(g, cfg.max_scale), g.opacities, values, views, cfg
+        )
+        rgb = image[..., :3] + (1 - alpha)[..., None] * backdrop(g, cfg)
+        return Rendered(
+            rgb,
+            solid_depth(image[..., 4], image[..., 3], round(cfg.depth_reach * views.width / 1920)),
+            alpha,
+            None if features is None else image[..., 5:],
+        )
 
+# %% ../nbs/21_render.ipynb #b1999647
 def _channels(
-    g:Gaussians,         # N Gaussians
-    means:Tensor,        # (V,N,3) centres at each view's time, world, m
-    world_to_cam:Tensor, # (V,4,4)
-    features:Tensor|None, # (N,F) or (V,N,F)
-)->Tensor: # (V,N,5+F) colour, LiDAR or not, depth of LiDAR Gaussians in m, features
+    g: Gaussians,  # N Gaussians
+    means: Tensor,  # (V,N,3) centres at each view's time, world, m
+    world_to_cam: Tensor,  # (V,4,4)
+    features: Tensor | None,  # (N,F) or (V,N,F)
+) -> Tensor:  # (V,N,5+F) colour, LiDAR or not, depth of LiDAR Gaussians in m, features
     "What each Gaussian shows to each view."
-    z = (means*world_to_cam[:,None,2,:3]).sum(-1) + world_to_cam[:,2,3,None]; solid = (g.kind == LIDAR).to(z)
-    each = lambda x: x.expand(len(means), *x.shape) if x.dim() == 2 else x
-    return torch.cat([each(g.colours), each(solid[:,None]), (z*solid)[...,None]] + ([] if features is None else [each(features)]), -1)
+    z = (means * world_to_cam[:, None, 2, :3]).sum(-1) + world_to_cam[:, 2, 3, None]
+    solid = (g.kind == LIDAR).to(z)
+
+    def each(x):
+        return x.expand(len(means), *x.shape) if x.dim() == 2 else x
+
+    return torch.cat(
+        [each(g.colours), each(solid[:, None]), (z * solid)[..., None]]
+        + ([] if features is None else [each(features)]),
+        -1,
+    )
 
 # %% ../nbs/21_render.ipynb #0062b4f2
 def compare_backends(
-    g:Gaussians,      # N Gaussians, on a GPU
-    velocity:Tensor,  # (N,l+1,3) m/s^(j+1), world
-    duration:float,   # s
-    views:Any,        # V views, on the same GPU
-    features:Tensor,  # (N,F) or (V,N,F)
-    cfg:RenderConfig=RenderConfig(), # planes, widening, mode, background, back end
-    backends:tuple[str,str]=("gsplat","torch"), # the second is the reference
-)->dict[str,float]: # mean and max absolute difference of each picture; relative difference of each gradient
+    g: Gaussians,  # N Gaussians, on a GPU
+    velocity: Tensor,  # (N,l+1,3) m/s^(j+1), world
+    duration: float,  # s
+    views: Any,  # V views, on the same GPU
+    features: Tensor,  # (N,F) or (V,N,F)
+    cfg: RenderConfig = RenderConfig(),  # planes, widening, mode, background, back end
+    backends: tuple[str, str] = ("gsplat", "torch"),  # the second is the reference
+) -> dict[
+    str, float
+]:  # mean and max absolute difference of each picture; relative difference of each gradient
     "Two back ends on one scene, forward and backward."
-    (pa,ga),(pb,gb) = (_pictures_and_gradients(g, velocity, duration, views, features, replace(cfg, backend=b)) for b in backends)
+    (pa, ga), (pb, gb) = (
+        _pictures_and_gradients(g, velocity, duration, views, features, replace(cfg, backend=b))
+        for b in backends
+    )
     off = {f"{k} {how}": getattr((pa[k] - pb[k]).abs(), how)().item() for k in pa for how in ("mean", "max")}
-    return off | {f"d {k}": ((ga[k] - gb[k]).norm()/gb[k].norm()).item() for k in ga}
+    return off | {f"d {k}": ((ga[k] - gb[k]).norm() / gb[k].norm()).item() for k in ga}
 
+# %% ../nbs/21_render.ipynb #6de67195
 def _pictures_and_gradients(
-    g:Gaussians,     # N Gaussians
-    velocity:Tensor, # (N,l+1,3) m/s^(j+1), world
-    duration:float,  # s
-    views:Any,       # V views
-    features:Tensor, # (N,F) or (V,N,F)
-    cfg:RenderConfig, # planes, widening, mode
-)->tuple[dict[str,Tensor],dict[str,Tensor]]: # pictures by name, gradients by attribute
+    g: Gaussians,  # N Gaussians
+    velocity: Tensor,  # (N,l+1,3) m/s^(j+1), world
+    duration: float,  # s
+    views: Any,  # V views
+    features: Tensor,  # (N,F) or (V,N,F)
+    cfg: RenderConfig,  # planes, widening, mode
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # pictures by name, gradients by attribute
     "Render, weigh every pixel by a fixed random number, differentiate."
     inputs = [v.detach().clone().requires_grad_() for v in (g.flat(), velocity, features)]
     out = render(g.with_flat(inputs[0]), inputs[1], duration, views, cfg, inputs[2])
-    pictures = dict(rgb=out.rgb, depth=out.depth*out.alpha, alpha=out.alpha, features=out.features)
-    weight = lambda p: torch.rand(p.shape, generator=torch.Generator().manual_seed(0)).to(p)/p.detach().abs().max()
-    d_raw,d_v,d_f = torch.autograd.grad(sum((p*weight(p)).sum() for p in pictures.values()), inputs)
-    return pictures, {k: d_raw[:,s] for k,s in FLAT.items()} | dict(velocity=d_v, features=d_f)
+    pictures = dict(rgb=out.rgb, depth=out.depth * out.alpha, alpha=out.alpha, features=out.features)
+
+    def weight(p):
+        return torch.rand(p.shape, generator=torch.Generator().manual_seed(0)).to(p) / p.detach().abs().max()
+
+    d_raw, d_v, d_f = torch.autograd.grad(sum((p * weight(p)).sum() for p in pictures.values()), inputs)
+    return pictures, {k: d_raw[:, s] for k, s in FLAT.items()} | dict(velocity=d_v, features=d_f)

@@ -16,12 +16,15 @@ from annotated_types import MinLen
 from pydantic import PositiveInt
 from .settings import Share
 from .voxels import VoxelConfig, Voxels
+
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore") # spconv uses names that newer torch versions deprecate
+    warnings.simplefilter("ignore")  # spconv uses names that newer torch versions deprecate
     import spconv.pytorch as spconv
     from spconv import constants as spconv_constants
     from spconv.core import ConvAlgo
-logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR) # nor do its containers ever meet torch's tracer
+logging.getLogger("torch.fx._symbolic_trace").setLevel(
+    logging.ERROR
+)  # nor do its containers ever meet torch's tracer
 
 # %% auto #0
 __all__ = ['AGAIN', 'PRECISIONS', 'grid_position', 'cell_key', 'count_rows', 'pool_mean', 'voxelise', 'corner_weights',
@@ -31,144 +34,190 @@ __all__ = ['AGAIN', 'PRECISIONS', 'grid_position', 'cell_key', 'count_rows', 'po
 
 # %% ../nbs/30_unet.ipynb #02f5821b
 def grid_position(
-    points:Tensor, # (N,3) ego0, m
-    cfg:VoxelConfig,
-)->tuple[Tensor,Tensor]: # (N,3) position in cells from the lower corner; (N,) bool, in the grid
+    points: Tensor,  # (N,3) ego0, m
+    cfg: VoxelConfig,
+) -> tuple[Tensor, Tensor]:  # (N,3) position in cells from the lower corner; (N,) bool, in the grid
     "(p - low)/size, and whether that lies in the grid."
-    at = (points - points.new_tensor(cfg.low))/points.new_full((3,), cfg.size)
+    at = (points - points.new_tensor(cfg.low)) / points.new_full((3,), cfg.size)
     cell = at.detach().floor()
     return at, ((cell >= 0) & (cell < cell.new_tensor(cfg.shape))).all(1)
 
+# %% ../nbs/30_unet.ipynb #db72344f
 def cell_key(
-    cell:Tensor, # (...,3) int64 cell indices
-    cfg:VoxelConfig,
-)->Tensor: # (...) int64
+    cell: Tensor,  # (...,3) int64 cell indices
+    cfg: VoxelConfig,
+) -> Tensor:  # (...) int64
     "One integer per cell, in the order of (x, y, z)."
     _, ny, nz = cfg.shape
-    return (cell[...,0]*ny + cell[...,1])*nz + cell[...,2]
+    return (cell[..., 0] * ny + cell[..., 1]) * nz + cell[..., 2]
 
 # %% ../nbs/30_unet.ipynb #a909cd69
 def count_rows(
-    row:Tensor, # (M,) int64, group of each point
-    n:int,      # number of groups
-)->Tensor: # (n,) int64
+    row: Tensor,  # (M,) int64, group of each point
+    n: int,  # number of groups
+) -> Tensor:  # (n,) int64
     "How many points each group has; unlike `bincount` it does not wait for the GPU."
     return row.new_zeros(n).index_add(0, row, torch.ones_like(row))
 
+# %% ../nbs/30_unet.ipynb #cd647256
 def pool_mean(
-    x:Tensor,   # (M,F) features of points
-    row:Tensor, # (M,) int64, group of each point
-    n:int,      # number of groups
-)->Tensor: # (n,F), 0 for an empty group
+    x: Tensor,  # (M,F) features of points
+    row: Tensor,  # (M,) int64, group of each point
+    n: int,  # number of groups
+) -> Tensor:  # (n,F), 0 for an empty group
     "Mean of the features in each group."
-    return x.new_zeros(n, x.shape[1]).index_add(0, row, x)/count_rows(row, n).clamp_min(1)[:,None]
+    return x.new_zeros(n, x.shape[1]).index_add(0, row, x) / count_rows(row, n).clamp_min(1)[:, None]
 
+# %% ../nbs/30_unet.ipynb #ddb0231b
 def voxelise(
-    points:Tensor,   # (N,3) ego0, m
-    features:Tensor, # (N,F) what to average
-    cfg:VoxelConfig,
-)->Voxels: # of tensors on the same device
+    points: Tensor,  # (N,3) ego0, m
+    features: Tensor,  # (N,F) what to average
+    cfg: VoxelConfig,
+) -> Voxels:  # of tensors on the same device
     "Group points by cell and average their features; the twin of `voxelise_np`."
-    at, inside = grid_position(points, cfg); _, ny, nz = cfg.shape
-    keys, row, count = torch.unique(cell_key(at[inside].detach().floor().long(), cfg), return_inverse=True, return_counts=True)
-    voxel = torch.full((len(points),), -1, device=points.device); voxel[inside] = row
-    coords = torch.stack([keys//(ny*nz), keys//nz % ny, keys % nz], 1)
+    at, inside = grid_position(points, cfg)
+    _, ny, nz = cfg.shape
+    keys, row, count = torch.unique(
+        cell_key(at[inside].detach().floor().long(), cfg), return_inverse=True, return_counts=True
+    )
+    voxel = torch.full((len(points),), -1, device=points.device)
+    voxel[inside] = row
+    coords = torch.stack([keys // (ny * nz), keys // nz % ny, keys % nz], 1)
     return Voxels(keys, coords, pool_mean(features[inside], row, len(keys)), count, voxel, inside)
 
 # %% ../nbs/30_unet.ipynb #87ac6688
 def corner_weights(
-    points:Tensor, # (N,3) ego0, m
-    cfg:VoxelConfig,
-)->tuple[Tensor,Tensor]: # (N,8,3) int64 cells whose centres surround each point; (N,8) trilinear weights
+    points: Tensor,  # (N,3) ego0, m
+    cfg: VoxelConfig,
+) -> tuple[Tensor, Tensor]:  # (N,8,3) int64 cells whose centres surround each point; (N,8) trilinear weights
     "The eight surrounding cell centres and their weights."
-    at = grid_position(points, cfg)[0].detach() - .5
-    low = at.floor(); f = (at - low)[:,None]
-    bits = torch.tensor([[i>>2 & 1, i>>1 & 1, i & 1] for i in range(8)], device=points.device)
-    return low.long()[:,None] + bits, torch.where(bits.bool(), f, 1 - f).prod(-1)
+    at = grid_position(points, cfg)[0].detach() - 0.5
+    low = at.floor()
+    f = (at - low)[:, None]
+    bits = torch.tensor([[i >> 2 & 1, i >> 1 & 1, i & 1] for i in range(8)], device=points.device)
+    return low.long()[:, None] + bits, torch.where(bits.bool(), f, 1 - f).prod(-1)
 
+# %% ../nbs/30_unet.ipynb #4c62c2b4
 def neighbours(
-    keys:Tensor,   # (V,) int64, ascending
-    points:Tensor, # (N,3) ego0, m
-    cfg:VoxelConfig,
-)->tuple[Tensor,Tensor]: # (N,8) int64 rows of `keys`; (N,8) weights, 0 for an absent voxel, else with sum 1
+    keys: Tensor,  # (V,) int64, ascending
+    points: Tensor,  # (N,3) ego0, m
+    cfg: VoxelConfig,
+) -> tuple[
+    Tensor, Tensor
+]:  # (N,8) int64 rows of `keys`; (N,8) weights, 0 for an absent voxel, else with sum 1
     "Which voxels to mix for each point."
     cell, w = corner_weights(points, cfg)
-    key = cell_key(cell, cfg); row = torch.searchsorted(keys, key).clamp_max(len(keys) - 1)
+    key = cell_key(cell, cfg)
+    row = torch.searchsorted(keys, key).clamp_max(len(keys) - 1)
     there = (keys[row] == key) & ((cell >= 0) & (cell < cell.new_tensor(cfg.shape))).all(-1)
-    w = torch.where(there, w, 0.)
-    return row, w/w.sum(1, keepdim=True).clamp_min(1e-6)
+    w = torch.where(there, w, 0.0)
+    return row, w / w.sum(1, keepdim=True).clamp_min(1e-6)
 
 # %% ../nbs/30_unet.ipynb #5e4b3ba9
 def mix_voxels(
-    features:Tensor, # (V,C)
-    row:Tensor,      # (N,8) int64 rows, from `neighbours`
-    w:Tensor,        # (N,8) weights, from `neighbours`
-)->Tensor: # (N,C), 0 where all weights are
+    features: Tensor,  # (V,C)
+    row: Tensor,  # (N,8) int64 rows, from `neighbours`
+    w: Tensor,  # (N,8) weights, from `neighbours`
+) -> Tensor:  # (N,C), 0 where all weights are
     "Weighted sum of voxels for each point; differentiable with respect to the features."
     return F.embedding_bag(row, features, mode="sum", per_sample_weights=w.to(features.dtype))
 
+# %% ../nbs/30_unet.ipynb #c49d50e8
 def interpolate_voxels(
-    keys:Tensor,     # (V,) int64, ascending, as in `Voxels`
-    features:Tensor, # (V,C)
-    points:Tensor,   # (N,3) ego0, m
-    cfg:VoxelConfig,
-)->Tensor: # (N,C), 0 where no neighbour exists
+    keys: Tensor,  # (V,) int64, ascending, as in `Voxels`
+    features: Tensor,  # (V,C)
+    points: Tensor,  # (N,3) ego0, m
+    cfg: VoxelConfig,
+) -> Tensor:  # (N,C), 0 where no neighbour exists
     "Trilinear interpolation over the voxels present; differentiable with respect to the features."
     return mix_voxels(features, *neighbours(keys, points, cfg))
 
 # %% ../nbs/30_unet.ipynb #fe0f8b07
-AGAIN = ", again" # ends the name of a strided layer's table with its sides exchanged
+AGAIN = ", again"  # ends the name of a strided layer's table with its sides exchanged
+
 
 class SparseConv(spconv.conv.SparseConvolution):
     "A sparse 3D convolution that runs on the device of its input."
 
-    def __init__(self,
-        n_in:int,  # channels in
-        n_out:int, # channels out
-        key:str,   # name under which spconv keeps the neighbour table
-        kind:str="same", # 'same' = 3x3x3 on the voxels given, 'down' = 2x2x2 stride 2, 'up' = the inverse of the 'down' of the same key
-    )->None:
+    def __init__(
+        self,
+        n_in: int,  # channels in
+        n_out: int,  # channels out
+        key: str,  # name under which spconv keeps the neighbour table
+        kind: str = "same",  # 'same' = 3x3x3 on the voxels given, 'down' = 2x2x2 stride 2, 'up' = the inverse of the 'down' of the same key
+    ) -> None:
         "Choose kernel and stride by kind."
-        same, self.key, self.kind = kind == "same", key, kind
-        super().__init__(3, n_in, n_out, 3 if same else 2, 1 if same else 2, bias=False, indice_key=key, subm=same, inverse=kind == "up")
+        same = kind == "same"
+        self.key = key
+        self.kind = kind
+        super().__init__(
+            3,
+            n_in,
+            n_out,
+            3 if same else 2,
+            1 if same else 2,
+            bias=False,
+            indice_key=key,
+            subm=same,
+            inverse=kind == "up",
+        )
 
-    def forward(self,
-        x:spconv.SparseConvTensor, # input voxels
-    )->spconv.SparseConvTensor: # output voxels
+    def forward(
+        self,
+        x: spconv.SparseConvTensor,  # input voxels
+    ) -> spconv.SparseConvTensor:  # output voxels
         "Convolve; a 'down' whose table is there already reads it from the other side."
         self.algo = ConvAlgo.MaskImplicitGemm if x.features.is_cuda else ConvAlgo.Native
         again = self.kind == "down" and x.find_indice_pair(self.key) is not None
-        self.inverse, self.indice_key = again or self.kind == "up", self.key + AGAIN*again
+        self.inverse = again or self.kind == "up"
+        self.indice_key = self.key + AGAIN * again
         return self._conv_forward(torch.is_grad_enabled(), x, self.weight, None)
 
 # %% ../nbs/30_unet.ipynb #97cd399c
 def exchanged(
-    table:Any, # spconv's table of a strided layer
-)->Any: # the same kind of table
+    table: Any,  # spconv's table of a strided layer
+) -> Any:  # the same kind of table
     "The table with its two sides exchanged."
-    t = copy(table); pairs = ("indices","out_indices"), ("spatial_shape","out_spatial_shape"), ("pair_fwd","pair_bwd"), ("pair_mask_fwd_splits","pair_mask_bwd_splits"), ("mask_argsort_fwd_splits","mask_argsort_bwd_splits")
-    for a,b in pairs:
-        if hasattr(table, a): setattr(t, a, getattr(table, b)); setattr(t, b, getattr(table, a))
-    if hasattr(table, "indice_pairs"): t.indice_pairs = table.indice_pairs.flip(0)
+    t = copy(table)
+    pairs = (
+        ("indices", "out_indices"),
+        ("spatial_shape", "out_spatial_shape"),
+        ("pair_fwd", "pair_bwd"),
+        ("pair_mask_fwd_splits", "pair_mask_bwd_splits"),
+        ("mask_argsort_fwd_splits", "mask_argsort_bwd_splits"),
+    )
+    for a, b in pairs:
+        if hasattr(table, a):
+            setattr(t, a, getattr(table, b))
+            setattr(t, b, getattr(table, a))
+    if hasattr(table, "indice_pairs"):
+        t.indice_pairs = table.indice_pairs.flip(0)
     return t
 
+# %% ../nbs/30_unet.ipynb #7d74debc
 def kept_tables(
-    x:spconv.SparseConvTensor, # after the last layer
-)->dict: # name -> table
+    x: spconv.SparseConvTensor,  # after the last layer
+) -> dict:  # name -> table
     "The tables of a pass, ready to serve another one on the same voxels."
-    return x.indice_dict | {k + AGAIN: exchanged(d) for k,d in x.indice_dict.items() if not (d.is_subm or k.endswith(AGAIN))}
-
+    return x.indice_dict | {
+        k + AGAIN: exchanged(d) for k, d in x.indice_dict.items() if not (d.is_subm or k.endswith(AGAIN))
+    }
 
 # %% ../nbs/30_unet.ipynb #e0fcf0ae
-PRECISIONS = "auto", "float32", "tf32" # of the convolutions
+PRECISIONS = "auto", "float32", "tf32"  # of the convolutions
+
 
 def pick_precision(
-    precision:str, # one of `PRECISIONS`; 'auto' = 'tf32' on a GPU, 'float32' on the CPU
-    device:Any,    # where the convolutions will run
-)->str: # 'float32' or 'tf32'; raises ValueError when the device cannot do what is asked
+    precision: str,  # one of `PRECISIONS`; 'auto' = 'tf32' on a GPU, 'float32' on the CPU
+    device: Any,  # where the convolutions will run
+) -> str:  # 'float32' or 'tf32'; raises ValueError when the device cannot do what is asked
     "The precision in which the convolutions will run."
     if precision in ("float16", "bfloat16"):
-        why = "needs a gradient scaler, which the trainer does not have" if precision == "float16" else "has no kernels in spconv"
+        why = (
+            "needs a gradient scaler, which the trainer does not have"
+            if precision == "float16"
+            else "has no kernels in spconv"
+        )
         raise ValueError(f"precision: {precision!r} {why}; use 'tf32', or 'auto'.")
     if precision not in PRECISIONS:
         raise ValueError(f"precision: is {precision!r}; choose 'auto', 'float32' or 'tf32'.")
@@ -179,20 +228,25 @@ def pick_precision(
         raise ValueError("precision: 'tf32' needs a GPU; set it to 'auto' or 'float32' on the CPU.")
     return precision
 
+# %% ../nbs/30_unet.ipynb #f178a39a
 class Kernels:
     "Which precision spconv has chosen its GPU kernels for."
-    precision:str|None = None # None until the first convolution on a GPU
 
+    precision: str | None = None  # None until the first convolution on a GPU
+
+# %% ../nbs/30_unet.ipynb #e110ecc1
 def use_precision(
-    precision:str, # 'float32' or 'tf32', from `pick_precision`
-    device:Any,    # where the convolutions will run
-    kernels:type=Kernels, # what this process has chosen so far
-)->None: # raises ValueError when the process is bound to another precision
+    precision: str,  # 'float32' or 'tf32', from `pick_precision`
+    device: Any,  # where the convolutions will run
+    kernels: type = Kernels,  # what this process has chosen so far
+) -> None:  # raises ValueError when the process is bound to another precision
     "Set spconv's TF32 switch; a GPU keeps it for the rest of the process."
     if torch.device(device).type != "cuda":
         return
     if kernels.precision not in (None, precision):
-        raise ValueError(f"precision: spconv has chosen its kernels for {kernels.precision!r} and would use them for {precision!r} too; start a new process.")
+        raise ValueError(
+            f"precision: spconv has chosen its kernels for {kernels.precision!r} and would use them for {precision!r} too; start a new process."
+        )
     kernels.precision = precision
     spconv_constants.SPCONV_ALLOW_TF32 = precision == "tf32"
 
@@ -200,137 +254,167 @@ def use_precision(
 @dataclass(frozen=True)
 class UNetConfig:
     "The sparse U-Net."
-    # channels per level; each level halves the resolution
-    widths:Annotated[tuple[PositiveInt,...], MinLen(1)]=(32, 64, 128, 256, 256)
-    blocks:PositiveInt=2 # convolutions per level, on the way down and on the way up
-    # 'clip' = batch norm with the clip's own statistics, 'batch' = with running ones, 'layer'
-    norm:Literal["clip","batch","layer"]="clip"
-    slope:Share=.1 # of LeakyReLU below zero
-    # 'auto' = 'tf32' on a GPU, 'float32' on the CPU; see `pick_precision`
-    precision:Literal["auto","float32","tf32"]="auto"
 
-    def __post_init__(self)->None:
+    # channels per level; each level halves the resolution
+    widths: Annotated[tuple[PositiveInt, ...], MinLen(1)] = (32, 64, 128, 256, 256)
+    blocks: PositiveInt = 2  # convolutions per level, on the way down and on the way up
+    # 'clip' = batch norm with the clip's own statistics, 'batch' = with running ones, 'layer'
+    norm: Literal["clip", "batch", "layer"] = "clip"
+    slope: Share = 0.1  # of LeakyReLU below zero
+    # 'auto' = 'tf32' on a GPU, 'float32' on the CPU; see `pick_precision`
+    precision: Literal["auto", "float32", "tf32"] = "auto"
+
+    def __post_init__(self) -> None:
         "Refuse a precision that nobody can honour."
         pick_precision(self.precision, "cuda")
 
+# %% ../nbs/30_unet.ipynb #184b2dbc
 class VoxelNorm(nn.BatchNorm1d):
     "BatchNorm1d over voxels that also takes a single voxel: the limit of zero variance."
 
-    def forward(self,
-        x:Tensor, # (V,C)
-    )->Tensor: # (V,C)
+    def forward(
+        self,
+        x: Tensor,  # (V,C)
+    ) -> Tensor:  # (V,C)
         "Normalise each channel over the voxels."
         alone = len(x) == 1 and (self.training or not self.track_running_stats)
-        return self.bias[None] + 0*x if alone else super().forward(x)
+        return self.bias[None] + 0 * x if alone else super().forward(x)
 
+# %% ../nbs/30_unet.ipynb #efc3f99c
 def make_norm(
-    n:int, # channels
-    cfg:UNetConfig,
-)->nn.Module: # (V,n) -> (V,n)
+    n: int,  # channels
+    cfg: UNetConfig,
+) -> nn.Module:  # (V,n) -> (V,n)
     "The normalisation that a configuration names."
-    if cfg.norm == "layer": return nn.LayerNorm(n)
-    if cfg.norm not in ("clip", "batch"): raise ValueError(f"Unknown norm {cfg.norm!r}; use 'clip', 'batch' or 'layer'.")
+    if cfg.norm == "layer":
+        return nn.LayerNorm(n)
+    if cfg.norm not in ("clip", "batch"):
+        raise ValueError(f"Unknown norm {cfg.norm!r}; use 'clip', 'batch' or 'layer'.")
     return VoxelNorm(n, track_running_stats=cfg.norm == "batch")
 
 # %% ../nbs/30_unet.ipynb #22ed2659
 class ConvBlock(nn.Module):
     "Conv3D -> norm -> LeakyReLU (paper supp. A.2)."
 
-    def __init__(self,
-        n_in:int,  # channels in
-        n_out:int, # channels out
-        key:str,   # neighbour table
-        cfg:UNetConfig,
-        kind:str="same", # see `SparseConv`
-    )->None:
+    def __init__(
+        self,
+        n_in: int,  # channels in
+        n_out: int,  # channels out
+        key: str,  # neighbour table
+        cfg: UNetConfig,
+        kind: str = "same",  # see `SparseConv`
+    ) -> None:
         "A convolution and its norm."
         super().__init__()
-        self.conv, self.norm, self.slope = SparseConv(n_in, n_out, key, kind), make_norm(n_out, cfg), cfg.slope
+        self.conv = SparseConv(n_in, n_out, key, kind)
+        self.norm = make_norm(n_out, cfg)
+        self.slope = cfg.slope
 
-    def forward(self,
-        x:spconv.SparseConvTensor, # input voxels
-    )->spconv.SparseConvTensor: # output voxels
+    def forward(
+        self,
+        x: spconv.SparseConvTensor,  # input voxels
+    ) -> spconv.SparseConvTensor:  # output voxels
         "Convolve, normalise, bend."
         x = self.conv(x)
         return x.replace_feature(F.leaky_relu(self.norm(x.features), self.slope))
 
 # %% ../nbs/30_unet.ipynb #1bb53857
 def _stack(
-    n_in:int,  # channels in
-    n_out:int, # channels out
-    level:int, # 0 = finest
-    cfg:UNetConfig,
-)->nn.Sequential: # cfg.blocks blocks on the voxels of one level
+    n_in: int,  # channels in
+    n_out: int,  # channels out
+    level: int,  # 0 = finest
+    cfg: UNetConfig,
+) -> nn.Sequential:  # cfg.blocks blocks on the voxels of one level
     "The blocks of one level."
-    return nn.Sequential(*(ConvBlock(n_in if i == 0 else n_out, n_out, f"level{level}", cfg) for i in range(cfg.blocks)))
+    return nn.Sequential(
+        *(ConvBlock(n_in if i == 0 else n_out, n_out, f"level{level}", cfg) for i in range(cfg.blocks))
+    )
 
+# %% ../nbs/30_unet.ipynb #51ba947a
 class SparseUNet(nn.Module):
     "A sparse 3D U-Net: the voxels that go in are the voxels that come out."
 
-    def __init__(self,
-        n_in:int, # channels of the voxel features
-        cfg:UNetConfig=UNetConfig(),
-    )->None:
+    def __init__(
+        self,
+        n_in: int,  # channels of the voxel features
+        cfg: UNetConfig = UNetConfig(),
+    ) -> None:
         "Build encoder, decoder and the strided layers between the levels."
-        super().__init__(); self.cfg, w = cfg, cfg.widths; pairs = list(enumerate(zip(w, w[1:])))
+        super().__init__()
+        self.cfg, w = cfg, cfg.widths
+        pairs = list(enumerate(zip(w, w[1:])))
         self.stem = nn.Linear(n_in, w[0])
-        self.down = nn.ModuleList(ConvBlock(a, b, f"down{i}", cfg, "down") for i,(a,b) in pairs)
-        self.up   = nn.ModuleList(ConvBlock(b, a, f"down{i}", cfg, "up") for i,(a,b) in pairs)
-        self.enc  = nn.ModuleList(_stack(n, n, i, cfg) for i,n in enumerate(w))
-        self.dec  = nn.ModuleList(_stack(2*a, a, i, cfg) for i,(a,_) in pairs)
+        self.down = nn.ModuleList(ConvBlock(a, b, f"down{i}", cfg, "down") for i, (a, b) in pairs)
+        self.up = nn.ModuleList(ConvBlock(b, a, f"down{i}", cfg, "up") for i, (a, b) in pairs)
+        self.enc = nn.ModuleList(_stack(n, n, i, cfg) for i, n in enumerate(w))
+        self.dec = nn.ModuleList(_stack(2 * a, a, i, cfg) for i, (a, _) in pairs)
 
     @property
-    def n_out(self)->int: # channels
+    def n_out(self) -> int:  # channels
         "Channels that come out."
         return self.cfg.widths[0]
 
 # %% ../nbs/30_unet.ipynb #45ef6008
 @patch
-def padded_shape(self:SparseUNet,
-    shape:tuple[int,int,int], # cells of the grid
-)->list[int]: # cells, each a multiple of the coarsest stride
+def padded_shape(
+    self: SparseUNet,
+    shape: tuple[int, int, int],  # cells of the grid
+) -> list[int]:  # cells, each a multiple of the coarsest stride
     "The grid's shape with room for every level."
-    m = 2**(len(self.cfg.widths) - 1)
-    return [-(-n//m)*m for n in shape]
+    m = 2 ** (len(self.cfg.widths) - 1)
+    return [-(-n // m) * m for n in shape]
 
+# %% ../nbs/30_unet.ipynb #329c0246
 @patch
-def forward(self:SparseUNet,
-    v:Voxels, # occupied cells with features (V,n_in)
-    shape:tuple[int,int,int], # cells of the grid
-    tables:dict|None=None, # what earlier passes over the same voxels found out; filled here
-)->Tensor: # (V,n_out) float32, in the order of `v`
+def forward(
+    self: SparseUNet,
+    v: Voxels,  # occupied cells with features (V,n_in)
+    shape: tuple[int, int, int],  # cells of the grid
+    tables: dict | None = None,  # what earlier passes over the same voxels found out; filled here
+) -> Tensor:  # (V,n_out) float32, in the order of `v`
     "Features of each voxel in the light of its surroundings."
-    device, skips, shape = v.features.device, [], self.padded_shape(shape)
+    device = v.features.device
+    skips = []
+    shape = self.padded_shape(shape)
     use_precision(pick_precision(self.cfg.precision, device), device)
     known = {} if tables is None else tables.setdefault((torch.is_grad_enabled(), *shape), {})
     with torch.autocast(device.type, enabled=False):
-        x = spconv.SparseConvTensor(self.stem(v.features.float()), F.pad(v.coords, (1,0)).int(), shape, 1, indice_dict=dict(known))
-        for i,enc in enumerate(self.enc): x = enc(x if i == 0 else self.down[i-1](x)); skips.append(x)
-        for i,dec in reversed(list(enumerate(self.dec))):
+        x = spconv.SparseConvTensor(
+            self.stem(v.features.float()), F.pad(v.coords, (1, 0)).int(), shape, 1, indice_dict=dict(known)
+        )
+        for i, enc in enumerate(self.enc):
+            x = enc(x if i == 0 else self.down[i - 1](x))
+            skips.append(x)
+        for i, dec in reversed(list(enumerate(self.dec))):
             x = self.up[i](x)
             x = dec(x.replace_feature(torch.cat([x.features, skips[i].features], 1)))
-        if not known: known.update(kept_tables(x))
+        if not known:
+            known.update(kept_tables(x))
         return x.features
 
 # %% ../nbs/30_unet.ipynb #2ff8bad8
 def relative_rms(
-    x:Tensor,   # any shape
-    ref:Tensor, # same shape
-)->float:
+    x: Tensor,  # any shape
+    ref: Tensor,  # same shape
+) -> float:
     "Root mean squared difference, relative to the reference's own size."
-    return ((x - ref).norm()/ref.norm().clamp_min(1e-30)).item()
+    return ((x - ref).norm() / ref.norm().clamp_min(1e-30)).item()
 
+# %% ../nbs/30_unet.ipynb #718bcffe
 def device_gap(
-    precision:str, # 'float32' or 'tf32'
-    n:int=300_000, # points
-    repeats:int=5, # timed steps
-)->dict[str,float]: # relative errors against the CPU: forward, no_grad, gradient; ms of a step, and of one with its tables at hand
+    precision: str,  # 'float32' or 'tf32'
+    n: int = 300_000,  # points
+    repeats: int = 5,  # timed steps
+) -> dict[
+    str, float
+]:  # relative errors against the CPU: forward, no_grad, gradient; ms of a step, and of one with its tables at hand
     "One network on the CPU and on the GPU. Call it in a new process: spconv keeps the precision of its first kernels."
-    cfg, gen = VoxelConfig(), torch.Generator().manual_seed(0)
-    xy = torch.rand(n, 2, generator=gen)*torch.tensor([140., 90.]) - torch.tensor([5., 45.])
-    points = torch.cat([xy, .5*torch.sin(xy[:,:1]/5)], 1)
+    cfg = VoxelConfig()
+    gen = torch.Generator().manual_seed(0)
+    xy = torch.rand(n, 2, generator=gen) * torch.tensor([140.0, 90.0]) - torch.tensor([5.0, 45.0])
+    points = torch.cat([xy, 0.5 * torch.sin(xy[:, :1] / 5)], 1)
     v, vg = (voxelise(p, p, cfg) for p in (points, points.cuda()))
-    for k in ("keys", "coords", "count", "voxel", "inside"): # on the edges of cells too
+    for k in ("keys", "coords", "count", "voxel", "inside"):  # on the edges of cells too
         if not torch.equal(getattr(v, k), getattr(vg, k).cpu()):
             raise AssertionError(f"{k} of the voxels differ between CPU and GPU.")
     torch.manual_seed(0)
@@ -338,11 +422,15 @@ def device_gap(
     net = SparseUNet(3, UNetConfig(precision=precision)).cuda()
     net.load_state_dict(ref.state_dict())
     goal = torch.randn(len(v), ref.n_out, generator=gen)
-    def step(net:SparseUNet, v:Voxels, tables:dict|None=None)->tuple[Tensor,Tensor]: # features, gradient
+
+    def step(
+        net: SparseUNet, v: Voxels, tables: dict | None = None
+    ) -> tuple[Tensor, Tensor]:  # features, gradient
         y = net(v, cfg.shape, tables)
-        grads = torch.autograd.grad((y*goal.to(y)).mean(), list(net.parameters()))
+        grads = torch.autograd.grad((y * goal.to(y)).mean(), list(net.parameters()))
         return y.detach().cpu(), torch.cat([g.flatten() for g in grads]).cpu()
-    def timed(*args:Any)->float: # ms
+
+    def timed(*args: Any) -> float:  # ms
         for _ in range(3):
             step(net, vg, *args)
         torch.cuda.synchronize()
@@ -350,10 +438,18 @@ def device_gap(
         for _ in range(repeats):
             step(net, vg, *args)
         torch.cuda.synchronize()
-        return (time.perf_counter() - start)/repeats*1e3
+        return (time.perf_counter() - start) / repeats * 1e3
+
     (want, want_grad), (y, grad) = step(ref, v), step(net, vg)
     with torch.no_grad():
         still = net.eval()(vg, cfg.shape).cpu()
     net.train()
-    return dict(voxels=len(v), forward=relative_rms(y, want), no_grad=relative_rms(still, want), gradient=relative_rms(grad, want_grad),
-                largest=((y - want).abs().max()/want.abs().max()).item(), step_ms=timed(), again_ms=timed({}))
+    return dict(
+        voxels=len(v),
+        forward=relative_rms(y, want),
+        no_grad=relative_rms(still, want),
+        gradient=relative_rms(grad, want_grad),
+        largest=((y - want).abs().max() / want.abs().max()).item(),
+        step_ms=timed(),
+        again_ms=timed({}),
+    )

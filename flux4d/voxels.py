@@ -19,96 +19,134 @@ __all__ = ['VoxelConfig', 'Voxels', 'cell_of', 'voxelise_np', 'voxel_report', 'p
 @dataclass(frozen=True)
 class VoxelConfig:
     "The grid the network sees, in ego0."
-    size:PositiveFloat=.2 # edge of a voxel, m
-    low:tuple[float,float,float]=(-10., -50., -6.) # lower corner, ego0, m
-    high:tuple[float,float,float]=(140., 50., 14.) # upper corner, ego0, m
 
-    def __post_init__(self)->None:
+    size: PositiveFloat = 0.2  # edge of a voxel, m
+    low: tuple[float, float, float] = (-10.0, -50.0, -6.0)  # lower corner, ego0, m
+    high: tuple[float, float, float] = (140.0, 50.0, 14.0)  # upper corner, ego0, m
+
+    def __post_init__(self) -> None:
         "Refuse a grid without cells."
-        if self.size <= 0 or not all(a < b for a,b in zip(self.low, self.high)):
-            raise ValueError(f"The voxel grid {self.low}..{self.high} at {self.size} m has no cells; size must be positive and low below high.")
+        if self.size <= 0 or not all(a < b for a, b in zip(self.low, self.high)):
+            raise ValueError(
+                f"The voxel grid {self.low}..{self.high} at {self.size} m has no cells; size must be positive and low below high."
+            )
         if math.prod(self.shape) >= 2**62:
-            raise ValueError(f"size: is {self.size}, which makes more cells than can be numbered; choose larger cells.")
+            raise ValueError(
+                f"size: is {self.size}, which makes more cells than can be numbered; choose larger cells."
+            )
 
     @property
-    def shape(self)->tuple[int,int,int]: # cells along x, y, z
+    def shape(self) -> tuple[int, int, int]:  # cells along x, y, z
         "Cells along each axis."
-        return tuple(int(np.ceil(round((b - a)/self.size, 6))) for a,b in zip(self.low, self.high))
+        return tuple(int(np.ceil(round((b - a) / self.size, 6))) for a, b in zip(self.low, self.high))
 
 # %% ../nbs/13_voxels.ipynb #810c0e27
 @dataclass
 class Voxels:
     "The occupied cells of one cloud, sorted by key; arrays or tensors."
-    keys:Array     # (V,) int64, (ix*ny + iy)*nz + iz, ascending
-    coords:Array   # (V,3) cell indices ix, iy, iz
-    features:Array # (V,F) mean of the features of the points inside
-    count:Array    # (V,) int64, points inside
-    voxel:Array    # (N,) int64, each point's row here, -1 outside the grid
-    inside:Array   # (N,) bool
 
-    def __len__(self)->int:
+    keys: Array  # (V,) int64, (ix*ny + iy)*nz + iz, ascending
+    coords: Array  # (V,3) cell indices ix, iy, iz
+    features: Array  # (V,F) mean of the features of the points inside
+    count: Array  # (V,) int64, points inside
+    voxel: Array  # (N,) int64, each point's row here, -1 outside the grid
+    inside: Array  # (N,) bool
+
+    def __len__(self) -> int:
         "Number of occupied cells."
         return len(self.keys)
 
 # %% ../nbs/13_voxels.ipynb #415b8fa1
 def cell_of(
-    points:np.ndarray, # (N,3) ego0, m
-    cfg:VoxelConfig,
-)->tuple[np.ndarray,np.ndarray]: # (N,3) int64 cell indices; (N,) bool, in the grid
+    points: np.ndarray,  # (N,3) ego0, m
+    cfg: VoxelConfig,
+) -> tuple[np.ndarray, np.ndarray]:  # (N,3) int64 cell indices; (N,) bool, in the grid
     "floor((p - low)/size), and whether that is a cell of the grid."
-    low, size = np.asarray(cfg.low, points.dtype), np.full(3, cfg.size, points.dtype)
-    at = np.floor((points - low)/size)
+    low = np.asarray(cfg.low, points.dtype)
+    size = np.full(3, cfg.size, points.dtype)
+    at = np.floor((points - low) / size)
     inside = ((at >= 0) & (at < cfg.shape)).all(1)
-    return np.where(inside[:,None], at, 0).astype(np.int64), inside
+    return np.where(inside[:, None], at, 0).astype(np.int64), inside
 
 # %% ../nbs/13_voxels.ipynb #1d63236e
 def voxelise_np(
-    points:np.ndarray,   # (N,3) ego0, m
-    features:np.ndarray, # (N,F) what to average
-    cfg:VoxelConfig,
-)->Voxels: # of NumPy arrays
+    points: np.ndarray,  # (N,3) ego0, m
+    features: np.ndarray,  # (N,F) what to average
+    cfg: VoxelConfig,
+) -> Voxels:  # of NumPy arrays
     "Group points by cell and average their features."
-    at, inside = cell_of(points, cfg); _, ny, nz = cfg.shape
-    keys, row, count = np.unique(((at[:,0]*ny + at[:,1])*nz + at[:,2])[inside], return_inverse=True, return_counts=True)
-    order = np.argsort(row, kind="stable"); starts = np.cumsum(count) - count
-    sums = np.add.reduceat(features[inside][order].astype(np.float64), starts, axis=0) if len(keys) else np.zeros((0, features.shape[1]))
-    voxel = np.full(len(points), -1); voxel[inside] = row
-    coords = np.stack([keys//(ny*nz), keys//nz % ny, keys % nz], 1)
-    return Voxels(keys, coords, (sums/count[:,None]).astype(features.dtype), count, voxel, inside)
+    at, inside = cell_of(points, cfg)
+    _, ny, nz = cfg.shape
+    keys, row, count = np.unique(
+        ((at[:, 0] * ny + at[:, 1]) * nz + at[:, 2])[inside], return_inverse=True, return_counts=True
+    )
+    order = np.argsort(row, kind="stable")
+    starts = np.cumsum(count) - count
+    sums = (
+        np.add.reduceat(features[inside][order].astype(np.float64), starts, axis=0)
+        if len(keys)
+        else np.zeros((0, features.shape[1]))
+    )
+    voxel = np.full(len(points), -1)
+    voxel[inside] = row
+    coords = np.stack([keys // (ny * nz), keys // nz % ny, keys % nz], 1)
+    return Voxels(keys, coords, (sums / count[:, None]).astype(features.dtype), count, voxel, inside)
 
 # %% ../nbs/13_voxels.ipynb #c263a600
 def voxel_report(
-    points:np.ndarray, # (N,3) ego0, m
-    sky:np.ndarray,    # (N,) bool, background points
-    cfg:VoxelConfig,
-)->dict[str,Any]: # valid_ratio, points by fate (they add up to N), voxels, points per voxel
+    points: np.ndarray,  # (N,3) ego0, m
+    sky: np.ndarray,  # (N,) bool, background points
+    cfg: VoxelConfig,
+) -> dict[str, Any]:  # valid_ratio, points by fate (they add up to N), voxels, points per voxel
     "Count the points in the grid and name the reason for each one outside."
-    fate, left = {}, np.ones(len(points), bool)
-    reasons = [("sky", sky)] + [(name, (points[:,i] < cfg.low[i]) | (points[:,i] >= cfg.high[i])) for i,name in enumerate(("ahead or behind", "to the side", "above or below"))]
-    for name,out in reasons: fate[name] = int((left & out).sum()); left &= ~out
-    v = voxelise_np(points[left], np.zeros((left.sum(),1), np.float32), cfg)
+    fate = {}
+    left = np.ones(len(points), bool)
+    reasons = [("sky", sky)] + [
+        (name, (points[:, i] < cfg.low[i]) | (points[:, i] >= cfg.high[i]))
+        for i, name in enumerate(("ahead or behind", "to the side", "above or below"))
+    ]
+    for name, out in reasons:
+        fate[name] = int((left & out).sum())
+        left &= ~out
+    v = voxelise_np(points[left], np.zeros((left.sum(), 1), np.float32), cfg)
     fate = {"in the grid": int(v.inside.sum()), **fate}
-    return dict(valid_ratio=fate["in the grid"]/max(len(points), 1), **fate, voxels=len(v), points_per_voxel=fate["in the grid"]/max(len(v), 1))
+    return dict(
+        valid_ratio=fate["in the grid"] / max(len(points), 1),
+        **fate,
+        voxels=len(v),
+        points_per_voxel=fate["in the grid"] / max(len(v), 1),
+    )
 
 # %% ../nbs/13_voxels.ipynb #1aa2c519
 def plot_bev(
-    points:np.ndarray, # (N,3) ego0, m
-    sky:np.ndarray,    # (N,) bool, background points
-    cfg:VoxelConfig,
-    window:float=400., # edge of the square shown, m
-    path:Path|None=None, # where to write bev_xy.png; None = only draw
-)->dict[str,Any]: # the report
+    points: np.ndarray,  # (N,3) ego0, m
+    sky: np.ndarray,  # (N,) bool, background points
+    cfg: VoxelConfig,
+    window: float = 400.0,  # edge of the square shown, m
+    path: Path | None = None,  # where to write bev_xy.png; None = only draw
+) -> dict[str, Any]:  # the report
     "Bird's-eye view of a cloud and its grid."
     import matplotlib.pyplot as plt
-    r = voxel_report(points, sky, cfg); h = window/2
-    seen = (np.abs(points[:,:2]) < h).all(1); inside = cell_of(points, cfg)[1] & ~sky
-    fig, ax = plt.subplots(figsize=(5,4.6)); dot = dict(s=.3, lw=0, rasterized=True)
-    for m,c in ((seen & sky, "tab:blue"), (seen & ~sky & ~inside, "0.6")): ax.scatter(*points[m,:2].T, c=c, **dot)
-    s = ax.scatter(*points[seen & inside,:2].T, c=points[seen & inside,2], cmap="viridis", vmin=-2, vmax=6, **dot)
-    (x0,y0),(x1,y1) = cfg.low[:2], cfg.high[:2]
-    ax.plot([x0,x1,x1,x0,x0], [y0,y0,y1,y1,y0], "r", lw=1)
-    ax.set(xlim=(-h,h), ylim=(-h,h), aspect="equal", xlabel="x, m (forward)", ylabel="y, m (left)")
-    ax.set_title(f"in the grid {r['valid_ratio']:.1%} of {len(points):,}; sky {int(sky.sum()):,}, {int((sky & ~seen).sum()):,} of it out of view", fontsize=8)
-    fig.colorbar(s, label="z, m", shrink=.8)
-    if path is not None: fig.savefig(path, dpi=120)
+
+    r = voxel_report(points, sky, cfg)
+    h = window / 2
+    seen = (np.abs(points[:, :2]) < h).all(1)
+    inside = cell_of(points, cfg)[1] & ~sky
+    fig, ax = plt.subplots(figsize=(5, 4.6))
+    dot = dict(s=0.3, lw=0, rasterized=True)
+    for m, c in ((seen & sky, "tab:blue"), (seen & ~sky & ~inside, "0.6")):
+        ax.scatter(*points[m, :2].T, c=c, **dot)
+    s = ax.scatter(
+        *points[seen & inside, :2].T, c=points[seen & inside, 2], cmap="viridis", vmin=-2, vmax=6, **dot
+    )
+    (x0, y0), (x1, y1) = cfg.low[:2], cfg.high[:2]
+    ax.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], "r", lw=1)
+    ax.set(xlim=(-h, h), ylim=(-h, h), aspect="equal", xlabel="x, m (forward)", ylabel="y, m (left)")
+    ax.set_title(
+        f"in the grid {r['valid_ratio']:.1%} of {len(points):,}; sky {int(sky.sum()):,}, {int((sky & ~seen).sum()):,} of it out of view",
+        fontsize=8,
+    )
+    fig.colorbar(s, label="z, m", shrink=0.8)
+    if path is not None:
+        fig.savefig(path, dpi=120)
     return r

@@ -1,4 +1,5 @@
 """The commands: help that answers at once and shows an example, faults that are sentences, and nothing deleted that a command did not make."""
+
 import json, shutil, subprocess, sys
 from pathlib import Path
 import pytest
@@ -7,22 +8,37 @@ from flux4d.house import house_main, repo_root
 from flux4d.report import report_main
 
 ROOT = repo_root(Path(__file__).parent)
-COMMANDS = {"flux4d-house": "house:house_main", "flux4d-city": "city:city_main", "flux4d-report": "report:report_main"}
+COMMANDS = {
+    "flux4d-house": "house:house_main",
+    "flux4d-city": "city:city_main",
+    "flux4d-report": "report:report_main",
+}
+
 
 def sentence(said):
     "One line that is no traceback and says more than a number."
     said = said.strip()
-    assert said and "\n" not in said and "Traceback" not in said and "[Errno" not in said and len(said.split()) > 5, said
+    assert (
+        said
+        and "\n" not in said
+        and "Traceback" not in said
+        and "[Errno" not in said
+        and len(said.split()) > 5
+    ), said
     return said
+
 
 @pytest.fixture
 def said(capsys):
     "Run a command in this process: exit status, and what it said on both channels."
+
     def run(main, *words):
         capsys.readouterr()
         code = main([str(w) for w in words])
         return code, "".join(capsys.readouterr())
+
     return run
+
 
 def content(folder):
     "Every file below a folder."
@@ -30,6 +46,7 @@ def content(folder):
 
 
 # help
+
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_has_an_example_and_imports_little(name):
@@ -43,47 +60,62 @@ print("\\n".join(sys.modules))"""
     assert done.returncode == 0, done.stderr[-500:]
     text, _, _ = done.stdout.partition("\nsys\n")
     assert "examples:" in text and f"\n  {name} " in text
-    assert not {"torch", "spconv", "gsplat", "scipy"} & set(done.stdout.splitlines()) # they take seconds
+    assert not {"torch", "spconv", "gsplat", "scipy"} & set(done.stdout.splitlines())  # they take seconds
 
 
 # what is not a command's own stays
 
+
 @pytest.fixture
 def house(tmp_path, monkeypatch):
     "A repository with two notebooks, in which the commands run."
-    root = tmp_path/"house"
-    (root/"nbs").mkdir(parents=True)
-    shutil.copy(ROOT/"settings.ini", root)
+    root = tmp_path / "house"
+    (root / "nbs").mkdir(parents=True)
+    shutil.copy(ROOT / "settings.ini", root)
     for name in ("00_index", "01_frames"):
         cells = [dict(cell_type="markdown", id="a", metadata={}, source=[f"# {name}\n", "\n", "> A claim."])]
-        (root/f"nbs/{name}.ipynb").write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
+        (root / f"nbs/{name}.ipynb").write_text(
+            json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5))
+        )
     monkeypatch.chdir(root)
     return root
 
+
 @pytest.mark.parametrize("target", ("nbs", ".", "mine"))
 def test_pages_leave_a_folder_that_holds_something_else(house, said, target):
-    (house/"mine").mkdir()
-    (house/"mine/notes.txt").write_text("mine")
+    (house / "mine").mkdir()
+    (house / "mine/notes.txt").write_text("mine")
     before = content(house)
     code, text = said(house_main, "pages", target)
     assert code == 1 and "which flux4d-house did not write" in sentence(text)
     assert content(house) == before
 
+
 def test_pages_replace_pages(house, said):
     assert said(house_main, "pages", "build/pages") == (0, "")
-    (house/"nbs/01_frames.ipynb").rename(house/"nbs/02_other.ipynb")
+    (house / "nbs/01_frames.ipynb").rename(house / "nbs/02_other.ipynb")
     assert said(house_main, "pages", "build/pages") == (0, "")
-    assert sorted(p.name for p in (house/"build/pages").glob("*.ipynb")) == ["02_other.ipynb", "index.ipynb"] # none of the old ones is left
+    assert sorted(p.name for p in (house / "build/pages").glob("*.ipynb")) == [
+        "02_other.ipynb",
+        "index.ipynb",
+    ]  # none of the old ones is left
+
 
 @pytest.mark.parametrize("change", ("add", "edit", "link", "folder", "mark"))
 def test_pages_leave_what_somebody_put_there(house, said, change):
-    out = house/"build/pages"
+    out = house / "build/pages"
     said(house_main, "pages", out)
-    if change == "add": (out/"notes.md").write_text("mine")
-    if change == "edit": (out/"index.ipynb").write_text("mine")
-    if change == "link": (out/"data").symlink_to(house/"nbs")
-    if change == "folder": (out/"data").mkdir(); (out/"data/x").write_text("mine")
-    if change == "mark": (out/".made_by_flux4d_house").write_text('["index.ipynb"]') # not what the command writes
+    if change == "add":
+        (out / "notes.md").write_text("mine")
+    if change == "edit":
+        (out / "index.ipynb").write_text("mine")
+    if change == "link":
+        (out / "data").symlink_to(house / "nbs")
+    if change == "folder":
+        (out / "data").mkdir()
+        (out / "data/x").write_text("mine")
+    if change == "mark":
+        (out / ".made_by_flux4d_house").write_text('["index.ipynb"]')  # not what the command writes
     before = content(house)
     code, text = said(house_main, "pages", out)
     assert code == 1 and "did not write" in sentence(text)
@@ -92,17 +124,20 @@ def test_pages_leave_what_somebody_put_there(house, said, change):
 
 # tracebacks became sentences
 
+
 @pytest.mark.parametrize("command", ("show", "record", "pages"))
 def test_a_command_without_its_path(house, said, command):
     code, text = said(house_main, command)
     assert code == 1 and sentence(text).startswith(f"flux4d-house {command}: needs ")
 
+
 @pytest.mark.parametrize("command", ("show", "record", "pages"))
 def test_a_path_that_is_none(house, said, command):
-    (house/"file").touch()
+    (house / "file").touch()
     for path in ("file", "file/below") if command == "pages" else ("file", "file/below", "nowhere", "nbs"):
         code, text = said(house_main, command, path)
         assert code == 1 and sentence(text)
+
 
 @pytest.mark.parametrize("command", ("pages", "check", "readme", "figures"))
 def test_outside_a_repository(tmp_path, monkeypatch, said, command):
@@ -110,51 +145,77 @@ def test_outside_a_repository(tmp_path, monkeypatch, said, command):
     code, text = said(house_main, command, "pages")
     assert code == 1 and "run this inside the repository" in sentence(text)
 
-@pytest.mark.parametrize("text", ("", "[]", '{"runtime": 3}', '{"a": {"mean": "x"}}', '{"a":'*100_000), ids=("empty", "a list", "runtime", "mean", "deep"))
+
+@pytest.mark.parametrize(
+    "text",
+    ("", "[]", '{"runtime": 3}', '{"a": {"mean": "x"}}', '{"a":' * 100_000),
+    ids=("empty", "a list", "runtime", "mean", "deep"),
+)
 def test_a_record_that_is_none_is_not_shown(tmp_path, said, text):
-    run = tmp_path/"run"
+    run = tmp_path / "run"
     run.mkdir()
-    (run/"metrics.json").write_text(text)
+    (run / "metrics.json").write_text(text)
     code, told = said(house_main, "show", run)
     assert code == 1 and sentence(told).startswith("run/metrics.json: ")
 
+
 def test_a_report_that_cannot_be_written(said, tmp_path):
-    for target in (tmp_path/"nowhere", tmp_path):
+    for target in (tmp_path / "nowhere", tmp_path):
         code, text = said(report_main, target)
         assert code == 1 and "no such file" in sentence(text)
 
 
 # the city
 
-WRONG = {"--frames": ("0", "-3", "1001"), "--logs": ("0", "-1", "1000"), "--scale": ("0", "-1", "nan", "inf", "1e-9"), "--step": ("0", "-1", "nan", "400"), "--workers": ("0", "-2"), "--seed": ("-1",)}
+WRONG = {
+    "--frames": ("0", "-3", "1001"),
+    "--logs": ("0", "-1", "1000"),
+    "--scale": ("0", "-1", "nan", "inf", "1e-9"),
+    "--step": ("0", "-1", "nan", "400"),
+    "--workers": ("0", "-2"),
+    "--seed": ("-1",),
+}
 
-@pytest.mark.parametrize("option, value", [(o, v) for o,vs in WRONG.items() for v in vs])
+
+@pytest.mark.parametrize("option, value", [(o, v) for o, vs in WRONG.items() for v in vs])
 def test_numbers_that_no_city_has(said, tmp_path, option, value):
-    code, text = said(city_main, tmp_path/"city", option, value)
-    assert code == 1 and sentence(text).startswith(f"{option[2:]}: is {float(value) if option in ('--scale', '--step') else value}") and not (tmp_path/"city").exists()
+    code, text = said(city_main, tmp_path / "city", option, value)
+    assert (
+        code == 1
+        and sentence(text).startswith(
+            f"{option[2:]}: is {float(value) if option in ('--scale', '--step') else value}"
+        )
+        and not (tmp_path / "city").exists()
+    )
+
 
 def test_places_where_no_city_can_be(said, tmp_path):
-    (tmp_path/"file").touch()
+    (tmp_path / "file").touch()
     for where in ("file", "file/below"):
-        code, text = said(city_main, tmp_path/where, "--logs", 1, "--frames", 1)
+        code, text = said(city_main, tmp_path / where, "--logs", 1, "--frames", 1)
         assert code == 1 and sentence(text)
     for text in ("", "[1]", "3"):
-        (tmp_path/"odd").mkdir(exist_ok=True)
-        (tmp_path/"odd/city.json").write_text(text)
-        code, told = said(city_main, tmp_path/"odd", "--logs", 1)
+        (tmp_path / "odd").mkdir(exist_ok=True)
+        (tmp_path / "odd/city.json").write_text(text)
+        code, told = said(city_main, tmp_path / "odd", "--logs", 1)
         assert code == 1 and sentence(told).startswith("odd/city.json: holds no parameters of a city")
 
+
 def test_a_city_says_how_far_it_is_and_what_to_do_after_an_interrupt(said, tmp_path, monkeypatch):
-    small = "--logs", 1, "--frames", 12, "--scale", .0625, "--step", 4, "--workers", 1
+    small = "--logs", 1, "--frames", 12, "--scale", 0.0625, "--step", 4, "--workers", 1
     import flux4d.city
+
     frames, write = [], flux4d.city.write_frame
+
     def interrupted(*args):
         frames.append(args[3])
-        if len(frames) == 8: raise KeyboardInterrupt
+        if len(frames) == 8:
+            raise KeyboardInterrupt
         write(*args)
+
     monkeypatch.setattr(flux4d.city, "write_frame", interrupted)
-    code, text = said(city_main, tmp_path/"city", *small)
+    code, text = said(city_main, tmp_path / "city", *small)
     assert code == 130 and "the same command goes on where this one stopped." in text
     monkeypatch.setattr(flux4d.city, "write_frame", write)
-    code, text = said(city_main, tmp_path/"city", *small)
+    code, text = said(city_main, tmp_path / "city", *small)
     assert code == 0 and "city: 100%" in text and "2/2" in text and "1 logs of 12 frames: 001 .. 001" in text

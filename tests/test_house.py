@@ -1,86 +1,132 @@
 """Promises that no single notebook can keep: arrows between modules, docstrings, the index and its links, what git sees.
 
 That modules and README are what the notebooks make of them is checked before these tests, by `make test`."""
+
 import ast, configparser, json, os, re, shlex, subprocess, sys
 from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 import pytest
-from flux4d.house import Notebook, notebooks, read_notebook, repo_root, row_ids, row_sections, rows_table, runs_of_record
+from flux4d.house import (
+    Notebook,
+    notebooks,
+    read_notebook,
+    repo_root,
+    row_ids,
+    row_sections,
+    rows_table,
+    runs_of_record,
+)
 
 ROOT = repo_root(Path(__file__).parent)
-MODULES = sorted(p for p in (ROOT/"flux4d").glob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+MODULES = sorted(p for p in (ROOT / "flux4d").glob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 NOTEBOOKS = notebooks(ROOT)
 EXPORTING = {nb.module: nb for nb in NOTEBOOKS if nb.module}
-OPEN = set() # rows known to be open; every other row must be answered by a notebook
-name = lambda x: x.path.name if isinstance(x, Notebook) else x.name
+OPEN = set()  # rows known to be open; every other row must be answered by a notebook
+
+
+def name(x):
+    return x.path.name if isinstance(x, Notebook) else x.name
 
 
 @cache
-def tree(path): return ast.parse(path.read_text(encoding="utf-8"))
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
 
 @cache
 def imported(module):
     "The flux4d modules that a module imports, inside functions too."
     found = set()
-    for n in ast.walk(tree(ROOT/f"flux4d/{module}.py")):
-        if isinstance(n, ast.Import): found |= {a.name.split(".")[1] for a in n.names if a.name.startswith("flux4d.")}
-        if not isinstance(n, ast.ImportFrom): continue
-        path = "flux4d." + (n.module or "") if n.level==1 else n.module # nbdev writes `from .x import`
-        if path.rstrip(".")=="flux4d": found |= {a.name for a in n.names}
-        elif path.startswith("flux4d."): found.add(path.split(".")[1])
+    for n in ast.walk(tree(ROOT / f"flux4d/{module}.py")):
+        if isinstance(n, ast.Import):
+            found |= {a.name.split(".")[1] for a in n.names if a.name.startswith("flux4d.")}
+        if not isinstance(n, ast.ImportFrom):
+            continue
+        path = "flux4d." + (n.module or "") if n.level == 1 else n.module  # nbdev writes `from .x import`
+        if path.rstrip(".") == "flux4d":
+            found |= {a.name for a in n.names}
+        elif path.startswith("flux4d."):
+            found.add(path.split(".")[1])
     return frozenset(found)
+
 
 def reach(module, seen=()):
     "A module and all that it leads to."
     seen = set(seen) | {module}
-    for m in imported(module) - seen: seen |= reach(m, seen)
+    for m in imported(module) - seen:
+        seen |= reach(m, seen)
     return seen
+
 
 def python(code, **env):
     "Standard output of a fresh interpreter."
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env})
-    assert done.returncode==0, done.stderr[-2000:]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
 
 def git(*args):
     done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
-    if "not a git repository" in done.stderr: pytest.skip("not a git checkout")
+    if "not a git repository" in done.stderr:
+        pytest.skip("not a git checkout")
     return done.stdout.splitlines()
+
 
 def committed():
     "Text files that git has or would take."
-    return [p for f in sorted(set(git("ls-files", "-co", "--exclude-standard"))) if (p := ROOT/f).is_file() and p.suffix not in (".jpg",".png",".pdf")]
+    return [
+        p
+        for f in sorted(set(git("ls-files", "-co", "--exclude-standard")))
+        if (p := ROOT / f).is_file() and p.suffix not in (".jpg", ".png", ".pdf")
+    ]
 
 
 # code
+
 
 def undocumented(path):
     "Functions, methods and classes without docstring or annotation; those inside functions and dunders are not looked at."
     for owner in (tree(path), *(n for n in tree(path).body if isinstance(n, ast.ClassDef))):
         for f in owner.body:
-            if not isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or f.name.startswith("__"): continue
-            if not ast.get_docstring(f): yield f"{f.name}: no docstring"
-            if isinstance(f, ast.ClassDef): continue
-            static = any(getattr(d, "id", "")=="staticmethod" for d in f.decorator_list)
-            args = [*f.args.posonlyargs, *f.args.args][int(isinstance(owner, ast.ClassDef) and not static):]
+            if not isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or f.name.startswith(
+                "__"
+            ):
+                continue
+            if not ast.get_docstring(f):
+                yield f"{f.name}: no docstring"
+            if isinstance(f, ast.ClassDef):
+                continue
+            static = any(getattr(d, "id", "") == "staticmethod" for d in f.decorator_list)
+            args = [*f.args.posonlyargs, *f.args.args][int(isinstance(owner, ast.ClassDef) and not static) :]
             args += [*f.args.kwonlyargs, *filter(None, (f.args.vararg, f.args.kwarg))]
-            if bare := [a.arg for a in args if a.annotation is None]: yield f"{f.name}: no annotation on {', '.join(bare)}"
-            if f.returns is None: yield f"{f.name}: no return annotation"
+            if bare := [a.arg for a in args if a.annotation is None]:
+                yield f"{f.name}: no annotation on {', '.join(bare)}"
+            if f.returns is None:
+                yield f"{f.name}: no return annotation"
+
 
 @pytest.mark.parametrize("path", MODULES, ids=name)
-def test_everything_has_docstring_and_annotations(path): # G-06
-    assert list(undocumented(path))==[]
+def test_everything_has_docstring_and_annotations(path):
+    assert list(undocumented(path)) == []
+
 
 def test_arrows_run_from_higher_to_lower_numbers():
-    order = {m: i for i,m in enumerate(EXPORTING)}
-    assert [f"{m} imports {o}" for m in order for o in imported(m) if order.get(o, len(order)) >= order[m]]==[]
+    order = {m: i for i, m in enumerate(EXPORTING)}
+    assert [
+        f"{m} imports {o}" for m in order for o in imported(m) if order.get(o, len(order)) >= order[m]
+    ] == []
 
-UNLABELLED = [m for m,nb in EXPORTING.items() if nb.path.name[0] in "123" or nb.path.name.startswith("50")]
+
+UNLABELLED = [m for m, nb in EXPORTING.items() if nb.path.name[0] in "123" or nb.path.name.startswith("50")]
+
 
 @pytest.mark.parametrize("module", UNLABELLED)
 def test_reconstruction_leads_to_no_labels(module):
     assert "cuboids" not in reach(module)
+
 
 @pytest.mark.skipif(not UNLABELLED, reason="no notebook of the rooms 1x to 3x yet")
 def test_reconstruction_imports_no_labels_and_compiles_nothing(tmp_path):
@@ -88,12 +134,14 @@ def test_reconstruction_imports_no_labels_and_compiles_nothing(tmp_path):
     loaded = python(code, TORCH_EXTENSIONS_DIR=str(tmp_path)).split()
     assert "flux4d.train" in loaded or "train" not in UNLABELLED
     assert "flux4d.cuboids" not in loaded
-    assert "gsplat.cuda._backend" not in loaded # importing it builds the CUDA kernels
-    assert list(tmp_path.iterdir())==[]
+    assert "gsplat.cuda._backend" not in loaded  # importing it builds the CUDA kernels
+    assert list(tmp_path.iterdir()) == []
+
 
 def test_data_side_imports_no_torch():
     loaded = python("import sys, flux4d.pandaset, flux4d.frames; print(*sys.modules)").split()
     assert "flux4d.frames" in loaded and "torch" not in loaded
+
 
 def config_fields():
     for path in MODULES:
@@ -101,85 +149,152 @@ def config_fields():
             if isinstance(c, ast.ClassDef) and c.name.endswith("Config"):
                 yield from ((path.stem, c.name, f.target.id) for f in c.body if isinstance(f, ast.AnnAssign))
 
-def test_every_config_field_is_read(): # G-05
-    read = {n.attr for p in MODULES for n in ast.walk(tree(p)) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
-    assert [f"{m}.{c}.{f}" for m,c,f in config_fields() if f not in read]==[]
+
+def test_every_config_field_is_read():
+    read = {
+        n.attr
+        for p in MODULES
+        for n in ast.walk(tree(p))
+        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
+    }
+    assert [f"{m}.{c}.{f}" for m, c, f in config_fields() if f not in read] == []
+
 
 def test_files_are_loaded_without_running_code():
     bad = []
     for path in MODULES:
         for n in ast.walk(tree(path)):
-            if not (isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and isinstance(n.func.value, ast.Name)): continue
-            call = f"{n.func.value.id}.{n.func.attr}"; kw = {k.arg: getattr(k.value, "value", None) for k in n.keywords}
-            if call in ("pickle.load","pickle.loads","pd.read_pickle","pandas.read_pickle","yaml.load","yaml.unsafe_load"): bad.append(f"{path.name}:{n.lineno} {call}")
-            if call=="torch.load" and kw.get("weights_only") is not True: bad.append(f"{path.name}:{n.lineno} torch.load without weights_only=True")
-            if call=="np.load" and kw.get("allow_pickle"): bad.append(f"{path.name}:{n.lineno} np.load with allow_pickle")
-    assert bad==[]
+            if not (
+                isinstance(n, ast.Call)
+                and isinstance(n.func, ast.Attribute)
+                and isinstance(n.func.value, ast.Name)
+            ):
+                continue
+            call = f"{n.func.value.id}.{n.func.attr}"
+            kw = {k.arg: getattr(k.value, "value", None) for k in n.keywords}
+            if call in (
+                "pickle.load",
+                "pickle.loads",
+                "pd.read_pickle",
+                "pandas.read_pickle",
+                "yaml.load",
+                "yaml.unsafe_load",
+            ):
+                bad.append(f"{path.name}:{n.lineno} {call}")
+            if call == "torch.load" and kw.get("weights_only") is not True:
+                bad.append(f"{path.name}:{n.lineno} torch.load without weights_only=True")
+            if call == "np.load" and kw.get("allow_pickle"):
+                bad.append(f"{path.name}:{n.lineno} np.load with allow_pickle")
+    assert bad == []
 
 
 # notebooks
+
 
 @pytest.mark.parametrize("nb", NOTEBOOKS, ids=name)
 def test_notebook_opens_with_title_and_claim(nb):
     assert nb.title and nb.claim, "the first cell is '# Title', an empty line, '> claim'"
 
-@pytest.mark.parametrize("nb", [o for o in NOTEBOOKS if o.path.stem in ("04_clips","10_lift","30_unet","33_overfit","60_stage6")], ids=name)
-def test_stage_notebook_ends_with_its_record(nb): # G-07
-    text = "\n".join(c["source"] for c in nb.cells if c["cell_type"]=="markdown")
+
+@pytest.mark.parametrize(
+    "nb",
+    [o for o in NOTEBOOKS if o.path.stem in ("04_clips", "10_lift", "30_unet", "35_overfit", "60_stage6")],
+    ids=name,
+)
+def test_stage_notebook_ends_with_its_record(nb):
+    text = "\n".join(c["source"] for c in nb.cells if c["cell_type"] == "markdown")
     assert re.search(r"^## Record\s*$", text, re.M), "no section '## Record'"
     record = re.split(r"^## Record\s*$", text, flags=re.M)[-1]
-    assert re.findall(r"(?:^#{3,4} |\*\*)(Motive|Decided|Verified|Concluded|Next)\b", record, re.M)==["Motive","Decided","Verified","Concluded","Next"]
+    assert re.findall(r"(?:^#{3,4} |\*\*)(Motive|Decided|Verified|Concluded|Next)\b", record, re.M) == [
+        "Motive",
+        "Decided",
+        "Verified",
+        "Concluded",
+        "Next",
+    ]
+
 
 @pytest.mark.parametrize("nb", NOTEBOOKS, ids=name)
 def test_stored_outputs_are_presentable(nb):
     for c in nb.cells:
         for o in c.get("outputs", []):
-            assert o["output_type"]!="error", f"an error is stored below: {c['source'][:80]}"
-            assert o.get("name")!="stderr", f"standard error is stored below: {c['source'][:80]}"
+            assert o["output_type"] != "error", f"an error is stored below: {c['source'][:80]}"
+            assert o.get("name") != "stderr", f"standard error is stored below: {c['source'][:80]}"
     assert nb.path.stat().st_size < 700_000, "over 700 KB: store smaller pictures"
 
-def is_lesson(cell): return cell["cell_type"]=="code" and not re.search(r"^#\|\s*export", cell["source"], re.M) and re.search(r"\bassert\b|\btest_\w+\(|\bis_close\(|assert_\w+\(", cell["source"])
-def is_export(cell): return cell["cell_type"]=="code" and re.search(r"^#\|\s*export", cell["source"], re.M) and re.search(r"^(@|def |class )", cell["source"], re.M)
+
+def is_lesson(cell):
+    return (
+        cell["cell_type"] == "code"
+        and not re.search(r"^#\|\s*export", cell["source"], re.M)
+        and re.search(r"\bassert\b|\btest_\w+\(|\bis_close\(|assert_\w+\(", cell["source"])
+    )
+
+
+def is_export(cell):
+    return (
+        cell["cell_type"] == "code"
+        and re.search(r"^#\|\s*export", cell["source"], re.M)
+        and re.search(r"^(@|def |class )", cell["source"], re.M)
+    )
+
 
 @pytest.mark.parametrize("nb", EXPORTING.values(), ids=name)
 def test_exported_cells_have_lessons(nb):
-    waiting = longest = 0 # exported cells since the last lesson
+    waiting = longest = 0  # exported cells since the last lesson
     for c in nb.cells:
         waiting = 0 if is_lesson(c) else waiting + bool(is_export(c))
         longest = max(longest, waiting)
-    assert longest <= 3 and waiting==0, f"{longest} exported cells stand in a row without one that asserts something, {waiting} at the end"
+    assert longest <= 3 and waiting == 0, (
+        f"{longest} exported cells stand in a row without one that asserts something, {waiting} at the end"
+    )
 
 
 # index and README
 
+
 def test_every_requirement_has_its_section():
     where = row_sections(ROOT)
-    assert [i for i in row_ids if i not in where and i not in OPEN]==[]
-    assert [i for i in OPEN if i in where]==[], "answered: take them off the list of open rows"
+    assert [i for i in row_ids if i not in where and i not in OPEN] == []
+    assert [i for i in OPEN if i in where] == [], "answered: take them off the list of open rows"
 
-def headings(path): # anchors of a notebook
-    text = "\n".join(c["source"] for c in read_notebook(path).cells if c["cell_type"]=="markdown")
-    return {h.strip().replace(" ","-") for h in re.findall(r"^#{1,6} (.+)$", text, re.M)}
+
+def headings(path):  # anchors of a notebook
+    text = "\n".join(c["source"] for c in read_notebook(path).cells if c["cell_type"] == "markdown")
+    return {h.strip().replace(" ", "-") for h in re.findall(r"^#{1,6} (.+)$", text, re.M)}
+
 
 def dead_links(text, base):
     for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", text):
         path, _, at = link.partition("#")
-        if not (base/path).exists(): yield link
-        elif at and path.endswith(".ipynb") and unquote(at) not in headings(base/path): yield link
+        if not (base / path).exists():
+            yield link
+        elif at and path.endswith(".ipynb") and unquote(at) not in headings(base / path):
+            yield link
+
 
 def test_links_lead_somewhere():
-    assert list(dead_links((ROOT/"README.md").read_text(encoding="utf-8"), ROOT))==[]
-    assert list(dead_links(rows_table(ROOT), ROOT/"nbs"))==[]
-    for nb in NOTEBOOKS: # links from notebook to notebook, outside code
-        text = "\n".join(re.sub(r"`[^`]*`|^    .*$", "", c["source"], flags=re.M) for c in nb.cells if c["cell_type"]=="markdown")
-        assert list(dead_links(text, ROOT/"nbs"))==[], nb.path.name
-    assert list(dead_links("[x](01_frames.ipynb#No-such-heading) [y](no.ipynb)", ROOT/"nbs"))==["01_frames.ipynb#No-such-heading","no.ipynb"]
+    assert list(dead_links((ROOT / "README.md").read_text(encoding="utf-8"), ROOT)) == []
+    assert list(dead_links(rows_table(ROOT), ROOT / "nbs")) == []
+    for nb in NOTEBOOKS:  # links from notebook to notebook, outside code
+        text = "\n".join(
+            re.sub(r"`[^`]*`|^    .*$", "", c["source"], flags=re.M)
+            for c in nb.cells
+            if c["cell_type"] == "markdown"
+        )
+        assert list(dead_links(text, ROOT / "nbs")) == [], nb.path.name
+    assert list(dead_links("[x](01_frames.ipynb#No-such-heading) [y](no.ipynb)", ROOT / "nbs")) == [
+        "01_frames.ipynb#No-such-heading",
+        "no.ipynb",
+    ]
+
 
 def commands():
     "Lines of the README's bash blocks, continuation lines joined, comments off."
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT/"README.md").read_text(encoding="utf-8"), re.S)
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     lines = [re.sub(r"\s+#.*", "", l).strip() for b in blocks for l in b.replace("\\\n", " ").splitlines()]
     return [l for l in lines if l and not l.startswith("#")]
+
 
 def parameters(path):
     "Names in a notebook's cell of papermill parameters."
@@ -187,19 +302,27 @@ def parameters(path):
     source = "".join("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
     return {t.id for n in ast.parse(source).body if isinstance(n, ast.Assign) for t in n.targets}
 
-def test_readme_commands_name_what_exists(): # G-13
-    targets = set(re.findall(r"^(\w+):", (ROOT/"Makefile").read_text(), re.M))
-    scripts = set(re.findall(r"^(flux4d-\w+) = ", (ROOT/"pyproject.toml").read_text(), re.M))
+
+def test_readme_commands_name_what_exists():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    scripts = set(re.findall(r"^(flux4d-\w+) = ", (ROOT / "pyproject.toml").read_text(), re.M))
     seen, bad = set(), []
     for line in commands():
         words = [w for w in shlex.split(line) if not re.match(r"[A-Z_0-9]+=", w)]
         seen.add(words[0])
-        if words[0]=="make" and not set(words[1:]) <= targets: bad.append(line)
-        if words[0].startswith("flux4d-") and words[0] not in scripts: bad.append(line)
-        if words[0]=="papermill":
-            if not (ROOT/words[1]).is_file(): bad.append(line)
-            else: bad += [f"{line}: no parameter {p}" for p in set(re.findall(r"-p (\w+)", line)) - parameters(ROOT/words[1])]
-    assert bad==[] and {"make","papermill","flux4d-index"} <= seen
+        if words[0] == "make" and not set(words[1:]) <= targets:
+            bad.append(line)
+        if words[0].startswith("flux4d-") and words[0] not in scripts:
+            bad.append(line)
+        if words[0] == "papermill":
+            if not (ROOT / words[1]).is_file():
+                bad.append(line)
+            else:
+                bad += [
+                    f"{line}: no parameter {p}"
+                    for p in set(re.findall(r"-p (\w+)", line)) - parameters(ROOT / words[1])
+                ]
+    assert bad == [] and {"make", "papermill", "flux4d-index"} <= seen
 
 
 # repository
@@ -209,42 +332,97 @@ nbs/.ipynb_checkpoints/10_lift-checkpoint.ipynb papermill_runs/run_001/ckpt_last
 papermill_runs/run_001/out.ipynb papermill_runs/run_001/renders/01.png papermill_runs/demo/60_stage6.ipynb flux4d.egg-info/PKG-INFO .pytest_cache/x
 data/pandaset_full_clips.pkl papermill_runs/cache/001.npz indices/pandaset_full_clips.pkl""".split()
 
-def test_what_runs_produce_is_ignored(): # G-08
-    assert sorted(set(PRODUCED) - set(git("check-ignore", "--no-index", *PRODUCED)))==[]
-    assert git("check-ignore", "--no-index", "nbs/10_lift.ipynb", "flux4d/lift.py", "README.md", ".ci/run", "docs/mkdocs.yml")==[]
+
+def test_what_runs_produce_is_ignored():
+    assert sorted(set(PRODUCED) - set(git("check-ignore", "--no-index", *PRODUCED))) == []
+    assert (
+        git(
+            "check-ignore",
+            "--no-index",
+            "nbs/10_lift.ipynb",
+            "flux4d/lift.py",
+            "README.md",
+            ".ci/run",
+            "docs/mkdocs.yml",
+        )
+        == []
+    )
+
 
 def test_no_paths_of_one_machine():
-    own = re.compile(r"(?<![\w.])/(home|root|tmp|work|farm|Users|mnt|scratch)/\w") # the pattern does not match itself
-    assert [str(p.relative_to(ROOT)) for p in committed() if own.search(p.read_text(encoding="utf-8", errors="replace"))]==[]
+    own = re.compile(
+        r"(?<![\w.])/(home|root|tmp|work|farm|Users|mnt|scratch)/\w"
+    )  # the pattern does not match itself
+    assert [
+        str(p.relative_to(ROOT))
+        for p in committed()
+        if own.search(p.read_text(encoding="utf-8", errors="replace"))
+    ] == []
 
-def test_files_are_small_and_no_data_is_committed(): # G-02
+
+def test_files_are_small_and_no_data_is_committed():
     files = committed()
-    assert [p.name for p in files if p.stat().st_size > 1_500_000]==[]
-    assert [p.name for p in files if p.name.endswith((".pkl.gz",".pkl",".pt",".npz"))]==[]
+    assert [p.name for p in files if p.stat().st_size > 1_500_000] == []
+    assert [p.name for p in files if p.name.endswith((".pkl.gz", ".pkl", ".pt", ".npz"))] == []
     for run in runs_of_record(ROOT):
-        kept = [ROOT/f for f in git("ls-files", str(run.relative_to(ROOT))) if f.endswith(".jpg")]
+        kept = [ROOT / f for f in git("ls-files", str(run.relative_to(ROOT))) if f.endswith(".jpg")]
         assert len(kept) <= 8 and sum(p.stat().st_size for p in kept) <= 2**20, run.name
 
+
 def test_licence_is_the_whole_apache_text():
-    text = (ROOT/"LICENSE").read_text()
+    text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text and "END OF TERMS AND CONDITIONS" in text and len(text) > 10_000
 
+
 def test_settings_and_pyproject_agree():
-    ini = configparser.ConfigParser(); ini.read(ROOT/"settings.ini"); ini = ini["DEFAULT"]
-    project = (ROOT/"pyproject.toml").read_text()
+    ini = configparser.ConfigParser()
+    ini.read(ROOT / "settings.ini")
+    ini = ini["DEFAULT"]
+    project = (ROOT / "pyproject.toml").read_text()
     assert f'name = "{ini["lib_name"]}"' in project and f'description = "{ini["description"]}"' in project
     assert f'requires-python = ">={ini["min_python"]}"' in project
-    assert f'__version__ = "{ini["version"]}"' in (ROOT/"flux4d/__init__.py").read_text()
+    assert f'__version__ = "{ini["version"]}"' in (ROOT / "flux4d/__init__.py").read_text()
+
 
 def test_packages_imported_are_declared():
-    project = (ROOT/"pyproject.toml").read_text().split("[project.optional-dependencies]")[0]
-    spelled = dict(PIL="pillow", yaml="pyyaml", spconv="spconv-cu120", skimage="scikit-image", sklearn="scikit-learn", cv2="opencv-python", IPython="ipykernel", annotated_types="annotated-types",
-                   nbclient="papermill", nbformat="papermill", # the last three come with these
-                   markdown_it="markdown-it-py")
-    used = {a.split(".")[0] for p in MODULES for n in ast.walk(tree(p)) for a in
-            ([x.name for x in n.names] if isinstance(n, ast.Import) else [n.module] if isinstance(n, ast.ImportFrom) and n.module and not n.level else [])}
-    assert sorted(m for m in used - set(sys.stdlib_module_names) - {"flux4d"} if f'"{spelled.get(m, m)}' not in project)==[]
-    cells = "\n".join(c["source"] for nb in NOTEBOOKS for c in nb.cells) + (ROOT/"Makefile").read_text()
-    declared = set(re.findall(r'^    "([a-z0-9-]+)[><=]', project, re.M)) - {"ipykernel","ipywidgets"} # the kernel, and tqdm's bars in a notebook
-    names = {v: k for k,v in spelled.items()} | {"spconv-cu126": "spconv"}
-    assert sorted(d for d in declared if not re.search(rf"\b{names.get(d, d)}\b", cells))==[]
+    project = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[0]
+    spelled = dict(
+        PIL="pillow",
+        yaml="pyyaml",
+        spconv="spconv-cu120",
+        skimage="scikit-image",
+        sklearn="scikit-learn",
+        cv2="opencv-python",
+        IPython="ipykernel",
+        annotated_types="annotated-types",
+        nbclient="papermill",
+        nbformat="papermill",  # the last three come with these
+        markdown_it="markdown-it-py",
+    )
+    used = {
+        a.split(".")[0]
+        for p in MODULES
+        for n in ast.walk(tree(p))
+        for a in (
+            [x.name for x in n.names]
+            if isinstance(n, ast.Import)
+            else [n.module]
+            if isinstance(n, ast.ImportFrom) and n.module and not n.level
+            else []
+        )
+    }
+    assert (
+        sorted(
+            m
+            for m in used - set(sys.stdlib_module_names) - {"flux4d"}
+            if f'"{spelled.get(m, m)}' not in project
+        )
+        == []
+    )
+    cells = "\n".join(c["source"] for nb in NOTEBOOKS for c in nb.cells) + (ROOT / "Makefile").read_text()
+    declared = set(re.findall(r'^    "([a-z0-9-]+)[><=]', project, re.M)) - {
+        "ipykernel",
+        "ipywidgets",
+    }  # the kernel, and tqdm's bars in a notebook
+    names = {v: k for k, v in spelled.items()} | {"spconv-cu126": "spconv"}
+    assert sorted(d for d in declared if not re.search(rf"\b{names.get(d, d)}\b", cells)) == []

@@ -1,4 +1,5 @@
 "A trainer killed at a random moment, twenty times, leaves nothing that fails to load (design: trust)."
+
 import multiprocessing as mp, os, random, signal, time
 from pathlib import Path
 import numpy as np, pytest
@@ -6,7 +7,8 @@ from flux4d.city import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.pandaset import PandaSet
 from flux4d.cache import LiftCache
-from flux4d.train import Config, DataConfig, Loader, Run, TrainConfig, Trainer, load_checkpoint
+from flux4d.train import Config, DataConfig, Loader, TrainConfig, Trainer
+from flux4d.run import Run, load_checkpoint
 from flux4d.predictor import PredictorConfig
 from flux4d.unet import UNetConfig
 
@@ -17,8 +19,13 @@ def small_trainer(folder: Path) -> Trainer:
     "A trainer small enough to save many checkpoints a second."
     root = fixture_city()
     clips = [Clip(PandaSet(root)[r["scene_id"]], r) for r in select_clips(build_index(root, ClipConfig()))]
-    cfg = Config(data=DataConfig(image_scale=.25, loader_threads=1), model=PredictorConfig(unet=UNetConfig(widths=(4, 8), blocks=1)),
-                 train=TrainConfig(iters=100_000, warmup=1, eval_every=0, log_every=1, save_ckpt_every=1, views_per_step=1))
+    cfg = Config(
+        data=DataConfig(image_scale=0.25, loader_threads=1),
+        model=PredictorConfig(unet=UNetConfig(widths=(4, 8), blocks=1)),
+        train=TrainConfig(
+            iters=100_000, warmup=1, eval_every=0, log_every=1, save_ckpt_every=1, views_per_step=1
+        ),
+    )
     trainer = Trainer(cfg, Loader(clips, cfg, LiftCache(folder / "cache")), Run(folder, goes_on=True))
     if (folder / "ckpt_last.pt").exists():
         trainer.resume(folder / "ckpt_last.pt")
@@ -28,6 +35,7 @@ def small_trainer(folder: Path) -> Trainer:
 def work(folder: str) -> None:
     "Child: train for ever, saving every step; now and then forget a cached lift so that it is written again."
     import torch
+
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     trainer = small_trainer(Path(folder))
@@ -47,10 +55,10 @@ def test_twenty_kills(tmp_path: Path) -> None:
         before = os.readlink(last) if last.exists() else ""
         child = context.Process(target=work, args=(str(tmp_path),), daemon=True)
         child.start()
-        wait = time.time() + 60                       # until it has saved something of its own
+        wait = time.time() + 60  # until it has saved something of its own
         while (not last.exists() or os.readlink(last) == before) and child.is_alive() and time.time() < wait:
-            time.sleep(.02)
-        time.sleep(rng.uniform(0, 1.))
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 1.0))
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         steps.append(load_checkpoint(tmp_path / "ckpt_last.pt")["step"])

@@ -1,4 +1,5 @@
 """Lessons about training fail for a model that was not trained; what cannot be trained in is refused; figures are those of their records."""
+
 import io
 import json
 import re
@@ -13,13 +14,18 @@ from flux4d.city import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.overfit import gate_faults, gate_scores, overfit_gate
 from flux4d.pandaset import PandaSet
-from flux4d.train import Config, Loader, Run, Trainer, config_from_dict
+from flux4d.train import Config, Loader, Trainer, config_from_dict
+from flux4d.run import Run
 from flux4d.unet import Kernels, spconv_constants, use_precision
 
 ROOT = Path(__file__).parents[1]
-TINY = dict(data=dict(image_scale=.25, loader_threads=1), init=dict(fill_blocks=[64, 32]), voxel=dict(size=.5),
-            model=dict(unet=dict(widths=[8, 16], blocks=1), hidden=16, votes=dict(reach=0)),
-            train=dict(iters=12, warmup=1, log_every=1, eval_every=0, save_ckpt_every=0, views_per_step=1))
+TINY = dict(
+    data=dict(image_scale=0.25, loader_threads=1),
+    init=dict(fill_blocks=[64, 32]),
+    voxel=dict(size=0.5),
+    model=dict(unet=dict(widths=[8, 16], blocks=1), hidden=16, motion_prior=dict(reach=0)),
+    train=dict(iters=12, warmup=1, log_every=1, eval_every=0, save_ckpt_every=0, views_per_step=1),
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +36,8 @@ def idle(tmp_path_factory):
     record = select_clips(build_index(root, ClipConfig()))[0]
     clip = Clip(PandaSet(root)[record["scene_id"]], record)
     cfg = config_from_dict(TINY, Config)
-    cfg.train.lr = cfg.train.weight_decay = 0. # no parameter may be 0; set past the gate
-    trainer = Trainer(cfg, Loader([clip], cfg, LiftCache(tmp/"cache")), Run(tmp/"run"))
+    cfg.train.lr = cfg.train.weight_decay = 0.0  # no parameter may be 0; set past the gate
+    trainer = Trainer(cfg, Loader([clip], cfg, LiftCache(tmp / "cache")), Run(tmp / "run"))
     with redirect_stdout(io.StringIO()):
         rows = trainer.fit()
     return trainer, clip, rows
@@ -49,7 +55,7 @@ def test_gate_of_stage_3_fails_an_untrained_model(idle, full):
 def test_windows_of_the_log_cannot_excuse_an_untrained_model(idle):
     trainer, clip, _ = idle
     scores = gate_scores(trainer, trainer.loader.batch(0), clip.frames[:1])
-    assert gate_faults(dict(loss_ratio=.1, psnr_gain=9., speed_change=0.), scores, True)
+    assert gate_faults(dict(loss_ratio=0.1, psnr_gain=9.0, speed_change=0.0), scores, True)
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16", "half"])
@@ -61,6 +67,7 @@ def test_a_precision_that_cannot_be_trained_in_is_refused(precision):
 def test_a_process_keeps_its_precision():
     class Fresh(Kernels):
         pass
+
     switch = spconv_constants.SPCONV_ALLOW_TF32
     use_precision("float32", "cpu", Fresh)
     use_precision("tf32", "cuda", Fresh)
@@ -71,15 +78,21 @@ def test_a_process_keeps_its_precision():
 
 def prose(notebook, heading):
     "The text of a notebook from a heading of its record to the next."
-    cells = json.loads((ROOT/f"nbs/{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = json.loads((ROOT / f"nbs/{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
     text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
     return re.split(rf"\*\*{heading}\.\*\*", text)[1].split("\n\n**")[0]
 
 
 def test_figures_of_refinement_are_those_of_its_records():
     said = prose("50_refine", "Concluded")
-    records = {r: json.loads((ROOT/f"papermill_runs/{r}/metrics.json").read_text(encoding="utf-8")) for r in ("pandaset002_pair_n3", "pandaset002_pair_n1")}
-    value = lambda r, region, when, metric="psnr": records[r]["nvs"][region][when][metric]["mean"]
+    records = {
+        r: json.loads((ROOT / f"papermill_runs/{r}/metrics.json").read_text(encoding="utf-8"))
+        for r in ("pandaset002_pair_n3", "pandaset002_pair_n1")
+    }
+
+    def value(r, region, when, metric="psnr"):
+        return records[r]["nvs"][region][when][metric]["mean"]
+
     for r, m in records.items():
         assert r in said and f"{m['runtime']['iters']:,} steps" in said
         for region in ("full", "dynamic"):

@@ -1,4 +1,5 @@
 "Stamps unlike PandaSet's do not halve a lift, and one function decides what a camera sees."
+
 import warnings
 from dataclasses import replace
 import numpy as np, pytest, torch
@@ -8,7 +9,9 @@ from flux4d.city import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, project_sweep, select_clips
 from flux4d.frames import se3_inverse
 from flux4d.lift import LiftConfig, clip_data, clip_returns, lift_clip, lift_data
-from flux4d.pandaset import DataError, PandaSet
+from flux4d.files import DataError
+from flux4d.pandaset import PandaSet
+
 
 def opened():
     "A fresh clip of the made-up city."
@@ -16,22 +19,29 @@ def opened():
     record = select_clips(build_index(root, ClipConfig()), settings=("eval_future",))[0]
     return Clip(PandaSet(root)["001"], record)
 
+
 def stamped(change):
     "A clip whose sweeps are read with other stamps; `change` gets a sweep and its frame."
     clip = opened()
     read = clip.log.sweep
+
     def sweep(frame, sensors=(0,)):
         s = read(frame, sensors)
         return replace(s, stamps=change(s, frame))
+
     clip.log.sweep = sweep
     return clip
+
 
 @pytest.fixture(scope="module")
 def sound():
     "A clip, and it again with images that never agree, as moving cameras before detailed surfaces see them."
     data = clip_data(opened())
-    noise = torch.randint(256, data.images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(
+        256, data.images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     return data, replace(data, images=noise)
+
 
 def said(f):
     "The result of a call, and the warnings it gave."
@@ -40,8 +50,14 @@ def said(f):
         out = f()
     return out, [str(w.message) for w in found if w.category is UserWarning]
 
-FAULTS = {"all at the sweep's end": lambda d: d.sweep_stamps[:,None].expand_as(d.stamps), "40 ms late": lambda d: d.stamps + .04, "40 ms early": lambda d: d.stamps - .04,
-          "one sweep late": lambda d: d.stamps + .06*(torch.arange(len(d.stamps)) == 2)[:,None]}
+
+FAULTS = {
+    "all at the sweep's end": lambda d: d.sweep_stamps[:, None].expand_as(d.stamps),
+    "40 ms late": lambda d: d.stamps + 0.04,
+    "40 ms early": lambda d: d.stamps - 0.04,
+    "one sweep late": lambda d: d.stamps + 0.06 * (torch.arange(len(d.stamps)) == 2)[:, None],
+}
+
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("fill", (False, True))
@@ -52,64 +68,96 @@ def test_stamps_unlike_the_shutter_lose_nothing(sound, fault, fill):
     assert nothing == []
     stamps = torch.where(data.stamps.isnan(), data.stamps, FAULTS[fault](data))
     got, words = said(lambda: lift_data(replace(restless, stamps=stamps), cfg))
-    assert .97*len(want) < len(got) < 1.03*len(want)
-    assert len(words) == 1 and "log 001" in words[0] and "late_after" in words[0] and words[0].endswith(".") and ". " not in words[0]
-    apart = (got.t - want.t).abs().max()*data.duration if len(got) == len(want) else torch.tensor(0.)
-    assert apart < .03
+    assert 0.97 * len(want) < len(got) < 1.03 * len(want)
+    assert (
+        len(words) == 1
+        and "log 001" in words[0]
+        and "late_after" in words[0]
+        and words[0].endswith(".")
+        and ". " not in words[0]
+    )
+    apart = (got.t - want.t).abs().max() * data.duration if len(got) == len(want) else torch.tensor(0.0)
+    assert apart < 0.03
+
 
 def test_it_is_said_once_for_returns_gaps_and_far_field(sound):
     data, _ = sound
-    late = replace(data, stamps=data.stamps + .04)
+    late = replace(data, stamps=data.stamps + 0.04)
     _, words = said(lambda: init_data(late, LiftConfig(fill_blocks=(64, 16)), BackgroundConfig(nearer=())))
     assert len(words) == 1
+
 
 def test_files_with_such_stamps_lift_as_many(sound):
     cfg = LiftConfig(fill=False)
     ends = opened().log.lidar_stamps
     got, words = said(lambda: lift_clip(stamped(lambda s, f: np.full(len(s), ends[f])), cfg))
-    assert len(got) > .95*len(lift_clip(opened(), cfg)) and len(words) == 1
+    assert len(got) > 0.95 * len(lift_clip(opened(), cfg)) and len(words) == 1
+
 
 def test_the_tolerance_is_a_field(sound):
     _, restless = sound
-    late = replace(restless, stamps=restless.stamps + .04)
-    got, words = said(lambda: lift_data(late, LiftConfig(fill=False, late_after=.06)))
+    late = replace(restless, stamps=restless.stamps + 0.04)
+    got, words = said(lambda: lift_data(late, LiftConfig(fill=False, late_after=0.06)))
     want = lift_data(restless, LiftConfig(fill=False))
     assert words == [] and len(got) == len(want)
-    assert abs(float((got.t - want.t).mean())*restless.duration - .04) < 1e-3                 # the stamps are believed
+    assert abs(float((got.t - want.t).mean()) * restless.duration - 0.04) < 1e-3  # the stamps are believed
 
-@pytest.mark.parametrize("off", (18., -18., 1e9))
+
+@pytest.mark.parametrize("off", (18.0, -18.0, 1e9))
 def test_times_far_outside_the_clip_stop_the_lift(sound, off):
     data, _ = sound
-    with pytest.raises(DataError) as e: lift_data(replace(data, stamps=data.stamps + off), LiftConfig(fill=False))
+    with pytest.raises(DataError) as e:
+        lift_data(replace(data, stamps=data.stamps + off), LiftConfig(fill=False))
     text = str(e.value)
-    assert text.startswith(data.id) and "times of their own outside the clip" in text and "correct the stamps" in text and ". " not in text and text.endswith(".")
+    assert (
+        text.startswith(data.id)
+        and "times of their own outside the clip" in text
+        and "correct the stamps" in text
+        and ". " not in text
+        and text.endswith(".")
+    )
+
 
 def test_a_shutter_outside_the_clip_stops_the_lift(sound):
     data, _ = sound
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(DataError, match="correct the stamps"): lift_data(replace(data, shutter=data.shutter + 18), LiftConfig(fill=False))
+        with pytest.raises(DataError, match="correct the stamps"):
+            lift_data(replace(data, shutter=data.shutter + 18), LiftConfig(fill=False))
+
 
 def test_one_function_decides_what_a_camera_sees(sound, monkeypatch):
     data, _ = sound
     assert lift.unhidden is clips.unhidden
     for f in (0, 3):
-        K, T = data.K[f,0].numpy(), se3_inverse(data.pose[f,0]).numpy()
-        x = data.points[f][~data.points[f,:,0].isnan()].numpy()
+        K, T = data.K[f, 0].numpy(), se3_inverse(data.pose[f, 0]).numpy()
+        x = data.points[f][~data.points[f, :, 0].isnan()].numpy()
         h, w = data.images.shape[2:4]
         visible = project_sweep(x, K, T, w, h)[2]
-        assert (visible != data.seen.seen[f,0,:len(x)].numpy()).mean() < 1e-4 and visible.any() and not visible.all()
+        assert (
+            (visible != data.seen.seen[f, 0, : len(x)].numpy()).mean() < 1e-4
+            and visible.any()
+            and not visible.all()
+        )
     monkeypatch.setattr(clips, "unhidden", lambda uv, z, inside, *how, **more: inside)
     assert project_sweep(x, K, T, w, h)[2].sum() > visible.sum()
 
+
 def test_returns_are_read_in_one_way(sound):
     data, _ = sound
-    there = ~data.points[...,0].isnan()
+    there = ~data.points[..., 0].isnan()
     points, seconds, frame = clip_returns(opened())
-    assert torch.equal(points, data.points[there]) and torch.equal(seconds, data.stamps[there]) and torch.equal(frame, data.frames[:,None].expand_as(there)[there])
+    assert (
+        torch.equal(points, data.points[there])
+        and torch.equal(seconds, data.stamps[there])
+        and torch.equal(frame, data.frames[:, None].expand_as(there)[there])
+    )
     assert not hasattr(data, "returns")
+
 
 @pytest.mark.parametrize("mode", ("grid", "hemisphere"))
 def test_a_sensor_without_returns_is_said(mode):
-    with pytest.raises(DataError, match="no LiDAR return is visible in an input image; choose other cameras or sensors"):
+    with pytest.raises(
+        DataError, match="no LiDAR return is visible in an input image; choose other cameras or sensors"
+    ):
         init_gaussians(opened(), LiftConfig(lidar_sensors=(1,)), BackgroundConfig(mode=mode))

@@ -1,42 +1,81 @@
 """What a committed run of record says is checked by the same rules that let it be written, and what prose says of a run is what the run says."""
+
 import json, re
 from pathlib import Path
 import pytest
-from flux4d.house import SOURCES, figure_faults, figures_in, is_printed_right, kept_runs, notebooks, repo_root, run_arithmetic, runs_of_record, text_faults
+from flux4d.house import (
+    SOURCES,
+    figure_faults,
+    figures_in,
+    is_printed_right,
+    kept_runs,
+    notebooks,
+    repo_root,
+    run_arithmetic,
+    runs_of_record,
+    text_faults,
+)
 from flux4d.record import check_metrics
 from flux4d.report import report_text, same_frames, with_baselines
 
 ROOT = repo_root(Path(__file__).parent)
-RECORDS = {run.name: m for run in runs_of_record(ROOT) if (run/"metrics.json").is_file() and "nvs" in (m := json.loads((run/"metrics.json").read_text(encoding="utf-8")))}
+RECORDS = {
+    run.name: m
+    for run in runs_of_record(ROOT)
+    if (run / "metrics.json").is_file()
+    and "nvs" in (m := json.loads((run / "metrics.json").read_text(encoding="utf-8")))
+}
+
 
 @pytest.mark.skipif(not RECORDS, reason="no run of record with novel views is committed")
 @pytest.mark.parametrize("name", RECORDS or ["none"])
-def test_a_record_follows_the_schema(name): # S6-08, S6-10
+def test_a_record_follows_the_schema(name):
     m = RECORDS[name]
     assert check_metrics(m) is m
     assert report_text(m).startswith(f"# Evaluation of {m['subject']}")
+
 
 @pytest.mark.skipif(not RECORDS, reason="no run of record with novel views is committed")
 @pytest.mark.parametrize("name", RECORDS or ["none"])
 def test_a_report_is_what_its_record_says(name):
     "Alone, or with the baselines that another record scored on the same frames."
-    m, path = RECORDS[name], ROOT/f"papermill_runs/{name}/report.md"
-    possible = [report_text(m), *(report_text(with_baselines(m, {n: o})) for n,o in RECORDS.items() if n != name and o["baselines"] and same_frames(m, o))]
-    assert path.read_text(encoding="utf-8") in possible, f"make it anew: flux4d-report papermill_runs/{name} --report"
+    m, path = RECORDS[name], ROOT / f"papermill_runs/{name}/report.md"
+    possible = [
+        report_text(m),
+        *(
+            report_text(with_baselines(m, {n: o}))
+            for n, o in RECORDS.items()
+            if n != name and o["baselines"] and same_frames(m, o)
+        ),
+    ]
+    assert path.read_text(encoding="utf-8") in possible, (
+        f"make it anew: flux4d-report papermill_runs/{name} --report"
+    )
 
 
 # figures of runs in prose
 
 RUNS = kept_runs(ROOT)
-CELLS = {(nb.path.name, i): c["source"] for nb in notebooks(ROOT) for i,c in enumerate(nb.cells) if c["cell_type"] == "markdown" and SOURCES.search(c["source"])}
+CELLS = {
+    (nb.path.name, i): c["source"]
+    for nb in notebooks(ROOT)
+    for i, c in enumerate(nb.cells)
+    if c["cell_type"] == "markdown" and SOURCES.search(c["source"])
+}
+
 
 def test_figures_in_prose_are_those_of_their_runs():
     assert figure_faults(ROOT) == [], "flux4d-house figures --write puts the right ones in"
-    readme = (ROOT/"README.md").read_text(encoding="utf-8")
-    prose = "\n".join(line for line in readme.splitlines() if not line.startswith("|")) # its tables are read from the runs
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    prose = "\n".join(
+        line for line in readme.splitlines() if not line.startswith("|")
+    )  # its tables are read from the runs
     assert text_faults(prose, ROOT, RUNS)[0] == []
-    of_index = [m for (name,_),text in CELLS.items() if name == "00_index.ipynb" for m in SOURCES.findall(text)]
+    of_index = [
+        m for (name, _), text in CELLS.items() if name == "00_index.ipynb" for m in SOURCES.findall(text)
+    ]
     assert SOURCES.findall(readme) == of_index, "the README is not what the index says: make readme"
+
 
 def entries(text):
     "Figures and sources of a text, those with a run behind them."
@@ -46,19 +85,23 @@ def entries(text):
             if not line.startswith("holds ") and not source.startswith("-"):
                 yield figure, source
 
+
 @pytest.mark.skipif(not RUNS, reason="no run is committed")
 @pytest.mark.parametrize("place", CELLS, ids=lambda p: f"{p[0]}-{p[1]}")
 def test_a_stale_figure_is_found_and_mended(place):
     text = CELLS[place]
     for figure, source in entries(text):
         value = run_arithmetic(ROOT, source)
-        old = re.sub(r"\d(?=\D*$)", lambda m: str((int(m[0]) + 5) % 10), figure) # the last digit is another one
+        old = re.sub(
+            r"\d(?=\D*$)", lambda m: str((int(m[0]) + 5) % 10), figure
+        )  # the last digit is another one
         stale = re.sub(rf"(?<![\w.,]){re.escape(figure)}(?![\w]|[.,]\d)", old, text)
         faults, mended = text_faults(stale, ROOT, RUNS)
         assert any(f.startswith(f"{old} is stale: ") for f in faults), (figure, source)
         assert not is_printed_right(value, old) and is_printed_right(value, figure)
         if all(f.split(" ")[1] == "is" for f in faults):
             assert text_faults(mended, ROOT, RUNS)[0] == []
+
 
 @pytest.mark.skipif(not RUNS, reason="no run is committed")
 @pytest.mark.parametrize("place", CELLS, ids=lambda p: f"{p[0]}-{p[1]}")
@@ -68,7 +111,16 @@ def test_a_figure_without_a_source_is_found(place):
     assert text_faults(text, ROOT, RUNS)[0] == [f"{f} has no source" for f in wanted]
     assert wanted or not list(entries(CELLS[place]))
 
+
 def test_the_ablation_claims_no_result_without_a_run():
-    text = " ".join(c["source"] for nb in notebooks(ROOT) if nb.path.name == "51_ablation.ipynb" for c in nb.cells if c["cell_type"] == "markdown")
+    text = " ".join(
+        c["source"]
+        for nb in notebooks(ROOT)
+        if nb.path.name == "62_ablation.ipynb"
+        for c in nb.cells
+        if c["cell_type"] == "markdown"
+    )
     kept = [r for r in RUNS if r.startswith("ablation_")]
-    assert ("No run of the ablation is of record yet" in text) == (not kept), "51_ablation says what it does not know, or not what it knows"
+    assert ("No run of the ablation is of record yet" in text) == (not kept), (
+        "62_ablation says what it does not know, or not what it knows"
+    )

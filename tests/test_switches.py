@@ -1,4 +1,5 @@
 """Switches that restore what the paper is known to have done: each changes what it names, and all of them train together."""
+
 import io
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -15,16 +16,25 @@ from flux4d.gaussians import BACKGROUND, LIDAR
 from flux4d.lift import LiftConfig
 from flux4d.losses import LossConfig
 from flux4d.pandaset import PandaSet
-from flux4d.predictor import PredictorConfig, decode_velocity, hint_channels
+from flux4d.predictor import PredictorConfig, decode_velocity, motion_feature_count
 from flux4d.house import repo_root
 from flux4d.presets import PRESETS, preset_config, preset_table
 from flux4d.refine import Flux4D, FullConfig, RefineConfig, feedback, feedback_features
-from flux4d.train import Loader, Run, Trainer, config_from_dict, merged, reconstruct
-from flux4d.votes import VoteConfig
+from flux4d.train import Loader, Trainer, config_from_dict, merged, reconstruct
+from flux4d.run import Run
+from flux4d.motion_prior import MotionPriorConfig
 
-SMALL = dict(data=dict(image_scale=.25, loader_threads=1), init=dict(fill_blocks=[64, 32]), voxel=dict(size=.4),
-             model=dict(unet=dict(widths=[8, 16], blocks=1), hidden=16), refine=dict(unet=dict(widths=[8, 16], blocks=1)), train=dict(iters=2, warmup=1, log_every=1, eval_every=0, save_ckpt_every=0))
-TINY_SKY = dict(paper=dict(background=dict(num_sky_points=20_000, inside_points=2_000))) # a million points take longer than the test may
+SMALL = dict(
+    data=dict(image_scale=0.25, loader_threads=1),
+    init=dict(fill_blocks=[64, 32]),
+    voxel=dict(size=0.4),
+    model=dict(unet=dict(widths=[8, 16], blocks=1), hidden=16),
+    refine=dict(unet=dict(widths=[8, 16], blocks=1)),
+    train=dict(iters=2, warmup=1, log_every=1, eval_every=0, save_ckpt_every=0),
+)
+TINY_SKY = dict(
+    paper=dict(background=dict(num_sky_points=20_000, inside_points=2_000))
+)  # a million points take longer than the test may
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +47,8 @@ def clips():
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_train(clips, tmp_path, name):
     cfg = preset_config(name, merged(SMALL, TINY_SKY.get(name, {})))
-    loader = Loader(clips[:1], cfg, LiftCache(tmp_path/"cache"))
-    trainer = Trainer(cfg, loader, Run(tmp_path/"run"), kind=Flux4D)
+    loader = Loader(clips[:1], cfg, LiftCache(tmp_path / "cache"))
+    trainer = Trainer(cfg, loader, Run(tmp_path / "run"), kind=Flux4D)
     before = [p.clone() for p in trainer.model.parameters()]
     with redirect_stdout(io.StringIO()):
         rows = trainer.fit()
@@ -53,47 +63,61 @@ def test_presets_train(clips, tmp_path, name):
 
 
 def test_points_inside_the_sphere_join_the_near_field(clips):
-    bare, some = (init_gaussians(clips[0], LiftConfig(fill=False), BackgroundConfig("hemisphere", num_sky_points=2000, inside_points=n)) for n in (0, 2000))
+    bare, some = (
+        init_gaussians(
+            clips[0],
+            LiftConfig(fill=False),
+            BackgroundConfig("hemisphere", num_sky_points=2000, inside_points=n),
+        )
+        for n in (0, 2000)
+    )
     more = len(some) - len(bare)
     near = (bare.kind == LIDAR).sum().item()
     assert more > 50
     assert torch.equal(some[:near].flat(), bare[:near].flat())
-    assert (some.kind[near:near + more] == LIDAR).all() and (some.kind[near + more:] == BACKGROUND).all()
-    assert torch.allclose(some.opacities[near:near + more], torch.tensor(.5))
+    assert (some.kind[near : near + more] == LIDAR).all() and (some.kind[near + more :] == BACKGROUND).all()
+    assert torch.allclose(some.opacities[near : near + more], torch.tensor(0.5))
 
 
 def test_speed_is_counted_per_clip_in_training(clips, tmp_path):
     cfg = config_from_dict(SMALL, FullConfig)
-    loader = Loader(clips[:1], cfg, LiftCache(tmp_path/"cache"))
+    loader = Loader(clips[:1], cfg, LiftCache(tmp_path / "cache"))
     b = loader.batch(0)
     moving = torch.ones(len(b.gaussians), 1, 3)
     per = {}
     for unit in ("second", "clip"):
-        trainer = Trainer(replace(cfg, loss=LossConfig(velocity_unit=unit)), loader, Run(tmp_path/unit), kind=Flux4D)
+        trainer = Trainer(
+            replace(cfg, loss=LossConfig(velocity_unit=unit)), loader, Run(tmp_path / unit), kind=Flux4D
+        )
         per[unit] = float(trainer.losses(b, b.gaussians, moving)["vel"])
-    assert per["second"] == pytest.approx(3**.5) and per["clip"] == pytest.approx(3**.5*b.clip.time.duration)
+    assert per["second"] == pytest.approx(3**0.5) and per["clip"] == pytest.approx(
+        3**0.5 * b.clip.time.duration
+    )
 
 
 def test_feedback_of_the_training_loss_follows_its_weights(clips, tmp_path):
     cfg = config_from_dict(SMALL, FullConfig)
-    b = Loader(clips[:1], cfg, LiftCache(tmp_path/"cache")).batch(0)
+    b = Loader(clips[:1], cfg, LiftCache(tmp_path / "cache")).batch(0)
     still = torch.zeros(len(b.gaussians), 1, 3)
     tell = RefineConfig(error="training", told="plain")
-    say = lambda loss, how=tell: feedback(b.gaussians, still, b.clip.time.duration, b.inputs(), cfg.render, how, loss).grad
-    once, twice = say(LossConfig()), say(LossConfig(rgb=1.6, ssim=.4, depth=.02))
-    assert torch.allclose(2*once, twice, atol=1e-4*once.abs().max().item())
-    assert not torch.equal(once, say(LossConfig(depth=0.)))
-    assert torch.equal(say(LossConfig(), RefineConfig()), say(LossConfig(rgb=0.), RefineConfig()))
+
+    def say(loss, how=tell):
+        return feedback(b.gaussians, still, b.clip.time.duration, b.inputs(), cfg.render, how, loss).grad
+
+    once, twice = say(LossConfig()), say(LossConfig(rgb=1.6, ssim=0.4, depth=0.02))
+    assert torch.allclose(2 * once, twice, atol=1e-4 * once.abs().max().item())
+    assert not torch.equal(once, say(LossConfig(depth=0.0)))
+    assert torch.equal(say(LossConfig(), RefineConfig()), say(LossConfig(rgb=0.0), RefineConfig()))
 
 
 def test_no_prior_no_local_velocity_no_dead_zone():
-    free = PredictorConfig(votes=VoteConfig(reach=0), drift_cells=(), settle=0.)
-    assert hint_channels(free) == 0 and hint_channels(PredictorConfig()) == 16 + 8
-    raw = 1e-3*torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    free = PredictorConfig(motion_prior=MotionPriorConfig(reach=0), local_velocity_cells=(), dead_zone=0.0)
+    assert motion_feature_count(free) == 0 and motion_feature_count(PredictorConfig()) == 16 + 8
+    raw = 1e-3 * torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     ask = (raw, raw[:, :0], torch.zeros(50), torch.eye(4))
     assert torch.equal(decode_velocity(*ask, free, settled=True), decode_velocity(*ask, free))
-    assert (decode_velocity(*ask, replace(free, settle=.5), settled=True) == 0).all()
+    assert (decode_velocity(*ask, replace(free, dead_zone=0.5), settled=True) == 0).all()
 
 
 def test_readme_shows_todays_presets():
-    assert preset_table() in (repo_root()/"README.md").read_text(encoding="utf-8"), "run make readme"
+    assert preset_table() in (repo_root() / "README.md").read_text(encoding="utf-8"), "run make readme"
