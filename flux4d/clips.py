@@ -15,10 +15,11 @@ from annotated_types import Gt, MinLen
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from .frames import ClipTime, project, pixel_index, se3_inverse, scale_intrinsics
 from .files import counts_otherwise, missing_text, plain_fault
-from .pandaset import PandaSet, Log, scaled_size
+from .pandaset import PandaSet, Log
+from .log_files import scaled_size
 from .files import report_fault
 from .files import DataError, atomic_write, short_path
-from .unpickle import safe_load_pickle
+from .tables import safe_load_pickle
 
 if TYPE_CHECKING:  # loaded where images become tensors, so that the commands start at once
     import torch

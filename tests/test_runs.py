@@ -19,7 +19,8 @@ from flux4d.clips import (
 )
 from flux4d.lift import LiftConfig
 from flux4d.files import DataError
-from flux4d.pandaset import PandaSet, fabricate_log
+from flux4d.pandaset import PandaSet
+from flux4d.log_files import fabricate_log
 from flux4d.predictor import PredictorConfig
 from flux4d.run import logged_rows as logged
 from flux4d.run import (
