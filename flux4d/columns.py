@@ -213,7 +213,8 @@ def _arrow_parts(note: Any) -> _ArrowParts:
     require(is_call(note, "arrow_array") and len(note.args) == 1, what)
     require(type(note.args[0]) is tuple and len(note.args[0]) == 7, what)
     kind, n, _, offset, buffers, children, dictionary = note.args[0]
-    require(is_call(kind, "arrow_type") and len(kind.args) == 1 and type(kind.args[0]) is str, what)
+    require(is_call(kind, "arrow_type") and len(kind.args) == 1, what)
+    require(type(kind.args[0]) is str, what)  # nothing else is hashed: tuples a million deep would end the process
     require_at_most(int_of(n), MAX_TEXTS, "entries of text")
     require(int_of(n) >= 0 and int_of(offset) >= 0 and not children and dictionary is None, what)
     require(kind.args[0] in _ARROW_WIDTHS and type(buffers) is list and len(buffers) == 3, what)
@@ -302,5 +303,6 @@ def index_of(note: Any) -> Index:
         return Index(values, name)
     require(kind.word == "index", "an index")
     values = column_of(parts.get("data"))
-    require(not isinstance(values, Category) and np.ndim(getattr(values, "items", values)) == 1, "an index")
+    one_row = isinstance(values, np.ndarray) and values.ndim == 1
+    require(one_row or isinstance(values, Text), "an index")
     return Index(values, name)
