@@ -20,7 +20,7 @@ from .files import quoted
 from .files import DataError, short_path
 from .pandaset import Log, report, scaled_size
 from .unpickle import need_pandas, safe_load_pickle
-from .clips import project_sweep
+from .visibility import project_sweep
 
 # %% auto #0
 __all__ = ['LABELS', 'BUCKETS', 'METAS', 'CLASSES', 'BUCKET_OF', 'META_OF', 'CuboidConfig', 'class_ids', 'Boxes', 'load_cuboids',
