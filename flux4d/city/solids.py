@@ -6,10 +6,12 @@
 from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 import numpy as np
 
 # %% auto #0
-__all__ = ['MATERIALS', 'Mesh', 'soup', 'join', 'panel', 'quads', 'box', 'prism', 'rod', 'ball']
+__all__ = ['MATERIALS', 'Mesh', 'flat_normals', 'soup', 'join', 'panel', 'quads', 'box', 'prism', 'directions_around', 'rod',
+           'unit_sphere', 'ball', 'draw_mesh']
 
 # %% ../../nbs/05a_solids.ipynb #bff579aa
 MATERIALS = "plain road slab wall paint glass rubber leaf cloth lamp".split()
@@ -29,6 +31,15 @@ class Mesh:
         return len(self.xyz)
 
 # %% ../../nbs/05a_solids.ipynb #d4cd5f96
+def flat_normals(
+    xyz: np.ndarray,  # (F,3,3) corners, m
+) -> np.ndarray:  # (F,3,3) the same unit normal at all corners of a face
+    "Normals of flat faces; corners that run anticlockwise are seen from outside."
+    across = np.cross(xyz[:, 1] - xyz[:, 0], xyz[:, 2] - xyz[:, 0])
+    unit = across / np.linalg.norm(across, axis=1, keepdims=True).clip(1e-12)
+    return np.repeat(unit[:, None], 3, 1)
+
+# %% ../../nbs/05a_solids.ipynb #32560934
 def soup(
     xyz: np.ndarray,  # (F,3,3) corners, m
     material: str,  # one of MATERIALS
@@ -37,22 +48,18 @@ def soup(
 ) -> Mesh:  # in the frame of `xyz`
     "A mesh of one material and colour."
     xyz = np.asarray(xyz, float)
-    n = len(xyz)
-    if normal is None:
-        flat = np.cross(xyz[:, 1] - xyz[:, 0], xyz[:, 2] - xyz[:, 0])
-        normal = np.repeat((flat / np.linalg.norm(flat, axis=1, keepdims=True).clip(1e-12))[:, None], 3, 1)
-    return Mesh(
-        xyz, normal, np.full(n, MATERIALS.index(material)), np.tile(np.asarray(colour, float), (n, 1))
-    )
+    normal = flat_normals(xyz) if normal is None else normal
+    materials = np.full(len(xyz), MATERIALS.index(material))
+    colours = np.tile(np.asarray(colour, float), (len(xyz), 1))
+    return Mesh(xyz, normal, materials, colours)
 
 # %% ../../nbs/05a_solids.ipynb #e0707093
 def join(
     meshes: list,  # of Mesh, all in one frame
 ) -> Mesh:  # in that frame
     "Several meshes as one."
-    return Mesh(
-        *(np.concatenate([getattr(m, k) for m in meshes]) for k in ("xyz", "normal", "material", "colour"))
-    )
+    fields = ("xyz", "normal", "material", "colour")
+    return Mesh(*(np.concatenate([getattr(m, k) for m in meshes]) for k in fields))
 
 # %% ../../nbs/05a_solids.ipynb #85a401cb
 def panel(
@@ -62,8 +69,8 @@ def panel(
 ) -> Mesh:  # K triangles
     "A polygon as a fan around its middle."
     c = np.asarray(corners, float)
-    mid = np.broadcast_to(c.mean(0), c.shape)
-    return soup(np.stack([mid, c, np.roll(c, -1, 0)], 1), material, colour)
+    middle = np.broadcast_to(c.mean(0), c.shape)
+    return soup(np.stack([middle, c, np.roll(c, -1, 0)], 1), material, colour)
 
 # %% ../../nbs/05a_solids.ipynb #58e5902c
 def quads(
@@ -84,26 +91,38 @@ def box(
     taper: tuple = (1, 1),  # (2,) size of the top relative to the bottom, along x and y
 ) -> Mesh:  # 12 triangles
     "A box, or a blunt pyramid."
-    s = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * np.array(size[:2]) / 2
-    v = np.concatenate([np.c_[s, np.zeros(4)], np.c_[s * taper, np.full(4, size[2])]]) + np.array(at)
-    return quads(
-        v[[[3, 2, 1, 0], [4, 5, 6, 7], [0, 1, 5, 4], [1, 2, 6, 5], [2, 3, 7, 6], [3, 0, 4, 7]]],
-        material,
-        colour,
-    )
+    base = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * np.array(size[:2]) / 2
+    bottom = np.c_[base, np.zeros(4)]
+    top = np.c_[base * taper, np.full(4, size[2])]
+    corners = np.concatenate([bottom, top]) + np.array(at)
+    sides = [[0, 1, 5, 4], [1, 2, 6, 5], [2, 3, 7, 6], [3, 0, 4, 7]]
+    return quads(corners[[[3, 2, 1, 0], [4, 5, 6, 7], *sides]], material, colour)
 
 # %% ../../nbs/05a_solids.ipynb #855971fd
 def prism(
-    profile: np.ndarray,  # (K,3) x, z and half width y of a side view: rear bottom, over the top, to the front bottom, m
+    profile: np.ndarray,  # (K,3) x, z, half width y of a side view: rear bottom, over the top, front bottom, m
     material: str,  # one of MATERIALS
     colour: tuple,  # (3,) 0..1
 ) -> Mesh:  # 4K triangles
-    "A side profile pulled out to both sides."
-    x, z, w = np.asarray(profile, float).T
-    left = np.c_[x, w, z]
-    right = np.c_[x, -w, z]
-    rim = quads(np.stack([left, right, np.roll(right, -1, 0), np.roll(left, -1, 0)], 1), material, colour)
-    return join([panel(left, material, colour), panel(right[::-1], material, colour), rim])
+    "A side profile extruded to both sides."
+    x, z, half = np.asarray(profile, float).T
+    left = np.c_[x, half, z]
+    right = np.c_[x, -half, z]
+    rim = np.stack([left, right, np.roll(right, -1, 0), np.roll(left, -1, 0)], 1)
+    sides = [panel(left, material, colour), panel(right[::-1], material, colour)]
+    return join([*sides, quads(rim, material, colour)])
+
+# %% ../../nbs/05a_solids.ipynb #c0aef6b0
+def directions_around(
+    axis: np.ndarray,  # (3,) unit
+    sides: int,  # how many
+) -> np.ndarray:  # (sides,3) unit, square to the axis
+    "Directions around an axis, in equal steps."
+    side = np.cross(axis, [1, 0, 0] if abs(axis[0]) < 0.9 else [0, 1, 0])
+    side /= np.linalg.norm(side)
+    up = np.cross(axis, side)
+    t = np.arange(sides) * 2 * np.pi / sides
+    return np.outer(np.cos(t), side) + np.outer(np.sin(t), up)
 
 # %% ../../nbs/05a_solids.ipynb #330303ff
 def rod(
@@ -118,42 +137,38 @@ def rod(
     "A round rod or cone between two points."
     a = np.array(a, float)
     b = np.array(b, float)
-    ra, rb = np.broadcast_to(radius, 2)
-    axis = (b - a) / np.linalg.norm(b - a)
-    side = np.cross(axis, [1, 0, 0] if abs(axis[0]) < 0.9 else [0, 1, 0])
-    side /= np.linalg.norm(side)
-    up = np.cross(axis, side)
-    t = np.arange(sides) * 2 * np.pi / sides
-    n = np.outer(np.cos(t), side) + np.outer(np.sin(t), up)
-    m = np.roll(n, -1, 0)
-    p = a + n * ra
-    q = a + m * ra
-    r = b + m * rb
-    s = b + n * rb
-    faces, normals = (
-        np.concatenate([np.stack(k, 1), np.stack(l, 1)])
-        for k, l in (((p, q, r), (p, r, s)), ((n, m, m), (n, m, n)))
-    )
+    radius_a, radius_b = np.broadcast_to(radius, 2)
+    n = directions_around((b - a) / np.linalg.norm(b - a), sides)
+    m = np.roll(n, -1, 0)  # the next direction around
+    p, q = a + n * radius_a, a + m * radius_a
+    r, s = b + m * radius_b, b + n * radius_b
+    faces = np.concatenate([np.stack([p, q, r], 1), np.stack([p, r, s], 1)])
+    normals = np.concatenate([np.stack([n, m, m], 1), np.stack([n, m, n], 1)])
     mantle = soup(faces, material, colour, normals)
-    return join([mantle, panel(p[::-1], material, colour), panel(s, material, colour)]) if caps else mantle
+    if not caps:
+        return mantle
+    return join([mantle, panel(p[::-1], material, colour), panel(s, material, colour)])
 
 # %% ../../nbs/05a_solids.ipynb #f7a024d4
 @lru_cache
-def _sphere(
-    level: int,  # subdivisions of an octahedron
-) -> np.ndarray:  # (8*4**level,3,3) corners on the unit sphere
-    "A round soup."
-    p = np.eye(3)
+def _octahedron() -> np.ndarray:  # (8,3,3) corners on the unit sphere
+    "Eight triangles, seen from outside."
+    x, y, z = np.eye(3)
     signs = (1, -1)
-    f = np.array([[s * p[0], t * p[1], u * p[2]][:: s * t * u] for s in signs for t in signs for u in signs])
+    return np.array([[s * x, t * y, u * z][:: s * t * u] for s in signs for t in signs for u in signs])
+
+
+@lru_cache
+def unit_sphere(
+    level: int,  # how often each face is split in four
+) -> np.ndarray:  # (8*4**level,3,3) corners on the unit sphere
+    "Triangles of a round ball."
+    f = _octahedron()
     for _ in range(level):
-        a = f[:, 0]
-        b = f[:, 1]
-        c = f[:, 2]
-        ab = a + b
-        bc = b + c
-        ca = c + a
-        f = np.concatenate([np.stack(k, 1) for k in ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))])
+        a, b, c = f.transpose(1, 0, 2)
+        ab, bc, ca = a + b, b + c, c + a
+        quarters = ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))
+        f = np.concatenate([np.stack(q, 1) for q in quarters])
         f = f / np.linalg.norm(f, axis=2, keepdims=True)
     return f
 
@@ -166,12 +181,34 @@ def ball(
     rough: float = 0.0,  # depth of the bumps relative to the radius
     level: int = 2,  # subdivisions
     seed: int = 0,  # of the bumps
-) -> Mesh:  # 8*4**level triangles
+) -> Mesh:  # 8*4**level triangles; flat faces when rough
     "An ellipsoid, smooth or bumpy."
-    f = _sphere(level)
+    f = unit_sphere(level)
     r = np.array(radii)
     w = np.random.default_rng(seed).normal(size=(6, 3)) * 3.5
     bump = 1 + rough * np.sin(f @ w.T + w[:, 0]).sum(-1, keepdims=True) / 3
     n = f / r
     n = n / np.linalg.norm(n, axis=2, keepdims=True)
     return soup(f * bump * r + np.array(at), material, colour, None if rough else n)
+
+# %% ../../nbs/05a_solids.ipynb #1c55ed93
+def draw_mesh(
+    ax: Any,  # matplotlib axes
+    mesh: Mesh,  # what to draw
+    azimuth: float = 35.0,  # of the viewer, degrees from the mesh's front towards its left
+    elevation: float = 20.0,  # of the viewer, degrees above the ground
+) -> None:
+    "Draw a mesh as seen from far away, in metres."
+    from matplotlib.collections import PolyCollection
+
+    a, e = np.radians([azimuth, elevation])
+    towards = np.array([np.cos(a) * np.cos(e), np.sin(a) * np.cos(e), np.sin(e)])
+    right = np.array([-np.sin(a), np.cos(a), 0])
+    facing = flat_normals(mesh.xyz)[:, 0] @ towards
+    seen = np.flatnonzero(facing > 0)
+    seen = seen[np.argsort(mesh.xyz[seen].mean(1) @ towards)]
+    flat = mesh.xyz[seen] @ np.stack([right, np.cross(towards, right)], 1)
+    shaded = mesh.colour[seen] * (0.45 + 0.55 * facing[seen, None])
+    ax.add_collection(PolyCollection(flat, facecolors=shaded.clip(0, 1)))
+    ax.autoscale_view()
+    ax.set_aspect("equal")
