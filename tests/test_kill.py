@@ -49,7 +49,7 @@ def work(folder: str) -> None:
 def test_twenty_kills(tmp_path: Path) -> None:
     "Checkpoints and cached lifts load after every kill, and the run goes on from where it was."
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["flux4d.train", "flux4d.city", "flux4d.clips", "flux4d.cache"])
+    context.set_forkserver_preload(["flux4d.train", "flux4d.city.logs", "flux4d.clips", "flux4d.cache"])
     rng, steps, last = random.Random(0), [], tmp_path / "ckpt_last.pt"
     for k in range(KILLS):
         before = os.readlink(last) if last.exists() else ""
