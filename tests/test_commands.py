@@ -3,7 +3,7 @@
 import json, shutil, subprocess, sys
 from pathlib import Path
 import pytest
-from flux4d.city import city_main
+from flux4d.city.logs import city_main
 from flux4d.house import house_main, repo_root
 from flux4d.report import report_main
 

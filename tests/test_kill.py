@@ -3,7 +3,7 @@
 import multiprocessing as mp, os, random, signal, time
 from pathlib import Path
 import numpy as np, pytest
-from flux4d.city import fixture_city
+from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.pandaset import PandaSet
 from flux4d.cache import LiftCache

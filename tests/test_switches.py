@@ -10,7 +10,7 @@ import torch
 
 from flux4d.background import BackgroundConfig, init_gaussians
 from flux4d.cache import LiftCache
-from flux4d.city import fixture_city
+from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.gaussians import BACKGROUND, LIDAR
 from flux4d.gap_filling import InitConfig
