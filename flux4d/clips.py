@@ -629,7 +629,7 @@ class Views:
 
     def _map(self, f:Any, camera:list[str]|None=None)->Views:
         "Apply a function to every tensor."
-        return replace(self, **{k.name: f(getattr(self, k.name)) for k in fields(self) if k.name != "camera"}, camera=self.camera if camera is None else camera)
+        return replace(self, **{k.name: f(getattr(self, k.name)) for k in fields(self) if k.name not in ("camera", "allowed")}, camera=self.camera if camera is None else camera)
 
     def to(self,
         device:str|torch.device, # where to
@@ -647,7 +647,20 @@ class Views:
         "Image width."
         return self.images.shape[2]
 
-class InputViews(Views): "Views the network may see."
+@dataclass
+class InputViews(Views):
+    "Views the network may see."
+    allowed:tuple[int,...]=() # log frame ids of the clip's inputs; () = none
+
+    def __post_init__(self)->None:
+        "Refuse a frame that is no input."
+        if self.frame.device.type != "cpu":
+            return
+        wrong = sorted(set(self.frame.tolist()) - set(self.allowed))
+        if wrong:
+            raise ValueError(f"InputViews: frames {wrong} are not among the allowed ones, {list(self.allowed)}; name the clip's input frames, "
+                             "and show no other: a clip never leaks its targets.")
+
 class TargetViews(Views): "Views it is judged by, and must not see."
 
 # %% ../nbs/04_clips.ipynb #c6832637
@@ -679,11 +692,12 @@ def check_frames(
     clip:Clip, # the clip
     frames:list[int], # log frame ids
     kind:type[Views], # what is to be made of them
-)->None: # raises ValueError
+)->dict: # fields by which such views know what they may show; raises ValueError
     "Refuse frames that such views of a clip must not show: `InputViews` are of input frames only."
     allowed = clip.input_frames if issubclass(kind, InputViews) else clip.frames
     if not len(frames) or set(frames) - set(allowed):
         raise ValueError(f"{kind.__name__} of {clip.id} must be chosen from frames {allowed}, got {list(frames)}; a clip never leaks its targets.")
+    return dict(allowed=tuple(allowed)) if issubclass(kind, InputViews) else {}
 
 def load_views(
     clip:Clip, # the clip
@@ -696,7 +710,7 @@ def load_views(
 )->Views: # one view per frame and camera, frames first
     "Load images, cameras and depth of some frames of a clip."
     import torch
-    check_frames(clip, frames, kind)
+    named = check_frames(clip, frames, kind)
     clip.log.image_size(clip.cameras if cameras is None else cameras)
     rows = []
     for f in frames:
@@ -704,7 +718,7 @@ def load_views(
         for c in clip.cameras if cameras is None else cameras: rows.append(_view(clip, f, c, image_scale, points))
     images, K, w2c, t, frame, camera, depth = zip(*rows)
     tensor = lambda xs: torch.from_numpy(np.stack(xs).astype(np.float32))
-    return kind(torch.from_numpy(np.stack(images)).float().div_(255), tensor(K), tensor(w2c), tensor(t), torch.tensor(frame), list(camera), tensor(depth))
+    return kind(torch.from_numpy(np.stack(images)).float().div_(255), tensor(K), tensor(w2c), tensor(t), torch.tensor(frame), list(camera), tensor(depth), **named)
 
 # %% ../nbs/04_clips.ipynb #7b1129db
 def _view(clip:Clip, frame:int, camera:str, scale:float, points:np.ndarray)->tuple:

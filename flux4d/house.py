@@ -213,7 +213,9 @@ def record_files(
     pictures = sorted(run.rglob("*.jpg")); size = sum(p.stat().st_size for p in pictures)
     if len(pictures) > 8 or size > 2**20:
         raise ValueError(f"{run.name}: {len(pictures)} JPEGs of {size/2**20:.2f} MB; a run of record keeps at most 8 of 1 MB in all: delete some")
-    trained = not (run/"metrics.json").is_file() or read_metrics(run/"metrics.json").get("runtime", {}).get("iters", 1)
+    evaluated = (run/"61_evaluate.ipynb").is_file() # logs no steps of its own, whatever its weights took
+    steps = read_metrics(run/"metrics.json").get("runtime", {}).get("iters", 1) if (run/"metrics.json").is_file() else 1
+    trained = steps and not evaluated
     needed = [run/n for n in ("config.yaml", "metrics.json", *["metrics.jsonl"]*bool(trained))]; report = [run/n for n in ("report.md", "meta.json") if (run/n).is_file()]
     missing = [p.name for p in needed if not p.is_file()] + ([] if list(run.glob("*.ipynb")) else ["the executed notebook"])
     if missing: raise FileNotFoundError(f"{run.name} is no complete run: {', '.join(missing)} missing; run it to its end first")

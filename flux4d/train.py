@@ -237,7 +237,7 @@ def views(self:Loader,
     kind:type=TargetViews, # InputViews or TargetViews
 )->Views: # on the device; raises ValueError for frames that such views of the clip must not show
     "Some views of a clip as one batch."
-    check_frames(clip, [f for f,_ in pairs], kind)
+    named = check_frames(clip, [f for f,_ in pairs], kind)
     got = [self.frame(clip.log.id, c, f) for f,c in pairs]
     if issubclass(kind, InputViews):
         depth = [self.input_depth(clip.log.id, c, f) for f,c in pairs]
@@ -246,7 +246,7 @@ def views(self:Loader,
     join = lambda k: torch.cat([getattr(v,k) for v in got])
     t = torch.tensor([clip.t_of_camera(c,f) for f,c in pairs], dtype=torch.float32, device=self.device)
     return kind(images=join("images").float()/255, K=join("K"), world_to_cam=join("world_to_cam"), t=t,
-                frame=join("frame"), camera=[c for _,c in pairs], depth=torch.cat(depth))
+                frame=join("frame"), camera=[c for _,c in pairs], depth=torch.cat(depth), **named)
 
 @patch
 def inputs(self:Loader,
