@@ -118,7 +118,7 @@ def motion_features(
         found.append(
             coarse_to_fine(
                 *voters or (p, seconds, frame), voxel, cfg.motion_prior, cfg.fine_prior, (p, frame)
-            )
+            ).features()
             * p.new_tensor([1 / v] * 4 + [1.0] * 4)
         )
     return torch.cat(found + [p.new_zeros(len(p), 0)], 1)
