@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from .clips import Clip
 from .frames import pixel_index, project, scale_intrinsics, se3_inverse
-from .pandaset import report, scaled_size
+from .files import report_fault
+from .pandaset import scaled_size
 from .visibility import project_sweep, splat_depth, unoccluded
 
 # %% auto #0
@@ -315,7 +316,7 @@ def _view(clip: Clip, frame: int, camera: str, scale: float, points: np.ndarray)
     cam = clip.log.camera(camera)
     image = clip.log.image(camera, frame, scale)
     if image.shape[1::-1] != scaled_size(cam.width, cam.height, scale):
-        report(
+        report_fault(
             clip.log.image_path(camera, frame),
             "differs in size from the camera's first image",
             "get the file again",

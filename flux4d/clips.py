@@ -15,8 +15,8 @@ from annotated_types import Gt, MinLen
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from .frames import ClipTime
 from .files import counts_otherwise, missing_text, plain_fault
-from .pandaset import PandaSet, Log, report
-from .files import DataError, atomic_write, short_path
+from .pandaset import PandaSet, Log
+from .files import DataError, atomic_write, report_fault, short_path
 from .unpickle import safe_load_pickle
 
 # %% auto #0
@@ -140,7 +140,7 @@ def check_time_unit(
     step = float(np.median(np.diff(stamps))) if len(stamps) > 1 else 0.0
     unit = time_unit(step)
     if unit:
-        report(
+        report_fault(
             path,
             f"steps by {step:.0f} from frame to frame, which are {unit}",
             f"divide its stamps by {TIME_UNITS[unit]:.0f} to get seconds",
@@ -338,7 +338,7 @@ def build_index(
         prints[id] = fingerprint(log, cfg.cameras)
     if not clips:
         first = f" ({left_out[0]['clip_id']}: {left_out[0]['reason']})" if left_out else ""
-        report(root, f"gives no clip at all{first}", "get more frames of its logs or shorten the clips")
+        report_fault(root, f"gives no clip at all{first}", "get more frames of its logs or shorten the clips")
     config = json.loads(json.dumps(asdict(cfg)))
     return dict(
         meta=dict(
@@ -559,23 +559,23 @@ def load_index(
         return isinstance(d, dict) and set(names) <= d.keys()
 
     if odd := plain_fault(index, printable=False):
-        report(path, odd, again)
+        report_fault(path, odd, again)
     whole = (
         has(index, ("meta", "clips")) and has(index["meta"], META_FIELDS) and isinstance(index["clips"], list)
     )
     if not (whole and all(has(c, ENTRY_FIELDS) for c in index["clips"])):
-        report(path, "lacks fields of a clip index", again)
+        report_fault(path, "lacks fields of a clip index", again)
     meta = index["meta"]
     if wrong := _wrong_field(meta, META_SCHEMA):
-        report(path, f"its {wrong}", again)
+        report_fault(path, f"its {wrong}", again)
     for k, record in enumerate(index["clips"]):
         wrong = _wrong_field(record, ENTRY_SCHEMA) or _wrong_entry(record, meta)
         if wrong:
-            report(path, f"in clip {k}, {wrong}", again)
+            report_fault(path, f"in clip {k}, {wrong}", again)
     for id, mark in meta["fingerprint"].items() if root is not None else ():
         held = (Path(root) / id / "lidar").is_dir()  # `id` is a plain name
         if not held or fingerprint(Log(root, id), meta["config"]["cameras"]) != mark:
-            report(path, f"was built for other data than log {id} here", again)
+            report_fault(path, f"was built for other data than log {id} here", again)
     return index
 
 # %% ../nbs/04_clips.ipynb #2da5fb7e
@@ -786,7 +786,7 @@ def check_times(
     if -reach - 1e-3 <= low and high <= 1 + reach + 1e-3:
         return  # stamps are stored in steps of 0.1 ms
     off = low if low < -reach else high
-    report(
+    report_fault(
         path,
         f"{what} at {off:.4g} of clip {self.id}, more than {reach:.2g} outside 0..1",
         "compare its unit, clock and order with lidar/timestamps.json",

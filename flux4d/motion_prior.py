@@ -14,12 +14,13 @@ from .settings import Share
 from .voxels import VoxelConfig
 
 # %% auto #0
-__all__ = ['FINE_PRIOR', 'MotionPriorConfig', 'low_points', 'height_above_ground', 'bev_cell', 'Occupancy', 'occupancy',
-           'sum_around', 'BlockIndex', 'block_index', 'count_hits', 'MatchScores', 'match_scores', 'Displacement',
-           'best_displacement', 'blocks_at', 'block_places', 'inlier_mean', 'consensus', 'soft_counts', 'density_map',
-           'sample_bilinear', 'BlockCells', 'fine_cells', 'block_cells', 'solve_pairs', 'refine_trajectories',
-           'merge_trajectories', 'MotionPrior', 'BlockMotion', 'no_motion', 'sweep_times', 'trajectories',
-           'estimate_block_motion', 'query_motion', 'heights', 'motion_prior', 'coarse_to_fine']
+__all__ = ['FINE_PRIOR', 'MotionPriorConfig', 'SweepPoints', 'low_points', 'height_above_ground', 'bev_cell', 'Occupancy',
+           'occupancy', 'sum_around', 'BlockIndex', 'block_index', 'count_hits', 'MatchScores', 'match_scores',
+           'Displacement', 'best_displacement', 'blocks_at', 'block_places', 'inlier_mean', 'consensus', 'soft_counts',
+           'density_map', 'sample_bilinear', 'BlockCells', 'fine_cells', 'block_cells', 'solve_pairs',
+           'refine_trajectories', 'merge_trajectories', 'MotionPrior', 'BlockMotion', 'no_motion', 'sweep_times',
+           'block_prior', 'trajectories', 'estimate_block_motion', 'query_motion', 'heights', 'motion_prior',
+           'coarse_to_fine']
 
 # %% ../nbs/14_motion_prior.ipynb #24c9c4fe
 @dataclass(frozen=True)
@@ -56,6 +57,21 @@ class MotionPriorConfig:
     def border(self) -> int:  # cells
         "Empty cells around a map, so that no displacement leaves it."
         return self.reach * self.neighbour_sweeps
+
+# %% ../nbs/14_motion_prior.ipynb #b476b8a8
+class SweepPoints(NamedTuple):
+    "Points of several sweeps."
+
+    points: Tensor  # (M,3) ego0, m
+    seconds: Tensor  # (M,) since the clip's start
+    frame: Tensor  # (M,) int64 source frame in the log
+
+    def part(
+        self,
+        rows: Tensor,  # (M,) bool or (R,) int64
+    ) -> SweepPoints:
+        "Some of the points."
+        return SweepPoints(*(a[rows] for a in self))
 
 # %% ../nbs/14_motion_prior.ipynb #475e3613
 def low_points(
@@ -481,20 +497,14 @@ def merge_trajectories(
 
 # %% ../nbs/14_motion_prior.ipynb #96918d08
 class MotionPrior(NamedTuple):
-    "How N points are expected to move."
+    "How N points are expected to move, before any learning."
 
-    velocity: Tensor  # (N,2) along x and y, ego0, m/s
-    acceleration: Tensor  # (N,2) m/s^2
+    velocity: Tensor  # (N,3) ego0, m/s, at the point's own time; z is 0
+    acceleration: Tensor  # (N,3) ego0, m/s^2; z is 0
     score: Tensor  # (N,) share of hits of its displacement, 0..1; 0 where nothing may move
-    zero_motion: Tensor  # (N,) share of hits without displacement, 0..1; 0 where nothing may move
-    trusted: Tensor  # (N,) bool, confirmed by other sweeps
+    zero_motion_score: Tensor  # (N,) share of hits without displacement, 0..1; 0 where nothing may move
+    trusted: Tensor  # (N,) bool, other sweeps confirm it
     may_move: Tensor  # (N,) bool, something stands here that can move
-
-    def features(self) -> Tensor:  # (N,8) float32: the fields in their order, velocity and acceleration two each
-        "All fields as columns, as a network takes them."
-        scores = [self.score[:, None], self.zero_motion[:, None]]
-        flags = [self.trusted[:, None].float(), self.may_move[:, None].float()]
-        return torch.cat([self.velocity, self.acceleration, *scores, *flags], 1)
 
     def where(
         self,
@@ -520,8 +530,10 @@ def no_motion(
     device: torch.device | None = None,  # where
 ) -> MotionPrior:
     "A prior that knows nothing."
-    pair, one, flag = torch.zeros(n, 2, device=device), torch.zeros(n, device=device), torch.zeros(n, device=device).bool()
-    return MotionPrior(pair, pair, one, one, flag, flag)
+    vector = torch.zeros(n, 3, device=device)
+    number = torch.zeros(n, device=device)
+    flag = torch.zeros(n, dtype=torch.bool, device=device)
+    return MotionPrior(vector, vector, number, number, flag, flag)
 
 # %% ../nbs/14_motion_prior.ipynb #a58d5af7
 def sweep_times(
@@ -533,11 +545,27 @@ def sweep_times(
     total = torch.zeros(n, device=seconds.device).index_add(0, sweep, seconds.float())
     return total / torch.bincount(sweep, minlength=n)
 
+# %% ../nbs/14_motion_prior.ipynb #06a596e0
+def block_prior(
+    path: Tensor,  # (K,2,2) velocity, m/s, and acceleration, m/s^2
+    found: Displacement,  # of the K blocks
+    trusted: Tensor,  # (K,) bool
+) -> MotionPrior:  # of K+1 rows, the last one all 0
+    "What is known of each block, and a row for no block."
+    velocity, acceleration = F.pad(path, (0, 1, 0, 0, 0, 1)).unbind(1)
+    trusted = F.pad(trusted, (0, 1))
+    return MotionPrior(
+        velocity,
+        acceleration,
+        score=F.pad(found.score, (0, 1)),
+        zero_motion_score=F.pad(found.zero_motion, (0, 1)),
+        trusted=trusted,
+        may_move=torch.zeros_like(trusted),
+    )
+
 # %% ../nbs/14_motion_prior.ipynb #2ddb76e8
 def trajectories(
-    points: Tensor,  # (M,3) returns, ego0, m
-    height: Tensor,  # (M,) above ground, m
-    sweep: Tensor,  # (M,) int64
+    standing: SweepPoints,  # returns of what stands; `frame` counts the sweeps from 0 on
     velocity: Tensor,  # (K,2) by consensus, m/s
     trusted: Tensor,  # (K,) bool
     row: Tensor,  # (S,X/block,Y/block) int64 row of each block, K = none
@@ -548,10 +576,9 @@ def trajectories(
     "The trajectory of each block: refined and merged where trusted, straight elsewhere."
     if not cfg.refine_steps:
         return torch.stack([velocity, torch.zeros_like(velocity)], 1)
-    up = (height > cfg.height[0]) & (height < cfg.height[1])
-    xy = points[up, :2]
-    density = density_map(xy, sweep[up], len(times), grid, cfg)
-    pairs = block_cells(xy, sweep[up], trusted, row, grid, cfg)
+    xy = standing.points[:, :2]
+    density = density_map(xy, standing.frame, len(times), grid, cfg)
+    pairs = block_cells(xy, standing.frame, trusted, row, grid, cfg)
     out = refine_trajectories(velocity, times, pairs, density, grid, cfg)
     for _ in range(cfg.merge_rounds):
         out = merge_trajectories(out, trusted, row, times, cfg)
@@ -560,46 +587,37 @@ def trajectories(
 # %% ../nbs/14_motion_prior.ipynb #8ac7bd84
 @torch.no_grad()
 def estimate_block_motion(
-    points: Tensor,  # (M,3) returns, ego0, m
-    seconds: Tensor,  # (M,) since the clip's start
-    frame: Tensor,  # (M,) int64 source frame of each
+    returns: SweepPoints,  # M returns of two sweeps or more
     height: Tensor,  # (M,) above ground, m
     grid: VoxelConfig,  # read: low, high
     cfg: MotionPriorConfig = MotionPriorConfig(),
-) -> BlockMotion:  # of two sweeps or more
+) -> BlockMotion:
     "Match the sweeps, keep what others confirm, and refine it."
-    frames, sweep = torch.unique(frame, return_inverse=True)
-    times = sweep_times(seconds, sweep, len(frames))
+    points = returns.points
+    frames, sweep = torch.unique(returns.frame, return_inverse=True)
+    times = sweep_times(returns.seconds, sweep, len(frames))
     gap = (times[-1] - times[0]) / (len(frames) - 1)
     maps = occupancy(points, height, sweep, len(frames), grid, cfg)
     scores = match_scores(maps, cfg)
     found = best_displacement(scores.score, scores.zero_motion, cfg)
     xy, trusted = consensus(found, scores, gap, cfg)
-    path = trajectories(points, height, sweep, xy / gap, trusted, scores.row, times, grid, cfg)
-    flag = F.pad(trusted, (0, 1))
-    prior = MotionPrior(
-        velocity=F.pad(path[:, 0], (0, 0, 0, 1)),
-        acceleration=F.pad(path[:, 1], (0, 0, 0, 1)),
-        score=F.pad(found.score, (0, 1)),
-        zero_motion=F.pad(found.zero_motion, (0, 1)),
-        trusted=flag,
-        may_move=torch.zeros_like(flag),
-    )
-    standing = F.max_pool2d(maps.standing.float()[:, None], 3, 1, 1)[:, 0] > 0
-    return BlockMotion(prior, scores.row, standing, frames)
+    up = (height > cfg.height[0]) & (height < cfg.height[1])
+    standing = SweepPoints(points, returns.seconds, sweep).part(up)
+    path = trajectories(standing, xy / gap, trusted, scores.row, times, grid, cfg)
+    movable = F.max_pool2d(maps.standing.float()[:, None], 3, 1, 1)[:, 0] > 0
+    return BlockMotion(block_prior(path, found, trusted), scores.row, movable, frames)
 
 # %% ../nbs/14_motion_prior.ipynb #c35eba20
 def query_motion(
     blocks: BlockMotion,
-    points: Tensor,  # (N,3) ego0, m
-    frame: Tensor,  # (N,) int64 source frame of each, one of the blocks'
+    query: SweepPoints,  # N points of the blocks' frames
     height: Tensor,  # (N,) above ground, m
     grid: VoxelConfig,  # read: low, high
     cfg: MotionPriorConfig = MotionPriorConfig(),  # of the estimate
 ) -> MotionPrior:  # of the N points
     "The prior of the block around each point, trusted only for what can move."
-    ij = bev_cell(points, grid, cfg)[0]
-    sweep = torch.searchsorted(blocks.frames, frame).clamp_max(len(blocks.frames) - 1)
+    ij = bev_cell(query.points, grid, cfg)[0]
+    sweep = torch.searchsorted(blocks.frames, query.frame).clamp_max(len(blocks.frames) - 1)
     at = torch.div(ij - cfg.border, cfg.block, rounding_mode="floor")
     at = torch.minimum(at, at.new_tensor(blocks.row.shape[1:]) - 1)
     row = blocks.row[sweep, at[:, 0], at[:, 1]]
@@ -608,7 +626,7 @@ def query_motion(
     may_move = blocks.standing[sweep, ij[:, 0], ij[:, 1]] & (height > low) & (height < high)
     return own._replace(
         score=own.score * may_move,
-        zero_motion=own.zero_motion * may_move,
+        zero_motion_score=own.zero_motion_score * may_move,
         trusted=own.trusted & may_move,
         may_move=may_move,
     )
@@ -627,23 +645,20 @@ def heights(
 # %% ../nbs/14_motion_prior.ipynb #f40c0bb2
 @torch.no_grad()
 def motion_prior(
-    points: Tensor,  # (M,3) returns, ego0, m
-    seconds: Tensor,  # (M,) since the clip's start
-    frame: Tensor,  # (M,) int64 source frame of each
+    returns: SweepPoints,  # M returns, which are matched
     grid: VoxelConfig,  # read: low, high
     cfg: MotionPriorConfig = MotionPriorConfig(),
-    # (N,3) ego0, m, and (N,) source frame of the points whose motion is wanted; None = the returns themselves
-    query: tuple[Tensor, Tensor] | None = None,
+    query: SweepPoints | None = None,  # N points whose motion is wanted; None = the returns
     height: tuple[Tensor, Tensor] | None = None,  # (M,), (N,) from `heights`; None = found here
 ) -> MotionPrior:  # of the N points; zeros with a single sweep
     "How each point's neighbourhood moves, by the sweeps alone."
-    points = points.float()
-    at, when = (points, frame) if query is None else (query[0].float(), query[1])
-    if not len(frame) or (frame == frame[0]).all():
-        return no_motion(len(at), points.device)
-    h, own = heights(points, at, cfg) if height is None else height
-    blocks = estimate_block_motion(points, seconds, frame, h, grid, cfg)
-    return query_motion(blocks, at, when, own, grid, cfg)
+    returns = returns._replace(points=returns.points.float())
+    query = returns if query is None else query._replace(points=query.points.float())
+    if not len(returns.frame) or (returns.frame == returns.frame[0]).all():
+        return no_motion(len(query.points), returns.points.device)
+    h, own = heights(returns.points, query.points, cfg) if height is None else height
+    blocks = estimate_block_motion(returns, h, grid, cfg)
+    return query_motion(blocks, query, own, grid, cfg)
 
 # %% ../nbs/14_motion_prior.ipynb #0c9770aa
 # for what is small and slow
@@ -651,19 +666,17 @@ FINE_PRIOR = MotionPriorConfig(reach=6, cell=0.125, block=3, inlier_speed=0.7, m
 
 
 def coarse_to_fine(
-    points: Tensor,  # (M,3) returns, ego0, m
-    seconds: Tensor,  # (M,) since the clip's start
-    frame: Tensor,  # (M,) int64 source frame of each
+    returns: SweepPoints,  # M returns, which are matched
     grid: VoxelConfig,  # read: low, high
     cfg: MotionPriorConfig = MotionPriorConfig(),  # the coarse prior
     fine_prior: MotionPriorConfig = FINE_PRIOR,  # the fine one; reach 0 = none
-    query: tuple[Tensor, Tensor] | None = None,  # as for `motion_prior`
-) -> MotionPrior:  # as from `motion_prior`
+    query: SweepPoints | None = None,  # N points whose motion is wanted; None = the returns
+) -> MotionPrior:  # of the N points
     "The motion prior, and a finer one where nothing is trusted."
-    h = heights(points.float(), (points if query is None else query[0]).float(), cfg)
-    coarse = motion_prior(points, seconds, frame, grid, cfg, query, h)
+    h = heights(returns.points.float(), (returns if query is None else query).points.float(), cfg)
+    coarse = motion_prior(returns, grid, cfg, query, h)
     if not fine_prior.reach:
         return coarse
-    fine = motion_prior(points, seconds, frame, grid, fine_prior, query, h)
+    fine = motion_prior(returns, grid, fine_prior, query, h)
     chosen = fine.where(~coarse.trusted & fine.trusted & coarse.may_move, coarse)
     return chosen._replace(may_move=coarse.may_move)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np, pytest, torch
 from flux4d import clip_data as clip_data_module, visibility
 from flux4d.background import BackgroundConfig, init_data, init_gaussians
-from flux4d.city import fixture_city
+from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.visibility import project_sweep
 from flux4d.frames import se3_inverse

@@ -80,7 +80,7 @@ def moved(source, root, by):
 @pytest.fixture(scope="module")
 def maps(tmp_path_factory):
     "A log of the made-up city, and the same in a map's coordinates."
-    from flux4d.city import fixture_city
+    from flux4d.city.logs import fixture_city
 
     work = tmp_path_factory.mktemp("maps")
     source = work / "source/001"
