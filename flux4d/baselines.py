@@ -14,7 +14,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from .gaussians import LIDAR, Gaussians
 from .clips import Clip
 from .settings import Seed
-from .lift import clip_returns
+from .clip_data import clip_returns
 from .voxels import VoxelConfig
 from .motion_prior import height_above_ground
 from .predictor import PredictorConfig, decode_velocity, make_grid_index, motion_channels

@@ -874,7 +874,7 @@ def differing(
     glob: str,  # which files
 ) -> list[str]:  # names that are in one only or differ in content
     "Files that two folders do not share."
-    names = sorted({p.name for d in (made, kept) for p in d.glob(glob)})
+    names = sorted({p.relative_to(d).as_posix() for d in (made, kept) for p in d.glob(glob)})
     return [
         n
         for n in names
@@ -907,7 +907,7 @@ def generated_faults(
         return [
             *(
                 f"flux4d/{n} is not what its notebook exports: run make export"
-                for n in differing(copy / "flux4d", root / "flux4d", "*.py")
+                for n in differing(copy / "flux4d", root / "flux4d", "**/*.py")
             ),
             *(
                 f"nbs/{n} is not clean: run make export"

@@ -15,7 +15,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from .frames import quat_mul, quat_to_mat, rotate_vectors, se3_inverse, transform_points
 from .settings import OpenShare
 from .gaussians import BACKGROUND, FLAT, LIDAR, Gaussians
-from .lift import Returns
+from .clip_data import Returns
 from .voxels import VoxelConfig, Voxels
 from .motion_prior import FINE_PRIOR, MotionPriorConfig, coarse_to_fine
 from flux4d.unet import (

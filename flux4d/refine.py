@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from annotated_types import Interval
 from pydantic import NonNegativeFloat
-from .clips import InputViews
+from .clip_data import InputViews
 from .frames import mat_to_quat, quat_mul, rotate_vectors, se3_inverse, transform_points
 from .gaussians import FLAT, Gaussians
 from .losses import LossConfig, reconstruction_loss

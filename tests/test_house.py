@@ -19,7 +19,7 @@ from flux4d.house import (
 )
 
 ROOT = repo_root(Path(__file__).parent)
-MODULES = sorted(p for p in (ROOT / "flux4d").glob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+MODULES = sorted(p for p in (ROOT / "flux4d").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 NOTEBOOKS = notebooks(ROOT)
 EXPORTING = {nb.module: nb for nb in NOTEBOOKS if nb.module}
 OPEN = set()  # rows known to be open; every other row must be answered by a notebook
@@ -34,21 +34,27 @@ def tree(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+def source(module):
+    "The file of a module, which may lie in a sub-package."
+    return ROOT / f"flux4d/{module.replace('.', '/')}.py"
+
+
 @cache
 def imported(module):
-    "The flux4d modules that a module imports, inside functions too."
+    "The flux4d modules that a module imports, inside functions too; a sub-package is its `__init__`."
+    package = ["flux4d", *module.split(".")[:-1]]
     found = set()
-    for n in ast.walk(tree(ROOT / f"flux4d/{module}.py")):
+    for n in ast.walk(tree(source(module))):
         if isinstance(n, ast.Import):
-            found |= {a.name.split(".")[1] for a in n.names if a.name.startswith("flux4d.")}
-        if not isinstance(n, ast.ImportFrom):
-            continue
-        path = "flux4d." + (n.module or "") if n.level == 1 else n.module  # nbdev writes `from .x import`
-        if path.rstrip(".") == "flux4d":
             found |= {a.name for a in n.names}
-        elif path.startswith("flux4d."):
-            found.add(path.split(".")[1])
-    return frozenset(found)
+        if isinstance(n, ast.ImportFrom):  # nbdev writes `from .x import`
+            start = package[: len(package) + 1 - n.level] if n.level else []
+            path = ".".join([*start, *filter(None, [n.module])])
+            parts = [f"{path}.{a.name}" for a in n.names]
+            inside = [p for p in parts if p.startswith("flux4d.") and source(p[7:]).is_file()]
+            found |= set(inside or [path])
+    names = [f.removeprefix("flux4d.") for f in found if f.startswith("flux4d.")]
+    return frozenset(f"{m}.__init__" if (ROOT / "flux4d" / m).is_dir() else m for m in names)
 
 
 def reach(module, seen=()):

@@ -3,7 +3,7 @@
 import gzip, re, shutil, uuid
 import numpy as np, pandas as pd, pytest
 from flux4d import cuboids
-from flux4d.city import fixture_city
+from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.cuboids import (
     CLASSES,

@@ -10,10 +10,10 @@ import torch
 
 from flux4d.background import BackgroundConfig, init_gaussians
 from flux4d.cache import LiftCache
-from flux4d.city import fixture_city
+from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.gaussians import BACKGROUND, LIDAR
-from flux4d.lift import LiftConfig
+from flux4d.gap_filling import InitConfig
 from flux4d.losses import LossConfig
 from flux4d.pandaset import PandaSet
 from flux4d.predictor import PredictorConfig, decode_velocity, motion_feature_count
@@ -66,7 +66,7 @@ def test_points_inside_the_sphere_join_the_near_field(clips):
     bare, some = (
         init_gaussians(
             clips[0],
-            LiftConfig(fill=False),
+            InitConfig(fill=False),
             BackgroundConfig("hemisphere", num_sky_points=2000, inside_points=n),
         )
         for n in (0, 2000)
