@@ -14,7 +14,7 @@ from flux4d.files import plain_fault
 from flux4d.files import DataError
 from flux4d.pandaset import Log, fabricate_log, read_intrinsics
 from flux4d.run import load_checkpoint, trained_frames
-from flux4d.train import load_model
+from flux4d.model import load_model
 from flux4d.unpickle import safe_load_pickle
 
 ROOT = Path(__file__).parents[1]

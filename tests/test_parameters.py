@@ -28,7 +28,7 @@ from flux4d.stage6 import (
     read_training,
     split_clips,
 )
-from flux4d.train import config_from_dict, config_to_dict
+from flux4d.config import config_from_dict, config_to_dict
 
 ROOT = repo_root(Path(__file__).parent)
 NOTEBOOKS = {
