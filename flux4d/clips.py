@@ -839,7 +839,7 @@ def clip(
     stamps = self.lidar_stamps
     fault = next((lost[f] for f in frames if f in lost), None)
     fault = fault or irregular_step(stamps[frames], float(np.median(np.diff(stamps))), cfg.max_step_ratio)
-    record = make_entry(self.id, "eval_future", "test", frames, 1, lists, cfg.fps, cfg)
+    record = clip_entry(self.id, "eval_future", "test", frames, 1, lists, cfg.fps, cfg)
     if fault:
         raise DataError(f"{record['clip_id']}: {fault}; choose another start.")
     return Clip(self, record)
