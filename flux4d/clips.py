@@ -17,7 +17,8 @@ from .frames import ClipTime
 from .files import counts_otherwise, missing_text, plain_fault
 from .pandaset import PandaSet, Log
 from .files import DataError, atomic_write, report_fault, short_path
-from .unpickle import safe_load_pickle
+from .tables import safe_load_pickle
+
 
 # %% auto #0
 __all__ = ['TEST_SCENES', 'CLIP_PRESETS', 'TRAIN_SETTINGS', 'TIME_UNITS', 'SANE_STEP', 'COORD', 'INDEX_NAMES', 'META_SCHEMA',

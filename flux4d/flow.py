@@ -21,7 +21,8 @@ from .cuboids import CuboidConfig, draw_points, dynamic_mask, flow_ground_truth
 from .frames import pixel_index, project, scale_intrinsics, se3_inverse
 from .gaussians import LIDAR
 from .files import DataError, atomic_write
-from .pandaset import Log, PandaSet, scaled_size
+from .pandaset import Log, PandaSet
+from .log_files import scaled_size
 from .render import Cameras, RenderConfig, Rendered
 from .scene import Scene
 from .settings import Device, LogId, Name, find_device, read_parameters

@@ -16,7 +16,8 @@ from annotated_types import Ge, Interval
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from .files import writing
 from .files import DataError
-from .pandaset import PandaSet, scaled_size
+from .pandaset import PandaSet
+from .log_files import scaled_size
 from flux4d.clips import (
     TRAIN_SETTINGS,
     Clip,

@@ -17,7 +17,7 @@ from flux4d.house import read_notebook, repo_root
 from flux4d.nvs import EvalConfig
 from flux4d.overfit import OverfitParameters
 from flux4d.files import DataError
-from flux4d.pandaset import fabricate_log
+from flux4d.log_files import fabricate_log
 from flux4d.refine import FullConfig
 from flux4d.settings import read_parameters, read_settings
 from flux4d.stage6 import (

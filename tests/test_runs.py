@@ -11,7 +11,8 @@ from flux4d.clips import Clip, ClipConfig, build_index, fingerprint, select_clip
 from flux4d.clip_data import InputViews, TargetViews, load_views
 from flux4d.gap_filling import InitConfig
 from flux4d.files import DataError
-from flux4d.pandaset import PandaSet, fabricate_log
+from flux4d.pandaset import PandaSet
+from flux4d.log_files import fabricate_log
 from flux4d.predictor import PredictorConfig
 from flux4d.run import logged_rows as logged
 from flux4d.run import (
