@@ -89,7 +89,7 @@ def drive(
         crossings=(x, x + g.uniform(105, 130)),
         sun=sun,
         light=g.uniform(0.3, 1.0),
-        tint=int(g.integers(1000)),
+        texture=int(g.integers(1000)),
     ), replace(m, path=path)
 
 # %% ../../nbs/05d_traffic.ipynb #c5374453
