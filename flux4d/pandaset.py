@@ -17,26 +17,6 @@ from .log_files import read_stamps, read_sweep
 # %% auto #0
 __all__ = ['RIG_REMEDY', 'find_pandaset', 'PandaSet', 'Camera', 'Log', 'vehicle_axes', 'rig_fault']
 
-# %% ../nbs/03_pandaset.ipynb #6736631a
-def _version(path: Path) -> tuple[int, int] | None:
-    "What changes when a file changes: its time and its size."
-    if not path.is_file():
-        return None
-    stat = path.stat()
-    return stat.st_mtime_ns, stat.st_size
-
-
-@functools.lru_cache(maxsize=8)
-def _recent_sweep(path: str, version: tuple | None) -> Sweep:
-    "Recently read sweeps, forgotten when the file changes."
-    return read_sweep(path)
-
-# %% ../nbs/03_pandaset.ipynb #98805cdd
-@functools.lru_cache(maxsize=8)
-def _recent_image(path: str, version: tuple | None, scale: float) -> np.ndarray:
-    "Recently decoded images, forgotten when the file changes."
-    return read_image(path, scale)
-
 # %% ../nbs/03_pandaset.ipynb #75aeabfc
 def find_pandaset() -> Path | None:  # the data root, None when there is none
     "Look for real PandaSet logs."
@@ -272,6 +252,26 @@ def image_size(
             remedy = "use cameras of one size together, or scale the images and the intrinsics"
             report_fault(self.folder / "camera" / name, what, remedy)
     return width, height
+
+# %% ../nbs/03_pandaset.ipynb #6736631a
+def _version(path: Path) -> tuple[int, int] | None:
+    "What changes when a file changes: its time and its size."
+    if not path.is_file():
+        return None
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size
+
+
+@functools.lru_cache(maxsize=8)
+def _recent_sweep(path: str, version: tuple | None) -> Sweep:
+    "Recently read sweeps, forgotten when the file changes."
+    return read_sweep(path)
+
+# %% ../nbs/03_pandaset.ipynb #98805cdd
+@functools.lru_cache(maxsize=8)
+def _recent_image(path: str, version: tuple | None, scale: float) -> np.ndarray:
+    "Recently decoded images, forgotten when the file changes."
+    return read_image(path, scale)
 
 # %% ../nbs/03_pandaset.ipynb #f5283257
 @patch
