@@ -57,7 +57,7 @@ from flux4d.train import (
     rebuilder,
 )
 from .run import provenance, trained_frames
-from .house import repo_root
+from .records import repo_root
 from .flow_metrics import FlowScoreConfig, FlowScores, check_bs_flow, clip_truth, score_clip
 from .nvs import EvalConfig, check_clip, evaluate_nvs
 from .record import METHODS, About, check_baselines, evaluate, forget, frames_of, one_clip_loader, seen

@@ -2,7 +2,9 @@
 
 import warnings
 from dataclasses import replace
-import numpy as np, pytest, torch
+import numpy as np
+import pytest
+import torch
 from flux4d import clips, lift
 from flux4d.background import BackgroundConfig, init_data, init_gaussians
 from flux4d.city import fixture_city
