@@ -46,7 +46,7 @@ demo: export OMP_NUM_THREADS := 1
 demo: $(DEMO)/metrics.json
 	@$(REPO) show $(DEMO)
 
-$(DEMO)/metrics.json: nbs/60_stage6.ipynb $(wildcard flux4d/*.py) | $(READY)
+$(DEMO)/metrics.json: nbs/60_stage6.ipynb $(wildcard flux4d/*.py flux4d/*/*.py) | $(READY)
 	@rm -rf $(DEMO) && mkdir -p $(DEMO)
 	$(CITY) data/city $(CITY_PARAMS)
 	$(PYTHON) -m papermill nbs/60_stage6.ipynb $(DEMO)/60_stage6.ipynb --no-progress-bar --log-output -k python3 $(DEMO_PARAMS)

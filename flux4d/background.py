@@ -15,23 +15,15 @@ from pydantic import PositiveFloat, PositiveInt
 from .frames import project, pixel_index, se3_inverse
 from .gaussians import Gaussians, gaussians_from, cat, BACKGROUND, LIDAR
 from .clips import Clip
+from .clip_data import ClipData, clip_data
 from .settings import OpenShare, Share
-from flux4d.lift import (
-    LiftConfig,
-    ClipData,
-    Blocks,
-    block_sides,
-    clip_data,
-    clip_blocks,
-    even_opacity,
-    lift_data,
-    sound_stamps,
-)
+from .lift import checked_cap, lift_returns, no_visible_return, sound_stamps
+from .gap_filling import Blocks, InitConfig, block_sides, clip_blocks, even_opacity, fill_gaps
 
 # %% auto #0
 __all__ = ['BackgroundConfig', 'pick', 'photometric_cost', 'far_depth', 'far_field', 'bounding_box', 'draw_hemisphere',
-           'first_colour', 'drawn_points', 'hemisphere', 'draw_ball', 'inside_ball', 'background', 'init_data',
-           'init_gaussians']
+           'first_colour', 'drawn_points', 'hemisphere', 'draw_ball', 'inside_ball', 'near_field', 'background',
+           'init_data', 'init_gaussians']
 
 # %% ../nbs/12_background.ipynb #380a93b9
 @dataclass(frozen=True)
@@ -140,7 +132,7 @@ def far_depth(
 def far_field(
     data: ClipData,  # the clip
     blocks: Blocks,  # of its images
-    lift: LiftConfig,  # read: fill, fill_scale
+    lift: InitConfig,  # read: fill, fill_scale
     cfg: BackgroundConfig,  # read: distance, nearer, gain, evidence, opacity
 ) -> Gaussians:  # kind BACKGROUND, world
     "Unsupported blocks as far Gaussians that project to their block."
@@ -266,12 +258,32 @@ def inside_ball(
     x = torch.from_numpy(draw_ball(cfg.inside_points, centre, radius, seed)).to(data.points.device)
     return drawn_points(data, x, cfg.scale_factor * spacing, LIDAR, cfg.inside_opacity)
 
+# %% ../nbs/12_background.ipynb #4f5b875e
+def near_field(
+    data: ClipData,  # the clip, its stamps sound
+    cfg: InitConfig = InitConfig(),  # how to lift and to fill
+    seed: int = 0,  # of the rotations
+    blocks: Blocks | None = None,  # of the images, None: cut here
+) -> Gaussians:  # kind LIDAR, world, on the data's device
+    "The input frames' returns, and what lies between them."
+    if not data.points.shape[1]:
+        raise no_visible_return(data)
+    rng = torch.Generator(data.points.device).manual_seed(seed)
+    if not cfg.fill:
+        return checked_cap(lift_returns(data, cfg, rng), data, cfg.max_gaussians)
+    width = data.images.shape[3]
+    returns = lift_returns(data, cfg, rng, largest_px=cfg.return_px * width / 1920)
+    filled = fill_gaps(data, clip_blocks(data, cfg) if blocks is None else blocks, cfg, rng)
+    if cfg.fill_even:
+        filled = even_opacity(filled, data, cfg.opacity)
+    return checked_cap(cat([returns, filled]), data, cfg.max_gaussians)
+
 # %% ../nbs/12_background.ipynb #14e976c4
 def background(
     data: ClipData,  # the clip
     lidar: Gaussians,  # what it stands behind
     blocks: Blocks | None,  # of the images, used by the grid
-    lift: LiftConfig,  # read by the grid: fill, fill_scale, fill_even
+    lift: InitConfig,  # read by the grid: fill, fill_scale, fill_even
     cfg: BackgroundConfig,  # which and how
     seed: int = 0,  # of the hemisphere
 ) -> Gaussians | None:  # kind BACKGROUND, None when there is none
@@ -286,14 +298,14 @@ def background(
 # %% ../nbs/12_background.ipynb #4743381a
 def init_data(
     data: ClipData,  # the clip in memory
-    lift_cfg: LiftConfig = LiftConfig(),  # returns and gaps
+    lift_cfg: InitConfig = InitConfig(),  # returns and gaps
     bg_cfg: BackgroundConfig = BackgroundConfig(),  # sky and far field
     seed: int = 0,  # of rotations and hemisphere
 ) -> Gaussians:  # kinds LIDAR, then BACKGROUND; world, on the data's device
     "G_init of a clip in memory: everything a reconstruction starts from."
     data = sound_stamps(data, lift_cfg.late_after)
     blocks = clip_blocks(data, lift_cfg) if lift_cfg.fill or bg_cfg.mode == "grid" else None
-    g = lift_data(data, lift_cfg, seed, blocks)
+    g = near_field(data, lift_cfg, seed, blocks)
     ball = [inside_ball(data, g, bg_cfg, seed)] if bg_cfg.inside_points else []
     bg = background(data, g, blocks, lift_cfg, bg_cfg, seed)
     return cat([g, *ball] + ([] if bg is None else [bg])) if ball or bg is not None else g
@@ -301,7 +313,7 @@ def init_data(
 # %% ../nbs/12_background.ipynb #a72957f3
 def init_gaussians(
     clip: Clip,  # the clip
-    lift_cfg: LiftConfig = LiftConfig(),  # returns and gaps
+    lift_cfg: InitConfig = InitConfig(),  # returns and gaps
     bg_cfg: BackgroundConfig = BackgroundConfig(),  # sky and far field
     cameras: list[str] | None = None,  # names, None: the clip's
     image_scale: float = 1.0,  # 1.0 = full resolution

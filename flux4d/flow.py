@@ -15,7 +15,8 @@ from PIL import Image
 from pydantic import NonNegativeInt
 from scipy.spatial import cKDTree
 from torch import Tensor
-from .clips import Clip, ClipConfig, build_index, project_sweep, select_clips
+from .clips import Clip, ClipConfig, build_index, select_clips
+from .visibility import project_sweep
 from .cuboids import CuboidConfig, draw_points, dynamic_mask, flow_ground_truth
 from .frames import pixel_index, project, scale_intrinsics, se3_inverse
 from .gaussians import Gaussians, LIDAR

@@ -18,7 +18,8 @@ from .frames import pixel_index, project, se3_inverse, transform_points
 from .gaussians import LIDAR, Gaussians, advance
 from .files import DataError, short_path
 from .pandaset import Log
-from .clips import Clip, project_sweep
+from .clips import Clip
+from .visibility import project_sweep
 from flux4d.cuboids import (
     BUCKETS,
     BUCKET_OF,

@@ -5,36 +5,34 @@
 # %% ../nbs/10_lift.ipynb #ea09ba34
 from __future__ import annotations
 import math, warnings
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
-from .frames import project, pixel_index, unproject, se3_inverse, scale_intrinsics, transform_points
-from .gaussians import Gaussians, gaussians_from, opacity_inv, cat, LIDAR
+from pydantic import PositiveFloat, PositiveInt
+from .frames import pixel_index, project, se3_inverse, transform_points
+from .gaussians import Gaussians, gaussians_from, LIDAR
 from .files import DataError
-from .clips import Clip, unhidden
-from .settings import OpenShare, Share, Some
+from .clips import Clip
+from .clip_data import ClipData, clip_data, project_returns
+from .visibility import project_sweep
+from .settings import OpenShare, Some
 
 # %% auto #0
-__all__ = ['FLATTEN', 'CELL', 'LiftConfig', 'Returns', 'ClipData', 'clip_data', 'clip_returns', 'voxel_downsample', 'thin',
-           'Grid', 'grid_of', 'image_numbers', 'Look', 'look', 'nearest_return', 'directions', 'window_distances',
-           'knn_distance', 'from_shutter', 'colour_late', 'colour_returns', 'check_own_times', 'sound_stamps',
-           'times_of', 'random_quats', 'lift_returns', 'block_sides', 'Tiles', 'cut_blocks', 'nearest_above',
-           'find_corners', 'corner_weights', 'gap_depth', 'ground_below', 'Blocks', 'nothing_seen', 'clip_blocks',
-           'block_depth', 'continue_ground', 'fill_gaps', 'even_opacity', 'cap_by_coverage', 'lift_data', 'lift_clip',
-           'dots', 'rainbow', 'bird_view', 'alignment_set', 'alignment_pictures']
+__all__ = ['LiftConfig', 'voxel_downsample', 'thin_sweeps', 'nearest_return', 'directions', 'window_distances', 'knn_distance',
+           'from_shutter', 'colour_late', 'colour_returns', 'no_visible_return', 'check_own_times', 'sound_stamps',
+           'capture_times', 'random_quats', 'lift_returns', 'cap_by_coverage', 'checked_cap', 'lift_data', 'lift_clip',
+           'draw_dots', 'blue_to_red', 'bird_view', 'alignment_set', 'alignment_pictures']
 
 # %% ../nbs/10_lift.ipynb #b413d369
 @dataclass(frozen=True)
 class LiftConfig:
-    "How returns and images become Gaussians."
+    "How returns become Gaussians."
 
     # 0 the 360-degree LiDAR (the paper), 1 the forward one; (0, 1) is denser
     lidar_sensors: Some[Literal[0, 1]] = (0,)
@@ -43,167 +41,31 @@ class LiftConfig:
     late: Literal["agree", "nearest", "own"] = "agree"
     # s from the shutter, from where on a return is late; PandaSet's mechanical LiDAR stays within a third of it
     late_after: PositiveFloat = 0.03
-    voxel_downsample: PositiveFloat | None = (
-        None  # m, one mean return per cell of each sweep; None: every return
-    )
+    voxel_downsample: PositiveFloat | None = None  # m, one mean return per cell of each sweep; None: every return
     knn: PositiveInt = 3  # neighbours that set the size of a return (supp. A.2)
-    neighbours: Literal["sweep", "clip"] = (
-        "sweep"  # whose neighbours: of the same "sweep", or of the whole "clip"
-    )
+    neighbours: Literal["sweep", "clip"] = "sweep"  # whose: of the same sweep, or of the whole clip
     scale_factor: PositiveFloat = 0.5  # rendered standard deviation per mean neighbour distance
     opacity: OpenShare = 0.5  # supp. A.2
-    rotation: Literal["random", "identity"] = (
-        "random"  # "random" (supp. A.2) or "identity"; the same ball either way
-    )
+    rotation: Literal["random", "identity"] = "random"  # supp. A.2; the same ball either way
     # a Gaussian's time: of its own "return", or of its "sweep" (the paper)
     time_source: Literal["return", "sweep"] = "return"
     max_gaussians: PositiveInt | None = None  # keep this many, by coverage; None: all
-    fill: bool = True  # fill the gaps between returns; False is the paper
-    fill_blocks: tuple[PositiveInt, PositiveInt] = (
-        16,
-        4,
-    )  # px of an image 1920 wide, largest and smallest block
-    fill_detail: Share = 0.05  # split a block whose colours deviate more than this, 0..1
-    fill_scale: PositiveFloat = 0.45  # rendered standard deviation per side of a block
-    # deg, width and height of the largest gap that is bridged
-    fill_gap: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 4.7)
-    fill_ground: bool = True  # continue the road under the lowest beam
-    fill_agree: Share = (
-        0.1  # the sides of a gap may differ in depth by this share; else the side of like colour decides
-    )
-    fill_behind: Share = (
-        0.01  # share by which what is filled lies behind the surface, so that returns are drawn over it
-    )
-    fill_even: bool = True  # make what few input images see more opaque, so that all directions end alike
-    return_px: PositiveFloat = (
-        1.0  # px of an image 1920 wide, largest standard deviation of a return when gaps are filled
-    )
 
     def __post_init__(self) -> None:
         "Refuse unknown words."
-        for name, words in dict(
+        choices = dict(
             late=("agree", "nearest", "own"),
             neighbours=("sweep", "clip"),
             rotation=("random", "identity"),
             time_source=("return", "sweep"),
-        ).items():
+        )
+        for name, words in choices.items():
             if getattr(self, name) not in words:
                 raise ValueError(f"{name}: is {getattr(self, name)!r}; choose from {', '.join(words)}.")
         if not 0 < self.late_after < math.inf:
             raise ValueError(f"late_after: is {self.late_after!r}; give seconds above 0.")
         if not set(self.lidar_sensors) or set(self.lidar_sensors) - {0, 1}:
             raise ValueError(f"lidar_sensors: is {self.lidar_sensors}; choose (0,), (1,) or (0, 1).")
-
-# %% ../nbs/10_lift.ipynb #7b3b16f2
-class Returns(NamedTuple):
-    "What the LiDAR saw in a clip's input sweeps, all around, whether or not a camera sees it."
-
-    points: Tensor  # (R,3) float64, world, m
-    seconds: Tensor  # (R,) float64, since the clip's start
-    frame: Tensor  # (R,) int64 log frame ids
-
-    def to(
-        self,
-        device: Any,  # torch device
-    ) -> Returns:
-        "The same returns on another device."
-        return Returns(*(v.to(device) for v in self))
-
-# %% ../nbs/10_lift.ipynb #f94547ad
-@dataclass
-class ClipData:
-    "The input of one clip in memory: F frames of C cameras, and F sweeps of up to N returns."
-
-    images: Tensor  # (F,C,H,W,3) uint8
-    K: Tensor  # (F,C,3,3) float64 pinhole matrices, px of these images
-    pose: Tensor  # (F,C,4,4) float64 camera-to-world
-    shutter: Tensor  # (F,C) float64, s since the clip's start
-    points: Tensor  # (F,N,3) float64, world, m; NaN after a sweep's last return
-    stamps: Tensor  # (F,N) float64, s since the clip's start
-    sensor: Tensor  # (F,N) int8, 0 = 360 degrees, 1 = forward
-    sweep_stamps: Tensor  # (F,) float64, s since the clip's start, of whole sweeps
-    frames: Tensor  # (F,) int64 log frame ids
-    duration: float  # s, length of the clip
-    id: str  # of the clip, for messages
-    log: str = ""  # id of its log, for messages
-    period: float = 0.0  # s from one sweep of the log to the next, 0 = unknown
-
-    def to(
-        self,
-        device: Any,  # torch device
-    ) -> ClipData:
-        "The same clip on another device."
-        return ClipData(
-            *(v.to(device) if torch.is_tensor(v := getattr(self, o.name)) else v for o in fields(self))
-        )
-
-    @cached_property
-    def focal(self) -> float:  # px
-        "Shortest focal length; sizes the rasters."
-        return float(self.K[..., 0, 0].min())
-
-    @cached_property
-    def seen(self) -> Look:  # every sweep in the images of its own frame
-        "What the cameras see of the sweeps, computed when first asked for."
-        return look(self)
-
-# %% ../nbs/10_lift.ipynb #8cf8d442
-def clip_data(
-    clip: Clip,  # the clip
-    lidar_sensors: tuple[int, ...] = (0,),  # as in `LiftConfig`
-    cameras: list[str] | None = None,  # names, first wins; None: the clip's
-    image_scale: float = 1.0,  # 1.0 = full resolution
-    frames: list[int] | None = None,  # log frame ids; None: the input frames
-) -> ClipData:  # on the CPU
-    "Read what a lift needs."
-    log = clip.log
-    start = clip.time.start
-    cameras = clip.cameras if cameras is None else cameras
-    frames = clip.input_frames if frames is None else frames
-    cams = [log.camera(c) for c in cameras]
-    sweeps = [log.sweep(f, lidar_sensors) for f in frames]
-    for f, sweep in zip(frames, sweeps):
-        clip.check_returns(f, sweep.stamps)
-
-    def x(rows):
-        return torch.from_numpy(np.array(rows))
-
-    def pad(rows, fill):
-        return pad_sequence([torch.from_numpy(np.ascontiguousarray(r)) for r in rows], True, fill)
-
-    def each(f):
-        return x([[f(cam, i) for cam in cams] for i in frames])
-
-    log.image_size(cameras)
-    return ClipData(
-        x([[log.image(c, f, image_scale) for c in cameras] for f in frames]),
-        each(lambda cam, f: scale_intrinsics(cam.K, image_scale)),
-        each(lambda cam, f: cam.poses[f]),
-        each(lambda cam, f: cam.stamps[f] - start),
-        pad([s.points for s in sweeps], math.nan),
-        pad([s.stamps - start for s in sweeps], math.nan),
-        pad([s.sensor for s in sweeps], -1),
-        x(log.lidar_stamps[frames]) - start,
-        torch.tensor(frames),
-        clip.time.duration,
-        clip.id,
-        log.id,
-        float(np.median(np.diff(log.lidar_stamps))),
-    )
-
-# %% ../nbs/10_lift.ipynb #4120c2b3
-def clip_returns(
-    clip: Clip,  # the clip
-    lidar_sensors: tuple[int, ...] = (0,),  # as in `LiftConfig`
-) -> Returns:  # of the input frames, on the CPU
-    "Read all that the LiDAR saw; no image is opened."
-    sweeps = [clip.log.sweep(f, lidar_sensors) for f in clip.input_frames]
-    join = lambda rows: torch.from_numpy(np.concatenate(rows))
-    return Returns(
-        join([s.points for s in sweeps]),
-        join([s.stamps for s in sweeps]) - clip.time.start,
-        torch.tensor(clip.input_frames).repeat_interleave(torch.tensor([len(s) for s in sweeps])),
-    )
 
 # %% ../nbs/10_lift.ipynb #6f26b832
 def voxel_downsample(
@@ -220,7 +82,7 @@ def voxel_downsample(
     return rows.new_zeros(len(count), rows.shape[1]).index_add_(0, cell, rows) / count[:, None]
 
 # %% ../nbs/10_lift.ipynb #3bcc97a4
-def thin(
+def thin_sweeps(
     data: ClipData,  # sweeps, NaN-padded
     size: float,  # m, side of a cell
 ) -> ClipData:  # the same clip, sweeps thinned per sensor
@@ -235,74 +97,6 @@ def thin(
     return replace(
         data, points=rows[..., :3], stamps=rows[..., 3], sensor=rows[..., 4].nan_to_num(-1).to(torch.int8)
     )
-
-# %% ../nbs/10_lift.ipynb #f1a18a6b
-class Grid(NamedTuple):
-    "A raster over every image, its cells counted through all images."
-
-    px: Tensor  # (V,2) px, width and height of a cell; image f*C + c is number f*C + c
-    shape: tuple[int, int]  # rows and columns per image, borders included
-    border: tuple[int, int]  # rows and columns outside the image, on each side
-
-    def cells(
-        self,
-        uv: Tensor,  # (...,2) px, may be NaN
-        image: Tensor,  # (...) int64, number of the image
-    ) -> Tensor:  # (...) int64, -1 off the raster
-        "The cell each coordinate lies in."
-        (col, row), (rows, cols), (y, x) = (
-            torch.floor(uv / self.px[image]).double().unbind(-1),
-            self.shape,
-            self.border,
-        )
-        ok = (col.clamp(-x, cols - x - 1) == col) & (row.clamp(-y, rows - y - 1) == row)  # NaN equals nothing
-        return torch.where(ok, (image * rows + row) * cols + (col + (y * cols + x)), -1).long()
-
-# %% ../nbs/10_lift.ipynb #1e849bed
-def grid_of(
-    data: ClipData,  # images and cameras
-    cell: tuple[float, float],  # deg, width and height
-    border: tuple[int, int] = (0, 0),  # rows and columns
-) -> Grid:  # of all images
-    "A raster of cells of one angle for all cameras."
-    f, (h, w) = data.K[..., 0, 0].flatten().float(), data.images.shape[2:4]
-    rad = [math.radians(a) for a in cell]
-    return Grid(
-        torch.stack([a * f for a in rad], -1),
-        tuple(int(n / (a * data.focal)) + 1 + 2 * b for n, a, b in zip((h, w), rad[::-1], border)),
-        border,
-    )
-
-# %% ../nbs/10_lift.ipynb #add622d1
-def image_numbers(
-    data: ClipData,  # F frames, C cameras
-) -> Tensor:  # (F,C,1) int64
-    "Number of each image, frames first."
-    return torch.arange(data.shutter.numel(), device=data.K.device).view(*data.shutter.shape, 1)
-
-# %% ../nbs/10_lift.ipynb #a44ba0f1
-class Look(NamedTuple):
-    "Returns as cameras see them."
-
-    uv: Tensor  # (F,C,N,2) px, NaN behind the camera
-    z: Tensor  # (F,C,N) m
-    seen: Tensor  # (F,C,N) bool, in the image and not hidden
-    colour: Tensor  # (F,C,N,3) float32, 0..1, of the pixel there; anything outside the image
-
-# %% ../nbs/10_lift.ipynb #45b3b0b7
-def look(
-    data: ClipData,  # sweeps and cameras
-    keep: Tensor | None = None,  # (F,C,N) bool, returns to look at; None: all
-) -> Look:  # every sweep in the images of its own frame
-    "Project all sweeps into all cameras of their frame."
-    h, w = data.images.shape[2:4]
-    uv, z = (a.float() for a in project(data.K, se3_inverse(data.pose), data.points[:, None]))
-    col, row, inside = pixel_index(uv, w, h)
-    asked = inside if keep is None else inside & keep
-    focal = data.K[..., 0, 0].flatten().float()
-    seen = unhidden(uv.flatten(0, 1), z.flatten(0, 1), asked.flatten(0, 1), focal, w, h).view(z.shape)
-    colour = data.images.reshape(-1, 3)[(image_numbers(data) * h + row) * w + col].float() / 255
-    return Look(uv, z, seen, colour)
 
 # %% ../nbs/10_lift.ipynb #bad9c2dd
 def nearest_return(
@@ -422,14 +216,11 @@ def colour_late(
 ) -> tuple[Tensor, Tensor]:  # colour (F,C,N,3), kept (F,C,N) bool
     "Colour returns from the images nearest in time."
     near = (data.frames[:, None] - data.frames).abs().argsort(dim=1, stable=True)[:, :3].T
-    shots = [
-        replace(data, **{k: getattr(data, k)[i] for k in ("images", "K", "pose", "shutter")}) for i in near
-    ]
-    looks = [look(s, late) for s in shots]
-    order = torch.stack([(s.stamps[:, None] - s.shutter[..., None]).abs() for s in shots]).argsort(
-        dim=0, stable=True
-    )
-    seen, colour = (torch.stack([getattr(l, k) for l in looks]) for k in ("seen", "colour"))
+    of_camera = ("images", "K", "pose", "shutter")
+    candidates = [replace(data, **{k: getattr(data, k)[i] for k in of_camera}) for i in near]
+    projected = [project_returns(c, late) for c in candidates]
+    order = torch.stack([from_shutter(c) for c in candidates]).argsort(dim=0, stable=True)
+    seen, colour = (torch.stack([getattr(p, k) for p in projected]) for k in ("visible", "colour"))
 
     def nth(j):
         return (
@@ -438,7 +229,7 @@ def colour_late(
         )
 
     first, kept = nth(0)
-    if rule == "agree" and len(shots) > 1:
+    if rule == "agree" and len(candidates) > 1:
         second, ok = nth(1)
         kept = kept & ok & ((second - first).abs().amax(-1) < agree)
     return first, kept
@@ -450,8 +241,8 @@ def colour_returns(
     late_after: float = LiftConfig.late_after,  # s
 ) -> tuple[Tensor, Tensor]:  # colour (F,C,N,3), usable (F,C,N) bool
     "Colour every return in every camera that sees it."
-    colour = data.seen.colour
-    seen = data.seen.seen
+    colour = data.projected.colour
+    seen = data.projected.visible
     late = seen & (from_shutter(data) > late_after)
     if rule == "own" or not late.any():
         return colour, seen
@@ -465,6 +256,15 @@ def colour_returns(
         return a.scatter(2, i, torch.where(late.view(*late.shape, *[1] * (a.dim() - 3)), new, a.gather(2, i)))
 
     return put(colour, c, each[..., None].expand(-1, -1, -1, 3)), put(seen, kept & seen.gather(2, each), each)
+
+# %% ../nbs/10_lift.ipynb #ae63efcd
+def no_visible_return(
+    data: ClipData,  # the clip
+) -> DataError:  # to be raised
+    "What to say of a clip that gives no Gaussian."
+    return DataError(
+        f"{data.id}: no LiDAR return is visible in an input image; choose other cameras or sensors."
+    )
 
 # %% ../nbs/10_lift.ipynb #c0b68984
 def check_own_times(
@@ -489,10 +289,10 @@ def sound_stamps(
     late_after: float,  # s, as in `LiftConfig`
 ) -> ClipData:  # the same object where nothing is wrong
     "Give returns the time of the shutter where most of an image's returns have stamps that cannot be theirs."
-    judged = data.seen.seen & (data.sensor == 0)[:, None]  # sensor 1 is late by design
+    judged = data.projected.visible & (data.sensor == 0)[:, None]  # sensor 1 is late by design
     late = judged & (from_shutter(data) > late_after)
     wrong = 2 * late.sum(-1) > judged.sum(-1)  # (F,C)
-    check_own_times(data, data.stamps[data.seen.seen.any(1)])
+    check_own_times(data, data.stamps[data.projected.visible.any(1)])
     if not wrong.any():
         return data
     replaced = judged & wrong[..., None]
@@ -504,11 +304,11 @@ def sound_stamps(
     first = replaced.int().argmax(1)  # (F,N) the first camera that sees the return
     stamps = torch.where(replaced.any(1), data.shutter.gather(1, first), data.stamps)
     out = replace(data, stamps=stamps)
-    out.seen = data.seen  # nothing has moved
+    out.projected = data.projected  # nothing has moved
     return out
 
 # %% ../nbs/10_lift.ipynb #6c5bafe1
-def times_of(
+def capture_times(
     data: ClipData,  # stamps and duration
     f: Tensor,  # (P,) int64, frame 0..F-1
     stamp: Tensor,  # (P,) float64, s since the clip's start
@@ -531,366 +331,26 @@ def lift_returns(
     data: ClipData,  # the clip
     cfg: LiftConfig,  # how to lift
     rng: torch.Generator,  # of the rotations
+    largest_px: float | None = None,  # px, no return is drawn with a larger standard deviation; None: no limit
 ) -> Gaussians:  # kind LIDAR, world
     "The returns of all sweeps as Gaussians."
-    data = data if cfg.voxel_downsample is None else thin(data, cfg.voxel_downsample)
-    seen = data.seen
+    if cfg.voxel_downsample is not None:
+        data = thin_sweeps(data, cfg.voxel_downsample)
     colour, usable = colour_returns(data, cfg.late, cfg.late_after)
     f, n = usable.any(1).nonzero(as_tuple=True)
-    c = usable[f, :, n].int().argmax(1)
+    c = usable[f, :, n].int().argmax(1)  # the first camera that sees it
     scale = cfg.scale_factor * knn_distance(data, f, n, cfg.knn, cfg.neighbours == "clip")
-    if cfg.fill:
-        scale = torch.minimum(
-            scale, cfg.return_px * data.images.shape[3] / 1920 * seen.z[f, c, n] / data.K[f, c, 0, 0].float()
-        )
-    quats = random_quats(len(f), rng) if cfg.rotation == "random" else None
+    if largest_px is not None:
+        scale = torch.minimum(scale, largest_px * data.projected.z[f, c, n] / data.K[f, c, 0, 0].float())
     return gaussians_from(
         data.points[f, n].float(),
         scale,
         colour[f, c, n],
-        times_of(data, f, data.stamps[f, n], cfg.time_source),
-        data.frames[f],
-        LIDAR,
-        quats,
-        cfg.opacity,
-    )
-
-# %% ../nbs/10_lift.ipynb #4d82bafc
-def block_sides(
-    width: int,  # px, of the image
-    blocks: tuple[int, int],  # px of an image 1920 wide, largest and smallest side
-) -> list[int]:  # px, each half of the one before
-    "Sides of the blocks, largest first."
-    s = [max(2, round(blocks[1] * width / 1920))]
-    while 2 * s[0] <= max(2, round(blocks[0] * width / 1920)):
-        s.insert(0, 2 * s[0])
-    return s
-
-# %% ../nbs/10_lift.ipynb #c0f0373d
-def _pyramid(images: Tensor, sides: list[int]) -> list[tuple[Tensor, Tensor]]:
-    "Mean colour and mean square of each block, 0..1, largest blocks first."
-    (V, h, w, _), big, b = images.shape, sides[0], sides[-1]
-    if h % big or w % big:
-        images = images[:, torch.arange(h + -h % big, device=images.device).clamp_max(h - 1)][
-            :, :, torch.arange(w + -w % big, device=images.device).clamp_max(w - 1)
-        ]
-
-    def pool(a: Tensor, k: int) -> Tensor:
-        a = a.reshape(V, a.shape[1] // k, k, -1).sum(2)
-        return a.view(*a.shape[:2], -1, k, 3).sum(3)
-
-    x = images.float()
-    levels = [(pool(x, b), pool(x.square_(), b))]
-    for _ in sides[1:]:
-        levels.insert(0, tuple(pool(a, 2) for a in levels[0]))
-    return [(m / (255 * s**2), q / (255 * s) ** 2) for (m, q), s in zip(levels, sides)]
-
-# %% ../nbs/10_lift.ipynb #4eb8d961
-class Tiles(NamedTuple):
-    "All squares that V images can be cut into, of every side, and which of them are."
-
-    uv: Tensor  # (M,2) centres, px
-    side: Tensor  # (M,) px
-    colour: Tensor  # (V,M,3) mean colour, 0..1
-    kept: Tensor  # (V,M) bool, in the cut
-
-# %% ../nbs/10_lift.ipynb #e18e3423
-def cut_blocks(
-    images: Tensor,  # (V,H,W,3) uint8
-    sides: list[int],  # px, largest first, each half of the one before
-    detail: float,  # largest standard deviation of the colours in a block that stays whole
-) -> Tiles:  # float32
-    "Cut images into squares, smaller where they have detail."
-    levels, out, (h, w) = _pyramid(images, sides), [], images.shape[1:3]
-    live = torch.ones_like(levels[0][0][..., 0], dtype=torch.bool)
-    for s, (mean, square) in zip(sides, levels):
-        split = live & ((square - mean**2).mean(-1) > detail**2) & (s > sides[-1])
-        y, x = torch.meshgrid(
-            *((torch.arange(n, device=mean.device) + 0.5) * s for n in split.shape[1:]), indexing="ij"
-        )
-        out.append(
-            (
-                torch.stack([x, y], -1).view(-1, 2),
-                torch.full_like(x, s).flatten(),
-                mean.flatten(1, 2),
-                (live & ~split & (x < w) & (y < h)).flatten(1),
-            )
-        )
-        live = split.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    return Tiles(*(torch.cat(a, d) for a, d in zip(zip(*out), (0, 0, 1, 1))))
-
-# %% ../nbs/10_lift.ipynb #241bcdcf
-FLATTEN = 6.0  # vertical distances count this many times less when a corner is chosen
-
-
-def nearest_above(
-    i: Tensor,  # (V,rows,cols) int64, the return of each cell, -1 = none
-) -> Tensor:  # (V,rows,cols) the nearest return at or above each cell in its column, -1 = none
-    "Carry each return down its column until the next."
-    row = torch.arange(i.shape[1], device=i.device)[:, None]
-    return i.gather(1, torch.where(i >= 0, row, -1).cummax(1).values.clamp_min(0))
-
-# %% ../nbs/10_lift.ipynb #4cad2360
-def find_corners(
-    i: Tensor,  # (V,rows,cols) int64, the return of each cell, -1 = none; `reach` columns of border
-    uv: Tensor,  # (R,2) px of the returns
-    cell: Tensor,  # (B,) int64, the cell of each block
-    at: Tensor,  # (B,2) px of the blocks
-    gap: Tensor,  # (B,2) px, farthest corner
-    reach: int,  # columns to each side
-) -> Tensor:  # (B,4) int64 return at the upper left, upper right, lower left, lower right; -1 = none
-    "The nearest return in each quadrant around a block."
-    below = F.pad(nearest_above(i.flip(1)).flip(1)[:, 1:], (0, 0, 0, 1), value=-1)
-    o = torch.arange(-reach, reach + 1, device=i.device)
-    out = []
-    for near in (nearest_above(i), below):
-        r = near.flatten()[cell[:, None] + o]
-        du, dv = (uv[r.clamp_min(0)] - at[:, None]).unbind(-1)
-        cost = torch.where(
-            (r >= 0) & (du.abs() < gap[:, :1]) & (dv.abs() < gap[:, 1:]),
-            du**2 + (dv / FLATTEN) ** 2,
-            math.inf,
-        )
-        for side in (du <= 0, du > 0):
-            best, k = torch.where(side, cost, math.inf).min(1)
-            out.append(torch.where(best < math.inf, r.gather(1, k[:, None])[:, 0], -1))
-    return torch.stack(out, 1)
-
-# %% ../nbs/10_lift.ipynb #000671d0
-def corner_weights(
-    corner: Tensor,  # (B,4) from `find_corners`
-    uv: Tensor,  # (R,2) px of the returns
-    at: Tensor,  # (B,2) px of the blocks
-    gap: Tensor,  # (B,2) px, longest upper or lower edge, and largest distance between them
-) -> tuple[Tensor, Tensor]:  # supported (B,) bool, weights (B,4) with sum 1
-    "Linear interpolation along the upper and the lower edge, then between them."
-    has, (u, v) = corner >= 0, uv[corner.clamp_min(0)].unbind(-1)
-
-    def edge(l: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
-        both = has[:, l] & has[:, r]
-        du = u[:, r] - u[:, l]
-        a = torch.where(both, ((at[:, 0] - u[:, l]) / du.clamp_min(1e-3)).clamp(0, 1), has[:, r].float())
-        alone = torch.where(has[:, r], u[:, r], u[:, l]) - at[:, 0]  # a single corner serves half as far
-        return (
-            a,
-            v[:, l] * (1 - a) + v[:, r] * a,
-            torch.where(both, du < gap[:, 0], (has[:, l] | has[:, r]) & (alone.abs() < gap[:, 0] / 2)),
-        )
-
-    (a, top, ok), (b, bottom, ok2) = edge(0, 1), edge(2, 3)
-    t = ((at[:, 1] - top) / (bottom - top).clamp_min(1e-3)).clamp(0, 1)
-    return ok & ok2 & (bottom - top < gap[:, 1]), torch.stack(
-        [(1 - t) * (1 - a), (1 - t) * a, t * (1 - b), t * b], 1
-    )
-
-# %% ../nbs/10_lift.ipynb #317acddb
-def gap_depth(
-    z: Tensor,  # (R,) m, returns
-    colour: Tensor,  # (R,3) returns
-    block: Tensor,  # (B,3) colour of the blocks
-    corner: Tensor,  # (B,4) from `find_corners`
-    weight: Tensor,  # (B,4) from `corner_weights`
-    agree: float,  # share by which corners may differ
-    matters: float = 0.2,  # smallest weight of a corner that can make an edge
-) -> tuple[Tensor, Tensor]:  # depth (B,) m, weight (B,4) the corners had in it
-    "Depth between returns: a plane where they agree, the corner of like colour where they do not."
-    has = corner >= 0
-    i = corner.clamp_min(0)
-    counts = has & (weight > matters)
-    zc = torch.where(has, z[i], 1)
-    like = torch.where(counts, ((colour[i] - block[:, None]) ** 2).sum(-1), math.inf).argmin(1, keepdim=True)
-    low = torch.where(counts, zc, math.inf).amin(1, keepdim=True)
-    high = torch.where(counts, zc, 0).amax(1, keepdim=True)
-    joins = has & (torch.maximum(high, zc) <= (1 + agree) * torch.minimum(low, zc))
-    w = torch.where(joins, weight, 0)
-    w = torch.where(
-        high > (1 + agree) * low,
-        torch.zeros_like(w).scatter_(1, like, 1.0),
-        w / w.sum(1, keepdim=True).clamp_min(1e-6),
-    )
-    return 1 / (w / zc).sum(1).clamp_min(1e-6), w
-
-# %% ../nbs/10_lift.ipynb #2d123f2a
-def ground_below(
-    grid: Grid,  # of the returns
-    i: Tensor,  # (V,rows,cols) int64, the return of each cell, -1 = none
-    uv: Tensor,  # (R,2) px of the returns
-    z: Tensor,  # (R,) m
-    rows: int,  # how far above the lowest return of a column the plane is fitted
-    columns: int = 7,  # columns that share a lowest return
-    rounds: int = 10,  # of reweighting
-) -> tuple[
-    Tensor, Tensor
-]:  # plane (V,3): inverse depth (1/m) per 1000 px of u and of v, and at (0,0); border (V,cols) px, lowest return
-    "The road's plane under each image's lowest returns."
-    V = len(i)
-    n = i.shape[2]
-    low = torch.where(i >= 0, torch.arange(i.shape[1], device=i.device)[:, None], -1).amax(1).float()
-    low = F.max_pool1d(low, columns, 1, columns // 2)
-    low = torch.where(low < 0, low.amax(1, keepdim=True), low)
-    lowest = (low[:, None] - torch.arange(rows, device=i.device)[:, None]).clamp_min(0).long()
-    r = i.gather(1, lowest).flatten(1)
-    ok = r >= 0
-    A = torch.cat(
-        [torch.where(ok[..., None], uv[r.clamp_min(0)], 0) / 1000, torch.ones_like(r[..., None])], -1
-    ).double()
-    y = 1 / torch.where(ok, z[r.clamp_min(0)], 1).double()
-    w = ok.double()
-    Ay = torch.cat([A, y[..., None]], -1)
-    for _ in range(rounds):
-        S, b = (A.mT @ (w[..., None] * Ay)).split((3, 1), -1)
-        cof = torch.linalg.cross(S.roll(-1, 1), S.roll(-2, 1), dim=-1)
-        p = (cof.mT @ b) / (S[:, :1] * cof[:, :1]).sum(-1, keepdim=True)
-        w = ok / ((A @ p)[..., 0] - y).abs().add_(1e-5)
-    return torch.where((ok.sum(1) < 30)[:, None], math.nan, p[..., 0]).float(), (
-        low + 1 - grid.border[0]
-    ) * grid.px[:, 1:]
-
-# %% ../nbs/10_lift.ipynb #21b34586
-class Blocks(NamedTuple):
-    "The blocks of all images, in the order of the images."
-
-    image: Tensor  # (B,) int64, frame*C + camera
-    uv: Tensor  # (B,2) centres, px
-    colour: Tensor  # (B,3) mean colour, 0..1
-    side: Tensor  # (B,) px
-    ray: Tensor  # (B,3) float64, world, m per m of depth
-    z: Tensor  # (B,) m, 0 = no return supports it
-    stamp: Tensor  # (B,) float64, s since the clip's start, of the returns around it, or of the shutter
-
-# %% ../nbs/10_lift.ipynb #ae63efcd
-def nothing_seen(
-    data: ClipData,  # the clip
-) -> DataError:  # to be raised
-    "What to say of a clip that gives no Gaussian."
-    return DataError(
-        f"{data.id}: no LiDAR return is visible in an input image; choose other cameras or sensors."
-    )
-
-# %% ../nbs/10_lift.ipynb #7f7ea067
-def clip_blocks(
-    data: ClipData,  # the clip
-    cfg: LiftConfig,  # read: lidar_sensors, late_after, fill_*
-) -> Blocks:  # of every image; raises DataError where there is no return
-    "Cut all images into blocks and find their depth."
-    if not data.points.shape[1]:
-        raise nothing_seen(data)
-    F_, C, h, w = data.images.shape[:4]
-    V = F_ * C
-    tiles = cut_blocks(data.images.view(V, h, w, 3), block_sides(w, cfg.fill_blocks), cfg.fill_detail)
-    v, m = tiles.kept.nonzero(as_tuple=True)
-    centre = data.pose.view(V, 4, 4)[:, None, :3, 3]
-    one = torch.ones(V, len(tiles.uv), dtype=torch.float64, device=v.device)
-    ray = unproject(data.K.view(V, 1, 3, 3), data.pose.view(V, 4, 4), tiles.uv.double()[None], one) - centre
-    b = Blocks(
-        v,
-        tiles.uv[m],
-        tiles.colour[v, m],
-        tiles.side[m],
-        ray[v, m],
-        torch.zeros_like(tiles.side[m]),
-        data.shutter.flatten()[v],
-    )
-    return block_depth(data, cfg, b)
-
-# %% ../nbs/10_lift.ipynb #cc0f8459
-CELL = (
-    0.2,
-    0.1,
-)  # deg, width and height of a cell: as wide as the returns of one beam are apart, as high as keeps beams apart
-
-
-def block_depth(
-    data: ClipData,  # the clip
-    cfg: LiftConfig,  # read: lidar_sensors, late_after, fill_gap, fill_agree, fill_ground
-    blocks: Blocks,  # without depth
-) -> Blocks:  # with depth and stamp where there is support
-    "Depth of all blocks from the returns their own image sees in time."
-    b = blocks
-    v = blocks.image
-    seen = data.seen
-    reach = math.ceil(cfg.fill_gap[0] / CELL[0]) - 1
-    soon = from_shutter(data) < (cfg.late_after if 0 in cfg.lidar_sensors else 1.0)
-    grid = grid_of(data, CELL, (1, reach))
-    gap = torch.stack([math.radians(a) * data.K[..., 0, 0].flatten().float() for a in cfg.fill_gap], -1)[v]
-    cell = torch.where(seen.seen & soon, grid.cells(seen.uv, image_numbers(data)), -1)
-    z = seen.z.flatten()
-    uv = seen.uv.nan_to_num(0).view(-1, 2)
-    i = nearest_return(cell, z, len(grid.px) * math.prod(grid.shape)).view(-1, *grid.shape).long()
-    corner = find_corners(i, uv, grid.cells(b.uv, v), b.uv, gap, reach)
-    ok, w = corner_weights(corner, uv, b.uv, gap)
-    depth, w = gap_depth(z, seen.colour.view(-1, 3), b.colour, corner, w, cfg.fill_agree)
-    stamp = torch.where(
-        ok,
-        (w * data.stamps[:, None].expand_as(seen.z).flatten()[corner.clamp_min(0)].nan_to_num(0)).sum(1),
-        b.stamp,
-    )
-    depth = torch.where(ok, depth, continue_ground(grid, i, uv, z, b, gap[:, 1]) if cfg.fill_ground else 0)
-    return b._replace(z=depth, stamp=stamp)
-
-# %% ../nbs/10_lift.ipynb #3edacf96
-def continue_ground(
-    grid: Grid,  # of the returns
-    i: Tensor,  # (V,rows,cols) int64, the return of each cell
-    uv: Tensor,  # (R,2) px of the returns
-    z: Tensor,  # (R,) m
-    blocks: Blocks,  # any blocks of these images
-    reach: Tensor,  # (B,) px, height of the largest gap
-) -> Tensor:  # (B,) m, 0 where the block lies above the lowest returns or off the plane
-    "The road's depth from a little above the lowest beam on."
-    v, (plane, border) = blocks.image, ground_below(grid, i, uv, z, round(LiftConfig.fill_gap[1] / CELL[1]))
-    p = plane[v]
-    far = torch.where(i >= 0, z[i.clamp_min(0)], 0).flatten(1).amax(1)[v]
-    inverse = (p[:, :2] * blocks.uv).sum(1) / 1000 + p[:, 2]
-    low = border.flatten()[v * border.shape[1] + (blocks.uv[:, 0] / grid.px[v, 0]).long() + grid.border[1]]
-    return torch.where(
-        (blocks.uv[:, 1] > low - reach / 4) & (inverse * far > 1), 1 / inverse.clamp(1e-3, 1.0), 0
-    )
-
-# %% ../nbs/10_lift.ipynb #45460974
-def fill_gaps(
-    data: ClipData,  # the clip
-    blocks: Blocks,  # of its images
-    cfg: LiftConfig,  # read: fill_behind, fill_scale, opacity, time_source, rotation
-    rng: torch.Generator,  # of the rotations
-) -> Gaussians:  # kind LIDAR, world
-    "Supported blocks as Gaussians that project to their block, behind the returns around them."
-    b = Blocks(*(a[i] for i in [(blocks.z > 0).nonzero()[:, 0]] for a in blocks))
-    f = b.image // data.shutter.shape[1]
-    z = b.z * (1 + cfg.fill_behind)
-    scale = cfg.fill_scale * b.side * z / data.K[..., 0, 0].flatten()[b.image].float()
-    quats = random_quats(len(f), rng) if cfg.rotation == "random" else None
-    means = data.pose[..., :3, 3].reshape(-1, 3)[b.image] + z[:, None] * b.ray
-    return gaussians_from(
-        means.float(),
-        scale,
-        b.colour,
-        times_of(data, f, b.stamp, cfg.time_source),
-        data.frames[f],
-        LIDAR,
-        quats,
-        cfg.opacity,
-    )
-
-# %% ../nbs/10_lift.ipynb #60618150
-def even_opacity(
-    g: Gaussians,  # made from blocks
-    data: ClipData,  # the cameras that see it
-    opacity: float,  # where every input frame sees it
-    most: float = 0.98,  # no layer is more opaque than this
-) -> Gaussians:  # the same set, opacities raised
-    "Make up for missing layers."
-    V, frames, (h, w), x = (
-        data.shutter.numel(),
-        len(data.frames),
-        data.images.shape[2:4],
-        g.means.double()[None],
-    )
-    some = max(1, 4_000_000 // max(1, len(g)))  # views at a time, for memory
-    cams = zip(data.K.view(V, 3, 3).split(some), se3_inverse(data.pose).view(V, 4, 4).split(some))
-    n = sum(pixel_index(project(K, T, x)[0], w, h)[2].sum(0) for K, T in cams)
-    return replace(
-        g, opacity_logits=opacity_inv((1 - (1 - opacity) ** (frames / n.clamp(1, frames))).clamp_max(most))
+        t=capture_times(data, f, data.stamps[f, n], cfg.time_source),
+        frame=data.frames[f],
+        kind=LIDAR,
+        quats=random_quats(len(f), rng) if cfg.rotation == "random" else None,
+        opacity=cfg.opacity,
     )
 
 # %% ../nbs/10_lift.ipynb #6d33001d
@@ -918,27 +378,31 @@ def cap_by_coverage(
     rank[order] = torch.arange(len(g), device=key.device) - torch.searchsorted(key[order], key[order])
     return g[near[rank[near].argsort(stable=True)][:limit].sort().values]
 
+# %% ../nbs/10_lift.ipynb #79ab85c9
+def checked_cap(
+    g: Gaussians,  # of a clip, kind LIDAR
+    data: ClipData,  # the clip
+    limit: int | None,  # how many to keep, None: all
+) -> Gaussians:  # at least one, at most `limit`
+    "Cap by coverage around the mean camera, and stop at a clip without Gaussians or with times outside it."
+    g = cap_by_coverage(g, limit, data.pose[..., :3, 3].reshape(-1, 3).mean(0))
+    if not len(g):
+        raise no_visible_return(data)
+    check_own_times(data, g.t.double() * data.duration)
+    return g
+
 # %% ../nbs/10_lift.ipynb #06841fba
 def lift_data(
     data: ClipData,  # the clip
     cfg: LiftConfig = LiftConfig(),  # how to lift
     seed: int = 0,  # of the rotations
-    blocks: Blocks | None = None,  # of the images, None: cut here
 ) -> Gaussians:  # kind LIDAR, world, on the data's device
-    "Stage 2 in memory: the input frames' returns, and what lies between them."
+    "The lift in memory: the input frames' returns as Gaussians."
     if not data.points.shape[1]:
-        raise nothing_seen(data)
+        raise no_visible_return(data)
     data = sound_stamps(data, cfg.late_after)
-    rng = torch.Generator(data.points.device).manual_seed(seed)
-    sets = [lift_returns(data, cfg, rng)]
-    if cfg.fill:
-        g = fill_gaps(data, clip_blocks(data, cfg) if blocks is None else blocks, cfg, rng)
-        sets.append(even_opacity(g, data, cfg.opacity) if cfg.fill_even else g)
-    g = cap_by_coverage(cat(sets), cfg.max_gaussians, data.pose[..., :3, 3].reshape(-1, 3).mean(0))
-    if not len(g):
-        raise nothing_seen(data)
-    check_own_times(data, g.t.double() * data.duration)
-    return g
+    g = lift_returns(data, cfg, torch.Generator(data.points.device).manual_seed(seed))
+    return checked_cap(g, data, cfg.max_gaussians)
 
 # %% ../nbs/10_lift.ipynb #4a731575
 def lift_clip(
@@ -948,11 +412,11 @@ def lift_clip(
     image_scale: float = 1.0,  # 1.0 = full resolution
     seed: int = 0,  # of the rotations
 ) -> Gaussians:  # kind LIDAR, world, CPU
-    "Stage 2 from files."
+    "The lift from files."
     return lift_data(clip_data(clip, cfg.lidar_sensors, cameras, image_scale), cfg, seed)
 
 # %% ../nbs/10_lift.ipynb #472a972c
-def dots(
+def draw_dots(
     image: np.ndarray,  # (H,W,3) uint8
     uv: np.ndarray,  # (N,2) px
     colour: np.ndarray,  # (N,3) 0..1
@@ -970,7 +434,7 @@ def dots(
     return out
 
 # %% ../nbs/10_lift.ipynb #d6a3ed90
-def rainbow(
+def blue_to_red(
     x: np.ndarray,  # (N,) any number
     lo: float,  # blue
     hi: float,  # red
@@ -991,23 +455,23 @@ def bird_view(
     uv = (x[:, :2] * [1, -1] + reach) * size / (2 * reach)
     inside = pixel_index(uv, size, size)[2]
     x = x[inside]
-    return dots(np.zeros((size, size, 3), np.uint8), uv[inside], rainbow(x[:, 2], -3, 5), -x[:, 2], 1)
+    return draw_dots(np.zeros((size, size, 3), np.uint8), uv[inside], blue_to_red(x[:, 2], -3, 5), -x[:, 2], 1)
 
 # %% ../nbs/10_lift.ipynb #96a886fc
 def alignment_set(
     clip: Clip,  # the clip
     frame: int,  # log frame id
     camera: str,  # name
-    cfg: LiftConfig = LiftConfig(fill=False),  # how to lift
+    cfg: LiftConfig = LiftConfig(),  # how to lift
     far: float = 80.0,  # m, black in the depth pictures
 ) -> dict[str, np.ndarray]:  # name -> (H,W,3) uint8
     "The pictures of one frame."
     data = clip_data(clip, cfg.lidar_sensors, [camera], frames=[frame])
-    s = data.seen
+    s = data.projected
     g = lift_data(data, cfg)
     image = data.images[0, 0].numpy()
-    uv = s.uv[s.seen].numpy()
-    z = s.z[s.seen].numpy()
+    uv = s.uv[s.visible].numpy()
+    z = s.z[s.visible].numpy()
     guv, gz = (a.numpy() for a in project(data.K[0, 0], se3_inverse(data.pose[0, 0]), g.means.double()))
     grey = image.mean(-1, keepdims=True).repeat(3, -1).astype(np.uint8)
     shade = lambda z: np.repeat((1 - 0.9 * np.clip(z / far, 0, 1))[:, None], 3, 1)
@@ -1019,10 +483,10 @@ def alignment_set(
     up = np.array([[0.0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     return dict(
         rgb=image,
-        rgb_points=dots(image, uv, rainbow(-np.log(z), -np.log(far), -np.log(4)), z),
-        depth_gray=dots(black, uv, shade(z), z, 5),
-        rgb_points_lift=dots(grey, guv, g.colours.numpy(), gz, 5),
-        depth_gray_lift=dots(black, guv, shade(gz), gz, 5),
+        rgb_points=draw_dots(image, uv, blue_to_red(-np.log(z), -np.log(far), -np.log(4)), z),
+        depth_gray=draw_dots(black, uv, shade(z), z, 5),
+        rgb_points_lift=draw_dots(grey, guv, g.colours.numpy(), gz, 5),
+        depth_gray_lift=draw_dots(black, guv, shade(gz), gz, 5),
         bev_world=bird_view(points, here),
         bev_ego=bird_view(points, up @ se3_inverse(ego)),
     )
@@ -1035,7 +499,7 @@ def alignment_pictures(
     seed: int = 42,  # of the choice
     frames: int = 15,  # per clip, from its first on
     cameras: list[str] | None = None,  # names, None: the clip's
-    cfg: LiftConfig = LiftConfig(fill=False),  # how to lift
+    cfg: LiftConfig = LiftConfig(),  # how to lift
 ) -> list[Path]:  # folders written, one per clip, camera and frame
     "Write the alignment gate's pictures."
     chosen = sorted(np.random.default_rng(seed).permutation(len(clips))[:n_clips])

@@ -15,7 +15,8 @@ from scipy.ndimage import minimum_filter1d
 from torch import Tensor
 from fastcore.basics import patch
 from pydantic import NonNegativeInt, PositiveInt
-from .clips import Clip, TargetViews, Views
+from .clips import Clip
+from .clip_data import TargetViews, Views
 from .files import short_path
 from .cuboids import CuboidConfig, check_labels, class_ids, dynamic_mask, load_cuboids
 from .gaussians import Gaussians

@@ -19,7 +19,7 @@ from flux4d.files import (
     listing,
     quoted,
     remove_unfinished,
-    report,
+    report_fault,
     report_missing,
     short_path,
 )
@@ -43,9 +43,9 @@ def _json(path: Path, found: list[str] | None = None) -> Any:
         try:
             return json.loads(path.read_bytes())
         except RecursionError:
-            report(path, "is nested deeper than any list of a log", _AGAIN, found)
+            report_fault(path, "is nested deeper than any list of a log", _AGAIN, found)
         except (ValueError, MemoryError):
-            report(path, "is truncated or not JSON", _AGAIN, found)
+            report_fault(path, "is truncated or not JSON", _AGAIN, found)
     return _NOTHING
 
 # %% ../nbs/03_pandaset.ipynb #b1e5c5ed
@@ -54,10 +54,10 @@ def _counted(path: Path, items: Any, count: int | None, found: list[str] | None)
     if items is _NOTHING:
         return False
     if not isinstance(items, list) or not items:
-        report(path, "is not a list with entries", _AGAIN, found)
+        report_fault(path, "is not a list with entries", _AGAIN, found)
         return False
     if count is not None and len(items) != count:
-        report(
+        report_fault(
             path,
             f"has {len(items)} entries where the LiDAR has {count} stamps",
             "cut both to the same frames or " + _AGAIN,
@@ -79,15 +79,15 @@ def read_stamps(
     try:
         stamps = np.array(items, np.float64).reshape(len(items))
     except (TypeError, ValueError, OverflowError, RecursionError):
-        return report(path, "holds something that is not a number", _AGAIN, found)
+        return report_fault(path, "holds something that is not a number", _AGAIN, found)
     if not np.isfinite(stamps).all():
-        report(
+        report_fault(
             path, f"has no finite stamp for frame {np.flatnonzero(~np.isfinite(stamps))[0]}", _AGAIN, found
         )
     back = np.flatnonzero(np.diff(stamps) <= 0)
     twice = len(back) and stamps[back[0] + 1] == stamps[back[0]]
     if len(back):
-        report(
+        report_fault(
             path,
             f"runs backwards at frame {back[0] + 1}{', which has the stamp of the frame before' if twice else ''}",
             f"{'drop the frame that is there twice, ' if twice else ''}restore the recording's order or "
@@ -115,14 +115,14 @@ def read_poses(
             ]
         )
     except (KeyError, TypeError, ValueError, OverflowError):
-        return report(path, "has a pose without a complete position and heading", _AGAIN, found)
+        return report_fault(path, "has a pose without a complete position and heading", _AGAIN, found)
     bad = np.flatnonzero(~np.isfinite(rows).all(1))
     if len(bad):
-        report(path, f"has a pose that is not finite at frame {bad[0]}", _AGAIN, found)
+        report_fault(path, f"has a pose that is not finite at frame {bad[0]}", _AGAIN, found)
     norm = np.linalg.norm(rows[:, 3:], axis=1)
     off = np.flatnonzero(np.abs(norm - 1) > 1e-3)
     if len(off):
-        report(
+        report_fault(
             path,
             f"has a heading of norm {norm[off[0]]:.3f} at frame {off[0]}, not a unit quaternion",
             _AGAIN,
@@ -159,23 +159,23 @@ def read_intrinsics(
     try:
         fx, fy, cx, cy = (float(item[k]) for k in ("fx", "fy", "cx", "cy"))
     except (KeyError, TypeError, ValueError, OverflowError):
-        return report(path, "lacks one of fx, fy, cx, cy", _AGAIN, found)
+        return report_fault(path, "lacks one of fx, fy, cx, cy", _AGAIN, found)
     if not np.isfinite([cx, cy]).all():
-        report(
+        report_fault(
             path,
             f"has its principal point at ({cx:g}, {cy:g}), which must be finite",
             "copy the camera's calibration from another log",
             found,
         )
     elif not np.isfinite([fx, fy]).all() or min(fx, fy) <= 0:
-        report(
+        report_fault(
             path,
             f"has focal lengths {fx:g} and {fy:g}, which must be positive",
             "copy the camera's calibration from another log",
             found,
         )
     if bent := _distortion(item):
-        report(
+        report_fault(
             path,
             f"has lens distortion ({bent}), and images are read as from a pinhole camera",
             "undistort the images and leave it out",
@@ -226,7 +226,7 @@ def _number_column(path: Path, table: Table, name: str, found: list[str] | None)
         if isinstance(column, Category)
         else "objects (an object column)"
     )
-    report(
+    report_fault(
         path,
         f"holds something that is not a number in the column {name}, kept as {kept}",
         f"convert it with table.astype({{'{name}': 'float64'}}) or {_AGAIN}",
@@ -250,7 +250,7 @@ def read_sweep(
     lacks = [c for c in "xyzitd" if c not in labels]
     if lacks:
         has = quoted(", ".join(map(str, labels)))
-        return report(
+        return report_fault(
             path,
             f"lacks the columns {' '.join(lacks)} (it has {has})",
             f"rename the columns or {_AGAIN}",
@@ -258,20 +258,20 @@ def read_sweep(
         )
     twice = [c for c in "xyzitd" if labels.count(c) > 1]
     if twice:
-        return report(path, f"has the column {twice[0]} twice", _AGAIN, found)
+        return report_fault(path, f"has the column {twice[0]} twice", _AGAIN, found)
     if not len(table):
-        return report(path, "holds no returns", _AGAIN, found)
+        return report_fault(path, "holds no returns", _AGAIN, found)
     columns = [_number_column(path, table, c, found) for c in "xyzitd"]
     if any(c is None for c in columns):
         return None
     x, (i, t, d) = np.stack(columns[:3], 1), columns[3:]
     bad = ~(np.isfinite(x).all(1) & np.isfinite(t) & np.isfinite(i))
     if bad.any():
-        report(
+        report_fault(
             path, f"has {bad.sum()} returns that are NaN or infinite", "drop these rows or " + _AGAIN, found
         )
     if not ((d == 0) | (d == 1)).all():
-        report(path, "names a sensor that is neither 0 nor 1", _AGAIN, found)
+        report_fault(path, "names a sensor that is neither 0 nor 1", _AGAIN, found)
     return Sweep(x, i.astype(np.float32), t, d.astype(np.int8), np.arange(len(x)))
 
 # %% ../nbs/03_pandaset.ipynb #6736631a
@@ -312,13 +312,13 @@ def open_image(
             im = Image.open(path, formats=("JPEG", "PNG"))
         with im:
             if im.width * im.height > MAX_PIXELS:
-                report(
+                report_fault(
                     path,
                     f"claims to have {im.width} x {im.height} pixels",
                     "get the file again from a source you trust",
                 )
             if im.mode.startswith(("I", "F")):
-                report(path, f"has pixels of type {im.mode}, not of 8 bits", "save it again as an 8-bit JPEG")
+                report_fault(path, f"has pixels of type {im.mode}, not of 8 bits", "save it again as an 8-bit JPEG")
             yield im
     except DataError:
         raise
@@ -441,7 +441,7 @@ class PandaSet:
             p.name for p in listing(self.root) if (p / "lidar").is_dir() and not p.name.startswith("_")
         ]
         if not self.log_ids:
-            report(
+            report_fault(
                 self.root,
                 "holds no logs",
                 "give the folder that contains 001, 002 and so on as the data root",
@@ -453,7 +453,7 @@ class PandaSet:
     ) -> Log:  # the log
         "Open one log."
         if log_id not in self.log_ids:
-            report(
+            report_fault(
                 self.root / log_id,
                 "is not among the logs",
                 f"choose one of {', '.join(self.log_ids[:5])}{' ...' if len(self.log_ids) > 5 else ''}",
@@ -500,7 +500,7 @@ class Log:
         "Open a log; nothing is read yet."
         self.root, self.id, self.folder = Path(root), log_id, Path(root) / log_id
         if not self.folder.is_dir():
-            report(self.folder, "is not there", "check the data root and the log's id")
+            report_fault(self.folder, "is not there", "check the data root and the log's id")
         self._cameras = {}
 
     def __repr__(self) -> str:  # one line
@@ -633,7 +633,7 @@ def camera(
                 if odd
                 else ""
             )
-            report(
+            report_fault(
                 folder,
                 "is a camera this log does not have" + also,
                 f"choose from {', '.join(self.cameras) or 'another log'}",
@@ -660,7 +660,7 @@ def image_size(
     for c, size in sizes.items():
         if size != sizes[first]:
             what = f"has images of {size[0]} x {size[1]} pixels where {first} has {sizes[first][0]} x {sizes[first][1]}"
-            report(
+            report_fault(
                 self.folder / "camera" / c,
                 what,
                 "use cameras of one size together, or scale the images and the intrinsics",
@@ -746,7 +746,7 @@ def ego_pose(
             else np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1.0]])
         )
         if front and (odd := rig_fault(self, axes)):
-            report(self.folder / "camera/front_camera/poses.json", odd, _RIG)
+            report_fault(self.folder / "camera/front_camera/poses.json", odd, _RIG)
         self._axes = axes
     pose = self.lidar_poses[frame].copy()
     pose[:3, :3] = pose[:3, :3] @ self._axes
@@ -764,7 +764,7 @@ def _check_camera(log: Log, name: str, stamps: np.ndarray | None, found: list[st
         return
     spread = np.std(own - stamps)
     if not spread < 1e-3:
-        report(
+        report_fault(
             folder / "timestamps.json",
             f"has an offset to the LiDAR that varies by {1e3 * spread:.1f} ms",
             "leave this camera out or restore its stamps",
@@ -782,7 +782,7 @@ def _check_images(log: Log, name: str, frames: range, found: list[str]) -> None:
             found.append(str(e))
     odd = [f for f in sizes if sizes[f] != next(iter(sizes.values()))]
     if odd:
-        report(log.image_path(name, odd[0]), "differs in size from the camera's first image", _AGAIN, found)
+        report_fault(log.image_path(name, odd[0]), "differs in size from the camera's first image", _AGAIN, found)
 
 # %% ../nbs/03_pandaset.ipynb #ca340e38
 def _check_sweeps(log: Log, stamps: np.ndarray, found: list[str]) -> None:
@@ -790,7 +790,7 @@ def _check_sweeps(log: Log, stamps: np.ndarray, found: list[str]) -> None:
     for f, stamp in enumerate(stamps):
         s = read_sweep(log.sweep_path(f), found)
         if s is not None and not np.abs(np.median(s.stamps) - stamp) < 1:
-            report(log.sweep_path(f), "holds returns of another time than its stamp", _AGAIN, found)
+            report_fault(log.sweep_path(f), "holds returns of another time than its stamp", _AGAIN, found)
         if not log.cuboid_path(0).parent.is_dir():
             continue
         try:
@@ -810,7 +810,7 @@ def check_log(
     read_poses(log.folder / "lidar/poses.json", count, found)
     meta = read_stamps(log.folder / "meta/timestamps.json", count, found)
     if meta is not None and stamps is not None and len(meta) == count and np.abs(meta - stamps).max() > 1e-6:
-        report(
+        report_fault(
             log.folder / "meta/timestamps.json",
             "differs from the LiDAR stamps",
             "get both files again from one source",
@@ -818,9 +818,9 @@ def check_log(
         )
     cameras = log.cameras
     for odd in log.unknown_cameras:
-        report(log.folder / "camera" / odd, *_UNKNOWN_CAMERA, found)
+        report_fault(log.folder / "camera" / odd, *_UNKNOWN_CAMERA, found)
     if not cameras and not log.unknown_cameras:
-        report(log.folder / "camera", "has no camera of PandaSet's names", "get the log again", found)
+        report_fault(log.folder / "camera", "has no camera of PandaSet's names", "get the log again", found)
     for name in cameras:
         _check_camera(log, name, stamps, found)
         if images and stamps is not None:

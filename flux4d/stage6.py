@@ -166,7 +166,7 @@ def find_data(
     "The data root asked for, else $FLUX4D_PANDASET, else a made-up city; raises DataError when the one asked for is not there."
     root = asked_root(data_root)
     if root is None:
-        from flux4d.city import make_city  # its ray caster is needed only here
+        from flux4d.city.logs import make_city# its ray caster is needed only here
 
         make_city(**city)
     return root or Path(city["out"])

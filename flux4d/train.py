@@ -34,18 +34,12 @@ from flux4d.run import (
     trained_entry,
     trained_frames,
 )
-from flux4d.clips import (
-    TRAIN_SETTINGS,
-    Clip,
-    InputViews,
-    Views,
-    TargetViews,
-    check_frames,
-    fingerprint,
-    load_views,
-)
+from .clips import TRAIN_SETTINGS, Clip, fingerprint
+from .clip_data import InputViews, Views, TargetViews, check_frames, load_views
 from .gaussians import Gaussians
-from .lift import LiftConfig, Returns, clip_data, clip_returns
+from .gap_filling import InitConfig
+from .clip_data import Returns, clip_returns
+from .lift import clip_data
 from .background import BackgroundConfig, init_data
 from .cache import LiftCache
 from .render import RenderConfig
@@ -117,7 +111,7 @@ class Config:
     "Every tunable of a run."
 
     data: DataConfig = field(default_factory=DataConfig)
-    init: LiftConfig = field(default_factory=LiftConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     background: BackgroundConfig = field(default_factory=BackgroundConfig)
     voxel: VoxelConfig = field(default_factory=VoxelConfig)
     model: PredictorConfig = field(default_factory=PredictorConfig)

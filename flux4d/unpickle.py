@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np
 from fastcore.basics import patch
-from .files import DataError, quoted, report, report_missing, short_path
+from .files import DataError, quoted, report_fault, report_missing, short_path
 
 # %% auto #0
 __all__ = ['WORDS', 'ADMITTED', 'LIMIT', 'need_pandas', 'Table', 'read_bounded', 'load_table', 'safe_load_pickle']
@@ -87,22 +87,22 @@ def _refuse_name(path: Path, module: str, name: str) -> None:
     full = quoted(f"{module}.{name}")
     pandas = module == "pandas" or module.startswith("pandas.")
     if pandas and re.fullmatch(_NULLABLE, name):
-        report(
+        report_fault(
             path, f"has a nullable column ({full})", f"{_REWRITE} with plain numbers, table.astype('float64')"
         )
     if pandas and re.fullmatch(_KINDS, name):
-        report(
+        report_fault(
             path,
             f"has a column or an index of a kind that is not read ({full})",
             f"{_REWRITE} with numbers, text and categories only",
         )
     if pandas and re.fullmatch(r"_*[A-Z]\w*|_unpickle_\w+|__pyx_unpickle_\w+", name):
-        report(
+        report_fault(
             path,
             f"was written by a newer pandas or holds what no table of numbers and text holds ({full})",
             f"{_REWRITE} in an older form, or {_UNTRUSTED}",
         )
-    report(path, f"holds {full}, which no such file contains", _UNTRUSTED)
+    report_fault(path, f"holds {full}, which no such file contains", _UNTRUSTED)
 
 # %% ../nbs/02b_unpickle.ipynb #a1edceff
 class Word(NamedTuple):
@@ -181,7 +181,7 @@ class _Reader(pickle._Unpickler):
 
     def untrusted(self, what: str) -> None:
         "Stop at something that no table does."
-        report(self.path, what, _UNTRUSTED)
+        report_fault(self.path, what, _UNTRUSTED)
 
     def load_call(self) -> None:
         "A call and a new object are noted alike."
@@ -727,7 +727,7 @@ def read_bounded(
     "Read a file that must not be larger than a limit, unpacked."
 
     def too_large():
-        return report(path, f"holds more than {limit >> 20} MB", _UNTRUSTED)
+        return report_fault(path, f"holds more than {limit >> 20} MB", _UNTRUSTED)
 
     if path.stat().st_size > limit:
         too_large()
@@ -747,7 +747,7 @@ def read_bounded(
         data = unpack.unused_data.lstrip(b"\0")
         if not data:
             return parts[0] if len(parts) == 1 else b"".join(parts)
-    report(path, "is packed in more parts than any such file", _UNTRUSTED)
+    report_fault(path, "is packed in more parts than any such file", _UNTRUSTED)
 
 # %% ../nbs/02b_unpickle.ipynb #ff7fd1d7
 def _load(path: Path, gz: bool | None, admitted: dict[str, frozenset], limit: int) -> tuple[Any, int]:
@@ -798,7 +798,7 @@ def _as_data(
             table = _table(value, limit)
             return table.frame() if frame else table
         if notes:
-            report(path, "holds neither a table nor plain values", "get the file again")
+            report_fault(path, "holds neither a table nor plain values", "get the file again")
         return value
     except (DataError, ImportError):
         raise
@@ -816,7 +816,7 @@ def _as_data(
             f"is truncated or not a pickle ({type(e).__name__})",
             "get the file again",
         )
-    report(path, what, remedy)
+    report_fault(path, what, remedy)
 
 # %% ../nbs/02b_unpickle.ipynb #924b0cf1
 def load_table(
@@ -826,7 +826,7 @@ def load_table(
     "Load a pickled table."
     value = _as_data(Path(path), None, ADMITTED, limit)
     if not isinstance(value, Table):
-        report(path, "holds no table", "get the file again")
+        report_fault(path, "holds no table", "get the file again")
     return value
 
 # %% ../nbs/02b_unpickle.ipynb #e0c6a869

@@ -19,10 +19,10 @@ from flux4d.background import BackgroundConfig
 from flux4d.cache import LiftCache, load_arrays, pack, unpack, warm
 from flux4d.clips import Clip, ClipConfig, build_index
 from flux4d.gaussians import Gaussians
-from flux4d.lift import LiftConfig
+from flux4d.gap_filling import InitConfig
 from flux4d.pandaset import PandaSet, fabricate_log
 
-HOW = LiftConfig(fill=False), BackgroundConfig(mode="none")
+HOW = InitConfig(fill=False), BackgroundConfig(mode="none")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from flux4d.check import RULES, Limits, check_camera_axes, check_main, doubts, examine, numbers_of
-from flux4d.city import fixture_city
+from flux4d.city.logs import fixture_city
 from flux4d.clips import (
     Clip,
     ClipConfig,

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from flux4d import baselines, clips as clips_module, cuboids, evaluate, lift, nvs, record, train, motion_prior
+from flux4d import baselines, clip_data, cuboids, evaluate, lift, nvs, record, train, motion_prior, visibility
 from flux4d.ablation import NOTHING_LEARNED, ablation_row, circumstances, paper_tables, time_table
 from flux4d.baselines import BASELINES
 from flux4d.cache import LiftCache
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.records import repo_root, runs_of_record
-from flux4d.lift import LiftConfig
+from flux4d.gap_filling import InitConfig
 from flux4d.nvs import EvalConfig
 from flux4d.files import DataError
 from flux4d.pandaset import PandaSet, fabricate_log
@@ -189,7 +189,7 @@ def test_keeping_all_aside_is_refused(two):
 def test_depth_is_scored_with_fixed_sensors(two):
     clip = all_clips(two[0])[0]
     for sensors in ((0,), (1,), (0, 1)):
-        cfg = replace(preset_config("draft"), init=LiftConfig(lidar_sensors=sensors))
+        cfg = replace(preset_config("draft"), init=InitConfig(lidar_sensors=sensors))
         assert (
             one_clip_loader([clip], cfg, LiftCache(two[0] / "cache")).target_sensors
             == (0,)
@@ -250,7 +250,7 @@ def test_the_training_notebook_says_it_and_compares_weights():
 
 GONE = [
     (cuboids, "box_pose"),
-    (lift.ClipData, "returns"),
+    (clip_data.ClipData, "returns"),
     (EvalConfig, "max_clips"),
     (baselines, "above_ground"),
     (motion_prior, "above_ground"),
@@ -267,6 +267,6 @@ def test_dead_and_double_names_are_gone(where, name):
 
 def test_one_height_above_ground_and_one_way_to_inputs():
     assert baselines.height_above_ground is motion_prior.height_above_ground
-    assert inspect.getsource(clips_module.project_sweep).count("unhidden(") == 1  # one test of what is hidden
+    assert inspect.getsource(visibility.project_sweep).count("unoccluded(") == 1  # one test of what is hidden
     source = "".join(inspect.getsource(m) for m in (train, record, nvs, evaluate))
     assert not re.search(r"\binput_views\b", source)

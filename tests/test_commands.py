@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 import pytest
-from flux4d.city import city_main
+from flux4d.city.logs import city_main
 from flux4d.notebooks import new_notebook, write_notebook
 from flux4d.records import repo_root
 from flux4d.repo import repo_main
@@ -206,9 +206,9 @@ def test_places_where_no_city_can_be(said, tmp_path):
 
 def test_a_city_says_how_far_it_is_and_what_to_do_after_an_interrupt(said, tmp_path, monkeypatch):
     small = "--logs", 1, "--frames", 12, "--scale", 0.0625, "--step", 4, "--workers", 1
-    import flux4d.city
+    import flux4d.city.logs
 
-    frames, write = [], flux4d.city.write_frame
+    frames, write = [], flux4d.city.logs.write_frame
 
     def interrupted(*args):
         frames.append(args[3])
@@ -216,9 +216,9 @@ def test_a_city_says_how_far_it_is_and_what_to_do_after_an_interrupt(said, tmp_p
             raise KeyboardInterrupt
         write(*args)
 
-    monkeypatch.setattr(flux4d.city, "write_frame", interrupted)
+    monkeypatch.setattr(flux4d.city.logs, "write_frame", interrupted)
     code, text = said(city_main, tmp_path / "city", *small)
     assert code == 130 and "the same command goes on where this one stopped." in text
-    monkeypatch.setattr(flux4d.city, "write_frame", write)
+    monkeypatch.setattr(flux4d.city.logs, "write_frame", write)
     code, text = said(city_main, tmp_path / "city", *small)
     assert code == 0 and "city: 100%" in text and "2/2" in text and "1 logs of 12 frames: 001 .. 001" in text

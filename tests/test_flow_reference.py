@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 import numpy as np
 import pytest
-from flux4d.city import fixture_city
+from flux4d.city.logs import fixture_city
 from flux4d.clips import long_log_clips
 from flux4d.cuboids import CLASSES, CuboidConfig, flow_ground_truth
 from flux4d.flow_metrics import FlowSample, FlowScoreConfig, FlowScores, clip_truth, exact_flow

@@ -22,8 +22,9 @@ import torch
 from flux4d.background import init_data
 from flux4d.baselines import motion_prior_alone
 from flux4d.cache import LiftCache
-from flux4d.city import fixture_city
-from flux4d.clips import Clip, ClipConfig, build_index, load_views, select_clips
+from flux4d.city.logs import fixture_city
+from flux4d.clips import Clip, ClipConfig, build_index, select_clips
+from flux4d.clip_data import load_views
 from flux4d.lift import clip_data
 from flux4d.nvs import EvalConfig
 from flux4d.pandaset import PandaSet

@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 import numpy as np
-from flux4d.city import fixture_city
+from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.pandaset import PandaSet
 from flux4d.cache import LiftCache
@@ -53,7 +53,7 @@ def work(folder: str) -> None:
 def test_twenty_kills(tmp_path: Path) -> None:
     "Checkpoints and cached lifts load after every kill, and the run goes on from where it was."
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["flux4d.train", "flux4d.city", "flux4d.clips", "flux4d.cache"])
+    context.set_forkserver_preload(["flux4d.train", "flux4d.city.logs", "flux4d.clips", "flux4d.cache"])
     rng, steps, last = random.Random(0), [], tmp_path / "ckpt_last.pt"
     for k in range(KILLS):
         before = os.readlink(last) if last.exists() else ""

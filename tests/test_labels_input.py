@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from flux4d import cuboids
-from flux4d.city import fixture_city
+from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.cuboids import (
     CLASSES,

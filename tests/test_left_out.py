@@ -3,7 +3,7 @@ the record."""
 
 import shutil
 
-from flux4d.city import fixture_city
+from flux4d.city.logs import fixture_city
 from flux4d.clips import ClipConfig, build_index, left_out_lines
 from flux4d.evaluate import Subject, about_of, eval_clips_of
 from flux4d.record import OPTIONAL, About, faults

@@ -99,7 +99,7 @@ def moved(source, root, by):
 @pytest.fixture(scope="module")
 def maps(tmp_path_factory):
     "A log of the made-up city, and the same in a map's coordinates."
-    from flux4d.city import fixture_city
+    from flux4d.city.logs import fixture_city
 
     work = tmp_path_factory.mktemp("maps")
     source = work / "source/001"
@@ -131,7 +131,8 @@ def test_a_far_log_reads_the_same_numbers(maps):
 def test_a_far_log_gives_the_same_pixels(maps):
     import torch
     from flux4d.background import init_gaussians
-    from flux4d.clips import Clip, build_index, load_views
+    from flux4d.clips import Clip, build_index
+    from flux4d.clip_data import load_views
     from flux4d.render import render
 
     out = []
@@ -740,7 +741,8 @@ def test_no_distortion_is_no_fault(root):
 
 def test_cameras_of_two_sizes(root):
     from flux4d.lift import clip_data
-    from flux4d.clips import Clip, ClipConfig, build_index, load_views
+    from flux4d.clips import Clip, ClipConfig, build_index
+    from flux4d.clip_data import load_views
 
     for p in (root / "001/camera/left_camera").glob("*.jpg"):
         Image.new("RGB", (32, 18)).save(p)

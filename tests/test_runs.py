@@ -17,17 +17,9 @@ import numpy as np
 import pytest
 import torch
 from flux4d.cache import LiftCache
-from flux4d.clips import (
-    Clip,
-    ClipConfig,
-    InputViews,
-    TargetViews,
-    build_index,
-    fingerprint,
-    load_views,
-    select_clips,
-)
-from flux4d.lift import LiftConfig
+from flux4d.clips import Clip, ClipConfig, build_index, fingerprint, select_clips
+from flux4d.clip_data import InputViews, TargetViews, load_views
+from flux4d.gap_filling import InitConfig
 from flux4d.files import DataError
 from flux4d.pandaset import PandaSet, fabricate_log
 from flux4d.predictor import PredictorConfig
@@ -57,7 +49,7 @@ from flux4d.unet import UNetConfig
 
 TINY = Config(
     data=DataConfig(image_scale=1.0, loader_threads=1),
-    init=LiftConfig(fill=False),
+    init=InitConfig(fill=False),
     model=PredictorConfig(unet=UNetConfig(widths=(4, 8), blocks=1)),
     train=TrainConfig(iters=100, warmup=1, eval_every=0, log_every=5, save_ckpt_every=0, views_per_step=1),
 )
