@@ -47,20 +47,21 @@ from flux4d.records import (
 __all__ = ['RUN_COLUMNS', 'RESULT_COLUMNS', 'RESULT_ROWS', 'PAPER_ROW', 'MADE_PART', 'MADE_TABLES', 'PICTURE_ENDINGS', 'MADE',
            'EXPORT', 'CLEAN', 'REPO_EXAMPLES', 'NEEDS_PATH', 'COMMANDS', 'shown_quantity', 'markdown_table', 'run_row',
            'runs_table', 'ResultRow', 'results_table', 'rebased', 'rebase', 'notebooks_from_root', 'with_tables',
-           'pages_of_text', 'readme_text', 'write_made', 'made_faults', 'link_faults', 'page_name', 'site_link',
-           'digest', 'made_before', 'remove_pages', 'notebook_page', 'pictures_of', 'write_site', 'differing',
-           'run_nbdev', 'generated_faults', 'mend_figures', 'repo_command', 'repo_main']
+           'pages_of_text', 'readme_text', 'write_made', 'has_old_tables', 'made_faults', 'link_faults', 'page_name',
+           'site_link', 'digest', 'made_before', 'remove_pages', 'notebook_page', 'pictures_of', 'write_site',
+           'differing', 'run_nbdev', 'generated_faults', 'mend_figures', 'repo_command', 'repo_main']
 
-# %% ../nbs/92_repo.ipynb #bbbd2e5e
+# %% ../nbs/92_repo.ipynb #22caa527
 def shown_quantity(
     metrics: dict,  # the content of a metrics.json
     path: str,  # keys with blanks between them; * stands for interpolation and future
+    form: str = ".4g",  # of a number
 ) -> str:  # such as 24.98 / 22.06; a dash for what was not measured
     "A quantity of a run as text."
     found = {" ".join(keys): mean for keys, mean, _ in measured(metrics)}
     when = ("interpolation", "future") if "*" in path else ("",)
     means = [found.get(path.replace("*", w)) for w in when]
-    return " / ".join("-" if m is None else f"{m:.4g}" for m in means)
+    return " / ".join("-" if m is None else f"{m:{form}}" for m in means)
 
 
 def markdown_table(
@@ -121,11 +122,11 @@ class ResultRow:
     part: str = ""  # keys above nvs and scene_flow, for what was scored beside the run's model
 
 
-RESULT_COLUMNS = {
-    "PSNR, dB": "nvs full * psnr",
-    "PSNR of moving regions, dB": "nvs dynamic * psnr",
-    "depth RMSE, m": "nvs full * depth_rmse",
-    "motion error of moving things, m per 0.1 s": "scene_flow epe_3way FD",
+RESULT_COLUMNS = {  # name -> keys, form of a number
+    "PSNR, dB": ("nvs full * psnr", ".2f"),
+    "PSNR of moving regions, dB": ("nvs dynamic * psnr", ".2f"),
+    "depth RMSE, m": ("nvs full * depth_rmse", ".2f"),
+    "motion error of moving things, m per 0.1 s": ("scene_flow epe_3way FD", ".3f"),
 }
 RESULT_ROWS = [
     ResultRow("a second of log 002 that was never seen: default preset", "pandaset002_full_heldout"),
@@ -136,17 +137,18 @@ RESULT_ROWS = [
 ]
 PAPER_ROW = ["the paper on ten other logs: not comparable", "23.84 / 21.81", "21.99 / -", "1.07 / 1.42", "0.391"]
 
-# %% ../nbs/92_repo.ipynb #c626d4e7
+# %% ../nbs/92_repo.ipynb #b3cb44a0
 def results_table(
     root: Path,  # the repository
 ) -> str:  # markdown
     "What a reader of the front page wants to know."
     rows = []
     for r in RESULT_ROWS:
-        path = root / f"papermill_runs/{r.run}/metrics.json"
-        if path.is_file():
-            metrics = read_metrics(path)
-            rows.append([r.label, *(shown_quantity(metrics, r.part + p) for p in RESULT_COLUMNS.values())])
+        file = root / f"papermill_runs/{r.run}/metrics.json"
+        if file.is_file():
+            metrics = read_metrics(file)
+            cells = [shown_quantity(metrics, r.part + path, form) for path, form in RESULT_COLUMNS.values()]
+            rows.append([r.label, *cells])
     return markdown_table(["interpolated / future frames", *RESULT_COLUMNS], [*rows, PAPER_ROW], 1)
 
 # %% ../nbs/92_repo.ipynb #e4e07bbc
@@ -232,6 +234,15 @@ def write_made(
     (root / "README.md").write_text(readme_text(root), encoding="utf-8")
 
 # %% ../nbs/92_repo.ipynb #4f09dfcb
+def has_old_tables(
+    path: Path,  # a page of text
+    root: Path,  # the repository
+) -> bool:
+    "Whether a page's tables are not today's."
+    text = path.read_text(encoding="utf-8")
+    return text != with_tables(text, root, path.parent.name)
+
+
 def made_faults(
     root: Path,  # the repository
 ) -> list[str]:  # one sentence a fault
@@ -239,8 +250,8 @@ def made_faults(
     readme = root / "README.md"
     have = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     index = as_markdown(read_notebook(root / "nbs/00_index.ipynb"))
-    stale = [p for p in pages_of_text(root) if (t := p.read_text(encoding="utf-8")) != with_tables(t, root, p.parent.name)]
-    faults = [f"{p.relative_to(root)} has tables of yesterday: run make readme" for p in stale]
+    stale = [p.relative_to(root) for p in pages_of_text(root) if has_old_tables(p, root)]
+    faults = [f"{p} has tables of yesterday: run make readme" for p in stale]
     if with_tables(index, root, "nbs") != index:
         faults.append("nbs/00_index.ipynb has tables of yesterday: run make readme")
     if have != readme_text(root):

@@ -8,6 +8,7 @@ import pytest
 from flux4d.figures import SOURCES, figure_faults, figures_in, is_printed_right, run_arithmetic, text_faults
 from flux4d.notebooks import read_notebooks
 from flux4d.records import kept_runs, repo_root, runs_of_record
+from flux4d.repo import pages_of_text
 from flux4d.record import check_metrics
 from flux4d.report import report_text, same_frames, with_baselines
 
@@ -49,12 +50,18 @@ def test_a_report_is_what_its_record_says(name):
 # figures of runs in prose
 
 RUNS = kept_runs(ROOT)
-CELLS = {
+TEXTS = {
     (nb.path.name, i): c["source"]
     for nb in read_notebooks(ROOT)
     for i, c in enumerate(nb.cells)
-    if c["cell_type"] == "markdown" and SOURCES.search(c["source"])
+    if c["cell_type"] == "markdown"
 }
+TEXTS |= {
+    (p.name, i): section
+    for p in pages_of_text(ROOT)
+    for i, section in enumerate(re.split(r"^(?=## )", p.read_text(encoding="utf-8"), flags=re.M))
+}
+CELLS = {place: text for place, text in TEXTS.items() if SOURCES.search(text)}
 
 
 def test_figures_in_prose_are_those_of_their_runs():

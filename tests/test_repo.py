@@ -272,8 +272,8 @@ DEMANDS = 130  # of the development log: none may fall out of the page that says
 
 def test_every_demand_of_the_log_is_covered():
     lines = [line for line in page("docs/coverage.md").splitlines() if line.startswith("- ")]
-    shown = re.compile(r"\]\(\.\./nbs/\w+\.ipynb#[^)]+\)")
-    assert [line for line in lines if not shown.search(line)] == []  # each names a section of a notebook
+    shown = re.compile(r"\]\((?:\.\./nbs/\w+\.ipynb|\w+\.md)#[^)]+\)")
+    assert [line for line in lines if not shown.search(line)] == []  # each names a section
     assert len(lines) == len(set(lines)) >= DEMANDS
     assert list(dead_links("\n".join(lines), ROOT / "docs")) == []
 
@@ -290,7 +290,10 @@ def test_the_readme_is_short_and_speaks_plainly():
 
 def commands():
     "Lines of the bash blocks of README and docs, continuation lines joined, comments off."
-    texts = [page("README.md"), *(p.read_text(encoding="utf-8") for p in sorted((ROOT / "docs").glob("*.md")))]
+    texts = [
+        page("README.md"),
+        *(p.read_text(encoding="utf-8") for p in sorted((ROOT / "docs").glob("*.md"))),
+    ]
     blocks = [b for text in texts for b in re.findall(r"```bash\n(.*?)```", text, re.S)]
     lines = [re.sub(r"\s+#.*", "", l).strip() for b in blocks for l in b.replace("\\\n", " ").splitlines()]
     return [l for l in lines if l and not l.startswith("#")]
