@@ -220,7 +220,7 @@ class Views:
         "Apply a function to every tensor."
         return replace(
             self,
-            **{k.name: f(getattr(self, k.name)) for k in fields(self) if k.name != "camera"},
+            **{k.name: f(getattr(self, k.name)) for k in fields(self) if k.name not in ("camera", "allowed")},
             camera=self.camera if camera is None else camera,
         )
 
@@ -242,8 +242,22 @@ class Views:
         return self.images.shape[2]
 
 # %% ../nbs/07_clip_data.ipynb #1f1f2f91
+@dataclass
 class InputViews(Views):
     "Views the network may see."
+
+    allowed: tuple[int, ...] = ()  # log frame ids of the clip's inputs; () = none
+
+    def __post_init__(self) -> None:
+        "Refuse a frame that is no input."
+        if self.frame.device.type != "cpu":
+            return
+        wrong = sorted(set(self.frame.tolist()) - set(self.allowed))
+        if wrong:
+            raise ValueError(
+                f"InputViews: frames {wrong} are not among the allowed ones, {list(self.allowed)}; "
+                "name the clip's input frames, and show no other: a clip never leaks its targets."
+            )
 
 
 class TargetViews(Views):
@@ -267,13 +281,14 @@ def check_frames(
     clip: Clip,  # the clip
     frames: list[int],  # log frame ids
     kind: type[Views],  # what is to be made of them
-) -> None:  # raises ValueError
+) -> dict:  # fields by which such views know what they may show; raises ValueError
     "Refuse frames that such views of a clip must not show: `InputViews` are of input frames only."
     allowed = clip.input_frames if issubclass(kind, InputViews) else clip.frames
     if not len(frames) or set(frames) - set(allowed):
         raise ValueError(
             f"{kind.__name__} of {clip.id} must be chosen from frames {allowed}, got {list(frames)}; a clip never leaks its targets."
         )
+    return dict(allowed=tuple(allowed)) if issubclass(kind, InputViews) else {}
 
 # %% ../nbs/07_clip_data.ipynb #be662f63
 def load_views(
@@ -288,7 +303,7 @@ def load_views(
     "Load images, cameras and depth of some frames of a clip."
     import torch
 
-    check_frames(clip, frames, kind)
+    named = check_frames(clip, frames, kind)
     clip.log.image_size(clip.cameras if cameras is None else cameras)
     rows = []
     for f in frames:
@@ -308,6 +323,7 @@ def load_views(
         torch.tensor(frame),
         list(camera),
         tensor(depth),
+        **named,
     )
 
 # %% ../nbs/07_clip_data.ipynb #7b1129db

@@ -281,6 +281,14 @@ class Blocks(NamedTuple):
     z: Tensor  # (B,) m, 0 = no return supports it
     stamp: Tensor  # (B,) float64, s since the clip's start, of the returns around it, or of the shutter
 
+    def part(
+        self,
+        chosen: Tensor,  # (B,) bool
+    ) -> Blocks:
+        "Some of the blocks."
+        rows = chosen.nonzero()[:, 0]
+        return Blocks(*(a[rows] for a in self))
+
 # %% ../nbs/11_gap_filling.ipynb #7f7ea067
 def clip_blocks(
     data: ClipData,  # the clip

@@ -309,7 +309,7 @@ def views(
     kind: type = TargetViews,  # InputViews or TargetViews
 ) -> Views:  # on the device; raises ValueError for frames that such views of the clip must not show
     "Some views of a clip as one batch."
-    check_frames(clip, [f for f, _ in pairs], kind)
+    named = check_frames(clip, [f for f, _ in pairs], kind)
     got = [self.frame(clip.log.id, c, f) for f, c in pairs]
     if issubclass(kind, InputViews):
         depth = [self.input_depth(clip.log.id, c, f) for f, c in pairs]
@@ -327,7 +327,7 @@ def views(
         t=t,
         frame=join("frame"),
         camera=[c for _, c in pairs],
-        depth=torch.cat(depth),
+        depth=torch.cat(depth), **named,
     )
 
 # %% ../nbs/34_train.ipynb #d6b2bc1d

@@ -14,6 +14,8 @@ from flux4d.ablation import NOTHING_LEARNED, ablation_row, circumstances, paper_
 from flux4d.baselines import BASELINES
 from flux4d.cache import LiftCache
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
+from flux4d.clip_data import InputViews, TargetViews
+from flux4d.flow import what_training_adds
 from flux4d.records import repo_root, runs_of_record
 from flux4d.gap_filling import InitConfig
 from flux4d.nvs import EvalConfig
@@ -60,10 +62,26 @@ def test_every_table_that_scores_motion_has_the_prior(name):
 
 def test_runs_whose_motion_is_claimed_have_the_prior():
     "The runs that the index compares with it, and every run made since."
-    assert {"pandaset002_full_heldout", "pandaset002_paper_heldout", "city_full"} <= set(
+    assert {
+        "pandaset002_full",
+        "pandaset002_full_heldout",
+        "pandaset002_paper_heldout",
+        "city_full",
+        "city_full_trained",
+    } <= set(
         WITH_PRIOR
     ) or not RECORDS
     assert all("motion_prior" in m["baselines"] for m in RECORDS.values() if "scored_with" in m)
+
+
+def test_trained_weights_may_cover_other_pixels_than_the_prior():
+    "Counts as trained and untrained weights left them on the same frames, and counts of other frames."
+    trained = dict(moving_pixels=26_223, error_px=3.0, error_of_rest_px=7.0)
+    prior = dict(moving_pixels=25_214, error_px=5.0, error_of_rest_px=7.0)
+    assert what_training_adds(trained, prior)["adds"]
+    for pixels in (0, 13_000, 52_000):
+        with pytest.raises(DataError, match="compare the same frames"):
+            what_training_adds(trained, prior | dict(moving_pixels=pixels))
 
 
 @pytest.mark.skipif(not WITH_PRIOR, reason="no record with the motion prior is committed")

@@ -90,7 +90,7 @@ def test_stamps_unlike_the_shutter_lose_nothing(sound, fault, fill):
 def test_it_is_said_once_for_returns_gaps_and_far_field(sound):
     data, _ = sound
     late = replace(data, stamps=data.stamps + 0.04)
-    _, words = said(lambda: init_data(late, InitConfig(fill_blocks=(64, 16)), BackgroundConfig(nearer=())))
+    _, words = said(lambda: init_data(late, InitConfig(fill_blocks=(64, 16)), BackgroundConfig(depth_candidates=())))
     assert len(words) == 1
 
 
