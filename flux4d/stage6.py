@@ -48,7 +48,7 @@ from .config import config_from_dict, config_to_dict, flattened, merged
 from .loader import Loader, files_of
 from .train import Trainer, every, read_resumable
 from .run import provenance, trained_frames
-from .house import repo_root
+from .records import repo_root
 from .flow_metrics import FlowScoreConfig, FlowScores, check_bs_flow, clip_truth, score_clip
 from .nvs import EvalConfig, check_clip, evaluate_nvs
 from .record import METHODS, About, check_baselines, evaluate, forget, frames_of, one_clip_loader, seen

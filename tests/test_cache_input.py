@@ -1,9 +1,18 @@
 "A lift cache stays in its folder, believes no file, and is no condition for a run."
 
-import multiprocessing, os, signal, subprocess, sys, time, warnings, zipfile
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
 from dataclasses import fields
 from pathlib import Path
-import numpy as np, pytest, torch
+import numpy as np
+import pytest
+import torch
 from numpy.lib import format as npy
 from flux4d import cache as module
 from flux4d.background import BackgroundConfig

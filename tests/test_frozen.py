@@ -1,14 +1,22 @@
-"""What must not change when code is renamed, split or rewritten: values stored by the code before, computed again by the code of today.
+"""What must not change when code is renamed, split or rewritten: values stored by the code before, computed
+again by the code of today.
 
-`FLUX4D_FROZEN=exact` asks for equal bits, which one machine with one build of torch gives; without it numbers may differ as far as another machine's rounding goes.
-`python tests/test_frozen.py --store` writes the values anew: only where a difference is meant, and is named in the notebook that owns it.
+`FLUX4D_FROZEN=exact` asks for equal bits, which one machine with one build of torch gives; without it numbers
+may differ as far as another machine's rounding goes.
+`python tests/test_frozen.py --store` writes the values anew: only where a difference is meant, and is named
+in the notebook that owns it.
 """
 
-import hashlib, io, json, math, os, sys, tempfile
+import hashlib
+import io
+import json
+import math
+import os
+import sys
+import tempfile
 from contextlib import redirect_stdout
 from functools import lru_cache
 from pathlib import Path
-import numpy as np
 import pytest
 import torch
 from flux4d.background import init_data

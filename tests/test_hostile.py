@@ -1,6 +1,16 @@
-"""Files made to harm: nothing runs, nothing outside is read, the process lives, and each ends in one sentence that names the file."""
+"""Files made to harm: nothing runs, nothing outside is read, the process lives, and each ends in one sentence
+that names the file."""
 
-import gzip, json, os, pickle, re, struct, subprocess, sys, time, zipfile
+import gzip
+import json
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np

@@ -1,8 +1,12 @@
 "A trainer killed at a random moment, twenty times, leaves nothing that fails to load (design: trust)."
 
-import multiprocessing as mp, os, random, signal, time
+import multiprocessing as mp
+import os
+import random
+import signal
+import time
 from pathlib import Path
-import numpy as np, pytest
+import numpy as np
 from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.pandaset import PandaSet

@@ -1,4 +1,5 @@
-"""Lessons about training fail for a model that was not trained; what cannot be trained in is refused; figures are those of their records."""
+"""Lessons about training fail for a model that was not trained; what cannot be trained in is refused; figures
+are those of their records."""
 
 import io
 import json

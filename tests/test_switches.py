@@ -1,4 +1,5 @@
-"""Switches that restore what the paper is known to have done: each changes what it names, and all of them train together."""
+"""Switches that restore what the paper is known to have done: each changes what it names, and all of them
+train together."""
 
 import io
 from contextlib import redirect_stdout
@@ -17,7 +18,7 @@ from flux4d.gap_filling import InitConfig
 from flux4d.losses import LossConfig
 from flux4d.pandaset import PandaSet
 from flux4d.predictor import PredictorConfig, decode_velocity, motion_feature_count
-from flux4d.house import repo_root
+from flux4d.records import repo_root
 from flux4d.presets import PRESETS, preset_config, preset_table
 from flux4d.refine import Flux4D, FullConfig, RefineConfig, feedback, feedback_features
 from flux4d.loader import Loader
