@@ -23,7 +23,8 @@ from .log_files import scaled_size
 from .files import report_fault
 from .columns import need_pandas
 from .tables import safe_load_pickle
-from .clips import project_sweep
+from .visibility import project_sweep
+
 
 # %% auto #0
 __all__ = ['LABELS', 'BUCKETS', 'METAS', 'CLASSES', 'BUCKET_OF', 'META_OF', 'CuboidConfig', 'class_ids', 'Boxes', 'load_cuboids',

@@ -1,6 +1,16 @@
-"""Files made to harm: nothing runs, nothing outside is read, the process lives, and each ends in one sentence that names the file."""
+"""Files made to harm: nothing runs, nothing outside is read, the process lives, and each ends in one sentence
+that names the file."""
 
-import gzip, json, os, pickle, re, struct, subprocess, sys, time, zipfile
+import gzip
+import json
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +25,7 @@ from flux4d.files import DataError
 from flux4d.pandaset import Log
 from flux4d.log_files import fabricate_log, read_intrinsics
 from flux4d.run import load_checkpoint, trained_frames
-from flux4d.train import load_model
+from flux4d.model import load_model
 from flux4d.tables import safe_load_pickle
 
 ROOT = Path(__file__).parents[1]

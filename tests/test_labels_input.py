@@ -1,9 +1,14 @@
 "Faults of label files end in one sentence before anything is scored, or do not matter."
 
-import gzip, re, shutil, uuid
-import numpy as np, pandas as pd, pytest
+import gzip
+import re
+import shutil
+import uuid
+import numpy as np
+import pandas as pd
+import pytest
 from flux4d import cuboids
-from flux4d.city import fixture_city
+from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.cuboids import (
     CLASSES,
