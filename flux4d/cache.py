@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from numpy.lib import format as npy
-from . import frames, files, gaussians, unpickle, pandaset, clips, visibility, clip_data, lift, gap_filling
-from . import background
+from . import frames, gaussians, files, unpickle, columns, tables, log_files, pandaset
+from . import clips, visibility, clip_data, lift, gap_filling, background
 from .files import atomic_write, remove_unfinished, short_path
 from .gaussians import BACKGROUND, LIDAR, Gaussians
 from .clips import Clip
@@ -23,7 +23,7 @@ from .gap_filling import InitConfig
 from .background import BackgroundConfig, init_gaussians
 
 # %% auto #0
-__all__ = ['pack', 'sound', 'unpack', 'save_arrays', 'load_arrays', 'data_identity', 'cache_key', 'LiftCache', 'warm']
+__all__ = ['pack', 'sound', 'unpack', 'save_arrays', 'load_arrays', 'data_identity', 'cache_key', 'LiftCache', 'fill_cache']
 
 # %% ../nbs/12a_cache.ipynb #d03d82d1
 _WIDTH = dict(
@@ -116,7 +116,10 @@ def load_arrays(
         return None  # a file can be broken in more ways than its readers have errors for
 
 # %% ../nbs/12a_cache.ipynb #db7e99a1
-_MODULES = frames, files, gaussians, unpickle, pandaset, clips, visibility, clip_data, lift, gap_filling, background
+_MODULES = (
+    *(frames, gaussians, files, unpickle, columns, tables, log_files, pandaset),  # reading
+    *(clips, visibility, clip_data, lift, gap_filling, background),  # lifting
+)
 _CODE = hashlib.sha256(b"".join(Path(m.__file__).read_bytes() for m in _MODULES)).hexdigest()
 
 
@@ -272,7 +275,7 @@ def _get(cache: LiftCache, args: tuple) -> tuple[int, list[str]]:
     return n, [str(w.message) for w in said if w.category is UserWarning]
 
 # %% ../nbs/12a_cache.ipynb #20260c73
-def warm(
+def fill_cache(
     cache: LiftCache,  # to fill
     clip_list: list[Clip],  # the clips
     lift_cfg: InitConfig = InitConfig(),  # returns and gaps

@@ -17,27 +17,12 @@ from torch.nn.utils.rnn import pad_sequence
 from .clips import Clip
 from .frames import pixel_index, project, scale_intrinsics, se3_inverse
 from .files import report_fault
-from .pandaset import scaled_size
+from .log_files import scaled_size
 from .visibility import project_sweep, splat_depth, unoccluded
 
 # %% auto #0
-__all__ = ['Returns', 'ClipData', 'stacked', 'padded_sweeps', 'clip_data', 'clip_returns', 'toy_data', 'image_numbers',
+__all__ = ['ClipData', 'stacked', 'padded_sweeps', 'clip_data', 'Returns', 'clip_returns', 'toy_data', 'image_numbers',
            'ProjectedReturns', 'project_returns', 'Views', 'InputViews', 'TargetViews', 'check_frames', 'load_views']
-
-# %% ../nbs/07_clip_data.ipynb #7b3b16f2
-class Returns(NamedTuple):
-    "What the LiDAR saw in a clip's input sweeps, all around, whether or not a camera sees it."
-
-    points: Tensor  # (R,3) float64, world, m
-    seconds: Tensor  # (R,) float64, since the clip's start
-    frame: Tensor  # (R,) int64 log frame ids
-
-    def to(
-        self,
-        device: Any,  # torch device
-    ) -> Returns:
-        "The same returns on another device."
-        return Returns(*(v.to(device) for v in self))
 
 # %% ../nbs/07_clip_data.ipynb #f94547ad
 @dataclass
@@ -137,6 +122,21 @@ def clip_data(
         log=log.id,
         period=float(np.median(np.diff(log.lidar_stamps))),
     )
+
+# %% ../nbs/07_clip_data.ipynb #7b3b16f2
+class Returns(NamedTuple):
+    "What the LiDAR saw in a clip's input sweeps, all around, whether or not a camera sees it."
+
+    points: Tensor  # (R,3) float64, world, m
+    seconds: Tensor  # (R,) float64, since the clip's start
+    frame: Tensor  # (R,) int64 log frame ids
+
+    def to(
+        self,
+        device: Any,  # torch device
+    ) -> Returns:
+        "The same returns on another device."
+        return Returns(*(v.to(device) for v in self))
 
 # %% ../nbs/07_clip_data.ipynb #4120c2b3
 def clip_returns(
@@ -242,7 +242,7 @@ class Views:
         "Apply a function to every tensor."
         return replace(
             self,
-            **{k.name: f(getattr(self, k.name)) for k in fields(self) if k.name != "camera"},
+            **{k.name: f(getattr(self, k.name)) for k in fields(self) if k.name not in ("camera", "allowed")},
             camera=self.camera if camera is None else camera,
         )
 
@@ -264,12 +264,26 @@ class Views:
         return self.images.shape[2]
 
 # %% ../nbs/07_clip_data.ipynb #1f1f2f91
+@dataclass
 class InputViews(Views):
     "Views the network may see."
 
+    allowed: tuple[int, ...] = ()  # log frame ids of the clip's inputs; () = none
+
+    def __post_init__(self) -> None:
+        "Refuse a frame that is no input."
+        if self.frame.device.type != "cpu":
+            return
+        wrong = sorted(set(self.frame.tolist()) - set(self.allowed))
+        if wrong:
+            raise ValueError(
+                f"InputViews: frames {wrong} are not among the allowed ones, {list(self.allowed)}; "
+                "name the clip's input frames, and show no other: a clip never leaks its targets."
+            )
+
 
 class TargetViews(Views):
-    "Views it is judged by, and must not see."
+    "Views that a reconstruction is scored on, and must not see."
 
 # %% ../nbs/07_clip_data.ipynb #c6832637
 @patch
@@ -289,13 +303,15 @@ def check_frames(
     clip: Clip,  # the clip
     frames: list[int],  # log frame ids
     kind: type[Views],  # what is to be made of them
-) -> None:  # raises ValueError
+) -> dict:  # fields by which such views know what they may show; raises ValueError
     "Refuse frames that such views of a clip must not show: `InputViews` are of input frames only."
     allowed = clip.input_frames if issubclass(kind, InputViews) else clip.frames
     if not len(frames) or set(frames) - set(allowed):
         raise ValueError(
-            f"{kind.__name__} of {clip.id} must be chosen from frames {allowed}, got {list(frames)}; a clip never leaks its targets."
+            f"{kind.__name__} of {clip.id} must be chosen from frames {allowed}, got {list(frames)}; "
+            "a clip never leaks its targets."
         )
+    return dict(allowed=tuple(allowed)) if issubclass(kind, InputViews) else {}
 
 # %% ../nbs/07_clip_data.ipynb #be662f63
 def load_views(
@@ -310,7 +326,7 @@ def load_views(
     "Load images, cameras and depth of some frames of a clip."
     import torch
 
-    check_frames(clip, frames, kind)
+    named = check_frames(clip, frames, kind)
     clip.log.image_size(clip.cameras if cameras is None else cameras)
     rows = []
     for f in frames:
@@ -330,6 +346,7 @@ def load_views(
         torch.tensor(frame),
         list(camera),
         tensor(depth),
+        **named,
     )
 
 # %% ../nbs/07_clip_data.ipynb #7b1129db

@@ -299,26 +299,30 @@ def _missing(log: Log, cameras: tuple[str, ...]) -> dict[int, str]:
                 )
     return lost
 
-# %% ../nbs/04_clips.ipynb #0f988647
+# %% ../nbs/04_clips.ipynb #cb0992ce
 def _frame_rate(stamps: list[float], cfg: ClipConfig) -> float:
     "Frames per second: as asked for, or as measured."
     measured = (len(stamps) - 1) / (stamps[-1] - stamps[0]) if len(stamps) > 1 else 10.0
     return cfg.fps or measured
 
+# %% ../nbs/04_clips.ipynb #da8e6305
+def _fault_of(piece: Cut, stamps: list[float], lost: dict[int, str], ratio: float) -> str | None:
+    "Why a clip cannot be used: a file that it lacks, or an uneven step of time."
+    gap = next((lost[f] for f in piece.frames if f in lost), None)
+    own = np.array(stamps[piece.frames[0] : piece.frames[-1] + 1])
+    return gap or irregular_step(own, usual_step(stamps), ratio)
 
+# %% ../nbs/04_clips.ipynb #0f988647
 def _cut_log(log: Log, cfg: ClipConfig) -> tuple[list[dict], list[dict]]:
     "Entries of one log, and the clips left out with their reasons."
     lists = _log_lists(log, cfg)
     lost = _missing(log, cfg.cameras)
     fps = _frame_rate(lists.stamps, cfg)
-    usual = usual_step(lists.stamps)
     clips = []
     left_out = []
     scored = set()
     for piece in cut(log.id, len(lists.stamps), fps, cfg):
-        own = np.array(lists.stamps[piece.frames[0] : piece.frames[-1] + 1])
-        gap = next((lost[f] for f in piece.frames if f in lost), None)
-        if reason := gap or irregular_step(own, usual, cfg.max_step_ratio):
+        if reason := _fault_of(piece, lists.stamps, lost, cfg.max_step_ratio):
             clip_id = _clip_id(log.id, piece.setting, piece.frames)
             left_out.append(dict(clip_id=clip_id, scene_id=log.id, reason=reason))
             continue
@@ -554,6 +558,26 @@ def t_of_camera(
     if frame in self.frames:
         self.check_times(t, path, f"puts frame {frame}", self.time.reach)
     return t
+
+# %% ../nbs/04_clips.ipynb #efa665dc
+@patch
+def clip(
+    self: Log,
+    start: int = 0,  # log frame id of its first frame
+    cameras: tuple[str, ...] | None = None,  # names; None: every camera of the log
+) -> Clip:  # 16 frames, of which 0, 2, .., 10 are input; raises DataError where the log has no such clip
+    "A clip of any log from any frame on, cut as evaluation clips are; no index is needed."
+    cfg = ClipConfig(cameras=tuple(self.cameras if cameras is None else cameras))
+    last = len(self.frame_ids) - cfg.future_len
+    if not 0 <= start <= last:
+        whole = f"choose a frame from 0 to {last}" if last >= 0 else "choose a longer log"
+        raise DataError(f"start: is {start}; log {self.id} has no {cfg.future_len} frames from there: {whole}.")
+    piece = Cut("eval_future", "test", list(range(start, start + cfg.future_len)), stride=1)
+    lists = _log_lists(self, cfg)
+    entry = clip_entry(self.id, piece, lists, cfg.fps, cfg)
+    if fault := _fault_of(piece, lists.stamps, _missing(self, cfg.cameras), cfg.max_step_ratio):
+        raise DataError(f"{entry['clip_id']}: {fault}; choose another start.")
+    return Clip(self, entry)
 
 # %% ../nbs/04_clips.ipynb #689c9511
 def long_log_clips(

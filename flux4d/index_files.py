@@ -14,7 +14,7 @@ from .clips import CLIP_PRESETS, ClipConfig, build_index, fingerprint, is_name, 
 from .clips import tiny_index
 from .files import DataError, atomic_write, plain_fault, report_fault
 from .pandaset import Log
-from .unpickle import safe_load_pickle
+from .tables import safe_load_pickle
 
 # %% auto #0
 __all__ = ['INDEX_NAMES', 'META_SCHEMA', 'ENTRY_SCHEMA', 'META_FIELDS', 'ENTRY_FIELDS', 'write_index', 'Field', 'load_index',

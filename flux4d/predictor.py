@@ -62,7 +62,7 @@ class PredictorConfig:
     max_residual: PositiveFloat = 0.5  # largest departure from a trusted prior along an axis, m/s and m/s^2
     dead_zone: NonNegativeFloat = 0.5  # m/s, slower motion without a prior does not count in a reconstruction
 
-# %% ../nbs/31_predictor.ipynb #13e3e38b
+# %% ../nbs/31_predictor.ipynb #7aab830d
 def group_by_cell(
     points: Tensor,  # (M,3) ego0, m
     edges: Tensor,  # (3,) of a cell, m
@@ -89,7 +89,7 @@ def local_velocity(
     velocity = covariance / (variance + ridge)
     return velocity[group].float(), variance.sqrt()[group, 0].float()
 
-# %% ../nbs/31_predictor.ipynb #519ddc98
+# %% ../nbs/31_predictor.ipynb #feda518e
 def estimate_prior(
     here: SweepPoints,  # M points that are asked for
     returns: SweepPoints | None,  # all returns around, which are matched; None = the points themselves
@@ -100,7 +100,7 @@ def estimate_prior(
     matched = here if returns is None else returns
     return coarse_to_fine(matched, voxel, cfg.motion_prior, cfg.fine_prior, here)
 
-# %% ../nbs/31_predictor.ipynb #19f29d73
+# %% ../nbs/31_predictor.ipynb #faa0413e
 N_PRIOR = 8  # channels of the prior: velocity and acceleration in the plane, two scores, two yes-or-no
 
 
@@ -167,7 +167,7 @@ class PointFeatures(NamedTuple):
 
 N_POINT = 14  # channels of `PointFeatures`
 
-# %% ../nbs/31_predictor.ipynb #c3bb3bd4
+# %% ../nbs/31_predictor.ipynb #f736b6da
 def point_features(
     g: Gaussians,  # M Gaussians in the grid, world
     points: Tensor,  # (M,3) their centres, ego0, m
@@ -312,7 +312,7 @@ def split_motion(
     blocks = 3 * (cfg.degree + 1)
     return raw[:, :blocks].reshape(-1, cfg.degree + 1, 3), raw[:, blocks:]
 
-# %% ../nbs/31_predictor.ipynb #3755b377
+# %% ../nbs/31_predictor.ipynb #2db88641
 def free_velocity(
     raw: Tensor,  # (M,motion_channels) output of the motion head, ego0
     prior: MotionPrior | None,  # of the M points
@@ -326,7 +326,7 @@ def free_velocity(
     followed = torch.tanh(share) * prior.velocity.to(raw.dtype)
     return own + F.pad(followed[:, None], (0, 0, 0, cfg.degree))
 
-# %% ../nbs/31_predictor.ipynb #0064cb9c
+# %% ../nbs/31_predictor.ipynb #4ec13ad0
 def near_prior(
     raw: Tensor,  # (M,motion_channels) output of the motion head, ego0
     prior: MotionPrior,  # of the M points

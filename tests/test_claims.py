@@ -1,29 +1,32 @@
-"""What tables, names and records claim is so: the motion prior stands beside what training adds, presets are their table, unseen is unseen, and scores depend on no setting of the model."""
+"""What tables, names and records claim is so: the motion prior stands beside what training adds, presets are
+their table, unseen is unseen, and scores depend on no setting of the model."""
 
-import copy, inspect, json, re
-from dataclasses import fields, replace
+import inspect
+import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from flux4d import baselines, clip_data, cuboids, evaluate, lift, nvs, record, train, motion_prior, visibility
-from flux4d.ablation import COLUMNS, NOTHING_LEARNED, ablation_row, circumstances, paper_tables, time_table
+from flux4d.ablation import NOTHING_LEARNED, ablation_row, circumstances, paper_tables, time_table
 from flux4d.baselines import BASELINES
 from flux4d.cache import LiftCache
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.clip_data import InputViews, TargetViews
-from flux4d.house import kept_runs, repo_root, runs_of_record
+from flux4d.flow import what_training_adds
+from flux4d.records import repo_root, runs_of_record
 from flux4d.gap_filling import InitConfig
 from flux4d.nvs import EvalConfig
 from flux4d.files import DataError
-from flux4d.pandaset import PandaSet, fabricate_log
+from flux4d.pandaset import PandaSet
+from flux4d.log_files import fabricate_log
 from flux4d.presets import PRESETS, preset_config, preset_table
 from flux4d.record import ALWAYS, check_baselines, comparable, frames_of, one_clip_loader, seen
 from flux4d.report import flow_tables, foreign_faults, nvs_tables, summary_table, title_of
 from flux4d.stage6 import TrainingParameters, curves_say, keep_aside, rows_due, split_clips
-from flux4d.train import config_to_dict, flattened
+from flux4d.config import config_to_dict, flattened
 
 ROOT = repo_root(Path(__file__).parent)
 RECORDS = {
@@ -60,10 +63,26 @@ def test_every_table_that_scores_motion_has_the_prior(name):
 
 def test_runs_whose_motion_is_claimed_have_the_prior():
     "The runs that the index compares with it, and every run made since."
-    assert {"pandaset002_full_heldout", "pandaset002_paper_heldout", "city_full"} <= set(
+    assert {
+        "pandaset002_full",
+        "pandaset002_full_heldout",
+        "pandaset002_paper_heldout",
+        "city_full",
+        "city_full_trained",
+    } <= set(
         WITH_PRIOR
     ) or not RECORDS
     assert all("motion_prior" in m["baselines"] for m in RECORDS.values() if "scored_with" in m)
+
+
+def test_trained_weights_may_cover_other_pixels_than_the_prior():
+    "Counts as trained and untrained weights left them on the same frames, and counts of other frames."
+    trained = dict(moving_pixels=26_223, error_px=3.0, error_of_rest_px=7.0)
+    prior = dict(moving_pixels=25_214, error_px=5.0, error_of_rest_px=7.0)
+    assert what_training_adds(trained, prior)["adds"]
+    for pixels in (0, 13_000, 52_000):
+        with pytest.raises(DataError, match="compare the same frames"):
+            what_training_adds(trained, prior | dict(moving_pixels=pixels))
 
 
 @pytest.mark.skipif(not WITH_PRIOR, reason="no record with the motion prior is committed")
