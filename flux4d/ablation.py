@@ -13,10 +13,10 @@ import yaml
 from annotated_types import Interval
 from matplotlib.figure import Figure
 from pydantic import NonNegativeInt
-from .house import repo_root
+from .records import repo_root
 from .files import DataError
 from .settings import Distinct, LogId, Seed, read_parameters
-from .train import flattened, merged
+from .config import flattened, merged
 
 # %% auto #0
 __all__ = ['VARIANTS', 'TABLES', 'PAPER', 'SWITCHES', 'FIELDS', 'SETTINGS', 'COLUMNS', 'BUDGET', 'SILENT', 'PRIOR',

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 from .files import DataError, atomic_write
-from .house import as_sentence, is_number, literal, measured, one_line, read_metrics
+from .records import as_sentence, is_number, literal, measured, one_line, read_metrics
 
 if TYPE_CHECKING:
     from flux4d.run import Run

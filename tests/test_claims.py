@@ -1,30 +1,32 @@
-"""What tables, names and records claim is so: the motion prior stands beside what training adds, presets are their table, unseen is unseen, and scores depend on no setting of the model."""
+"""What tables, names and records claim is so: the motion prior stands beside what training adds, presets are
+their table, unseen is unseen, and scores depend on no setting of the model."""
 
-import copy, inspect, json, re
-from dataclasses import fields, replace
+import inspect
+import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from flux4d import baselines, clip_data, cuboids, evaluate, lift, nvs, record, train, motion_prior, visibility
-from flux4d.ablation import COLUMNS, NOTHING_LEARNED, ablation_row, circumstances, paper_tables, time_table
+from flux4d.ablation import NOTHING_LEARNED, ablation_row, circumstances, paper_tables, time_table
 from flux4d.baselines import BASELINES
 from flux4d.cache import LiftCache
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.clip_data import InputViews, TargetViews
 from flux4d.flow import what_training_adds
-from flux4d.house import kept_runs, repo_root, runs_of_record
+from flux4d.records import repo_root, runs_of_record
 from flux4d.gap_filling import InitConfig
 from flux4d.nvs import EvalConfig
 from flux4d.files import DataError
-from flux4d.pandaset import PandaSet, fabricate_log
+from flux4d.pandaset import PandaSet
+from flux4d.log_files import fabricate_log
 from flux4d.presets import PRESETS, preset_config, preset_table
 from flux4d.record import ALWAYS, check_baselines, comparable, frames_of, one_clip_loader, seen
 from flux4d.report import flow_tables, foreign_faults, nvs_tables, summary_table, title_of
 from flux4d.stage6 import TrainingParameters, curves_say, keep_aside, rows_due, split_clips
-from flux4d.train import config_to_dict, flattened
+from flux4d.config import config_to_dict, flattened
 
 ROOT = repo_root(Path(__file__).parent)
 RECORDS = {

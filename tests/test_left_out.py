@@ -1,4 +1,5 @@
-"""Clips that the data cannot give are named with their reason, by training and by evaluation, and stand in the record."""
+"""Clips that the data cannot give are named with their reason, by training and by evaluation, and stand in
+the record."""
 
 import shutil
 

@@ -2,7 +2,9 @@
 
 import warnings
 from dataclasses import replace
-import numpy as np, pytest, torch
+import numpy as np
+import pytest
+import torch
 from flux4d import clip_data as clip_data_module, visibility
 from flux4d.background import BackgroundConfig, init_data, init_gaussians
 from flux4d.city.logs import fixture_city

@@ -1,20 +1,14 @@
-"""What a committed run of record says is checked by the same rules that let it be written, and what prose says of a run is what the run says."""
+"""What a committed run of record says is checked by the same rules that let it be written, and what prose
+says of a run is what the run says."""
 
-import json, re
+import json
+import re
 from pathlib import Path
 import pytest
-from flux4d.house import (
-    SOURCES,
-    figure_faults,
-    figures_in,
-    is_printed_right,
-    kept_runs,
-    notebooks,
-    repo_root,
-    run_arithmetic,
-    runs_of_record,
-    text_faults,
-)
+from flux4d.figures import SOURCES, figure_faults, figures_in, is_printed_right, run_arithmetic, text_faults
+from flux4d.notebooks import read_notebooks
+from flux4d.records import kept_runs, repo_root, runs_of_record
+from flux4d.repo import pages_of_text
 from flux4d.record import check_metrics
 from flux4d.report import report_text, same_frames, with_baselines
 
@@ -56,16 +50,22 @@ def test_a_report_is_what_its_record_says(name):
 # figures of runs in prose
 
 RUNS = kept_runs(ROOT)
-CELLS = {
+TEXTS = {
     (nb.path.name, i): c["source"]
-    for nb in notebooks(ROOT)
+    for nb in read_notebooks(ROOT)
     for i, c in enumerate(nb.cells)
-    if c["cell_type"] == "markdown" and SOURCES.search(c["source"])
+    if c["cell_type"] == "markdown"
 }
+TEXTS |= {
+    (p.name, i): section
+    for p in pages_of_text(ROOT)
+    for i, section in enumerate(re.split(r"^(?=## )", p.read_text(encoding="utf-8"), flags=re.M))
+}
+CELLS = {place: text for place, text in TEXTS.items() if SOURCES.search(text)}
 
 
 def test_figures_in_prose_are_those_of_their_runs():
-    assert figure_faults(ROOT) == [], "flux4d-house figures --write puts the right ones in"
+    assert figure_faults(ROOT) == [], "flux4d-repo figures --write puts the right ones in"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     prose = "\n".join(
         line for line in readme.splitlines() if not line.startswith("|")
@@ -115,7 +115,7 @@ def test_a_figure_without_a_source_is_found(place):
 def test_the_ablation_claims_no_result_without_a_run():
     text = " ".join(
         c["source"]
-        for nb in notebooks(ROOT)
+        for nb in read_notebooks(ROOT)
         if nb.path.name == "62_ablation.ipynb"
         for c in nb.cells
         if c["cell_type"] == "markdown"
