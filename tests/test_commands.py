@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 from flux4d.city import city_main
 from flux4d.house import house_main, repo_root
-from flux4d.report import report_main
+from flux4d.report_pages import report_main
 
 ROOT = repo_root(Path(__file__).parent)
 COMMANDS = {
     "flux4d-house": "house:house_main",
     "flux4d-city": "city:city_main",
-    "flux4d-report": "report:report_main",
+    "flux4d-report": "report_pages:report_main",
 }
 
 

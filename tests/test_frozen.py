@@ -17,9 +17,10 @@ from flux4d.cache import LiftCache
 from flux4d.city import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, load_views, select_clips
 from flux4d.lift import clip_data
-from flux4d.nvs import EvalConfig
+from flux4d.view_scores import EvalConfig
 from flux4d.pandaset import PandaSet
-from flux4d.record import About, evaluate, one_clip_loader
+from flux4d.run_facts import About
+from flux4d.score_clips import Evaluation, evaluate, one_clip_loader
 from flux4d.refine import Flux4D, FullConfig
 from flux4d.render import RenderConfig, render
 from flux4d.run import Run
@@ -163,12 +164,7 @@ def evaluation():
     with redirect_stdout(io.StringIO()):
         found = evaluate(
             About("test", "seen logs"),
-            model.reconstruct,
-            loader,
-            folder,
-            ("lift", "zero_motion"),
-            cfg,
-            videos=0,
+            Evaluation(model.reconstruct, loader, folder, ("lift", "zero_motion"), cfg, videos=0),
         )
     return numbers(found)
 

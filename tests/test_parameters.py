@@ -14,7 +14,7 @@ from flux4d.clips import ClipConfig, build_index
 from flux4d.evaluate import EvaluationParameters, eval_clips_of, read_evaluation
 from flux4d.flow import FlowParameters
 from flux4d.house import read_notebook, repo_root
-from flux4d.nvs import EvalConfig
+from flux4d.view_scores import EvalConfig
 from flux4d.overfit import OverfitParameters
 from flux4d.files import DataError
 from flux4d.pandaset import fabricate_log
