@@ -1,17 +1,29 @@
 """What a committed run of record says is checked by the same rules that let it be written, and what prose
 says of a run is what the run says."""
 
+import copy
 import json
 import re
+import shutil
 from pathlib import Path
 import pytest
 from flux4d.figures import SOURCES, figure_faults, figures_in, is_printed_right, run_arithmetic, text_faults
 from flux4d.notebooks import read_notebooks
 from flux4d.records import kept_runs, repo_root, runs_of_record
 from flux4d.repo import pages_of_text
-from flux4d.schema import check_metrics
+from flux4d.baselines import still
+from flux4d.cache import LiftCache
+from flux4d.city.logs import fixture_city
+from flux4d.clips import Clip, ClipConfig, build_index, select_clips
+from flux4d.pandaset import PandaSet
+from flux4d.config import Config, config_from_dict
+from flux4d.run_facts import About
+from flux4d.schema import check_metrics, disagreements
+from flux4d.score_clips import Evaluation, evaluate, one_clip_loader
+from flux4d.scores import SCORES, facts_of, metrics_from, read_scores, write_scores
+from flux4d.view_scores import EvalConfig
 from flux4d.report import report_text
-from flux4d.report_pages import same_frames, with_baselines
+from flux4d.report_pages import report_main, same_frames, with_baselines
 
 ROOT = repo_root(Path(__file__).parent)
 RECORDS = {
