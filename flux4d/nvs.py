@@ -25,7 +25,7 @@ from .render import RenderConfig, Rendered
 from .scene import Scene
 from .settings import Some
 from .image_velocity import FlowConfig, colour_wheel, flow_colours, render_velocity, view_gaps
-from .flow import tint
+from .flow import turbo_colours
 from .flow_metrics import named
 
 # %% auto #0
@@ -392,7 +392,7 @@ def film_frame(
     k = max(9, len(hsv) // 6)
     hsv[:k, -k:] = colour_wheel(k).to(hsv)
     small = [x.cpu() for x in (rgb, seen, (rgb - seen).abs(), depth, v_r.norm(dim=-1) / flow.clip_px, hsv)]
-    rows = [torch.cat([x if x.dim() == 3 else tint(x) for x in small[j : j + 3]], 1) for j in (0, 3)]
+    rows = [torch.cat([x if x.dim() == 3 else turbo_colours(x) for x in small[j : j + 3]], 1) for j in (0, 3)]
     h, w = small[0].shape[:2]
     draw = ImageDraw.Draw(im := Image.fromarray(as_bytes(torch.cat(rows))))
     for j, name in enumerate(PANELS):

@@ -6,7 +6,7 @@
 from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from fastcore.basics import patch
