@@ -178,7 +178,7 @@ def test_weights_bring_their_history_and_two_data_sets_are_told_apart(trainer, t
     assert grown.trained_on.frames == t.trained_on.frames and grown.step == 0
     grown.fit(1)
     found = trained_frames(grown.save())
-    assert {k: found[k] for k in t.trained_on.frames} == t.trained_on.frames_on.frames
+    assert {k: found[k] for k in t.trained_on.frames} == t.trained_on.frames
     assert len({identity for log, identity in found if log == other[0].log.id}) == 2
 
 
