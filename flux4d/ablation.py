@@ -13,7 +13,7 @@ import yaml
 from annotated_types import Interval
 from matplotlib.figure import Figure
 from pydantic import NonNegativeInt
-from .house import repo_root
+from .records import repo_root
 from .files import DataError
 from .settings import Distinct, LogId, Seed, read_parameters
 from .config import flattened, merged

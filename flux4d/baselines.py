@@ -15,7 +15,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from .gaussians import LIDAR, Gaussians
 from .clips import Clip
 from .settings import Seed
-from .lift import clip_returns
+from .clip_data import clip_returns
 from .voxels import VoxelConfig
 from .motion_prior import height_above_ground
 from .predictor import PredictorConfig, decode_velocity, make_grid_index, motion_channels
@@ -244,10 +244,10 @@ def motion_prior_alone(
     g0 = lift.gaussians
     returns = clip_returns(inputs.clip, lidar_sensors).to(lift.device)
     index = make_grid_index(g0, lift.ego0, lift.duration, voxel, cfg, returns)
-    nothing = g0.means.new_zeros(len(index.at), motion_channels(cfg))
-    found = decode_velocity(nothing, index.hints, index.seconds, index.to_world, cfg, settled=True)
+    nothing = g0.means.new_zeros(len(index.inside), motion_channels(cfg))
+    found = decode_velocity(nothing, index.prior, index.seconds, index.to_world, cfg, use_dead_zone=True)
     velocity = g0.means.new_zeros(len(g0), cfg.degree + 1, 3)
-    return lift.moving(velocity.index_copy(0, index.at, found.to(velocity.dtype)))
+    return lift.moving(velocity.index_copy(0, index.inside, found.to(velocity.dtype)))
 
 # %% ../nbs/54_baselines.ipynb #938d7553
 BASELINES: dict[str, Callable[[ClipInputs], Scene]] = dict(

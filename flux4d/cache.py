@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.lib import format as npy
-from . import frames, files, gaussians, unpickle, pandaset, clips, lift, background
+from flux4d import (
+    frames, files, gaussians, unpickle, pandaset, clips, visibility, clip_data, lift, gap_filling, background
+)
 from .files import atomic_write, remove_unfinished, short_path
 from .gaussians import BACKGROUND, LIDAR, Gaussians
 from .clips import Clip
-from .lift import LiftConfig
+from .gap_filling import InitConfig
 from .background import BackgroundConfig, init_gaussians
 
 # %% auto #0
@@ -117,7 +119,19 @@ def load_arrays(
 _CODE = hashlib.sha256(
     b"".join(
         Path(m.__file__).read_bytes()
-        for m in (frames, files, gaussians, unpickle, pandaset, clips, lift, background)
+        for m in (
+            frames,
+            files,
+            gaussians,
+            unpickle,
+            pandaset,
+            clips,
+            visibility,
+            clip_data,
+            lift,
+            gap_filling,
+            background,
+        )
     )
 ).hexdigest()
 
@@ -148,7 +162,7 @@ def data_identity(
 # %% ../nbs/12a_cache.ipynb #08d71083
 def cache_key(
     clip: Clip,  # the clip
-    lift_cfg: LiftConfig,  # returns and gaps
+    lift_cfg: InitConfig,  # returns and gaps
     bg_cfg: BackgroundConfig,  # sky and far field
     cameras: list[str] | None = None,  # names, None: the clip's
     image_scale: float = 1.0,  # 1.0 = full resolution
@@ -231,7 +245,7 @@ class LiftCache:
     def get(
         self,
         clip: Clip,  # the clip
-        lift_cfg: LiftConfig = LiftConfig(),  # returns and gaps
+        lift_cfg: InitConfig = InitConfig(),  # returns and gaps
         bg_cfg: BackgroundConfig = BackgroundConfig(),  # sky and far field
         cameras: list[str] | None = None,  # names, None: the clip's
         image_scale: float = 1.0,  # 1.0 = full resolution
@@ -276,7 +290,7 @@ def _get(cache: LiftCache, args: tuple) -> tuple[int, list[str]]:
 def warm(
     cache: LiftCache,  # to fill
     clip_list: list[Clip],  # the clips
-    lift_cfg: LiftConfig = LiftConfig(),  # returns and gaps
+    lift_cfg: InitConfig = InitConfig(),  # returns and gaps
     bg_cfg: BackgroundConfig = BackgroundConfig(),  # sky and far field
     cameras: list[str] | None = None,  # names, None: the clips'
     image_scale: float = 1.0,  # 1.0 = full resolution

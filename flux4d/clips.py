@@ -4,36 +4,32 @@
 
 # %% ../nbs/04_clips.ipynb #07c349c7
 from __future__ import annotations
-import argparse, hashlib, json, math, pickle
+import argparse, hashlib, json, pickle
 from collections.abc import Callable
-from dataclasses import dataclass, asdict, replace, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Iterator, Literal, NamedTuple
+from typing import Annotated, Any, Iterator, Literal, NamedTuple
 import numpy as np
 from fastcore.basics import patch
 from annotated_types import Gt, MinLen
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from .frames import ClipTime, project, pixel_index, se3_inverse, scale_intrinsics
+from .frames import ClipTime
 from .files import counts_otherwise, missing_text, plain_fault
-from .pandaset import PandaSet, Log, report, scaled_size
-from .files import DataError, atomic_write, short_path
-from .unpickle import safe_load_pickle
+from .pandaset import PandaSet, Log
+from .files import DataError, atomic_write, report_fault, short_path
+from .tables import safe_load_pickle
 
-if TYPE_CHECKING:  # loaded where images become tensors, so that the commands start at once
-    import torch
-    from torch import Tensor
 
 # %% auto #0
-__all__ = ['TEST_SCENES', 'PRESETS', 'TRAIN_SETTINGS', 'TIME_UNITS', 'SANE_STEP', 'COORD', 'INDEX_NAMES', 'META_SCHEMA',
-           'RECORD_SCHEMA', 'META_FIELDS', 'RECORD_FIELDS', 'ClipConfig', 'cut', 'time_unit', 'check_time_unit',
-           'irregular_step', 'make_record', 'fingerprint', 'build_index', 'tiny_index', 'left_out_lines', 'write_index',
+__all__ = ['TEST_SCENES', 'CLIP_PRESETS', 'TRAIN_SETTINGS', 'TIME_UNITS', 'SANE_STEP', 'COORD', 'INDEX_NAMES', 'META_SCHEMA',
+           'ENTRY_SCHEMA', 'META_FIELDS', 'ENTRY_FIELDS', 'ClipConfig', 'cut', 'time_unit', 'check_time_unit',
+           'irregular_step', 'clip_entry', 'fingerprint', 'build_index', 'tiny_index', 'left_out_lines', 'write_index',
            'is_name', 'is_path', 'Field', 'load_index', 'index_hash', 'select_clips', 'inspect_index', 'index_main',
-           'Clip', 'long_log_clips', 'unhidden', 'project_sweep', 'Views', 'InputViews', 'TargetViews', 'splat_depth',
-           'check_frames', 'load_views']
+           'Clip', 'long_log_clips']
 
 # %% ../nbs/04_clips.ipynb #e82b7df0
 TEST_SCENES = ("001", "011", "016", "065", "084", "090", "106", "115", "123", "158")
-PRESETS = "paper", "debug", "long_log"
+CLIP_PRESETS = "paper", "debug", "long_log"
 TRAIN_SETTINGS = (
     "train_interpolation",
     "train_future",
@@ -74,8 +70,8 @@ class ClipConfig:
 
     def __post_init__(self) -> None:
         "Refuse what cannot be cut."
-        if self.preset not in PRESETS:
-            raise DataError(f"preset: is {self.preset!r}; choose from {', '.join(PRESETS)}.")
+        if self.preset not in CLIP_PRESETS:
+            raise DataError(f"preset: is {self.preset!r}; choose from {', '.join(CLIP_PRESETS)}.")
         for f in ("cameras", "input_frames"):
             if not getattr(self, f):
                 raise DataError(f"{f}: is empty; name at least one.")
@@ -145,7 +141,7 @@ def check_time_unit(
     step = float(np.median(np.diff(stamps))) if len(stamps) > 1 else 0.0
     unit = time_unit(step)
     if unit:
-        report(
+        report_fault(
             path,
             f"steps by {step:.0f} from frame to frame, which are {unit}",
             f"divide its stamps by {TIME_UNITS[unit]:.0f} to get seconds",
@@ -204,7 +200,7 @@ def _log_lists(log: Log, cfg: ClipConfig) -> dict:
     )
 
 # %% ../nbs/04_clips.ipynb #0f0b9fb2
-def make_record(
+def clip_entry(
     scene: str,  # log id
     setting: str,  # "train_interpolation", "train_future", "eval_future", "debug" or "long_log"
     split: str,  # "train" or "test"
@@ -311,7 +307,7 @@ def _cut_log(log: Log, cfg: ClipConfig) -> tuple[list[dict], list[dict]]:
         if reason:
             out.append(dict(clip_id=_clip_id(log.id, setting, frames), scene_id=log.id, reason=reason))
             continue
-        clips.append(make_record(log.id, setting, split, frames, stride, lists, fps, cfg, judged))
+        clips.append(clip_entry(log.id, setting, split, frames, stride, lists, fps, cfg, judged))
         if setting == "long_log":
             judged.update(clips[-1]["target_frame_ids"])
     if not clips and not out:
@@ -343,7 +339,7 @@ def build_index(
         prints[id] = fingerprint(log, cfg.cameras)
     if not clips:
         first = f" ({left_out[0]['clip_id']}: {left_out[0]['reason']})" if left_out else ""
-        report(root, f"gives no clip at all{first}", "get more frames of its logs or shorten the clips")
+        report_fault(root, f"gives no clip at all{first}", "get more frames of its logs or shorten the clips")
     config = json.loads(json.dumps(asdict(cfg)))
     return dict(
         meta=dict(
@@ -469,6 +465,11 @@ def _pair(x: Any) -> bool:
     "A camera and a frame."
     return isinstance(x, (list, tuple)) and len(x) == 2 and is_name(x[0]) and _whole(x[1])
 
+# %% ../nbs/04_clips.ipynb #f8474c96
+def _text(x: Any) -> bool:
+    "Printable text."
+    return isinstance(x, str) and x.isprintable()
+
 # %% ../nbs/04_clips.ipynb #c41c6254
 class Field(NamedTuple):
     "What a field of an index must hold."
@@ -479,11 +480,6 @@ class Field(NamedTuple):
 # %% ../nbs/04_clips.ipynb #650a8803
 _frames = _list_of(_whole)
 _stamps = _list_of(_number)
-
-
-def _text(x):
-    return isinstance(x, str) and x.isprintable()
-
 
 _K = _keys(fx=_number, fy=_number, cx=_number, cy=_number)
 META_SCHEMA = dict(
@@ -497,7 +493,7 @@ META_SCHEMA = dict(
         _list_of(_keys(clip_id=_text, scene_id=_text, reason=_text)), "a list of clips with reasons"
     ),
 )
-RECORD_SCHEMA = dict(
+ENTRY_SCHEMA = dict(
     clip_id=Field(is_name, "a plain name"),
     scene_id=Field(is_name, "a plain name"),
     setting=Field(is_name, "a plain name"),
@@ -519,7 +515,7 @@ RECORD_SCHEMA = dict(
     views=Field(_keys(input=_list_of(_pair), target=_list_of(_pair)), "pairs of camera and frame"),
 )
 META_FIELDS = tuple(META_SCHEMA)
-RECORD_FIELDS = tuple(RECORD_SCHEMA)
+ENTRY_FIELDS = tuple(ENTRY_SCHEMA)
 
 # %% ../nbs/04_clips.ipynb #7082b3a5
 def _wrong_field(values: dict, schema: dict[str, Field]) -> str | None:
@@ -529,7 +525,7 @@ def _wrong_field(values: dict, schema: dict[str, Field]) -> str | None:
             return f"{name} must be {field.want}, got {str(values[name])[:40]!r}"
 
 # %% ../nbs/04_clips.ipynb #8135db27
-def _wrong_record(record: dict, meta: dict) -> str | None:
+def _wrong_entry(record: dict, meta: dict) -> str | None:
     "What is wrong with a record whose fields have their types."
     if record["scene_id"] not in meta["scenes"]:
         return f"scene_id {record['scene_id']!r} is not among the index's logs"
@@ -564,23 +560,23 @@ def load_index(
         return isinstance(d, dict) and set(names) <= d.keys()
 
     if odd := plain_fault(index, printable=False):
-        report(path, odd, again)
+        report_fault(path, odd, again)
     whole = (
         has(index, ("meta", "clips")) and has(index["meta"], META_FIELDS) and isinstance(index["clips"], list)
     )
-    if not (whole and all(has(c, RECORD_FIELDS) for c in index["clips"])):
-        report(path, "lacks fields of a clip index", again)
+    if not (whole and all(has(c, ENTRY_FIELDS) for c in index["clips"])):
+        report_fault(path, "lacks fields of a clip index", again)
     meta = index["meta"]
     if wrong := _wrong_field(meta, META_SCHEMA):
-        report(path, f"its {wrong}", again)
+        report_fault(path, f"its {wrong}", again)
     for k, record in enumerate(index["clips"]):
-        wrong = _wrong_field(record, RECORD_SCHEMA) or _wrong_record(record, meta)
+        wrong = _wrong_field(record, ENTRY_SCHEMA) or _wrong_entry(record, meta)
         if wrong:
-            report(path, f"in clip {k}, {wrong}", again)
+            report_fault(path, f"in clip {k}, {wrong}", again)
     for id, mark in meta["fingerprint"].items() if root is not None else ():
         held = (Path(root) / id / "lidar").is_dir()  # `id` is a plain name
         if not held or fingerprint(Log(root, id), meta["config"]["cameras"]) != mark:
-            report(path, f"was built for other data than log {id} here", again)
+            report_fault(path, f"was built for other data than log {id} here", again)
     return index
 
 # %% ../nbs/04_clips.ipynb #2da5fb7e
@@ -678,7 +674,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "out_dir", nargs="?", default="indices", help="folder for the two index files, default indices"
     )
-    p.add_argument("--preset", choices=PRESETS, default=d.preset)
+    p.add_argument("--preset", choices=CLIP_PRESETS, default=d.preset)
     for k in ("cameras", "test_scenes", "train_scenes", "tiny_scenes"):
         p.add_argument(f"--{k}".replace("_", "-"), nargs="*", default=getattr(d, k))
     p.add_argument("--tiny-count", type=int, help="this many logs in the tiny index instead of --tiny-scenes")
@@ -733,7 +729,7 @@ class Clip:
     ) -> None:
         "Open a clip and compare it with the log."
         self.log = log
-        self.record = record
+        self.entry = record
         self.id, self.setting, self.split = (record[k] for k in ("clip_id", "setting", "split"))
         if not is_name(self.id):  # it becomes part of paths
             raise DataError(
@@ -791,7 +787,7 @@ def check_times(
     if -reach - 1e-3 <= low and high <= 1 + reach + 1e-3:
         return  # stamps are stored in steps of 0.1 ms
     off = low if low < -reach else high
-    report(
+    report_fault(
         path,
         f"{what} at {off:.4g} of clip {self.id}, more than {reach:.2g} outside 0..1",
         "compare its unit, clock and order with lidar/timestamps.json",
@@ -844,7 +840,7 @@ def clip(
     stamps = self.lidar_stamps
     fault = next((lost[f] for f in frames if f in lost), None)
     fault = fault or irregular_step(stamps[frames], float(np.median(np.diff(stamps))), cfg.max_step_ratio)
-    record = make_record(self.id, "eval_future", "test", frames, 1, lists, cfg.fps, cfg)
+    record = clip_entry(self.id, "eval_future", "test", frames, 1, lists, cfg.fps, cfg)
     if fault:
         raise DataError(f"{record['clip_id']}: {fault}; choose another start.")
     return Clip(self, record)
@@ -863,209 +859,3 @@ def long_log_clips(
         needs = "a whole log needs 11 frames or more, at even steps, and all their files"
         raise DataError(f"{out[0]['clip_id']}: {out[0]['reason']}; {needs}.")
     return [Clip(data[log_id], r) for r in kept]
-
-# %% ../nbs/04_clips.ipynb #637ffbad
-def _quadrant_far(
-    near: Tensor,  # (V,rows,cols) nearest depth of each cell, infinite where empty
-    up: int,  # rows a quadrant reaches up or down
-    aside: int,  # columns it reaches to either side
-) -> Tensor:  # (V,rows,cols)
-    "The largest of the four quadrants' smallest depth around each cell; a quadrant includes the cell's own row and column."
-    import torch
-    import torch.nn.functional as F
-
-    rows, cols = near.shape[1:]
-    padded = F.pad(-near[:, None], (aside, aside, up, up), value=-math.inf)
-    least = -F.max_pool2d(padded, (up + 1, aside + 1), 1)[:, 0]
-    above = least[:, :rows]
-    below = least[:, up:]
-    return torch.stack([above[..., :cols], above[..., aside:], below[..., :cols], below[..., aside:]]).amax(0)
-
-# %% ../nbs/04_clips.ipynb #0c84b7b6
-def unhidden(
-    uv: Tensor,  # (V,N,2) px
-    z: Tensor,  # (V,N) m
-    inside: Tensor,  # (V,N) bool, in the image
-    focal: Tensor,  # (V,) px
-    width: int,  # px
-    height: int,  # px
-    cell: float = 0.2,  # deg, cell of the coarse depth image
-    window: tuple[float, float] = (1.2, 0.6),  # deg, reach of a quadrant: vertical, horizontal
-    margin: float = 0.1,  # how much nearer, as a share of the depth, an occluder must be
-) -> Tensor:  # (V,N) bool, in the image and not hidden
-    "Which returns of V images nothing nearer surrounds."
-    import torch
-
-    px = math.radians(cell) * focal
-    rows, cols = (int(n / float(px.min())) + 1 for n in (height, width))
-    image, which = inside.nonzero(as_tuple=True)
-    col, row = torch.floor(uv[image, which] / px[image, None]).long().unbind(-1)
-    at = (image * rows + row.clamp_max(rows - 1)) * cols + col.clamp_max(cols - 1)
-    near = z.new_full((len(px) * rows * cols,), math.inf).scatter_reduce_(0, at, z[image, which], "amin")
-    up, aside = (max(1, round(w / cell)) for w in window)
-    far = _quadrant_far(near.view(len(px), rows, cols), up, aside).flatten()
-    seen = torch.zeros_like(inside)
-    seen[image, which] = z[image, which] <= (1 + margin) * far[at]
-    return seen
-
-# %% ../nbs/04_clips.ipynb #7c02378a
-def project_sweep(
-    points: np.ndarray,  # (N,3) returns of one sweep, world, m
-    K: np.ndarray,  # (3,3) pinhole matrix, px
-    world_to_cam: np.ndarray,  # (4,4)
-    width: int,  # px
-    height: int,  # px
-    **how: Any,  # cell, window, margin: as for `unhidden`
-) -> tuple[
-    np.ndarray, np.ndarray, np.ndarray
-]:  # uv (N,2) px, z (N,) m, visible (N,) bool: in the image and not hidden
-    "Project a sweep and tell which returns the camera sees."
-    uv, z = project(K, world_to_cam, points)
-    inside = pixel_index(uv, width, height)[2]
-    import torch
-
-    one = [torch.from_numpy(a)[None] for a in (uv, z, inside)]
-    return uv, z, unhidden(*one, torch.tensor(K[:1, 0]), width, height, **how)[0].numpy()
-
-# %% ../nbs/04_clips.ipynb #7485f3ed
-@dataclass
-class Views:
-    "Images of one clip with cameras, times and depth."
-
-    images: Tensor  # (V,H,W,3) float32, 0..1
-    K: Tensor  # (V,3,3) pinhole matrices, px of these images
-    world_to_cam: Tensor  # (V,4,4)
-    t: Tensor  # (V,) normalised clip time of the shutter
-    frame: Tensor  # (V,) int64 log frame ids
-    camera: list[str]  # V names
-    depth: Tensor  # (V,H,W) m, 0 = no visible return
-
-    def __len__(self) -> int:  # V
-        "How many views."
-        return len(self.camera)
-
-    def _map(self, f: Any, camera: list[str] | None = None) -> Views:
-        "Apply a function to every tensor."
-        return replace(
-            self,
-            **{k.name: f(getattr(self, k.name)) for k in fields(self) if k.name != "camera"},
-            camera=self.camera if camera is None else camera,
-        )
-
-    def to(
-        self,
-        device: str | torch.device,  # where to
-    ) -> Views:  # of the same type
-        "Move to a device."
-        return self._map(lambda x: x.to(device))
-
-    @property
-    def height(self) -> int:  # px
-        "Image height."
-        return self.images.shape[1]
-
-    @property
-    def width(self) -> int:  # px
-        "Image width."
-        return self.images.shape[2]
-
-# %% ../nbs/04_clips.ipynb #1f1f2f91
-class InputViews(Views):
-    "Views the network may see."
-
-
-class TargetViews(Views):
-    "Views it is judged by, and must not see."
-
-# %% ../nbs/04_clips.ipynb #c6832637
-@patch
-def __getitem__(
-    self: Views,
-    i: int | slice | list | Tensor,  # which views
-) -> Views:  # of the same type; an int gives one view with V = 1
-    "A part of the views."
-    import torch
-
-    rows = np.atleast_1d(np.arange(len(self))[i.cpu().numpy() if isinstance(i, torch.Tensor) else i])
-    j = torch.as_tensor(rows, device=self.t.device)
-    return self._map(lambda x: x[j], [self.camera[r] for r in rows])
-
-# %% ../nbs/04_clips.ipynb #ebd5d032
-def splat_depth(
-    uv: np.ndarray,  # (N,2) px
-    z: np.ndarray,  # (N,) m
-    visible: np.ndarray,  # (N,) bool
-    width: int,  # px
-    height: int,  # px
-) -> np.ndarray:  # (H,W) float32 m, 0 = none
-    "Depth image of a sweep: the nearest visible return of each pixel."
-    col, row, inside = pixel_index(uv, width, height)
-    keep = inside & visible
-    depth = np.full((height, width), np.inf, np.float32)
-    np.minimum.at(depth, (row[keep], col[keep]), z[keep].astype(np.float32))
-    return np.where(np.isfinite(depth), depth, 0)
-
-# %% ../nbs/04_clips.ipynb #11527d02
-def check_frames(
-    clip: Clip,  # the clip
-    frames: list[int],  # log frame ids
-    kind: type[Views],  # what is to be made of them
-) -> None:  # raises ValueError
-    "Refuse frames that such views of a clip must not show: `InputViews` are of input frames only."
-    allowed = clip.input_frames if issubclass(kind, InputViews) else clip.frames
-    if not len(frames) or set(frames) - set(allowed):
-        raise ValueError(
-            f"{kind.__name__} of {clip.id} must be chosen from frames {allowed}, got {list(frames)}; a clip never leaks its targets."
-        )
-
-# %% ../nbs/04_clips.ipynb #be662f63
-def load_views(
-    clip: Clip,  # the clip
-    frames: list[int],  # log frame ids
-    cameras: list[str] | None = None,  # names, None: the clip's
-    image_scale: float = 1.0,  # 1.0 = full resolution
-    kind: type[Views] = TargetViews,  # type of the result; `InputViews` takes input frames only
-    with_depth: bool = True,  # project the sweeps too; without, depth is 0
-    lidar_sensors: tuple[int, ...] = (0,),  # sensors that give depth
-) -> Views:  # one view per frame and camera, frames first
-    "Load images, cameras and depth of some frames of a clip."
-    import torch
-
-    check_frames(clip, frames, kind)
-    clip.log.image_size(clip.cameras if cameras is None else cameras)
-    rows = []
-    for f in frames:
-        points = clip.log.sweep(f, lidar_sensors).points if with_depth else np.zeros((0, 3))
-        for c in clip.cameras if cameras is None else cameras:
-            rows.append(_view(clip, f, c, image_scale, points))
-    images, K, w2c, t, frame, camera, depth = zip(*rows)
-
-    def tensor(xs):
-        return torch.from_numpy(np.stack(xs).astype(np.float32))
-
-    return kind(
-        torch.from_numpy(np.stack(images)).float().div_(255),
-        tensor(K),
-        tensor(w2c),
-        tensor(t),
-        torch.tensor(frame),
-        list(camera),
-        tensor(depth),
-    )
-
-# %% ../nbs/04_clips.ipynb #7b1129db
-def _view(clip: Clip, frame: int, camera: str, scale: float, points: np.ndarray) -> tuple:
-    "One row of `load_views`."
-    cam = clip.log.camera(camera)
-    image = clip.log.image(camera, frame, scale)
-    if image.shape[1::-1] != scaled_size(cam.width, cam.height, scale):
-        report(
-            clip.log.image_path(camera, frame),
-            "differs in size from the camera's first image",
-            "get the file again",
-        )
-    h, w = image.shape[:2]
-    K = scale_intrinsics(cam.K, scale)
-    w2c = se3_inverse(cam.poses[frame])
-    depth = splat_depth(*project_sweep(points, K, w2c, w, h), w, h)
-    return image, K, w2c, clip.t_of_camera(camera, frame), frame, camera, depth

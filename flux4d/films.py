@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from .clips import Clip, Views
+from .clips import Clip
+from .clip_data import Views
 from .image_velocity import FlowConfig, colour_wheel, flow_colours, render_velocity, view_gaps
 from .render import RenderConfig, Rendered
 from .scene import Scene

@@ -17,7 +17,8 @@ from .frames import pixel_index, project, se3_inverse, transform_points
 from .gaussians import LIDAR, advance
 from .files import DataError, short_path
 from .pandaset import Log
-from .clips import Clip, project_sweep
+from .clips import Clip
+from .visibility import project_sweep
 from .cuboids import CLASSES, FlowTruth, check_labels, class_ids, flow_ground_truth
 from .scene import Scene
 from .flow_metrics import GROUPS, FlowSample, FlowScoreConfig, flow_rows, mean_row, truth_rows

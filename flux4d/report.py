@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
-from .house import literal
+from .records import literal
 
 # what needs torch is imported where it is used: `flux4d-report --help` answers at once
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 from .files import DataError, atomic_write
-from .house import as_sentence, is_number, measured, one_line, read_metrics
+from .records import as_sentence, is_number, measured, one_line, read_metrics
 from .report import report_text
 
 if TYPE_CHECKING:

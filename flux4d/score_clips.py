@@ -17,7 +17,8 @@ from torch import Tensor
 from fastcore.basics import patch
 from .baselines import BASELINES
 from .cache import LiftCache
-from .clips import Clip, TargetViews
+from .clips import Clip
+from .clip_data import TargetViews
 from .config import Config
 from .files import DataError, writing
 from .films import as_bytes, film_frame, film_frames, save_pair, shrink, write_film

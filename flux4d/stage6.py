@@ -16,7 +16,8 @@ from annotated_types import Ge, Interval
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from .files import writing
 from .files import DataError
-from .pandaset import PandaSet, scaled_size
+from .pandaset import PandaSet
+from .log_files import scaled_size
 from flux4d.clips import (
     TRAIN_SETTINGS,
     Clip,
@@ -47,7 +48,7 @@ from .config import config_from_dict, config_to_dict, flattened, merged
 from .loader import Loader, files_of
 from .train import Trainer, every, read_resumable
 from .run import provenance, trained_frames
-from .house import repo_root
+from .records import repo_root
 from .flow_metrics import FlowScoreConfig
 from .flow_truth import check_bs_flow, clip_truth, score_flow
 from .scores import image_block
@@ -168,7 +169,7 @@ def find_data(
     "The data root asked for, else $FLUX4D_PANDASET, else a made-up city; raises DataError when the one asked for is not there."
     root = asked_root(data_root)
     if root is None:
-        from flux4d.city import make_city  # its ray caster is needed only here
+        from flux4d.city.logs import make_city# its ray caster is needed only here
 
         make_city(**city)
     return root or Path(city["out"])

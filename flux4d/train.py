@@ -39,6 +39,7 @@ from flux4d.run import (
 )
 from .scene import Scene
 
+
 # %% auto #0
 __all__ = ['UNREADABLE', 'lr_at', 'Trainer', 'with_random_background', 'Interrupted', 'stop_signals', 'read_resumable', 'every']
 

@@ -12,7 +12,8 @@ import torch
 from scipy.ndimage import minimum_filter1d
 from torch import Tensor
 from pydantic import NonNegativeInt, PositiveInt
-from .clips import Clip, Views
+from .clips import Clip
+from .clip_data import Views
 from .files import short_path
 from .cuboids import CuboidConfig, check_labels, class_ids, dynamic_mask, load_cuboids
 from .image_metrics import MetricConfig, depth_rmse, psnr, ssim_metric

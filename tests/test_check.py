@@ -1,13 +1,18 @@
 "Numbers that cannot be true are found and their cause is named; an index and times from elsewhere are not believed."
 
-import json, os, pickle, re, shutil, subprocess, sys
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
-from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
 from flux4d.check import RULES, Limits, check_camera_axes, check_main, doubts, examine, numbers_of
-from flux4d.city import fixture_city
+from flux4d.city.logs import fixture_city
 from flux4d.clips import (
     Clip,
     ClipConfig,
@@ -18,7 +23,6 @@ from flux4d.clips import (
     load_index,
     long_log_clips,
     time_unit,
-    write_index,
 )
 from flux4d.frames import (
     ClipTime,
@@ -30,7 +34,8 @@ from flux4d.frames import (
     transform_points,
 )
 from flux4d.files import DataError
-from flux4d.pandaset import Log, PandaSet, fabricate_log, find_pandaset
+from flux4d.pandaset import Log, PandaSet, find_pandaset
+from flux4d.log_files import fabricate_log
 
 FRAMES = 16
 LIDAR, CAMERA = "lidar/poses.json", "camera/front_camera/poses.json"

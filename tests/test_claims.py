@@ -1,23 +1,27 @@
-"""What tables, names and records claim is so: the motion prior stands beside what training adds, presets are their table, unseen is unseen, and scores depend on no setting of the model."""
+"""What tables, names and records claim is so: the motion prior stands beside what training adds, presets are
+their table, unseen is unseen, and scores depend on no setting of the model."""
 
-import copy, inspect, json, re
-from dataclasses import fields, replace
+import inspect
+import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from flux4d import baselines, clips as clips_module, cuboids, evaluate, lift, score_clips, train, motion_prior
-from flux4d.ablation import COLUMNS, NOTHING_LEARNED, ablation_row, circumstances, paper_tables, time_table
+from flux4d import baselines, clip_data, cuboids, evaluate, lift, score_clips, train, motion_prior, visibility
+from flux4d.ablation import NOTHING_LEARNED, ablation_row, circumstances, paper_tables, time_table
 from flux4d.baselines import BASELINES
 from flux4d.cache import LiftCache
-from flux4d.clips import Clip, ClipConfig, InputViews, TargetViews, build_index, select_clips
-from flux4d.house import kept_runs, repo_root, runs_of_record
-from flux4d.lift import LiftConfig
+from flux4d.clips import Clip, ClipConfig, build_index, select_clips
+from flux4d.clip_data import InputViews, TargetViews
+from flux4d.flow import what_training_adds
+from flux4d.records import repo_root, runs_of_record
+from flux4d.gap_filling import InitConfig
 from flux4d.view_scores import EvalConfig
 from flux4d.files import DataError
-from flux4d.pandaset import PandaSet, fabricate_log
+from flux4d.pandaset import PandaSet
+from flux4d.log_files import fabricate_log
 from flux4d.presets import PRESETS, preset_config, preset_table
 from flux4d.score_clips import ALWAYS, check_baselines, one_clip_loader
 from flux4d.run_facts import comparable, frames_of, training_overlap
@@ -61,10 +65,26 @@ def test_every_table_that_scores_motion_has_the_prior(name):
 
 def test_runs_whose_motion_is_claimed_have_the_prior():
     "The runs that the index compares with it, and every run made since."
-    assert {"pandaset002_full_heldout", "pandaset002_paper_heldout", "city_full"} <= set(
+    assert {
+        "pandaset002_full",
+        "pandaset002_full_heldout",
+        "pandaset002_paper_heldout",
+        "city_full",
+        "city_full_trained",
+    } <= set(
         WITH_PRIOR
     ) or not RECORDS
     assert all("motion_prior" in m["baselines"] for m in RECORDS.values() if "scored_with" in m)
+
+
+def test_trained_weights_may_cover_other_pixels_than_the_prior():
+    "Counts as trained and untrained weights left them on the same frames, and counts of other frames."
+    trained = dict(moving_pixels=26_223, error_px=3.0, error_of_rest_px=7.0)
+    prior = dict(moving_pixels=25_214, error_px=5.0, error_of_rest_px=7.0)
+    assert what_training_adds(trained, prior)["adds"]
+    for pixels in (0, 13_000, 52_000):
+        with pytest.raises(DataError, match="compare the same frames"):
+            what_training_adds(trained, prior | dict(moving_pixels=pixels))
 
 
 @pytest.mark.skipif(not WITH_PRIOR, reason="no record with the motion prior is committed")
@@ -190,7 +210,7 @@ def test_keeping_all_aside_is_refused(two):
 def test_depth_is_scored_with_fixed_sensors(two):
     clip = all_clips(two[0])[0]
     for sensors in ((0,), (1,), (0, 1)):
-        cfg = replace(preset_config("draft"), init=LiftConfig(lidar_sensors=sensors))
+        cfg = replace(preset_config("draft"), init=InitConfig(lidar_sensors=sensors))
         assert (
             one_clip_loader([clip], cfg, LiftCache(two[0] / "cache")).target_sensors
             == (0,)
@@ -251,7 +271,7 @@ def test_the_training_notebook_says_it_and_compares_weights():
 
 GONE = [
     (cuboids, "box_pose"),
-    (lift.ClipData, "returns"),
+    (clip_data.ClipData, "returns"),
     (EvalConfig, "max_clips"),
     (baselines, "above_ground"),
     (motion_prior, "above_ground"),
@@ -268,6 +288,6 @@ def test_dead_and_double_names_are_gone(where, name):
 
 def test_one_height_above_ground_and_one_way_to_inputs():
     assert baselines.height_above_ground is motion_prior.height_above_ground
-    assert inspect.getsource(clips_module.project_sweep).count("unhidden(") == 1  # one test of what is hidden
+    assert inspect.getsource(visibility.project_sweep).count("unoccluded(") == 1  # one test of what is hidden
     source = "".join(inspect.getsource(m) for m in (train, score_clips, evaluate))
     assert not re.search(r"\binput_views\b", source)

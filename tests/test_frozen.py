@@ -1,21 +1,30 @@
-"""What must not change when code is renamed, split or rewritten: values stored by the code before, computed again by the code of today.
+"""What must not change when code is renamed, split or rewritten: values stored by the code before, computed
+again by the code of today.
 
-`FLUX4D_FROZEN=exact` asks for equal bits, which one machine with one build of torch gives; without it numbers may differ as far as another machine's rounding goes.
-`python tests/test_frozen.py --store` writes the values anew: only where a difference is meant, and is named in the notebook that owns it.
+`FLUX4D_FROZEN=exact` asks for equal bits, which one machine with one build of torch gives; without it numbers
+may differ as far as another machine's rounding goes.
+`python tests/test_frozen.py --store` writes the values anew: only where a difference is meant, and is named
+in the notebook that owns it.
 """
 
-import hashlib, io, json, math, os, sys, tempfile
+import hashlib
+import io
+import json
+import math
+import os
+import sys
+import tempfile
 from contextlib import redirect_stdout
 from functools import lru_cache
 from pathlib import Path
-import numpy as np
 import pytest
 import torch
 from flux4d.background import init_data
 from flux4d.baselines import motion_prior_alone
 from flux4d.cache import LiftCache
-from flux4d.city import fixture_city
-from flux4d.clips import Clip, ClipConfig, build_index, load_views, select_clips
+from flux4d.city.logs import fixture_city
+from flux4d.clips import Clip, ClipConfig, build_index, select_clips
+from flux4d.clip_data import load_views
 from flux4d.lift import clip_data
 from flux4d.view_scores import EvalConfig
 from flux4d.pandaset import PandaSet

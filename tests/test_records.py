@@ -1,26 +1,22 @@
-"""What a committed run of record says is checked by the same rules that let it be written, and what prose says of a run is what the run says."""
+"""What a committed run of record says is checked by the same rules that let it be written, and what prose
+says of a run is what the run says."""
 
-import copy, json, re, shutil
+import copy
+import json
+import re
+import shutil
 from pathlib import Path
 import pytest
+from flux4d.figures import SOURCES, figure_faults, figures_in, is_printed_right, run_arithmetic, text_faults
+from flux4d.notebooks import read_notebooks
+from flux4d.records import kept_runs, repo_root, runs_of_record
+from flux4d.repo import pages_of_text
 from flux4d.baselines import still
 from flux4d.cache import LiftCache
-from flux4d.city import fixture_city
+from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
-from flux4d.config import Config, config_from_dict
-from flux4d.house import (
-    SOURCES,
-    figure_faults,
-    figures_in,
-    is_printed_right,
-    kept_runs,
-    notebooks,
-    repo_root,
-    run_arithmetic,
-    runs_of_record,
-    text_faults,
-)
 from flux4d.pandaset import PandaSet
+from flux4d.config import Config, config_from_dict
 from flux4d.run_facts import About
 from flux4d.schema import check_metrics, disagreements
 from flux4d.score_clips import Evaluation, evaluate, one_clip_loader
@@ -120,16 +116,22 @@ def test_a_number_that_the_table_does_not_give_is_refused(evaluated, tmp_path, p
 # figures of runs in prose
 
 RUNS = kept_runs(ROOT)
-CELLS = {
+TEXTS = {
     (nb.path.name, i): c["source"]
-    for nb in notebooks(ROOT)
+    for nb in read_notebooks(ROOT)
     for i, c in enumerate(nb.cells)
-    if c["cell_type"] == "markdown" and SOURCES.search(c["source"])
+    if c["cell_type"] == "markdown"
 }
+TEXTS |= {
+    (p.name, i): section
+    for p in pages_of_text(ROOT)
+    for i, section in enumerate(re.split(r"^(?=## )", p.read_text(encoding="utf-8"), flags=re.M))
+}
+CELLS = {place: text for place, text in TEXTS.items() if SOURCES.search(text)}
 
 
 def test_figures_in_prose_are_those_of_their_runs():
-    assert figure_faults(ROOT) == [], "flux4d-house figures --write puts the right ones in"
+    assert figure_faults(ROOT) == [], "flux4d-repo figures --write puts the right ones in"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     prose = "\n".join(
         line for line in readme.splitlines() if not line.startswith("|")
@@ -179,7 +181,7 @@ def test_a_figure_without_a_source_is_found(place):
 def test_the_ablation_claims_no_result_without_a_run():
     text = " ".join(
         c["source"]
-        for nb in notebooks(ROOT)
+        for nb in read_notebooks(ROOT)
         if nb.path.name == "62_ablation.ipynb"
         for c in nb.cells
         if c["cell_type"] == "markdown"

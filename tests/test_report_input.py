@@ -2,11 +2,13 @@
 
 A name is shown and does nothing; nothing outside a run's folder is read; a record that is none ends in one sentence."""
 
-import copy, json, re, shutil
+import copy
+import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 import pytest
-from flux4d.house import repo_root, runs_of_record
+from flux4d.records import repo_root, runs_of_record
 from flux4d.files import DataError
 from flux4d.report_pages import (
     foreign_faults,
@@ -322,13 +324,14 @@ def test_an_older_record_can_be_compared(record, run, capsys):
 def test_tables_of_runs_show_names_as_text(tmp_path, record, name):
     "The README and the site have these tables."
     from markdown_it import MarkdownIt
-    from flux4d.house import RESULTS, results_row, run_summary
+    from flux4d.repo import RUN_COLUMNS, run_row
+    from flux4d.records import run_summary
 
     record["evaluated_on"] = record["runtime"]["machine"] = name
     (tmp_path / "run").mkdir()
     keep(tmp_path / "run", record)
-    row = results_row(tmp_path / "run", record)
-    columns = 5 + len(RESULTS)  # name, evaluated on, trained, machine, reconstruction
+    row = f"| {' | '.join(run_row(tmp_path / 'run', record))} |"
+    columns = 5 + len(RUN_COLUMNS)  # name, evaluated on, trained, machine, reconstruction
     head = "| " + " | ".join("a" * columns) + " |\n" + "| --- " * columns + "|\n"
     for text in (head + row, run_summary(tmp_path / "run")):
         page = Page(
