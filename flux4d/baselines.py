@@ -16,11 +16,11 @@ from .gaussians import LIDAR, Gaussians
 from .clips import Clip
 from .settings import Seed
 from .clip_data import clip_returns
-from .model import ClipInputs
-from .scene import Scene
 from .voxels import VoxelConfig
 from .motion_prior import height_above_ground
 from .predictor import PredictorConfig, decode_velocity, make_grid_index, motion_channels
+from .model import ClipInputs
+from .scene import Scene
 
 # %% auto #0
 __all__ = ['BASELINES', 'still', 'sweep_pairs', 'nearest_sweep', 'NSFPConfig', 'spread_along', 'DistanceMap', 'is_above',
@@ -248,7 +248,6 @@ def motion_prior_alone(
     found = decode_velocity(nothing, index.prior, index.seconds, index.to_world, cfg, use_dead_zone=True)
     velocity = g0.means.new_zeros(len(g0), cfg.degree + 1, 3)
     return lift.moving(velocity.index_copy(0, index.inside, found.to(velocity.dtype)))
-
 
 # %% ../nbs/54_baselines.ipynb #938d7553
 BASELINES: dict[str, Callable[[ClipInputs], Scene]] = dict(
