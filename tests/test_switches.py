@@ -120,5 +120,5 @@ def test_no_prior_no_local_velocity_no_dead_zone():
     assert (decode_velocity(*ask, replace(free, dead_zone=0.5), use_dead_zone=True) == 0).all()
 
 
-def test_readme_shows_todays_presets():
-    assert preset_table() in (repo_root() / "README.md").read_text(encoding="utf-8"), "run make readme"
+def test_the_page_of_presets_is_todays():
+    assert preset_table() in (repo_root() / "docs/presets.md").read_text(encoding="utf-8"), "run make readme"
