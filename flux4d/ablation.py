@@ -18,15 +18,16 @@ from pydantic import NonNegativeInt
 from .records import repo_root
 from .files import DataError
 from .settings import Distinct, LogId, Seed, read_parameters
-from .train import flattened, merged
+from .config import flattened, merged
 
 # %% auto #0
 __all__ = ['ABLATIONS', 'NO_VELOCITY_TERM', 'PAPER_TABLES', 'PAPER_FIGURES', 'SWITCHES', 'FIELDS', 'WHEN', 'NVS_METRICS',
            'ABLATION_COLUMNS', 'BUDGET', 'NO_EFFECT', 'NOTHING_LEARNED', 'MOVING', 'NOT_COMPARABLE', 'STEPS',
-           'CHART_PANELS', 'is_variant', 'variant_of', 'AblationParameters', 'variant_parameters', 'run_variant',
-           'value_at', 'pace', 'circumstances_mark', 'finished_run', 'ablation_row', 'as_table', 'variant_line',
-           'paper_tables', 'circumstances', 'clips_helped', 'difference', 'changes', 'draw_bars', 'ablation_chart',
-           'time_table', 'took_equally_long', 'near_in_time', 'recorded', 'paired', 'group_report', 'ablation_report']
+           'CHART_PANELS', 'differing_fields', 'is_variant', 'variant_of', 'AblationParameters', 'variant_parameters',
+           'run_variant', 'value_at', 'pace', 'circumstances_mark', 'finished_run', 'ablation_row', 'as_table',
+           'variant_line', 'paper_tables', 'circumstances', 'clips_helped', 'difference', 'changes', 'draw_bars',
+           'ablation_chart', 'time_table', 'took_equally_long', 'near_in_time', 'recorded', 'paired', 'group_report',
+           'ablation_report']
 
 # %% ../nbs/62_ablation.ipynb #72670efe
 ABLATIONS = dict(
@@ -52,6 +53,16 @@ PAPER_FIGURES = dict(  # moving regions: PSNR dB, SSIM, D_RMSE m, V_RMSE (paper 
 )
 
 # %% ../nbs/62_ablation.ipynb #686a9da7
+def differing_fields(
+    a: dict,  # configuration
+    b: dict,  # another
+) -> dict:  # {dotted field: (value in a, value in b)}
+    "Fields in which two configurations differ."
+    a = flattened(a)
+    b = flattened(b)
+    return {name: (a.get(name), b.get(name)) for name in a | b if a.get(name) != b.get(name)}
+
+
 SWITCHES = dict(  # parameter of 60_stage6 -> field of the configuration
     num_refine="refine.steps",
     poly_degree="model.degree",
@@ -118,7 +129,7 @@ def variant_parameters(
 # %% ../nbs/62_ablation.ipynb #599f3622
 def run_variant(
     name: str,  # key of ABLATIONS
-    out: str | Path,  # holds the run's folder; relative to the repository's root, so that no record has a machine's paths
+    out: str | Path,  # holds the run's folder; relative to the root, so that no record has a machine's paths
     common: dict,  # parameters of 60_stage6 that all variants share
     notebook: str | Path = "nbs/60_stage6.ipynb",  # relative to the repository's root
 ) -> Path:  # the run's folder, with metrics.json; raises DataError for a name or parameter nobody knows

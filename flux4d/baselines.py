@@ -15,6 +15,8 @@ from .gaussians import LIDAR, Gaussians
 from .clips import Clip
 from .settings import Seed
 from .clip_data import clip_returns
+from .model import ClipInputs
+from .scene import Scene
 from .voxels import VoxelConfig
 from .motion_prior import height_above_ground
 from .predictor import PredictorConfig, decode_velocity, make_grid_index, motion_channels
@@ -25,11 +27,10 @@ __all__ = ['BASELINES', 'still', 'sweep_rows', 'nearest_sweep', 'NSFPConfig', 'D
 
 # %% ../nbs/54_baselines.ipynb #fd04a31d
 def still(
-    clip: Clip,  # not looked at
-    g0: Gaussians,  # (N) its lift
-) -> tuple[Gaussians, Tensor]:  # the lift; (N,1,3) m/s, zeros
+    x: ClipInputs,  # read: its lift
+) -> Scene:  # the lift; velocity (N,1,3) m/s, zeros
     "The lift, standing still."
-    return g0, g0.means.new_zeros(len(g0), 1, 3)
+    return x.scene.moving(x.scene.gaussians.means.new_zeros(len(x.scene), 1, 3))
 
 # %% ../nbs/54_baselines.ipynb #2dbcc45c
 def sweep_rows(
@@ -46,19 +47,19 @@ def sweep_rows(
 
 # %% ../nbs/54_baselines.ipynb #2c31fcb2
 def nearest_sweep(
-    clip: Clip,  # whose sweeps and clock
-    g0: Gaussians,  # (N) its lift
+    x: ClipInputs,  # read: its lift
     reach: float = 2.0,  # m, no displacement is longer
-) -> tuple[Gaussians, Tensor]:  # the lift; (N,1,3) m/s, world
+) -> Scene:  # the lift; velocity (N,1,3) m/s, world
     "Velocities from each return to the nearest one of the next input sweep, of the one before for the last sweep."
-    _, v = still(clip, g0)
-    for own, other in sweep_rows(clip, g0):
+    scene = still(x)
+    g0, v = scene.gaussians, scene.velocity
+    for own, other in sweep_rows(x.clip, g0):
         off, j = cKDTree(g0.means[other].cpu().numpy()).query(g0.means[own].cpu().numpy())
         to = other[torch.as_tensor(j, device=own.device)]
-        gap = ((g0.t[to] - g0.t[own]) * clip.time.duration)[:, None]
+        gap = ((g0.t[to] - g0.t[own]) * scene.duration)[:, None]
         near = torch.as_tensor(off < reach, device=own.device)[:, None]
         v[own, 0] = torch.where(near, (g0.means[to] - g0.means[own]) / gap, 0.0)
-    return g0, v
+    return scene
 
 # %% ../nbs/54_baselines.ipynb #7b4b6582
 @dataclass(frozen=True)
@@ -187,45 +188,46 @@ def fit_flow(
 
 # %% ../nbs/54_baselines.ipynb #330406c0
 def nsfp(
-    clip: Clip,  # whose sweeps and clock
-    g0: Gaussians,  # (N) its lift
+    inputs: ClipInputs,  # read: its lift
     cfg: NSFPConfig = NSFPConfig(),  # how to fit
-) -> tuple[Gaussians, Tensor]:  # the lift; (N,1,3) m/s, world
+) -> Scene:  # the lift; velocity (N,1,3) m/s, world
     "Velocities from a field fitted to each input sweep and its neighbour."
-    _, v = still(clip, g0)
+    scene = still(inputs)
+    g0, v = scene.gaussians, scene.velocity
     x = g0.means.detach()
 
     def up(r):
         return r[is_above(x[r], cfg)] if cfg.ground else r
 
-    for own, other in sweep_rows(clip, g0):
+    for own, other in sweep_rows(inputs.clip, g0):
         a = up(own)
         b = up(other)
-        gap = float(g0.t[other].mean() - g0.t[own].mean()) * clip.time.duration
+        gap = float(g0.t[other].mean() - g0.t[own].mean()) * scene.duration
         if len(a) and len(b):
             v[a, 0] = fit_flow(x[a], x[b], cfg)[0](x[a]) / gap
-    return g0, v
+    return scene
 
 # %% ../nbs/54_baselines.ipynb #fd84959c
 @torch.no_grad()
 def motion_prior_alone(
-    clip: Clip,  # whose returns are matched between sweeps, all around
-    g0: Gaussians,  # (N) its lift, world
+    x: ClipInputs,  # read: its lift, and its returns, which are matched between sweeps, all around
     voxel: VoxelConfig = VoxelConfig(),  # read: the range in which motion is looked for
     cfg: PredictorConfig = PredictorConfig(
         degree=1
     ),  # read: the prior's settings; degree 1 keeps its acceleration
     lidar_sensors: tuple[int, ...] = (0,),  # whose returns are matched
-) -> tuple[Gaussians, Tensor]:  # the lift; (N,2,3) coefficients, m/s and m/s^2, world
+) -> Scene:  # the lift; velocity (N,2,3) coefficients, m/s and m/s^2, world
     "The lift, moving as the motion prior says: what a network predicts that has learned nothing."
-    returns = clip_returns(clip, lidar_sensors).to(g0.means.device)
-    index = make_grid_index(g0, clip.ego0, clip.time.duration, voxel, cfg, returns)
+    g0 = x.scene.gaussians
+    returns = clip_returns(x.clip, lidar_sensors).to(g0.means.device)
+    index = make_grid_index(g0, x.scene.ego0, x.scene.duration, voxel, cfg, returns)
     nothing = g0.means.new_zeros(len(index.inside), motion_channels(cfg))
     found = decode_velocity(nothing, index.prior, index.seconds, index.to_world, cfg, use_dead_zone=True)
     v = g0.means.new_zeros(len(g0), cfg.degree + 1, 3)
-    return g0, v.index_copy(0, index.inside, found.to(v.dtype))
+    return x.scene.moving(v.index_copy(0, index.inside, found.to(v.dtype)))
+
 
 # %% ../nbs/54_baselines.ipynb #938d7553
-BASELINES: dict[str, Callable[[Clip, Gaussians], tuple[Gaussians, Tensor]]] = dict(
+BASELINES: dict[str, Callable[[ClipInputs], Scene]] = dict(
     lift=still, zero_motion=still, motion_prior=motion_prior_alone, nearest=nearest_sweep, nsfp=nsfp
 )

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .clips import Clip
 from .frames import pixel_index, project, scale_intrinsics, se3_inverse
 from .files import report_fault
-from .pandaset import scaled_size
+from .log_files import scaled_size
 from .visibility import project_sweep, splat_depth, unoccluded
 
 # %% auto #0

@@ -17,7 +17,8 @@ from .frames import ClipTime
 from .files import counts_otherwise, missing_text, plain_fault
 from .pandaset import PandaSet, Log
 from .files import DataError, atomic_write, report_fault, short_path
-from .unpickle import safe_load_pickle
+from .tables import safe_load_pickle
+
 
 # %% auto #0
 __all__ = ['TEST_SCENES', 'CLIP_PRESETS', 'TRAIN_SETTINGS', 'TIME_UNITS', 'SANE_STEP', 'COORD', 'INDEX_NAMES', 'META_SCHEMA',
@@ -819,6 +820,30 @@ def t_of_camera(
     if frame in self.frames:
         self.check_times(t, path, f"puts frame {frame}", self.time.reach)
     return t
+
+# %% ../nbs/04_clips.ipynb #efa665dc
+@patch
+def clip(
+    self: Log,
+    start: int = 0,  # log frame id of its first frame
+    cameras: tuple[str, ...] | None = None,  # names; None: every camera of the log
+) -> Clip:  # 16 frames, of which 0, 2, .., 10 are input; raises DataError where the log has no such clip
+    "A clip of any log from any frame on, cut as evaluation clips are; no index is needed."
+    cfg = ClipConfig(cameras=tuple(self.cameras if cameras is None else cameras))
+    last = len(self.frame_ids) - cfg.future_len
+    if not 0 <= start <= last:
+        whole = f"choose a frame from 0 to {last}" if last >= 0 else "choose a longer log"
+        raise DataError(f"start: is {start}; log {self.id} has no {cfg.future_len} frames from there: {whole}.")
+    frames = list(range(start, start + cfg.future_len))
+    lists = _log_lists(self, cfg)
+    lost = _missing(self, cfg.cameras)
+    stamps = self.lidar_stamps
+    fault = next((lost[f] for f in frames if f in lost), None)
+    fault = fault or irregular_step(stamps[frames], float(np.median(np.diff(stamps))), cfg.max_step_ratio)
+    record = clip_entry(self.id, "eval_future", "test", frames, 1, lists, cfg.fps, cfg)
+    if fault:
+        raise DataError(f"{record['clip_id']}: {fault}; choose another start.")
+    return Clip(self, record)
 
 # %% ../nbs/04_clips.ipynb #689c9511
 def long_log_clips(

@@ -18,10 +18,13 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from .frames import pixel_index, scale_intrinsics, se3, se3_inverse, transform_points
 from .files import quoted
 from .files import DataError, short_path
-from .pandaset import Log, scaled_size
+from .pandaset import Log
+from .log_files import scaled_size
 from .files import report_fault
-from .unpickle import need_pandas, safe_load_pickle
+from .columns import need_pandas
+from .tables import safe_load_pickle
 from .visibility import project_sweep
+
 
 # %% auto #0
 __all__ = ['LABELS', 'BUCKETS', 'METAS', 'CLASSES', 'BUCKET_OF', 'META_OF', 'CuboidConfig', 'class_ids', 'Boxes', 'load_cuboids',

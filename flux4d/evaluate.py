@@ -28,7 +28,10 @@ from flux4d.settings import (
     refuse_missing,
 )
 from .run import check_checkpoint, logged_rows, refuse_damaged
-from .train import Config, Loader, files_of, load_model, rebuilder
+from .config import Config
+from .loader import Loader, files_of
+from .model import ClipInputs, load_model
+from .scene import Scene
 from .run import load_checkpoint, trained_frames
 from .nvs import VARIANTS, EvalConfig, check_clip
 from .baselines import BASELINES
@@ -36,8 +39,8 @@ from .record import METHODS, About, frames_of, seen
 from .stage6 import asked_root, check_images, check_out_dir, index_config, next_run, scoring
 
 # %% auto #0
-__all__ = ['EvaluationParameters', 'check_subject', 'read_evaluation', 'Subject', 'open_subject', 'rebuild_of', 'eval_clips_of',
-           'training_rows', 'judged_on', 'about_of', 'report_folder']
+__all__ = ['EvaluationParameters', 'check_subject', 'read_evaluation', 'Subject', 'open_subject', 'reconstruction_of',
+           'eval_clips_of', 'training_rows', 'judged_on', 'about_of', 'report_folder']
 
 # %% ../nbs/61_evaluate.ipynb #00c89b6c
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ def open_subject(
     "Load what shall be evaluated; its configuration comes with it."
     check_subject(checkpoint, baseline, preset)
     baseline = baseline or ("" if checkpoint else "lift")
-    model, cfg = load_model(checkpoint, device) if checkpoint else (None, preset_config(preset or "default"))
+    model = load_model(checkpoint, device) if checkpoint else None
+    cfg = model.cfg if model else preset_config(preset or "default")
     s = load_checkpoint(checkpoint) if checkpoint else {}
     check_checkpoint(s, Path(checkpoint).name, tuple(k for k in ("step", "seconds", "skipped") if k in s))
     cfg = replace(
@@ -143,17 +147,18 @@ def open_subject(
     )
 
 # %% ../nbs/61_evaluate.ipynb #75011310
-def rebuild_of(
+def reconstruction_of(
     s: Subject,  # what is evaluated
-    loader: Loader,  # reads the input views
-) -> Callable:  # (clip, lifted Gaussians) -> Gaussians, velocity
+) -> Callable[[ClipInputs], Scene]:
     "The reconstruction that a subject stands for."
     if s.baseline in BASELINES:
         return BASELINES[s.baseline]
-    full = rebuilder(s.model, loader)
-    if s.baseline != "static":
-        return full
-    return lambda clip, g0: (lambda g, v: (g, torch.zeros_like(v)))(*full(clip, g0))
+
+    def static(x: ClipInputs) -> Scene:
+        made = s.model.reconstruct(x)
+        return made.moving(torch.zeros_like(made.velocity))
+
+    return static if s.baseline == "static" else s.model.reconstruct
 
 # %% ../nbs/61_evaluate.ipynb #446557a8
 def eval_clips_of(

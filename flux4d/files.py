@@ -62,7 +62,7 @@ class _Limits(NamedTuple):
     most: int  # single values, counted as often as they are met
     printable: bool  # must text be printable?
 
-
+# %% ../nbs/02a_files.ipynb #c036c2fe
 class _Size(NamedTuple):
     "How much a value holds."
 
@@ -78,7 +78,7 @@ def _parts_of(
         return [*value, *value.values()]
     return value if isinstance(value, (list, tuple)) else None
 
-
+# %% ../nbs/02a_files.ipynb #f5c0b5c4
 def _check_single(
     value: object,  # a single value
     limits: _Limits,  # what it may be
@@ -92,6 +92,21 @@ def _check_single(
         raise _Unusual(f"holds text that cannot be printed ('{quoted(value)}')")
 
 # %% ../nbs/02a_files.ipynb #79ceee13
+def _checked_size(
+    size: _Size | None,  # of a list; None while it is being measured
+    depth: int,  # how many lists it lies in
+    limits: _Limits,  # what is allowed
+) -> _Size:  # the same; raises _Unusual
+    "Refuse a list that holds itself or too much."
+    if size is None:
+        raise _Unusual("holds a list inside itself")
+    if size.values > limits.most:
+        raise _Unusual(f"holds more than {limits.most} values")
+    if depth + size.depth > limits.deepest:
+        raise _Unusual("is nested too deeply")
+    return size
+
+# %% ../nbs/02a_files.ipynb #c8e6b3a5
 def _measure(
     value: object,  # what a file held
     depth: int,  # how many lists it lies in
@@ -110,14 +125,7 @@ def _measure(
         inner = [_measure(part, depth + 1, known, limits) for part in parts]
         deepest = max((size.depth for size in inner), default=0)
         known[id(value)] = _Size(1 + sum(size.values for size in inner), 1 + deepest)
-    size = known[id(value)]
-    if size is None:
-        raise _Unusual("holds a list inside itself")
-    if size.values > limits.most:
-        raise _Unusual(f"holds more than {limits.most} values")
-    if depth + size.depth > limits.deepest:
-        raise _Unusual("is nested too deeply")
-    return size
+    return _checked_size(known[id(value)], depth, limits)
 
 # %% ../nbs/02a_files.ipynb #271fd657
 def plain_fault(
@@ -144,7 +152,7 @@ def listing(
         return []
     return sorted(p for p in folder.glob(pattern) if not p.name.startswith("."))
 
-
+# %% ../nbs/02a_files.ipynb #4cae8915
 def _split_name(name: str) -> tuple[str, str]:
     "A name before its first dot, and the rest."
     stem, _, ending = name.partition(".")
@@ -190,7 +198,7 @@ class Misnamed(NamedTuple):
     found: str  # half a sentence: what is there
     remedy: str  # what to do about it
 
-
+# %% ../nbs/02a_files.ipynb #6a16b611
 def _misnamed_folder(path: Path) -> Misnamed | None:
     "Folders that may be the missing file's own, under another name."
     names = [p.name for p in listing(path.parent.parent) if p.is_dir()]
@@ -208,7 +216,7 @@ def _same_stem(a: str, b: str) -> bool:
         return True
     return a.lower().rstrip("s") == b.lower().rstrip("s")
 
-
+# %% ../nbs/02a_files.ipynb #97293790
 def _misnamed_file(path: Path, there: list[Path]) -> Misnamed | None:
     "A file of the same stem that can be renamed or converted."
     stem, ending = _split_name(path.name)
@@ -379,7 +387,7 @@ def _publish(tmp: str, path: Path) -> None:
     os.chmod(tmp, 0o666 & ~umask)
     os.replace(tmp, path)
 
-
+# %% ../nbs/02a_files.ipynb #062b6533
 @contextlib.contextmanager
 def atomic_write(
     path: str | Path,  # the file to write; its folder is made

@@ -5,7 +5,7 @@
 # %% ../nbs/40_flow.ipynb #3894b2fb
 from __future__ import annotations
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np, torch
@@ -19,18 +19,20 @@ from .clips import Clip, ClipConfig, build_index, select_clips
 from .visibility import project_sweep
 from .cuboids import CuboidConfig, draw_points, dynamic_mask, flow_ground_truth
 from .frames import pixel_index, project, scale_intrinsics, se3_inverse
-from .gaussians import Gaussians, LIDAR
+from .gaussians import LIDAR
 from .files import DataError, atomic_write
-from .pandaset import Log, PandaSet, scaled_size
+from .pandaset import Log, PandaSet
+from .log_files import scaled_size
 from .render import Cameras, RenderConfig, Rendered
+from .scene import Scene
 from .settings import Device, LogId, Name, find_device, read_parameters
 from .image_velocity import FlowConfig, clip_gaps, colour_wheel, flow_colours, render_velocity
 
 # %% auto #0
 __all__ = ['FlowParameters', 'open_clip', 'frame_list', 'frame_camera', 'TrueMotion', 'true_motion', 'true_velocity',
            'ImageTruth', 'true_image_flow', 'GateConfig', 'measure_fixed', 'gate_a', 'what_training_adds',
-           'measure_per_frame', 'gate_b', 'tint', 'speed_pictures', 'frame_pictures', 'save_pictures', 'walk',
-           'run_flow']
+           'measure_per_frame', 'gate_b', 'tint', 'speed_pictures', 'frame_pictures', 'save_pictures', 'FlowShots',
+           'measured_fixed', 'measured_per_frame', 'draw_flow', 'run_flow']
 
 # %% ../nbs/40_flow.ipynb #bccd3f72
 @dataclass(frozen=True)
@@ -59,10 +61,7 @@ def open_clip(
     "One clip of the evaluation length."
     data = PandaSet(root)
     found = data[f"{log:03d}" if isinstance(log, int) else log or data.log_ids[0]]
-    index = build_index(
-        root, ClipConfig(cameras=(camera,), test_scenes=(found.id,), train_scenes=(), eval_stride=1)
-    )
-    return Clip(found, select_clips(index, logs=(found.id,), starts=(start,))[0])
+    return found.clip(start, (camera,))
 
 # %% ../nbs/40_flow.ipynb #09042097
 def frame_list(
@@ -139,19 +138,22 @@ def true_motion(
 # %% ../nbs/40_flow.ipynb #b3212e86
 def true_velocity(
     clip: Clip,  # the clip
-    g: Gaussians,  # N Gaussians lifted from it
+    lift: Scene,  # N Gaussians lifted from it
     labels: CuboidConfig = CuboidConfig(),  # what counts as moving
 ) -> Tensor:  # (N,1,3) m/s, world; 0 for the background
     "What a perfect network would predict for a lift, to within a return's distance."
+    g = lift.gaussians
     v = torch.zeros(len(g), 1, 3)
     x = g.means.double().cpu().numpy()
     for f in clip.input_frames:
-        if (m := true_motion(clip.log, f, labels)) is None:
+        truth = true_motion(clip.log, f, labels)
+        if truth is None:
             raise DataError(f"{clip.id}: neither labels nor truth for frame {f}; give a checkpoint.")
         mine = ((g.frame == f) & (g.kind == LIDAR)).cpu()
-        near = cKDTree(m.points[m.known]).query(x[mine.numpy()])[1]
-        v[mine, 0] = torch.from_numpy(np.where(m.dynamic[:, None], m.velocity, 0)[m.known][near]).float()
-    return v.to(g.means.device)
+        near = cKDTree(truth.points[truth.known]).query(x[mine.numpy()])[1]
+        velocity = np.where(truth.dynamic[:, None], truth.velocity, 0)[truth.known]
+        v[mine, 0] = torch.from_numpy(velocity[near]).float()
+    return v.to(lift.device)
 
 # %% ../nbs/40_flow.ipynb #e3ca4122
 class ImageTruth(NamedTuple):
@@ -331,16 +333,14 @@ def tint(
 
 # %% ../nbs/40_flow.ipynb #47e09a00
 def speed_pictures(
-    g: Gaussians,  # a scene
-    velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world
-    duration: float,  # s
+    scene: Scene,  # what is drawn
     views: Any,  # V views: K, world_to_cam, t, height, width
     dt: Tensor | float,  # (V,) or scalar, s to the next frame
-    cfg: RenderConfig = RenderConfig(),  # how to render
+    cfg: RenderConfig | None = None,  # how to draw; None: as the scene says
     flow: FlowConfig = FlowConfig(),  # read: clip_px, alpha_threshold
 ) -> tuple[Rendered, Tensor]:  # the pictures; |v_r| (V,H,W,3) as turbo colours, 0 blue, clip_px red
     "One render that also gives |v_r| as a picture."
-    out, v_r, _ = render_velocity(g, velocity, duration, views, dt, cfg, flow)
+    out, v_r, _ = render_velocity(scene, views, dt, cfg, flow)
     return out, tint(v_r.norm(dim=-1) / flow.clip_px)
 
 # %% ../nbs/40_flow.ipynb #725b2501
@@ -372,66 +372,95 @@ def save_pictures(
             Image.fromarray(x.clamp(0, 1).mul(255).byte().numpy()).save(tmp, format="JPEG", quality=90)
 
 # %% ../nbs/40_flow.ipynb #896ce270
-def walk(
-    g: Gaussians,  # a scene
-    velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world
+@dataclass(frozen=True)
+class FlowShots:
+    "What the flow tool draws and by what it judges."
+
+    frames: tuple[int, ...] = tuple(range(16))  # clip-relative
+    frame_ref: int = 0  # clip-relative frame whose pose is the fixed one
+    camera: str = "front_camera"  # name
+    scale: float = 1.0  # image scale, 1.0 = full resolution
+    flow: FlowConfig = FlowConfig()  # clip and mask of v_r
+    gates: GateConfig = GateConfig()  # thresholds
+    labels: CuboidConfig = field(default_factory=CuboidConfig)  # what counts as moving
+
+# %% ../nbs/40_flow.ipynb #f492e3e3
+def measured_fixed(
+    clip: Clip,  # the clip
+    frame: int,  # log frame id
+    cam: Cameras,  # the fixed camera at the frame's moment
+    dt: float,  # s to the next frame
+    v_r: Tensor,  # (H,W,2) px
+    valid: Tensor,  # (H,W) bool
+    shots: FlowShots,  # read: camera, labels, flow, gates
+) -> list[dict]:  # one row of gate A; none where nothing tells the truth
+    "Compare one picture of the fixed pose with the true flow."
+    truth = true_motion(clip.log, frame, shots.labels)
+    if truth is None:
+        return []
+    shutter = clip.log.camera(shots.camera).stamps[frame]
+    in_image = true_image_flow(truth, cam, shutter, dt)
+    return [measure_fixed(v_r, valid, in_image, shots.flow, shots.gates)]
+
+# %% ../nbs/40_flow.ipynb #a1767dc7
+def measured_per_frame(
+    clip: Clip,  # the clip
+    frame: int,  # log frame id
+    cam: Cameras,  # not read: the mask is of the frame's own camera
+    dt: float,  # not read
+    v_r: Tensor,  # (H,W,2) px
+    valid: Tensor,  # (H,W) bool
+    shots: FlowShots,  # read: camera, scale, labels
+) -> list[dict]:  # one row of gate B; none where there are no labels
+    "Compare one picture from its own pose with the dynamic mask."
+    if not clip.log.cuboid_path(frame).is_file():
+        return []
+    mask = dynamic_mask(clip.log, frame, shots.camera, shots.scale, shots.labels)
+    return [measure_per_frame(v_r, valid, mask)]
+
+# %% ../nbs/40_flow.ipynb #4b1c64e5
+def draw_flow(
+    scene: Scene,  # of the clip
     clip: Clip,  # its clip
-    frames: list[int],  # clip-relative
-    camera: str = "front_camera",  # name
-    frame_ref: int | None = None,  # clip-relative frame whose pose is the fixed one; None: each frame's own
-    scale: float = 1.0,  # image scale
+    shots: FlowShots,  # what to draw and how to judge
+    fixed: bool,  # True: from one pose; False: from each frame's own
     folder: Path | None = None,  # pictures go here; None: none are written
-    cfg: RenderConfig = RenderConfig(),  # how to render
-    flow: FlowConfig = FlowConfig(),  # clip and mask of v_r
-    gates: GateConfig = GateConfig(),  # thresholds
-    labels: CuboidConfig = CuboidConfig(),  # what counts as moving
 ) -> dict | None:  # gate A with a fixed pose, gate B without; None when there is no truth
     "Draw a clip's frames, write their pictures, measure the gate of the mode."
     for old in folder.glob("*.jpg") if folder else ():
         old.unlink()
     rows = []
     before = None
-    gaps = clip_gaps(clip, camera)
-    shutters = clip.log.camera(camera).stamps
-    for k in frames:
-        f = clip.frames[k]
-        cam = frame_camera(
-            clip, camera, f, f if frame_ref is None else clip.frames[frame_ref], scale, g.means.device
-        )
+    gaps = clip_gaps(clip, shots.camera)
+    for k in shots.frames:
+        frame = clip.frames[k]
+        stand = clip.frames[shots.frame_ref] if fixed else frame
+        cam = frame_camera(clip, shots.camera, frame, stand, shots.scale, scene.device)
         with torch.no_grad():
-            out, v_r, valid = render_velocity(g, velocity, clip.time.duration, cam, gaps[k], cfg, flow)
+            out, v_r, valid = render_velocity(scene, cam, gaps[k], flow=shots.flow)
         if folder:
-            save_pictures(folder, k, frame_pictures(out, v_r[0], flow, before))
-            before = out.rgb[0] if frame_ref is not None else None
-        if frame_ref is None and clip.log.cuboid_path(f).is_file():
-            rows.append(measure_per_frame(v_r[0], valid[0], dynamic_mask(clip.log, f, camera, scale, labels)))
-        if frame_ref is not None and (m := true_motion(clip.log, f, labels)):
-            rows.append(
-                measure_fixed(
-                    v_r[0], valid[0], true_image_flow(m, cam, shutters[f], float(gaps[k])), flow, gates
-                )
-            )
-    return (gate_b(rows, gates) if frame_ref is None else gate_a(rows, gates)) if rows else None
+            save_pictures(folder, k, frame_pictures(out, v_r[0], shots.flow, before))
+            before = out.rgb[0] if fixed else None
+        measure = measured_fixed if fixed else measured_per_frame
+        rows += measure(clip, frame, cam, float(gaps[k]), v_r[0], valid[0], shots)
+    if not rows:
+        return None
+    return gate_a(rows, shots.gates) if fixed else gate_b(rows, shots.gates)
 
 # %% ../nbs/40_flow.ipynb #260e7460
 def run_flow(
-    g: Gaussians,  # a scene
-    velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world
+    scene: Scene,  # of the clip
     clip: Clip,  # its clip
+    shots: FlowShots = FlowShots(),  # what to draw and how to judge
     mode: str = "both",  # "fixed", "per_frame" or "both"
-    frames: list[int] = tuple(range(16)),  # clip-relative
-    frame_ref: int = 0,  # clip-relative
     folder: Path | None = None,  # made; None: no pictures
-    **how: Any,  # camera, scale, cfg, flow, gates, labels: as for `walk`
 ) -> dict:  # {"A": ..., "B": ...}, what the mode does not make is left out
     "Both modes of the flow tool."
-    todo = dict(fixed=("A", "fixed_pose", frame_ref), per_frame=("B", "per_frame_pose", None))
+    todo = dict(fixed=("A", "fixed_pose"), per_frame=("B", "per_frame_pose"))
     if mode not in ("both", *todo):
         raise DataError(f"mode: is {mode!r}; choose both, fixed or per_frame.")
-    return {
-        gate: walk(
-            g, velocity, clip, list(frames), frame_ref=ref, folder=folder and Path(folder) / name, **how
-        )
-        for m, (gate, name, ref) in todo.items()
-        if mode in ("both", m)
-    }
+    found = {}
+    for asked, (gate, name) in todo.items():
+        if mode in ("both", asked):
+            found[gate] = draw_flow(scene, clip, shots, asked == "fixed", folder and Path(folder) / name)
+    return found

@@ -33,7 +33,9 @@ from flux4d.cuboids import (
     flow_ground_truth,
 )
 from .image_metrics import Mean
-from .train import Loader
+from .loader import Loader
+from .model import ClipInputs
+from .scene import Scene
 
 # %% auto #0
 __all__ = ['GROUPS', 'EDGES', 'POINT_METRICS', 'FLOW_VARIANTS', 'epe', 'accurate', 'theta_eps', 'three_way', 'normalised_error',
@@ -576,7 +578,7 @@ FLOW_VARIANTS = "model", "zero_motion"
 
 @torch.no_grad()
 def evaluate_flow(
-    rebuild: Callable,  # (clip, lifted Gaussians) -> Gaussians, velocity
+    reconstruct: Callable[[ClipInputs], Scene],  # what is scored
     loader: Loader,  # evaluation clips
     cfg: FlowScoreConfig = FlowScoreConfig(),  # how to score
     names: tuple[str, ...] = FLOW_VARIANTS,  # which variants
@@ -588,7 +590,8 @@ def evaluate_flow(
         clip = loader.clips[i]
         truth = clip_truth(clip, cfg, loader.cfg.data.cameras)
         if truth[0]:
-            g, v = rebuild(clip, loader.lifted(i))
+            scene = reconstruct(loader.inputs(i))
+            g, v = scene.gaussians, scene.velocity
         for n in names:
             score_clip(
                 scores[n],

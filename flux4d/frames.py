@@ -185,7 +185,7 @@ def _whole(
     "Floats to int64, in either library."
     return x.astype(np.int64) if _lib(x) is np else x.long()
 
-
+# %% ../nbs/01_frames.ipynb #37eae5af
 def pixel_index(
     uv: Array,  # (N,2) continuous px, may be NaN
     width: int,  # px

@@ -18,9 +18,10 @@ from .lift import LiftConfig, capture_times, from_shutter, nearest_return, no_vi
 from .settings import Share
 
 # %% auto #0
-__all__ = ['VERTICAL_DISCOUNT', 'GAP_CELL', 'InitConfig', 'block_sides', 'Tiles', 'cut_blocks', 'AngularRaster', 'angular_raster',
-           'nearest_above', 'nearest_corners', 'interpolation_weights', 'gap_depth', 'ground_below', 'Blocks',
-           'clip_blocks', 'block_depth', 'continue_ground', 'fill_gaps', 'even_opacity']
+__all__ = ['VERTICAL_DISCOUNT', 'GAP_CELL', 'InitConfig', 'block_sides', 'whole_blocks', 'block_moments', 'Tiles', 'cut_blocks',
+           'AngularRaster', 'angular_raster', 'nearest_above', 'nearest_corners', 'Edge', 'edge_between',
+           'interpolation_weights', 'gap_depth', 'Ground', 'fit_planes', 'ground_below', 'Blocks', 'continue_ground',
+           'block_depth', 'clip_blocks', 'fill_gaps', 'even_opacity']
 
 # %% ../nbs/11_gap_filling.ipynb #928186a1
 @dataclass(frozen=True)
@@ -47,29 +48,41 @@ def block_sides(
     blocks: tuple[int, int],  # px of an image 1920 wide, largest and smallest side
 ) -> list[int]:  # px, each half of the one before
     "Sides of the blocks, largest first."
-    s = [max(2, round(blocks[1] * width / 1920))]
-    while 2 * s[0] <= max(2, round(blocks[0] * width / 1920)):
-        s.insert(0, 2 * s[0])
-    return s
+    largest, smallest = (max(2, round(b * width / 1920)) for b in blocks)
+    sides = [smallest]
+    while 2 * sides[0] <= largest:
+        sides.insert(0, 2 * sides[0])
+    return sides
 
 # %% ../nbs/11_gap_filling.ipynb #c0f0373d
-def _pyramid(images: Tensor, sides: list[int]) -> list[tuple[Tensor, Tensor]]:
-    "Mean colour and mean square of each block, 0..1, largest blocks first."
-    (V, h, w, _), big, b = images.shape, sides[0], sides[-1]
-    if h % big or w % big:
-        images = images[:, torch.arange(h + -h % big, device=images.device).clamp_max(h - 1)][
-            :, :, torch.arange(w + -w % big, device=images.device).clamp_max(w - 1)
-        ]
+def whole_blocks(
+    images: Tensor,  # (V,H,W,3) uint8
+    side: int,  # px
+) -> Tensor:  # (V,H',W',3), H' and W' the next multiples of the side, the last row and column repeated
+    "Enlarge images so that blocks tile them."
+    h, w = images.shape[1:3]
+    if not h % side and not w % side:
+        return images
+    row = torch.arange(h + -h % side, device=images.device).clamp_max(h - 1)
+    column = torch.arange(w + -w % side, device=images.device).clamp_max(w - 1)
+    return images[:, row][:, :, column]
+
+# %% ../nbs/11_gap_filling.ipynb #b7329be6
+def block_moments(
+    images: Tensor,  # (V,H,W,3) uint8
+    sides: list[int],  # px, largest first, each half of the one before
+) -> list[tuple[Tensor, Tensor]]:  # by side: mean colour and mean square (V,H/side,W/side,3), 0..1
+    "Mean and mean square of the colours of each block, of every side."
 
     def pool(a: Tensor, k: int) -> Tensor:
-        a = a.reshape(V, a.shape[1] // k, k, -1).sum(2)
+        a = a.reshape(len(a), a.shape[1] // k, k, -1).sum(2)
         return a.view(*a.shape[:2], -1, k, 3).sum(3)
 
-    x = images.float()
-    levels = [(pool(x, b), pool(x.square_(), b))]
+    x = whole_blocks(images, sides[0]).float()
+    sums = [(pool(x, sides[-1]), pool(x.square_(), sides[-1]))]
     for _ in sides[1:]:
-        levels.insert(0, tuple(pool(a, 2) for a in levels[0]))
-    return [(m / (255 * s**2), q / (255 * s) ** 2) for (m, q), s in zip(levels, sides)]
+        sums.insert(0, tuple(pool(a, 2) for a in sums[0]))
+    return [(total / (255 * s**2), squares / (255 * s) ** 2) for (total, squares), s in zip(sums, sides)]
 
 # %% ../nbs/11_gap_filling.ipynb #4eb8d961
 class Tiles(NamedTuple):
@@ -87,23 +100,19 @@ def cut_blocks(
     detail: float,  # largest standard deviation of the colours in a block that stays whole
 ) -> Tiles:  # float32
     "Cut images into squares, smaller where they have detail."
-    levels, out, (h, w) = _pyramid(images, sides), [], images.shape[1:3]
-    live = torch.ones_like(levels[0][0][..., 0], dtype=torch.bool)
-    for s, (mean, square) in zip(sides, levels):
-        split = live & ((square - mean**2).mean(-1) > detail**2) & (s > sides[-1])
-        y, x = torch.meshgrid(
-            *((torch.arange(n, device=mean.device) + 0.5) * s for n in split.shape[1:]), indexing="ij"
-        )
-        out.append(
-            (
-                torch.stack([x, y], -1).view(-1, 2),
-                torch.full_like(x, s).flatten(),
-                mean.flatten(1, 2),
-                (live & ~split & (x < w) & (y < h)).flatten(1),
-            )
-        )
-        live = split.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    return Tiles(*(torch.cat(a, d) for a, d in zip(zip(*out), (0, 0, 1, 1))))
+    moments = block_moments(images, sides)
+    h, w = images.shape[1:3]
+    alive = torch.ones_like(moments[0][0][..., 0], dtype=torch.bool)  # not covered by a larger block
+    levels = []
+    for side, (mean, square) in zip(sides, moments):
+        split = alive & ((square - mean**2).mean(-1) > detail**2) & (side > sides[-1])
+        middle = [(torch.arange(n, device=mean.device) + 0.5) * side for n in split.shape[1:]]
+        y, x = torch.meshgrid(*middle, indexing="ij")
+        kept = alive & ~split & (x < w) & (y < h)
+        uv = torch.stack([x, y], -1).view(-1, 2)
+        levels.append(Tiles(uv, torch.full_like(x, side).flatten(), mean.flatten(1, 2), kept.flatten(1)))
+        alive = split.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    return Tiles(*(torch.cat(fields, axis) for fields, axis in zip(zip(*levels), (0, 0, 1, 1))))
 
 # %% ../nbs/11_gap_filling.ipynb #f1a18a6b
 class AngularRaster(NamedTuple):
@@ -119,13 +128,11 @@ class AngularRaster(NamedTuple):
         image: Tensor,  # (...) int64, number of the image
     ) -> Tensor:  # (...) int64, -1 off the raster
         "The cell each coordinate lies in."
-        (col, row), (rows, cols), (y, x) = (
-            torch.floor(uv / self.px[image]).double().unbind(-1),
-            self.shape,
-            self.border,
-        )
-        ok = (col.clamp(-x, cols - x - 1) == col) & (row.clamp(-y, rows - y - 1) == row)  # NaN equals nothing
-        return torch.where(ok, (image * rows + row) * cols + (col + (y * cols + x)), -1).long()
+        column, row = torch.floor(uv / self.px[image]).double().unbind(-1)
+        rows, columns = self.shape
+        y, x = self.border
+        inside = (column.clamp(-x, columns - x - 1) == column) & (row.clamp(-y, rows - y - 1) == row)  # NaN: neither
+        return torch.where(inside, (image * rows + row) * columns + (column + (y * columns + x)), -1).long()
 
 # %% ../nbs/11_gap_filling.ipynb #1e849bed
 def angular_raster(
@@ -134,13 +141,12 @@ def angular_raster(
     border: tuple[int, int] = (0, 0),  # rows and columns
 ) -> AngularRaster:  # of all images
     "A raster of cells of one angle for all cameras."
-    f, (h, w) = data.K[..., 0, 0].flatten().float(), data.images.shape[2:4]
-    rad = [math.radians(a) for a in cell]
-    return AngularRaster(
-        torch.stack([a * f for a in rad], -1),
-        tuple(int(n / (a * data.focal)) + 1 + 2 * b for n, a, b in zip((h, w), rad[::-1], border)),
-        border,
-    )
+    focal = data.K[..., 0, 0].flatten().float()
+    width, height = (math.radians(a) for a in cell)
+    h, w = data.images.shape[2:4]
+    rows = int(h / (height * data.focal)) + 1 + 2 * border[0]
+    columns = int(w / (width * data.focal)) + 1 + 2 * border[1]
+    return AngularRaster(torch.stack([width * focal, height * focal], -1), (rows, columns), border)
 
 # %% ../nbs/11_gap_filling.ipynb #241bcdcf
 VERTICAL_DISCOUNT = 6.0  # vertical distances count this many times less when a corner is chosen
@@ -163,23 +169,46 @@ def nearest_corners(
     reach: int,  # columns to each side
 ) -> Tensor:  # (B,4) int64 return at the upper left, upper right, lower left, lower right; -1 = none
     "The nearest return in each quadrant around a block."
+    above = nearest_above(i)
     below = F.pad(nearest_above(i.flip(1)).flip(1)[:, 1:], (0, 0, 0, 1), value=-1)
-    o = torch.arange(-reach, reach + 1, device=i.device)
-    out = []
-    for near in (nearest_above(i), below):
-        r = near.flatten()[cell[:, None] + o]
+    columns = torch.arange(-reach, reach + 1, device=i.device)
+    corners = []
+    for near in (above, below):
+        r = near.flatten()[cell[:, None] + columns]
         du, dv = (uv[r.clamp_min(0)] - at[:, None]).unbind(-1)
-        cost = torch.where(
-            (r >= 0) & (du.abs() < gap[:, :1]) & (dv.abs() < gap[:, 1:]),
-            du**2 + (dv / VERTICAL_DISCOUNT) ** 2,
-            math.inf,
-        )
+        within = (r >= 0) & (du.abs() < gap[:, :1]) & (dv.abs() < gap[:, 1:])
+        cost = torch.where(within, du**2 + (dv / VERTICAL_DISCOUNT) ** 2, math.inf)
         for side in (du <= 0, du > 0):
             best, k = torch.where(side, cost, math.inf).min(1)
-            out.append(torch.where(best < math.inf, r.gather(1, k[:, None])[:, 0], -1))
-    return torch.stack(out, 1)
+            corners.append(torch.where(best < math.inf, r.gather(1, k[:, None])[:, 0], -1))
+    return torch.stack(corners, 1)
+
+# %% ../nbs/11_gap_filling.ipynb #b7393dde
+class Edge(NamedTuple):
+    "The line between the left and the right corner above, or below, B blocks."
+
+    at: Tensor  # (B,) place of the block along it, 0 left to 1 right
+    v: Tensor  # (B,) px, its row there
+    short: Tensor  # (B,) bool, near enough to support the block
 
 # %% ../nbs/11_gap_filling.ipynb #000671d0
+def edge_between(
+    corner: Tensor,  # (B,2) int64 left and right return, -1 = none
+    uv: Tensor,  # (R,2) px of the returns
+    at: Tensor,  # (B,) px, column of the blocks
+    longest: Tensor,  # (B,) px
+) -> Edge:
+    "Where a block lies between two corners; a single corner serves half as far."
+    left, right = (corner >= 0).unbind(1)
+    (u_left, u_right), (v_left, v_right) = (a.unbind(1) for a in uv[corner.clamp_min(0)].unbind(-1))
+    both = left & right
+    width = u_right - u_left
+    a = torch.where(both, ((at - u_left) / width.clamp_min(1e-3)).clamp(0, 1), right.float())
+    alone = torch.where(right, u_right, u_left) - at
+    short = torch.where(both, width < longest, (left | right) & (alone.abs() < longest / 2))
+    return Edge(a, v_left * (1 - a) + v_right * a, short)
+
+# %% ../nbs/11_gap_filling.ipynb #6aa2e0db
 def interpolation_weights(
     corner: Tensor,  # (B,4) from `nearest_corners`
     uv: Tensor,  # (R,2) px of the returns
@@ -187,24 +216,11 @@ def interpolation_weights(
     gap: Tensor,  # (B,2) px, longest upper or lower edge, and largest distance between them
 ) -> tuple[Tensor, Tensor]:  # supported (B,) bool, weights (B,4) with sum 1
     "Linear interpolation along the upper and the lower edge, then between them."
-    has, (u, v) = corner >= 0, uv[corner.clamp_min(0)].unbind(-1)
-
-    def edge(l: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
-        both = has[:, l] & has[:, r]
-        du = u[:, r] - u[:, l]
-        a = torch.where(both, ((at[:, 0] - u[:, l]) / du.clamp_min(1e-3)).clamp(0, 1), has[:, r].float())
-        alone = torch.where(has[:, r], u[:, r], u[:, l]) - at[:, 0]  # a single corner serves half as far
-        return (
-            a,
-            v[:, l] * (1 - a) + v[:, r] * a,
-            torch.where(both, du < gap[:, 0], (has[:, l] | has[:, r]) & (alone.abs() < gap[:, 0] / 2)),
-        )
-
-    (a, top, ok), (b, bottom, ok2) = edge(0, 1), edge(2, 3)
-    t = ((at[:, 1] - top) / (bottom - top).clamp_min(1e-3)).clamp(0, 1)
-    return ok & ok2 & (bottom - top < gap[:, 1]), torch.stack(
-        [(1 - t) * (1 - a), (1 - t) * a, t * (1 - b), t * b], 1
-    )
+    top, bottom = (edge_between(c, uv, at[:, 0], gap[:, 0]) for c in corner.split(2, 1))
+    t = ((at[:, 1] - top.v) / (bottom.v - top.v).clamp_min(1e-3)).clamp(0, 1)
+    supported = top.short & bottom.short & (bottom.v - top.v < gap[:, 1])
+    a, b = top.at, bottom.at
+    return supported, torch.stack([(1 - t) * (1 - a), (1 - t) * a, t * (1 - b), t * b], 1)
 
 # %% ../nbs/11_gap_filling.ipynb #317acddb
 def gap_depth(
@@ -221,53 +237,64 @@ def gap_depth(
     i = corner.clamp_min(0)
     counts = has & (weight > matters)
     zc = torch.where(has, z[i], 1)
-    like = torch.where(counts, ((colour[i] - block[:, None]) ** 2).sum(-1), math.inf).argmin(1, keepdim=True)
-    low = torch.where(counts, zc, math.inf).amin(1, keepdim=True)
-    high = torch.where(counts, zc, 0).amax(1, keepdim=True)
-    joins = has & (torch.maximum(high, zc) <= (1 + agree) * torch.minimum(low, zc))
-    w = torch.where(joins, weight, 0)
-    w = torch.where(
-        high > (1 + agree) * low,
-        torch.zeros_like(w).scatter_(1, like, 1.0),
-        w / w.sum(1, keepdim=True).clamp_min(1e-6),
-    )
+    unlike = torch.where(counts, ((colour[i] - block[:, None]) ** 2).sum(-1), math.inf)
+    nearest = torch.where(counts, zc, math.inf).amin(1, keepdim=True)
+    farthest = torch.where(counts, zc, 0).amax(1, keepdim=True)
+    joins = has & (torch.maximum(farthest, zc) <= (1 + agree) * torch.minimum(nearest, zc))
+    plane = torch.where(joins, weight, 0)
+    plane = plane / plane.sum(1, keepdim=True).clamp_min(1e-6)
+    one_corner = torch.zeros_like(plane).scatter_(1, unlike.argmin(1, keepdim=True), 1.0)
+    w = torch.where(farthest > (1 + agree) * nearest, one_corner, plane)
     return 1 / (w / zc).sum(1).clamp_min(1e-6), w
 
+# %% ../nbs/11_gap_filling.ipynb #d40c3c9a
+class Ground(NamedTuple):
+    "The road's plane under each image's lowest returns."
+
+    plane: Tensor  # (V,3) inverse depth (1/m) per 1000 px of u and of v, and at (0,0); NaN where there are few returns
+    border: Tensor  # (V,cols) px, lowest return of each column
+
 # %% ../nbs/11_gap_filling.ipynb #2d123f2a
+def fit_planes(
+    A: Tensor,  # (V,n,3) float64
+    y: Tensor,  # (V,n) float64
+    ok: Tensor,  # (V,n) bool, rows that count
+    rounds: int,  # of reweighting
+) -> Tensor:  # (V,3) p with A p = y in the sense of least absolute residuals
+    "L1 fits by reweighted least squares, three unknowns each, solved by cofactors."
+    weight = ok.double()
+    Ay = torch.cat([A, y[..., None]], -1)
+    for _ in range(rounds):
+        S, b = (A.mT @ (weight[..., None] * Ay)).split((3, 1), -1)
+        cofactors = torch.linalg.cross(S.roll(-1, 1), S.roll(-2, 1), dim=-1)
+        p = (cofactors.mT @ b) / (S[:, :1] * cofactors[:, :1]).sum(-1, keepdim=True)
+        weight = ok / ((A @ p)[..., 0] - y).abs().add_(1e-5)
+    return p[..., 0]
+
+# %% ../nbs/11_gap_filling.ipynb #052b394c
 def ground_below(
-    grid: AngularRaster,  # of the returns
+    raster: AngularRaster,  # of the returns
     i: Tensor,  # (V,rows,cols) int64, the return of each cell, -1 = none
     uv: Tensor,  # (R,2) px of the returns
     z: Tensor,  # (R,) m
     rows: int,  # how far above the lowest return of a column the plane is fitted
     columns: int = 7,  # columns that share a lowest return
     rounds: int = 10,  # of reweighting
-) -> tuple[
-    Tensor, Tensor
-]:  # plane (V,3): inverse depth (1/m) per 1000 px of u and of v, and at (0,0); border (V,cols) px, lowest return
-    "The road's plane under each image's lowest returns."
-    V = len(i)
-    n = i.shape[2]
-    low = torch.where(i >= 0, torch.arange(i.shape[1], device=i.device)[:, None], -1).amax(1).float()
+) -> Ground:
+    "Fit the road's plane to the lowest returns of all images."
+    row = torch.arange(i.shape[1], device=i.device)[:, None]
+    low = torch.where(i >= 0, row, -1).amax(1).float()
     low = F.max_pool1d(low, columns, 1, columns // 2)
     low = torch.where(low < 0, low.amax(1, keepdim=True), low)
     lowest = (low[:, None] - torch.arange(rows, device=i.device)[:, None]).clamp_min(0).long()
     r = i.gather(1, lowest).flatten(1)
     ok = r >= 0
-    A = torch.cat(
-        [torch.where(ok[..., None], uv[r.clamp_min(0)], 0) / 1000, torch.ones_like(r[..., None])], -1
-    ).double()
-    y = 1 / torch.where(ok, z[r.clamp_min(0)], 1).double()
-    w = ok.double()
-    Ay = torch.cat([A, y[..., None]], -1)
-    for _ in range(rounds):
-        S, b = (A.mT @ (w[..., None] * Ay)).split((3, 1), -1)
-        cof = torch.linalg.cross(S.roll(-1, 1), S.roll(-2, 1), dim=-1)
-        p = (cof.mT @ b) / (S[:, :1] * cof[:, :1]).sum(-1, keepdim=True)
-        w = ok / ((A @ p)[..., 0] - y).abs().add_(1e-5)
-    return torch.where((ok.sum(1) < 30)[:, None], math.nan, p[..., 0]).float(), (
-        low + 1 - grid.border[0]
-    ) * grid.px[:, 1:]
+    px = torch.where(ok[..., None], uv[r.clamp_min(0)], 0) / 1000
+    A = torch.cat([px, torch.ones_like(px[..., :1])], -1).double()
+    inverse = 1 / torch.where(ok, z[r.clamp_min(0)], 1).double()
+    plane = fit_planes(A, inverse, ok, rounds)
+    plane = torch.where((ok.sum(1) < 30)[:, None], math.nan, plane).float()
+    return Ground(plane, (low + 1 - raster.border[0]) * raster.px[:, 1:])
 
 # %% ../nbs/11_gap_filling.ipynb #21b34586
 class Blocks(NamedTuple):
@@ -289,6 +316,56 @@ class Blocks(NamedTuple):
         rows = chosen.nonzero()[:, 0]
         return Blocks(*(a[rows] for a in self))
 
+# %% ../nbs/11_gap_filling.ipynb #3edacf96
+def continue_ground(
+    raster: AngularRaster,  # of the returns
+    i: Tensor,  # (V,rows,cols) int64, the return of each cell
+    uv: Tensor,  # (R,2) px of the returns
+    z: Tensor,  # (R,) m
+    blocks: Blocks,  # any blocks of these images
+    reach: Tensor,  # (B,) px, height of the largest gap
+) -> Tensor:  # (B,) m, 0 where the block lies above the lowest returns or off the plane
+    "The road's depth from a little above the lowest beam on."
+    v = blocks.image
+    ground = ground_below(raster, i, uv, z, round(InitConfig.fill_gap[1] / GAP_CELL[1]))
+    p = ground.plane[v]
+    inverse = (p[:, :2] * blocks.uv).sum(1) / 1000 + p[:, 2]
+    farthest = torch.where(i >= 0, z[i.clamp_min(0)], 0).flatten(1).amax(1)[v]
+    column = (blocks.uv[:, 0] / raster.px[v, 0]).long() + raster.border[1]
+    low = ground.border.flatten()[v * ground.border.shape[1] + column]
+    below = (blocks.uv[:, 1] > low - reach / 4) & (inverse * farthest > 1)
+    return torch.where(below, 1 / inverse.clamp(1e-3, 1.0), 0)
+
+# %% ../nbs/11_gap_filling.ipynb #cc0f8459
+# deg, width and height of a cell: as wide as the returns of one beam are apart, as high as keeps beams apart
+GAP_CELL = 0.2, 0.1
+
+
+def block_depth(
+    data: ClipData,  # the clip
+    cfg: InitConfig,  # read: lidar_sensors, late_after, fill_gap, fill_agree, fill_ground
+    blocks: Blocks,  # without depth
+) -> Blocks:  # with depth and stamp where there is support
+    "Depth of all blocks from the returns their own image sees in time."
+    b, v, seen = blocks, blocks.image, data.projected
+    reach = math.ceil(cfg.fill_gap[0] / GAP_CELL[0]) - 1
+    raster = angular_raster(data, GAP_CELL, (1, reach))
+    soon = from_shutter(data) < (cfg.late_after if 0 in cfg.lidar_sensors else 1.0)
+    cell = torch.where(seen.visible & soon, raster.cells(seen.uv, image_numbers(data)), -1)
+    z = seen.z.flatten()
+    uv = seen.uv.nan_to_num(0).view(-1, 2)
+    i = nearest_return(cell, z, len(raster.px) * math.prod(raster.shape)).view(-1, *raster.shape).long()
+    focal = data.K[..., 0, 0].flatten().float()
+    gap = torch.stack([math.radians(a) * focal for a in cfg.fill_gap], -1)[v]
+    corner = nearest_corners(i, uv, raster.cells(b.uv, v), b.uv, gap, reach)
+    supported, w = interpolation_weights(corner, uv, b.uv, gap)
+    depth, w = gap_depth(z, seen.colour.view(-1, 3), b.colour, corner, w, cfg.fill_agree)
+    stamps = data.stamps[:, None].expand_as(seen.z).flatten()[corner.clamp_min(0)].nan_to_num(0)
+    below = continue_ground(raster, i, uv, z, b, gap[:, 1]) if cfg.fill_ground else 0
+    return b._replace(
+        z=torch.where(supported, depth, below), stamp=torch.where(supported, (w * stamps).sum(1), b.stamp)
+    )
+
 # %% ../nbs/11_gap_filling.ipynb #7f7ea067
 def clip_blocks(
     data: ClipData,  # the clip
@@ -301,73 +378,19 @@ def clip_blocks(
     V = F_ * C
     tiles = cut_blocks(data.images.view(V, h, w, 3), block_sides(w, cfg.fill_blocks), cfg.fill_detail)
     v, m = tiles.kept.nonzero(as_tuple=True)
-    centre = data.pose.view(V, 4, 4)[:, None, :3, 3]
+    K, pose = data.K.view(V, 1, 3, 3), data.pose.view(V, 4, 4)
     one = torch.ones(V, len(tiles.uv), dtype=torch.float64, device=v.device)
-    ray = unproject(data.K.view(V, 1, 3, 3), data.pose.view(V, 4, 4), tiles.uv.double()[None], one) - centre
+    ray = unproject(K, pose, tiles.uv.double()[None], one) - pose[:, None, :3, 3]
     b = Blocks(
-        v,
-        tiles.uv[m],
-        tiles.colour[v, m],
-        tiles.side[m],
-        ray[v, m],
-        torch.zeros_like(tiles.side[m]),
-        data.shutter.flatten()[v],
+        image=v,
+        uv=tiles.uv[m],
+        colour=tiles.colour[v, m],
+        side=tiles.side[m],
+        ray=ray[v, m],
+        z=torch.zeros_like(tiles.side[m]),
+        stamp=data.shutter.flatten()[v],
     )
     return block_depth(data, cfg, b)
-
-# %% ../nbs/11_gap_filling.ipynb #cc0f8459
-GAP_CELL = (
-    0.2,
-    0.1,
-)  # deg, width and height of a cell: as wide as the returns of one beam are apart, as high as keeps beams apart
-
-
-def block_depth(
-    data: ClipData,  # the clip
-    cfg: InitConfig,  # read: lidar_sensors, late_after, fill_gap, fill_agree, fill_ground
-    blocks: Blocks,  # without depth
-) -> Blocks:  # with depth and stamp where there is support
-    "Depth of all blocks from the returns their own image sees in time."
-    b = blocks
-    v = blocks.image
-    seen = data.projected
-    reach = math.ceil(cfg.fill_gap[0] / GAP_CELL[0]) - 1
-    soon = from_shutter(data) < (cfg.late_after if 0 in cfg.lidar_sensors else 1.0)
-    grid = angular_raster(data, GAP_CELL, (1, reach))
-    gap = torch.stack([math.radians(a) * data.K[..., 0, 0].flatten().float() for a in cfg.fill_gap], -1)[v]
-    cell = torch.where(seen.visible & soon, grid.cells(seen.uv, image_numbers(data)), -1)
-    z = seen.z.flatten()
-    uv = seen.uv.nan_to_num(0).view(-1, 2)
-    i = nearest_return(cell, z, len(grid.px) * math.prod(grid.shape)).view(-1, *grid.shape).long()
-    corner = nearest_corners(i, uv, grid.cells(b.uv, v), b.uv, gap, reach)
-    ok, w = interpolation_weights(corner, uv, b.uv, gap)
-    depth, w = gap_depth(z, seen.colour.view(-1, 3), b.colour, corner, w, cfg.fill_agree)
-    stamp = torch.where(
-        ok,
-        (w * data.stamps[:, None].expand_as(seen.z).flatten()[corner.clamp_min(0)].nan_to_num(0)).sum(1),
-        b.stamp,
-    )
-    depth = torch.where(ok, depth, continue_ground(grid, i, uv, z, b, gap[:, 1]) if cfg.fill_ground else 0)
-    return b._replace(z=depth, stamp=stamp)
-
-# %% ../nbs/11_gap_filling.ipynb #3edacf96
-def continue_ground(
-    grid: AngularRaster,  # of the returns
-    i: Tensor,  # (V,rows,cols) int64, the return of each cell
-    uv: Tensor,  # (R,2) px of the returns
-    z: Tensor,  # (R,) m
-    blocks: Blocks,  # any blocks of these images
-    reach: Tensor,  # (B,) px, height of the largest gap
-) -> Tensor:  # (B,) m, 0 where the block lies above the lowest returns or off the plane
-    "The road's depth from a little above the lowest beam on."
-    v, (plane, border) = blocks.image, ground_below(grid, i, uv, z, round(InitConfig.fill_gap[1] / GAP_CELL[1]))
-    p = plane[v]
-    far = torch.where(i >= 0, z[i.clamp_min(0)], 0).flatten(1).amax(1)[v]
-    inverse = (p[:, :2] * blocks.uv).sum(1) / 1000 + p[:, 2]
-    low = border.flatten()[v * border.shape[1] + (blocks.uv[:, 0] / grid.px[v, 0]).long() + grid.border[1]]
-    return torch.where(
-        (blocks.uv[:, 1] > low - reach / 4) & (inverse * far > 1), 1 / inverse.clamp(1e-3, 1.0), 0
-    )
 
 # %% ../nbs/11_gap_filling.ipynb #45460974
 def fill_gaps(
@@ -377,21 +400,19 @@ def fill_gaps(
     rng: torch.Generator,  # of the rotations
 ) -> Gaussians:  # kind LIDAR, world
     "Supported blocks as Gaussians that project to their block, behind the returns around them."
-    b = Blocks(*(a[i] for i in [(blocks.z > 0).nonzero()[:, 0]] for a in blocks))
+    b = blocks.part(blocks.z > 0)
     f = b.image // data.shutter.shape[1]
     z = b.z * (1 + cfg.fill_behind)
-    scale = cfg.fill_scale * b.side * z / data.K[..., 0, 0].flatten()[b.image].float()
-    quats = random_quats(len(f), rng) if cfg.rotation == "random" else None
     means = data.pose[..., :3, 3].reshape(-1, 3)[b.image] + z[:, None] * b.ray
     return gaussians_from(
         means.float(),
-        scale,
+        cfg.fill_scale * b.side * z / data.K[..., 0, 0].flatten()[b.image].float(),
         b.colour,
-        capture_times(data, f, b.stamp, cfg.time_source),
-        data.frames[f],
-        LIDAR,
-        quats,
-        cfg.opacity,
+        t=capture_times(data, f, b.stamp, cfg.time_source),
+        frame=data.frames[f],
+        kind=LIDAR,
+        quats=random_quats(len(f), rng) if cfg.rotation == "random" else None,
+        opacity=cfg.opacity,
     )
 
 # %% ../nbs/11_gap_filling.ipynb #60618150
@@ -402,15 +423,11 @@ def even_opacity(
     most: float = 0.98,  # no layer is more opaque than this
 ) -> Gaussians:  # the same set, opacities raised
     "Make up for missing layers."
-    V, frames, (h, w), x = (
-        data.shutter.numel(),
-        len(data.frames),
-        data.images.shape[2:4],
-        g.means.double()[None],
-    )
+    V, frames = data.shutter.numel(), len(data.frames)
+    h, w = data.images.shape[2:4]
+    x = g.means.double()[None]
     some = max(1, 4_000_000 // max(1, len(g)))  # views at a time, for memory
-    cams = zip(data.K.view(V, 3, 3).split(some), se3_inverse(data.pose).view(V, 4, 4).split(some))
-    n = sum(pixel_index(project(K, T, x)[0], w, h)[2].sum(0) for K, T in cams)
-    return replace(
-        g, opacity_logits=opacity_inv((1 - (1 - opacity) ** (frames / n.clamp(1, frames))).clamp_max(most))
-    )
+    cameras = zip(data.K.view(V, 3, 3).split(some), se3_inverse(data.pose).view(V, 4, 4).split(some))
+    n = sum(pixel_index(project(K, T, x)[0], w, h)[2].sum(0) for K, T in cameras)
+    layers = frames / n.clamp(1, frames)
+    return replace(g, opacity_logits=opacity_inv((1 - (1 - opacity) ** layers).clamp_max(most)))

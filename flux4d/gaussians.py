@@ -81,7 +81,7 @@ def _one_each(
         return ids.long()
     return torch.full((n,), ids, dtype=torch.long, device=device)
 
-
+# %% ../nbs/02_gaussians.ipynb #9e3150ae
 def gaussians_from(
     means: Tensor,  # (N,3) world, m
     scales: Tensor,  # (N,) or (N,3) standard deviation, m

@@ -14,11 +14,12 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from .clips import Clip
 from .clip_data import Views
 from .frames import rotate_vectors, transform_points
-from .gaussians import Gaussians, advance, velocity_at
+from .gaussians import velocity_at
 from .losses import blur, gaussian_window, _mirror
 from .files import atomic_write
 from .settings import Share
-from .render import RenderConfig, Rendered, render
+from .render import RenderConfig, Rendered
+from .scene import Scene
 
 # %% auto #0
 __all__ = ['FlowConfig', 'frame_gaps', 'clip_gaps', 'view_gaps', 'image_velocity', 'clip_norm', 'render_velocity', 'flow_colours',
@@ -76,28 +77,23 @@ def view_gaps(
 
 # %% ../nbs/24_image_velocity.ipynb #e6d53db4
 def image_velocity(
-    g: Gaussians,  # N Gaussians, world
-    velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world; None = nothing moves
-    duration: float,  # length of the clip, s
+    scene: Scene,  # N Gaussians
     views: Any,  # V views: K, world_to_cam, t
     dt: Tensor | float,  # (V,) or scalar, s to the next frame
     near: float = 0.1,  # m, what is not farther than this gets 0
 ) -> Tensor:  # (V,N,2) displacement to the next frame, px, not clipped
     "Where each centre goes in each image, by the projection's Jacobian."
-    if velocity is None:
-        return g.means.new_zeros(len(views.t), len(g), 2)
-    velocity = velocity.to(g.means)
-    t, T, K = (x.to(g.means) for x in (views.t, views.world_to_cam, views.K))
-    p = transform_points(T, advance(g.means, velocity, g.t, t, duration))
-    v = rotate_vectors(T, velocity_at(velocity, t, duration))
+    means = scene.gaussians.means
+    if scene.velocity is None:
+        return means.new_zeros(len(views.t), len(scene), 2)
+    t, T, K = (x.to(means) for x in (views.t, views.world_to_cam, views.K))
+    p = transform_points(T, scene.means_at(t))
+    v = rotate_vectors(T, velocity_at(scene.velocity.to(means), t, scene.duration))
     ahead = p[..., 2:] > near
     z = torch.where(ahead, p[..., 2:], 1.0)
-    d = (
-        K[:, None, [0, 1], [0, 1]]
-        * (v[..., :2] * z - p[..., :2] * v[..., 2:])
-        / z**2
-        * torch.as_tensor(dt).to(z).reshape(-1, 1, 1)
-    )
+    focal = K[:, None, [0, 1], [0, 1]]
+    seconds = torch.as_tensor(dt).to(z).reshape(-1, 1, 1)
+    d = focal * (v[..., :2] * z - p[..., :2] * v[..., 2:]) / z**2 * seconds
     return torch.where(ahead, d, 0.0)
 
 # %% ../nbs/24_image_velocity.ipynb #d90433d4
@@ -110,18 +106,17 @@ def clip_norm(
 
 # %% ../nbs/24_image_velocity.ipynb #b29a698b
 def render_velocity(
-    g: Gaussians,  # N Gaussians, world
-    velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world; None = nothing moves
-    duration: float,  # length of the clip, s
+    scene: Scene,  # N Gaussians
     views: Any,  # V views: K, world_to_cam, t, height, width
     dt: Tensor | float,  # (V,) or scalar, s to the next frame, see `view_gaps`
-    cfg: RenderConfig = RenderConfig(),  # how to render
+    cfg: RenderConfig | None = None,  # how to draw; None: as the scene says
     flow: FlowConfig = FlowConfig(),  # read: clip_px, alpha_threshold
 ) -> tuple[Rendered, Tensor, Tensor]:  # the pictures; v_r (V,H,W,2) px to the next frame; valid (V,H,W) bool
     "Draw the scene and its image velocity in one call."
+    cfg = cfg or scene.render_cfg
     with torch.no_grad():
-        d = clip_norm(image_velocity(g, velocity, duration, views, dt, cfg.near), flow.clip_px)
-    out = render(g, velocity, duration, views, cfg, features=d)
+        d = clip_norm(image_velocity(scene, views, dt, cfg.near), flow.clip_px)
+    out = scene.render(views, cfg, features=d)
     return out, out.features, out.alpha > flow.alpha_threshold
 
 # %% ../nbs/24_image_velocity.ipynb #0f0389f8
@@ -179,16 +174,14 @@ def save_weight_map(
 
 # %% ../nbs/24_image_velocity.ipynb #0b658312
 def render_weighted(
-    g: Gaussians,  # N Gaussians, world
-    velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world
-    duration: float,  # length of the clip, s
+    scene: Scene,  # N Gaussians
     views: Any,  # V views: K, world_to_cam, t, height, width
     dt: Tensor | float,  # (V,) or scalar, s to the next frame, see `view_gaps`
-    cfg: RenderConfig,  # how to render
     flow: FlowConfig,  # whether and how to weigh
+    cfg: RenderConfig | None = None,  # how to draw; None: as the scene says
 ) -> tuple[Rendered, Tensor | None]:  # the pictures; weights (V,H,W) for `reconstruction_loss`, None when off
     "The supervised views and the weight of their pixels, in one render."
     if not flow.enabled:
-        return render(g, velocity, duration, views, cfg), None
-    out, v_r, valid = render_velocity(g, velocity, duration, views, dt, cfg, flow)
+        return scene.render(views, cfg), None
+    out, v_r, valid = render_velocity(scene, views, dt, cfg, flow)
     return out, velocity_weight(v_r, valid, flow)

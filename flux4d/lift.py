@@ -25,10 +25,10 @@ from .settings import OpenShare, Some
 
 # %% auto #0
 __all__ = ['WINDOWS', 'lift_sweep', 'LiftConfig', 'voxel_downsample', 'thin_sweeps', 'nearest_return', 'directions',
-           'window_distances', 'DirectionRaster', 'Query', 'knn_distance', 'from_shutter', 'colour_late',
-           'colour_returns', 'no_visible_return', 'check_own_times', 'warn_of_stamps', 'sound_stamps', 'capture_times',
-           'random_quats', 'lift_returns', 'cap_by_coverage', 'checked_cap', 'lift_data', 'lift_clip', 'draw_dots',
-           'blue_to_red', 'bird_view', 'alignment_set', 'alignment_pictures']
+           'DirectionRaster', 'window_distances', 'Query', 'knn_distance', 'from_shutter', 'colour_late',
+           'colour_returns', 'check_own_times', 'warn_of_stamps', 'sound_stamps', 'capture_times', 'random_quats',
+           'lift_returns', 'cap_by_coverage', 'no_visible_return', 'checked_cap', 'lift_data', 'lift_clip', 'draw_dots',
+           'blue_to_red', 'bird_view', 'sweep_from_above', 'alignment_set', 'alignment_pictures']
 
 # %% ../nbs/10_lift.ipynb #0f84ced7
 def lift_sweep(
@@ -141,24 +141,6 @@ def directions(
         torch.hypot(flat, x[..., 2]),
     )
 
-# %% ../nbs/10_lift.ipynb #379fd187
-def window_distances(
-    held: Tensor,  # (F,rows,columns) int32, the return of each cell of directions, -1 = none
-    x: Tensor,  # (F,N,3) float32, returns, from their frame's cameras, m
-    sweep: Tensor,  # (P,) int64, where to look
-    at: tuple[Tensor, Tensor],  # (P,) rows and columns
-    centre: Tensor,  # (P,3) float32, from that frame's cameras, m
-    reach: int,  # cells
-) -> Tensor:  # (P,(2*reach+1)**2) m^2, infinite where there is nothing, and for the centre itself
-    "Squared distances to the returns in the cells around."
-    offset = torch.arange(-reach, reach + 1, device=x.device)
-    _, rows, columns = held.shape
-    row = (sweep * rows + at[0])[:, None] + offset
-    column = (at[1][:, None] + offset) % columns
-    near = held.flatten()[(row[:, :, None] * columns + column[:, None]).flatten(1)].long()
-    d = (x.view(-1, 3)[near.clamp_min(0)] - centre[:, None]).square().sum(-1)
-    return torch.where((near >= 0) & (d > 0), d, math.inf)
-
 # %% ../nbs/10_lift.ipynb #6e892c68
 class DirectionRaster(NamedTuple):
     "Cells of elevation and azimuth around the cameras."
@@ -193,6 +175,24 @@ class DirectionRaster(NamedTuple):
         number = torch.arange(sweeps, device=distance.device)[:, None]
         cell = torch.where(distance > 0, (number * rows + row) * columns + column, -1)
         return nearest_return(cell, distance, sweeps * rows * columns).view(sweeps, rows, columns)
+
+# %% ../nbs/10_lift.ipynb #379fd187
+def window_distances(
+    held: Tensor,  # (F,rows,columns) int32, the return of each cell of directions, -1 = none
+    x: Tensor,  # (F,N,3) float32, returns, from their frame's cameras, m
+    sweep: Tensor,  # (P,) int64, where to look
+    at: tuple[Tensor, Tensor],  # (P,) rows and columns
+    centre: Tensor,  # (P,3) float32, from that frame's cameras, m
+    reach: int,  # cells
+) -> Tensor:  # (P,(2*reach+1)**2) m^2, infinite where there is nothing, and for the centre itself
+    "Squared distances to the returns in the cells around."
+    offset = torch.arange(-reach, reach + 1, device=x.device)
+    _, rows, columns = held.shape
+    row = (sweep * rows + at[0])[:, None] + offset
+    column = (at[1][:, None] + offset) % columns
+    near = held.flatten()[(row[:, :, None] * columns + column[:, None]).flatten(1)].long()
+    d = (x.view(-1, 3)[near.clamp_min(0)] - centre[:, None]).square().sum(-1)
+    return torch.where((near >= 0) & (d > 0), d, math.inf)
 
 # %% ../nbs/10_lift.ipynb #33e9cfe4
 class Query(NamedTuple):
@@ -299,15 +299,6 @@ def colour_returns(
     kept = torch.where(late, kept, visible.gather(2, each))
     return colour.scatter(2, of_colour, new), visible.scatter(2, each, kept)
 
-# %% ../nbs/10_lift.ipynb #ae63efcd
-def no_visible_return(
-    data: ClipData,  # the clip
-) -> DataError:  # to be raised
-    "What to say of a clip that gives no Gaussian."
-    return DataError(
-        f"{data.id}: no LiDAR return is visible in an input image; choose other cameras or sensors."
-    )
-
 # %% ../nbs/10_lift.ipynb #c0b68984
 def check_own_times(
     data: ClipData,  # read: duration, period, id
@@ -328,7 +319,7 @@ def check_own_times(
         "correct the stamps of its sweeps and images."
     )
 
-# %% ../nbs/10_lift.ipynb #2bcaeb2b
+# %% ../nbs/10_lift.ipynb #919e9761
 def warn_of_stamps(
     data: ClipData,  # the clip
     off: float,  # s, median distance from the shutter
@@ -341,7 +332,7 @@ def warn_of_stamps(
         "or late_after is raised."
     )
 
-
+# %% ../nbs/10_lift.ipynb #2bcaeb2b
 def sound_stamps(
     data: ClipData,  # the clip
     late_after: float,  # s, as in `LiftConfig`
@@ -432,6 +423,15 @@ def cap_by_coverage(
     rank[order] = torch.arange(len(g), device=key.device) - torch.searchsorted(key[order], key[order])
     return g[near[rank[near].argsort(stable=True)][:limit].sort().values]
 
+# %% ../nbs/10_lift.ipynb #ae63efcd
+def no_visible_return(
+    data: ClipData,  # the clip
+) -> DataError:  # to be raised
+    "What to say of a clip that gives no Gaussian."
+    return DataError(
+        f"{data.id}: no LiDAR return is visible in an input image; choose other cameras or sensors."
+    )
+
 # %% ../nbs/10_lift.ipynb #79ab85c9
 def checked_cap(
     g: Gaussians,  # of a clip, kind LIDAR
@@ -478,7 +478,8 @@ def draw_dots(
     size: int = 3,  # px
 ) -> np.ndarray:  # (H,W,3) uint8, a copy
     "Draw square dots, nearest on top."
-    out, (h, w) = image.copy(), image.shape[:2]
+    out = image.copy()
+    h, w = image.shape[:2]
     order = np.argsort(-z)
     rgb = (colour[order] * 255).astype(np.uint8)
     col, row, _ = pixel_index(uv[order], w, h)
@@ -489,7 +490,7 @@ def draw_dots(
 
 # %% ../nbs/10_lift.ipynb #d6a3ed90
 def blue_to_red(
-    x: np.ndarray,  # (N,) any number
+    x: np.ndarray,  # (N,) numbers
     lo: float,  # blue
     hi: float,  # red
 ) -> np.ndarray:  # (N,3) 0..1
@@ -512,6 +513,23 @@ def bird_view(
     return draw_dots(np.zeros((size, size, 3), np.uint8), uv[inside], blue_to_red(x[:, 2], -3, 5), -x[:, 2], 1)
 
 # %% ../nbs/10_lift.ipynb #96a886fc
+def sweep_from_above(
+    clip: Clip,  # the clip
+    frame: int,  # log frame id
+    lidar_sensors: tuple[int, ...],  # as in `LiftConfig`
+) -> dict[str, np.ndarray]:  # bev_world and bev_ego, (600,600,3) uint8
+    "A sweep in world and in vehicle axes, around the vehicle."
+    points = clip.log.sweep(frame, lidar_sensors).points
+    ego = clip.log.ego_pose(frame)
+    here = np.eye(4)
+    here[:3, 3] = -ego[:3, 3]
+    forward_up = np.array([[0.0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    return dict(
+        bev_world=bird_view(points, here),
+        bev_ego=bird_view(points, forward_up @ se3_inverse(ego)),
+    )
+
+# %% ../nbs/10_lift.ipynb #e0916f48
 def alignment_set(
     clip: Clip,  # the clip
     frame: int,  # log frame id
@@ -521,28 +539,26 @@ def alignment_set(
 ) -> dict[str, np.ndarray]:  # name -> (H,W,3) uint8
     "The pictures of one frame."
     data = clip_data(clip, cfg.lidar_sensors, [camera], frames=[frame])
-    s = data.projected
-    g = lift_data(data, cfg)
     image = data.images[0, 0].numpy()
-    uv = s.uv[s.visible].numpy()
-    z = s.z[s.visible].numpy()
-    guv, gz = (a.numpy() for a in project(data.K[0, 0], se3_inverse(data.pose[0, 0]), g.means.double()))
+    visible = data.projected.visible
+    uv, z = (a[visible].numpy() for a in (data.projected.uv, data.projected.z))
+    g = lift_data(data, cfg)
+    lifted_uv, lifted_z = (
+        a.numpy() for a in project(data.K[0, 0], se3_inverse(data.pose[0, 0]), g.means.double())
+    )
+
+    def shade(z: np.ndarray) -> np.ndarray:
+        return np.repeat((1 - 0.9 * np.clip(z / far, 0, 1))[:, None], 3, 1)
+
     grey = image.mean(-1, keepdims=True).repeat(3, -1).astype(np.uint8)
-    shade = lambda z: np.repeat((1 - 0.9 * np.clip(z / far, 0, 1))[:, None], 3, 1)
     black = np.zeros_like(image)
-    points = clip.log.sweep(frame, cfg.lidar_sensors).points
-    ego = clip.log.ego_pose(frame)
-    here = np.eye(4)
-    here[:3, 3] = -ego[:3, 3]
-    up = np.array([[0.0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     return dict(
         rgb=image,
         rgb_points=draw_dots(image, uv, blue_to_red(-np.log(z), -np.log(far), -np.log(4)), z),
         depth_gray=draw_dots(black, uv, shade(z), z, 5),
-        rgb_points_lift=draw_dots(grey, guv, g.colours.numpy(), gz, 5),
-        depth_gray_lift=draw_dots(black, guv, shade(gz), gz, 5),
-        bev_world=bird_view(points, here),
-        bev_ego=bird_view(points, up @ se3_inverse(ego)),
+        rgb_points_lift=draw_dots(grey, lifted_uv, g.colours.numpy(), lifted_z, 5),
+        depth_gray_lift=draw_dots(black, lifted_uv, shade(lifted_z), lifted_z, 5),
+        **sweep_from_above(clip, frame, cfg.lidar_sensors),
     )
 
 # %% ../nbs/10_lift.ipynb #413af726
@@ -557,12 +573,13 @@ def alignment_pictures(
 ) -> list[Path]:  # folders written, one per clip, camera and frame
     "Write the alignment gate's pictures."
     chosen = sorted(np.random.default_rng(seed).permutation(len(clips))[:n_clips])
-    out = []
+    folders = []
     for clip in (clips[i] for i in chosen):
-        for c in clip.cameras if cameras is None else cameras:
-            for f in clip.frames[:frames]:
-                out.append(Path(out_dir) / clip.id / c / f"{f:02d}")
-                out[-1].mkdir(parents=True, exist_ok=True)
-                for name, im in alignment_set(clip, f, c, cfg).items():
-                    Image.fromarray(im).save(out[-1] / f"{name}.png", compress_level=1)
-    return out
+        for camera in clip.cameras if cameras is None else cameras:
+            for frame in clip.frames[:frames]:
+                folder = Path(out_dir) / clip.id / camera / f"{frame:02d}"
+                folder.mkdir(parents=True, exist_ok=True)
+                for name, picture in alignment_set(clip, frame, camera, cfg).items():
+                    Image.fromarray(picture).save(folder / f"{name}.png", compress_level=1)
+                folders.append(folder)
+    return folders

@@ -310,7 +310,7 @@ def inlier_mean(
     inlier: Tensor,  # (K,) bool
     near: Tensor,  # (K,J,9) from `blocks_at`
     tolerance: Tensor | float,  # m, largest difference from an inlier
-) -> tuple[Tensor, Tensor]:  # (K,2) mean of a displacement and of the inliers it meets, by sweep, m; (K,) sweeps with any
+) -> tuple[Tensor, Tensor]:  # (K,2) mean with the inliers it meets, by sweep, m; (K,) sweeps with any
     "Average a displacement with those inliers, in other sweeps, that agree with it."
     theirs = F.pad(xy, (0, 0, 0, 1))[near]
     ok = F.pad(inlier, (0, 1))[near] & ((theirs - xy[:, None, None]).norm(dim=3) < tolerance)

@@ -19,11 +19,12 @@ from .clips import Clip
 from .clip_data import TargetViews, Views
 from .files import short_path
 from .cuboids import CuboidConfig, check_labels, class_ids, dynamic_mask, load_cuboids
-from .gaussians import Gaussians
 from .image_metrics import Mean, MetricConfig, psnr, ssim_metric, depth_rmse
-from .render import RenderConfig, Rendered, render
+from .loader import Loader
+from .model import ClipInputs
+from .render import RenderConfig, Rendered
+from .scene import Scene
 from .settings import Some
-from .train import Loader
 from .image_velocity import FlowConfig, colour_wheel, flow_colours, render_velocity, view_gaps
 from .flow import tint
 from .flow_metrics import named
@@ -200,15 +201,12 @@ VARIANTS = ("model", "lift", "zero_velocity")
 
 @torch.no_grad()
 def variants(
-    rebuild: Callable,  # (clip, lifted Gaussians) -> Gaussians, velocity
-    clip: Clip,  # what is reconstructed
-    g0: Gaussians,  # its lift
-) -> tuple[
-    dict[str, tuple], float
-]:  # {variant: (Gaussians, velocity or None)}; seconds of the reconstruction
+    reconstruct: Callable[[ClipInputs], Scene],  # what is scored
+    x: ClipInputs,  # of one clip
+) -> tuple[dict[str, Scene], float]:  # {variant: scene}; seconds of the reconstruction
     "The model's reconstruction, the lift alone, and the model without motion."
-    (g, v), seconds = timed(lambda: rebuild(clip, g0), g0.means.is_cuda)
-    return dict(model=(g, v), lift=(g0, None), zero_velocity=(g, None)), seconds
+    made, seconds = timed(lambda: reconstruct(x), x.scene.device.type == "cuda")
+    return dict(model=made, lift=x.scene, zero_velocity=made.moving(None)), seconds
 
 # %% ../nbs/55_nvs.ipynb #10be022f
 def timed(
@@ -225,12 +223,14 @@ def timed(
 
 # %% ../nbs/55_nvs.ipynb #29a7b792
 def distinct(
-    scenes: dict[str, tuple],  # {name: (Gaussians, velocity (N,l+1,3) m/s or None)}
-) -> dict[str, tuple[str, ...]]:  # {name of the first: names of all that are the same object}
+    scenes: dict[str, Scene],  # by name
+) -> dict[str, tuple[str, ...]]:  # {name of the first: names of all that look the same}
     "Which scenes need a render of their own; one whose velocities are all zero is one without."
     same = {}
-    for n, (g, v) in scenes.items():
-        same.setdefault((id(g), id(v) if v is not None and bool(v.any()) else None), []).append(n)
+    for name, scene in scenes.items():
+        v = scene.velocity
+        moves = v is not None and bool(v.any())
+        same.setdefault((id(scene.gaussians), id(v) if moves else None), []).append(name)
     return {names[0]: tuple(names) for names in same.values()}
 
 # %% ../nbs/55_nvs.ipynb #9e5ade5d
@@ -247,7 +247,7 @@ class Target(NamedTuple):
 # %% ../nbs/55_nvs.ipynb #4fce043c
 @torch.no_grad()
 def targets(
-    scenes: dict[str, tuple],  # {name: (Gaussians, velocity (N,l+1,3) m/s or None)}
+    scenes: dict[str, Scene],  # by name
     clip: Clip,  # whose targets
     loader: Loader,  # reads them
     render_cfg: RenderConfig,  # how to render
@@ -260,12 +260,9 @@ def targets(
     def secs_of(f):
         return timed(f, "cuda" in str(loader.device))
 
-    length = clip.time.duration
-
-    def with_speed(g, v, views):
-        return (lambda out, v_r, _: out._replace(features=v_r))(
-            *render_velocity(g, v, length, views, view_gaps(clip, views), render_cfg, speed)
-        )
+    def with_speed(scene, views):
+        out, v_r, _ = render_velocity(scene, views, view_gaps(clip, views), render_cfg, speed)
+        return out._replace(features=v_r)
 
     for setting, frames in (("interpolation", clip.interpolation_frames), ("future", clip.future_frames)):
         for views in _chunks(loader, clip, frames, cfg.views_per_call):
@@ -273,9 +270,9 @@ def targets(
             for n, names in own.items():
                 out, secs = secs_of(
                     lambda: (
-                        with_speed(*scenes[n], views)
+                        with_speed(scenes[n], views)
                         if speed and "model" in names
-                        else render(*scenes[n], length, views, render_cfg)
+                        else scenes[n].render(views, render_cfg)
                     )
                 )
                 for k, (view, moving, sky) in enumerate(judged):
@@ -319,7 +316,7 @@ class Evaluation:
 @patch
 def score_targets(
     self: Evaluation,
-    scenes: dict[str, tuple],  # {name: (Gaussians, velocity or None)}; names as in `scores`
+    scenes: dict[str, Scene],  # by name, as in `scores`
     clip: Clip,  # whose targets
     loader: Loader,  # reads them
     render_cfg: RenderConfig,  # how to render
@@ -350,7 +347,7 @@ def score_targets(
 # %% ../nbs/55_nvs.ipynb #39304f89
 @torch.no_grad()
 def evaluate_nvs(
-    rebuild: Callable,  # (clip, lifted Gaussians) -> Gaussians, velocity
+    reconstruct: Callable[[ClipInputs], Scene],  # what is scored
     loader: Loader,  # evaluation clips
     render_cfg: RenderConfig,  # how to render
     cfg: EvalConfig,  # how to score
@@ -362,11 +359,10 @@ def evaluate_nvs(
     ev = Evaluation({n: Scores() for n in names})
     for i in progress(range(len(loader.clips))):
         clip = loader.clips[i]
-        g0 = loader.lifted(i)
         check_clip(clip, cfg.labels)
-        made, secs = variants(rebuild, clip, g0)
+        made, secs = variants(reconstruct, loader.inputs(i))
         ev.seconds_per_clip.add(secs)
-        ev.gaussians.add(len(g0))
+        ev.gaussians.add(len(made["lift"]))
         ev.score_targets(
             {n: made[n] for n in names},
             clip,
@@ -411,8 +407,7 @@ def film_frame(
 def clip_video(
     path: Path,  # .webp
     clip: Clip,  # whose frames
-    g: Gaussians,  # its reconstruction
-    v: Tensor | None,  # (N,l+1,3) velocity, m/s
+    scene: Scene,  # its reconstruction
     loader: Loader,  # reads the photos
     cfg: RenderConfig,  # how to render
     flow: FlowConfig = FlowConfig(),  # read: clip_px
@@ -425,7 +420,7 @@ def clip_video(
     shots = dict(done or {})
     for f in (f for f in clip.frames if f not in shots):
         view = loader.views(clip, [(f, camera)])
-        out, v_r, _ = render_velocity(g, v, clip.time.duration, view, view_gaps(clip, view), cfg, flow)
+        out, v_r, _ = render_velocity(scene, view, view_gaps(clip, view), cfg, flow)
         shots[f] = film_frame(out._replace(features=v_r), view.images[0], flow, width=width)
     first, *rest = [shots[f] for f in clip.frames]
     pace = round(1000 * clip.time.duration / max(len(rest), 1))  # ms a frame

@@ -4,7 +4,7 @@
 
 # %% ../nbs/35_overfit.ipynb #6a592a8a
 from __future__ import annotations
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 import numpy as np, torch
@@ -13,9 +13,11 @@ from PIL import Image
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 from .settings import Device, Name, Seed, find_device, read_parameters, refuse_missing
-from .train import Config, Trainer, Loader, Batch, build_model, reconstruct
-from .gaussians import Gaussians, LIDAR
-from .render import render
+from .loader import Batch
+from .model import build_model
+from .scene import Scene
+from .train import Trainer
+from .gaussians import LIDAR
 from .image_velocity import render_weighted, save_weight_map
 from .losses import reconstruction_loss
 from .image_metrics import psnr, ssim_metric
@@ -44,18 +46,15 @@ def save_debug(
 ) -> dict:  # nothing to record
     "pred_rgb, gt_rgb, pred_depth and gt_depth of one view; rgb_weight when the colour term is weighted."
     folder = folder or trainer.run.folder / f"step_{trainer.step:06d}"
-    net = trainer.ema.module.eval()
+    flow = trainer.cfg.flow
     views = batch.views[:1]
-    g, v = reconstruct(net, batch)
-    out, weight = render_weighted(
-        g, v, batch.clip.time.duration, views, batch.dt[:1], trainer.cfg.render, trainer.cfg.flow
-    )
+    scene = trainer.ema.module.eval().reconstruct(batch.inputs)
+    out, weight = render_weighted(scene, views, batch.dt[:1], flow, trainer.cfg.render)
     if weight is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_weight_map(folder / "rgb_weight.png", weight[0], trainer.cfg.flow.clip_px)
-    for name, x in dict(
-        pred_rgb=out.rgb, gt_rgb=views.images, pred_depth=out.depth, gt_depth=views.depth
-    ).items():
+        save_weight_map(folder / "rgb_weight.png", weight[0], flow.clip_px)
+    pictures = dict(pred_rgb=out.rgb, gt_rgb=views.images, pred_depth=out.depth, gt_depth=views.depth)
+    for name, x in pictures.items():
         save_image(folder / f"{name}.png", x[0])
     return {}
 
@@ -112,18 +111,16 @@ def overfit_gate(
 # %% ../nbs/35_overfit.ipynb #52db6cdc
 @torch.no_grad()
 def score_scene(
-    g: Gaussians,  # a scene, world
-    velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world; None = nothing moves
+    scene: Scene,  # of the batch's clip
     batch: Batch,  # read: clip
     trainer: Trainer,  # read: loader, configuration
     frames: list[int],  # log frame ids
 ) -> dict:  # psnr (dB) and ssim, means over the views of every camera
     "How a scene scores on some frames of its clip."
     rows = []
-    clip = batch.clip
     for f in frames:
-        views = trainer.loader.views(clip, [(f, camera) for camera in trainer.cfg.data.cameras])
-        rgb = render(g, velocity, clip.time.duration, views, trainer.cfg.render).rgb
+        views = trainer.loader.views(batch.clip, [(f, camera) for camera in trainer.cfg.data.cameras])
+        rgb = scene.render(views, trainer.cfg.render).rgb
         rows += [(float(psnr(a, b)), float(ssim_metric(a, b))) for a, b in zip(rgb, views.images)]
     return dict(zip(("psnr", "ssim"), np.mean(rows, axis=0).tolist()))
 
@@ -135,17 +132,17 @@ def gate_scores(
     frames: list[int],  # log frame ids
 ) -> dict:  # name of the scene -> psnr, ssim
     "The clip's views before and after training, with and without motion."
-    untrained = build_model(trainer.cfg, type(trainer.model)).to(trainer.device).eval()
-    g0, prior = reconstruct(untrained, batch)
-    g1, velocity = reconstruct(trainer.ema.module.eval(), batch)
+    fresh = build_model(trainer.cfg, type(trainer.model)).to(trainer.device).eval()
+    untrained = fresh.reconstruct(batch.inputs)
+    trained = trainer.ema.module.eval().reconstruct(batch.inputs)
     scenes = dict(
-        lift=(batch.gaussians, None),
-        untrained=(g0, prior),
-        trained_at_rest=(g1, None),
-        trained_prior_motion=(g1, prior),
-        trained=(g1, velocity),
+        lift=batch.inputs.scene,
+        untrained=untrained,
+        trained_at_rest=trained.moving(None),
+        trained_prior_motion=trained.moving(untrained.velocity),
+        trained=trained,
     )
-    return {name: score_scene(*scene, batch, trainer, frames) for name, scene in scenes.items()}
+    return {name: score_scene(scene, batch, trainer, frames) for name, scene in scenes.items()}
 
 # %% ../nbs/35_overfit.ipynb #61284058
 def gate_faults(
@@ -187,39 +184,34 @@ def gate_faults(
 # %% ../nbs/35_overfit.ipynb #7d21c755
 @torch.no_grad()
 def covered(
-    g: Gaussians,  # a scene
+    scene: Scene,  # drawn at rest
     batch: Batch,  # views
     trainer: Trainer,  # read: render settings
 ) -> Tensor:  # (V,H,W) bool
     "Pixels that near-field (LIDAR kind) Gaussians cover with alpha above one half."
-    return (
-        render(g[g.kind == LIDAR], None, batch.clip.time.duration, batch.views, trainer.cfg.render).alpha
-        > 0.5
-    )
+    g = scene.gaussians
+    near = replace(scene, gaussians=g[g.kind == LIDAR], velocity=None)
+    return near.render(batch.views, trainer.cfg.render).alpha > 0.5
 
 # %% ../nbs/35_overfit.ipynb #939b52f2
 def fit_directly(
-    g: Gaussians,  # where to start
+    scene: Scene,  # where to start; drawn at rest
     batch: Batch,  # views to fit
     trainer: Trainer,  # read: render and loss settings
     iters: int,  # steps
     lr: float = 0.02,  # Adam rate of the raw numbers; centres move 50 times slower
-) -> Gaussians:  # fitted, static
+) -> Scene:  # fitted, static
     "Fit the Gaussians' own 14 numbers, with no network between."
+    g = scene.gaussians
     x = g.flat().clone().requires_grad_()
     rate = torch.ones_like(x[:1])
     rate[:, :3] = 0.02
     dx = torch.zeros_like(x, requires_grad=True)
     opt = torch.optim.Adam([dx], lr)
     for _ in range(iters):
-        out = render(
-            g.with_flat(x.detach() + dx * rate),
-            None,
-            batch.clip.time.duration,
-            batch.views,
-            trainer.cfg.render,
-        )
+        now = replace(scene, gaussians=g.with_flat(x.detach() + dx * rate), velocity=None)
+        out = now.render(batch.views, trainer.cfg.render)
         opt.zero_grad()
         reconstruction_loss(out, batch.views, None, g.kind, trainer.cfg.loss)["total"].backward()
         opt.step()
-    return g.with_flat((x + dx * rate).detach())
+    return replace(scene, gaussians=g.with_flat((x + dx * rate).detach()), velocity=None)

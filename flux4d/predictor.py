@@ -30,12 +30,12 @@ from flux4d.unet import (
 )
 
 # %% auto #0
-__all__ = ['N_PRIOR', 'N_POINT', 'PredictorConfig', 'group_by_cell', 'local_velocity', 'SweepPoints', 'MotionPrior',
-           'estimate_prior', 'prior_features', 'prior_from_features', 'motion_features', 'motion_feature_count',
-           'PointFeatures', 'point_features', 'orientation', 'time_bins', 'binned_features', 'voxel_features',
-           'point_channels', 'voxel_channels', 'bounded', 'make_head', 'decode_residual', 'motion_channels',
-           'split_motion', 'free_velocity', 'near_prior', 'apply_dead_zone', 'since_start', 'decode_velocity',
-           'GridIndex', 'in_grid', 'make_grid_index', 'BasePredictor']
+__all__ = ['N_PRIOR', 'N_POINT', 'PredictorConfig', 'group_by_cell', 'local_velocity', 'estimate_prior', 'prior_features',
+           'prior_from_features', 'motion_features', 'motion_feature_count', 'PointFeatures', 'point_features',
+           'orientation', 'time_bins', 'binned_features', 'voxel_features', 'point_channels', 'voxel_channels',
+           'bounded', 'make_head', 'decode_residual', 'motion_channels', 'split_motion', 'free_velocity', 'near_prior',
+           'apply_dead_zone', 'since_start', 'decode_velocity', 'GridIndex', 'in_grid', 'make_grid_index',
+           'BasePredictor']
 
 # %% ../nbs/31_predictor.ipynb #fc4def75
 @dataclass(frozen=True)
@@ -89,25 +89,6 @@ def local_velocity(
     velocity = covariance / (variance + ridge)
     return velocity[group].float(), variance.sqrt()[group, 0].float()
 
-# %% ../nbs/31_predictor.ipynb #afd073de
-class SweepPoints(NamedTuple):
-    "Points of several sweeps, in ego0."
-
-    points: Tensor  # (M,3) ego0, m
-    seconds: Tensor  # (M,) since the clip's start
-    frame: Tensor  # (M,) int64 source frame in the log
-
-
-class MotionPrior(NamedTuple):
-    "What matching sweeps says about the motion of M points, before any learning."
-
-    velocity: Tensor  # (M,3) ego0, m/s, at the point's own time; z is 0
-    acceleration: Tensor  # (M,3) ego0, m/s^2; z is 0
-    score: Tensor  # (M,) 0..1, share of matches for this velocity
-    zero_motion_score: Tensor  # (M,) 0..1, share of matches for standing still
-    trusted: Tensor  # (M,) bool, other sweeps confirm it
-    may_move: Tensor  # (M,) bool, something stands here, above the road
-
 # %% ../nbs/31_predictor.ipynb #feda518e
 def estimate_prior(
     here: SweepPoints,  # M points that are asked for
@@ -116,14 +97,8 @@ def estimate_prior(
     cfg: PredictorConfig,  # read: motion_prior, fine_prior
 ) -> MotionPrior:  # of the M points
     "The motion prior of `14_motion_prior` at some points."
-    seen = here if returns is None else returns
-    asked = here.points, here.frame
-    columns = coarse_to_fine(*seen, voxel, cfg.motion_prior, cfg.fine_prior, asked)
-    planar, score, zero_motion_score, trusted, may_move = columns.split([4, 1, 1, 1, 1], 1)
-    velocity, acceleration = F.pad(planar.reshape(-1, 2, 2), (0, 1)).unbind(1)
-    return MotionPrior(
-        velocity, acceleration, score[:, 0], zero_motion_score[:, 0], trusted[:, 0] > 0, may_move[:, 0] > 0
-    )
+    matched = here if returns is None else returns
+    return coarse_to_fine(matched, voxel, cfg.motion_prior, cfg.fine_prior, here)
 
 # %% ../nbs/31_predictor.ipynb #faa0413e
 N_PRIOR = 8  # channels of the prior: velocity and acceleration in the plane, two scores, two yes-or-no
@@ -151,17 +126,6 @@ def prior_from_features(
     return MotionPrior(
         velocity, acceleration, score[:, 0], zero_motion_score[:, 0], trusted[:, 0] > 0, may_move[:, 0] > 0
     )
-
-# %% ../nbs/31_predictor.ipynb #519ddc98
-def estimate_prior(
-    here: SweepPoints,  # M points that are asked for
-    returns: SweepPoints | None,  # all returns around, which are matched; None = the points themselves
-    voxel: VoxelConfig,  # read: low, high
-    cfg: PredictorConfig,  # read: motion_prior, fine_prior
-) -> MotionPrior:  # of the M points
-    "The motion prior of `14_motion_prior` at some points."
-    matched = here if returns is None else returns
-    return coarse_to_fine(matched, voxel, cfg.motion_prior, cfg.fine_prior, here)
 
 # %% ../nbs/31_predictor.ipynb #2fb5a3d5
 def motion_features(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 from .files import DataError
 from .refine import FullConfig
-from .train import config_from_dict, config_to_dict, flattened, merged
+from .config import config_from_dict, config_to_dict, flattened, merged
 
 # %% auto #0
 __all__ = ['OUR_CHOICES', 'PAPER_CHOICES', 'SMALL', 'NO_PRIOR', 'ONE_PASS', 'PRESETS', 'preset_config', 'preset_table']

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import math
 from typing import Any, NamedTuple
-import numpy as np, torch
+import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -177,7 +177,7 @@ class Spans(NamedTuple):
     left: Tensor  # (R,) first pixel
     count: Tensor  # (R,) int64, pixels
 
-
+# %% ../nbs/20_raster.ipynb #77636390
 def row_spans(
     e: Ellipses,  # n splats, nearest first
     y0: int,  # first row

@@ -14,12 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 from .files import DataError
 from .files import writing
-from .gaussians import Gaussians
 from .image_metrics import Mean, lpips_metric
 from .clips import TEST_SCENES, Clip, fingerprint
 from .cache import LiftCache
 from .cuboids import BUCKETS, METAS
-from .train import Config, Loader, time_reconstruction
+from .config import Config
+from .loader import Loader, time_reconstruction
+from .model import ClipInputs
+from .scene import Scene
 from .run import provenance
 from flux4d.flow_metrics import (
     FLOW_VARIANTS,
@@ -109,17 +111,14 @@ def check_baselines(
 # %% ../nbs/55a_record.ipynb #539d0236
 def baseline_scene(
     name: str,  # one of METHODS
-    clip: Clip,  # what is reconstructed
-    g0: Gaussians,  # (N) its lift
-    made: tuple[Gaussians, Tensor | None],  # the reconstruction it stands beside
-) -> tuple[
-    tuple[Gaussians, Tensor | None], float
-]:  # Gaussians and velocity (N,l+1,3) m/s, None = nothing moves; s
+    x: ClipInputs,  # of one clip
+    made: Scene | None,  # the reconstruction it stands beside
+) -> tuple[Scene, float]:  # the scene; s
     "A baseline's scene of a clip, and how long it took."
     if name == "static":
-        return (made[0], None), 0.0
-    (g, v), seconds = timed(lambda: BASELINES[name](clip, g0), g0.means.is_cuda)
-    return (g, v.detach()), seconds
+        return made.moving(None), 0.0
+    scene, seconds = timed(lambda: BASELINES[name](x), x.scene.device.type == "cuda")
+    return scene.moving(scene.velocity.detach()), seconds
 
 # %% ../nbs/55a_record.ipynb #4a7a9b4a
 class Shot(NamedTuple):
@@ -193,7 +192,7 @@ def empty_scores(
 def score_flow(
     ev: Scored,  # counts
     clip: Clip,  # the clip
-    scenes: dict[str, tuple],  # {name: (Gaussians, velocity or None)}; read: those that `ev.flow` knows
+    scenes: dict[str, Scene],  # by name; read: those that `ev.flow` knows
     cfg: FlowScoreConfig,  # how to score
     cameras: tuple[str, ...],  # names
 ) -> None:  # adds to `ev.flow` and `ev.flow_by_clip`
@@ -206,7 +205,7 @@ def score_flow(
     before = marks()
     truth = clip_truth(clip, cfg, cameras)
     for n, s in ev.flow.items():
-        score_clip(s, clip, *scenes[n], cfg, truth=truth)
+        score_clip(s, clip, scenes[n].gaussians, scenes[n].velocity, cfg, truth=truth)
     (e, frames), (fd, _) = (
         ((s1 - s0) / (n1 - n0) if n1 > n0 else None, n1 - n0) for (n0, s0), (n1, s1) in zip(before, marks())
     )
@@ -216,7 +215,7 @@ def score_flow(
 def score_one(
     ev: Scored,  # counts
     i: int,  # clip number
-    rebuild: Callable,  # (clip, lifted Gaussians) -> Gaussians, velocity
+    reconstruct: Callable[[ClipInputs], Scene],  # what is scored
     loader: Loader,  # evaluation clips
     cfg: EvalConfig,  # how to score
     folder: Path,  # pictures go here
@@ -225,17 +224,17 @@ def score_one(
 ) -> None:  # adds to `ev`; the loader is empty afterwards
     "One clip: lifted once, reconstructed once, scored, filmed, forgotten."
     clip = loader.clips[i]
-    g0 = loader.lifted(i)
+    x = loader.inputs(i)
     c = loader.cfg
     check_clip(clip, cfg.labels)
     read_ahead(loader, clip)
     drawn = {}
-    made, seconds = variants(rebuild, clip, g0)
+    made, seconds = variants(reconstruct, x)
     ev.seconds_per_clip.add(seconds)
-    ev.gaussians.add(len(g0))
-    scenes = made | dict(zero_motion=(g0, None))
+    ev.gaussians.add(len(x.scene))
+    scenes = made | dict(zero_motion=x.scene)
     for b, spent in ev.seconds.items():
-        scenes[beside(b)], s = baseline_scene(b, clip, g0, made["model"])
+        scenes[beside(b)], s = baseline_scene(b, x, made["model"])
         spent.add(s)
 
     def see(t: Target) -> None:
@@ -260,7 +259,7 @@ def score_one(
         ev.films.append(
             str(
                 clip_video(
-                    folder / f"videos/{clip.id}.webp", clip, *made["model"], loader, c.render, c.flow, drawn
+                    folder / f"videos/{clip.id}.webp", clip, made["model"], loader, c.render, c.flow, drawn
                 ).relative_to(folder)
             )
         )
@@ -709,7 +708,7 @@ def metrics_of(
 # %% ../nbs/55a_record.ipynb #e56b5bbe
 def evaluate(
     about: About,  # what is evaluated
-    rebuild: Callable,  # (clip, lifted Gaussians) -> Gaussians, velocity
+    reconstruct: Callable[[ClipInputs], Scene],  # what is scored
     loader: Loader,  # evaluation clips, see `one_clip_loader`
     folder: Path,  # where pictures and films go
     baselines: tuple[str, ...] = (),  # of METHODS, scored beside it
@@ -726,7 +725,7 @@ def evaluate(
     lpips, no_lpips = lpips_metric(loader.device)  # a metric, or why there is none
     for i in progress(range(len(clips))):
         with writing(folder / "renders"):
-            score_one(ev, i, rebuild, loader, cfg, folder, i < videos, lpips)
+            score_one(ev, i, reconstruct, loader, cfg, folder, i < videos, lpips)
     timing = about.model and time_reconstruction(
         about.model, loader, 20 if "cuda" in str(loader.device) else 1
     )

@@ -13,12 +13,14 @@ from fastcore.basics import patch
 from annotated_types import Interval
 from pydantic import NonNegativeFloat
 from .clip_data import InputViews
+from .config import Config
 from .frames import mat_to_quat, quat_mul, rotate_vectors, se3_inverse, transform_points
 from .gaussians import FLAT, Gaussians
 from .losses import LossConfig, reconstruction_loss
+from .model import ClipInputs, Flux4DBase
 from .predictor import BasePredictor, GridIndex, PredictorConfig, decode_residual, make_head
-from .render import RenderConfig, Rendered, render
-from .train import Batch, Config, Flux4DBase
+from .render import Rendered
+from .scene import Scene
 from .unet import UNetConfig
 from .voxels import VoxelConfig
 
@@ -88,26 +90,25 @@ class Feedback(NamedTuple):
 
 # %% ../nbs/50_refine.ipynb #76161818
 def feedback(
-    g: Gaussians,  # N Gaussians, world
-    velocity: Tensor,  # (N,l+1,3) m/s^(j+1), world
-    duration: float,  # length of the clip, s
+    scene: Scene,  # N Gaussians
     inputs: InputViews,  # raises TypeError for any other views
-    render_cfg: RenderConfig,  # how to render
     cfg: RefineConfig,  # read: error, rgb, depth
     loss: LossConfig = LossConfig(),  # read where `error` is "training"
 ) -> Feedback:  # without graph
     "Gradient of the input views' error; works under no_grad too."
     if not isinstance(inputs, InputViews):
         raise TypeError(
-            f"feedback comes from InputViews only, got {type(inputs).__name__}: a reconstruction never sees its targets."
+            f"feedback comes from InputViews only, got {type(inputs).__name__}: "
+            "a reconstruction never sees its targets."
         )
+    g = scene.gaussians
     with torch.enable_grad():
         raw = g.flat().detach().requires_grad_()
         share = g.means.new_zeros(len(g), 1).requires_grad_()
-        out = render(g.with_flat(raw), velocity.detach(), duration, inputs, render_cfg, features=share)
-        grad, seen = torch.autograd.grad(
-            feedback_error(out, inputs, cfg, loss) + out.features.sum(), (raw, share)
-        )
+        fresh = replace(scene, gaussians=g.with_flat(raw), velocity=scene.velocity.detach())
+        out = fresh.render(inputs, features=share)
+        error = feedback_error(out, inputs, cfg, loss)
+        grad, seen = torch.autograd.grad(error + out.features.sum(), (raw, share))
     return Feedback(grad, seen[:, 0])
 
 # %% ../nbs/50_refine.ipynb #9005a661
@@ -216,36 +217,41 @@ def far_features(
 class Flux4D(Flux4DBase):
     "The full model: base, then refinement (supp. Alg. 2)."
 
-    config, home = FullConfig, "flux4d.refine:Flux4D"
+    config_type = FullConfig
+    home = "flux4d.refine:Flux4D"
 
     def __init__(
         self,
-        cfg: FullConfig,  # read: voxel, model, render, loss, refine
+        cfg: FullConfig,  # read: voxel, model, loss, refine
     ) -> None:
         "The base first, so that its weights do not depend on what follows."
         super().__init__(cfg)
-        self.render_cfg = cfg.render
-        self.loss_cfg = cfg.loss
-        self.cfg = cfg.refine
-        self.refiner = (
-            Refiner(replace(cfg.model, unet=cfg.refine.unet), cfg.voxel) if cfg.refine.steps > 1 else None
-        )
+        self.refiner = None
+        if cfg.refine.steps > 1:
+            self.refiner = Refiner(replace(cfg.model, unet=cfg.refine.unet), cfg.voxel)
 
     def stages(
         self,
-        b: Batch,  # a lifted clip; its supervised views are not looked at
-    ) -> Iterator[
-        tuple[Gaussians, Tensor]
-    ]:  # G (world); velocity (N,l+1,3) m/s^(j+1), world, the same at every stage
+        inputs: ClipInputs,  # of one clip
+    ) -> Iterator[Scene]:  # velocity (N,l+1,3) m/s^(j+1), world, the same at every stage
         "The base's scene, then each refined one."
-        for g, velocity in super().stages(b):
-            yield g, velocity
-        velocity = velocity.detach()
-        inputs = b.inputs() if self.refiner else None
-        for _ in range(self.cfg.steps - 1):
-            g = g.map(Tensor.detach)
-            fb = feedback(g, velocity, b.clip.time.duration, inputs, self.render_cfg, self.cfg, self.loss_cfg)
-            g = g.add(
-                self.refiner(g, b.index, feedback_features(fb, g, se3_inverse(b.index.to_world), self.cfg))
-            )
-            yield g, velocity
+        for scene in super().stages(inputs):
+            yield scene
+        for _ in range(self.cfg.refine.steps - 1):
+            scene = self.refined(scene, inputs)
+            yield scene
+
+# %% ../nbs/50_refine.ipynb #d18166b2
+@patch
+def refined(
+    self: Flux4D,
+    scene: Scene,  # of the stage before
+    inputs: ClipInputs,  # of its clip
+) -> Scene:
+    "One stage of refinement; no gradient reaches the stage before."
+    cfg = self.cfg.refine
+    g = scene.gaussians.map(Tensor.detach)
+    scene = replace(scene, gaussians=g, velocity=scene.velocity.detach())
+    told = feedback(scene, inputs.views, cfg, self.cfg.loss)
+    features = feedback_features(told, g, se3_inverse(inputs.index.to_world), cfg)
+    return replace(scene, gaussians=g.add(self.refiner(g, inputs.index, features)))

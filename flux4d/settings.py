@@ -161,7 +161,7 @@ def _allowed_choice(
         return words[0]
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
-
+# %% ../nbs/02c_settings.ipynb #f7d2b2e7
 def _allowed_number(
     schema: dict,  # JSON schema of a number
 ) -> str:  # "a whole number at least 0"
@@ -185,7 +185,7 @@ def _allowed_list(
     once = " without repetition" if schema.get("uniqueItems") else ""
     return f"{some}{once}, each {_allowed(schema['items'])}"
 
-
+# %% ../nbs/02c_settings.ipynb #8dec0b9a
 def _allowed(
     schema: dict,  # JSON schema of a type
 ) -> str:  # words for a sentence
@@ -288,7 +288,7 @@ def _read_fields(
             read[key] = read_value(hints[key], value, _dotted(name, key))
     return read
 
-
+# %% ../nbs/02c_settings.ipynb #15287bbe
 def _with_dotted_name(
     text: str,  # what a dataclass's own check said; begins with a field's name or not
     name: str,  # dotted name of the dataclass, "" = the outermost

@@ -16,7 +16,8 @@ from annotated_types import Ge, Interval
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from .files import writing
 from .files import DataError
-from .pandaset import PandaSet, scaled_size
+from .pandaset import PandaSet
+from .log_files import scaled_size
 from flux4d.clips import (
     TRAIN_SETTINGS,
     Clip,
@@ -40,22 +41,12 @@ from flux4d.settings import (
     refuse_missing,
 )
 from .cache import LiftCache
-from .render import render
 from .refine import Flux4D, FullConfig
 from .presets import PRESETS, preset_config
 from .run import Run, newest_run, refuse_damaged, refuse_foreign, refuse_held
-from flux4d.train import (
-    Loader,
-    Trainer,
-    config_from_dict,
-    config_to_dict,
-    every,
-    files_of,
-    flattened,
-    merged,
-    read_resumable,
-    rebuilder,
-)
+from .config import config_from_dict, config_to_dict, flattened, merged
+from .loader import Loader, files_of
+from .train import Trainer, every, read_resumable
 from .run import provenance, trained_frames
 from .records import repo_root
 from .flow_metrics import FlowScoreConfig, FlowScores, check_bs_flow, clip_truth, score_clip
@@ -417,14 +408,15 @@ def open_run(
 def background_flow(
     loader: Loader,  # read: its first clip
     cfg: FlowScoreConfig,  # how flow is scored
-) -> Callable:  # (clip, lifted Gaussians) -> Gaussians, velocity  ->  m a frame; None without labels
+) -> Callable:  # (ClipInputs -> Scene) -> m a frame; None without labels
     "How far a reconstruction of the first clip moves what stands still; its truth is read and checked once."
     clip = loader.clips[0]
     truth = lru_cache(1)(lambda: clip_truth(clip, cfg, loader.cfg.data.cameras))
 
-    def call(rebuild: Callable) -> float | None:
+    def call(reconstruct: Callable) -> float | None:
         s = FlowScores(cfg)
-        score_clip(s, clip, *rebuild(clip, loader.lifted(0)), cfg, truth=truth())
+        scene = reconstruct(loader.inputs(0))
+        score_clip(s, clip, scene.gaussians, scene.velocity, cfg, truth=truth())
         return s.bs_flow.frames.mean
 
     return call
@@ -438,15 +430,15 @@ def validation(
     background = background_flow(loader, FlowScoreConfig(labels=eval_cfg.labels))
 
     def call(trainer: Trainer) -> dict:
-        rebuild = rebuilder(trainer.ema.module.eval(), loader)
+        reconstruct = trainer.ema.module.eval().reconstruct
         s = (
-            evaluate_nvs(rebuild, loader, trainer.cfg.render, eval_cfg, names=("model",))
+            evaluate_nvs(reconstruct, loader, trainer.cfg.render, eval_cfg, names=("model",))
             .scores["model"]
             .as_dict()["full"]
         )
         found = {f"val_{k}": s[k]["psnr"]["mean"] for k in s if s[k]["count"]}
         score = np.mean(list(found.values()))
-        if (bs := background(rebuild)) is not None:
+        if (bs := background(reconstruct)) is not None:
             found["bs_flow"] = bs
         trainer.run.say(
             f"step {trainer.step:6d}  "

@@ -4,23 +4,26 @@
 
 # %% ../nbs/34_train.ipynb #dbee7c11
 from __future__ import annotations
-import json, math, signal, threading, time, zlib
+import math, signal, threading, time, zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, asdict, replace
+from dataclasses import replace
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal
-import numpy as np, torch
-from torch import Tensor, nn
+from typing import Any
+import numpy as np
+import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastcore.basics import patch
-from annotated_types import Interval
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from .clips import Clip, fingerprint
+from .config import Config, TrainConfig, changed_fields, config_to_dict, flattened, refuse_renamed
 from .files import DataError, WriteError
-from .settings import Distinct, Name, Seed, Share, Some, read_settings
+from .image_velocity import render_weighted
+from .loader import Batch, Loader
+from .losses import reconstruction_loss
+from .model import Flux4DBase, build_model, model_class
+from .render import RenderConfig
 from flux4d.run import (
     PARTS,
     Run,
@@ -34,365 +37,11 @@ from flux4d.run import (
     trained_entry,
     trained_frames,
 )
-from .clips import TRAIN_SETTINGS, Clip, fingerprint
-from .clip_data import InputViews, Views, TargetViews, check_frames, load_views
-from .gaussians import Gaussians
-from .gap_filling import InitConfig
-from .clip_data import Returns, clip_returns
-from .lift import clip_data
-from .background import BackgroundConfig, init_data
-from .cache import LiftCache
-from .render import RenderConfig
-from .losses import LossConfig, reconstruction_loss
-from .image_velocity import FlowConfig, render_weighted, view_gaps
-from .voxels import VoxelConfig
-from .predictor import PredictorConfig, BasePredictor, GridIndex, make_grid_index
+from .scene import Scene
+
 
 # %% auto #0
-__all__ = ['UNREADABLE', 'DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'config_from_dict', 'merged', 'flattened',
-           'differences', 'Batch', 'Loader', 'files_of', 'lr_at', 'Flux4DBase', 'build_model', 'reconstruct',
-           'rebuilder', 'time_reconstruction', 'Trainer', 'with_random_background', 'Interrupted', 'stop_signals',
-           'read_resumable', 'load_model', 'every']
-
-# %% ../nbs/34_train.ipynb #eed09649
-@dataclass
-class DataConfig:
-    "Which recordings, at which resolution."
-
-    cameras: Some[Name] = ("front_camera",)  # paper: front camera only
-    # kinds of training clip, such as train_future; (): every kind of the index. The paper trains a model for each
-    settings: Distinct[Literal[TRAIN_SETTINGS]] = ()
-    # 1.0 = full resolution; nothing else ever resizes an image
-    image_scale: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    keep_frames: NonNegativeInt = 1200  # decoded frames kept in memory; one full-HD frame is 14 MB
-    keep_clips: NonNegativeInt = 200  # lifted clips kept in memory; one is about 20 MB
-    loader_threads: Annotated[int, Interval(ge=1, le=256)] = (
-        4  # threads that decode ahead of the training step
-    )
-
-# %% ../nbs/34_train.ipynb #fd13f09e
-@dataclass
-class TrainConfig:
-    "How the weights are found."
-
-    iters: NonNegativeInt = 30_000  # paper Sec. 4.1
-    # wall-clock budget: training ends, and the schedule with it, when either is spent; None = steps alone,
-    # reproducible
-    minutes: PositiveFloat | None = None
-    lr: PositiveFloat = 1e-3  # AdamW peak rate; UNKNOWN in the paper
-    weight_decay: NonNegativeFloat = 1e-5  # AdamW
-    warmup: NonNegativeInt = 200  # steps of linear warm-up
-    warmup_share: Share = (
-        0.1  # of a budget in minutes, after which the warm-up ends even if its steps are not taken
-    )
-    final_lr: Share = 0.02  # last rate as a share of the peak, reached on a cosine
-    grad_clip: PositiveFloat = 1.0  # largest gradient norm
-    ema: Annotated[float, Interval(ge=0, lt=1)] = 0.99  # decay of the averaged weights that are evaluated
-    views_per_step: PositiveInt = 2  # target views rendered in one call
-    grad_accum_steps: PositiveInt = 1  # micro-steps a step averages over
-    supervise_inputs: bool = True  # input frames are supervised beside the targets
-    random_background: bool = True  # supervised views are drawn over another colour at every step
-    fixed_target_frame: NonNegativeInt | None = None  # clip-relative frame that every step trains on
-    prefetch: Annotated[int, Interval(ge=0, le=1000)] = 4  # micro-steps loaded ahead
-    seed: Seed = 0  # of weights, clip order and views
-    log_every: PositiveInt = 20  # steps between records
-    save_ckpt_every: NonNegativeInt = 1000  # steps between checkpoints; 0 = by the clock, and at the end
-    save_ckpt_minutes: NonNegativeFloat = (
-        5.0  # minutes after which a checkpoint is saved in any case; 0 = never
-    )
-    keep_ckpts: PositiveInt = 1  # newest checkpoints that are kept beside the best
-    max_skipped: PositiveInt = 20  # steps without an update in a row, after which training stops
-    max_unread: NonNegativeInt = 20  # different files that may go bad while training runs
-    eval_every: NonNegativeInt = 1000  # steps between validations; 0 = never
-
-# %% ../nbs/34_train.ipynb #002dae83
-@dataclass
-class Config:
-    "Every tunable of a run."
-
-    data: DataConfig = field(default_factory=DataConfig)
-    init: InitConfig = field(default_factory=InitConfig)
-    background: BackgroundConfig = field(default_factory=BackgroundConfig)
-    voxel: VoxelConfig = field(default_factory=VoxelConfig)
-    model: PredictorConfig = field(default_factory=PredictorConfig)
-    render: RenderConfig = field(default_factory=RenderConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    flow: FlowConfig = field(default_factory=FlowConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-
-# %% ../nbs/34_train.ipynb #2b15ce04
-def config_to_dict(
-    cfg: Any,  # a config dataclass
-) -> dict:  # nested plain values
-    "Plain values for YAML, JSON and checkpoints."
-    return json.loads(json.dumps(asdict(cfg)))
-
-# %% ../nbs/34_train.ipynb #23b2c17c
-def config_from_dict(
-    d: dict,  # nested plain values
-    cls: type = Config,  # the dataclass to fill
-    name: str = "",  # dotted name of where the values stand, for sentences
-) -> Any:  # an instance of `cls`; raises DataError for an unknown key, a wrong type or a value out of range
-    "The inverse of `config_to_dict`; what is left out keeps its default."
-    return read_settings(cls, d, name)
-
-# %% ../nbs/34_train.ipynb #c65254c1
-def merged(
-    base: dict,  # nested plain values
-    over: dict,  # nested plain values that win
-) -> dict:  # a new nested dict
-    "One nested dict laid over another."
-    inner = {key: value for key, value in base.items() if isinstance(value, dict)}
-    return base | {
-        key: merged(inner.get(key, {}), value) if isinstance(value, dict) else value
-        for key, value in over.items()
-    }
-
-# %% ../nbs/34_train.ipynb #418dd13a
-def flattened(
-    d: dict,  # nested
-    at: str = "",  # dotted prefix
-) -> dict[str, Any]:  # {dotted field: value}
-    "A nested dict by dotted names."
-    out = {}
-    for key, value in d.items():
-        name = f"{at}.{key}".lstrip(".")
-        out |= flattened(value, name) if isinstance(value, dict) else {name: value}
-    return out
-
-# %% ../nbs/34_train.ipynb #a32t0001
-def differences(
-    before: dict,  # nested plain values
-    after: dict,  # nested plain values
-) -> list[str]:  # "train.lr: 0.001 -> 0.0005", one for each field that differs
-    "Which fields of two configurations differ."
-    a = flattened(before)
-    b = flattened(after)
-    return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-
-# %% ../nbs/34_train.ipynb #ce86f74e
-@dataclass
-class Batch:
-    "What one micro-step works on, on the device."
-
-    clip: Clip
-    gaussians: Gaussians  # lifted
-    index: GridIndex  # where they sit in the network's grid
-    inputs: Callable  # () -> InputViews, all that a reconstruction may look at
-    views: TargetViews | None = None  # supervised views; None where nothing is supervised
-    dt: Tensor | None = None  # (V,) s from each of them to the next frame
-    number: int = 0  # of the micro-step, from 0
-
-# %% ../nbs/34_train.ipynb #e06f54ad
-class Loader:
-    "Batches by step number; decoded frames and lifted clips stay in memory, the next ones load in threads."
-
-    def __init__(
-        self,
-        clips: list[Clip],  # clips to draw from
-        cfg: Config,  # read: data, init, background, voxel, model, train
-        cache: LiftCache,  # lifted clips on disk
-        device: Any = "cpu",  # where tensors end up
-        target_sensors: tuple[int, ...]
-        | None = None,  # LiDARs that give the depth of `TargetViews`; None: the lift's own
-    ) -> None:
-        "Prepare the stores; nothing is read yet."
-        if not clips:
-            raise DataError(
-                "clip index: no clip is left after selection; check the logs, settings, starts and excluded frames asked for."
-            )
-        self.clips = clips
-        self.cfg = cfg
-        self.cache = cache
-        self.device = device
-        self.holder = {(c.log.id, f): c for c in clips for f in c.frames}  # a clip for every frame
-        self.target_sensors = cfg.init.lidar_sensors if target_sensors is None else tuple(target_sensors)
-        self.frame = lru_cache(cfg.data.keep_frames)(self._frame)
-        self.input_depth = lru_cache(cfg.data.keep_frames)(self._input_depth)
-        self.lifted = lru_cache(cfg.data.keep_clips)(self._lifted)
-        self.index = lru_cache(cfg.data.keep_clips)(self._layout)
-        self.pool = ThreadPoolExecutor(cfg.data.loader_threads)
-        self.ahead = {}
-
-# %% ../nbs/34_train.ipynb #b28d9de9
-@patch
-def _frame(
-    self: Loader,
-    log_id: str,  # log
-    camera: str,  # camera name
-    frame: int,  # log frame id
-) -> Views:  # one view on the device; images as bytes, time not yet set
-    "Decode one frame of one camera."
-    clip = self.holder[log_id, frame]
-    scale = self.cfg.data.image_scale
-    v = load_views(clip, [frame], (camera,), scale, lidar_sensors=self.target_sensors)
-    return replace(v, images=(v.images * 255).round().byte()).to(self.device)
-
-# %% ../nbs/34_train.ipynb #866f5616
-@patch
-def _input_depth(
-    self: Loader,
-    log_id: str,  # log
-    camera: str,  # camera name
-    frame: int,  # log frame id
-) -> Tensor:  # (1,H,W) m, 0 = no visible return; on the device
-    "Depth of one frame by the returns that the lift uses."
-    clip = self.holder[log_id, frame]
-    sensors = self.cfg.init.lidar_sensors
-    if set(sensors) == set(self.target_sensors):
-        return self.frame(log_id, camera, frame).depth
-    return load_views(clip, [frame], (camera,), self.cfg.data.image_scale, lidar_sensors=sensors).depth.to(
-        self.device
-    )
-
-# %% ../nbs/34_train.ipynb #61922c92
-@patch
-def _lifted(
-    self: Loader,
-    i: int,  # clip number
-) -> Gaussians:  # on the device
-    "Lift one clip, through the cache."
-    d = self.cfg.data
-    return self.cache.get(
-        self.clips[i], self.cfg.init, self.cfg.background, d.cameras, d.image_scale, self.cfg.train.seed
-    ).to(self.device)
-
-# %% ../nbs/34_train.ipynb #9e527b8c
-@patch
-def _layout(
-    self: Loader,
-    i: int,  # clip number
-) -> GridIndex:  # on the device
-    "Sort one clip into the grid."
-    clip = self.clips[i]
-    return make_grid_index(
-        self.lifted(i), clip.ego0, clip.time.duration, self.cfg.voxel, self.cfg.model, self.returns(clip)
-    )
-
-# %% ../nbs/34_train.ipynb #1c8d104f
-@patch
-def returns(
-    self: Loader,
-    clip: Clip,  # any clip
-) -> Returns:  # on the device
-    "All that the LiDAR saw in the clip's input sweeps."
-    return clip_returns(clip, self.cfg.init.lidar_sensors).to(self.device)
-
-# %% ../nbs/34_train.ipynb #4bd7b9b5
-@patch
-def draw(
-    self: Loader,
-    step: int,  # training step, from 0
-    micro: int = 0,  # micro-step within it
-) -> tuple[int, list[tuple[int, str]]]:  # clip number; (log frame id, camera) of each view
-    "Which clip and which views a micro-step trains on: a pure function of seed, step and micro-step."
-    tc = self.cfg.train
-    k = step * tc.grad_accum_steps + micro
-    order = np.random.default_rng([tc.seed, 0, k // len(self.clips)]).permutation(len(self.clips))
-    i = int(order[k % len(self.clips)])
-    clip = self.clips[i]
-    frames = clip.target_frames + (clip.input_frames if tc.supervise_inputs else [])
-    if tc.fixed_target_frame is not None:
-        frames = [clip.frames[tc.fixed_target_frame]]
-    pairs = [(f, c) for f in frames for c in self.cfg.data.cameras]
-    picks = np.random.default_rng([tc.seed, 1, step, micro]).choice(
-        len(pairs), min(tc.views_per_step, len(pairs)), replace=False
-    )
-    return i, [pairs[j] for j in sorted(picks)]
-
-# %% ../nbs/34_train.ipynb #ade11d99
-@patch
-def views(
-    self: Loader,
-    clip: Clip,  # whose clock the views are timed by
-    pairs: list[tuple[int, str]],  # (log frame id, camera) of each view
-    kind: type = TargetViews,  # InputViews or TargetViews
-) -> Views:  # on the device; raises ValueError for frames that such views of the clip must not show
-    "Some views of a clip as one batch."
-    named = check_frames(clip, [f for f, _ in pairs], kind)
-    got = [self.frame(clip.log.id, c, f) for f, c in pairs]
-    if issubclass(kind, InputViews):
-        depth = [self.input_depth(clip.log.id, c, f) for f, c in pairs]
-    else:
-        depth = [v.depth for v in got]
-
-    def join(k):
-        return torch.cat([getattr(v, k) for v in got])
-
-    t = torch.tensor([clip.t_of_camera(c, f) for f, c in pairs], dtype=torch.float32, device=self.device)
-    return kind(
-        images=join("images").float() / 255,
-        K=join("K"),
-        world_to_cam=join("world_to_cam"),
-        t=t,
-        frame=join("frame"),
-        camera=[c for _, c in pairs],
-        depth=torch.cat(depth), **named,
-    )
-
-# %% ../nbs/34_train.ipynb #d6b2bc1d
-@patch
-def inputs(
-    self: Loader,
-    clip: Clip,  # one of the loader's
-) -> InputViews:  # every input view, on the device
-    "All that a reconstruction of this clip may look at."
-    return self.views(clip, [(f, c) for f in clip.input_frames for c in self.cfg.data.cameras], InputViews)
-
-# %% ../nbs/34_train.ipynb #78f593b1
-@patch
-def batch(
-    self: Loader,
-    step: int,  # training step
-    micro: int = 0,  # micro-step
-) -> Batch:
-    "The micro-step's batch; the next `prefetch` of them start to load."
-    n = self.cfg.train.grad_accum_steps
-    k = step * n + micro
-    for j in range(k, k + 1 + self.cfg.train.prefetch):
-        if j not in self.ahead:
-            self.ahead[j] = self.pool.submit(self._load, *divmod(j, n))
-    self.ahead = {j: f for j, f in self.ahead.items() if j >= k}
-    return self.ahead[k].result()
-
-# %% ../nbs/34_train.ipynb #9108db65
-@patch
-def _load(self: Loader, step: int, micro: int) -> Batch:
-    "Load one batch."
-    i, pairs = self.draw(step, micro)
-    clip = self.clips[i]
-    views = self.views(clip, pairs)
-    return Batch(
-        clip,
-        self.lifted(i),
-        self.index(i),
-        lambda: self.inputs(clip),
-        views,
-        view_gaps(clip, views),
-        step * self.cfg.train.grad_accum_steps + micro,
-    )
-
-# %% ../nbs/34_train.ipynb #a32t0010
-def files_of(
-    clips: list[Clip],  # what a run reads
-    cameras: tuple[str, ...],  # names
-) -> list[Path]:  # images and sweeps, each once
-    "The files that hold the frames of some clips; see `damaged_files`."
-    frames = sorted({(c.log.root, c.log.id, f) for c in clips for f in c.frames})
-    logs = {(c.log.root, c.log.id): c.log for c in clips}
-    out = []
-    for root, log_id, f in frames:
-        log = logs[root, log_id]
-        out += [log.sweep_path(f), *(log.image_path(c, f) for c in cameras)]
-    return out
-
-# %% ../nbs/34_train.ipynb #72116256
-@patch
-def rest(self: Loader) -> None:
-    "Let go of batches that were to be loaded ahead, so that no thread goes on when training ends."
-    for batch in self.ahead.values():
-        batch.cancel()
-    self.ahead = {}
+__all__ = ['UNREADABLE', 'lr_at', 'Trainer', 'with_random_background', 'Interrupted', 'stop_signals', 'read_resumable', 'every']
 
 # %% ../nbs/34_train.ipynb #7a79514f
 def lr_at(
@@ -412,96 +61,6 @@ def lr_at(
         return cfg.lr * ramp
     x = min(1.0, max(spent, (step - cfg.warmup) / max(1, cfg.iters - cfg.warmup)))
     return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * (1 + math.cos(math.pi * x)) / 2)
-
-# %% ../nbs/34_train.ipynb #a8e957e3
-class Flux4DBase(nn.Module):
-    "Flux4D-base: one feed-forward pass (paper Eq. 1)."
-
-    config = Config  # what it is built from
-    home = "flux4d.train:Flux4DBase"  # how a checkpoint names it
-
-    def __init__(
-        self,
-        cfg: Config,  # read: voxel, model
-    ) -> None:
-        "The base predictor."
-        super().__init__()
-        self.base = BasePredictor(cfg.model, cfg.voxel)
-
-    def stages(
-        self,
-        b: Batch,  # a lifted clip; its supervised views are not looked at
-    ) -> Iterator[tuple[Gaussians, Tensor]]:  # G (world); velocity (N,l+1,3) m/s^(j+1), world
-        "G = G_init + dG, and V."
-        dG, velocity = self.base(b.gaussians, b.index)
-        yield b.gaussians.add(dG), velocity
-
-# %% ../nbs/34_train.ipynb #93e91ef0
-def build_model(
-    cfg: Config,  # its train.seed seeds the weights
-    kind: type = Flux4DBase,  # class of the model
-) -> nn.Module:  # untrained
-    "The model of a configuration; the same seed gives the same weights."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.train.seed)
-        return kind(cfg)
-
-# %% ../nbs/34_train.ipynb #ae2e9ef5
-def reconstruct(
-    model: nn.Module,  # Flux4DBase or its like
-    b: Batch,  # a lifted clip
-) -> tuple[Gaussians, Tensor]:  # G (world); velocity (N,l+1,3) m/s^(j+1), world
-    "The scene after the last stage."
-    for scene in model.stages(b):
-        pass
-    return scene
-
-# %% ../nbs/34_train.ipynb #038c5f5d
-def rebuilder(
-    model: nn.Module,  # Flux4DBase or its like
-    loader: Loader,  # reads the input views
-) -> Callable:  # (clip, lifted Gaussians) -> Gaussians, velocity
-    "A model as a function of a clip and its lift, for everything that evaluates or shows."
-
-    def rebuild(clip: Clip, g0: Gaussians) -> tuple[Gaussians, Tensor]:
-        index = model.base.grid_index(g0, clip.ego0, clip.time.duration, loader.returns(clip))
-        return reconstruct(model, Batch(clip, g0, index, lambda: loader.inputs(clip)))
-
-    return torch.no_grad()(rebuild)
-
-# %% ../nbs/34_train.ipynb #4e5b5a8e
-def time_reconstruction(
-    model: nn.Module,  # Flux4DBase or its like
-    loader: Loader,  # read: its first clip, its configuration, its device
-    repeats: int = 20,  # timed runs, after three that are not
-) -> dict:  # medians in s: lift, network, total; gaussians; repeats
-    "From images and returns in memory to Gaussians and velocities."
-    cfg = loader.cfg
-    clip = loader.clips[0]
-    dev = loader.device
-    data = clip_data(clip, cfg.init.lidar_sensors, cfg.data.cameras, cfg.data.image_scale).to(dev)
-    returns = loader.returns(clip)
-    loader.inputs(clip)  # decoded before the clock starts
-
-    def clock() -> float:
-        if torch.device(dev).type == "cuda":
-            torch.cuda.synchronize(dev)
-        return time.perf_counter()
-
-    spent = []
-    for _ in range(repeats + 3):
-        with torch.no_grad():
-            start = clock()
-            again = replace(data)
-            g0 = init_data(again, cfg.init, cfg.background, cfg.train.seed)
-            lifted = clock()
-            index = model.base.grid_index(g0, clip.ego0, clip.time.duration, returns)
-            reconstruct(model, Batch(clip, g0, index, lambda: loader.inputs(clip)))
-            spent.append((lifted - start, clock() - lifted, clock() - start))
-    lift, network, total = np.median(spent[3:], axis=0)
-    return dict(
-        lift=float(lift), network=float(network), total=float(total), gaussians=len(g0), repeats=repeats
-    )
 
 # %% ../nbs/34_train.ipynb #9ab52974
 class Trainer:
@@ -594,21 +153,15 @@ def with_random_background(
 @patch
 def losses(
     self: Trainer,
-    b: Batch,  # one micro-step's data
-    g: Gaussians,  # a stage's scene, world
-    velocity: Tensor,  # (N,l+1,3) m/s^(j+1), world
+    batch: Batch,  # one micro-step's data
+    scene: Scene,  # of one stage
 ) -> dict:  # scalars total, rgb, ssim, depth, vel, psnr
     "Render the supervised views, compare (paper Eq. 3-5, supp. A.1)."
-    out, weight = render_weighted(
-        g,
-        velocity,
-        b.clip.time.duration,
-        b.views,
-        b.dt,
-        with_random_background(self.cfg, b.number),
-        self.cfg.flow,
+    drawn = with_random_background(self.cfg, batch.number)
+    out, weight = render_weighted(scene, batch.views, batch.dt, self.cfg.flow, drawn)
+    return reconstruction_loss(
+        out, batch.views, scene.velocity, scene.gaussians.kind, self.cfg.loss, weight, scene.duration
     )
-    return reconstruction_loss(out, b.views, velocity, g.kind, self.cfg.loss, weight, b.clip.time.duration)
 
 # %% ../nbs/34_train.ipynb #0ac9fc37
 @patch
@@ -626,8 +179,8 @@ def gradients(
         psnrs = []
         if b is None:
             continue
-        for g, velocity in self.model.stages(b):
-            l = self.losses(b, g, velocity)
+        for scene in self.model.stages(b.inputs):
+            l = self.losses(b, scene)
             (l["total"] / n).backward()
             psnrs.append(l["psnr"])
             self.totals.append((micro, l["total"].detach()))
@@ -853,6 +406,8 @@ def read_resumable(
     s = load_checkpoint(path, device)
     name = Path(path).name
     check_checkpoint(s, name, tuple(PARTS) if optimizer else ("kind", "model", "ema", "config", "step"))
+    refuse_renamed(s["config"], name)
+    model_class(s["kind"], name)
     if optimizer:
         check_numbers(s["optimizer"], name, "optimizer")
     return s
@@ -927,7 +482,7 @@ def _say_resumed(
     new = f"starts at step 0 from the weights of {name}, step {s['step']}"
     self.run.say(f"goes on from {name} at step {self.step}" if self.step else new)
     then = flattened(config_to_dict(type(self.cfg)())) | flattened(s["config"])
-    if changed := differences(then, config_to_dict(self.cfg)):
+    if changed := changed_fields(then, config_to_dict(self.cfg)):
         self.run.say(f"differs from the configuration of {name} in " + "; ".join(changed))
     then = set(s.get("train_clips", []))
     now = {c.id for c in self.loader.clips}
@@ -942,57 +497,6 @@ def _say_resumed(
         )
     if self.unknown_before:
         self.run.say(f"{name} does not say which frames it was trained on, so neither will this run")
-
-# %% ../nbs/34_train.ipynb #cccd3d9e
-def _asks_for_more(
-    config: dict,  # plain values
-    weights: dict,  # tensors by name
-) -> bool:
-    "Whether a network of these widths and depths has more weights than there are."
-    held = sum(w.numel() for w in weights.values() if isinstance(w, Tensor))
-    parts = ["model"] + ["refine"] * (config.get("refine", {}).get("steps", 1) > 1)
-    sizes = flattened({part: config.get(part, {}) for part in parts})
-    widths = [
-        w
-        for name, asked in sizes.items()
-        if name.endswith(("hidden", "widths"))
-        for w in (asked if isinstance(asked, list) else [asked])
-    ]
-    blocks = [n for name, n in sizes.items() if name.endswith("blocks")]
-    return any(w**2 > held for w in widths if isinstance(w, int)) or any(
-        n > held for n in blocks if isinstance(n, int)
-    )
-
-# %% ../nbs/34_train.ipynb #59642410
-def load_model(
-    path: str | Path,  # a checkpoint
-    device: Any = "cpu",  # where the model goes
-) -> tuple[nn.Module, Config]:  # the model with its averaged weights, in eval mode; its configuration
-    "The model of a checkpoint."
-    s = load_checkpoint(path, device)
-    check_checkpoint(s, Path(path).name, ("kind", "ema", "config"))
-    module, _, name = s["kind"].partition(":")
-    try:
-        kind = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        kind = None
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "config")):
-        raise DataError(
-            f"{Path(path).name}: names the model {s['kind'][:80]!r}, which this version does not have; "
-            "take a checkpoint of this version."
-        )
-    cfg = config_from_dict(s["config"], kind.config)
-    if _asks_for_more(config_to_dict(cfg), s["ema"]):
-        raise DataError(
-            f"{Path(path).name}: its configuration asks for a larger model than it has weights for; take another ckpt_step file."
-        )
-    model = kind(cfg).to(device)
-    load_weights(
-        model,
-        {k.removeprefix("module."): v for k, v in s["ema"].items() if k.startswith("module.")},
-        Path(path).name,
-    )
-    return model.eval(), cfg
 
 # %% ../nbs/34_train.ipynb #28fa9845
 def every(

@@ -396,6 +396,21 @@ def relative_rms(
     "Root mean squared difference, relative to the reference's own size."
     return ((x - ref).norm() / ref.norm().clamp_min(1e-30)).item()
 
+# %% ../nbs/30_unet.ipynb #ab1b92ea
+def _same_voxels(
+    n: int,  # points of a wavy street
+    gen: torch.Generator,
+    device: str,  # of the second set
+) -> tuple[Voxels, Voxels]:  # on the CPU, on the device; raises AssertionError if their cells differ
+    "One cloud voxelised on both machines."
+    xy = torch.rand(n, 2, generator=gen) * torch.tensor([140.0, 90.0]) - torch.tensor([5.0, 45.0])
+    points = torch.cat([xy, 0.5 * torch.sin(xy[:, :1] / 5)], 1)
+    v, other = (voxelise(p, p, VoxelConfig()) for p in (points, points.to(device)))
+    for k in ("keys", "coords", "count", "voxel", "inside"):  # on the edges of cells too
+        if not torch.equal(getattr(v, k), getattr(other, k).cpu()):
+            raise AssertionError(f"{k} of the voxels differ between CPU and {device}.")
+    return v, other
+
 # %% ../nbs/30_unet.ipynb #44e25058
 def _features_and_gradient(
     net: SparseUNet,
@@ -408,7 +423,7 @@ def _features_and_gradient(
     grads = torch.autograd.grad((y * goal.to(y)).mean(), list(net.parameters()))
     return y.detach().cpu(), torch.cat([g.flatten() for g in grads]).cpu()
 
-
+# %% ../nbs/30_unet.ipynb #5e7e4492
 def _step_ms(
     net: SparseUNet,
     v: Voxels,
@@ -426,21 +441,6 @@ def _step_ms(
         _features_and_gradient(net, v, goal, tables)
     wait()
     return (time.perf_counter() - start) / repeats * 1e3
-
-# %% ../nbs/30_unet.ipynb #ab1b92ea
-def _same_voxels(
-    n: int,  # points of a wavy street
-    gen: torch.Generator,
-    device: str,  # of the second set
-) -> tuple[Voxels, Voxels]:  # on the CPU, on the device; raises AssertionError if their cells differ
-    "One cloud voxelised on both machines."
-    xy = torch.rand(n, 2, generator=gen) * torch.tensor([140.0, 90.0]) - torch.tensor([5.0, 45.0])
-    points = torch.cat([xy, 0.5 * torch.sin(xy[:, :1] / 5)], 1)
-    v, other = (voxelise(p, p, VoxelConfig()) for p in (points, points.to(device)))
-    for k in ("keys", "coords", "count", "voxel", "inside"):  # on the edges of cells too
-        if not torch.equal(getattr(v, k), getattr(other, k).cpu()):
-            raise AssertionError(f"{k} of the voxels differ between CPU and {device}.")
-    return v, other
 
 # %% ../nbs/30_unet.ipynb #718bcffe
 def device_gap(

@@ -20,7 +20,8 @@ from flux4d.cache import LiftCache, load_arrays, pack, unpack, warm
 from flux4d.clips import Clip, ClipConfig, build_index
 from flux4d.gaussians import Gaussians
 from flux4d.gap_filling import InitConfig
-from flux4d.pandaset import PandaSet, fabricate_log
+from flux4d.pandaset import PandaSet
+from flux4d.log_files import fabricate_log
 
 HOW = InitConfig(fill=False), BackgroundConfig(mode="none")
 

@@ -34,7 +34,8 @@ from flux4d.frames import (
     transform_points,
 )
 from flux4d.files import DataError
-from flux4d.pandaset import Log, PandaSet, fabricate_log, find_pandaset
+from flux4d.pandaset import Log, PandaSet, find_pandaset
+from flux4d.log_files import fabricate_log
 
 FRAMES = 16
 LIDAR, CAMERA = "lidar/poses.json", "camera/front_camera/poses.json"

@@ -32,7 +32,10 @@ from flux4d.record import About, evaluate, one_clip_loader
 from flux4d.refine import Flux4D, FullConfig
 from flux4d.render import RenderConfig, render
 from flux4d.run import Run
-from flux4d.train import Loader, Trainer, config_from_dict, rebuilder
+from flux4d.loader import Loader
+from flux4d.model import ClipInputs, lift_scene
+from flux4d.train import Trainer
+from flux4d.config import config_from_dict
 
 STORED = Path(__file__).parent / "frozen" / "values.json"
 EXACT = os.environ.get("FLUX4D_FROZEN") == "exact"
@@ -90,7 +93,8 @@ def lifted(clip, cfg):
 def scene_values(clip, cfg, scale):
     "A lift, the motion prior on it, one rendered view."
     g = lifted(clip, cfg)
-    _, velocity = motion_prior_alone(clip, g)
+    scene = motion_prior_alone(ClipInputs(clip, lift_scene(clip, g, cfg), cfg))
+    velocity = scene.velocity
     views = load_views(clip, clip.target_frames[1:2], ("front_camera",), scale)
     out = render(g, velocity, clip.time.duration, views, RenderConfig(backend="torch"))
     return dict(
@@ -168,7 +172,7 @@ def evaluation():
     with redirect_stdout(io.StringIO()):
         found = evaluate(
             About("test", "seen logs"),
-            rebuilder(model, loader),
+            model.reconstruct,
             loader,
             folder,
             ("lift", "zero_motion"),

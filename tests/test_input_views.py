@@ -8,8 +8,10 @@ from flux4d.cache import LiftCache
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.clip_data import InputViews, TargetViews, load_views
 from flux4d.gap_filling import InitConfig
-from flux4d.pandaset import PandaSet, fabricate_log
-from flux4d.train import Config, DataConfig, Loader
+from flux4d.pandaset import PandaSet
+from flux4d.log_files import fabricate_log
+from flux4d.config import Config, DataConfig
+from flux4d.loader import Loader
 
 CAMERA = "front_camera"
 

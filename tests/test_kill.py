@@ -11,7 +11,9 @@ from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.pandaset import PandaSet
 from flux4d.cache import LiftCache
-from flux4d.train import Config, DataConfig, Loader, TrainConfig, Trainer
+from flux4d.config import Config, DataConfig, TrainConfig
+from flux4d.loader import Loader
+from flux4d.train import Trainer
 from flux4d.run import Run, load_checkpoint
 from flux4d.predictor import PredictorConfig
 from flux4d.unet import UNetConfig

@@ -22,7 +22,7 @@ from flux4d.cuboids import (
 from flux4d.nvs import check_clip
 from flux4d.files import DataError
 from flux4d.pandaset import PandaSet
-from flux4d.unpickle import safe_load_pickle
+from flux4d.tables import safe_load_pickle
 
 FRAMES = (2, 4, 6)
 

@@ -23,7 +23,7 @@ from flux4d.records import repo_root
 from flux4d.nvs import EvalConfig
 from flux4d.overfit import OverfitParameters
 from flux4d.files import DataError
-from flux4d.pandaset import fabricate_log
+from flux4d.log_files import fabricate_log
 from flux4d.refine import FullConfig
 from flux4d.settings import read_parameters, read_settings
 from flux4d.stage6 import (
@@ -34,7 +34,7 @@ from flux4d.stage6 import (
     read_training,
     split_clips,
 )
-from flux4d.train import config_from_dict, config_to_dict
+from flux4d.config import config_from_dict, config_to_dict
 
 ROOT = repo_root(Path(__file__).parent)
 NOTEBOOKS = {

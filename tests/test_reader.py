@@ -25,8 +25,10 @@ import pytest
 from PIL import Image
 from flux4d.files import WriteError, atomic_write, remove_unfinished
 from flux4d.files import DataError
-from flux4d.pandaset import Log, PandaSet, check_log, fabricate_log, read_image, read_poses, read_sweep
-from flux4d.unpickle import safe_load_pickle
+from flux4d.pandaset import Log, PandaSet
+from flux4d.log_faults import check_log
+from flux4d.log_files import fabricate_log, read_image, read_poses, read_sweep
+from flux4d.tables import safe_load_pickle
 
 CAMS = "front_camera", "left_camera"
 ROOT = Path(__file__).parent.parent
@@ -612,7 +614,7 @@ def test_nothing_that_a_pickle_names_is_imported(tmp_path):
     (tmp_path / "t.pkl").write_bytes(b"\x80\4" + pickle.dumps(sweep_table(), 4)[2:])
     code = f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
-from flux4d.unpickle import load_table
+from flux4d.tables import load_table
 t = load_table({str(tmp_path / 't.pkl')!r})
 print(len(t), 'pandas' in sys.modules)"""
     assert subprocess.run(

@@ -21,7 +21,8 @@ from flux4d.clips import Clip, ClipConfig, build_index, fingerprint, select_clip
 from flux4d.clip_data import InputViews, TargetViews, load_views
 from flux4d.gap_filling import InitConfig
 from flux4d.files import DataError
-from flux4d.pandaset import PandaSet, fabricate_log
+from flux4d.pandaset import PandaSet
+from flux4d.log_files import fabricate_log
 from flux4d.predictor import PredictorConfig
 from flux4d.run import logged_rows as logged
 from flux4d.run import (
@@ -33,18 +34,10 @@ from flux4d.run import (
     refuse_damaged,
     trained_frames,
 )
-from flux4d.train import (
-    Config,
-    DataConfig,
-    Interrupted,
-    Loader,
-    TrainConfig,
-    Trainer,
-    every,
-    files_of,
-    load_model,
-    lr_at,
-)
+from flux4d.config import Config, DataConfig, TrainConfig
+from flux4d.train import Interrupted, Trainer, every, lr_at
+from flux4d.loader import Loader, files_of
+from flux4d.model import load_model
 from flux4d.unet import UNetConfig
 
 TINY = Config(
@@ -84,11 +77,11 @@ LAYOUTS = {}
 def with_layouts(loader: Loader) -> Loader:
     "Clips are sorted into the grid once for all tests: that takes longer than all else."
 
-    def grid_index(i: int):
+    def index(i: int):
         clip = loader.clips[i]
         key = clip.log.root, clip.id
         if key not in LAYOUTS:
-            LAYOUTS[key] = loader._layout(i)
+            LAYOUTS[key] = loader._index(i)
         return LAYOUTS[key]
 
     loader.index = index
@@ -232,8 +225,8 @@ def test_no_input_views_of_other_frames(city, cache):
         with pytest.raises(ValueError, match=sentence):
             load_views(clip, frames, kind=InputViews)
     clip.input_frames = clip.input_frames[:-1]  # what `inputs` reads is checked too
-    assert set(loader.inputs(clip).frame.tolist()) == set(clip.input_frames)
-    seen, targets = loader.inputs(clip), loader.views(clip, [(clip.target_frames[0], "front_camera")])
+    assert set(loader.inputs(clip).views.frame.tolist()) == set(clip.input_frames)
+    seen, targets = loader.inputs(clip).views, loader.views(clip, [(clip.target_frames[0], "front_camera")])
     for v, kind in ((seen, InputViews), (targets, TargetViews)):
         assert {type(x) for x in (v[0], v[:1], v.to("cpu"), replace(v, depth=v.depth))} == {kind}
 
@@ -727,8 +720,8 @@ def poison(t: Trainer, from_step: int, to_step: int = 10**9) -> None:
     "Make the loss of some steps NaN."
     sound = t.losses
 
-    def losses(b, g, velocity):
-        out = sound(b, g, velocity)
+    def losses(b, scene):
+        out = sound(b, scene)
         bad = from_step <= t.step < to_step
         return {k: v * float("nan") for k, v in out.items()} if bad else out
 

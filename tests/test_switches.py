@@ -20,8 +20,10 @@ from flux4d.pandaset import PandaSet
 from flux4d.predictor import PredictorConfig, decode_velocity, motion_feature_count
 from flux4d.records import repo_root
 from flux4d.presets import PRESETS, preset_config, preset_table
-from flux4d.refine import Flux4D, FullConfig, RefineConfig, feedback
-from flux4d.train import Loader, Trainer, config_from_dict, merged, reconstruct
+from flux4d.refine import Flux4D, FullConfig, RefineConfig, feedback, feedback_features
+from flux4d.loader import Loader
+from flux4d.train import Trainer
+from flux4d.config import config_from_dict, merged
 from flux4d.run import Run
 from flux4d.motion_prior import MotionPriorConfig
 
@@ -57,7 +59,8 @@ def test_presets_train(clips, tmp_path, name):
     assert all(np.isfinite(r[k]) for r in rows for k in ("total", "rgb", "ssim", "depth", "vel", "psnr"))
     assert any((p != q).any() for p, q in zip(before, trainer.model.parameters()))
     with torch.no_grad():
-        g, velocity = reconstruct(trainer.ema.module.eval(), loader.batch(2))
+        scene = trainer.ema.module.eval().reconstruct(loader.batch(2).inputs)
+    g, velocity = scene.gaussians, scene.velocity
     assert g.flat().isfinite().all() and velocity.shape == (len(g), cfg.model.degree + 1, 3)
     if name == "paper":
         assert len(g.t[g.kind == LIDAR].unique()) == len(clips[0].input_frames)
@@ -84,13 +87,14 @@ def test_speed_is_counted_per_clip_in_training(clips, tmp_path):
     cfg = config_from_dict(SMALL, FullConfig)
     loader = Loader(clips[:1], cfg, LiftCache(tmp_path / "cache"))
     b = loader.batch(0)
-    moving = torch.ones(len(b.gaussians), 1, 3)
+    lift = b.inputs.scene
+    moving = lift.moving(torch.ones(len(lift), 1, 3))
     per = {}
     for unit in ("second", "clip"):
         trainer = Trainer(
             replace(cfg, loss=LossConfig(velocity_unit=unit)), loader, Run(tmp_path / unit), kind=Flux4D
         )
-        per[unit] = float(trainer.losses(b, b.gaussians, moving)["vel"])
+        per[unit] = float(trainer.losses(b, moving)["vel"])
     assert per["second"] == pytest.approx(3**0.5) and per["clip"] == pytest.approx(
         3**0.5 * b.clip.time.duration
     )
@@ -99,11 +103,12 @@ def test_speed_is_counted_per_clip_in_training(clips, tmp_path):
 def test_feedback_of_the_training_loss_follows_its_weights(clips, tmp_path):
     cfg = config_from_dict(SMALL, FullConfig)
     b = Loader(clips[:1], cfg, LiftCache(tmp_path / "cache")).batch(0)
-    still = torch.zeros(len(b.gaussians), 1, 3)
+    lift = b.inputs.scene
+    still = lift.moving(torch.zeros(len(lift), 1, 3))
     tell = RefineConfig(error="training", told="plain")
 
     def say(loss, how=tell):
-        return feedback(b.gaussians, still, b.clip.time.duration, b.inputs(), cfg.render, how, loss).grad
+        return feedback(still, b.inputs.views, how, loss).grad
 
     once, twice = say(LossConfig()), say(LossConfig(rgb=1.6, ssim=0.4, depth=0.02))
     assert torch.allclose(2 * once, twice, atol=1e-4 * once.abs().max().item())

@@ -27,7 +27,7 @@ def sky(
     k = 1.6 / (z + 0.12)
     u = d[:, 0] * k
     v = d[:, 1] * k
-    n = sum(noise(u * f, v * f, lay.tint + f) / f for f in (1, 2, 4))
+    n = sum(noise(u * f, v * f, lay.texture + f) / f for f in (1, 2, 4))
     return over(
         c, np.clip(n * 0.9 + 0.35 - 0.5 * lay.light, 0, 1) * np.clip(z * 6, 0, 1), rgb(0.86, 0.87, 0.88)
     )

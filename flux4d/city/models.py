@@ -10,54 +10,40 @@ import numpy as np
 from .solids import Mesh, ball, box, join, panel, prism, rod
 
 # %% auto #0
-__all__ = ['CABINS', 'HULL', 'SIZES', 'PAINTS', 'GLASS', 'TYRE', 'WHITE', 'RED', 'TRUCKS', 'SKINS', 'CLOTHES', 'wheel', 'inset',
-           'windows', 'car', 'truck', 'bus', 'walker', 'bicycle', 'cyclist', 'model', 'recast', 'tree', 'lamp_post',
-           'signal', 'utility_pole', 'small_things', 'building', 'awnings']
+__all__ = ['SIZES', 'CABINS', 'HULL', 'PAINTS', 'GLASS', 'TYRE', 'WHITE', 'RED', 'TRUCKS', 'SKINS', 'CLOTHES', 'JOINTS', 'TUBES',
+           'AWNINGS', 'wheel', 'inset', 'windows', 'car_details', 'car_wheels', 'car', 'truck_cab', 'truck', 'bus',
+           'limb', 'walker', 'bicycle', 'cyclist', 'model', 'recast', 'tree', 'lamp_post', 'signal', 'utility_pole',
+           'trash_bin', 'hydrant', 'traffic_cone', 'stop_sign', 'small_things', 'building', 'awnings']
 
 # %% ../../nbs/05b_models.ipynb #3c1481bc
-CABINS = {  # x/length, z/height of the cabin's side view: rear bottom, over the roof, to the front bottom
+SIZES = {  # length, width, height, m
+    "sedan": (4.6, 1.85, 1.48),
+    "hatch": (4.1, 1.78, 1.52),
+    "suv": (4.7, 1.95, 1.75),
+    "van": (5.2, 2.0, 2.1),
+    "pickup": (5.5, 2.0, 1.9),
+}
+CABINS = {  # x/length, z/height of the cabin's side view: rear bottom, over the roof, front bottom
     "sedan": [(-0.43, 0.60), (-0.30, 0.97), (-0.24, 1.0), (0.02, 1.0), (0.09, 0.96), (0.28, 0.58)],
     "hatch": [(-0.49, 0.60), (-0.43, 0.96), (-0.38, 1.0), (0.05, 1.0), (0.12, 0.96), (0.30, 0.57)],
     "suv": [(-0.49, 0.58), (-0.46, 0.96), (-0.42, 1.0), (0.08, 1.0), (0.13, 0.96), (0.28, 0.58)],
     "van": [(-0.495, 0.45), (-0.49, 0.96), (-0.46, 1.0), (0.22, 1.0), (0.27, 0.96), (0.43, 0.50)],
     "pickup": [(-0.08, 0.58), (-0.05, 0.96), (-0.02, 1.0), (0.13, 1.0), (0.18, 0.96), (0.30, 0.58)],
 }
-HULL = [
-    (-0.5, 0.16),
-    (-0.5, 0.52),
-    (-0.48, 0.60),
-    (0.22, 0.60),
-    (0.40, 0.55),
-    (0.48, 0.48),
-    (0.5, 0.40),
-    (0.5, 0.16),
-]  # the same, of the body
-SIZES = {
-    "sedan": (4.6, 1.85, 1.48),
-    "hatch": (4.1, 1.78, 1.52),
-    "suv": (4.7, 1.95, 1.75),
-    "van": (5.2, 2.0, 2.1),
-    "pickup": (5.5, 2.0, 1.9),
-}  # m
-PAINTS = [
-    (0.88, 0.88, 0.87),
-    (0.80, 0.81, 0.82),
-    (0.60, 0.61, 0.63),
-    (0.36, 0.37, 0.39),
-    (0.16, 0.17, 0.18),
-    (0.12, 0.12, 0.13),
-    (0.55, 0.10, 0.10),
-    (0.14, 0.22, 0.42),
-    (0.30, 0.36, 0.30),
-    (0.62, 0.55, 0.42),
-    (0.70, 0.71, 0.73),
-    (0.24, 0.13, 0.12),
+HULL = [  # the same of the body below it, for all styles
+    *[(-0.5, 0.16), (-0.5, 0.52), (-0.48, 0.60), (0.22, 0.60)],
+    *[(0.40, 0.55), (0.48, 0.48), (0.5, 0.40), (0.5, 0.16)],
+]
+PAINTS = [  # red, green, blue, 0..1
+    *[(0.88, 0.88, 0.87), (0.80, 0.81, 0.82), (0.60, 0.61, 0.63), (0.36, 0.37, 0.39)],
+    *[(0.16, 0.17, 0.18), (0.12, 0.12, 0.13), (0.55, 0.10, 0.10), (0.14, 0.22, 0.42)],
+    *[(0.30, 0.36, 0.30), (0.62, 0.55, 0.42), (0.70, 0.71, 0.73), (0.24, 0.13, 0.12)],
     (0.28, 0.40, 0.52),
-]  # 0..1
+]
 GLASS = (0.10, 0.12, 0.14)
 TYRE = (0.10, 0.10, 0.10)
 WHITE = (0.95, 0.95, 0.90)
-RED = (0.66, 0.05, 0.05)  # 0..1
+RED = (0.66, 0.05, 0.05)
 
 # %% ../../nbs/05b_models.ipynb #426a3dd3
 def wheel(
@@ -70,51 +56,85 @@ def wheel(
     s = np.sign(y)
     t = np.arange(10) * 2 * np.pi / 10 * -s
 
-    def disc(k, dy):
-        return np.c_[x + k * r * np.sin(t), np.full(10, y + s * dy), r + k * r * np.cos(t)]
+    def disc(share, out):  # a ten-sided disc that stands out of the face
+        return np.c_[x + share * r * np.sin(t), np.full(10, y + s * out), r + share * r * np.cos(t)]
 
-    return join(
-        [
-            rod((x, y - s * width, r), (x, y, r), r, "rubber", TYRE, 14),
-            panel(disc(0.62, 0.004), "lamp", (0.55, 0.56, 0.58)),
-            panel(disc(0.25, 0.008), "rubber", (0.2, 0.2, 0.22)),
-        ]
-    )
+    tyre = rod((x, y - s * width, r), (x, y, r), r, "rubber", TYRE, 14)
+    rim = panel(disc(0.62, 0.004), "lamp", (0.55, 0.56, 0.58))
+    hub = panel(disc(0.25, 0.008), "rubber", (0.2, 0.2, 0.22))
+    return join([tyre, rim, hub])
 
 # %% ../../nbs/05b_models.ipynb #60f23c0b
 def inset(
-    poly: np.ndarray,  # (K,3) a flat polygon, m
-    k: float = 0.84,  # size that is left
+    polygon: np.ndarray,  # (K,3) flat, m
+    size: float = 0.84,  # what is left of it
     out: float = 0.006,  # m along the polygon's normal
 ) -> np.ndarray:  # (K,3)
     "A smaller copy of a polygon, lifted off its face."
-    p = np.asarray(poly, float)
-    mid = p.mean(0)
+    p = np.asarray(polygon, float)
+    middle = p.mean(0)
     n = np.cross(p[1] - p[0], p[2] - p[0])
-    return mid + (p - mid) * k + n / np.linalg.norm(n) * out
+    return middle + (p - middle) * size + n / np.linalg.norm(n) * out
 
 # %% ../../nbs/05b_models.ipynb #cf7fc507
 def windows(
-    cab: np.ndarray,  # (K,3) x, z, half width of the cabin's profile, m
-) -> list:  # of Mesh
+    cabin: np.ndarray,  # (6,3) x, z, half width of the cabin's profile, m
+) -> list:  # of Mesh: left rear, left front, right rear, right front, rear window, windscreen
     "Panes on both sides, in front and behind."
-    x, z, w = cab.T
-    left = np.c_[x, w, z]
-    flip = np.array([1, -1, 1])
-    mid = (x[0] + x[-1]) / 2 + 0.06
+    x, z, half = cabin.T
+    left = np.c_[x, half, z]
+    mirrored = np.array([1, -1, 1])
+    post = (x[0] + x[-1]) / 2 + 0.06  # between the front and the rear side window
 
-    def at(i):
-        return np.array([mid, w[i], z[i]])
-
-    sides = [np.stack([left[0], left[1], at(2), at(-1)]), np.stack([at(-1), at(3), left[-2], left[-1]])]
+    def at_post(i):
+        return np.array([post, half[i], z[i]])
 
     def across(i, j):
-        return np.stack([left[i], left[i] * flip, left[j] * flip, left[j]])
+        return np.stack([left[i], left[i] * mirrored, left[j] * mirrored, left[j]])
 
-    return [
-        panel(inset(p), "glass", GLASS)
-        for p in [*sides, *(s[::-1] * flip for s in sides), across(0, 1), across(-2, -1)]
+    rear = np.stack([left[0], left[1], at_post(2), at_post(-1)])
+    front = np.stack([at_post(-1), at_post(3), left[-2], left[-1]])
+    right = [side[::-1] * mirrored for side in (rear, front)]
+    panes = [rear, front, *right, across(0, 1), across(-2, -1)]
+    return [panel(inset(p), "glass", GLASS) for p in panes]
+
+# %% ../../nbs/05b_models.ipynb #8182e1e5
+def car_details(
+    size: tuple,  # (3,) length, width, height, m
+    paint: tuple,  # (3,) of the mirrors, 0..1
+) -> list:  # of Mesh
+    "Lamps, plates and bumpers, mirrors."
+    l, w, h = size
+    half = w / 2
+    sides = (1, -1)
+    ends = ((0.483, 0.45, WHITE), (-0.498, 0.46, RED))  # x/length, z/height, colour
+    lamps = [
+        box((0.06, 0.36, 0.13), (x * l, y * half * 0.72, z * h), "lamp", c) for x, z, c in ends for y in sides
     ]
+    trim = [
+        box((0.04, 0.50, 0.12), (-0.5 * l, 0, 0.36 * h), "lamp", (0.9, 0.9, 0.88)),
+        box((0.05, 0.9, 0.12), (0.492 * l, 0, 0.32 * h), "rubber", TYRE),
+        box((l * 0.985, w * 0.985, 0.1), (0, 0, 0.15 * h), "rubber", TYRE),
+    ]
+    mirrors = [box((0.12, 0.18, 0.13), (0.20 * l, y * (half + 0.06), 0.6 * h), "paint", paint) for y in sides]
+    return [*lamps, *trim, *mirrors]
+
+# %% ../../nbs/05b_models.ipynb #0dc1ea2b
+def car_wheels(
+    length: float,  # of the car, m
+    half: float,  # of its width, m
+    radius: float = 0.33,  # m
+) -> list:  # of Mesh
+    "Four dark wheel arches and the wheels in them."
+    places = [(x * length, side) for x in (-0.30, 0.31) for side in (1, -1)]
+
+    def arch(x, side):
+        inner = (x, side * (half - 0.1), radius * 1.2)
+        outer = (x, side * (half + 0.003), radius * 1.2)
+        return rod(inner, outer, radius * 1.17, "rubber", (0.05, 0.05, 0.05), 14)
+
+    wheels = [wheel(x, side * (half + 0.01), radius) for x, side in places]
+    return [*(arch(*p) for p in places), *wheels]
 
 # %% ../../nbs/05b_models.ipynb #751e301b
 def car(
@@ -124,109 +144,59 @@ def car(
     "A car, a van or a pickup of its nominal size."
     l, w, h = SIZES[style]
     half = w / 2
-    r = 0.33
-    xs = (-0.30 * l, 0.31 * l)
-    ys = (1, -1)
     hull = np.array([(x * l, z * h, half * (0.97 if z < 0.3 else 1.0)) for x, z in HULL])
-    cab = np.array([(x * l, z * h, half * (0.96 - 0.20 * max(z - 0.6, 0) / 0.4)) for x, z in CABINS[style]])
-    lamps = [
-        box((0.06, 0.36, 0.13), (x * l, y * half * 0.72, z * h), "lamp", c)
-        for x, z, c in ((0.483, 0.45, WHITE), (-0.498, 0.46, RED))
-        for y in ys
-    ]
-    trim = [
-        box((0.04, 0.50, 0.12), (-0.5 * l, 0, 0.36 * h), "lamp", (0.9, 0.9, 0.88)),
-        box((0.05, 0.9, 0.12), (0.492 * l, 0, 0.32 * h), "rubber", TYRE),
-        box((l * 0.985, w * 0.985, 0.1), (0, 0, 0.15 * h), "rubber", TYRE),
-    ]
-    mirrors = [box((0.12, 0.18, 0.13), (0.20 * l, y * (half + 0.06), 0.6 * h), "paint", paint) for y in ys]
-    bed = [box((l * 0.38, w * 0.84, 0.02), (-0.29 * l, 0, 0.605 * h), "rubber", (0.13, 0.13, 0.14))] * (
-        style == "pickup"
-    )
-    arches = [
-        rod(
-            (x, y * (half - 0.1), r * 1.2),
-            (x, y * (half + 0.003), r * 1.2),
-            r * 1.17,
-            "rubber",
-            (0.05, 0.05, 0.05),
-            14,
-        )
-        for x in xs
-        for y in ys
-    ]
-    wheels = [wheel(x, y * (half + 0.01), r) for x in xs for y in ys]
-    return join(
-        [
-            prism(hull, "paint", paint),
-            prism(cab, "paint", paint),
-            *windows(cab),
-            *lamps,
-            *trim,
-            *mirrors,
-            *bed,
-            *arches,
-            *wheels,
-        ]
-    )
+    narrowing = [0.96 - 0.20 * max(z - 0.6, 0) / 0.4 for _, z in CABINS[style]]
+    cabin = np.array([(x * l, z * h, half * k) for (x, z), k in zip(CABINS[style], narrowing)])
+    parts = [prism(hull, "paint", paint), prism(cabin, "paint", paint), *windows(cabin)]
+    parts += car_details(SIZES[style], paint)
+    if style == "pickup":
+        bed = (l * 0.38, w * 0.84, 0.02)
+        parts.append(box(bed, (-0.29 * l, 0, 0.605 * h), "rubber", (0.13, 0.13, 0.14)))
+    return join([*parts, *car_wheels(l, half)])
 
 # %% ../../nbs/05b_models.ipynb #a9dbbf44
-TRUCKS = {"truck": (7.2, 2.4, 3.2), "bus": (11.5, 2.55, 3.1)}  # m
+TRUCKS = {"truck": (7.2, 2.4, 3.2), "bus": (11.5, 2.55, 3.1)}  # length, width, height, m
 
 
+def truck_cab(
+    front: float,  # x of the bumper, m
+    half: float,  # of the truck's width, m
+    top: float,  # height of the cab's roof, m
+    paint: tuple,  # (3,) 0..1
+) -> list:  # of Mesh
+    "A truck's cab and its three panes."
+    back = front - 1.9
+    wide, slim = half * 0.95, half * 0.9
+    cab = np.array(
+        [
+            *[(back, 0.45, wide), (back, top, slim), (front - 0.7, top, slim)],
+            *[(front - 0.12, 0.55 * top, wide), (front, 0.5 * top, wide), (front, 0.45, wide)],
+        ]
+    )
+    rear = [(back + 0.35, wide, 0.58 * top), (back + 0.35, slim, 0.92 * top)]
+    side = np.array([*rear, (front - 0.85, slim, 0.92 * top), (front - 0.45, wide, 0.58 * top)])
+    ahead = np.array([cab[i][[0, 2, 1]] * [1, s, 1] for i, s in ((2, 1), (2, -1), (3, -1), (3, 1))])
+    panes = [panel(inset(p, 0.93), "glass", GLASS) for p in (side, side[::-1] * [1, -1, 1], ahead)]
+    return [prism(cab, "paint", paint), *panes]
+
+# %% ../../nbs/05b_models.ipynb #1187d6e9
 def truck(
     paint: tuple,  # (3,) of cab and box, 0..1
 ) -> Mesh:  # front towards +x
     "A medium truck with a box body."
     l, w, h = TRUCKS["truck"]
-    half = w / 2
-    top = 0.74 * h
-    x0 = 0.5 * l - 1.9
-    x1 = 0.5 * l
-    wide = half * 0.95
-    slim = half * 0.9
-    cab = np.array(
-        [
-            (x0, 0.45, wide),
-            (x0, top, slim),
-            (x1 - 0.7, top, slim),
-            (x1 - 0.12, 0.55 * top, wide),
-            (x1, 0.5 * top, wide),
-            (x1, 0.45, wide),
-        ]
-    )
-    side = np.array(
-        [
-            (x0 + 0.35, wide, 0.58 * top),
-            (x0 + 0.35, slim, 0.92 * top),
-            (x1 - 0.85, slim, 0.92 * top),
-            (x1 - 0.45, wide, 0.58 * top),
-        ]
-    )
-    front = np.array([cab[i][[0, 2, 1]] * [1, s, 1] for i, s in ((2, 1), (2, -1), (3, -1), (3, 1))])
-    glass = [panel(inset(p, 0.93), "glass", GLASS) for p in (side, side[::-1] * [1, -1, 1], front)]
+    half, front = w / 2, 0.5 * l
+    sides = (1, -1)
     body = [
         box((l - 2.1, w, h - 0.9), (-1.0, 0, 0.9), "plain", paint),
         box((l - 0.3, w * 0.9, 0.35), (0, 0, 0.55), "rubber", TYRE),
+        box((0.08, w * 0.9, 0.3), (front, 0, 0.45), "rubber", TYRE),
+        box((0.06, w * 0.4, 0.25), (front - 0.01, 0, 0.95), "rubber", TYRE),
     ]
-    body += [
-        box((0.08, w * 0.9, 0.3), (x1, 0, 0.45), "rubber", TYRE),
-        box((0.06, w * 0.4, 0.25), (x1 - 0.01, 0, 0.95), "rubber", TYRE),
-    ]
-    lamps = [
-        box((0.06, 0.35, 0.2), (x, y * half * 0.7, 0.85), "lamp", c)
-        for x, c in ((x1, WHITE), (-x1 + 0.02, RED))
-        for y in (1, -1)
-    ]
-    return join(
-        [
-            prism(cab, "paint", paint),
-            *glass,
-            *body,
-            *lamps,
-            *[wheel(x * l, y * half, 0.46, 0.3) for x in (-0.28, 0.33) for y in (1, -1)],
-        ]
-    )
+    ends = ((front, WHITE), (-front + 0.02, RED))
+    lamps = [box((0.06, 0.35, 0.2), (x, y * half * 0.7, 0.85), "lamp", c) for x, c in ends for y in sides]
+    wheels = [wheel(x * l, y * half, 0.46, 0.3) for x in (-0.28, 0.33) for y in sides]
+    return join([*truck_cab(front, half, 0.74 * h, paint), *body, *lamps, *wheels])
 
 # %% ../../nbs/05b_models.ipynb #67295d9f
 def bus(
@@ -235,44 +205,39 @@ def bus(
     "A city bus: a box with a row of windows."
     l, w, h = TRUCKS["bus"]
     half = w / 2
-    ys = (1, -1)
-    xs = np.arange(-0.5 * l + 1.1, 0.5 * l - 0.6, 1.35)
-    body = [
-        box((l, w, h - 0.35), (0, 0, 0.35), "paint", paint, (0.985, 0.96)),
-        box((l * 1.001, w * 1.003, 0.28), (0, 0, 0.75), "plain", (0.75, 0.25, 0.12)),
-    ]
-    panes = [
-        box((1.2, 0.02, 1.0), (x, y * (half * 0.985 + 0.005), 1.5), "glass", GLASS) for x in xs for y in ys
-    ]
-    ends = [box((0.02, w * 0.85, 1.1), (s * 0.497 * l, 0, 1.4), "glass", GLASS) for s in (1, -1)]
+    sides = (1, -1)
+    body = box((l, w, h - 0.35), (0, 0, 0.35), "paint", paint, (0.985, 0.96))
+    stripe = box((l * 1.001, w * 1.003, 0.28), (0, 0, 0.75), "plain", (0.75, 0.25, 0.12))
+    beside = half * 0.985 + 0.005
+    row = np.arange(-0.5 * l + 1.1, 0.5 * l - 0.6, 1.35)
+    panes = [box((1.2, 0.02, 1.0), (x, y * beside, 1.5), "glass", GLASS) for x in row for y in sides]
+    panes += [box((0.02, w * 0.85, 1.1), (s * 0.497 * l, 0, 1.4), "glass", GLASS) for s in sides]
+    ends = ((1, WHITE), (-1, RED))
     lamps = [
-        box((0.05, 0.35, 0.2), (s * 0.5 * l, y * half * 0.75, 0.8), "lamp", c)
-        for s, c in ((1, WHITE), (-1, RED))
-        for y in ys
+        box((0.05, 0.35, 0.2), (s * 0.5 * l, y * half * 0.75, 0.8), "lamp", c) for s, c in ends for y in sides
     ]
-    return join(
-        [
-            *body,
-            *panes,
-            *ends,
-            *lamps,
-            *[wheel(x * l, y * (half + 0.01), 0.48, 0.3) for x in (-0.27, 0.31) for y in ys],
-        ]
-    )
+    wheels = [wheel(x * l, y * (half + 0.01), 0.48, 0.3) for x in (-0.27, 0.31) for y in sides]
+    return join([body, stripe, *panes, *lamps, *wheels])
 
 # %% ../../nbs/05b_models.ipynb #f9503b72
 SKINS = [(0.80, 0.62, 0.50), (0.62, 0.45, 0.34), (0.42, 0.29, 0.22)]  # 0..1
-CLOTHES = [
-    (0.16, 0.19, 0.28),
-    (0.55, 0.14, 0.15),
-    (0.80, 0.78, 0.72),
-    (0.22, 0.34, 0.26),
-    (0.75, 0.60, 0.20),
-    (0.10, 0.10, 0.11),
-    (0.36, 0.45, 0.60),
-]  # 0..1
+CLOTHES = [  # red, green, blue, 0..1
+    *[(0.16, 0.19, 0.28), (0.55, 0.14, 0.15), (0.80, 0.78, 0.72), (0.22, 0.34, 0.26)],
+    *[(0.75, 0.60, 0.20), (0.10, 0.10, 0.11), (0.36, 0.45, 0.60)],
+]
 
 
+def limb(
+    a: tuple,  # (3,) one end, m
+    b: tuple,  # (3,) other end, m
+    radii: tuple,  # (2,) at the ends, m
+    colour: tuple,  # (3,) 0..1
+    scale: float = 1.0,  # of all lengths
+) -> Mesh:
+    "An arm, a leg or a neck."
+    return rod(np.array(a) * scale, np.array(b) * scale, (radii[0] * scale, radii[1] * scale), "cloth", colour, 7)
+
+# %% ../../nbs/05b_models.ipynb #d723f852
 def walker(
     top: tuple,  # (3,) jacket, 0..1
     legs: tuple,  # (3,) trousers, 0..1
@@ -283,73 +248,49 @@ def walker(
     k = height / 1.80
     sides = (1, -1)
 
-    def limb(a, b, r, c):
-        return rod(np.array(a) * k, np.array(b) * k, (r[0] * k, r[1] * k), "cloth", c, 7)
+    def blob(at, radii, colour):
+        return ball(np.array(at) * k, np.array(radii) * k, "cloth", colour)
 
-    def blob(at, r, c):
-        return ball(np.array(at) * k, np.array(r) * k, "cloth", c)
+    def shoe(s):
+        return box((0.26 * k, 0.1 * k, 0.08 * k), (s * 0.24 * k, s * 0.10 * k, 0), "rubber", TYRE)
 
-    stride = [limb((0, s * 0.10, 0.88), (s * 0.22, s * 0.10, 0.06), (0.10, 0.065), legs) for s in sides]
-    shoes = [
-        box((0.26 * k, 0.1 * k, 0.08 * k), (s * 0.24 * k, s * 0.10 * k, 0), "rubber", TYRE) for s in sides
-    ]
-    arms = [limb((0, s * 0.22, 1.42), (-s * 0.20, s * 0.25, 0.86), (0.065, 0.05), top) for s in sides]
-    body = [
-        blob((0, 0, 1.16), (0.14, 0.21, 0.36), top),
-        limb((0, 0, 1.42), (0.02, 0, 1.6), (0.06, 0.06), skin),
-    ]
-    return join(
-        [
-            *stride,
-            *shoes,
-            *arms,
-            *body,
-            blob((0.02, 0, 1.64), (0.10, 0.085, 0.12), skin),
-            blob((-0.01, 0, 1.70), (0.105, 0.095, 0.10), (0.14, 0.10, 0.08)),
-        ]
-    )
+    strides = [limb((0, s * 0.10, 0.88), (s * 0.22, s * 0.10, 0.06), (0.10, 0.065), legs, k) for s in sides]
+    arms = [limb((0, s * 0.22, 1.42), (-s * 0.20, s * 0.25, 0.86), (0.065, 0.05), top, k) for s in sides]
+    trunk = blob((0, 0, 1.16), (0.14, 0.21, 0.36), top)
+    neck = limb((0, 0, 1.42), (0.02, 0, 1.6), (0.06, 0.06), skin, k)
+    head = blob((0.02, 0, 1.64), (0.10, 0.085, 0.12), skin)
+    hair = blob((-0.01, 0, 1.70), (0.105, 0.095, 0.10), (0.14, 0.10, 0.08))
+    return join([*strides, *map(shoe, sides), *arms, trunk, neck, head, hair])
 
 # %% ../../nbs/05b_models.ipynb #24afdf77
+JOINTS = dict(  # of a bicycle's frame, m
+    rear=(-0.53, 0, 0.34),
+    pedals=(-0.05, 0, 0.30),
+    seat=(-0.18, 0, 0.92),
+    post=(-0.16, 0, 0.80),
+    head=(0.38, 0, 0.84),
+    front=(0.53, 0, 0.34),
+    stem=(0.36, 0, 1.0),
+)
+TUBES = "rear pedals, pedals seat, post head, pedals head, front stem"
+
+
 def bicycle() -> Mesh:  # facing +x, 1.75 m long
     "Two wheels and a frame."
     t = np.arange(15) * 2 * np.pi / 14
-    tube = lambda a, b, r=0.02: rod(a, b, r, "paint", (0.6, 0.1, 0.1), 6)
 
     def rim(x, a):
         return (x + 0.32 * np.cos(a), 0, 0.345 + 0.32 * np.sin(a))
 
-    rings = [
-        rod(rim(x, a), rim(x, b), 0.024, "rubber", TYRE, 5, False)
-        for x in (-0.53, 0.53)
-        for a, b in zip(t, t[1:])
-    ]
-    joints = dict(
-        rear=(-0.53, 0, 0.34),
-        pedals=(-0.05, 0, 0.30),
-        seat=(-0.18, 0, 0.92),
-        post=(-0.16, 0, 0.80),
-        head=(0.38, 0, 0.84),
-        front=(0.53, 0, 0.34),
-        stem=(0.36, 0, 1.0),
-    )
-    frame = [
-        tube(joints[a], joints[b])
-        for a, b in (
-            ("rear", "pedals"),
-            ("pedals", "seat"),
-            ("post", "head"),
-            ("pedals", "head"),
-            ("front", "stem"),
-        )
-    ]
-    return join(
-        rings
-        + frame
-        + [
-            rod((0.36, -0.25, 1.02), (0.36, 0.25, 1.02), 0.018, "rubber", TYRE, 6),
-            box((0.24, 0.14, 0.07), (-0.2, 0, 0.92), "rubber", TYRE),
-        ]
-    )
+    def piece(x, a, b):
+        return rod(rim(x, a), rim(x, b), 0.024, "rubber", TYRE, 5, False)
+
+    wheels = [piece(x, a, b) for x in (-0.53, 0.53) for a, b in zip(t, t[1:])]
+    ends = [tube.split() for tube in TUBES.split(", ")]
+    frame = [rod(JOINTS[a], JOINTS[b], 0.02, "paint", (0.6, 0.1, 0.1), 6) for a, b in ends]
+    handlebar = rod((0.36, -0.25, 1.02), (0.36, 0.25, 1.02), 0.018, "rubber", TYRE, 6)
+    saddle = box((0.24, 0.14, 0.07), (-0.2, 0, 0.92), "rubber", TYRE)
+    return join([*wheels, *frame, handlebar, saddle])
 
 # %% ../../nbs/05b_models.ipynb #4fc83050
 def cyclist(
@@ -358,23 +299,16 @@ def cyclist(
     skin: tuple,  # (3,) 0..1
 ) -> Mesh:  # facing +x
     "A rider on a bicycle."
-    limb = lambda a, b, r, c: rod(a, b, r, "cloth", c, 7)
-    sides = (1, -1)
-    body = [
-        limb((-0.17, 0, 0.98), (0.12, 0, 1.42), (0.15, 0.17), top),
-        ball((0.12, 0, 1.40), (0.14, 0.20, 0.14), "cloth", top),
-        ball((0.24, 0, 1.63), (0.11, 0.09, 0.13), "cloth", skin),
-        ball((0.22, 0, 1.69), (0.14, 0.11, 0.10), "plain", (0.85, 0.85, 0.80)),
-    ]
+    sides = (1, -1)  # one knee is higher than the other
+    knees = {s: (0.14, s * 0.10, 0.62 + s * 0.1) for s in sides}
+    trunk = limb((-0.17, 0, 0.98), (0.12, 0, 1.42), (0.15, 0.17), top)
+    shoulders = ball((0.12, 0, 1.40), (0.14, 0.20, 0.14), "cloth", top)
+    head = ball((0.24, 0, 1.63), (0.11, 0.09, 0.13), "cloth", skin)
+    helmet = ball((0.22, 0, 1.69), (0.14, 0.11, 0.10), "plain", (0.85, 0.85, 0.80))
     arms = [limb((0.13, s * 0.18, 1.38), (0.36, s * 0.22, 1.04), (0.055, 0.04), top) for s in sides]
-    thighs = [
-        limb((-0.15, s * 0.10, 0.95), (0.14, s * 0.10, 0.62 + s * 0.1), (0.09, 0.07), legs) for s in sides
-    ]
-    shins = [
-        limb((0.14, s * 0.10, 0.62 + s * 0.1), (-0.05, s * 0.10, 0.22 + s * 0.12), (0.07, 0.05), legs)
-        for s in sides
-    ]
-    return join([bicycle(), *body, *arms, *thighs, *shins])
+    thighs = [limb((-0.15, s * 0.10, 0.95), knees[s], (0.09, 0.07), legs) for s in sides]
+    shins = [limb(knees[s], (-0.05, s * 0.10, 0.22 + s * 0.12), (0.07, 0.05), legs) for s in sides]
+    return join([bicycle(), trunk, shoulders, head, helmet, *arms, *thighs, *shins])
 
 # %% ../../nbs/05b_models.ipynb #9f34dd34
 @lru_cache(maxsize=None)
@@ -382,23 +316,20 @@ def model(
     kind: str,  # a key of SIZES or TRUCKS
 ) -> Mesh:  # of nominal size, painted pure red
     "The shared model of a vehicle."
-    return car(kind, (1, 0, 0)) if kind in SIZES else {"truck": truck, "bus": bus}[kind]((1, 0, 0))
+    red = (1, 0, 0)
+    return car(kind, red) if kind in SIZES else {"truck": truck, "bus": bus}[kind](red)
 
 # %% ../../nbs/05b_models.ipynb #d63b5315
 def recast(
     mesh: Mesh,  # a shared model
-    k: np.ndarray,  # (3,) scale
+    scale: np.ndarray,  # (3,) along x, y and z
     paint: tuple,  # (3,) replaces pure red
 ) -> Mesh:  # a copy
     "A model in another size and colour."
-    n = mesh.normal / k
+    n = mesh.normal / scale
+    n = n / np.linalg.norm(n, axis=2, keepdims=True).clip(1e-12)
     red = (mesh.colour == [1, 0, 0]).all(1)
-    return Mesh(
-        mesh.xyz * k,
-        n / np.linalg.norm(n, axis=2, keepdims=True).clip(1e-12),
-        mesh.material,
-        np.where(red[:, None], paint, mesh.colour),
-    )
+    return Mesh(mesh.xyz * scale, n, mesh.material, np.where(red[:, None], paint, mesh.colour))
 
 # %% ../../nbs/05b_models.ipynb #fd13bb53
 @lru_cache(maxsize=None)
@@ -410,120 +341,99 @@ def tree(
 ) -> Mesh:  # the trunk at the origin
     "A street tree: a trunk and a crown of rough balls."
     g = np.random.default_rng(seed)
-    base = np.array([0.26 + 0.14 * hue, 0.36 + 0.12 * hue, 0.17 + 0.05 * hue])
-    flat = np.array([1, 1, 0.8])
-    spots = g.normal(size=(11, 3)).clip(-1.5, 1.5) * [0.48, 0.48, 0.34] * crown + [
-        0,
-        0,
-        height - 0.95 * crown,
-    ]
-    blobs = [
-        ball(
-            p,
-            flat * crown * g.uniform(0.34, 0.58),
-            "leaf",
-            base * g.uniform(0.8, 1.2),
-            0.22,
-            2,
-            int(g.integers(1e6)),
-        )
-        for p in spots
-    ]
-    return join(
-        [rod((0, 0, 0), (0, 0, height - 1.1 * crown), (0.17, 0.09), "cloth", (0.33, 0.27, 0.21)), *blobs]
-    )
+    green = np.array([0.26 + 0.14 * hue, 0.36 + 0.12 * hue, 0.17 + 0.05 * hue])
+    flattened = np.array([1, 1, 0.8])
+    off = g.normal(size=(11, 3)).clip(-1.5, 1.5) * [0.48, 0.48, 0.34] * crown
+    blobs = []
+    for middle in off + [0, 0, height - 0.95 * crown]:
+        radii = flattened * crown * g.uniform(0.34, 0.58)
+        colour = green * g.uniform(0.8, 1.2)
+        blobs.append(ball(middle, radii, "leaf", colour, rough=0.22, level=2, seed=int(g.integers(1e6))))
+    trunk = rod((0, 0, 0), (0, 0, height - 1.1 * crown), (0.17, 0.09), "cloth", (0.33, 0.27, 0.21))
+    return join([trunk, *blobs])
 
 # %% ../../nbs/05b_models.ipynb #22e27a83
 @lru_cache(maxsize=None)
 def lamp_post() -> Mesh:  # the arm reaches towards +x
     "A street lamp."
     grey = (0.42, 0.44, 0.45)
-    return join(
-        [
-            rod((0, 0, 0), (0, 0, 8), (0.11, 0.07), "plain", grey),
-            rod((0, 0, 8), (2.0, 0, 8.3), 0.045, "plain", grey, 6),
-            box((0.7, 0.25, 0.12), (2.2, 0, 8.25), "lamp", (0.75, 0.75, 0.72)),
-        ]
-    )
+    post = rod((0, 0, 0), (0, 0, 8), (0.11, 0.07), "plain", grey)
+    arm = rod((0, 0, 8), (2.0, 0, 8.3), 0.045, "plain", grey, 6)
+    lamp = box((0.7, 0.25, 0.12), (2.2, 0, 8.25), "lamp", (0.75, 0.75, 0.72))
+    return join([post, arm, lamp])
 
 # %% ../../nbs/05b_models.ipynb #cf87282e
 @lru_cache(maxsize=None)
 def signal() -> Mesh:  # the arm reaches towards +x, its lamps face +y
     "A traffic signal on an arm."
     dark = (0.13, 0.14, 0.13)
-    pole = (0.35, 0.37, 0.38)
-    lights = ((0.15, 0.75, 0.45), (0.5, 0.35, 0.1), (0.4, 0.08, 0.06))
+    grey = (0.35, 0.37, 0.38)
+    lights = ((0.15, 0.75, 0.45), (0.5, 0.35, 0.1), (0.4, 0.08, 0.06))  # green is lit
 
     def head(x, z):
-        return [box((0.34, 0.3, 1.0), (x, 0, z), "plain", dark)] + [
-            ball((x, 0.16, z + 0.2 + 0.3 * i), (0.11, 0.05, 0.11), "lamp", c, 0.0, 1)
-            for i, c in enumerate(lights)
-        ]
+        up = [z + 0.2 + 0.3 * i for i in range(3)]
+        lamps = [ball((x, 0.16, u), (0.11, 0.05, 0.11), "lamp", c, 0.0, 1) for u, c in zip(up, lights)]
+        return [box((0.34, 0.3, 1.0), (x, 0, z), "plain", dark), *lamps]
 
-    return join(
-        [
-            rod((0, 0, 0), (0, 0, 6.2), (0.12, 0.09), "plain", pole),
-            rod((0, 0, 5.9), (5, 0, 6.3), 0.06, "plain", pole, 6),
-            *head(5, 5.5),
-            *head(0.35, 3.0),
-        ]
-    )
+    pole = rod((0, 0, 0), (0, 0, 6.2), (0.12, 0.09), "plain", grey)
+    arm = rod((0, 0, 5.9), (5, 0, 6.3), 0.06, "plain", grey, 6)
+    return join([pole, arm, *head(5, 5.5), *head(0.35, 3.0)])
 
 # %% ../../nbs/05b_models.ipynb #b0e32031
 @lru_cache(maxsize=None)
-def utility_pole() -> Mesh:  # the cross-arm along y
+def utility_pole() -> Mesh:  # the cross-arms along y
     "A wooden pole with two cross-arms."
     wood = (0.34, 0.27, 0.21)
+    pale = (0.6, 0.6, 0.58)
+    pole = rod((0, 0, 0), (0, 0, 11), (0.17, 0.12), "cloth", wood)
     arms = [box((0.12, 2.6, 0.14), (0, 0, 11 - k), "cloth", wood) for k in (0.7, 1.8)]
-    insulators = [
-        rod((0, y, 10.44), (0, y, 10.64), 0.05, "plain", (0.6, 0.6, 0.58), 5) for y in (-1.1, -0.5, 0.5, 1.1)
+    along = (-1.1, -0.5, 0.5, 1.1)
+    insulators = [rod((0, y, 10.44), (0, y, 10.64), 0.05, "plain", pale, 5) for y in along]
+    transformer = rod((0.25, 0, 7.8), (0.25, 0, 8.7), 0.22, "plain", (0.45, 0.46, 0.47))
+    return join([pole, *arms, *insulators, transformer])
+
+# %% ../../nbs/05b_models.ipynb #32681a8a
+def trash_bin() -> Mesh:
+    "A bin on the pavement, wider at the top."
+    body = box((0.6, 0.65, 1.0), (0, 0, 0.08), "plain", (0.16, 0.27, 0.40), (1.08, 1.05))
+    lid = box((0.72, 0.74, 0.08), (0, 0, 1.08), "plain", (0.13, 0.22, 0.33))
+    return join([body, lid])
+
+
+def hydrant() -> Mesh:
+    "A yellow hydrant."
+    yellow = (0.80, 0.72, 0.30)
+    post = rod((0, 0, 0), (0, 0, 0.6), 0.12, "plain", yellow)
+    cap = ball((0, 0, 0.62), (0.13, 0.13, 0.13), "plain", yellow, 0.0, 1)
+    outlets = rod((0, -0.2, 0.42), (0, 0.2, 0.42), 0.06, "plain", yellow, 6)
+    return join([post, cap, outlets])
+
+# %% ../../nbs/05b_models.ipynb #11c5a890
+def traffic_cone() -> Mesh:
+    "An orange cone with a white band."
+    orange = (0.90, 0.38, 0.12)
+    rings = [
+        rod((0, 0, 0.04), (0, 0, 0.42), (0.14, 0.08), "plain", orange),
+        rod((0, 0, 0.42), (0, 0, 0.52), (0.08, 0.062), "plain", WHITE),
+        rod((0, 0, 0.52), (0, 0, 0.70), (0.062, 0.03), "plain", orange),
     ]
-    return join(
-        [
-            rod((0, 0, 0), (0, 0, 11), (0.17, 0.12), "cloth", wood),
-            *arms,
-            *insulators,
-            rod((0.25, 0, 7.8), (0.25, 0, 8.7), 0.22, "plain", (0.45, 0.46, 0.47)),
-        ]
-    )
+    return join([box((0.36, 0.36, 0.04), (0, 0, 0), "rubber", TYRE), *rings])
+
+
+def stop_sign() -> Mesh:  # its face towards -x
+    "A red octagon on a post."
+    grey = (0.55, 0.56, 0.56)
+    t = np.arange(8) * 2 * np.pi / 8 + np.pi / 8
+    octagon = np.c_[np.full(8, -0.04), 0.38 * np.cos(t), 2.5 + 0.38 * np.sin(t)][::-1]
+    post = rod((0, 0, 0), (0, 0, 2.9), 0.035, "plain", grey, 6)
+    face = panel(octagon, "lamp", (0.70, 0.10, 0.10))
+    return join([post, face, panel(octagon[::-1] + [0.012, 0, 0], "plain", grey)])
 
 # %% ../../nbs/05b_models.ipynb #11bd93ad
 @lru_cache(maxsize=None)
 def small_things() -> dict:  # name -> Mesh
-    "Bin, hydrant, cone and sign."
-    c = np.arange(8) * 2 * np.pi / 8 + np.pi / 8
-    octagon = np.c_[np.full(8, -0.04), 0.38 * np.cos(c), 2.5 + 0.38 * np.sin(c)][::-1]
-    yellow = (0.80, 0.72, 0.30)
-    orange = (0.90, 0.38, 0.12)
-    grey = (0.55, 0.56, 0.56)
-
-    def ring(a, b, r, c):
-        return rod((0, 0, a), (0, 0, b), r, "plain", c)
-
-    bin = [
-        box((0.6, 0.65, 1.0), (0, 0, 0.08), "plain", (0.16, 0.27, 0.40), (1.08, 1.05)),
-        box((0.72, 0.74, 0.08), (0, 0, 1.08), "plain", (0.13, 0.22, 0.33)),
-    ]
-    hydrant = [
-        ring(0, 0.6, 0.12, yellow),
-        ball((0, 0, 0.62), (0.13, 0.13, 0.13), "plain", yellow, 0.0, 1),
-        rod((0, -0.2, 0.42), (0, 0.2, 0.42), 0.06, "plain", yellow, 6),
-    ]
-    cone = [box((0.36, 0.36, 0.04), (0, 0, 0), "rubber", TYRE)]
-    cone += [
-        ring(*k)
-        for k in (
-            (0.04, 0.42, (0.14, 0.08), orange),
-            (0.42, 0.52, (0.08, 0.062), WHITE),
-            (0.52, 0.70, (0.062, 0.03), orange),
-        )
-    ]
-    sign = [
-        rod((0, 0, 0), (0, 0, 2.9), 0.035, "plain", grey, 6),
-        panel(octagon, "lamp", (0.70, 0.10, 0.10)),
-        panel(octagon[::-1] + [0.012, 0, 0], "plain", grey),
-    ]
-    return dict(bin=join(bin), hydrant=join(hydrant), cone=join(cone), sign=join(sign))
+    "What stands at the kerb and is lower than a person or a little higher; built once."
+    return dict(bin=trash_bin(), hydrant=hydrant(), cone=traffic_cone(), sign=stop_sign())
 
 # %% ../../nbs/05b_models.ipynb #bd089469
 def building(
@@ -531,7 +441,7 @@ def building(
     wall: tuple,  # (3,) 0..1
     g: np.random.Generator,  # for its details
 ) -> Mesh:  # the front at -y
-    "A house with a cornice and perhaps a ledge, awnings and a roof hut."
+    "A house with a cornice and perhaps a ledge, a roof hut and awnings."
     l, d, h = size
     trim = tuple(np.clip(np.array(wall) * g.uniform(0.7, 1.25), 0, 0.95))
     hut = (g.uniform(2, 4), g.uniform(2, 4), g.uniform(1.2, 2.5))
@@ -549,24 +459,23 @@ def building(
     return join(parts)
 
 # %% ../../nbs/05b_models.ipynb #b9ecfad5
+AWNINGS = [(0.55, 0.14, 0.16), (0.16, 0.30, 0.22), (0.20, 0.24, 0.42), (0.72, 0.62, 0.42)]  # 0..1
+
+
 def awnings(
-    l: float,  # of the house along the street, m
-    d: float,  # depth of the house, m
+    length: float,  # of the house along the street, m
+    depth: float,  # of the house, m
     g: np.random.Generator,  # for size and colour
 ) -> list:  # of Mesh
     "Sloping cloth above the shop windows."
-    cloth = tuple(g.choice([(0.55, 0.14, 0.16), (0.16, 0.30, 0.22), (0.20, 0.24, 0.42), (0.72, 0.62, 0.42)]))
+    cloth = tuple(g.choice(AWNINGS))
     w = g.uniform(2.5, 4.5)
-    p = prism(
-        np.array([(-1.2, 2.65, w / 2), (-1.2, 2.72, w / 2), (0, 3.3, w / 2), (0, 2.65, w / 2)]),
-        "cloth",
-        cloth,
-    )
+    profile = [(-1.2, 2.65, w / 2), (-1.2, 2.72, w / 2), (0, 3.3, w / 2), (0, 2.65, w / 2)]
+    one = prism(np.array(profile), "cloth", cloth)
 
-    def turn(v):
+    def quarter_turn(v):  # from facing -x to facing -y
         return np.stack([-v[..., 1], v[..., 0], v[..., 2]], -1)
 
-    return [
-        replace(p, xyz=turn(p.xyz) + [x, -d / 2, 0], normal=turn(p.normal))
-        for x in np.arange(-l / 2 + w, l / 2 - w / 2, w * 1.6)
-    ]
+    xyz, normal = quarter_turn(one.xyz), quarter_turn(one.normal)
+    places = np.arange(-length / 2 + w, length / 2 - w / 2, w * 1.6)
+    return [replace(one, xyz=xyz + [x, -depth / 2, 0], normal=normal) for x in places]

@@ -10,14 +10,14 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from embreex.rtcore_scene import EmbreeScene
 from embreex.mesh_construction import TriangleMesh
-from .solids import MATERIALS, join
+from .solids import MATERIALS, join, nearest, search_tree
 from .street import Layout, Motion, scenery
 from .traffic import drive, traffic
 from ..frames import quat_to_mat, se3
 
 # %% auto #0
-__all__ = ['RIG', 'BEAMS', 'SCANNER', 'SWEEP', 'GLOW', 'ego_pose', 'Street', 'make_street', 'turned', 'tree_of', 'nearest',
-           'Stage', 'Hits', 'near', 'cast', 'beam_columns', 'sweep', 'glow']
+__all__ = ['RIG', 'BEAMS', 'SCANNER', 'SWEEP', 'GLOW', 'ego_pose', 'Street', 'make_street', 'turned', 'Stage', 'Hits', 'near',
+           'cast', 'beam_columns', 'sweep', 'glow']
 
 # %% ../../nbs/05e_rays.ipynb #fc4aa440
 RIG = pd.DataFrame(
@@ -183,26 +183,6 @@ def turned(
     s = np.sin(a)
     return np.stack([v[..., 0] * c - v[..., 1] * s, v[..., 0] * s + v[..., 1] * c, v[..., 2]], -1)
 
-# %% ../../nbs/05e_rays.ipynb #dd1c5dd9
-def tree_of(
-    xyz: np.ndarray,  # (F,3,3) m
-) -> EmbreeScene:  # its face numbers are the soup's
-    "A search tree over a soup."
-    scene = EmbreeScene()
-    TriangleMesh(scene, np.ascontiguousarray(xyz, np.float32))
-    return scene
-
-# %% ../../nbs/05e_rays.ipynb #cf3a8222
-def nearest(
-    scene: EmbreeScene,  # a search tree
-    o: np.ndarray,  # (N,3) m
-    d: np.ndarray,  # (N,3) unit
-) -> tuple:  # t (N,) m in the precision of `o`, inf for a miss; face (N,); uv (N,2)
-    "Nearest hits in one tree."
-    r = scene.run(np.ascontiguousarray(o, np.float32), np.ascontiguousarray(d, np.float32), output=1)
-    face = r["primID"].astype(np.int64)
-    return np.where(face < 0, np.inf, r["tfar"]).astype(o.dtype), face, np.stack([r["u"], r["v"]], -1)
-
 # %% ../../nbs/05e_rays.ipynb #cda1c5e9
 class Stage:
     "A street made ready for rays."
@@ -226,8 +206,8 @@ class Stage:
         self.colour = every.colour.astype(np.float32)
         o = self.owner[: self.first[n]]
         base = np.c_[self.pose0[:, :2], self.z]
-        self.still = tree_of(turned(every.xyz[: len(o)], self.pose0[o, None, 2]) + base[o, None])
-        self.movers = {i: tree_of(things[i].mesh.xyz) for i in range(n, len(things))}
+        self.still = search_tree(turned(every.xyz[: len(o)], self.pose0[o, None, 2]) + base[o, None])
+        self.movers = {i: search_tree(things[i].mesh.xyz) for i in range(n, len(things))}
         self.boxed = np.array([bool(t.label) for t in things[:n]])
         self.middle = np.c_[np.zeros((len(things), 2)), self.size[:, 2] / 2 + self.z]
         self.radius = np.linalg.norm(self.size, axis=1) / 2 + 0.3

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 import numpy as np
+from embreex.mesh_construction import TriangleMesh
+from embreex.rtcore_scene import EmbreeScene
 
 # %% auto #0
 __all__ = ['MATERIALS', 'Mesh', 'flat_normals', 'soup', 'join', 'panel', 'quads', 'box', 'prism', 'directions_around', 'rod',
-           'unit_sphere', 'ball', 'draw_mesh']
+           'unit_sphere', 'ball', 'search_tree', 'nearest', 'draw_mesh']
 
 # %% ../../nbs/05a_solids.ipynb #bff579aa
 MATERIALS = "plain road slab wall paint glass rubber leaf cloth lamp".split()
@@ -191,24 +193,46 @@ def ball(
     n = n / np.linalg.norm(n, axis=2, keepdims=True)
     return soup(f * bump * r + np.array(at), material, colour, None if rough else n)
 
-# %% ../../nbs/05a_solids.ipynb #1c55ed93
+# %% ../../nbs/05a_solids.ipynb #8be21de5
+def search_tree(
+    xyz: np.ndarray,  # (F,3,3) m
+) -> EmbreeScene:  # its face numbers are those of `xyz`
+    "A search tree over triangles."
+    scene = EmbreeScene()
+    TriangleMesh(scene, np.ascontiguousarray(xyz, np.float32))
+    return scene
+
+# %% ../../nbs/05a_solids.ipynb #e43f2d65
+def nearest(
+    scene: EmbreeScene,  # a search tree
+    o: np.ndarray,  # (N,3) origins, m
+    d: np.ndarray,  # (N,3) unit directions
+) -> tuple:  # t (N,) m in the precision of `o`, inf for a miss; face (N,), -1 for a miss; uv (N,2) barycentric
+    "Nearest hits of rays in one tree."
+    r = scene.run(np.ascontiguousarray(o, np.float32), np.ascontiguousarray(d, np.float32), output=1)
+    face = r["primID"].astype(np.int64)
+    t = np.where(face < 0, np.inf, r["tfar"]).astype(o.dtype)
+    return t, face, np.stack([r["u"], r["v"]], -1)
+
+# %% ../../nbs/05a_solids.ipynb #1e2b1e12
 def draw_mesh(
     ax: Any,  # matplotlib axes
     mesh: Mesh,  # what to draw
     azimuth: float = 35.0,  # of the viewer, degrees from the mesh's front towards its left
     elevation: float = 20.0,  # of the viewer, degrees above the ground
+    pixels: int = 300,  # along the longer side of the picture
 ) -> None:
-    "Draw a mesh as seen from far away, in metres."
-    from matplotlib.collections import PolyCollection
-
+    "Draw a mesh as seen from far away: parallel rays, shaded by the angle at which they arrive. Axes in metres."
     a, e = np.radians([azimuth, elevation])
     towards = np.array([np.cos(a) * np.cos(e), np.sin(a) * np.cos(e), np.sin(e)])
     right = np.array([-np.sin(a), np.cos(a), 0])
-    facing = flat_normals(mesh.xyz)[:, 0] @ towards
-    seen = np.flatnonzero(facing > 0)
-    seen = seen[np.argsort(mesh.xyz[seen].mean(1) @ towards)]
-    flat = mesh.xyz[seen] @ np.stack([right, np.cross(towards, right)], 1)
-    shaded = mesh.colour[seen] * (0.45 + 0.55 * facing[seen, None])
-    ax.add_collection(PolyCollection(flat, facecolors=shaded.clip(0, 1)))
-    ax.autoscale_view()
-    ax.set_aspect("equal")
+    up = np.cross(towards, right)
+    flat = mesh.xyz.reshape(-1, 3) @ np.stack([right, up], 1)
+    low, high = flat.min(0) - 0.1, flat.max(0) + 0.1
+    w, h = np.ceil((high - low) / (high - low).max() * pixels).astype(int)
+    u, v = np.meshgrid(np.linspace(low[0], high[0], w), np.linspace(low[1], high[1], h))
+    o = u.reshape(-1, 1) * right + v.reshape(-1, 1) * up + 100 * towards
+    _, face, _ = nearest(search_tree(mesh.xyz), o, np.broadcast_to(-towards, o.shape))
+    shaded = mesh.colour[face] * (0.45 + 0.55 * abs(mesh.normal[face].mean(1) @ towards)[:, None])
+    image = np.where((face < 0)[:, None], 1.0, shaded.clip(0, 1)).reshape(h, w, 3)
+    ax.imshow(image, origin="lower", extent=[low[0], high[0], low[1], high[1]])

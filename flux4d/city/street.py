@@ -10,14 +10,13 @@ from functools import cached_property
 from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
-from flux4d.city.models import (
-    PAINTS, building, lamp_post, model, recast, signal, small_things, tree, utility_pole,
-)
+from .models import PAINTS, building, lamp_post, model, recast, signal, small_things, tree
+from .models import utility_pole
 from .solids import Mesh, box, quads
 
 # %% auto #0
-__all__ = ['WALLS', 'arc', 'Motion', 'Thing', 'Layout', 'Edge', 'edges', 'houses', 'labelled', 'vehicle', 'parked', 'greens',
-           'scenery', 'skyline']
+__all__ = ['WALLS', 'STYLES', 'VEHICLE_LABELS', 'KERB_LABELS', 'arc', 'Motion', 'Thing', 'Layout', 'Edge', 'edges', 'houses',
+           'labelled', 'vehicle', 'parked', 'street_tree', 'greens', 'ground_and_blocks', 'skyline', 'scenery']
 
 # %% ../../nbs/05c_street.ipynb #4a8761e6
 def arc(
@@ -29,9 +28,9 @@ def arc(
     half = np.asarray(bend * d / 2)
     chord = d * np.where(half == 0, 1, np.sin(half) / np.where(half == 0, 1, half))
     out = np.array(pose, float)
-    a = out[..., 2] + half
-    out[..., 0] += chord * np.cos(a)
-    out[..., 1] += chord * np.sin(a)
+    direction = out[..., 2] + half
+    out[..., 0] += chord * np.cos(direction)
+    out[..., 1] += chord * np.sin(direction)
     out[..., 2] += 2 * half
     return out
 
@@ -130,7 +129,7 @@ class Layout:
     kerb: float = 0.15  # height of the pavement, m
     sun: tuple = (0.3, 0.4, 0.866)  # (3,) direction to the sun
     light: float = 0.6  # 0 overcast .. 1 clear
-    tint: int = 0  # seed of the ground and the sky
+    texture: int = 0  # seed of the ground's and the sky's texture
 
     @property
     def half(self) -> float:  # m
@@ -144,10 +143,10 @@ class Layout:
 
     def blocks(self) -> np.ndarray:  # (B,4) x0, x1, y0, y1, m
         "The raised rectangles between the streets."
-        xs = np.r_[-170, np.ravel([(x - self.cross, x + self.cross) for x in self.crossings]), 380].reshape(
-            -1, 2
-        )
-        return np.array([[a, b, *y] for a, b in xs for y in ((self.half, 120.0), (-120.0, -self.half))])
+        kerbs = [(x - self.cross, x + self.cross) for x in self.crossings]
+        xs = np.r_[-170, np.ravel(kerbs), 380].reshape(-1, 2)
+        ys = ((self.half, 120.0), (-120.0, -self.half))
+        return np.array([[a, b, *y] for a, b in xs for y in ys])
 
 # %% ../../nbs/05c_street.ipynb #d01e2255
 class Edge(NamedTuple):
@@ -178,31 +177,23 @@ def edges(
     lay: Layout,  # the street
 ) -> list:  # of Edge: for each block the main street's, then its cross streets'
     "All sides of the blocks that face a street."
-    X, Y = np.eye(2)
+    x_axis, y_axis = np.eye(2)
     out = []
     for x0, x1, y0, y1 in lay.blocks():
         y, up = (y0, 1.0) if y0 > 0 else (y1, -1.0)
-        out.append(Edge(np.array([x0, y]), X, Y * up, x1 - x0))
-        out += [
-            Edge(np.array([x, y]) + 17 * Y * up, Y * up, X * to, 100.0)
-            for x, to in ((x0, 1.0), (x1, -1.0))
-            if -160 < x < 360
-        ]
+        out.append(Edge(np.array([x0, y]), x_axis, y_axis * up, x1 - x0))
+        for x, inwards in ((x0, 1.0), (x1, -1.0)):
+            if -160 < x < 360:  # where the street ends there is no cross street
+                begin = np.array([x, y]) + 17 * y_axis * up
+                out.append(Edge(begin, y_axis * up, x_axis * inwards, 100.0))
     return out
 
 # %% ../../nbs/05c_street.ipynb #b5f8d7ad
-WALLS = [
-    (0.62, 0.30, 0.22),
-    (0.52, 0.24, 0.19),
-    (0.78, 0.74, 0.66),
-    (0.70, 0.68, 0.64),
-    (0.60, 0.58, 0.50),
-    (0.84, 0.82, 0.78),
-    (0.55, 0.50, 0.45),
-    (0.66, 0.60, 0.46),
-    (0.48, 0.53, 0.58),
-    (0.72, 0.56, 0.44),
-]  # 0..1
+WALLS = [  # red, green, blue, 0..1
+    *[(0.62, 0.30, 0.22), (0.52, 0.24, 0.19), (0.78, 0.74, 0.66), (0.70, 0.68, 0.64)],
+    *[(0.60, 0.58, 0.50), (0.84, 0.82, 0.78), (0.55, 0.50, 0.45), (0.66, 0.60, 0.46)],
+    *[(0.48, 0.53, 0.58), (0.72, 0.56, 0.44)],
+]
 
 
 def houses(
@@ -214,21 +205,15 @@ def houses(
     s = 1.0
     out = []
     while s < edge.length - 9:
-        l = min(g.uniform(9, 24), edge.length - s - 1)
-        d = g.uniform(11, 15)
-        h = g.choice([1, 1, 2, 2, 3, 4]) * 3.4 + 4.6
+        length = min(g.uniform(9, 24), edge.length - s - 1)
+        depth = g.uniform(11, 15)
+        size = (length, depth, g.choice([1, 1, 2, 2, 3, 4]) * 3.4 + 4.6)
         front = lay.walk + g.uniform(0, 0.5)
-        mesh = building((l, d, h), tuple(np.array(WALLS[g.integers(len(WALLS))]) * g.uniform(0.85, 1.1)), g)
-        out.append(
-            Thing(
-                mesh,
-                edge.at(s + l / 2, front + d / 2, np.pi * (not edge.left)),
-                seed=int(g.integers(1 << 30)),
-                z=lay.kerb,
-                size=(l, d, h),
-            )
-        )
-        s += l + g.choice([0.02, 0.02, 2.5])
+        wall = np.array(WALLS[g.integers(len(WALLS))]) * g.uniform(0.85, 1.1)
+        mesh = building(size, tuple(wall), g)
+        place = edge.at(s + length / 2, front + depth / 2, np.pi * (not edge.left))
+        out.append(Thing(mesh, place, z=lay.kerb, seed=int(g.integers(1 << 30)), size=size))
+        s += length + g.choice([0.02, 0.02, 2.5])
     return out
 
 # %% ../../nbs/05c_street.ipynb #d5fe53a2
@@ -240,37 +225,29 @@ def labelled(
     z: float = 0.0,  # ground below it, m
 ) -> Thing:  # with a box around its mesh and a track id
     "Wrap a mesh as a thing, its origin moved to the middle of its box."
-    lo = mesh.xyz.reshape(-1, 3).min(0)
-    hi = mesh.xyz.reshape(-1, 3).max(0)
-    mesh = replace(mesh, xyz=mesh.xyz - np.r_[(lo + hi)[:2] / 2, 0])
-    return Thing(
-        mesh,
-        motion,
-        label,
-        z,
-        int(g.integers(1 << 30)),
-        (*(hi - lo)[:2], hi[2]),
-        str(uuid.UUID(bytes=g.bytes(16), version=4)),
-    )
+    low = mesh.xyz.reshape(-1, 3).min(0)
+    high = mesh.xyz.reshape(-1, 3).max(0)
+    mesh = replace(mesh, xyz=mesh.xyz - np.r_[(low + high)[:2] / 2, 0])
+    size = (*(high - low)[:2], high[2])
+    seed = int(g.integers(1 << 30))
+    return Thing(mesh, motion, label, z, seed, size, str(uuid.UUID(bytes=g.bytes(16), version=4)))
 
 # %% ../../nbs/05c_street.ipynb #83e665b7
+STYLES = "sedan sedan hatch suv suv pickup van".split()  # as often as they are met
+VEHICLE_LABELS = {"truck": "Medium-sized Truck", "bus": "Bus", "pickup": "Pickup Truck"}  # all others: Car
+
+
 def vehicle(
     g: np.random.Generator,  # of the log
     motion: Motion,  # its path
     kind: str = "",  # a key of SIZES or TRUCKS; drawn when empty
 ) -> Thing:  # labelled
     "A road vehicle of a drawn kind, size and colour."
-    kind = kind or str(g.choice(["sedan", "sedan", "hatch", "suv", "suv", "pickup", "van"]))
+    kind = kind or str(g.choice(STYLES))
     paint = PAINTS[g.integers(len(PAINTS))]
-    mesh = recast(
-        model(kind), np.round(g.uniform(0.96, 1.04, 3), 3), (0.86, 0.86, 0.84) if kind == "bus" else paint
-    )
-    return labelled(
-        mesh,
-        motion,
-        {"truck": "Medium-sized Truck", "bus": "Bus", "pickup": "Pickup Truck"}.get(kind, "Car"),
-        g,
-    )
+    scale = np.round(g.uniform(0.96, 1.04, 3), 3)
+    mesh = recast(model(kind), scale, (0.86, 0.86, 0.84) if kind == "bus" else paint)
+    return labelled(mesh, motion, VEHICLE_LABELS.get(kind, "Car"), g)
 
 # %% ../../nbs/05c_street.ipynb #47bdb9b4
 def parked(
@@ -281,79 +258,72 @@ def parked(
     "A row of parked cars outside the kerb, facing with the traffic."
     out = []
     s = g.uniform(9, 12)
-    full = g.uniform(0.5, 0.85)
+    occupied = g.uniform(0.5, 0.85)
     while s < edge.length - 9:
-        if g.random() < full:
-            out.append(
-                vehicle(g, edge.at(s, -1.15 + g.normal() * 0.06, np.pi * edge.left + g.normal() * 0.01))
-            )
+        if g.random() < occupied:
+            outwards = -1.15 + g.normal() * 0.06
+            heading = np.pi * edge.left + g.normal() * 0.01
+            out.append(vehicle(g, edge.at(s, outwards, heading)))
         s += g.uniform(5.9, 7.2)
     return out
 
+# %% ../../nbs/05c_street.ipynb #eacd8f2e
+def street_tree(
+    g: np.random.Generator,  # of the log
+    hue: float,  # of the row, 0..1
+) -> Mesh:
+    "One of a few shared trees, in a size of its own."
+    hue = round(float(np.clip(hue + g.integers(-1, 2) * 0.2, 0, 1)), 1)
+    shared = tree(7.0, 2.1, hue, int(g.integers(6)))
+    scale = g.uniform(0.75, 1.2) * np.r_[g.uniform(0.85, 1.15) * np.ones(2), 1]
+    return recast(shared, scale, (1, 0, 0))
+
 # %% ../../nbs/05c_street.ipynb #30395fe9
+KERB_LABELS = {"bin": "Rolling Containers", "cone": "Cones", "sign": "Signs"}  # a hydrant has none
+
+
 def greens(
     g: np.random.Generator,  # of the log
     edge: Edge,  # where
     lay: Layout,  # the street
 ) -> list:  # of Thing
-    "Trees, lamps, poles and small things on the kerb side of the pavement."
+    "Trees, poles and small things on the kerb side of the pavement; every fourth place is a pole."
     out = []
     s = g.uniform(4, 9)
     k = int(g.integers(3))
     leafy = g.uniform(0.35, 0.75)
     hue = g.uniform()
+    facing = np.pi * edge.left
     while s < edge.length - 4:
         k += 1
-        what = None
-        label = ""
-        d = 0.6
-        turn = np.pi * edge.left
         if k % 4 == 0:
-            what, turn = (utility_pole(), 0.0) if edge.left else (lamp_post(), np.pi / 2)
+            pole, turn = (utility_pole(), 0.0) if edge.left else (lamp_post(), np.pi / 2)
+            out.append(labelled(pole, edge.at(s, 0.6, turn), "", g, lay.kerb))
         elif g.random() < leafy:
-            what = tree(
-                7.0, 2.1, round(float(np.clip(hue + g.integers(-1, 2) * 0.2, 0, 1)), 1), int(g.integers(6))
-            )
-            d = 1.1
-            what = recast(
-                what, g.uniform(0.75, 1.2) * np.r_[g.uniform(0.85, 1.15) * np.ones(2), 1], (1, 0, 0)
-            )
+            out.append(labelled(street_tree(g, hue), edge.at(s, 1.1, facing), "", g, lay.kerb))
         elif g.random() < 0.8:
             name = str(g.choice(["bin", "bin", "hydrant", "sign", "cone"]))
-            what = small_things()[name]
-            label = {"bin": "Rolling Containers", "cone": "Cones", "sign": "Signs"}.get(name, "")
-        if what:
-            out.append(labelled(what, edge.at(s, d, turn), label, g, lay.kerb))
+            label = KERB_LABELS.get(name, "")
+            out.append(labelled(small_things()[name], edge.at(s, 0.6, facing), label, g, lay.kerb))
         s += g.uniform(5.5, 10)
     return out
 
-# %% ../../nbs/05c_street.ipynb #9604f8b6
-def scenery(
-    g: np.random.Generator,  # of the log
+# %% ../../nbs/05c_street.ipynb #19e6138d
+def ground_and_blocks(
     lay: Layout,  # the street
-) -> list:  # of Thing, all standing
-    "Everything that does not move: ground, blocks, houses, trees, parked cars, signals, a skyline."
+) -> list:  # of Thing
+    "The plane, the raised blocks, and a traffic signal where a block meets a crossing."
     plain = 1500 * np.array([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]])
     out = [Thing(quads([plain], "road", (0.35, 0.35, 0.36)), Motion((0, 0, 0)))]
     for x0, x1, y0, y1 in lay.blocks():
         size = (x1 - x0, y1 - y0, lay.kerb)
-        side = 1.0 if y0 > 0 else -1.0
-        out.append(
-            Thing(
-                box(size, (0, 0, 0), "slab", (0.56, 0.55, 0.53)),
-                Motion(((x0 + x1) / 2, (y0 + y1) / 2, 0)),
-                size=size,
-            )
-        )
+        middle = Motion(((x0 + x1) / 2, (y0 + y1) / 2, 0))
+        out.append(Thing(box(size, (0, 0, 0), "slab", (0.56, 0.55, 0.53)), middle, size=size))
         if x0 > -160:
-            out.append(
-                Thing(
-                    signal(), Motion((x0 + 1.0, side * (lay.half + 1), -side * np.pi / 2)), z=lay.kerb, seed=1
-                )
-            )
-    for edge in edges(lay):
-        out += houses(g, edge, lay) + greens(g, edge, lay) + parked(g, edge, lay)
-    return out + skyline(g, lay)
+            side = 1.0 if y0 > 0 else -1.0
+            corner = Motion((x0 + 1.0, side * (lay.half + 1), -side * np.pi / 2))
+            out.append(Thing(signal(), corner, z=lay.kerb, seed=1))
+    return out
 
 # %% ../../nbs/05c_street.ipynb #f704775c
 def skyline(
@@ -361,31 +331,33 @@ def skyline(
     lay: Layout,  # the street
 ) -> list:  # of Thing
     "Towers in the distance, and a house across the end of every street."
+    u = g.uniform
+    places = []  # x, y, heading, size
+    for a, r in zip(u(0, 6.28, 26), u(430, 900, 26)):
+        heading = u(0, 6.28)
+        footprint = u(15, 40), u(15, 40)
+        height = u(25, 110) * (0.5 + g.random())
+        places.append((np.cos(a) * r, np.sin(a) * r, heading, (*footprint, height)))
+    for x, s in [(x, s) for x in lay.crossings for s in (1, -1)]:
+        at = x + u(-4, 4), s * u(150, 190)
+        places.append((*at, np.pi * (s > 0), (34.0, 14.0, g.choice([9.0, 12.0, 16.0]))))
+    for s in (1, -1):
+        y = u(-5, 5)
+        places.append((s * 450 + 20, y, s * np.pi / 2, (46.0, 16.0, g.choice([14.0, 22.0]))))
+    out = []
+    for x, y, heading, size in places:
+        grey = tuple(u(0.5, 0.7) * np.array([0.95, 1, 1.06]))
+        mesh = box(size, (0, 0, 0), "wall", grey)
+        out.append(Thing(mesh, Motion((x, y, heading)), seed=int(g.integers(1 << 30)), size=size))
+    return out
 
-    def grey():
-        return tuple(g.uniform(0.5, 0.7) * np.array([0.95, 1, 1.06]))
-
-    def size():
-        return (g.uniform(15, 40), g.uniform(15, 40), g.uniform(25, 110) * (0.5 + g.random()))
-
-    place = [
-        (np.cos(a) * r, np.sin(a) * r, g.uniform(0, 6.28), size())
-        for a, r in zip(g.uniform(0, 6.28, 26), g.uniform(430, 900, 26))
-    ]
-    place += [
-        (
-            x + g.uniform(-4, 4),
-            s * g.uniform(150, 190),
-            np.pi * (s > 0),
-            (34.0, 14.0, g.choice([9.0, 12.0, 16.0])),
-        )
-        for x in lay.crossings
-        for s in (1, -1)
-    ]
-    place += [
-        (s * 450 + 20, g.uniform(-5, 5), s * np.pi / 2, (46.0, 16.0, g.choice([14.0, 22.0]))) for s in (1, -1)
-    ]
-    return [
-        Thing(box(z, (0, 0, 0), "wall", grey()), Motion((x, y, a)), seed=int(g.integers(1 << 30)), size=z)
-        for x, y, a, z in place
-    ]
+# %% ../../nbs/05c_street.ipynb #9604f8b6
+def scenery(
+    g: np.random.Generator,  # of the log
+    lay: Layout,  # the street
+) -> list:  # of Thing, all standing
+    "Everything that does not move: ground, blocks, signals, houses, trees, parked cars, a skyline."
+    out = ground_and_blocks(lay)
+    for edge in edges(lay):
+        out += houses(g, edge, lay) + greens(g, edge, lay) + parked(g, edge, lay)
+    return out + skyline(g, lay)

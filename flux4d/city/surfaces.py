@@ -183,8 +183,8 @@ def road(
     (w0, y0), (w1, y1) = lane_lines(x, y, s.fu, s.fv, lay.lanes), lane_lines(y, x - near, s.fv, s.fu, 1)
     zebra = bars(dx - lay.cross, y, stops * (out < -lay.park), s.fu, s.fv) * (out < -0.3)
     zebra = zebra + bars(out, x, ~stops * (dx < lay.lane), s.fv, s.fu) * (dx < lay.cross - 0.3)
-    worn = 0.72 + grain(x, y, ((0.9, 0.2), (0.15, 0.25)), s.foot, lay.tint + 5)
-    c = asphalt(x, y, s.foot, lay.tint)[:, None] * rgb(1.0, 1.0, 1.02)
+    worn = 0.72 + grain(x, y, ((0.9, 0.2), (0.15, 0.25)), s.foot, lay.texture + 5)
+    c = asphalt(x, y, s.foot, lay.texture)[:, None] * rgb(1.0, 1.0, 1.02)
     c = over(c, np.clip(w0 * main + w1 * cross + zebra, 0, 1) * worn, rgb(0.80, 0.80, 0.78))
     return over(c, np.clip(y0 * main + y1 * cross, 0, 1) * worn, rgb(0.78, 0.60, 0.20))
 

@@ -11,8 +11,10 @@ from .models import CLOTHES, SKINS, cyclist, walker
 from .street import Layout, Motion, Thing, labelled, vehicle
 
 # %% auto #0
-__all__ = ['DRIVES', 'turn', 'swerve', 'Drive', 'drive', 'discs', 'clears', 'cars_to_try', 'crossing_to_try', 'people_to_try',
-           'riders_to_try', 'traffic']
+__all__ = ['DRIVES', 'turn', 'swerve', 'Drive', 'path_and_crossing', 'drive', 'discs', 'clears', 'Scenario', 'car_ahead',
+           'car_same_way', 'car_turning_off', 'car_oncoming', 'on_cross_street', 'car_passing', 'car_waiting',
+           'turning_side', 'car_beyond', 'car_beyond_oncoming', 'person', 'walker_along', 'walker_cross_street',
+           'walker_on_zebra', 'walker_over', 'rider', 'rider_main', 'rider_cross', 'ideas', 'traffic']
 
 # %% ../../nbs/05d_traffic.ipynb #0c2f7190
 def turn(
@@ -30,12 +32,12 @@ def swerve(
     length: float = 26.0,  # m it takes
 ) -> tuple:  # segments
     "A lane change: two arcs of opposite bend."
-    k = 4 * shift / length**2
-    return ((max(at, 0.01), 0.0), (length / 2, k), (length / 2, -k), (400.0, 0.0))
+    bend = 4 * shift / length**2
+    return ((max(at, 0.01), 0.0), (length / 2, bend), (length / 2, -bend), (400.0, 0.0))
 
 # %% ../../nbs/05d_traffic.ipynb #34743364
 class Drive(NamedTuple):
-    "What a log's ego car does."
+    "What a log's ego vehicle does."
 
     name: str  # in words
     speed: tuple  # knots: s, and m/s as a multiple of the log's cruising speed
@@ -43,54 +45,50 @@ class Drive(NamedTuple):
     side: int = 0  # 1 turns left there, -1 right, 0 goes on
     lanes: int = 0  # lanes the street must have, 0 any
 
-# %% ../../nbs/05d_traffic.ipynb #919f789c
+
 DRIVES = [
-    Drive("cruises", ((0, 1), (4, 0.9), (8, 1)), 4.5, lanes=2),
-    Drive("brakes to a stop", ((0, 1), (1.2, 1), (5.2, 0), (6.6, 0), (8, 0.35)), 5.2),
-    Drive("turns right", ((0, 1), (2.6, 0.48), (5, 0.5), (8, 1)), 2.8, -1),
-    Drive("pulls away", ((0, 0), (0.8, 0.03), (5, 0.95), (8, 1.05)), 4.0),
-    Drive("turns left", ((0, 0.9), (2.4, 0.52), (5, 0.55), (8, 0.95)), 2.6, 1),
-    Drive("changes lanes", ((0, 1), (8, 1.05)), 6.0, lanes=2),
+    Drive("cruises", ((0, 1), (4, 0.9), (8, 1)), meets=4.5, lanes=2),
+    Drive("brakes to a stop", ((0, 1), (1.2, 1), (5.2, 0), (6.6, 0), (8, 0.35)), meets=5.2),
+    Drive("turns right", ((0, 1), (2.6, 0.48), (5, 0.5), (8, 1)), meets=2.8, side=-1),
+    Drive("pulls away", ((0, 0), (0.8, 0.03), (5, 0.95), (8, 1.05)), meets=4.0),
+    Drive("turns left", ((0, 0.9), (2.4, 0.52), (5, 0.55), (8, 0.95)), meets=2.6, side=1),
+    Drive("changes lanes", ((0, 1), (8, 1.05)), meets=6.0, lanes=2),
 ]
 
+# %% ../../nbs/05d_traffic.ipynb #b1fd7b1d
+def path_and_crossing(
+    what: Drive,  # the drive
+    lanes: int,  # per direction
+    far: float,  # m the ego has gone when it reaches the crossing
+) -> tuple:  # the path's segments, and x of the crossing's centre line, m
+    "Where the ego goes, and the crossing that this needs."
+    lane = Layout.lane
+    if what.side:
+        radius = 8.0 if what.side < 0 else 9.0 + lanes * lane / 2
+        return turn(far, what.side, radius), far + radius - what.side * lane / 2
+    path = swerve(far * 0.3, -lane) if what.name == "changes lanes" else ((400.0, 0.0),)
+    return path, far + 9.2 + 7 * (what.name == "brakes to a stop")
 
+# %% ../../nbs/05d_traffic.ipynb #919f789c
 def drive(
     n: int,  # the log's number
     g: np.random.Generator,  # of the log
-) -> tuple:  # Layout and the ego's Motion, its start at x = 0
+) -> tuple:  # Layout, and the ego's Motion with its start at x = 0
     "The drive of a log and the street that suits it."
     what = DRIVES[(n - 1) % 6]
     v = g.uniform(8.0, 11.4)
-    lane = Layout.lane
     lanes = what.lanes or int(g.integers(1, 3))
-    m = Motion(
-        (0.0, -lane * (0.5 + (what.side < 0) * (lanes - 1)), 0.0),
-        speed=tuple((t, k * v) for t, k in what.speed),
-    )
-    far = float(m.travelled(np.array([what.meets]))[0])
-    radius = 8.0 if what.side < 0 else 9.0 + lanes * lane / 2
-    path = (
-        turn(far, what.side, radius)
-        if what.side
-        else swerve(far * 0.3, -lane)
-        if what.name == "changes lanes"
-        else ((400.0, 0.0),)
-    )
-    x = (
-        far + radius - what.side * lane / 2
-        if what.side
-        else far + 9.2 + 7 * (what.name == "brakes to a stop")
-    )
-    a = g.uniform(0, 2 * np.pi)
+    y = -Layout.lane * (0.5 + (what.side < 0) * (lanes - 1))
+    ego = Motion((0.0, y, 0.0), speed=tuple((t, k * v) for t, k in what.speed))
+    far = float(ego.travelled(np.array([what.meets]))[0])
+    path, x = path_and_crossing(what, lanes, far)
+    azimuth = g.uniform(0, 2 * np.pi)
     up = g.uniform(0.5, 1.0)
-    sun = (np.cos(a) * np.cos(up), np.sin(a) * np.cos(up), np.sin(up))
-    return Layout(
-        lanes,
-        crossings=(x, x + g.uniform(105, 130)),
-        sun=sun,
-        light=g.uniform(0.3, 1.0),
-        tint=int(g.integers(1000)),
-    ), replace(m, path=path)
+    sun = (np.cos(azimuth) * np.cos(up), np.sin(azimuth) * np.cos(up), np.sin(up))
+    crossings = (x, x + g.uniform(105, 130))
+    light = g.uniform(0.3, 1.0)
+    lay = Layout(lanes, crossings=crossings, sun=sun, light=light, texture=int(g.integers(1000)))
+    return lay, replace(ego, path=path)
 
 # %% ../../nbs/05d_traffic.ipynb #c5374453
 def discs(
@@ -98,11 +96,13 @@ def discs(
     tau: np.ndarray,  # (T,) s
 ) -> tuple:  # centres (T,K,2) m and the radius m
     "A road user as a row of discs."
-    l, w = thing.size[:2]
-    k = max(1, int(np.ceil(l / w)))
-    off = np.linspace(-(l - w) / 2, (l - w) / 2, k) if k > 1 else np.zeros(1)
+    length, width = thing.size[:2]
+    k = max(1, int(np.ceil(length / width)))
+    off = np.linspace(-(length - width) / 2, (length - width) / 2, k) if k > 1 else np.zeros(1)
     x, y, h = thing.motion.pose(tau).T
-    return np.stack([x[:, None] + off * np.cos(h)[:, None], y[:, None] + off * np.sin(h)[:, None]], -1), w / 2
+    along_x = x[:, None] + off * np.cos(h)[:, None]
+    along_y = y[:, None] + off * np.sin(h)[:, None]
+    return np.stack([along_x, along_y], -1), width / 2
 
 # %% ../../nbs/05d_traffic.ipynb #c61cdd5a
 def clears(
@@ -112,180 +112,240 @@ def clears(
     gap: float = 0.35,  # m kept free
 ) -> bool:  # True when it never touches
     "Whether a road user keeps its distance from all others at all times."
-    lo = c.min((0, 1))
-    hi = c.max((0, 1))
-    for o, ro in others:
-        far = r + ro + gap
-        o = o[:, ((o > lo - far) & (o < hi + far)).all(-1).any(0)]  # only those that come near its whole path
+    low, high = c.min((0, 1)), c.max((0, 1))
+    for o, other_radius in others:
+        far = r + other_radius + gap
+        near = ((o > low - far) & (o < high + far)).all(-1).any(0)  # those that come near its whole path
+        o = o[:, near]
         if o.size and (((c[:, :, None] - o[:, None]) ** 2).sum(-1) < far**2).any():
             return False
     return True
 
-# %% ../../nbs/05d_traffic.ipynb #9bf0b061
-def cars_to_try(
-    g: np.random.Generator,  # of the log
-    lay: Layout,  # the street
+# %% ../../nbs/05d_traffic.ipynb #db517f0a
+class Scenario(NamedTuple):
+    "What the ideas draw from."
+
+    g: np.random.Generator  # of the log
+    lay: Layout  # the street
+    ego: Motion  # the ego's drive
+
+    def side(self) -> int:  # 1 or -1
+        "Which side, or which way along a street."
+        return self.g.choice([1, -1])
+
+    def lane_middle(self) -> float:  # y of a lane driven towards +x, m
+        "One of the main street's lanes."
+        return -self.lay.lane * (0.5 + self.g.integers(self.lay.lanes))
+
+    def steady_or_not(
+        self,
+        v: float,  # m/s at the start
+    ) -> tuple:  # knots of a speed
+        "A constant speed, or one that changes in between."
+        u = self.g.uniform
+        if self.g.random() < 0.6:
+            return ((0, v), (u(1, 4), v * u(0.6, 1.15)), (8, v * u(0.7, 1.15)))
+        return ((0, v), (8, v))
+
+# %% ../../nbs/05d_traffic.ipynb #0067aff0
+def car_ahead(
+    s: Scenario,  # what to draw from
+) -> Thing:
+    "A vehicle in the ego's lane, at nearly the ego's pace."
+    u = s.g.uniform
+    start = (u(13, 32), s.ego.start[1], 0.0)
+    pace = tuple((t + 0.3, max(0.0, min(v * u(0.95, 1.1), 12.0))) for t, v in s.ego.speed)
+    kind = str(s.g.choice(("suv", "sedan", "hatch", "pickup", "van", "truck")))
+    return vehicle(s.g, Motion(start, speed=pace), kind)
+
+
+def car_same_way(
+    s: Scenario,  # what to draw from
+) -> Thing:
+    "A vehicle that drives as the ego does, in any lane."
+    start = (s.g.uniform(-30, 130), s.lane_middle(), 0.0)
+    speed = s.steady_or_not(s.g.uniform(5, 11))
+    return vehicle(s.g, Motion(start, speed=speed), str(s.g.choice(("", "", "truck", "bus"))))
+
+# %% ../../nbs/05d_traffic.ipynb #645f4450
+def car_turning_off(
+    s: Scenario,  # what to draw from
+) -> Thing:
+    "A vehicle ahead that turns right into the cross street."
+    lay = s.lay
+    radius = 6.5 if lay.lanes == 1 else 8.0
+    x = lay.crossings[0] - s.g.uniform(14, 40)
+    path = turn(lay.crossings[0] - lay.lane / 2 - radius - x, -1, radius)
+    speed = ((0, s.g.uniform(6, 9)), (2, 4.5), (8, 5.5))
+    return vehicle(s.g, Motion((x, -lay.lane * (lay.lanes - 0.5), 0.0), path, speed))
+
+
+def car_oncoming(
+    s: Scenario,  # what to draw from
+) -> Thing:
+    "A vehicle that comes towards the ego."
+    start = (s.g.uniform(15, 190), -s.lane_middle(), np.pi)
+    speed = s.steady_or_not(s.g.uniform(5, 11))
+    return vehicle(s.g, Motion(start, speed=speed), str(s.g.choice(("", "", "", "truck", "bus"))))
+
+# %% ../../nbs/05d_traffic.ipynb #6086de60
+def on_cross_street(
+    s: Scenario,  # what to draw from
+    x: float,  # the cross street's centre line, m
+    y: float,  # where it starts, m
+    way: int,  # 1 towards +y, -1 towards -y
+    *speed: tuple,  # knots: s, m/s
+) -> Thing:
+    "A vehicle in the right-hand lane of a cross street."
+    start = (x + way * s.lay.lane / 2, y, way * np.pi / 2)
+    return vehicle(s.g, Motion(start, speed=speed))
+
+
+def car_passing(
+    s: Scenario,  # what to draw from
+) -> Thing:
+    "A vehicle that crosses the main street."
+    u, (near, far) = s.g.uniform, s.lay.crossings
+    way = s.side()
+    return on_cross_street(s, s.g.choice([near, near, far]), -way * u(8, 55), way, (0, u(4, 10)), (8, u(4, 10)))
+
+
+def car_waiting(
+    s: Scenario,  # what to draw from
+) -> Thing:
+    "A vehicle that waits at the crossing, and then perhaps starts."
+    way = s.side()
+    speed = ((0, 0.0), (s.g.uniform(3, 7), 0.0), (9.5, 7.0))
+    return on_cross_street(s, s.lay.crossings[0], -way * (s.lay.half + 5.5), way, *speed)
+
+# %% ../../nbs/05d_traffic.ipynb #9f85d81a
+def turning_side(
     ego: Motion,  # the ego's drive
-) -> list:  # of functions that draw a Thing
-    "Vehicles on the main street: ahead of the ego, beside it, turning off, oncoming."
-    lane = lay.lane
-    xc = lay.crossings[0]
-    u = g.uniform
+) -> float:  # 1 left, -1 right, 0 goes on
+    "To which side the ego turns off."
+    return np.sign(ego.path[1][1]) if len(ego.path) == 3 else 0
 
-    def pick(*kinds):
-        return str(g.choice(kinds))
 
-    on = ((600.0, 0.0),)
+def car_beyond(
+    s: Scenario,  # what to draw from; its ego turns
+    way: int = 1,  # 1 as the ego will drive, -1 towards it
+) -> Thing:
+    "A vehicle in the street that the ego turns into."
+    u = s.g.uniform
+    side = turning_side(s.ego)
+    y = side * u(22, 100)
+    speed = ((0, u(3, 7)), (3, u(3, 7)), (8, u(4, 9)))
+    return on_cross_street(s, s.lay.crossings[0], y, way * side, *speed)
 
-    def vary(v):
-        return (
-            ((0, v), (u(1, 4), v * u(0.6, 1.15)), (8, v * u(0.7, 1.15)))
-            if g.random() < 0.6
-            else ((0, v), (8, v))
-        )
 
-    def pace():
-        return tuple((t + 0.3, max(0.0, min(v * u(0.95, 1.1), 12.0))) for t, v in ego.speed)
+def car_beyond_oncoming(
+    s: Scenario,  # what to draw from; its ego turns
+) -> Thing:
+    "The same, towards the ego."
+    return car_beyond(s, -1)
 
-    my_lane = lambda: -lane * (0.5 + g.integers(lay.lanes))
-    bend = 6.5 if lay.lanes == 1 else 8.0
+# %% ../../nbs/05d_traffic.ipynb #26ae453c
+def person(
+    s: Scenario,  # what to draw from
+    x: float,  # m
+    y: float,  # m
+    heading: float,  # rad
+    z: float = 0.0,  # ground, m
+) -> Thing:
+    "A walker of drawn clothes, height and speed."
+    u, g = s.g.uniform, s.g
+    top, legs = CLOTHES[g.integers(7)], CLOTHES[g.integers(7)]
+    mesh = walker(top, legs, SKINS[g.integers(3)], u(1.55, 1.9))
+    motion = Motion((x, y, heading), speed=((0, u(0.9, 1.7)), (8, u(0.9, 1.7))))
+    return labelled(mesh, motion, "Pedestrian", g, z)
 
-    def own():
-        return vehicle(
-            g,
-            Motion((u(13, 32), ego.start[1], 0.0), on, pace()),
-            pick("suv", "sedan", "hatch", "pickup", "van", "truck"),
-        )
 
-    def same():
-        return vehicle(
-            g, Motion((u(-30, 130), my_lane(), 0.0), on, vary(u(5, 11))), pick("", "", "truck", "bus")
-        )
-
-    def off(x):
-        return Motion(
-            (x, -lane * (lay.lanes - 0.5), 0.0),
-            turn(xc - lane / 2 - bend - x, -1, bend),
-            ((0, u(6, 9)), (2, 4.5), (8, 5.5)),
-        )
-
-    def anti():
-        return vehicle(
-            g, Motion((u(15, 190), -my_lane(), np.pi), on, vary(u(5, 11))), pick("", "", "", "truck", "bus")
-        )
-
-    return (
-        [own] * 3
-        + [same] * (5 + 3 * lay.lanes)
-        + [lambda: vehicle(g, off(xc - u(14, 40)))] * 2
-        + [anti] * (7 + 3 * lay.lanes)
-    )
-
-# %% ../../nbs/05d_traffic.ipynb #05c451dd
-def crossing_to_try(
-    g: np.random.Generator,  # of the log
-    lay: Layout,  # the street
-    ego: Motion,  # the ego's drive
-) -> list:  # of functions that draw a Thing
-    "Vehicles on the cross streets: passing, waiting, and ahead of an ego that turns in."
-    lane, (xc, xd), u = lay.lane, lay.crossings, g.uniform
-    on = ((600.0, 0.0),)
-    side = np.sign(ego.path[1][1]) if len(ego.path) == 3 else 0
-
-    def along(x, y, s, *speed):
-        return vehicle(g, Motion((x + s * lane / 2, y, s * np.pi / 2), on, speed))
-
-    def passing(s):
-        return along(g.choice([xc, xc, xd]), -s * u(8, 55), s, (0, u(4, 10)), (8, u(4, 10)))
-
-    def waiting(s):
-        return along(xc, -s * (lay.half + 5.5), s, (0, 0.0), (u(3, 7), 0.0), (9.5, 7.0))
-
-    def beyond(s):
-        return along(xc, side * u(22, 100), s, (0, u(3, 7)), (3, u(3, 7)), (8, u(4, 9)))
-
-    def either(f):
-        return lambda: f(g.choice([1, -1]))
-
-    return (
-        [either(passing)] * 6
-        + [either(waiting)] * 3
-        + [lambda: beyond(side)] * 3 * int(abs(side))
-        + [lambda: beyond(-side)] * 5 * int(abs(side))
-    )
+def walker_along(
+    s: Scenario,  # what to draw from
+) -> Thing:
+    "On the pavement of the main street."
+    way = s.side()
+    x = s.g.uniform(2, 100)
+    y = s.side() * (s.lay.half + s.g.uniform(1.9, 3.0))
+    return person(s, x, y, 0.0 if way > 0 else np.pi, s.lay.kerb)
 
 # %% ../../nbs/05d_traffic.ipynb #b9254fa8
-def people_to_try(
-    g: np.random.Generator,  # of the log
-    lay: Layout,  # the street
-    ego: Motion,  # the ego's drive
-) -> list:  # of functions that draw a Thing
-    "Walkers on the pavements, on the crossings and between parked cars."
-    u = g.uniform
-    xc = lay.crossings[0]
+def walker_cross_street(
+    s: Scenario,  # what to draw from
+) -> Thing:
+    "On the pavement of the cross street."
+    way = s.side()
+    x = s.lay.crossings[0] + s.side() * (s.lay.cross + s.g.uniform(1.9, 3.0))
+    return person(s, x, s.side() * s.g.uniform(12, 70), way * np.pi / 2, s.lay.kerb)
 
-    def coin():
-        return g.choice([1, -1])
 
-    def cloth():
-        return CLOTHES[g.integers(7)]
+def walker_on_zebra(
+    s: Scenario,  # what to draw from
+) -> Thing:
+    "Over the main street at the crossing."
+    way = s.side()
+    x = s.lay.crossings[0] + s.side() * (s.lay.cross + s.g.uniform(1.6, 3.6))
+    return person(s, x, way * s.g.uniform(0, s.lay.half - 1), -way * np.pi / 2)
 
-    def skin():
-        return SKINS[g.integers(3)]
 
-    def walks(*at):
-        return Motion(at, ((200.0, 0.0),), ((0, u(0.9, 1.7)), (8, u(0.9, 1.7))))
-
-    def person(x, y, h, z):
-        return labelled(walker(cloth(), cloth(), skin(), u(1.55, 1.9)), walks(x, y, h), "Pedestrian", g, z)
-
-    def along(s):
-        return person(u(2, 100), coin() * (lay.half + u(1.9, 3.0)), 0.0 if s > 0 else np.pi, lay.kerb)
-
-    def round_corner(s):
-        return person(xc + coin() * (lay.cross + u(1.9, 3.0)), coin() * u(12, 70), s * np.pi / 2, lay.kerb)
-
-    def zebra(s):
-        return person(xc + coin() * (lay.cross + u(1.6, 3.6)), s * u(0, lay.half - 1), -s * np.pi / 2, 0.0)
-
-    def over(s):
-        return person(u(12, 90), s * (lay.half - lay.park), -s * np.pi / 2, 0.0)
-
-    def either(f):
-        return lambda: f(coin())
-
-    return [either(f) for f, n in ((along, 14), (round_corner, 6), (zebra, 5), (over, 4)) for _ in range(n)]
+def walker_over(
+    s: Scenario,  # what to draw from
+) -> Thing:
+    "Over the main street between parked cars."
+    way = s.side()
+    return person(s, s.g.uniform(12, 90), way * (s.lay.half - s.lay.park), -way * np.pi / 2)
 
 # %% ../../nbs/05d_traffic.ipynb #0c8cbd51
-def riders_to_try(
-    g: np.random.Generator,  # of the log
+def rider(
+    s: Scenario,  # what to draw from
+    *at: float,  # x, y in m and heading in rad
+) -> Thing:
+    "A cyclist of drawn clothes and speed."
+    u, g = s.g.uniform, s.g
+    mesh = cyclist(CLOTHES[g.integers(7)], CLOTHES[g.integers(7)], SKINS[g.integers(3)])
+    return labelled(mesh, Motion(at, speed=((0, u(3, 6.5)), (8, u(3, 6.5)))), "Bicycle", g)
+
+
+def rider_main(
+    s: Scenario,  # what to draw from
+) -> Thing:
+    "At the edge of the main street's lane."
+    way = s.side()
+    edge = s.lay.half - s.lay.park - 0.5
+    return rider(s, s.g.uniform(5, 70), -way * edge, 0.0 if way > 0 else np.pi)
+
+
+def rider_cross(
+    s: Scenario,  # what to draw from
+) -> Thing:
+    "At the edge of the cross street's lane."
+    way = s.side()
+    x = s.lay.crossings[0] + way * (s.lay.lane - 0.5)
+    return rider(s, x, -way * s.g.uniform(5, 30), way * np.pi / 2)
+
+# %% ../../nbs/05d_traffic.ipynb #38ad91e8
+def ideas(
     lay: Layout,  # the street
     ego: Motion,  # the ego's drive
-) -> list:  # of functions that draw a Thing
-    "Cyclists: at the edge of the lane, on both streets."
-    u = g.uniform
-    xc = lay.crossings[0]
-
-    def cloth():
-        return CLOTHES[g.integers(7)]
-
-    edge = lay.half - lay.park - 0.5
-
-    def rider(*at):
-        return labelled(
-            cyclist(cloth(), cloth(), SKINS[g.integers(3)]),
-            Motion(at, ((400.0, 0.0),), ((0, u(3, 6.5)), (8, u(3, 6.5)))),
-            "Bicycle",
-            g,
-        )
-
-    def main(s):
-        return rider(u(5, 70), -s * edge, 0.0 if s > 0 else np.pi)
-
-    def cross(s):
-        return rider(xc + s * (lay.lane - 0.5), -s * u(5, 30), s * np.pi / 2)
-
-    return [lambda f=f: f(g.choice([1, -1])) for f in (main, main, main, cross)]
+) -> list:  # of (function that draws a Thing, how often it is tried)
+    "What is tried, in this order."
+    turns = int(abs(turning_side(ego)))
+    return [
+        (rider_main, 3),
+        (rider_cross, 1),
+        (car_ahead, 3),
+        (car_same_way, 5 + 3 * lay.lanes),
+        (car_turning_off, 2),
+        (car_oncoming, 7 + 3 * lay.lanes),
+        (car_passing, 6),
+        (car_waiting, 3),
+        (car_beyond, 3 * turns),
+        (car_beyond_oncoming, 5 * turns),
+        (walker_along, 14),
+        (walker_cross_street, 6),
+        (walker_on_zebra, 5),
+        (walker_over, 4),
+    ]
 
 # %% ../../nbs/05d_traffic.ipynb #9971f45d
 def traffic(
@@ -294,18 +354,15 @@ def traffic(
     ego: Motion,  # the ego's drive
     standing: list,  # of Thing, scenery
 ) -> list:  # of Thing, all clear of one another and of the ego
-    "Draw actors until every idea had its tries; keep those that touch nothing."
+    "Draw road users until every idea had its tries; keep those that touch nothing."
     tau = np.arange(-0.3, 8.4, 0.1)
-    kept = []
-    ego_box = Thing(standing[0].mesh, ego, size=(16.0, 2.3, 1.8))  # with room to see
+    scenario = Scenario(g, lay, ego)
+    ego_with_room = Thing(standing[0].mesh, ego, size=(16.0, 2.3, 1.8))  # so that it can see ahead
     still = np.concatenate([discs(t, tau[:1])[0] for t in standing if t.label], 1)
-    taken = [discs(ego_box, tau), (still, 0.95)]
-    for make in (
-        f
-        for ideas in (riders_to_try, cars_to_try, crossing_to_try, people_to_try)
-        for f in ideas(g, lay, ego)
-    ):
-        thing = make()
+    taken = [discs(ego_with_room, tau), (still, 0.95)]
+    kept = []
+    for idea in (f for f, tries in ideas(lay, ego) for _ in range(tries)):
+        thing = idea(scenario)
         c, r = discs(thing, tau)
         if clears(c, r, taken):
             kept.append(thing)
