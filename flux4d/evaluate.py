@@ -36,7 +36,8 @@ from .run import load_checkpoint, trained_frames
 from .nvs import VARIANTS, EvalConfig, check_clip
 from .baselines import BASELINES
 from .record import METHODS, About, frames_of, seen
-from .stage6 import asked_root, check_images, check_out_dir, index_config, next_run, scoring
+from .parameters import asked_root, check_out_dir, scoring
+from .run_setup import check_images, index_config, next_run
 
 # %% auto #0
 __all__ = ['EvaluationParameters', 'check_subject', 'read_evaluation', 'Subject', 'open_subject', 'reconstruction_of',

@@ -25,7 +25,9 @@ from flux4d.log_files import fabricate_log
 from flux4d.presets import PRESETS, preset_config, preset_table
 from flux4d.record import ALWAYS, check_baselines, comparable, frames_of, one_clip_loader, seen
 from flux4d.report import flow_tables, foreign_faults, nvs_tables, summary_table, title_of
-from flux4d.stage6 import TrainingParameters, curves_say, keep_aside, rows_due, split_clips
+from flux4d.parameters import TrainingParameters
+from flux4d.stage6 import curves_say, rows_due
+from flux4d.run_setup import keep_aside, split_clips
 from flux4d.config import config_to_dict, flattened
 
 ROOT = repo_root(Path(__file__).parent)
