@@ -57,7 +57,7 @@ PAPER_CHOICES = dict(
     ),
     refine=dict(
         error="training",
-        told="plain",  # the gradient of Eq. 3 (Sec. 3.4, supp. Alg. 2)
+        normalisation="plain",  # the gradient of Eq. 3 (Sec. 3.4, supp. Alg. 2)
         unet=dict(norm="batch"),
     ),
 )

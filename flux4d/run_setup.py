@@ -10,7 +10,8 @@ import shutil
 import tempfile
 from pathlib import Path
 import numpy as np
-from .clips import Clip, ClipConfig, build_index, load_index, select_clips
+from .clips import Clip, ClipConfig, build_index, select_clips
+from .index_files import load_index
 from .config import config_to_dict
 from .files import DataError
 from .log_files import scaled_size
