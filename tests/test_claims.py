@@ -14,7 +14,6 @@ from flux4d.ablation import NOTHING_LEARNED, ablation_row, circumstances, paper_
 from flux4d.baselines import BASELINES
 from flux4d.cache import LiftCache
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
-from flux4d.clip_data import InputViews, TargetViews
 from flux4d.flow import what_training_adds
 from flux4d.records import repo_root, runs_of_record
 from flux4d.gap_filling import InitConfig

@@ -20,7 +20,7 @@ from flux4d.pandaset import PandaSet
 from flux4d.predictor import PredictorConfig, decode_velocity, motion_feature_count
 from flux4d.records import repo_root
 from flux4d.presets import PRESETS, preset_config, preset_table
-from flux4d.refine import Flux4D, FullConfig, RefineConfig, feedback, feedback_features
+from flux4d.refine import Flux4D, FullConfig, RefineConfig, feedback
 from flux4d.loader import Loader
 from flux4d.train import Trainer
 from flux4d.config import config_from_dict, merged
