@@ -603,7 +603,7 @@ def test_newest_run(tmp_path):
 
 
 def test_where_a_run_starts_and_writes(trainer, tmp_path, monkeypatch):
-    from flux4d.stage6 import resume_point
+    from flux4d.run_setup import resume_point
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="no run in papermill_runs has a checkpoint"):
