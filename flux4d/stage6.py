@@ -18,16 +18,8 @@ from .files import writing
 from .files import DataError
 from .pandaset import PandaSet
 from .log_files import scaled_size
-from flux4d.clips import (
-    TRAIN_SETTINGS,
-    Clip,
-    ClipConfig,
-    build_index,
-    index_hash,
-    left_out_lines,
-    load_index,
-    select_clips,
-)
+from .clips import TRAIN_SETTINGS, Clip, ClipConfig, build_index, left_out_lines, select_clips
+from .index_files import index_hash, load_index
 from flux4d.settings import (
     Device,
     Distinct,

@@ -13,17 +13,8 @@ import pandas as pd
 import pytest
 from flux4d.check import RULES, Limits, check_camera_axes, check_main, doubts, examine, numbers_of
 from flux4d.city.logs import fixture_city
-from flux4d.clips import (
-    Clip,
-    ClipConfig,
-    build_index,
-    index_hash,
-    index_main,
-    left_out_lines,
-    load_index,
-    long_log_clips,
-    time_unit,
-)
+from flux4d.clips import Clip, ClipConfig, build_index, left_out_lines, long_log_clips, time_unit
+from flux4d.index_files import index_hash, index_main, load_index
 from flux4d.frames import (
     ClipTime,
     check_normalised,
