@@ -33,9 +33,11 @@ from .loader import Loader, files_of
 from .model import ClipInputs, load_model
 from .scene import Scene
 from .run import load_checkpoint, trained_frames
-from .nvs import VARIANTS, EvalConfig, check_clip
+from .scores import MODEL_SCENES
+from .view_scores import EvalConfig, check_clip
 from .baselines import BASELINES
-from .record import METHODS, About, frames_of, seen
+from .run_facts import About, frames_of, training_overlap
+from .score_clips import METHODS
 from .stage6 import asked_root, check_images, check_out_dir, index_config, next_run, scoring
 
 # %% auto #0
@@ -217,7 +219,7 @@ def judged_on(
     clips: list[Clip],  # the clips it is evaluated on
 ) -> str:  # a phrase for the record
     "What an evaluation says about generalisation, by the frames that the checkpoint was trained on."
-    return "clips that nothing was trained on" if s.model is None else seen(s.trained, clips)
+    return "clips that nothing was trained on" if s.model is None else training_overlap(s.trained, clips)
 
 # %% ../nbs/61_evaluate.ipynb #1186a931
 def about_of(
@@ -227,7 +229,7 @@ def about_of(
 ) -> About:
     "What the record says of a subject."
     names = (
-        ("model",) if s.baseline in ("lift", "zero_motion") else ("model", "lift") if s.baseline else VARIANTS
+        ("model",) if s.baseline in ("lift", "zero_motion") else ("model", "lift") if s.baseline else MODEL_SCENES
     )
     return About(
         s.name,

@@ -54,7 +54,7 @@ PAPER = dict(
     train=dict(supervise_inputs=False, random_background=False),  # targets only, over a fixed colour
     refine=dict(
         error="training",
-        told="plain",  # the gradient of Eq. 3 (Sec. 3.4, supp. Alg. 2)
+        normalisation="plain",  # the gradient of Eq. 3 (Sec. 3.4, supp. Alg. 2)
         unet=dict(norm="batch"),
     ),
 )

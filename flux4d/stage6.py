@@ -41,10 +41,23 @@ from .loader import Loader, files_of
 from .train import Trainer, every, read_resumable
 from .run import provenance, trained_frames
 from .records import repo_root
-from .flow_metrics import FlowScoreConfig, FlowScores, check_bs_flow, clip_truth, score_clip
-from .nvs import EvalConfig, check_clip, evaluate_nvs
-from .record import METHODS, About, check_baselines, evaluate, forget, frames_of, one_clip_loader, seen
-from .report import analysis_lines, summary_table, write_report
+from .flow_metrics import FlowScoreConfig
+from .flow_truth import check_bs_flow, clip_truth, score_flow
+from .scores import image_block
+from .view_scores import EvalConfig, check_clip
+from .run_facts import About, frames_of, training_overlap
+from flux4d.score_clips import (
+    METHODS,
+    Evaluation,
+    check_baselines,
+    evaluate,
+    forget,
+    one_clip_loader,
+    validation_scores,
+)
+from .report import analysis_lines, summary_table
+from .report_pages import write_report
+
 
 # %% auto #0
 __all__ = ['Frames', 'frame_range', 'TrainingParameters', 'asked_root', 'find_data', 'check_out_dir', 'make_config', 'scoring',
@@ -406,10 +419,10 @@ def background_flow(
     truth = lru_cache(1)(lambda: clip_truth(clip, cfg, loader.cfg.data.cameras))
 
     def call(reconstruct: Callable) -> float | None:
-        s = FlowScores(cfg)
-        scene = reconstruct(loader.inputs(0))
-        score_clip(s, clip, scene.gaussians, scene.velocity, cfg, truth=truth())
-        return s.bs_flow.frames.mean
+        if not truth().frames:
+            return None
+        rows = score_flow(reconstruct(loader.inputs(0)), clip, truth(), cfg)
+        return float(rows[rows.metric == "false_motion"].value.mean())
 
     return call
 
@@ -423,11 +436,7 @@ def validation(
 
     def call(trainer: Trainer) -> dict:
         reconstruct = trainer.ema.module.eval().reconstruct
-        s = (
-            evaluate_nvs(reconstruct, loader, trainer.cfg.render, eval_cfg, names=("model",))
-            .scores["model"]
-            .as_dict()["full"]
-        )
+        s = image_block(validation_scores(reconstruct, loader, eval_cfg), "model")["full"]
         found = {f"val_{k}": s[k]["psnr"]["mean"] for k in s if s[k]["count"]}
         score = np.mean(list(found.values()))
         if (bs := background(reconstruct)) is not None:

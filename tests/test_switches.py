@@ -105,7 +105,7 @@ def test_feedback_of_the_training_loss_follows_its_weights(clips, tmp_path):
     b = Loader(clips[:1], cfg, LiftCache(tmp_path / "cache")).batch(0)
     lift = b.inputs.scene
     still = lift.moving(torch.zeros(len(lift), 1, 3))
-    tell = RefineConfig(error="training", told="plain")
+    tell = RefineConfig(error="training", normalisation="plain")
 
     def say(loss, how=tell):
         return feedback(still, b.inputs.views, how, loss).grad
