@@ -45,7 +45,8 @@ from .presets import PRESETS, preset_config
 from .run import Run, newest_run, refuse_damaged, refuse_foreign, refuse_held
 from .config import config_from_dict, config_to_dict, flattened, merged
 from .loader import Loader, files_of
-from .train import Trainer, every, read_resumable
+from .train import Trainer, every
+from .resume import read_resumable
 from .run import provenance, trained_frames
 from .house import repo_root
 from .flow_metrics import FlowScoreConfig, FlowScores, check_bs_flow, clip_truth, score_clip
