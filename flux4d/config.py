@@ -13,7 +13,7 @@ from .background import BackgroundConfig
 from .clips import TRAIN_SETTINGS
 from .files import DataError
 from .image_velocity import FlowConfig
-from .lift import LiftConfig
+from .gap_filling import InitConfig
 from .losses import LossConfig
 from .predictor import PredictorConfig
 from .render import RenderConfig
@@ -75,7 +75,7 @@ class Config:
     "Every tunable of a run."
 
     data: DataConfig = field(default_factory=DataConfig)
-    init: LiftConfig = field(default_factory=LiftConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     background: BackgroundConfig = field(default_factory=BackgroundConfig)
     voxel: VoxelConfig = field(default_factory=VoxelConfig)
     model: PredictorConfig = field(default_factory=PredictorConfig)

@@ -18,9 +18,13 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from .frames import pixel_index, scale_intrinsics, se3, se3_inverse, transform_points
 from .files import quoted
 from .files import DataError, short_path
-from .pandaset import Log, report, scaled_size
-from .unpickle import need_pandas, safe_load_pickle
-from .clips import project_sweep
+from .pandaset import Log
+from .log_files import scaled_size
+from .files import report_fault
+from .columns import need_pandas
+from .tables import safe_load_pickle
+from .visibility import project_sweep
+
 
 # %% auto #0
 __all__ = ['LABELS', 'BUCKETS', 'METAS', 'CLASSES', 'BUCKET_OF', 'META_OF', 'CuboidConfig', 'class_ids', 'Boxes', 'load_cuboids',
@@ -154,7 +158,7 @@ def _numbers(path: Path, table: Any, *names: str) -> np.ndarray:
     try:
         return np.stack([np.asarray(table[n], np.float64) for n in names], -1)
     except (TypeError, ValueError, OverflowError):
-        report(path, f"holds something that is not a number in {' or '.join(names)}", "get the file again")
+        report_fault(path, f"holds something that is not a number in {' or '.join(names)}", "get the file again")
 
 # %% ../nbs/05_cuboids.ipynb #5db3a0fe
 _NO_ID = (
@@ -173,23 +177,23 @@ def _check_boxes(path: Path, b: Boxes) -> None:
         np.isfinite(b.centre).all(1) & np.isfinite(b.yaw) & (b.size > 0).all(1) & np.isfinite(b.size).all(1)
     )
     if bad.any():
-        report(
+        report_fault(
             path,
             f"has {bad.sum()} boxes that are not finite or have no volume",
             "drop these rows or get the file again",
         )
     turned = np.abs(b.yaw) > 7
     if turned.any():
-        report(
+        report_fault(
             path,
             f"has {turned.sum()} boxes with a yaw beyond 7 rad, as if it were in degrees",
             "convert yaw to radians",
         )
     if not np.isin(b.sensor_id, (-1, 0, 1)).all():
-        report(path, "names a sensor that is none of -1, 0 and 1", "get the file again")
+        report_fault(path, "names a sensor that is none of -1, 0 and 1", "get the file again")
     lost = np.array([u.lower() in _NO_ID for u in b.uuid], bool)
     if lost.any():
-        report(
+        report_fault(
             path,
             f"has {lost.sum()} boxes without an id",
             "give every object an id that it keeps from frame to frame",
@@ -197,7 +201,7 @@ def _check_boxes(path: Path, b: Boxes) -> None:
     times = Counter(zip(b.uuid, b.sensor_id))
     (most, _), n = times.most_common(1)[0]
     if 2 * sum(k for k in times.values() if k > 1) > len(b):
-        report(
+        report_fault(
             path,
             f"gives the id '{quoted(most)}' to {n} boxes",
             "give every object an id of its own that it keeps from frame to frame",
@@ -210,13 +214,13 @@ def _read_boxes(path: Path, version: tuple) -> Boxes:
     table = safe_load_pickle(path)
     columns = getattr(table, "columns", None)
     if columns is None:
-        report(path, "is not a table", "get the file again")
+        report_fault(path, "is not a table", "get the file again")
     if len(table) == 0:
         table = need_pandas().DataFrame(columns=_NEEDED)  # a frame without labels needs no columns
     if lacks := [c for c in _NEEDED if c not in table.columns]:
-        report(path, f"lacks the columns {' '.join(lacks)}", "get the file again")
+        report_fault(path, f"lacks the columns {' '.join(lacks)}", "get the file again")
     if not table.columns.is_unique:
-        report(path, "has two columns of one name", "drop one of them")
+        report_fault(path, "has two columns of one name", "drop one of them")
     sensor = "cuboids.sensor_id"
     boxes = Boxes(
         uuid=_texts(table, "uuid"),
@@ -583,7 +587,7 @@ def _check_place(log: Log, frame: int, cfg: CuboidConfig) -> None:
         return
     usual = float(np.median(np.linalg.norm(boxes.centre - log.lidar_poses[frame][:3, 3], axis=1)))
     if usual > cfg.max_distance:
-        report(
+        report_fault(
             log.cuboid_path(frame),
             f"has half of its boxes more than {usual:.0f} m from the LiDAR",
             "give position.x, y and z in metres and in the frame of the points, with the same origin",
@@ -601,12 +605,12 @@ def _check_tracks(log: Log, frame: int, cfg: CuboidConfig) -> None:
     remedy = "give every object an id of its own that it keeps from frame to frame"
     alone = np.array([k == 1 for k in map(Counter(a.uuid).get, a.uuid)])
     if len(i) < cfg.min_kept * alone.sum():
-        report(path, f"shares only {len(i)} of its {alone.sum()} ids with the next frame", remedy)
+        report_fault(path, f"shares only {len(i)} of its {alone.sum()} ids with the next frame", remedy)
     seconds = log.lidar_stamps[frame + 1] - log.lidar_stamps[frame]
     speed = np.linalg.norm(b.centre[j] - a.centre[i], axis=1) / seconds
     fast = speed > cfg.max_speed
     if fast.sum() > cfg.max_jumps * len(i):
-        report(
+        report_fault(
             path,
             f"has {fast.sum()} of {len(i)} tracks that move by up to {speed.max() * seconds:.0f} m to the next frame",
             remedy,
@@ -637,25 +641,25 @@ def check_labels(
     )
     path = log.cuboid_path(frames[0] + shift)
     if n >= cfg.min_boxes and found["hit"] < cfg.min_hit:
-        report(
+        report_fault(
             path,
             f"has moving boxes near the sensor of which only {found['hit']:.0%} contain returns of frame {frames[0]}",
             "look labels up by the log's frame id, and get the files again if they were",
         )
     if n >= cfg.min_boxes and all_.turned.sum() > cfg.max_turned * all_.inside.sum():
-        report(
+        report_fault(
             path,
             f"has moving boxes near the sensor that hold {all_.inside.sum()} returns, and {all_.turned.sum()} when turned by a quarter",
             "exchange dimensions.x (width) and dimensions.y (length), or count yaw from +y",
         )
     if n >= cfg.min_boxes and found["fit"] < cfg.min_fit:
-        report(
+        report_fault(
             path,
             f"has moving boxes near the sensor that hold only {found['fit']:.0%} of the returns in and around them",
             "compare the boxes' centres, their dimensions (width, length, height, m) and their yaw (rad, zero along +y) with the returns",
         )
     if len(spans) >= cfg.min_boxes and found["fill"] < cfg.min_fill:
-        report(
+        report_fault(
             path,
             f"has moving boxes near the sensor of which returns fill only {found['fill']:.0%}",
             "compare the boxes' dimensions (width, length, height, m) and the height of their centres with the returns",

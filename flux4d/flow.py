@@ -15,12 +15,14 @@ from PIL import Image
 from pydantic import NonNegativeInt
 from scipy.spatial import cKDTree
 from torch import Tensor
-from .clips import Clip, project_sweep
+from .clips import Clip
+from .visibility import project_sweep
 from .cuboids import CuboidConfig, draw_points, dynamic_mask, flow_ground_truth
 from .frames import pixel_index, project, scale_intrinsics, se3_inverse
 from .gaussians import LIDAR
 from .files import DataError, atomic_write
-from .pandaset import Log, PandaSet, scaled_size
+from .pandaset import Log, PandaSet
+from .log_files import scaled_size
 from .render import Cameras, RenderConfig, Rendered
 from .scene import Scene
 from .settings import Device, LogId, Name, find_device, read_parameters
@@ -264,9 +266,11 @@ def gate_a(
 def what_training_adds(
     trained: dict,  # gate A of a checkpoint, from `gate_a`
     prior: dict,  # gate A of an untrained network of the same configuration, over the same frames
+    apart: float = 0.1,  # share by which moving pixels may differ: weights decide which pixels are covered
 ) -> dict:  # px: errors of the checkpoint, the prior alone and a scene at rest; gained over the prior; `adds`
     "The error of a checkpoint's motion beside that of the motion prior alone."
-    if trained["moving_pixels"] == 0 or trained["moving_pixels"] != prior["moving_pixels"]:
+    fewer, more = sorted((trained["moving_pixels"], prior["moving_pixels"]))
+    if fewer == 0 or more - fewer > apart * more:
         raise DataError(
             f"gate A: {trained['moving_pixels']} moving pixels of the checkpoint, "
             f"{prior['moving_pixels']} of the prior; compare the same frames, with something that moves."

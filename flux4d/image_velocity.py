@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
-from .clips import Clip, Views
+from .clips import Clip
+from .clip_data import Views
 from .frames import rotate_vectors, transform_points
 from .gaussians import velocity_at
 from .losses import blur, gaussian_window, _mirror

@@ -17,11 +17,13 @@ from torch import Tensor
 from fastcore.basics import patch
 from .background import init_data
 from .cache import LiftCache
-from .clips import Clip, InputViews, TargetViews, Views, check_frames, load_views
+from .clips import Clip
+from .clip_data import InputViews, TargetViews, Views, check_frames, load_views
 from .config import Config
 from .files import DataError
 from .image_velocity import view_gaps
-from .lift import Returns, clip_data, clip_returns
+from .clip_data import Returns, clip_returns
+from .lift import clip_data
 from .model import ClipInputs, Flux4DBase, grid_index_of, lift_scene
 from .predictor import GridIndex
 from .scene import Scene
@@ -147,7 +149,7 @@ def views(
     kind: type = TargetViews,  # InputViews or TargetViews
 ) -> Views:  # on the device; raises ValueError for frames that such views of the clip must not show
     "Some views of a clip as one batch."
-    check_frames(clip, [f for f, _ in pairs], kind)
+    named = check_frames(clip, [f for f, _ in pairs], kind)
     read = [self.frame(clip.log.id, c, f) for f, c in pairs]
     if issubclass(kind, InputViews):
         depth = [self.input_depth(clip.log.id, c, f) for f, c in pairs]
@@ -162,6 +164,7 @@ def views(
         frame=torch.cat([v.frame for v in read]),
         camera=[c for _, c in pairs],
         depth=torch.cat(depth),
+        **named,
     )
 
 # %% ../nbs/33_loader.ipynb #f59108ae

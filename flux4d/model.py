@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from fastcore.basics import patch
 from .background import init_gaussians
-from .clips import Clip, InputViews, load_views
+from .clips import Clip
+from .clip_data import InputViews, load_views
 from .config import Config, config_from_dict, config_to_dict, flattened, refuse_renamed
 from .files import DataError
 from .gaussians import Gaussians
-from .lift import Returns, clip_returns
+from .clip_data import Returns, clip_returns
 from .predictor import BasePredictor, GridIndex, make_grid_index
 from .run import check_checkpoint, load_checkpoint, load_weights
 from .scene import Scene, scene_of

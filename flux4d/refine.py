@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from annotated_types import Interval
 from pydantic import NonNegativeFloat
-from .clips import InputViews
+from .clip_data import InputViews
 from .config import Config
 from .frames import mat_to_quat, quat_mul, rotate_vectors, se3_inverse, transform_points
 from .gaussians import FLAT, Gaussians
@@ -188,10 +188,10 @@ class Refiner(nn.Module):
     ) -> Tensor:  # (N,14) dG, world
         "The residual of one stage."
         residual, _ = self.net(g, index, extra)
-        far = g[index.far]
-        x = torch.cat([far_features(far, index), extra[index.far]], 1).float()
+        far = g[index.background]
+        x = torch.cat([far_features(far, index), extra[index.background]], 1).float()
         of_far = decode_residual(self.far(x).to(residual.dtype), far, index.to_world, self.cfg)
-        return residual.index_copy(0, index.far, of_far)
+        return residual.index_copy(0, index.background, of_far)
 
 # %% ../nbs/50_refine.ipynb #e76323c4
 def far_features(

@@ -1,9 +1,13 @@
 "A trainer killed at a random moment, twenty times, leaves nothing that fails to load (design: trust)."
 
-import multiprocessing as mp, os, random, signal, time
+import multiprocessing as mp
+import os
+import random
+import signal
+import time
 from pathlib import Path
-import numpy as np, pytest
-from flux4d.city import fixture_city
+import numpy as np
+from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.pandaset import PandaSet
 from flux4d.cache import LiftCache
@@ -51,7 +55,7 @@ def work(folder: str) -> None:
 def test_twenty_kills(tmp_path: Path) -> None:
     "Checkpoints and cached lifts load after every kill, and the run goes on from where it was."
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["flux4d.train", "flux4d.city", "flux4d.clips", "flux4d.cache"])
+    context.set_forkserver_preload(["flux4d.train", "flux4d.city.logs", "flux4d.clips", "flux4d.cache"])
     rng, steps, last = random.Random(0), [], tmp_path / "ckpt_last.pt"
     for k in range(KILLS):
         before = os.readlink(last) if last.exists() else ""

@@ -1,25 +1,28 @@
 "Runs: what was trained on is known, resuming is honest, nothing is lost and nothing wrong is let in."
 
-import errno, gzip, json, os, re, signal, subprocess, sys, textwrap, threading, time
+import errno
+import gzip
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from flux4d.cache import LiftCache
-from flux4d.clips import (
-    Clip,
-    ClipConfig,
-    InputViews,
-    TargetViews,
-    build_index,
-    fingerprint,
-    load_views,
-    select_clips,
-)
-from flux4d.lift import LiftConfig
+from flux4d.clips import Clip, ClipConfig, build_index, fingerprint, select_clips
+from flux4d.clip_data import InputViews, TargetViews, load_views
+from flux4d.gap_filling import InitConfig
 from flux4d.files import DataError
-from flux4d.pandaset import PandaSet, fabricate_log
+from flux4d.pandaset import PandaSet
+from flux4d.log_files import fabricate_log
 from flux4d.predictor import PredictorConfig
 from flux4d.run import logged_rows as logged
 from flux4d.run import (
@@ -41,7 +44,7 @@ from flux4d.unet import UNetConfig
 
 TINY = Config(
     data=DataConfig(image_scale=1.0, loader_threads=1),
-    init=LiftConfig(fill=False),
+    init=InitConfig(fill=False),
     model=PredictorConfig(unet=UNetConfig(widths=(4, 8), blocks=1)),
     train=TrainConfig(iters=100, warmup=1, eval_every=0, log_every=5, save_ckpt_every=0, views_per_step=1),
 )
@@ -414,7 +417,8 @@ def test_a_full_disk_is_said_and_leaves_no_torn_line(trainer, monkeypatch):
     )
     with pytest.raises(
         DataError,
-        match="run/metrics.jsonl: could not be written because the disk is full; free some space and go on with resume_from=last",
+        match="run/metrics.jsonl: could not be written because the disk is full; "
+        "free some space and go on with resume_from=last",
     ):
         t.run.record(dict(step=2))
     monkeypatch.undo()
@@ -490,7 +494,8 @@ def test_a_log_that_cannot_be_written_is_said_in_a_sentence(tmp_path, limit):
     )
     said = done.communicate()[0]
     assert re.fullmatch(
-        r"run/metrics.jsonl: could not be written because the (disk is full|file is larger than allowed); .* and go on with resume_from=last\.",
+        r"run/metrics.jsonl: could not be written because the (disk is full|file is larger than allowed); "
+        r".* and go on with resume_from=last\.",
         said,
     )
     assert logged(tmp_path / "run/metrics.jsonl") == [dict(step=1)] and (
@@ -503,7 +508,8 @@ def test_a_folder_that_cannot_be_made_is_said_in_a_sentence(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file/run", Path("/proc/run")):
         with pytest.raises(
             DataError,
-            match=r"/\.lock: could not be written because [^\n]*; choose another place or correct its permissions and start again\.$",
+            match=r"/\.lock: could not be written because [^\n]*; "
+            r"choose another place or correct its permissions and start again\.$",
         ):
             Run(folder)
 
@@ -598,7 +604,7 @@ def test_newest_run(tmp_path):
 
 
 def test_where_a_run_starts_and_writes(trainer, tmp_path, monkeypatch):
-    from flux4d.stage6 import resume_point
+    from flux4d.run_setup import resume_point
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="no run in papermill_runs has a checkpoint"):
@@ -755,7 +761,10 @@ def test_training_that_is_not_finite_stops_and_names_the_first_clip(trainer):
     poison(t, 2)
     i, pairs = t.loader.draw(2)
     clip, (frame, camera) = t.loader.clips[i].id, pairs[0]
-    sentence = f"training: 4 steps in a row were skipped, the first was step 3: its gradient is not finite, with clip {clip}, frame {frame} of {camera}; .*max_skipped"
+    sentence = (
+        "training: 4 steps in a row were skipped, the first was step 3: its gradient is not finite, "
+        f"with clip {clip}, frame {frame} of {camera}; .*max_skipped"
+    )
     with pytest.raises(DataError, match=sentence):
         t.fit(50)
     log = (t.run.folder / "train.log").read_text()
@@ -826,7 +835,8 @@ def test_training_that_never_takes_a_step_ends_in_a_sentence(trainer):
     poison(t, 0)
     with pytest.raises(
         DataError,
-        match="training: none of its 3 steps could be taken, the first was step 1: its gradient is not finite, with clip",
+        match="training: none of its 3 steps could be taken, the first was step 1: "
+        "its gradient is not finite, with clip",
     ):
         t.fit()
     assert not (t.run.folder / "ckpt_last.pt").exists()

@@ -1,4 +1,5 @@
-"""Switches that restore what the paper is known to have done: each changes what it names, and all of them train together."""
+"""Switches that restore what the paper is known to have done: each changes what it names, and all of them
+train together."""
 
 import io
 from contextlib import redirect_stdout
@@ -10,16 +11,16 @@ import torch
 
 from flux4d.background import BackgroundConfig, init_gaussians
 from flux4d.cache import LiftCache
-from flux4d.city import fixture_city
+from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.gaussians import BACKGROUND, LIDAR
-from flux4d.lift import LiftConfig
+from flux4d.gap_filling import InitConfig
 from flux4d.losses import LossConfig
 from flux4d.pandaset import PandaSet
 from flux4d.predictor import PredictorConfig, decode_velocity, motion_feature_count
-from flux4d.house import repo_root
+from flux4d.records import repo_root
 from flux4d.presets import PRESETS, preset_config, preset_table
-from flux4d.refine import Flux4D, FullConfig, RefineConfig, feedback, feedback_features
+from flux4d.refine import Flux4D, FullConfig, RefineConfig, feedback
 from flux4d.loader import Loader
 from flux4d.train import Trainer
 from flux4d.config import config_from_dict, merged
@@ -69,7 +70,7 @@ def test_points_inside_the_sphere_join_the_near_field(clips):
     bare, some = (
         init_gaussians(
             clips[0],
-            LiftConfig(fill=False),
+            InitConfig(fill=False),
             BackgroundConfig("hemisphere", num_sky_points=2000, inside_points=n),
         )
         for n in (0, 2000)
@@ -119,10 +120,10 @@ def test_no_prior_no_local_velocity_no_dead_zone():
     free = PredictorConfig(motion_prior=MotionPriorConfig(reach=0), local_velocity_cells=(), dead_zone=0.0)
     assert motion_feature_count(free) == 0 and motion_feature_count(PredictorConfig()) == 16 + 8
     raw = 1e-3 * torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-    ask = (raw, raw[:, :0], torch.zeros(50), torch.eye(4))
-    assert torch.equal(decode_velocity(*ask, free, settled=True), decode_velocity(*ask, free))
-    assert (decode_velocity(*ask, replace(free, dead_zone=0.5), settled=True) == 0).all()
+    ask = (raw, None, torch.zeros(50), torch.eye(4))
+    assert torch.equal(decode_velocity(*ask, free, use_dead_zone=True), decode_velocity(*ask, free))
+    assert (decode_velocity(*ask, replace(free, dead_zone=0.5), use_dead_zone=True) == 0).all()
 
 
-def test_readme_shows_todays_presets():
-    assert preset_table() in (repo_root() / "README.md").read_text(encoding="utf-8"), "run make readme"
+def test_the_page_of_presets_is_todays():
+    assert preset_table() in (repo_root() / "docs/presets.md").read_text(encoding="utf-8"), "run make readme"
