@@ -717,9 +717,11 @@ def test_checkpoints_of_earlier_versions_are_met_with_a_sentence(trainer, tmp_pa
 
 def test_a_config_of_an_earlier_version_is_met_with_a_sentence():
     for old, new in RENAMED.items():
-        part, name = old.split(".")
+        values = 1
+        for part in reversed(old.split(".")):
+            values = {part: values}
         with pytest.raises(DataError, match=f"has '{old}', a field of an earlier version of flux4d that is '{new}'"):
-            config_from_dict({part: {name: 1}}, name="config.yaml")
+            config_from_dict(values, name="config.yaml")
 
 
 def test_an_optimizer_or_generator_that_does_not_fit_is_refused(trainer, tmp_path):
