@@ -113,7 +113,7 @@ def image_paths(
     found = [("nvs", region, setting, k, "mean") for k in ("psnr", "ssim", "depth_rmse")]
     return [*found, ("scene_flow", "v_rmse", region, "mean")]
 
-
+# %% ../nbs/56_report.ipynb #29da02e4
 FLOW_CELLS = {
     "EPE3D m": ("epe3d",),
     "Acc5": ("acc5",),
@@ -150,7 +150,7 @@ def flow_row(
     "A row of Table 5."
     return [value_at(block, ("scene_flow", *path, "mean")) for path in FLOW_CELLS.values()]
 
-
+# %% ../nbs/56_report.ipynb #37861aa0
 def class_row(
     block: dict,  # with `scene_flow`
 ) -> list:  # as CLASS_CELLS; static in m, dynamic as a share
@@ -217,9 +217,10 @@ def nvs_tables(
         ours = [row[:9] + [m["views"], row[-1]] for row in between]
         printed = [row + [None, "paper"] for row in PAPER_TABLES[2]]
         return [table(["method", *titles, "images", "comparable"], printed + ours)]
+    one, four = [r + ["paper"] for r in PAPER_TABLES[1]], [r + [None, "paper"] for r in PAPER_TABLES[4]]
     return [
-        table(["method", *titles, "time", "comparable"], [r + ["paper"] for r in PAPER_TABLES[1]] + between),
-        table(["method", *IMAGE_TITLES, "images", "comparable"], [r + [None, "paper"] for r in PAPER_TABLES[4]] + ahead),
+        table(["method", *titles, "time", "comparable"], one + between),
+        table(["method", *IMAGE_TITLES, "images", "comparable"], four + ahead),
     ]
 
 # %% ../nbs/56_report.ipynb #b3485eb0
@@ -231,9 +232,10 @@ def flow_tables(
     ours |= {title_of(n): x for n, x in m["baselines"].items() if n not in ALSO}
     by_group = [[k, *flow_row(x), x["scene_flow"]["count"], m["comparable"]] for k, x in ours.items()]
     by_class = [[k, *class_row(x), m["comparable"]] for k, x in ours.items()]
+    five, six = [r + [None, "paper"] for r in PAPER_TABLES[5]], [r + ["paper"] for r in PAPER_TABLES[6]]
     return [
-        table(["method", *FLOW_CELLS, "frames", "comparable"], [r + [None, "paper"] for r in PAPER_TABLES[5]] + by_group),
-        table(["method", *CLASS_CELLS, "comparable"], [r + ["paper"] for r in PAPER_TABLES[6]] + by_class),
+        table(["method", *FLOW_CELLS, "frames", "comparable"], five + by_group),
+        table(["method", *CLASS_CELLS, "comparable"], six + by_class),
     ]
 
 # %% ../nbs/56_report.ipynb #86c37f1a
@@ -291,7 +293,7 @@ def moving_line(
     found = f"{fd['found']:.0%} of the motion is found" if fd["found"] >= 0 else "the motion makes it worse"
     return f"{text}; standing still would have {fd['zero_motion']:.3f} m, so {found}"
 
-
+# %% ../nbs/56_report.ipynb #1a8e4637
 def plateau_line(
     m: dict,  # metrics
 ) -> str:
@@ -299,8 +301,9 @@ def plateau_line(
     p = m["analysis"]["plateau"]
     if p is None:
         return m["reasons"].get("analysis.plateau", "")
-    best = f"{p['of']} PSNR is within 0.1 dB of its best, {p['best']:.2f} dB, from step {p['step']} of {p['last_step']} on"
-    return f"{best}; the last third gained {p['gain_last_third']:+.2f} dB"
+    best = f"{p['of']} PSNR is within 0.1 dB of its best, {p['best']:.2f} dB"
+    gain = f"the last third gained {p['gain_last_third']:+.2f} dB"
+    return f"{best}, from step {p['step']} of {p['last_step']} on; {gain}"
 
 # %% ../nbs/56_report.ipynb #56000006
 def analysis_lines(
