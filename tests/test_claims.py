@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from flux4d import baselines, clip_data, cuboids, evaluate, lift, score_clips, train, motion_prior, visibility
+from flux4d import baselines, clip_data, cuboids, evaluate, lift, motion_prior, score_clips, train, visibility
 from flux4d.ablation import NOTHING_LEARNED, ablation_row, circumstances, paper_tables, time_table
 from flux4d.baselines import BASELINES
 from flux4d.cache import LiftCache
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
-from flux4d.clip_data import InputViews, TargetViews
 from flux4d.flow import what_training_adds
 from flux4d.records import repo_root, runs_of_record
 from flux4d.gap_filling import InitConfig
@@ -27,7 +26,9 @@ from flux4d.score_clips import ALWAYS, check_baselines, one_clip_loader
 from flux4d.run_facts import comparable, frames_of, training_overlap
 from flux4d.report import flow_tables, nvs_tables, summary_table, title_of
 from flux4d.report_pages import foreign_faults
-from flux4d.stage6 import TrainingParameters, curves_say, keep_aside, rows_due, split_clips
+from flux4d.parameters import TrainingParameters
+from flux4d.stage6 import curves_say, rows_due
+from flux4d.run_setup import keep_aside, split_clips
 from flux4d.config import config_to_dict, flattened
 
 ROOT = repo_root(Path(__file__).parent)
@@ -276,7 +277,6 @@ GONE = [
     (baselines, "above_ground"),
     (motion_prior, "above_ground"),
     (train.Loader, "input_views"),
-    (lift, "project_sweep"),
     (score_clips, "input_views"),
 ]
 

@@ -220,6 +220,8 @@ def same(got, want, at, exact):
         return [line for i, (a, b) in enumerate(zip(got, want)) for line in same(a, b, f"{at}.{i}", exact)]
     if isinstance(want, float) and not exact:
         return [] if math.isclose(got, want, rel_tol=2e-3, abs_tol=1e-5) else [f"{at}: {got}, {want} before"]
+    if isinstance(want, float) and at.startswith("evaluation."):  # means of a table add up in another order
+        return [] if math.isclose(got, want, rel_tol=1e-12, abs_tol=1e-15) else [f"{at}: {got}, {want} before"]
     if not exact and at.endswith(".hash"):
         return []
     return [] if got == want else [f"{at}: {got}, {want} before"]

@@ -26,14 +26,8 @@ from flux4d.files import DataError
 from flux4d.log_files import fabricate_log
 from flux4d.refine import FullConfig
 from flux4d.settings import read_parameters, read_settings
-from flux4d.stage6 import (
-    TrainingParameters,
-    check_images,
-    make_config,
-    make_index,
-    read_training,
-    split_clips,
-)
+from flux4d.parameters import TrainingParameters, make_config, read_training
+from flux4d.run_setup import check_images, make_index, split_clips
 from flux4d.config import config_from_dict, config_to_dict
 
 ROOT = repo_root(Path(__file__).parent)
