@@ -35,7 +35,7 @@ PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
 """
 PICTURES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png"}  # how a file begins: what it is
 
-# %% ../nbs/56a_report_pages.ipynb #f9c8d61d
+# %% ../nbs/56a_report_pages.ipynb #b80b76b4
 def below(
     folder: Path,  # of a run
     link: str,  # as in a report, URL-encoded
@@ -117,7 +117,7 @@ def write_report_pages(
             unfinished.write_text(page, encoding="utf-8")
     return [folder / name for name in pages]
 
-# %% ../nbs/56a_report_pages.ipynb #a9c465cc
+# %% ../nbs/56a_report_pages.ipynb #c5862ace
 def write_report(
     run: Run,  # its folder holds the pictures
     m: dict,  # metrics
@@ -152,7 +152,7 @@ def film_faults(
             found.append(f"videos: {v!r} is no film below the run's folder")
     return found
 
-# %% ../nbs/56a_report_pages.ipynb #06b1c923
+# %% ../nbs/56a_report_pages.ipynb #0903ee9c
 def relation_faults(
     m: dict,  # metrics that follow the schema
 ) -> list[str]:  # one sentence a fault
@@ -294,7 +294,7 @@ REPORT_EXAMPLES = """examples:
   flux4d-report papermill_runs/run_001 papermill_runs/run_002              two runs, side by side
   flux4d-report papermill_runs/run_001 papermill_runs/baselines --report   a report, with the baselines beside it"""
 
-# %% ../nbs/56a_report_pages.ipynb #5e23cdb5
+# %% ../nbs/56a_report_pages.ipynb #105d6964
 def report_again(
     folder: Path,  # of the first run
     m: dict,  # its metrics
@@ -322,7 +322,7 @@ def read_runs(
     first = paths[0]
     return records, first if first.is_dir() else first.parent
 
-# %% ../nbs/56a_report_pages.ipynb #48a473c7
+# %% ../nbs/56a_report_pages.ipynb #abd28898
 def report_main(
     argv: list[str] | None = None,  # words of the command line; sys.argv when None
 ) -> int:  # exit status

@@ -40,7 +40,7 @@ def paper_differences(
     }
     return [text for text, as_in_paper in tests.items() if not as_in_paper]
 
-# %% ../nbs/55c_run_facts.ipynb #2c31d1d1
+# %% ../nbs/55c_run_facts.ipynb #ee053716
 def comparable(
     clips: list[Clip],  # that were scored
     cfg: Config,  # read: data, init

@@ -145,7 +145,7 @@ POINT_METRICS = dict(
     nearest=("nearest", "all", ""),
 )  # name in metrics.json: metric, region, label
 
-# %% ../nbs/55_scores.ipynb #622fec4c
+# %% ../nbs/55_scores.ipynb #372947a4
 def bucket_block(
     rows: pd.DataFrame,  # of one scene and the truth
 ) -> dict:  # {meta-class: {static, dynamic}}; `all`: unweighted means over the classes that have any
