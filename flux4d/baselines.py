@@ -182,7 +182,7 @@ class FlowFit(NamedTuple):
     steps: int  # taken
     distance: float  # least mean distance, m
 
-
+# %% ../nbs/54_baselines.ipynb #2c572caf
 @torch.enable_grad()
 def fit_flow(
     source: Tensor,  # (N,3) m

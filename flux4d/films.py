@@ -65,7 +65,7 @@ def scale_colours(
     colours = colormaps[name](x.detach().clamp(0, 1).cpu().numpy())[..., :3]
     return torch.as_tensor(colours, dtype=torch.float32)
 
-
+# %% ../nbs/55a_films.ipynb #3ee2381e
 def captioned(
     panel: Tensor,  # (h,w,3) 0..1
     title: str,  # what it shows

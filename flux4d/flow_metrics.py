@@ -127,7 +127,7 @@ class FlowSample(NamedTuple):
         "What turns a displacement into metres per 0.1 s."
         return 0.1 / self.gap
 
-# %% ../nbs/53_flow_metrics.ipynb #6d40c3a7
+# %% ../nbs/53_flow_metrics.ipynb #aee5f974
 EMPTY_REGION = dict(
     FS="nothing in a box stands still in view",
     FD="nothing that moves is in view",
@@ -150,7 +150,7 @@ def score_row(
     why = reason if value is None else ""
     return dict(region=region, label=label, speed_bin=-1, metric=metric, value=value, count=count, reason=why)
 
-
+# %% ../nbs/53_flow_metrics.ipynb #ecd94104
 def mean_row(
     metric: str,  # what is averaged
     values: np.ndarray,  # (N,) one value a return; with none the row says why

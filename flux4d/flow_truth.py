@@ -257,7 +257,7 @@ class ClipTruth(NamedTuple):
     frames: list[FrameTruth]  # those that can be scored
     left_out: dict[int, str]  # {log frame id: why it has no truth}
 
-
+# %% ../nbs/53a_flow_truth.ipynb #5a766df9
 def clip_truth(
     clip: Clip,  # the clip
     cfg: FlowScoreConfig = FlowScoreConfig(),  # what is scored

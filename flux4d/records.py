@@ -239,7 +239,7 @@ def record_files(
         raise FileNotFoundError(
             f"{run.name} is no complete run: {', '.join(missing)} missing; run it to its end first"
         )
-    optional = [run / name for name in ("report.md", "meta.json") if (run / name).is_file()]
+    optional = [run / name for name in ("report.md", "meta.json", "scores.csv.gz") if (run / name).is_file()]
     return [*notebooks, *needed, *optional, *pictures]
 
 # %% ../nbs/09a_records.ipynb #1153ac7d

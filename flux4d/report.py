@@ -12,11 +12,11 @@ from .records import literal
 # what needs torch is imported where it is used: `flux4d-report --help` answers at once
 
 # %% auto #0
-__all__ = ['PAPER_TABLES', 'PAPER_SECONDS', 'IMAGE_TITLES', 'FLOW_CELLS', 'SHORT', 'CLASS_CELLS', 'ALSO', 'TITLES', 'QUANTITIES',
-           'NOTE', 'literal_names', 'shown', 'table', 'paper_rows', 'image_paths', 'value_at', 'flow_row', 'class_row',
-           'image_row', 'title_of', 'whole_logs', 'scenes_of', 'nvs_tables', 'flow_tables', 'summary_column',
-           'paper_column', 'summary_table', 'moving_line', 'plateau_line', 'analysis_lines', 'clip_table',
-           'class_table', 'timing_lines', 'empty_lines', 'opening', 'picture_lines', 'report_text']
+__all__ = ['PRINTED_TABLES', 'PAPER_SECONDS', 'IMAGE_TITLES', 'FLOW_CELLS', 'SHORT', 'CLASS_CELLS', 'ALSO', 'TITLES',
+           'QUANTITIES', 'NOTE', 'literal_names', 'shown', 'table', 'paper_rows', 'image_paths', 'entry_at', 'flow_row',
+           'class_row', 'image_row', 'title_of', 'whole_logs', 'scored_scenes', 'nvs_tables', 'flow_tables',
+           'summary_column', 'paper_column', 'summary_table', 'moving_line', 'plateau_line', 'analysis_lines',
+           'clip_table', 'class_table', 'timing_lines', 'empty_lines', 'opening', 'picture_lines', 'report_text']
 
 # %% ../nbs/56_report.ipynb #4d0bb2d1
 def literal_names(
@@ -62,7 +62,7 @@ def paper_rows(
 
 # %% ../nbs/56_report.ipynb #f5107262
 # printed figures by table, as text so that no digit is added
-PAPER_TABLES = {
+PRINTED_TABLES = {
     # PSNR, SSIM, D_RMSE, V_RMSE of moving regions, the same of full images (interpolation), time
     1: paper_rows("""NeuRAD (labels) | 23.01 0.734 1.98 - 24.61 0.685 2.30 - 60min
 StreetGS (labels) | 20.06 0.605 1.02 - 23.38 0.680 0.84 - 28min
@@ -113,7 +113,7 @@ def image_paths(
     found = [("nvs", region, setting, k, "mean") for k in ("psnr", "ssim", "depth_rmse")]
     return [*found, ("scene_flow", "v_rmse", region, "mean")]
 
-
+# %% ../nbs/56_report.ipynb #29da02e4
 FLOW_CELLS = {
     "EPE3D m": ("epe3d",),
     "Acc5": ("acc5",),
@@ -132,7 +132,7 @@ CLASS_CELLS = (
 )
 
 # %% ../nbs/56_report.ipynb #56000003
-def value_at(
+def entry_at(
     block: dict,  # with `nvs` (None: no novel views) and `scene_flow`
     path: tuple,  # keys
 ) -> Any:  # None where there is nothing
@@ -148,14 +148,14 @@ def flow_row(
     block: dict,  # with `scene_flow`
 ) -> list:  # as FLOW_CELLS; m, shares, rad
     "A row of Table 5."
-    return [value_at(block, ("scene_flow", *path, "mean")) for path in FLOW_CELLS.values()]
+    return [entry_at(block, ("scene_flow", *path, "mean")) for path in FLOW_CELLS.values()]
 
-
+# %% ../nbs/56_report.ipynb #c2db755b
 def class_row(
     block: dict,  # with `scene_flow`
 ) -> list:  # as CLASS_CELLS; static in m, dynamic as a share
     "A row of Table 6."
-    return [value_at(block, ("scene_flow", "bucketed", "reference", *p, "mean")) for p in CLASS_CELLS.values()]
+    return [entry_at(block, ("scene_flow", "bucketed", "reference", *p, "mean")) for p in CLASS_CELLS.values()]
 
 # %% ../nbs/56_report.ipynb #56000004
 def image_row(
@@ -164,7 +164,7 @@ def image_row(
     setting: str,  # 'interpolation' or 'future'
 ) -> list:  # as IMAGE_TITLES
     "Four cells of Tables 1, 2 and 4; flow says nothing of frames that the clips do not have."
-    cells = [value_at(block, path) for path in image_paths(region, setting)]
+    cells = [entry_at(block, path) for path in image_paths(region, setting)]
     if block["nvs"] and setting == "future" and not block["nvs"]["full"]["future"]["count"]:
         cells[-1] = None
     return cells
@@ -188,7 +188,7 @@ def whole_logs(
     return m["setting"] == "long_log"
 
 # %% ../nbs/56_report.ipynb #36df6021
-def scenes_of(
+def scored_scenes(
     m: dict,  # metrics
 ) -> dict[str, dict]:  # {row title: nvs, scene_flow}
     "The model's scenes, and the baselines that are none of them."
@@ -208,18 +208,19 @@ def nvs_tables(
     seconds = f"{timing['total']:.2g}s" if timing else None
     titles = [f"{r} {x}" for r in ("dyn", "full") for x in IMAGE_TITLES]
     between, ahead = [], []
-    for title, x in scenes_of(m).items():
+    for title, x in scored_scenes(m).items():
         cells = image_row(x, "dynamic", "interpolation") + image_row(x, "full", "interpolation")
         between.append([title, *cells, seconds if title.startswith("ours") else None, m["comparable"]])
         images = x["nvs"]["full"]["future"]["count"]
         ahead.append([title, *image_row(x, "full", "future"), images, m["comparable"]])
     if whole_logs(m):
         ours = [row[:9] + [m["views"], row[-1]] for row in between]
-        printed = [row + [None, "paper"] for row in PAPER_TABLES[2]]
+        printed = [row + [None, "paper"] for row in PRINTED_TABLES[2]]
         return [table(["method", *titles, "images", "comparable"], printed + ours)]
+    one, four = [r + ["paper"] for r in PRINTED_TABLES[1]], [r + [None, "paper"] for r in PRINTED_TABLES[4]]
     return [
-        table(["method", *titles, "time", "comparable"], [r + ["paper"] for r in PAPER_TABLES[1]] + between),
-        table(["method", *IMAGE_TITLES, "images", "comparable"], [r + [None, "paper"] for r in PAPER_TABLES[4]] + ahead),
+        table(["method", *titles, "time", "comparable"], one + between),
+        table(["method", *IMAGE_TITLES, "images", "comparable"], four + ahead),
     ]
 
 # %% ../nbs/56_report.ipynb #b3485eb0
@@ -231,9 +232,10 @@ def flow_tables(
     ours |= {title_of(n): x for n, x in m["baselines"].items() if n not in ALSO}
     by_group = [[k, *flow_row(x), x["scene_flow"]["count"], m["comparable"]] for k, x in ours.items()]
     by_class = [[k, *class_row(x), m["comparable"]] for k, x in ours.items()]
+    five, six = [r + [None, "paper"] for r in PRINTED_TABLES[5]], [r + ["paper"] for r in PRINTED_TABLES[6]]
     return [
-        table(["method", *FLOW_CELLS, "frames", "comparable"], [r + [None, "paper"] for r in PAPER_TABLES[5]] + by_group),
-        table(["method", *CLASS_CELLS, "comparable"], [r + ["paper"] for r in PAPER_TABLES[6]] + by_class),
+        table(["method", *FLOW_CELLS, "frames", "comparable"], five + by_group),
+        table(["method", *CLASS_CELLS, "comparable"], six + by_class),
     ]
 
 # %% ../nbs/56_report.ipynb #86c37f1a
@@ -260,7 +262,7 @@ def paper_column(
     m: dict,  # metrics
 ) -> list:  # as QUANTITIES
     "The paper's full model, of whole logs where ours are."
-    full = {n: rows[-1][1:] for n, rows in PAPER_TABLES.items()}
+    full = {n: rows[-1][1:] for n, rows in PRINTED_TABLES.items()}
     images = full[2] + [None] * 4 if whole_logs(m) else full[1][:8] + full[4]
     return [*images, *full[5], *full[6], PAPER_SECONDS]
 
@@ -291,7 +293,7 @@ def moving_line(
     found = f"{fd['found']:.0%} of the motion is found" if fd["found"] >= 0 else "the motion makes it worse"
     return f"{text}; standing still would have {fd['zero_motion']:.3f} m, so {found}"
 
-
+# %% ../nbs/56_report.ipynb #1a8e4637
 def plateau_line(
     m: dict,  # metrics
 ) -> str:
@@ -299,8 +301,9 @@ def plateau_line(
     p = m["analysis"]["plateau"]
     if p is None:
         return m["reasons"].get("analysis.plateau", "")
-    best = f"{p['of']} PSNR is within 0.1 dB of its best, {p['best']:.2f} dB, from step {p['step']} of {p['last_step']} on"
-    return f"{best}; the last third gained {p['gain_last_third']:+.2f} dB"
+    best = f"{p['of']} PSNR is within 0.1 dB of its best, {p['best']:.2f} dB"
+    gain = f"the last third gained {p['gain_last_third']:+.2f} dB"
+    return f"{best}, from step {p['step']} of {p['last_step']} on; {gain}"
 
 # %% ../nbs/56_report.ipynb #56000006
 def analysis_lines(

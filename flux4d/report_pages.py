@@ -24,7 +24,8 @@ __all__ = ['CSS', 'POLICY', 'PAGE', 'PICTURES', 'BEGINNINGS', 'REPORT_EXAMPLES',
 
 # %% ../nbs/56a_report_pages.ipynb #39a1c0de
 CSS = """body{font:14px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em} img{max-width:100%;display:block}
-table{border-collapse:collapse;font-size:12px;margin:1em 0} td,th{border:1px solid #ccc;padding:2px 6px;text-align:right}
+table{border-collapse:collapse;font-size:12px;margin:1em 0}
+td,th{border:1px solid #ccc;padding:2px 6px;text-align:right}
 td:first-child,th:first-child{text-align:left}"""
 POLICY = "script-src 'none'; object-src 'none'; frame-src 'none'; form-action 'none'; base-uri 'none'"
 PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
@@ -34,7 +35,7 @@ PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
 """
 PICTURES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png"}  # how a file begins: what it is
 
-
+# %% ../nbs/56a_report_pages.ipynb #b80b76b4
 def below(
     folder: Path,  # of a run
     link: str,  # as in a report, URL-encoded
@@ -116,7 +117,7 @@ def write_report_pages(
             unfinished.write_text(page, encoding="utf-8")
     return [folder / name for name in pages]
 
-
+# %% ../nbs/56a_report_pages.ipynb #c5862ace
 def write_report(
     run: Run,  # its folder holds the pictures
     m: dict,  # metrics
@@ -151,7 +152,7 @@ def film_faults(
             found.append(f"videos: {v!r} is no film below the run's folder")
     return found
 
-
+# %% ../nbs/56a_report_pages.ipynb #0903ee9c
 def relation_faults(
     m: dict,  # metrics that follow the schema
 ) -> list[str]:  # one sentence a fault
@@ -290,10 +291,10 @@ def side_by_side(
 
 # %% ../nbs/56a_report_pages.ipynb #ca431f0b
 REPORT_EXAMPLES = """examples:
-  flux4d-report papermill_runs/run_001 papermill_runs/run_002              the means of two runs, side by side
-  flux4d-report papermill_runs/run_001 papermill_runs/baselines --report   run_001's report, with the baselines beside it"""
+  flux4d-report papermill_runs/run_001 papermill_runs/run_002              two runs, side by side
+  flux4d-report papermill_runs/run_001 papermill_runs/baselines --report   a report, with the baselines beside it"""
 
-
+# %% ../nbs/56a_report_pages.ipynb #105d6964
 def report_again(
     folder: Path,  # of the first run
     m: dict,  # its metrics
@@ -321,7 +322,7 @@ def read_runs(
     first = paths[0]
     return records, first if first.is_dir() else first.parent
 
-
+# %% ../nbs/56a_report_pages.ipynb #abd28898
 def report_main(
     argv: list[str] | None = None,  # words of the command line; sys.argv when None
 ) -> int:  # exit status

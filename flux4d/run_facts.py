@@ -27,7 +27,8 @@ def paper_differences(
     logs = {c.log.id for c in clips}
     sensors, frames = tuple(cfg.init.lidar_sensors), sum(len(c.target_frames) for c in clips)
     want = 390 if clips[0].setting == "long_log" else 400
-    some = f"logs {', '.join(sorted(logs))}, not the paper's ten" if len(logs) < 9 else "other logs than the paper's ten"
+    few = f"logs {', '.join(sorted(logs))}, not the paper's ten"
+    some = few if len(logs) < 9 else "other logs than the paper's ten"
     ten = logs == set(TEST_SCENES)
     tests = {
         some: ten,
@@ -39,7 +40,7 @@ def paper_differences(
     }
     return [text for text, as_in_paper in tests.items() if not as_in_paper]
 
-
+# %% ../nbs/55c_run_facts.ipynb #ee053716
 def comparable(
     clips: list[Clip],  # that were scored
     cfg: Config,  # read: data, init

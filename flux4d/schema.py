@@ -108,7 +108,7 @@ def value_faults(
     odd = (want is float and not math.isfinite(value)) or (want is int and value < 0)
     return [f"{at}: is {value}"] if odd else []
 
-
+# %% ../nbs/55b_schema.ipynb #59a9601c
 def group_faults(
     value: Any,  # plain values
     want: dict,  # key -> what it holds; `...` stands for any other key
@@ -125,7 +125,7 @@ def group_faults(
     inside = [k for k in value if k in known or ... in want]
     return found + [x for k in inside for x in faults(value[k], known.get(k, want.get(...)), paths[k])]
 
-
+# %% ../nbs/55b_schema.ipynb #f9ac1166
 def faults(
     value: Any,  # plain values
     want: Any = SCHEMA,  # a type, (what, None) for nullable, [what], or a group
@@ -218,7 +218,7 @@ def flat(
     items = value.items() if isinstance(value, dict) else enumerate(value)
     return {path: v for k, x in items for path, v in flat(x, f"{at}.{k}".lstrip(".")).items()}
 
-
+# %% ../nbs/55b_schema.ipynb #565bb3e1
 def disagreements(
     m: dict,  # metrics that follow the schema
     table: pd.DataFrame,  # the scores they are said to come from

@@ -107,7 +107,7 @@ class ClipScenes(NamedTuple):
     baselines: dict[str, Scene]  # by name
     seconds: dict[str, float]  # of a reconstruction, by 'model' and name
 
-
+# %% ../nbs/55d_score_clips.ipynb #e79b83b9
 def clip_scenes(
     reconstruct: Callable[[ClipInputs], Scene],  # what is evaluated
     inputs: ClipInputs,  # of one clip

@@ -145,7 +145,7 @@ POINT_METRICS = dict(
     nearest=("nearest", "all", ""),
 )  # name in metrics.json: metric, region, label
 
-
+# %% ../nbs/55_scores.ipynb #372947a4
 def bucket_block(
     rows: pd.DataFrame,  # of one scene and the truth
 ) -> dict:  # {meta-class: {static, dynamic}}; `all`: unweighted means over the classes that have any
@@ -367,10 +367,10 @@ def reasons_of(
     return found
 
 # %% ../nbs/55_scores.ipynb #5500002c
-FACTS = (
-    "subject baseline evaluated_on setting source_frames logs cameras clips views comparable scored_with left_out videos".split()
-)
-RUN_FACTS = "train_seconds iters skipped_steps image_scale flux4d commit python torch machine gpu reconstruction".split()
+FACTS = "subject baseline evaluated_on setting source_frames logs cameras clips views comparable".split()
+FACTS += ["scored_with", "left_out", "videos"]
+RUN_FACTS = "train_seconds iters skipped_steps image_scale flux4d commit python torch machine gpu".split()
+RUN_FACTS += ["reconstruction"]
 FACT_REASONS = "lpips", "analysis.plateau", "runtime.reconstruction", "runtime.gpu", "runtime.commit"
 
 
