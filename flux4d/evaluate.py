@@ -18,12 +18,14 @@ from .clips import TEST_SCENES, Clip, build_index, long_log_clips, select_clips
 from .config import Config
 from .files import DataError
 from .model import ClipInputs, load_model
-from .nvs import VARIANTS, EvalConfig
+from .scores import MODEL_SCENES
+from .view_scores import EvalConfig
 from .pandaset import PandaSet
 from .parameters import asked_root, check_out_dir, scoring
 from .presets import PRESETS, preset_config
 from .run import check_checkpoint, load_checkpoint, logged_rows, trained_frames
-from .record import METHODS, About, seen
+from .run_facts import About, training_overlap
+from .score_clips import METHODS
 from .run_setup import index_config, next_run
 from .scene import Scene
 from .settings import Device, Distinct, FilePath, LogId, Name, find_device, read_parameters, refuse_missing
@@ -236,7 +238,7 @@ def judged_on(
     clips: list[Clip],  # the clips it is evaluated on
 ) -> str:  # a phrase for the record
     "What an evaluation says about generalisation, by the frames that the checkpoint was trained on."
-    return "clips that nothing was trained on" if s.model is None else seen(s.trained, clips)
+    return "clips that nothing was trained on" if s.model is None else training_overlap(s.trained, clips)
 
 # %% ../nbs/61_evaluate.ipynb #1186a931
 def scenes_of(
@@ -244,7 +246,7 @@ def scenes_of(
 ) -> tuple[str, ...]:  # names of scenes, what is evaluated first
     "Which scenes are scored for what is evaluated."
     if not baseline:
-        return VARIANTS
+        return MODEL_SCENES
     return ("model",) if baseline in ("lift", "zero_motion") else ("model", "lift")
 
 
@@ -263,7 +265,7 @@ def about_of(
         seconds=s.seconds,
         skipped=s.skipped,
         rows=training_rows(s.folder),
-        variants=scenes_of(s.baseline),
+        scenes=scenes_of(s.baseline),
         left_out=left_out,
     )
 

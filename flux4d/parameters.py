@@ -13,9 +13,9 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, P
 from .clips import TRAIN_SETTINGS
 from .config import config_from_dict, flattened, merged
 from .files import DataError
-from .nvs import EvalConfig
+from .view_scores import EvalConfig
 from .presets import PRESETS, preset_config
-from .record import METHODS
+from .score_clips import METHODS
 from .refine import FullConfig
 from .run import newest_run
 from .settings import Device, Distinct, FilePath, LogId, Name, Seed, Some, find_device, read_parameters

@@ -6,7 +6,7 @@
 from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from fastcore.basics import patch
@@ -192,7 +192,6 @@ class Refiner(nn.Module):
         x = torch.cat([far_features(far, index), extra[index.background]], 1).float()
         of_far = decode_residual(self.far(x).to(residual.dtype), far, index.to_world, self.cfg)
         return residual.index_copy(0, index.background, of_far)
-
 
 # %% ../nbs/50_refine.ipynb #e76323c4
 def far_features(

@@ -15,7 +15,7 @@ from .index_files import load_index
 from .config import config_to_dict
 from .files import DataError
 from .log_files import scaled_size
-from .nvs import EvalConfig
+from .view_scores import EvalConfig
 from .pandaset import PandaSet
 from .parameters import TrainingParameters, asked_root
 from .refine import FullConfig

@@ -10,8 +10,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from .loader import Loader
 from .train import Trainer, every
-from .flow_metrics import FlowScoreConfig, FlowScores, clip_truth, score_clip
-from .nvs import EvalConfig, evaluate_nvs
+from .flow_metrics import FlowScoreConfig
+from .flow_truth import clip_truth, score_flow
+from .score_clips import validation_scores
+from .scores import image_block
+from .view_scores import EvalConfig
 
 # %% auto #0
 __all__ = ['FEW', 'CURVES', 'background_flow', 'validation', 'training_said', 'validation_said', 'curves_say', 'rows_due',
@@ -27,10 +30,10 @@ def background_flow(
     truth = lru_cache(1)(lambda: clip_truth(clip, cfg, loader.cfg.data.cameras))
 
     def call(reconstruct: Callable) -> float | None:
-        s = FlowScores(cfg)
-        scene = reconstruct(loader.inputs(0))
-        score_clip(s, clip, scene.gaussians, scene.velocity, cfg, truth=truth())
-        return s.bs_flow.frames.mean
+        if not truth().frames:
+            return None
+        rows = score_flow(reconstruct(loader.inputs(0)), clip, truth(), cfg)
+        return float(rows[rows.metric == "false_motion"].value.mean())
 
     return call
 
@@ -44,11 +47,7 @@ def validation(
 
     def call(trainer: Trainer) -> dict:
         reconstruct = trainer.ema.module.eval().reconstruct
-        s = (
-            evaluate_nvs(reconstruct, loader, trainer.cfg.render, eval_cfg, names=("model",))
-            .scores["model"]
-            .as_dict()["full"]
-        )
+        s = image_block(validation_scores(reconstruct, loader, eval_cfg), "model")["full"]
         found = {f"val_{k}": s[k]["psnr"]["mean"] for k in s if s[k]["count"]}
         score = np.mean(list(found.values()))
         if (bs := background(reconstruct)) is not None:

@@ -40,7 +40,7 @@ from flux4d.run import (
 from .scene import Scene
 
 # %% auto #0
-__all__ = ['UNREADABLE', 'lr_at', 'averaged_model', 'adamw', 'Trainer', 'with_random_background', 'read_resumable', 'every']
+__all__ = ['UNREADABLE', 'lr_at', 'with_random_background', 'averaged_model', 'adamw', 'Trainer', 'read_resumable', 'every']
 
 # %% ../nbs/34_train.ipynb #7a79514f
 def lr_at(
@@ -60,6 +60,17 @@ def lr_at(
         return cfg.lr * ramp
     x = min(1.0, max(spent, (step - cfg.warmup) / max(1, cfg.iters - cfg.warmup)))
     return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * (1 + math.cos(math.pi * x)) / 2)
+
+# %% ../nbs/34_train.ipynb #3fd8f1a2
+def with_random_background(
+    cfg: Config,  # read: render, train
+    number: int,  # of the micro-step
+) -> RenderConfig:  # how supervised views are drawn
+    "The render's own background, or a colour of this micro-step, which follows from seed and number."
+    if not cfg.train.random_background:
+        return cfg.render
+    colour = np.random.default_rng([cfg.train.seed, 2, number]).random(3)
+    return replace(cfg.render, background=tuple(colour.tolist()))
 
 # %% ../nbs/34_train.ipynb #da9e059a
 def averaged_model(
@@ -123,17 +134,6 @@ class Trainer:
         "Steps without an update."
         return self.skips.total
 
-# %% ../nbs/34_train.ipynb #3fd8f1a2
-def with_random_background(
-    cfg: Config,  # read: render, train
-    number: int,  # of the micro-step
-) -> RenderConfig:  # how supervised views are drawn
-    "The render's own background, or a colour of this micro-step, which follows from seed and number."
-    if not cfg.train.random_background:
-        return cfg.render
-    colour = np.random.default_rng([cfg.train.seed, 2, number]).random(3)
-    return replace(cfg.render, background=tuple(colour.tolist()))
-
 # %% ../nbs/34_train.ipynb #87f5f186
 @patch
 def losses(
@@ -148,43 +148,18 @@ def losses(
         out, batch.views, scene.velocity, scene.gaussians.kind, self.cfg.loss, weight, scene.duration
     )
 
-# %% ../nbs/34_train.ipynb #0ac9fc37
+# %% ../nbs/34_train.ipynb #6c1c4141
 @patch
-def gradients(
+def _leave_out(
     self: Trainer,
-) -> dict | None:  # scalars of the last micro-step's last stage, PSNR of its first, its clip's id
-    "Fill `.grad` with the mean gradient of the micro-steps, summed over stages; None: nothing could be read."
-    self.model.train()
-    self.opt.zero_grad(set_to_none=True)
-    self.stage_losses = []
-    row = None
-    for micro in range(self.cfg.train.grad_accum_steps):
-        batch = self._read(micro)
-        if batch is not None:
-            row = self._backward(batch, micro)
-    return row
-
-# %% ../nbs/34_train.ipynb #62e17762
-@patch
-def train_step(
-    self: Trainer,
-) -> dict | None:  # scalars of the step, tensors where a copy would wait for the GPU
-    "Advance by one step; None: nothing could be read for it."
-    with self._undone_when_stopped():
-        row = self.gradients()
-    for group in self.opt.param_groups:
-        group["lr"] = lr_at(self.step, self.cfg.train, self.seconds, self.started)
-    if row is None:
-        self._skip("nothing could be read for it")
-    else:
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.train.grad_clip)
-        row["grad_norm"] = norm
-        if torch.isfinite(norm):
-            self._update()
-        else:
-            self._skip(f"its gradient is not finite, with {self._culprit()}")
-    self.step += 1
-    return row
+    why: str,  # a sentence
+) -> None:  # raises DataError when too many files went bad
+    "Note and say a clip that cannot be read."
+    self.trained_on.note_unread(why)
+    self.run.say(f"step {self.step + 1:6d}  a clip is left out: {why}")
+    bad = len(self.trained_on.unread)
+    if bad > self.cfg.train.max_unread:
+        raise DataError(f"training: {bad} files went bad while it ran, the last one: {why}") from None
 
 # %% ../nbs/34_train.ipynb #a32t0011
 UNREADABLE = DataError, OSError, EOFError, zlib.error  # what a file that goes bad raises
@@ -247,6 +222,22 @@ def _backward(
     row = {k: v.detach() for k, v in losses.items()}
     return row | dict(psnr_0=psnrs[0], clip=batch.clip.id)
 
+# %% ../nbs/34_train.ipynb #0ac9fc37
+@patch
+def gradients(
+    self: Trainer,
+) -> dict | None:  # scalars of the last micro-step's last stage, PSNR of its first, its clip's id
+    "Fill `.grad` with the mean gradient of the micro-steps, summed over stages; None: nothing could be read."
+    self.model.train()
+    self.opt.zero_grad(set_to_none=True)
+    self.stage_losses = []
+    row = None
+    for micro in range(self.cfg.train.grad_accum_steps):
+        batch = self._read(micro)
+        if batch is not None:
+            row = self._backward(batch, micro)
+    return row
+
 # %% ../nbs/34_train.ipynb #62baee01
 @patch
 @contextmanager
@@ -274,18 +265,27 @@ def _update(self: Trainer) -> None:
     self.ema.update_parameters(self.model)
     self.skips.end()
 
-# %% ../nbs/34_train.ipynb #6c1c4141
+# %% ../nbs/34_train.ipynb #62e17762
 @patch
-def _leave_out(
+def train_step(
     self: Trainer,
-    why: str,  # a sentence
-) -> None:  # raises DataError when too many files went bad
-    "Note and say a clip that cannot be read."
-    self.trained_on.note_unread(why)
-    self.run.say(f"step {self.step + 1:6d}  a clip is left out: {why}")
-    bad = len(self.trained_on.unread)
-    if bad > self.cfg.train.max_unread:
-        raise DataError(f"training: {bad} files went bad while it ran, the last one: {why}") from None
+) -> dict | None:  # scalars of the step, tensors where a copy would wait for the GPU
+    "Advance by one step; None: nothing could be read for it."
+    with self._undone_when_stopped():
+        row = self.gradients()
+    for group in self.opt.param_groups:
+        group["lr"] = lr_at(self.step, self.cfg.train, self.seconds, self.started)
+    if row is None:
+        self._skip("nothing could be read for it")
+    else:
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.train.grad_clip)
+        row["grad_norm"] = norm
+        if torch.isfinite(norm):
+            self._update()
+        else:
+            self._skip(f"its gradient is not finite, with {self._culprit()}")
+    self.step += 1
+    return row
 
 # %% ../nbs/34_train.ipynb #15e513b6
 @patch
@@ -348,6 +348,18 @@ def save(
     self.saved_at = time.perf_counter()
     return path
 
+# %% ../nbs/34_train.ipynb #d0da1ea0
+@patch
+def keep_best(
+    self: Trainer,
+    score: float,  # higher is better
+) -> dict:  # what to record
+    "Save the current step as the best when it is."
+    if self.best is None or score > self.best:
+        self.best = float(score)
+        self.save(("ckpt_last.pt", "ckpt_best.pt"))
+    return dict(score=float(score), best=self.best)
+
 # %% ../nbs/34_train.ipynb #a32t0009
 def read_resumable(
     path: str | Path,  # a checkpoint
@@ -364,29 +376,36 @@ def read_resumable(
         check_numbers(state["optimizer"], name, "optimizer")
     return state
 
-# %% ../nbs/34_train.ipynb #1d273c64
+# %% ../nbs/34_train.ipynb #1864bd84
 @patch
-def resume(
+def _restore_generators(
     self: Trainer,
-    path: str | Path,  # a checkpoint
-    optimizer: bool = True,  # False: weights only, step 0, for a changed architecture
-) -> list[str]:  # keys that the checkpoint did not have
-    "Continue from a checkpoint."
-    state = read_resumable(path, optimizer, self.device)
-    name = Path(path).name
-    if optimizer and state["index_hash"] != self.index_hash:
-        raise DataError(
-            f"{name}: was trained on another clip index; use that index, "
-            "or resume_optimizer=False to start a new run from its weights."
-        )
-    missing = load_weights(self.model, state["model"], name, strict=optimizer)
-    load_weights(self.ema, state["ema"], name, strict=optimizer)
-    self.trained_on.take_frames(state, name)
-    if optimizer:
-        self._restore_checked(state, name)
-    self.run.rewind(self.step)
-    self._say_resumed(name, state, missing)
-    return missing
+    rng: dict,  # of a checkpoint
+) -> None:
+    "Take over the random generators; those of GPUs where there are as many."
+    torch.set_rng_state(rng["cpu"].cpu())
+    gpus = [state.cpu() for state in rng["cuda"]]
+    if gpus and len(gpus) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(gpus)
+
+# %% ../nbs/34_train.ipynb #1b9e8d26
+@patch
+def _restore(
+    self: Trainer,
+    state: dict,  # a checkpoint's content
+) -> None:
+    "Take over optimiser, counters, notes and generators."
+    self.opt.load_state_dict(state["optimizer"])
+    self.step = state["step"]
+    self.seconds = float(state["seconds"])
+    self.started = float(state.get("started", 0.0))
+    self.best = None if state.get("best") is None else float(state["best"])
+    self.called = int(state.get("called", state["step"]))
+    self.saved_step = self.step
+    in_a_row = int(state.get("in_a_row", 0))
+    self.skips = Skips(state["skipped"], in_a_row, str(state.get("first_skip", "")))
+    self.trained_on.take_rows(state)
+    self._restore_generators(state["rng"])
 
 # %% ../nbs/34_train.ipynb #223a8955
 @patch
@@ -457,36 +476,29 @@ def _say_resumed(
     if self.trained_on.unknown_before:
         self.run.say(f"{name} does not say which frames it was trained on, so neither will this run")
 
-# %% ../nbs/34_train.ipynb #1864bd84
+# %% ../nbs/34_train.ipynb #1d273c64
 @patch
-def _restore_generators(
+def resume(
     self: Trainer,
-    rng: dict,  # of a checkpoint
-) -> None:
-    "Take over the random generators; those of GPUs where there are as many."
-    torch.set_rng_state(rng["cpu"].cpu())
-    gpus = [state.cpu() for state in rng["cuda"]]
-    if gpus and len(gpus) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(gpus)
-
-# %% ../nbs/34_train.ipynb #1b9e8d26
-@patch
-def _restore(
-    self: Trainer,
-    state: dict,  # a checkpoint's content
-) -> None:
-    "Take over optimiser, counters, notes and generators."
-    self.opt.load_state_dict(state["optimizer"])
-    self.step = state["step"]
-    self.seconds = float(state["seconds"])
-    self.started = float(state.get("started", 0.0))
-    self.best = None if state.get("best") is None else float(state["best"])
-    self.called = int(state.get("called", state["step"]))
-    self.saved_step = self.step
-    in_a_row = int(state.get("in_a_row", 0))
-    self.skips = Skips(state["skipped"], in_a_row, str(state.get("first_skip", "")))
-    self.trained_on.take_rows(state)
-    self._restore_generators(state["rng"])
+    path: str | Path,  # a checkpoint
+    optimizer: bool = True,  # False: weights only, step 0, for a changed architecture
+) -> list[str]:  # keys that the checkpoint did not have
+    "Continue from a checkpoint."
+    state = read_resumable(path, optimizer, self.device)
+    name = Path(path).name
+    if optimizer and state["index_hash"] != self.index_hash:
+        raise DataError(
+            f"{name}: was trained on another clip index; use that index, "
+            "or resume_optimizer=False to start a new run from its weights."
+        )
+    missing = load_weights(self.model, state["model"], name, strict=optimizer)
+    load_weights(self.ema, state["ema"], name, strict=optimizer)
+    self.trained_on.take_frames(state, name)
+    if optimizer:
+        self._restore_checked(state, name)
+    self.run.rewind(self.step)
+    self._say_resumed(name, state, missing)
+    return missing
 
 # %% ../nbs/34_train.ipynb #28fa9845
 def every(
@@ -501,60 +513,30 @@ def every(
 
     return call
 
-# %% ../nbs/34_train.ipynb #20dbbcab
-@patch
-def fit(
-    self: Trainer,
-    until: int | None = None,  # stop after this many steps in all; the configured number when left out
-    progress: Callable = iter,  # wraps the range of steps, such as tqdm
-) -> list[dict]:  # the logged rows
-    "Train, log, save, call back."
-    self._begin()
-    self.stop = StopRequest()
-    self.saved_at = time.perf_counter()
-    try:
-        with stop_signals(self.stop):
-            try:
-                self._steps(self.cfg.train.iters if until is None else until, progress)
-            except Interrupted:
-                raise Interrupted(self._farewell()) from None
-    finally:
-        self.loader.rest()
-    self.run.note(**self.trained_on.meta())
-    return self.run.rows()
+# %% ../nbs/34_train.ipynb #cee68384
+@patch(as_prop=True)
+def done(self: Trainer) -> bool:  # all steps taken, or the time spent
+    "Whether training has ended."
+    tc = self.cfg.train
+    return self.step >= tc.iters or bool(tc.minutes and self.seconds >= 60 * tc.minutes)
 
-# %% ../nbs/34_train.ipynb #a452655b
+# %% ../nbs/34_train.ipynb #a2cb5e17
 @patch
-def _steps(
+def log(
     self: Trainer,
-    until: int,  # steps in all
-    progress: Callable,  # wraps the range of steps
+    found: dict | None,  # scalars of the step; None: nothing could be read for it
 ) -> None:
-    "The steps of `fit`."
-    clock = time.perf_counter() - self.seconds
-    if self._owes_callbacks():
-        self._call_back()
-    for _ in progress(range(self.step, until)):
-        if self.done:
-            break
-        row = self.train_step()
-        self.seconds = time.perf_counter() - clock
-        if self.step == 1:
-            self.started = self.seconds
-        self._keep(row)
-    if self.done:
-        self._end()
-
-# %% ../nbs/34_train.ipynb #d809023a
-@patch
-def _farewell(self: Trainer) -> str:  # a sentence
-    "Save where training was interrupted, and say how to go on."
-    line = "interrupted before the first step; start again"
-    if self.step:
-        how = f"-p resume_from last -p out_dir {self.run.folder}"
-        line = f"interrupted at step {self.step}, saved as {self.save().name}; go on with {how}"
-    self.run.say(line)
-    return line
+    "One console line and one record of a step."
+    row = {k: v if isinstance(v, str) else float(v) for k, v in (found or {}).items()}
+    counts = dict(skipped=self.skips.total, seconds=round(self.seconds, 2))
+    if self.trained_on.unread:
+        counts["unread"] = sum(self.trained_on.unread.values())
+    lr = self.opt.param_groups[0]["lr"]
+    self.run.record(dict(step=self.step, **row, lr=lr, **counts, clips=self.trained_on.pending))
+    self.trained_on.pending = []
+    if found is not None:
+        figures = "  ".join(f"{k} {row[k]:.4f}" for k in ("total", "rgb", "ssim", "depth", "vel", "psnr"))
+        self.run.say(f"step {self.step:6d}  {figures}  {row['clip']}  {self.seconds:.0f} s")
 
 # %% ../nbs/34_train.ipynb #b49b94b7
 @patch
@@ -596,6 +578,73 @@ def save_quietly(self: Trainer) -> None:
     "Save; nothing to record."
     self.save()
 
+# %% ../nbs/34_train.ipynb #331993fd
+@patch
+def _end(self: Trainer) -> None:  # raises DataError where no step had an update
+    "The last step is saved; a run that learned nothing says so."
+    if 0 < self.step == self.skips.total:
+        raise DataError(
+            f"training: none of its {self.step} steps could be taken, the first was {self.skips.first}; "
+            "look at its files with flux4d-check, or lower train.lr."
+        )
+    if self.step != self.saved_step:
+        self.save()
+
+# %% ../nbs/34_train.ipynb #a452655b
+@patch
+def _steps(
+    self: Trainer,
+    until: int,  # steps in all
+    progress: Callable,  # wraps the range of steps
+) -> None:
+    "The steps of `fit`."
+    clock = time.perf_counter() - self.seconds
+    if self._owes_callbacks():
+        self._call_back()
+    for _ in progress(range(self.step, until)):
+        if self.done:
+            break
+        row = self.train_step()
+        self.seconds = time.perf_counter() - clock
+        if self.step == 1:
+            self.started = self.seconds
+        self._keep(row)
+    if self.done:
+        self._end()
+
+# %% ../nbs/34_train.ipynb #d809023a
+@patch
+def _farewell(self: Trainer) -> str:  # a sentence
+    "Save where training was interrupted, and say how to go on."
+    line = "interrupted before the first step; start again"
+    if self.step:
+        how = f"-p resume_from last -p out_dir {self.run.folder}"
+        line = f"interrupted at step {self.step}, saved as {self.save().name}; go on with {how}"
+    self.run.say(line)
+    return line
+
+# %% ../nbs/34_train.ipynb #20dbbcab
+@patch
+def fit(
+    self: Trainer,
+    until: int | None = None,  # stop after this many steps in all; the configured number when left out
+    progress: Callable = iter,  # wraps the range of steps, such as tqdm
+) -> list[dict]:  # the logged rows
+    "Train, log, save, call back."
+    self._begin()
+    self.stop = StopRequest()
+    self.saved_at = time.perf_counter()
+    try:
+        with stop_signals(self.stop):
+            try:
+                self._steps(self.cfg.train.iters if until is None else until, progress)
+            except Interrupted:
+                raise Interrupted(self._farewell()) from None
+    finally:
+        self.loader.rest()
+    self.run.note(**self.trained_on.meta())
+    return self.run.rows()
+
 # %% ../nbs/34_train.ipynb #a9a81d7f
 @patch
 @contextmanager
@@ -609,52 +658,3 @@ def after_training(self: Trainer) -> Iterator[None]:  # raises Interrupted
 
     with stop_signals(asked):
         yield
-
-# %% ../nbs/34_train.ipynb #331993fd
-@patch
-def _end(self: Trainer) -> None:  # raises DataError where no step had an update
-    "The last step is saved; a run that learned nothing says so."
-    if 0 < self.step == self.skips.total:
-        raise DataError(
-            f"training: none of its {self.step} steps could be taken, the first was {self.skips.first}; "
-            "look at its files with flux4d-check, or lower train.lr."
-        )
-    if self.step != self.saved_step:
-        self.save()
-
-# %% ../nbs/34_train.ipynb #cee68384
-@patch(as_prop=True)
-def done(self: Trainer) -> bool:  # all steps taken, or the time spent
-    "Whether training has ended."
-    tc = self.cfg.train
-    return self.step >= tc.iters or bool(tc.minutes and self.seconds >= 60 * tc.minutes)
-
-# %% ../nbs/34_train.ipynb #a2cb5e17
-@patch
-def log(
-    self: Trainer,
-    found: dict | None,  # scalars of the step; None: nothing could be read for it
-) -> None:
-    "One console line and one record of a step."
-    row = {k: v if isinstance(v, str) else float(v) for k, v in (found or {}).items()}
-    counts = dict(skipped=self.skips.total, seconds=round(self.seconds, 2))
-    if self.trained_on.unread:
-        counts["unread"] = sum(self.trained_on.unread.values())
-    lr = self.opt.param_groups[0]["lr"]
-    self.run.record(dict(step=self.step, **row, lr=lr, **counts, clips=self.trained_on.pending))
-    self.trained_on.pending = []
-    if found is not None:
-        figures = "  ".join(f"{k} {row[k]:.4f}" for k in ("total", "rgb", "ssim", "depth", "vel", "psnr"))
-        self.run.say(f"step {self.step:6d}  {figures}  {row['clip']}  {self.seconds:.0f} s")
-
-# %% ../nbs/34_train.ipynb #d0da1ea0
-@patch
-def keep_best(
-    self: Trainer,
-    score: float,  # higher is better
-) -> dict:  # what to record
-    "Save the current step as the best when it is."
-    if self.best is None or score > self.best:
-        self.best = float(score)
-        self.save(("ckpt_last.pt", "ckpt_best.pt"))
-    return dict(score=float(score), best=self.best)

@@ -130,7 +130,7 @@ def plot_bev(
     half = window / 2
     shown = (np.abs(points[:, :2]) < half).all(1)
     inside = cell_of(points, cfg)[1] & ~sky
-    fig, ax = plt.subplots(figsize=(8, 7), layout="constrained")
+    fig, ax = plt.subplots(figsize=(8, 7), dpi=55, layout="constrained")
     dot = dict(s=0.3, lw=0, rasterized=True)
     ax.scatter(*points[shown & sky, :2].T, c="tab:blue", label="sky", **dot)
     ax.scatter(*points[shown & ~sky & ~inside, :2].T, c="0.6", label="outside the grid", **dot)

@@ -546,7 +546,7 @@ def test_one_sentence_for_many_files(log):
     assert len(found) == 1 and f"(and {FRAMES - 1} files more)" in found[0]
 
 
-@pytest.mark.parametrize("command", ["check:check_main", "clips:index_main"])
+@pytest.mark.parametrize("command", ["check:check_main", "index_files:index_main"])
 def test_help_has_an_example_and_starts_at_once(command):
     module, main = command.split(":")
     code = f"""import sys

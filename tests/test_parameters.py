@@ -20,7 +20,7 @@ from flux4d.evaluate import EvaluationParameters, eval_clips_of, read_evaluation
 from flux4d.flow import FlowParameters
 from flux4d.notebooks import read_notebook
 from flux4d.records import repo_root
-from flux4d.nvs import EvalConfig
+from flux4d.view_scores import EvalConfig
 from flux4d.overfit import OverfitParameters
 from flux4d.files import DataError
 from flux4d.log_files import fabricate_log

@@ -34,7 +34,7 @@ from flux4d.run import (
     refuse_damaged,
     trained_frames,
 )
-from flux4d.config import Config, DataConfig, TrainConfig
+from flux4d.config import RENAMED, Config, DataConfig, TrainConfig, config_from_dict
 from flux4d.interrupt import Interrupted
 from flux4d.train import Trainer, every, lr_at
 from flux4d.loader import Loader, files_of
@@ -181,7 +181,7 @@ def test_weights_bring_their_history_and_two_data_sets_are_told_apart(trainer, t
     assert grown.trained_on.frames == t.trained_on.frames and grown.step == 0
     grown.fit(1)
     found = trained_frames(grown.save())
-    assert {k: found[k] for k in t.trained_on.frames} == t.trained_on.frames_on.frames
+    assert {k: found[k] for k in t.trained_on.frames} == t.trained_on.frames
     assert len({identity for log, identity in found if log == other[0].log.id}) == 2
 
 
@@ -693,6 +693,32 @@ def test_wrong_checkpoints_are_refused_in_a_sentence(trainer, tmp_path, what):
     if what.split()[0] in ("ema", "kind", "config"):
         with pytest.raises(DataError, match=r"^wrong\.pt: [^\n]*\.$"):
             load_model(tmp_path / "wrong.pt")
+
+
+OLDER = {
+    "a field that has another name now": lambda s: s["config"]["model"].update(votes={}),
+    "a model that is elsewhere now": lambda s: s.update(kind="flux4d.train:Flux4DBase"),
+}
+
+
+@pytest.mark.parametrize("what", OLDER)
+def test_checkpoints_of_earlier_versions_are_met_with_a_sentence(trainer, tmp_path, what):
+    s = trainer("first").state()
+    OLDER[what](s)
+    torch.save(s, tmp_path / "older.pt")
+    sentence = r"^older\.pt: [^\n]*(is 'model.motion_prior' now|flux4d.train:Flux4DBase', which this version)[^\n]*\.$"
+    with pytest.raises(DataError, match=sentence):
+        load_model(tmp_path / "older.pt")
+    for optimizer in (True, False):
+        with pytest.raises(DataError, match=sentence):
+            trainer("second", overwrite=True).resume(tmp_path / "older.pt", optimizer)
+
+
+def test_a_config_of_an_earlier_version_is_met_with_a_sentence():
+    for old, new in RENAMED.items():
+        part, name = old.split(".")
+        with pytest.raises(DataError, match=f"has '{old}', a field of an earlier version of flux4d that is '{new}'"):
+            config_from_dict({part: {name: 1}}, name="config.yaml")
 
 
 def test_an_optimizer_or_generator_that_does_not_fit_is_refused(trainer, tmp_path):
