@@ -21,7 +21,7 @@ from .parameters import TrainingParameters, asked_root
 from .refine import FullConfig
 from .run import Run, newest_run, refuse_foreign, refuse_held
 from .settings import refuse_missing
-from .train import read_resumable
+from .resume import read_resumable
 
 # %% auto #0
 __all__ = ['find_data', 'index_config', 'make_index', 'check_images', 'frames_used', 'keep_aside', 'check_fixed_frame',

@@ -4,7 +4,6 @@
 
 # %% ../nbs/34_train.ipynb #dbee7c11
 from __future__ import annotations
-import math
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,51 +14,30 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastcore.basics import patch
 from .bookkeeping import Mark, Skips, TrainedOn
-from .config import Config, TrainConfig, changed_fields, config_to_dict, flattened, refuse_renamed
+from .config import Config, config_to_dict
 from .files import DataError, WriteError
 from .image_velocity import render_weighted
 from .interrupt import Interrupted, StopRequest, stop_signals
 from .loader import Batch, Loader
 from .losses import reconstruction_loss
-from .model import Flux4DBase, build_model, model_class
+from .model import Flux4DBase, build_model
+from .optimiser import adamw, averaged_model, lr_at
 from .render import RenderConfig
-from flux4d.run import (
-    PARTS,
-    Run,
-    check_checkpoint,
-    check_numbers,
-    load_checkpoint,
-    load_weights,
-    provenance,
-    prune_checkpoints,
-    save_checkpoint,
+from flux4d.resume import (
+    new_tensors,
+    other_clips,
+    other_config,
+    random_state,
+    read_resumable,
+    restore_random,
 )
+from .run import Run, load_weights, provenance, prune_checkpoints, save_checkpoint
 from .scene import Scene
 
 # %% auto #0
-__all__ = ['UNREADABLE', 'lr_at', 'with_random_background', 'averaged_model', 'adamw', 'Trainer', 'read_resumable', 'every']
-
-# %% ../nbs/34_train.ipynb #7a79514f
-def lr_at(
-    step: int,  # from 0
-    cfg: TrainConfig,  # read: lr, warmup, warmup_share, iters, minutes, final_lr
-    seconds: float = 0.0,  # spent so far
-    started: float = 0.0,  # seconds spent when the first step was done
-) -> float:  # learning rate of this step
-    "Linear warm-up, cosine decay to `final_lr` of the peak."
-    ramp = (step + 1) / max(1, cfg.warmup)
-    spent = 0.0
-    if cfg.minutes:
-        budget = 60 * cfg.minutes
-        spent = seconds / budget
-        ramp = max(ramp, (seconds - started) / max(1e-9, cfg.warmup_share * (budget - started)))
-    if step < cfg.warmup and ramp <= 1:
-        return cfg.lr * ramp
-    x = min(1.0, max(spent, (step - cfg.warmup) / max(1, cfg.iters - cfg.warmup)))
-    return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * (1 + math.cos(math.pi * x)) / 2)
+__all__ = ['UNREADABLE', 'with_random_background', 'Trainer', 'every']
 
 # %% ../nbs/34_train.ipynb #3fd8f1a2
 def with_random_background(
@@ -71,24 +49,6 @@ def with_random_background(
         return cfg.render
     colour = np.random.default_rng([cfg.train.seed, 2, number]).random(3)
     return replace(cfg.render, background=tuple(colour.tolist()))
-
-# %% ../nbs/34_train.ipynb #da9e059a
-def averaged_model(
-    model: nn.Module,  # what is trained
-    cfg: TrainConfig,  # read: ema
-) -> AveragedModel:  # its exponential moving average, which is evaluated
-    "Averaged weights, and running statistics if the network has any."
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
-
-# %% ../nbs/34_train.ipynb #c63bf9da
-def adamw(
-    model: nn.Module,  # what is trained
-    cfg: TrainConfig,  # read: lr, weight_decay
-    device: Any,  # where it is
-) -> torch.optim.AdamW:
-    "The optimiser; its rate is set at every step."
-    fused = torch.device(device).type == "cuda"
-    return torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
 
 # %% ../nbs/34_train.ipynb #9ab52974
 class Trainer:
@@ -291,12 +251,11 @@ def train_step(
 @patch
 def _learned(self: Trainer) -> dict:  # state dicts
     "Weights, optimiser and random generators."
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return dict(
         model=self.model.state_dict(),
         ema=self.ema.state_dict(),
         optimizer=self.opt.state_dict(),
-        rng=dict(cpu=torch.get_rng_state(), cuda=cuda),
+        rng=random_state(),
     )
 
 # %% ../nbs/34_train.ipynb #3de2f366
@@ -360,34 +319,6 @@ def keep_best(
         self.save(("ckpt_last.pt", "ckpt_best.pt"))
     return dict(score=float(score), best=self.best)
 
-# %% ../nbs/34_train.ipynb #a32t0009
-def read_resumable(
-    path: str | Path,  # a checkpoint
-    optimizer: bool = True,  # False: only its weights are wanted
-    device: Any = "cpu",  # where its tensors go
-) -> dict:  # its content; raises DataError where a run cannot start from it
-    "Read a checkpoint and check that it holds what is needed to go on from it."
-    state = load_checkpoint(path, device)
-    name = Path(path).name
-    check_checkpoint(state, name, tuple(PARTS) if optimizer else ("kind", "model", "ema", "config", "step"))
-    refuse_renamed(state["config"], name)
-    model_class(state["kind"], name)
-    if optimizer:
-        check_numbers(state["optimizer"], name, "optimizer")
-    return state
-
-# %% ../nbs/34_train.ipynb #1864bd84
-@patch
-def _restore_generators(
-    self: Trainer,
-    rng: dict,  # of a checkpoint
-) -> None:
-    "Take over the random generators; those of GPUs where there are as many."
-    torch.set_rng_state(rng["cpu"].cpu())
-    gpus = [state.cpu() for state in rng["cuda"]]
-    if gpus and len(gpus) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(gpus)
-
 # %% ../nbs/34_train.ipynb #1b9e8d26
 @patch
 def _restore(
@@ -405,7 +336,7 @@ def _restore(
     in_a_row = int(state.get("in_a_row", 0))
     self.skips = Skips(state["skipped"], in_a_row, str(state.get("first_skip", "")))
     self.trained_on.take_rows(state)
-    self._restore_generators(state["rng"])
+    restore_random(state["rng"])
 
 # %% ../nbs/34_train.ipynb #223a8955
 @patch
@@ -423,42 +354,6 @@ def _restore_checked(
             "take another ckpt_step file, or resume_optimizer=False for its weights alone."
         ) from None
 
-# %% ../nbs/34_train.ipynb #10eae087
-@patch
-def _other_config(
-    self: Trainer,
-    name: str,  # the checkpoint's file name
-    state: dict,  # its content
-) -> str:  # a line, "" where nothing differs
-    "Which fields differ from the configuration of a checkpoint."
-    then = flattened(config_to_dict(type(self.cfg)())) | flattened(state["config"])
-    changed = changed_fields(then, config_to_dict(self.cfg))
-    return f"differs from the configuration of {name} in " + "; ".join(changed) if changed else ""
-
-# %% ../nbs/34_train.ipynb #a4eeba19
-@patch
-def _other_clips(
-    self: Trainer,
-    name: str,  # the checkpoint's file name
-    state: dict,  # its content
-) -> str:  # a line, "" where a run starts anew or nothing differs
-    "How many clips differ from those of a checkpoint."
-    then = set(state.get("train_clips", []))
-    now = {c.id for c in self.loader.clips}
-    if not self.step or not then or then == now:
-        return ""
-    return f"differs from the clips of {name}: {len(then - now)} are left out, {len(now - then)} are new"
-
-# %% ../nbs/34_train.ipynb #89cc5d6c
-def _new_tensors(
-    name: str,  # the checkpoint's file name
-    missing: list[str],  # tensors that it lacked
-) -> str:  # a line, "" where none is missing
-    "Which tensors start untrained."
-    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-    named = ", ".join(missing[:5]) + more
-    return f"{name} lacks {len(missing)} tensors, which start untrained: {named}" if missing else ""
-
 # %% ../nbs/34_train.ipynb #77bdd2b9
 @patch
 def _say_resumed(
@@ -470,7 +365,8 @@ def _say_resumed(
     "Say where a run goes on, and what is not as it was."
     afresh = f"starts at step 0 from the weights of {name}, step {state['step']}"
     self.run.say(f"goes on from {name} at step {self.step}" if self.step else afresh)
-    for line in (self._other_config(name, state), self._other_clips(name, state), _new_tensors(name, missing)):
+    clips = other_clips(name, state, self.loader.clips) if self.step else ""
+    for line in (other_config(name, state, self.cfg), clips, new_tensors(name, missing)):
         if line:
             self.run.say(line)
     if self.trained_on.unknown_before:

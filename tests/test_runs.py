@@ -36,7 +36,8 @@ from flux4d.run import (
 )
 from flux4d.config import RENAMED, Config, DataConfig, TrainConfig, config_from_dict
 from flux4d.interrupt import Interrupted
-from flux4d.train import Trainer, every, lr_at
+from flux4d.train import Trainer, every
+from flux4d.optimiser import lr_at
 from flux4d.loader import Loader, files_of
 from flux4d.model import load_model
 from flux4d.unet import UNetConfig
