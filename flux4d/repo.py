@@ -450,6 +450,9 @@ def generated_faults(
         copy = Path(tmp)
         shutil.copy(root / "settings.ini", copy)
         shutil.copytree(root / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".*", "__pycache__"))
+        if (root / "flux4d/__init__.py").is_file():  # written by hand, but for the version that nbdev puts in
+            (copy / "flux4d").mkdir()
+            shutil.copy(root / "flux4d/__init__.py", copy / "flux4d")
         run_nbdev(f"{EXPORT}; {CLEAN}", copy)
         modules = differing(copy / "flux4d", root / "flux4d", "**/*.py")
         notebooks = differing(copy / "nbs", root / "nbs", "*.ipynb")

@@ -17,8 +17,8 @@ from .scores import image_block
 from .view_scores import EvalConfig
 
 # %% auto #0
-__all__ = ['FEW', 'CURVES', 'background_flow', 'validation', 'training_said', 'validation_said', 'curves_say', 'rows_due',
-           'draw_curves']
+__all__ = ['FEW', 'CURVES', 'SMOOTH', 'background_flow', 'validation', 'training_said', 'validation_said', 'curves_say',
+           'rows_due', 'draw_curves']
 
 # %% ../nbs/60_stage6.ipynb #7d5b39ab
 def background_flow(
@@ -116,6 +116,7 @@ def rows_due(
 
 # %% ../nbs/60_stage6.ipynb #2db8fb39
 CURVES = {"total": "total loss", "psnr": "PSNR, dB", "vel": "mean speed, m/s"}  # key of a row -> axis
+SMOOTH = 15  # rows of which a mean is drawn: each row is another view
 
 
 def draw_curves(
@@ -127,7 +128,11 @@ def draw_curves(
     axs = fig.subplots(1, len(CURVES))
     steps = [row for row in rows if "total" in row]
     for ax, (key, label) in zip(axs, CURVES.items()):
-        ax.plot([row["step"] for row in steps], [row[key] for row in steps], lw=0.8, label="training views")
+        at, values = [row["step"] for row in steps], [row[key] for row in steps]
+        ax.plot(at, values, lw=0.7, alpha=0.4, color="C0", label="training views")
+        if len(steps) > SMOOTH:
+            mean = np.convolve(values, np.ones(SMOOTH) / SMOOTH, mode="valid")
+            ax.plot(at[SMOOTH // 2 : SMOOTH // 2 + len(mean)], mean, color="C0", label=f"mean of {SMOOTH} rows")
         ax.set(xlabel="step", ylabel=label)
     for key in ("val_interpolation", "val_future"):
         scored = [(row["step"], row[key]) for row in rows if key in row]

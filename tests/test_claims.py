@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flux4d import baselines, clip_data, cuboids, evaluate, lift, motion_prior, score_clips, train, visibility
+from flux4d import baselines, clip_data, cuboids, evaluate, motion_prior, score_clips, train, visibility
 from flux4d.ablation import NOTHING_LEARNED, ablation_row, circumstances, paper_tables, time_table
 from flux4d.baselines import BASELINES
 from flux4d.cache import LiftCache
