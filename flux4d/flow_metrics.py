@@ -27,10 +27,10 @@ from flux4d.cuboids import (
     META_OF,
     CuboidConfig,
     FlowTruth,
-    check_labels,
     class_ids,
     flow_ground_truth,
 )
+from .label_check import check_labels
 from .image_metrics import Mean
 from .train import Loader
 

@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from pydantic import NonNegativeInt, PositiveInt
 from .clips import Clip, TargetViews, Views
 from .files import short_path
-from .cuboids import CuboidConfig, check_labels, class_ids, dynamic_mask, load_cuboids
+from .cuboids import CuboidConfig, class_ids, dynamic_mask, load_cuboids
+from .label_check import check_labels
 from .gaussians import Gaussians
 from .image_metrics import Mean, MetricConfig, psnr, ssim_metric, depth_rmse
 from .render import RenderConfig, Rendered, render

@@ -13,9 +13,9 @@ __all__ = []
 def __getattr__(
     name: str,  # make_city, fixture_city or city_main
 ) -> Callable:
-    "What others import from here is taken from `flux4d.city.logs` when first asked for; the parts need no other part above them."
+    "What others import from here, taken from `flux4d.city.logs` when first asked for."
     if name in ("make_city", "fixture_city", "city_main"):
-        from flux4d.city import logs
+        import flux4d.city.logs as logs
 
         return getattr(logs, name)
     raise AttributeError(f"module 'flux4d.city' has no attribute '{name}'")

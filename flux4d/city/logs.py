@@ -323,7 +323,9 @@ def make_city(
     step: float = 0.25,  # degrees between columns of beams
     progress: Callable = lambda parts, total: parts,  # wraps the parts as they are done, such as tqdm
 ) -> list:  # log ids
-    "Write a city of logs in PandaSet's layout; do nothing if it is there. In a script, call it under `if __name__ == '__main__'`."
+    """Write a city of logs in PandaSet's layout; do nothing if it is there.
+
+    Several workers are fresh processes: in a script, call it under `if __name__ == '__main__'`."""
     check_city_parameters(logs=logs, frames=frames, scale=scale, seed=seed, workers=workers, step=step)
     if wrong := [c for c in cameras if c not in RIG]:
         raise DataError(f"{wrong[0]}: is not a camera of the rig; choose from {', '.join(RIG)}.")
