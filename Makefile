@@ -1,8 +1,8 @@
 # The two commands of a newcomer are `make demo` and `make test`. What they need is made once: .venv, packages, made-up logs.
 #   make demo   train and evaluate on made-up logs, print the numbers and where the pictures are
-#   make test   modules in step with notebooks, notebooks run, README current, pytest       FLAGS="gpu data" runs those cells too
+#   make test   modules in step with notebooks, code style, notebooks run, README current, pytest     FLAGS="gpu data" runs those cells too
 #   make docs   the site, in _docs/           make lab     JupyterLab on the notebooks
-#   make export modules from notebooks        make readme  README.md from nbs/00_index.ipynb
+#   make export modules from notebooks        make readme  README.md from nbs/00_index.ipynb, tables
 #   make record RUN=name   add a run's small files to git      make clean   remove what was made, except .venv and runs
 # PYTHON=/path/to/python uses that interpreter as it is and makes no .venv. TORCH="torch==2.13.0 --index-url ..." chooses the build.
 
@@ -22,7 +22,7 @@ READY := .venv/.ready
 READY_DOCS := .venv/.ready-docs
 endif
 
-HOUSE = $(PYTHON) -c "import sys; from flux4d.house import house_main; sys.exit(house_main())"
+REPO = $(PYTHON) -c "import sys; from flux4d.repo import repo_main; sys.exit(repo_main())"
 CITY = $(PYTHON) -c "import sys; from flux4d.city import city_main; sys.exit(city_main())"
 PIP = .venv/bin/python -m pip install -qq --disable-pip-version-check --root-user-action=ignore
 DEMO := papermill_runs/demo
@@ -44,7 +44,7 @@ help:
 
 demo: export OMP_NUM_THREADS := 1
 demo: $(DEMO)/metrics.json
-	@$(HOUSE) show $(DEMO)
+	@$(REPO) show $(DEMO)
 
 $(DEMO)/metrics.json: nbs/60_stage6.ipynb $(wildcard flux4d/*.py flux4d/*/*.py) | $(READY)
 	@rm -rf $(DEMO) && mkdir -p $(DEMO)
@@ -53,13 +53,14 @@ $(DEMO)/metrics.json: nbs/60_stage6.ipynb $(wildcard flux4d/*.py flux4d/*/*.py) 
 
 test: export OMP_NUM_THREADS := 1
 test: $(READY)
-	$(HOUSE) check
+	$(PYTHON) -m ruff check --quiet nbs tests
+	$(REPO) check
 	@echo "cells flagged gpu, slow or data run only when asked for (FLAGS='gpu data'); asked for: $(or $(FLAGS),none)"
 	$(PYTHON) -c "from nbdev.test import nbdev_test; nbdev_test(n_workers=$(WORKERS), flags='$(FLAGS)', timing=True)"
 	$(PYTHON) -m pytest -q -rs
 
 docs: $(READY_DOCS) $(READY)
-	$(HOUSE) pages build/pages
+	$(REPO) pages build/pages
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build -q --strict -f docs/mkdocs.yml
 	@echo "the site is in _docs/"
 
@@ -71,11 +72,11 @@ export: $(READY)
 	$(PYTHON) -c "from nbdev.clean import nbdev_clean; nbdev_clean(fname=None)"
 
 readme: $(READY)
-	$(HOUSE) readme
+	$(REPO) readme
 
 record: $(READY)
-	git add -f $$($(HOUSE) record papermill_runs/$(RUN))
+	git add -f $$($(REPO) record papermill_runs/$(RUN))
 
 clean:
-	rm -rf _docs _proc build dist .pytest_cache .cache data/city $(DEMO) *.egg-info
+	rm -rf _docs _proc build dist .pytest_cache .ruff_cache .cache data/city $(DEMO) *.egg-info
 	find nbs flux4d tests -name __pycache__ -o -name .ipynb_checkpoints | xargs -r rm -rf

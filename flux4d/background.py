@@ -15,23 +15,15 @@ from pydantic import PositiveFloat, PositiveInt
 from .frames import project, pixel_index, se3_inverse
 from .gaussians import Gaussians, gaussians_from, cat, BACKGROUND, LIDAR
 from .clips import Clip
+from .clip_data import ClipData, clip_data
 from .settings import OpenShare, Share
-from flux4d.lift import (
-    LiftConfig,
-    ClipData,
-    Blocks,
-    block_sides,
-    clip_data,
-    clip_blocks,
-    even_opacity,
-    lift_data,
-    sound_stamps,
-)
+from .lift import checked_cap, lift_returns, no_visible_return, sound_stamps
+from .gap_filling import Blocks, InitConfig, block_sides, clip_blocks, even_opacity, fill_gaps
 
 # %% auto #0
-__all__ = ['BackgroundConfig', 'pick', 'photometric_cost', 'far_depth', 'far_field', 'bounding_box', 'draw_hemisphere',
-           'first_colour', 'drawn_points', 'hemisphere', 'draw_ball', 'inside_ball', 'background', 'init_data',
-           'init_gaussians']
+__all__ = ['BackgroundConfig', 'pixels_at', 'photometric_cost', 'shared_cost', 'far_depth', 'far_field', 'bounding_box',
+           'draw_hemisphere', 'first_colour', 'drawn_points', 'hemisphere', 'draw_ball', 'inside_ball', 'near_field',
+           'background', 'init_data', 'init_gaussians']
 
 # %% ../nbs/12_background.ipynb #380a93b9
 @dataclass(frozen=True)
@@ -40,24 +32,20 @@ class BackgroundConfig:
 
     # "grid": blocks of the input images pushed far away; "hemisphere": the paper; "none"
     mode: Literal["grid", "hemisphere", "none"] = "grid"
-    num_sky_points: Annotated[int, Interval(ge=1, le=100_000_000)] = (
-        1_000_000  # hemisphere: points drawn (supp. A.2); those no camera sees are then left out
-    )
+    # hemisphere: points drawn (supp. A.2); those no camera sees are then left out
+    num_sky_points: Annotated[int, Interval(ge=1, le=100_000_000)] = 1_000_000
     # hemisphere: radius per longest side of the LiDAR Gaussians' bounding box (supp. A.2)
     radius_factor: PositiveFloat = 4.0
     distance: PositiveFloat = 600.0  # m, grid: depth of the far field
-    # m, grid: tried too, where the input images tell depths apart; () = never
-    nearer: tuple[PositiveFloat, ...] = (300.0, 150.0, 100.0, 75.0, 60.0, 48.0, 40.0, 32.0, 26.0, 20.0)
-    gain: Share = 0.02  # grid: a nearer depth must lower the images' colour difference by this much, 0..1
-    evidence: PositiveInt = (
-        64  # grid: px of an image 1920 wide, side of the cells whose blocks share their evidence
-    )
-    scale_factor: PositiveFloat = (
-        0.5  # hemisphere: rendered standard deviation per mean spacing of the points
-    )
+    # m, grid: depths tried too, where the input images tell depths apart; () = none
+    depth_candidates: tuple[PositiveFloat, ...] = (300.0, 150.0, 100.0, 75.0, 60.0, 48.0, 40.0, 32.0, 26.0, 20.0)
+    gain: Share = 0.02  # grid: a nearer depth must lower the photometric cost by this much, 0..1
+    cost_cell: PositiveInt = 64  # grid: px of an image 1920 wide, side of the cells whose blocks share their cost
+    scale_factor: PositiveFloat = 0.5  # hemisphere: rendered standard deviation per mean spacing of the points
     opacity: OpenShare = 0.5  # grid: six input images overlap, so each may be half transparent
-    sky_opacity: OpenShare = 0.9  # hemisphere: one layer, scattered at random; .5 is the paper's opacity of every Gaussian (supp. A.2)
-    # points drawn inside a sphere, for robustness (Sec. 4.1; their number is not known); those no camera sees are left out
+    # hemisphere: one layer, scattered at random; 0.5 is the paper's opacity of every Gaussian (supp. A.2)
+    sky_opacity: OpenShare = 0.9
+    # points drawn inside a sphere, for robustness (Sec. 4.1; their number is not known), where a camera sees them
     inside_points: Annotated[int, Interval(ge=0, le=100_000_000)] = 0
     # its radius per longest side of the LiDAR Gaussians' bounding box; not known, this one holds the box's length
     inside_factor: PositiveFloat = 0.5
@@ -68,18 +56,17 @@ class BackgroundConfig:
         if self.mode not in ("grid", "hemisphere", "none"):
             raise ValueError(f"mode: is {self.mode!r}; choose grid, hemisphere or none.")
         if self.inside_points < 0:
-            raise ValueError(
-                f"inside_points: is {self.inside_points}; choose a number of points, 0 for none."
-            )
+            raise ValueError(f"inside_points: is {self.inside_points}; choose a number of points, 0 for none.")
 
 # %% ../nbs/12_background.ipynb #f969ef73
-def pick(
+def pixels_at(
     images: Tensor,  # (V,h,w,3)
     v: Tensor,  # image of each place, broadcast with uv
     uv: Tensor,  # (...,2) places, in these images' px
 ) -> tuple[Tensor, Tensor]:  # colours (...,3); inside (...) bool
     "The pixels at some places."
-    (h, w), at = images.shape[1:3], uv.floor().long()
+    h, w = images.shape[1:3]
+    at = uv.floor().long()
     inside = ((at >= 0) & (at < at.new_tensor([w, h]))).all(-1)
     x = at[..., 0].clamp(0, w - 1)
     y = at[..., 1].clamp(0, h - 1)
@@ -95,71 +82,76 @@ def photometric_cost(
 ) -> Tensor:  # (B,) mean colour difference over the other images that see them, 0..0.2; 0 where none does
     "How differently the other images see the blocks, if that is their depth."
     V = len(images)
-    grid = torch.tensor([-1.0, 0, 1], device=images.device)
     K = data.K.view(V, 1, 3, 3)
-    T = se3_inverse(data.pose).view(V, 1, 4, 4)
-    uv, z = project(K, T, (data.pose[..., :3, 3].reshape(-1, 3)[b.image] + depth * b.ray)[None, :, None])
-    uv = uv[:, :, 0].float()
-    z = z[..., 0]
-    patch = (b.uv[:, None] + torch.cartesian_prod(grid, grid) * b.side[:, None, None]) / k
-    own, here = pick(images, b.image[:, None], patch)
+    world_to_cam = se3_inverse(data.pose).view(V, 1, 4, 4)
+    place = data.pose[..., :3, 3].reshape(-1, 3)[b.image] + depth * b.ray
+    uv, z = project(K, world_to_cam, place[None, :, None])
+    moved = uv[:, :, 0].float().nan_to_num(-1e6) - b.uv  # (V,B,2) px, from the block's own image to the others
+    step = torch.tensor([-1.0, 0, 1], device=images.device)
+    offsets = torch.cartesian_prod(step, step) * b.side[:, None, None]
+    patch = (b.uv[:, None] + offsets) / k
+    own, here = pixels_at(images, b.image[:, None], patch)
     v = torch.arange(V, device=images.device)[:, None]
-    got, there = pick(images, v[..., None], patch + (uv.nan_to_num(-1e6) - b.uv)[:, :, None] / k)
-    there &= here & ((z > 1) & (b.image != v))[..., None]
-    seen = there.any(-1)
-    off = ((got - own).abs().mean(-1) * there).sum(-1) / there.sum(-1).clamp_min(1)
-    return (off.clamp_max(0.2) * seen).sum(0) / seen.sum(0).clamp_min(1)
+    other, there = pixels_at(images, v[..., None], patch + moved[:, :, None] / k)
+    there &= here & ((z[..., 0] > 1) & (b.image != v))[..., None]
+    sees = there.any(-1)
+    difference = ((other - own).abs().mean(-1) * there).sum(-1) / there.sum(-1).clamp_min(1)
+    return (difference.clamp_max(0.2) * sees).sum(0) / sees.sum(0).clamp_min(1)
+
+# %% ../nbs/12_background.ipynb #db0d0f99
+def shared_cost(
+    cost: Tensor,  # (B,D) of B blocks at D depths
+    b: Blocks,
+    cell: float,  # px, side of the cells of an image
+    shape: tuple[int, int, int],  # V images, their height and width, px
+) -> Tensor:  # (B,D) mean of a block's cost and that of its cell, weighted by the blocks' sides
+    "Let neighbouring blocks decide together."
+    V, h, w = shape
+    at = (b.uv / cell).long()
+    key = (b.image * h + at[:, 1]) * w + at[:, 0]
+    weighted = torch.cat([cost, torch.ones_like(cost[:, :1])], 1) * b.side[:, None]
+    total = cost.new_zeros(V * h * w, cost.shape[1] + 1).index_add_(0, key, weighted)[key]
+    return (cost + total[:, :-1] / total[:, -1:]) / 2
 
 # %% ../nbs/12_background.ipynb #ab615450
 def far_depth(
     data: ClipData,  # images and cameras
     b: Blocks,  # B blocks that no return supports
-    cfg: BackgroundConfig,  # read: distance, nearer, gain, evidence
+    cfg: BackgroundConfig,  # read: distance, depth_candidates, gain, cost_cell
     k: int = 4,  # px, side of the smallest blocks
 ) -> Tensor:  # (B,) m
     "The depth at which the input images agree about each block."
-    (h, w), far = data.images.shape[2:4], b.z.new_full(b.z.shape, cfg.distance)
-    if not cfg.nearer or not len(b.z):
+    h, w = data.images.shape[2:4]
+    far = b.z.new_full(b.z.shape, cfg.distance)
+    if not cfg.depth_candidates or not len(b.z):
         return far
-    small = (
-        F.avg_pool2d(data.images.view(-1, h, w, 3).permute(0, 3, 1, 2).float() / 255, k)
-        .permute(0, 2, 3, 1)
-        .contiguous()
-    )
-    cost = torch.stack([photometric_cost(data, small, k, b, d) for d in (cfg.distance, *cfg.nearer)], 1)
-    cell = (b.uv / max(1, cfg.evidence * w / 1920)).long()
-    key = (b.image * h + cell[:, 1]) * w + cell[:, 0]
-    total = cost.new_zeros(len(small) * h * w, cost.shape[1] + 1).index_add_(
-        0, key, torch.cat([cost, torch.ones_like(cost[:, :1])], 1) * b.side[:, None]
-    )[key]
-    best, i = ((cost + total[:, :-1] / total[:, -1:]) / 2).min(1)
-    alone = ((cost + total[:, :-1] / total[:, -1:]) / 2)[:, 0]
-    return torch.where(alone - best > cfg.gain, cost.new_tensor([cfg.distance, *cfg.nearer])[i], far)
+    images = data.images.view(-1, h, w, 3).permute(0, 3, 1, 2).float() / 255
+    small = F.avg_pool2d(images, k).permute(0, 2, 3, 1).contiguous()
+    depths = (cfg.distance, *cfg.depth_candidates)
+    cost = torch.stack([photometric_cost(data, small, k, b, d) for d in depths], 1)
+    cost = shared_cost(cost, b, max(1, cfg.cost_cell * w / 1920), (len(small), h, w))
+    best, which = cost.min(1)
+    return torch.where(cost[:, 0] - best > cfg.gain, cost.new_tensor(depths)[which], far)
 
 # %% ../nbs/12_background.ipynb #9a0e76f1
 def far_field(
     data: ClipData,  # the clip
     blocks: Blocks,  # of its images
-    lift: LiftConfig,  # read: fill, fill_scale
-    cfg: BackgroundConfig,  # read: distance, nearer, gain, evidence, opacity
+    lift: InitConfig,  # read: fill, fill_blocks, fill_scale
+    cfg: BackgroundConfig,  # read: distance, depth_candidates, gain, cost_cell, opacity
 ) -> Gaussians:  # kind BACKGROUND, world
     "Unsupported blocks as far Gaussians that project to their block."
-    b = (
-        blocks
-        if not lift.fill
-        else Blocks(*(a[i] for i in [(blocks.z == 0).nonzero()[:, 0]] for a in blocks))
-    )
-    v = b.image
+    b = blocks.part(blocks.z == 0) if lift.fill else blocks
     z = far_depth(data, b, cfg, block_sides(data.images.shape[3], lift.fill_blocks)[-1])
-    means = data.pose[..., :3, 3].reshape(-1, 3)[v] + z[:, None] * b.ray
-    scale = lift.fill_scale * b.side * z / data.K[..., 0, 0].flatten()[v].float()
+    means = data.pose[..., :3, 3].reshape(-1, 3)[b.image] + z[:, None] * b.ray
+    scale = lift.fill_scale * b.side * z / data.K[..., 0, 0].flatten()[b.image].float()
     return gaussians_from(
         means.float(),
         scale,
         b.colour,
-        (data.shutter.flatten()[v] / data.duration).float(),
-        data.frames[v // data.shutter.shape[1]],
-        BACKGROUND,
+        t=(data.shutter.flatten()[b.image] / data.duration).float(),
+        frame=data.frames[b.image // data.shutter.shape[1]],
+        kind=BACKGROUND,
         opacity=cfg.opacity,
     )
 
@@ -189,9 +181,7 @@ def draw_hemisphere(
 def first_colour(
     data: ClipData,  # images and cameras
     x: Tensor,  # (M,3) float64 places, world, m
-) -> tuple[
-    Tensor, Tensor
-]:  # (M,3) colour 0..1; (M,) number of the image it is from, -1 where no camera sees the place
+) -> tuple[Tensor, Tensor]:  # (M,3) colour 0..1; (M,) number of the image it is from, -1 where no camera sees it
     "The colour of the first input image that has a place in view, whatever stands before it."
     n, C, h, w = data.images.shape[:4]
     colour = x.new_zeros(x.shape, dtype=torch.float32)
@@ -266,12 +256,32 @@ def inside_ball(
     x = torch.from_numpy(draw_ball(cfg.inside_points, centre, radius, seed)).to(data.points.device)
     return drawn_points(data, x, cfg.scale_factor * spacing, LIDAR, cfg.inside_opacity)
 
+# %% ../nbs/12_background.ipynb #4f5b875e
+def near_field(
+    data: ClipData,  # the clip, its stamps sound
+    cfg: InitConfig = InitConfig(),  # how to lift and to fill
+    seed: int = 0,  # of the rotations
+    blocks: Blocks | None = None,  # of the images, None: cut here
+) -> Gaussians:  # kind LIDAR, world, on the data's device
+    "The input frames' returns, and what lies between them."
+    if not data.points.shape[1]:
+        raise no_visible_return(data)
+    rng = torch.Generator(data.points.device).manual_seed(seed)
+    if not cfg.fill:
+        return checked_cap(lift_returns(data, cfg, rng), data, cfg.max_gaussians)
+    width = data.images.shape[3]
+    returns = lift_returns(data, cfg, rng, largest_px=cfg.return_px * width / 1920)
+    filled = fill_gaps(data, clip_blocks(data, cfg) if blocks is None else blocks, cfg, rng)
+    if cfg.fill_even:
+        filled = even_opacity(filled, data, cfg.opacity)
+    return checked_cap(cat([returns, filled]), data, cfg.max_gaussians)
+
 # %% ../nbs/12_background.ipynb #14e976c4
 def background(
     data: ClipData,  # the clip
     lidar: Gaussians,  # what it stands behind
     blocks: Blocks | None,  # of the images, used by the grid
-    lift: LiftConfig,  # read by the grid: fill, fill_scale, fill_even
+    lift: InitConfig,  # read by the grid: fill, fill_scale, fill_even
     cfg: BackgroundConfig,  # which and how
     seed: int = 0,  # of the hemisphere
 ) -> Gaussians | None:  # kind BACKGROUND, None when there is none
@@ -286,14 +296,14 @@ def background(
 # %% ../nbs/12_background.ipynb #4743381a
 def init_data(
     data: ClipData,  # the clip in memory
-    lift_cfg: LiftConfig = LiftConfig(),  # returns and gaps
+    lift_cfg: InitConfig = InitConfig(),  # returns and gaps
     bg_cfg: BackgroundConfig = BackgroundConfig(),  # sky and far field
     seed: int = 0,  # of rotations and hemisphere
 ) -> Gaussians:  # kinds LIDAR, then BACKGROUND; world, on the data's device
-    "G_init of a clip in memory: everything a reconstruction starts from."
+    "Everything a reconstruction starts from, of a clip in memory."
     data = sound_stamps(data, lift_cfg.late_after)
     blocks = clip_blocks(data, lift_cfg) if lift_cfg.fill or bg_cfg.mode == "grid" else None
-    g = lift_data(data, lift_cfg, seed, blocks)
+    g = near_field(data, lift_cfg, seed, blocks)
     ball = [inside_ball(data, g, bg_cfg, seed)] if bg_cfg.inside_points else []
     bg = background(data, g, blocks, lift_cfg, bg_cfg, seed)
     return cat([g, *ball] + ([] if bg is None else [bg])) if ball or bg is not None else g
@@ -301,14 +311,14 @@ def init_data(
 # %% ../nbs/12_background.ipynb #a72957f3
 def init_gaussians(
     clip: Clip,  # the clip
-    lift_cfg: LiftConfig = LiftConfig(),  # returns and gaps
+    lift_cfg: InitConfig = InitConfig(),  # returns and gaps
     bg_cfg: BackgroundConfig = BackgroundConfig(),  # sky and far field
     cameras: list[str] | None = None,  # names, None: the clip's
     image_scale: float = 1.0,  # 1.0 = full resolution
     seed: int = 0,  # of rotations and hemisphere
     device: Any = "cpu",  # where it is lifted
 ) -> Gaussians:  # kinds LIDAR, then BACKGROUND; world, on the device
-    "G_init of a clip on disk."
+    "Everything a reconstruction starts from, of a clip on disk."
     return init_data(
         clip_data(clip, lift_cfg.lidar_sensors, cameras, image_scale).to(device), lift_cfg, bg_cfg, seed
     )

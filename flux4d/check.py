@@ -11,19 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from .frames import mat_to_quat, pixel_index, project, quat_to_mat, se3, se3_inverse, transform_points
-from flux4d.pandaset import (
-    CAMERAS,
-    _RIG,
-    Camera,
-    Log,
-    PandaSet,
-    check_log,
-    read_image,
-    read_intrinsics,
-    read_poses,
-    read_stamps,
-    read_sweep,
-)
+from .log_files import CAMERAS, read_image, read_intrinsics, read_poses, read_stamps, read_sweep
+from .pandaset import RIG_REMEDY, Camera, Log, PandaSet
+from .log_faults import check_log
 from .files import DataError, short_path
 from .clips import TIME_UNITS, time_unit
 
@@ -1358,7 +1348,7 @@ def examine(
         texts = []  # `_json_faults` says which file
     own = _json_faults(log) + doubts(log, limits)
     if any(f.check in AXES for f in own):
-        texts = [text for text in texts if not text.endswith(f"{_RIG}.")]
+        texts = [text for text in texts if not text.endswith(f"{RIG_REMEDY}.")]
     texts = [text for text in texts if not any(_repeats(text, f) for f in own)]
     named = {text.split(":")[0] for text in texts}
     own = [f for f in own if f.check not in SAID_BY_READER or f.text.split(":")[0] not in named]

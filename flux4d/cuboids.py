@@ -18,9 +18,12 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from .frames import pixel_index, scale_intrinsics, se3, se3_inverse, transform_points
 from .files import DataError, quoted, short_path
 from .settings import Share
-from .pandaset import Log, PandaSet, fabricate_log, report, scaled_size
-from .unpickle import need_pandas, safe_load_pickle
-from .clips import project_sweep
+from .pandaset import Log, PandaSet
+from .log_files import fabricate_log, scaled_size
+from .files import report_fault
+from .columns import need_pandas
+from .tables import safe_load_pickle
+from .visibility import project_sweep
 
 # %% auto #0
 __all__ = ['LABELS', 'BUCKETS', 'METAS', 'CLASSES', 'BUCKET_OF', 'META_OF', 'BODIES', 'CuboidConfig', 'class_ids', 'Boxes',
@@ -157,7 +160,7 @@ def _numbers(path: Path, table: Any, *names: str) -> np.ndarray:
     try:
         return np.stack([np.asarray(table[n], np.float64) for n in names], -1)
     except (TypeError, ValueError, OverflowError):
-        report(path, f"holds something that is not a number in {' or '.join(names)}", "get the file again")
+        report_fault(path, f"holds something that is not a number in {' or '.join(names)}", "get the file again")
 
 # %% ../nbs/05_cuboids.ipynb #5db3a0fe
 _NO_ID = "", "nan", "none", "null", "<na>", "nat"  # what becomes of a missing id when a column is turned into text
@@ -169,13 +172,13 @@ def _check_numbers(path: Path, b: Boxes) -> None:
     bad = ~(finite & (b.size > 0).all(1))
     if bad.any():
         fault = f"has {bad.sum()} boxes that are not finite or have no volume"
-        report(path, fault, "drop these rows or get the file again")
+        report_fault(path, fault, "drop these rows or get the file again")
     turned = np.abs(b.yaw) > 7
     if turned.any():
         fault = f"has {turned.sum()} boxes with a yaw beyond 7 rad, as if it were in degrees"
-        report(path, fault, "convert yaw to radians")
+        report_fault(path, fault, "convert yaw to radians")
     if not np.isin(b.sensor_id, (-1, 0, 1)).all():
-        report(path, "names a sensor that is none of -1, 0 and 1", "get the file again")
+        report_fault(path, "names a sensor that is none of -1, 0 and 1", "get the file again")
 
 # %% ../nbs/05_cuboids.ipynb #48147609
 def _check_ids(path: Path, b: Boxes) -> None:
@@ -183,12 +186,12 @@ def _check_ids(path: Path, b: Boxes) -> None:
     lost = np.array([u.lower() in _NO_ID for u in b.uuid], bool)
     if lost.any():
         fault = f"has {lost.sum()} boxes without an id"
-        report(path, fault, "give every object an id that it keeps from frame to frame")
+        report_fault(path, fault, "give every object an id that it keeps from frame to frame")
     times = Counter(zip(b.uuid, b.sensor_id))
     (most, _), n = times.most_common(1)[0]
     if 2 * sum(k for k in times.values() if k > 1) > len(b):
         fault = f"gives the id '{quoted(most)}' to {n} boxes"
-        report(path, fault, "give every object an id of its own that it keeps from frame to frame")
+        report_fault(path, fault, "give every object an id of its own that it keeps from frame to frame")
 
 # %% ../nbs/05_cuboids.ipynb #9bdbcffa
 def _boxes_of_table(path: Path, table: Any) -> Boxes:
@@ -196,9 +199,9 @@ def _boxes_of_table(path: Path, table: Any) -> Boxes:
     if len(table) == 0:
         table = need_pandas().DataFrame(columns=_NEEDED)
     if lacks := [c for c in _NEEDED if c not in table.columns]:
-        report(path, f"lacks the columns {' '.join(lacks)}", "get the file again")
+        report_fault(path, f"lacks the columns {' '.join(lacks)}", "get the file again")
     if not table.columns.is_unique:
-        report(path, "has two columns of one name", "drop one of them")
+        report_fault(path, "has two columns of one name", "drop one of them")
     sensor = "cuboids.sensor_id"
     boxes = Boxes(
         uuid=_texts(table, "uuid"),
@@ -220,7 +223,7 @@ def _read_boxes(path: Path, version: tuple) -> Boxes:
     "Parse a label file; forgotten when the file changes."
     table = safe_load_pickle(path)
     if getattr(table, "columns", None) is None:
-        report(path, "is not a table", "get the file again")
+        report_fault(path, "is not a table", "get the file again")
     boxes = _boxes_of_table(path, table)
     for f in fields(boxes):
         getattr(boxes, f.name).flags.writeable = False  # shared by all who ask for this frame

@@ -6,11 +6,11 @@
 from __future__ import annotations
 import contextlib, difflib, errno, fcntl, glob, json, os, re, shutil, tempfile
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, NamedTuple
 
 # %% auto #0
-__all__ = ['DataError', 'short_path', 'report', 'quoted', 'plain_fault', 'listing', 'beside', 'counts_otherwise', 'missing_text',
-           'report_missing', 'remove_unfinished', 'WriteError', 'writing', 'atomic_write']
+__all__ = ['DataError', 'short_path', 'report_fault', 'quoted', 'plain_fault', 'listing', 'find_misnamed', 'counts_otherwise',
+           'missing_text', 'report_missing', 'remove_unfinished', 'WriteError', 'writing', 'atomic_write']
 
 # %% ../nbs/02a_files.ipynb #9994b2b9
 class DataError(ValueError):
@@ -22,17 +22,18 @@ def short_path(
 ) -> str:  # from the log's folder on, e.g. `002/lidar/07.pkl.gz`
     "Name a data file without naming the machine."
     parts = Path(path).parts
-    inner = [i for i, p in enumerate(parts) if p in ("camera", "lidar", "meta", "annotations")]
-    return "/".join(parts[inner[-1] - 1 :] if inner and inner[-1] else parts[-2:])
+    inner = [i for i, part in enumerate(parts) if part in ("camera", "lidar", "meta", "annotations")]
+    in_a_log = inner and inner[-1] > 0
+    return "/".join(parts[inner[-1] - 1 :] if in_a_log else parts[-2:])
 
 # %% ../nbs/02a_files.ipynb #5ccf5e79
-def report(
+def report_fault(
     path: str | Path,  # the file at fault
     what: str,  # the fault
     remedy: str,  # what the reader should do
     found: list[str] | None = None,  # collect here instead of raising
 ) -> None:  # raises DataError unless `found` is given
-    "Raise one fault, or note it and go on."
+    "Raise one fault, or add it to a list and go on."
     message = f"{short_path(path)}: {what}; {remedy}."
     if found is None:
         raise DataError(message)
@@ -52,6 +53,80 @@ def quoted(
 class _Unusual(Exception):
     "Values that no file of this project holds; the message says of which kind."
 
+
+class _Limits(NamedTuple):
+    "What plain values may be."
+
+    plain: tuple[type, ...]  # types of single values
+    deepest: int  # how many lists and dictionaries may lie in one another
+    most: int  # single values, counted as often as they are met
+    printable: bool  # must text be printable?
+
+# %% ../nbs/02a_files.ipynb #c036c2fe
+class _Size(NamedTuple):
+    "How much a value holds."
+
+    values: int  # single values, counted as often as they are met
+    depth: int  # how many lists and dictionaries lie in one another
+
+# %% ../nbs/02a_files.ipynb #841a9014
+def _parts_of(
+    value: object,  # anything
+) -> list | None:  # entries, keys included; None for a single value
+    "What a list or dictionary holds."
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return value if isinstance(value, (list, tuple)) else None
+
+# %% ../nbs/02a_files.ipynb #f5c0b5c4
+def _check_single(
+    value: object,  # a single value
+    limits: _Limits,  # what it may be
+) -> None:  # raises _Unusual
+    "Refuse a single value that no file of this project holds."
+    if not isinstance(value, limits.plain):
+        raise _Unusual(f"holds something of type {quoted(type(value).__name__)}")
+    if isinstance(value, int) and abs(value) >= 2**64:
+        raise _Unusual("holds a whole number that is too large")
+    if limits.printable and isinstance(value, str) and not value.isprintable():
+        raise _Unusual(f"holds text that cannot be printed ('{quoted(value)}')")
+
+# %% ../nbs/02a_files.ipynb #79ceee13
+def _checked_size(
+    size: _Size | None,  # of a list; None while it is being measured
+    depth: int,  # how many lists it lies in
+    limits: _Limits,  # what is allowed
+) -> _Size:  # the same; raises _Unusual
+    "Refuse a list that holds itself or too much."
+    if size is None:
+        raise _Unusual("holds a list inside itself")
+    if size.values > limits.most:
+        raise _Unusual(f"holds more than {limits.most} values")
+    if depth + size.depth > limits.deepest:
+        raise _Unusual("is nested too deeply")
+    return size
+
+# %% ../nbs/02a_files.ipynb #c8e6b3a5
+def _measure(
+    value: object,  # what a file held
+    depth: int,  # how many lists it lies in
+    known: dict[int, _Size | None],  # sizes by id of lists met before; None while one is measured
+    limits: _Limits,  # what is allowed
+) -> _Size:  # raises _Unusual
+    "Size of nested values, each list measured once."
+    parts = _parts_of(value)
+    if parts is None:
+        _check_single(value, limits)
+        return _Size(1, 0)
+    if id(value) not in known:
+        if depth >= limits.deepest:
+            raise _Unusual("is nested too deeply")
+        known[id(value)] = None
+        inner = [_measure(part, depth + 1, known, limits) for part in parts]
+        deepest = max((size.depth for size in inner), default=0)
+        known[id(value)] = _Size(1 + sum(size.values for size in inner), 1 + deepest)
+    return _checked_size(known[id(value)], depth, limits)
+
 # %% ../nbs/02a_files.ipynb #271fd657
 def plain_fault(
     value: object,  # what a file held
@@ -61,39 +136,8 @@ def plain_fault(
     printable: bool = True,  # must text be printable?
 ) -> str | None:  # "is nested too deeply" and the like, None when all is well
     "Why nested plain values cannot be walked through, printed or written."
-    known = {}  # id of a list or dictionary -> its values and its depth, None while they are counted
-
-    def parts_of(x: object) -> list | None:
-        if isinstance(x, dict):
-            return [*x, *x.values()]
-        return x if isinstance(x, (list, tuple)) else None
-
-    def measure(x: object, depth: int) -> tuple[int, int]:
-        parts = parts_of(x)
-        if parts is None:
-            if not isinstance(x, plain):
-                raise _Unusual(f"holds something of type {quoted(type(x).__name__)}")
-            if isinstance(x, int) and abs(x) >= 2**64:
-                raise _Unusual("holds a whole number that is too large")
-            if printable and isinstance(x, str) and not x.isprintable():
-                raise _Unusual(f"holds text that cannot be printed ('{quoted(x)}')")
-            return 1, 0
-        if id(x) not in known:
-            if depth >= deepest:
-                raise _Unusual("is nested too deeply")
-            known[id(x)] = None
-            found = [measure(p, depth + 1) for p in parts]
-            known[id(x)] = 1 + sum(n for n, _ in found), 1 + max((d for _, d in found), default=0)
-        if known[id(x)] is None:
-            raise _Unusual("holds a list inside itself")
-        if known[id(x)][0] > most:
-            raise _Unusual(f"holds more than {most} values")
-        if depth + known[id(x)][1] > deepest:
-            raise _Unusual("is nested too deeply")
-        return known[id(x)]
-
     try:
-        measure(value, 0)
+        _measure(value, 0, {}, _Limits(plain, deepest, most, printable))
     except _Unusual as e:
         return str(e)
 
@@ -104,9 +148,11 @@ def listing(
 ) -> list[Path]:  # sorted by name; without dot files
     "Files and folders of a folder, without those that other systems leave there."
     folder = Path(folder)
-    return sorted(p for p in folder.glob(pattern) if not p.name.startswith(".")) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.glob(pattern) if not p.name.startswith("."))
 
-
+# %% ../nbs/02a_files.ipynb #4cae8915
 def _split_name(name: str) -> tuple[str, str]:
     "A name before its first dot, and the rest."
     stem, _, ending = name.partition(".")
@@ -119,12 +165,12 @@ _NUMBERS = set("pkl pickle parquet feather npy npz csv txt bin pcd ply json json
 
 def _alike(kind: str, ending: str) -> bool:
     "Do files of these two endings hold the same sort of content?"
-    a, b = (x.lower().split(".")[0] for x in (kind, ending))
-    return any({a, b} <= group for group in (_IMAGES, _NUMBERS))
+    first, second = (e.lower().split(".")[0] for e in (kind, ending))
+    return any({first, second} <= group for group in (_IMAGES, _NUMBERS))
 
 # %% ../nbs/02a_files.ipynb #541bbb85
 def _stamp_count(there: list[Path]) -> int | None:
-    "How many stamps lie beside these files, None when nobody can tell."
+    "How many stamps these files have, None when that cannot be read."
     try:
         return len(json.loads(next(p for p in there if p.name == "timestamps.json").read_bytes()))
     except (StopIteration, OSError, ValueError, TypeError, RecursionError):
@@ -132,11 +178,12 @@ def _stamp_count(there: list[Path]) -> int | None:
 
 # %% ../nbs/02a_files.ipynb #d8951d3a
 def _numbered_otherwise(path: Path, there: list[Path]) -> str | None:
-    "Do the files with this ending count from another number than 0?"
+    "Say which numbers the files with this ending have, if they count from another number than 0."
     stem, ending = _split_name(path.name)
     if not stem.isdecimal():
         return None
-    numbers = sorted(int(p) for p, e in (_split_name(p.name) for p in there) if p.isdecimal() and e == ending)
+    names = [_split_name(p.name) for p in there]
+    numbers = sorted(int(s) for s, e in names if s.isdecimal() and e == ending)
     if not numbers or numbers[0] == 0:
         return None
     if numbers[-1] + 1 == _stamp_count(there):
@@ -144,49 +191,70 @@ def _numbered_otherwise(path: Path, there: list[Path]) -> str | None:
     whole = numbers == list(range(numbers[0], numbers[-1] + 1))
     return f"files there are numbered {numbers[0]} to {numbers[-1]}" if whole else None
 
-# %% ../nbs/02a_files.ipynb #f403ed97
-def beside(
-    path: str | Path,  # a file that is missing
-) -> tuple[str, str] | None:  # what is there and what to do, None when nothing helps
-    "Look beside a missing file for the same content under another name."
-    path = Path(path)
-    if not path.parent.is_dir():
-        kin = [p.name for p in listing(path.parent.parent) if p.is_dir()]
-        if path.parent.parent.name != "camera":  # cameras have all kinds of names
-            kin = [
-                name
-                for name in kin
-                if difflib.SequenceMatcher(None, name.lower(), path.parent.name).ratio() > 0.75
-            ]
-        return (
-            (f"its folder is not there, only {quoted(', '.join(kin))}", "rename the folder that holds it")
-            if kin
-            else None
-        )
-    there = listing(path.parent)
+# %% ../nbs/02a_files.ipynb #49133951
+class Misnamed(NamedTuple):
+    "What is there instead of a missing file."
+
+    found: str  # half a sentence: what is there
+    remedy: str  # what to do about it
+
+# %% ../nbs/02a_files.ipynb #6a16b611
+def _misnamed_folder(path: Path) -> Misnamed | None:
+    "Folders that may be the missing file's own, under another name."
+    names = [p.name for p in listing(path.parent.parent) if p.is_dir()]
+    if path.parent.parent.name != "camera":  # cameras have all kinds of names
+        wanted = path.parent.name
+        names = [n for n in names if difflib.SequenceMatcher(None, n.lower(), wanted).ratio() > 0.75]
+    if not names:
+        return None
+    return Misnamed(f"its folder is not there, only {quoted(', '.join(names))}", "rename the folder that holds it")
+
+# %% ../nbs/02a_files.ipynb #0147e626
+def _same_stem(a: str, b: str) -> bool:
+    "Do two names without endings mean the same file: 03 and 003, Poses and pose?"
+    if a.isdecimal() and b.isdecimal() and int(a) == int(b):
+        return True
+    return a.lower().rstrip("s") == b.lower().rstrip("s")
+
+# %% ../nbs/02a_files.ipynb #97293790
+def _misnamed_file(path: Path, there: list[Path]) -> Misnamed | None:
+    "A file of the same stem that can be renamed or converted."
     stem, ending = _split_name(path.name)
     for p in there:
         other, kind = _split_name(p.name)
-        same = other.lower().rstrip("s") == stem.lower().rstrip("s") or (
-            stem.isdecimal() and other.isdecimal() and int(other) == int(stem)
-        )
-        if not same:
+        if not _same_stem(other, stem):
             continue
-        image = {ending.lower(), kind.lower()} <= {"jpg", "jpeg"}
-        if kind.lower() == ending.lower() or image:
-            return f"{quoted(p.name)} is there", f"rename it to {path.name}"
+        both_jpeg = {ending.lower(), kind.lower()} <= {"jpg", "jpeg"}
+        if kind.lower() == ending.lower() or both_jpeg:
+            return Misnamed(f"{quoted(p.name)} is there", f"rename it to {path.name}")
         if ending.startswith(kind) or kind.startswith(ending) or _alike(kind, ending):
-            return f"{quoted(p.name)} is there", f"convert it to {path.name}"
-    other = _numbered_otherwise(path, there)
-    if other:
-        return other, "number them from 0 as the stamps count"
-    named = [p.name for p in there if p.name.endswith(f".{ending}")]
-    if stem.isdecimal() and named and not any(_split_name(name)[0].isdecimal() for name in named):
-        return (
-            f"files there are named like {quoted(named[0])}",
-            f"name them {path.name} and so on in the order of the stamps",
-        )
+            return Misnamed(f"{quoted(p.name)} is there", f"convert it to {path.name}")
     return None
+
+# %% ../nbs/02a_files.ipynb #5a19e97f
+def _unnumbered_files(path: Path, there: list[Path]) -> Misnamed | None:
+    "Files of the right ending where none has a number for a name."
+    stem, ending = _split_name(path.name)
+    names = [p.name for p in there if p.name.endswith(f".{ending}")]
+    if not stem.isdecimal() or not names or any(_split_name(name)[0].isdecimal() for name in names):
+        return None
+    remedy = f"name them {path.name} and so on in the order of the stamps"
+    return Misnamed(f"files there are named like {quoted(names[0])}", remedy)
+
+# %% ../nbs/02a_files.ipynb #f403ed97
+def find_misnamed(
+    path: str | Path,  # a file that is missing
+) -> Misnamed | None:  # what is there and what to do, None when nothing helps
+    "Look for the content of a missing file under another name."
+    path = Path(path)
+    if not path.parent.is_dir():
+        return _misnamed_folder(path)
+    there = listing(path.parent)
+    if renamed := _misnamed_file(path, there):
+        return renamed
+    if other := _numbered_otherwise(path, there):
+        return Misnamed(other, "number them from 0 as the stamps count")
+    return _unnumbered_files(path, there)
 
 # %% ../nbs/02a_files.ipynb #80bc990e
 def counts_otherwise(
@@ -199,22 +267,22 @@ def counts_otherwise(
 # %% ../nbs/02a_files.ipynb #8347c5e2
 def missing_text(
     path: str | Path,  # a file that is missing
-) -> str:  # "is missing", and what lies beside it
+) -> str:  # "is missing", and what is there instead
     "Say that a file is missing, in half a sentence."
-    kin = beside(path)
-    return f"is missing, but {kin[0]}: {kin[1]}" if kin else "is missing"
+    instead = find_misnamed(path)
+    return f"is missing, but {instead.found}: {instead.remedy}" if instead else "is missing"
 
 # %% ../nbs/02a_files.ipynb #e85d1cfb
 def report_missing(
     path: str | Path,  # the file that is not there
-    remedy: str = "get the file again",  # what to do when nothing lies beside it
+    remedy: str = "get the file again",  # what to do when nothing is there instead
     found: list[str] | None = None,  # collect here instead of raising
 ) -> None:  # raises DataError unless `found` is given
-    "Report a missing file, and what lies beside it."
-    kin = beside(path)
-    if kin is None:
-        return report(path, "is missing", remedy, found)
-    return report(path, f"is missing, but {kin[0]}", f"{kin[1]} or {remedy}", found)
+    "Report a missing file, and what is there instead."
+    instead = find_misnamed(path)
+    if instead is None:
+        return report_fault(path, "is missing", remedy, found)
+    return report_fault(path, f"is missing, but {instead.found}", f"{instead.remedy} or {remedy}", found)
 
 # %% ../nbs/02a_files.ipynb #9458302c
 def _lock(fd: int) -> bool:
@@ -249,7 +317,7 @@ def remove_unfinished(
 
 # %% ../nbs/02a_files.ipynb #dd7f47a4
 def _temporary(path: Path) -> tuple[int, str]:
-    "A locked temporary file beside a path; tried again when a sweeper took it before it was locked."
+    "A locked temporary file in a path's folder; tried again when another process removed it before the lock."
     while True:
         fd, tmp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         _lock(fd)
@@ -267,17 +335,8 @@ _REASONS = {
     errno.EDQUOT: ("the disk quota is used up", "free some space"),
     errno.EFBIG: ("the file is larger than allowed", "raise the limit of file sizes"),
 }
-_ELSEWHERE = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.EISDIR,
-    errno.ENAMETOOLONG,
-    errno.ENOENT,
-    errno.ELOOP,
-}
+_WRONG_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
+                errno.ENAMETOOLONG, errno.ENOENT, errno.ELOOP}
 
 
 def _no_space(folder: Path) -> bool:
@@ -292,17 +351,16 @@ def _why_not_written(path: Path, error: BaseException, then: str = "start again"
     code = getattr(error, "errno", None)
     if code is None and _no_space(path.parent):
         code = errno.ENOSPC
-    at = getattr(error, "filename", None)
-    here = at is None or str(path).startswith(str(at)) or Path(at).parent == path.parent
+    place = getattr(error, "filename", None)
+    ours = place is None or str(path).startswith(str(place)) or Path(place).parent == path.parent
     if code in _REASONS:
         what, remedy = _REASONS[code]
-    elif code in _ELSEWHERE and here:
+    elif code in _WRONG_PLACE and ours:
         what, remedy = os.strerror(code), "choose another place or correct its permissions"
     else:
         return None
-    return WriteError(
-        f"{short_path(path)}: could not be written because {what[0].lower() + what[1:]}; {remedy} and {then}."
-    )
+    because = what[0].lower() + what[1:]
+    return WriteError(f"{short_path(path)}: could not be written because {because}; {remedy} and {then}.")
 
 # %% ../nbs/02a_files.ipynb #b0210eb8
 @contextlib.contextmanager
@@ -314,36 +372,36 @@ def writing(
     try:
         yield
     except (OSError, RuntimeError) as e:
-        said = None if isinstance(e, DataError) else _why_not_written(Path(path), e, then)
-        if said is None:
+        sentence = None if isinstance(e, DataError) else _why_not_written(Path(path), e, then)
+        if sentence is None:
             raise
-        raise said from None
+        raise sentence from None
 
 # %% ../nbs/02a_files.ipynb #9b293b95
+def _publish(tmp: str, path: Path) -> None:
+    "Flush a finished temporary file and give it its name and the usual permissions."
+    with open(tmp, "rb+") as f:
+        os.fsync(f.fileno())
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(tmp, 0o666 & ~umask)
+    os.replace(tmp, path)
+
+# %% ../nbs/02a_files.ipynb #062b6533
 @contextlib.contextmanager
 def atomic_write(
     path: str | Path,  # the file to write; its folder is made
-) -> Iterator[Path]:  # a temporary path in the same folder, to write to
+) -> Iterator[Path]:  # a temporary path in the same folder, to write to; raises WriteError
     "Write a file completely or not at all."
     path = Path(path)
-    fd = None
-    tmp = None
+    fd = tmp = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(path.parent, glob.escape(path.name))
-        fd, tmp = _temporary(path)
-        yield Path(tmp)
-        with open(tmp, "rb+") as f:
-            os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(tmp, 0o666 & ~umask)
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:
-        said = _why_not_written(path, e)
-        if said is None or isinstance(e, DataError):
-            raise
-        raise said from None
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(path.parent, glob.escape(path.name))
+            fd, tmp = _temporary(path)
+            yield Path(tmp)
+            _publish(tmp, path)
     finally:
         if tmp is not None:
             Path(tmp).unlink(missing_ok=True)

@@ -10,15 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
-from flux4d.frames import (
-    TIME_SLACK,
-    normalise,
-    quat_mul,
-    mat_to_quat,
-    transform_points,
-    check_normalised,
-    time_reach,
-)
+from .frames import TIME_SLACK, check_normalised, time_reach
+from .frames import mat_to_quat, normalise, quat_mul, transform_points
 
 # %% auto #0
 __all__ = ['colour_act', 'colour_inv', 'LIDAR', 'BACKGROUND', 'FLAT', 'scale_act', 'scale_inv', 'opacity_act', 'opacity_inv',
@@ -78,6 +71,17 @@ class Gaussians:
         return len(self.means)
 
 # %% ../nbs/02_gaussians.ipynb #7da96b3c
+def _one_each(
+    ids: Tensor | int,  # (N,) or one for all
+    n: int,  # Gaussians
+    device: Any,  # where they are
+) -> Tensor:  # (N,) int64
+    "Ids of N Gaussians."
+    if torch.is_tensor(ids):
+        return ids.long()
+    return torch.full((n,), ids, dtype=torch.long, device=device)
+
+# %% ../nbs/02_gaussians.ipynb #9e3150ae
 def gaussians_from(
     means: Tensor,  # (N,3) world, m
     scales: Tensor,  # (N,) or (N,3) standard deviation, m
@@ -90,21 +94,19 @@ def gaussians_from(
 ) -> Gaussians:
     "Gaussians from values in plain units."
     n = len(means)
-    whole = lambda v: (
-        v.long() if torch.is_tensor(v) else torch.full((n,), v, dtype=torch.long, device=means.device)
-    )
     if quats is None:
         quats = means.new_tensor([1.0, 0, 0, 0]).repeat(n, 1)
-    scales = scales[:, None].expand(n, 3) if scales.dim() == 1 else scales
+    if scales.dim() == 1:
+        scales = scales[:, None].expand(n, 3)
     return Gaussians(
-        means,
-        quats,
-        scale_inv(scales),
-        opacity_inv(means.new_full((n,), opacity)),
-        colour_inv(colours),
-        t,
-        whole(frame),
-        whole(kind),
+        means=means,
+        quats=quats,
+        log_scales=scale_inv(scales),
+        opacity_logits=opacity_inv(means.new_full((n,), opacity)),
+        colour_logits=colour_inv(colours),
+        t=t,
+        frame=_one_each(frame, n, means.device),
+        kind=_one_each(kind, n, means.device),
     )
 
 # %% ../nbs/02_gaussians.ipynb #0927eca5
@@ -166,19 +168,19 @@ def cat(
     return Gaussians(*(torch.cat([getattr(g, o.name) for g in sets]) for o in fields(Gaussians)))
 
 # %% ../nbs/02_gaussians.ipynb #19e95caf
-FLAT = dict(
+FLAT = dict(  # columns of the flat form
     means=slice(0, 3),
     quats=slice(3, 7),
     log_scales=slice(7, 10),
     opacity_logits=slice(10, 11),
     colour_logits=slice(11, 14),
-)  # columns of the flat form
+)
 
 
 @patch
 def flat(self: Gaussians) -> Tensor:  # (N,14)
     "The 14 raw numbers of each Gaussian."
-    return torch.cat([getattr(self, k).reshape(len(self), -1) for k in FLAT], 1)
+    return torch.cat([getattr(self, name).reshape(len(self), -1) for name in FLAT], 1)
 
 # %% ../nbs/02_gaussians.ipynb #129c7408
 @patch
@@ -187,7 +189,8 @@ def with_flat(
     x: Tensor,  # (N,14) raw numbers in the order of `FLAT`
 ) -> Gaussians:
     "The same set with its 14 raw numbers replaced."
-    return replace(self, **{k: x[:, s].reshape(getattr(self, k).shape) for k, s in FLAT.items()})
+    new = {name: x[:, at].reshape(getattr(self, name).shape) for name, at in FLAT.items()}
+    return replace(self, **new)
 
 # %% ../nbs/02_gaussians.ipynb #851fc719
 @patch
@@ -207,9 +210,8 @@ def transform(
     T: Tensor,  # (4,4) a-to-b
 ) -> Gaussians:
     "The same set in another frame; scales, colours and times stay."
-    return replace(
-        self, means=transform_points(T, self.means), quats=quat_mul(mat_to_quat(T[:3, :3])[None], self.quats)
-    )
+    turn = mat_to_quat(T[:3, :3])[None]
+    return replace(self, means=transform_points(T, self.means), quats=quat_mul(turn, self.quats))
 
 # %% ../nbs/02_gaussians.ipynb #13178432
 def advance(
@@ -221,19 +223,19 @@ def advance(
     slack: float = TIME_SLACK,  # how far outside the clip the target may lie, as a share of its length
 ) -> Tensor:  # (N,3) for a scalar target, else (V,N,3), world, m
     "Centres at another time (paper Eq. 2, supp. A.1 Eq. 2)."
-    # times on a GPU were checked when they were made (`Clip.t_of_camera`); reading them here would stop the GPU
+    # times on a GPU were checked when they were made; reading them here would wait for the GPU
     if not getattr(t_target, "is_cuda", False):
         check_normalised(torch.as_tensor(t_target), "target time", time_reach(duration, slack))
     t_target = torch.as_tensor(t_target, dtype=means.dtype, device=means.device)[..., None, None]
     if velocity is None:
         return means.expand(*t_target.shape[:-2], *means.shape)
     if velocity.shape[1] == 1:
-        return means + velocity[:, 0] * ((t_target - t[:, None]) * duration)
-    s = t[:, None] * duration
-    s1 = t_target * duration
+        return means + velocity[:, 0]*((t_target - t[:, None])*duration)
+    s = t[:, None]*duration
+    s_target = t_target*duration
     p = means
     for j in range(velocity.shape[1]):
-        p = p + velocity[:, j] * ((s1 ** (j + 1) - s ** (j + 1)) / (j + 1))
+        p = p + velocity[:, j]*((s_target**(j + 1) - s**(j + 1))/(j + 1))
     return p
 
 # %% ../nbs/02_gaussians.ipynb #351ddb31
@@ -243,5 +245,6 @@ def velocity_at(
     duration: float,  # length of the clip, s
 ) -> Tensor:  # (N,3) for a scalar target, else (V,N,3), m/s, world
     "Instantaneous velocity, the time derivative of `advance` (supp. A.1 Eq. 1)."
-    s = torch.as_tensor(t_target, dtype=velocity.dtype, device=velocity.device)[..., None, None] * duration
-    return sum(velocity[:, j] * s**j for j in range(velocity.shape[1]))
+    t_target = torch.as_tensor(t_target, dtype=velocity.dtype, device=velocity.device)
+    s = t_target[..., None, None]*duration
+    return sum(velocity[:, j]*s**j for j in range(velocity.shape[1]))

@@ -65,16 +65,11 @@ def ssim_metric(
 ) -> Tensor:  # scalar in -1..1
     "Mean structural similarity."
     H, W, C = pred.shape[-3:]
-    r = cfg.ssim_window // 2
-    s = ssim_map(
-        pred.clamp(0, 1).reshape(-1, H, W, C),
-        gt.reshape(-1, H, W, C),
-        cfg.ssim_window,
-        cfg.ssim_sigma,
-        pad=True,
-    )
+    border = cfg.ssim_window // 2
+    pred, gt = pred.clamp(0, 1).reshape(-1, H, W, C), gt.reshape(-1, H, W, C)
+    s = ssim_map(pred, gt, cfg.ssim_window, cfg.ssim_sigma, pad=True)
     inner = torch.zeros(s.shape[:3], dtype=torch.bool, device=s.device)
-    inner[:, r : H - r, r : W - r] = True
+    inner[:, border : H - border, border : W - border] = True
     if mask is None:
         return masked_mean(s, inner)
     mask = mask.reshape(-1, H, W)
@@ -107,6 +102,17 @@ def _lpips_net(download: bool) -> torch.nn.Module:
         warnings.simplefilter("ignore")
         return package.LPIPS(net="alex", verbose=False)
 
+# %% ../nbs/25_image_metrics.ipynb #0bfba9f8
+def _why_no_lpips(
+    e: Exception,  # what stopped it
+) -> str:
+    "One sentence that says what is missing."
+    what = " ".join(str(e).split())[:200].rstrip(".") or type(e).__name__
+    if isinstance(e, ModuleNotFoundError):
+        what = f"package {e.name} is missing"
+    remedy = "pip install lpips, with a torchvision that fits this torch, and have the weights of its AlexNet."
+    return f"no LPIPS: {what}; {remedy}"
+
 # %% ../nbs/25_image_metrics.ipynb #2a8d1c4c
 def lpips_metric(
     device: str | torch.device,  # where to compare
@@ -116,17 +122,9 @@ def lpips_metric(
     try:
         net = _lpips_net(download).to(device).eval().requires_grad_(False)
     except Exception as e:  # a missing package, one built for another torch, no network: all mean no LPIPS
-        what = (
-            f"package {e.name} is missing"
-            if isinstance(e, ModuleNotFoundError)
-            else " ".join(str(e).split())[:200].rstrip(".") or type(e).__name__
-        )
-        return (
-            None,
-            f"no LPIPS: {what}; pip install lpips, with a torchvision that fits this torch, and have the weights of its AlexNet.",
-        )
+        return None, _why_no_lpips(e)
 
-    def image(x):
+    def image(x: Tensor) -> Tensor:  # (1,3,H,W), -1..1
         return torch.as_tensor(x, device=device).float().clamp(0, 1).movedim(-1, 0)[None] * 2 - 1
 
     return torch.no_grad()(lambda pred, gt: float(net(image(pred), image(gt)))), None

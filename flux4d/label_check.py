@@ -11,7 +11,8 @@ import numpy as np
 from .cuboids import Boxes, CuboidConfig, _boxes_or_none, class_ids, is_dynamic, load_cuboids
 from .cuboids import points_in_boxes, same_track
 from .files import short_path
-from .pandaset import Log, report
+from .pandaset import Log
+from .files import report_fault
 
 # %% auto #0
 __all__ = ['hidden', 'BoxFit', 'box_fit', 'check_labels']
@@ -88,7 +89,7 @@ def _check_place(log: Log, frame: int, cfg: CuboidConfig) -> None:
         return
     usual = float(np.median(np.linalg.norm(boxes.centre - log.lidar_poses[frame][:3, 3], axis=1)))
     if usual > cfg.max_distance:
-        report(
+        report_fault(
             log.cuboid_path(frame),
             f"has half of its boxes more than {usual:.0f} m from the LiDAR",
             "give position.x, y and z in metres and in the frame of the points, with the same origin",
@@ -106,14 +107,14 @@ def _check_tracks(log: Log, frame: int, cfg: CuboidConfig) -> None:
     remedy = "give every object an id of its own that it keeps from frame to frame"
     alone = np.array([k == 1 for k in map(Counter(a.uuid).get, a.uuid)])
     if len(i) < cfg.min_kept * alone.sum():
-        report(path, f"shares only {len(i)} of its {alone.sum()} ids with the next frame", remedy)
+        report_fault(path, f"shares only {len(i)} of its {alone.sum()} ids with the next frame", remedy)
     seconds = log.lidar_stamps[frame + 1] - log.lidar_stamps[frame]
     metres = np.linalg.norm(b.centre[j] - a.centre[i], axis=1)
     fast = metres / seconds > cfg.max_speed
     if fast.sum() > cfg.max_jumps * len(i):
         farthest = (metres / seconds).max() * seconds
         moved = f"{fast.sum()} of {len(i)} tracks that move by up to {farthest:.0f} m"
-        report(path, f"has {moved} to the next frame", remedy)
+        report_fault(path, f"has {moved} to the next frame", remedy)
 
 # %% ../nbs/05_label_check.ipynb #beace730
 def _fit_numbers(fit: BoxFit, cfg: CuboidConfig) -> dict:
@@ -168,5 +169,5 @@ def check_labels(
     found = _fit_numbers(fit, cfg)
     if verdict := _judge(found, fit, frames[0], cfg):
         fault, remedy = verdict
-        report(log.cuboid_path(frames[0] + shift), f"has moving boxes near the sensor {fault}", remedy)
+        report_fault(log.cuboid_path(frames[0] + shift), f"has moving boxes near the sensor {fault}", remedy)
     return found

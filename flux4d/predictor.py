@@ -5,7 +5,7 @@
 # %% ../nbs/31_predictor.ipynb #daf524eb
 from __future__ import annotations
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 import math, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from .frames import quat_mul, quat_to_mat, rotate_vectors, se3_inverse, transform_points
 from .settings import OpenShare
 from .gaussians import BACKGROUND, FLAT, LIDAR, Gaussians
-from .lift import Returns
+from .clip_data import Returns
 from .voxels import VoxelConfig, Voxels
-from .motion_prior import FINE_PRIOR, MotionPriorConfig, coarse_to_fine
+from .motion_prior import FINE_PRIOR, MotionPrior, MotionPriorConfig, SweepPoints, coarse_to_fine
 from flux4d.unet import (
     SparseUNet,
     UNetConfig,
@@ -30,125 +30,162 @@ from flux4d.unet import (
 )
 
 # %% auto #0
-__all__ = ['PredictorConfig', 'local_velocity', 'motion_features', 'motion_feature_count', 'point_features', 'orientation',
-           'time_bins', 'binned_features', 'voxel_features', 'point_channels', 'voxel_channels', 'bounded', 'make_head',
-           'decode_residual', 'motion_channels', 'since_start', 'decode_velocity', 'apply_dead_zone', 'GridIndex',
-           'in_grid', 'make_grid_index', 'BasePredictor']
+__all__ = ['N_PRIOR', 'N_POINT', 'PredictorConfig', 'group_by_cell', 'local_velocity', 'estimate_prior', 'prior_features',
+           'prior_from_features', 'motion_features', 'motion_feature_count', 'PointFeatures', 'point_features',
+           'orientation', 'time_bins', 'binned_features', 'voxel_features', 'point_channels', 'voxel_channels',
+           'bounded', 'make_head', 'decode_residual', 'motion_channels', 'split_motion', 'free_velocity', 'near_prior',
+           'apply_dead_zone', 'since_start', 'decode_velocity', 'GridIndex', 'in_grid', 'make_grid_index',
+           'BasePredictor']
 
 # %% ../nbs/31_predictor.ipynb #fc4def75
 @dataclass(frozen=True)
 class PredictorConfig:
-    "The predictor: what it is shown and how far it may go."
+    "What the predictor is shown and how far it may go."
 
-    unet: UNetConfig = UNetConfig()  # the network between voxels and voxels
+    unet: UNetConfig = UNetConfig()  # the network from voxels to voxels
     hidden: PositiveInt = 96  # width of the two hidden layers of each head
-    degree: Annotated[int, Interval(ge=0, le=5)] = (
-        0  # l of the motion polynomial; l+1 velocity blocks (supp. A.1)
-    )
-    time_bins: Annotated[int, Interval(ge=1, le=256)] = (
-        8  # groups of channels per voxel that keep capture times apart
-    )
+    degree: Annotated[int, Interval(ge=0, le=5)] = 0  # l of the motion polynomial: l+1 velocity blocks (supp. A.1)
+    time_bins: Annotated[int, Interval(ge=1, le=256)] = 8  # groups of voxel channels that keep capture times apart
     bin_seconds: PositiveFloat = 0.2  # width of one bin, s; the input frames are 0.2 s apart
-    # start of the first bin before the clip's start, s; a sweep's returns end at its stamp
-    bin_shift: NonNegativeFloat = 0.15
-    local_velocity_cells: tuple[PositiveFloat, ...] = (
-        2.0,
-        4.0,
-        8.0,
-        16.0,
-    )  # edges of the cells in which drift is measured, m
-    local_velocity_height: PositiveFloat = (
-        0.8  # their height, m; low, so that the road is apart from what drives on it
-    )
-    motion_prior: MotionPriorConfig = MotionPriorConfig()  # how sweeps are searched for displacements
-    fine_prior: MotionPriorConfig = FINE_PRIOR  # how they are searched again for what is small and slow
-    position_bound: PositiveFloat = (
-        4.0  # largest shift along an axis, in the Gaussian's own standard deviations
-    )
-    quat_bound: OpenShare = (
-        0.5  # largest quaternion residual per component; below 1, so the sum never vanishes
-    )
+    bin_shift: NonNegativeFloat = 0.15  # first bin before the clip's start, s; returns end at their sweep's stamp
+    local_velocity_cells: tuple[PositiveFloat, ...] = (2.0, 4.0, 8.0, 16.0)  # edges of the cells of `local_velocity`, m
+    local_velocity_height: PositiveFloat = 0.8  # their height, m; low, so that the road is apart from what drives on it
+    motion_prior: MotionPriorConfig = MotionPriorConfig()  # how sweeps are matched; reach 0 = no prior
+    fine_prior: MotionPriorConfig = FINE_PRIOR  # how they are matched again for what is small and slow
+    position_bound: PositiveFloat = 4.0  # largest shift along an axis, in the Gaussian's own standard deviations
+    quat_bound: OpenShare = 0.5  # largest quaternion residual per component; below 1, so the sum never vanishes
     scale_bound: PositiveFloat = 3.0  # largest change of the stored scale, about a factor of 20
     opacity_bound: PositiveFloat = 6.0  # largest change of the opacity logit
     colour_bound: PositiveFloat = 4.0  # largest change of a colour logit
     velocity_scale: PositiveFloat = 10.0  # m/s per unit of the head's output
     velocity_bound: PositiveFloat = 50.0  # largest velocity component, m/s
-    max_residual: PositiveFloat = (
-        0.5  # largest departure from a trusted vote along an axis, and the scale of it, m/s and m/s^2
-    )
-    # m/s, a departure from rest, once trained, does not count up to here and counts in full from twice this
-    dead_zone: NonNegativeFloat = 0.5
+    max_residual: PositiveFloat = 0.5  # largest departure from a trusted prior along an axis, m/s and m/s^2
+    dead_zone: NonNegativeFloat = 0.5  # m/s, slower motion without a prior does not count in a reconstruction
+
+# %% ../nbs/31_predictor.ipynb #7aab830d
+def group_by_cell(
+    points: Tensor,  # (M,3) ego0, m
+    edges: Tensor,  # (3,) of a cell, m
+) -> Tensor:  # (M,) int64 number of each point's cell, 0..n-1, every number in use
+    "Number the occupied cells of an endless grid."
+    cell = (points.detach() / edges).floor().long()
+    key = ((cell - cell.min(0)[0]) * cell.new_tensor([1 << 40, 1 << 20, 1])).sum(1)
+    return torch.unique(key, return_inverse=True)[1]
 
 # %% ../nbs/31_predictor.ipynb #31b71d9f
 def local_velocity(
     points: Tensor,  # (M,3) ego0, m
     seconds: Tensor,  # (M,) since the clip's start
-    cell: float,  # edge of a cell, m
+    cell: float,  # edge of a cell on the ground, m
     height: float,  # its height, m
     ridge: float = 0.02,  # added to the variance of time, s^2
-) -> Tensor:  # (M,4) slope of position over time in the point's cell, m/s; spread of time there, s
-    "Least-squares velocity of everything in a coarse cell."
-    at = (points.detach() / points.new_tensor([cell, cell, height])).floor().long()
-    key = ((at - at.min(0)[0]) * at.new_tensor([1 << 40, 1 << 20, 1])).sum(1)
-    row = torch.unique(key, return_inverse=True)[1]
-    n = int(row.max()) + 1
+) -> tuple[Tensor, Tensor]:  # (M,3) velocity of the point's cell, ego0, m/s; (M,) standard deviation of time in it, s
+    "Least-squares slope of position over time among the points of each cell."
+    group = group_by_cell(points, points.new_tensor([cell, cell, height]))
+    n = int(group.max()) + 1
     x = torch.cat([points, seconds.to(points.dtype)[:, None]], 1)
-    x = x - pool_mean(x, row, n)[row]
-    m = pool_mean(x * x[:, 3:], row, n)
-    return torch.cat([m[:, :3] / (m[:, 3:] + ridge), m[:, 3:].sqrt()], 1)[row].float()
+    x = x - pool_mean(x, group, n)[group]
+    covariance, variance = pool_mean(x * x[:, 3:], group, n).split([3, 1], 1)
+    velocity = covariance / (variance + ridge)
+    return velocity[group].float(), variance.sqrt()[group, 0].float()
+
+# %% ../nbs/31_predictor.ipynb #feda518e
+def estimate_prior(
+    here: SweepPoints,  # M points whose motion is wanted
+    returns: SweepPoints | None,  # all returns around, which are matched; None = the points themselves
+    voxel: VoxelConfig,  # read: low, high
+    cfg: PredictorConfig,  # read: motion_prior, fine_prior
+) -> MotionPrior:  # of the M points
+    "The motion prior of `14_motion_prior` at some points."
+    matched = here if returns is None else returns
+    return coarse_to_fine(matched, voxel, cfg.motion_prior, cfg.fine_prior, here)
+
+# %% ../nbs/31_predictor.ipynb #faa0413e
+N_PRIOR = 8  # channels of the prior: velocity and acceleration in the plane, two scores, two yes-or-no
+
+
+def prior_features(
+    prior: MotionPrior,  # of M points
+    cfg: PredictorConfig,  # read: velocity_scale
+) -> Tensor:  # (M,8) float32, of order one
+    "The motion prior as channels."
+    planar = torch.cat([prior.velocity[:, :2], prior.acceleration[:, :2]], 1) * (1 / cfg.velocity_scale)
+    rest = prior.score, prior.zero_motion_score, prior.trusted.float(), prior.may_move.float()
+    return torch.cat([planar, torch.stack(rest, 1)], 1)
+
+
+def prior_from_features(
+    features: Tensor,  # (M,F) whose last channels are from `prior_features`
+    cfg: PredictorConfig,  # read: velocity_scale, motion_prior
+) -> MotionPrior | None:  # None where the configuration has no prior
+    "The motion prior in m/s again; the inverse of `prior_features`."
+    if not cfg.motion_prior.reach:
+        return None
+    planar, score, zero_motion_score, trusted, may_move = features[:, -N_PRIOR:].split([4, 1, 1, 1, 1], 1)
+    velocity, acceleration = F.pad(cfg.velocity_scale * planar.reshape(-1, 2, 2), (0, 1)).unbind(1)
+    return MotionPrior(
+        velocity, acceleration, score[:, 0], zero_motion_score[:, 0], trusted[:, 0] > 0, may_move[:, 0] > 0
+    )
 
 # %% ../nbs/31_predictor.ipynb #2fb5a3d5
 def motion_features(
-    points: Tensor,  # (M,3) ego0, m
-    seconds: Tensor,  # (M,) since the clip's start
-    frame: Tensor,  # (M,) int64 source frame
-    voxel: VoxelConfig,
-    cfg: PredictorConfig,  # read: drift_cells, drift_height, votes, closer, velocity_scale
-    voters: tuple[Tensor, Tensor, Tensor]
-    | None = None,  # (R,3) ego0, m, (R,) seconds and (R,) frame of the returns that vote; None = the points
-) -> Tensor:  # (M,hint_channels) float32
-    "Drift in cells of every size, then the votes."
-    p = points.float()
-    v = cfg.velocity_scale
-    found = [
-        local_velocity(p, seconds, c, cfg.local_velocity_height) * p.new_tensor([1 / v, 1 / v, 1 / v, 2.0])
-        for c in cfg.local_velocity_cells
-    ]
+    here: SweepPoints,  # M points
+    returns: SweepPoints | None,  # as for `estimate_prior`
+    voxel: VoxelConfig,  # read: low, high
+    cfg: PredictorConfig,  # read: local_velocity_cells, local_velocity_height, velocity_scale, the two priors
+) -> Tensor:  # (M,F) float32 of order one, F from `motion_feature_count`
+    "Per cell size: local velocity and spread of time; then the motion prior."
+    if not len(here.points):
+        return here.points.new_zeros(0, motion_feature_count(cfg)).float()
+    here = here._replace(points=here.points.float())
+    found = [here.points.new_zeros(len(here.points), 0)]
+    for cell in cfg.local_velocity_cells:
+        velocity, spread = local_velocity(here.points, here.seconds, cell, cfg.local_velocity_height)
+        found += [velocity * (1 / cfg.velocity_scale), 2 * spread[:, None]]
     if cfg.motion_prior.reach:
-        found.append(
-            coarse_to_fine(
-                *voters or (p, seconds, frame), voxel, cfg.motion_prior, cfg.fine_prior, (p, frame)
-            )
-            * p.new_tensor([1 / v] * 4 + [1.0] * 4)
-        )
-    return torch.cat(found + [p.new_zeros(len(p), 0)], 1)
+        found.append(prior_features(estimate_prior(here, returns, voxel, cfg), cfg))
+    return torch.cat(found, 1)
 
 # %% ../nbs/31_predictor.ipynb #6ae51b0c
 def motion_feature_count(
-    cfg: PredictorConfig,
-) -> int:
-    "How many channels `motion_hints` gives."
-    return 4 * len(cfg.local_velocity_cells) + 8 * bool(cfg.motion_prior.reach)
+    cfg: PredictorConfig,  # read: local_velocity_cells, motion_prior
+) -> int:  # F
+    "How many channels `motion_features` gives."
+    return 4 * len(cfg.local_velocity_cells) + N_PRIOR * bool(cfg.motion_prior.reach)
 
 # %% ../nbs/31_predictor.ipynb #d030d7a3
+class PointFeatures(NamedTuple):
+    "A Gaussian's own features, float32, each of order one; 14 channels in all."
+
+    position: Tensor  # (M,3) -1..1 over the grid
+    scale: Tensor  # (M,3) from the stored scale
+    opacity: Tensor  # (M,1) from the logit
+    colour: Tensor  # (M,3) -1..1
+    time: Tensor  # (M,1) -1..1 over the first second
+    offset: Tensor  # (M,3) -1..1 over the voxel that it was lifted into
+
+
+N_POINT = 14  # channels of `PointFeatures`
+
+# %% ../nbs/31_predictor.ipynb #f736b6da
 def point_features(
     g: Gaussians,  # M Gaussians in the grid, world
     points: Tensor,  # (M,3) their centres, ego0, m
     seconds: Tensor,  # (M,) since the clip's start
     cell: Tensor,  # (M,3) int64, the voxel each was lifted into
-    voxel: VoxelConfig,
-) -> Tensor:  # (M,14) float32
-    "A Gaussian's own features, scaled to order one."
+    voxel: VoxelConfig,  # read: low, size, shape
+) -> PointFeatures:  # of the M Gaussians
+    "Raw attributes and place in the grid, scaled to order one."
     at, _ = grid_position(points, voxel)
-    parts = [
-        2 * at / at.new_tensor(voxel.shape) - 1,
-        g.log_scales + 2.5,
-        g.opacity_logits[:, None] / 4,
-        2 * g.colours - 1,
-        (2 * seconds - 1)[:, None],
-        2 * (at - cell) - 1,
-    ]
-    return torch.cat([p.float() for p in parts], 1)
+    found = PointFeatures(
+        position=2 * at / at.new_tensor(voxel.shape) - 1,
+        scale=g.log_scales + 2.5,
+        opacity=g.opacity_logits[:, None] / 4,
+        colour=2 * g.colours - 1,
+        time=(2 * seconds - 1)[:, None],
+        offset=2 * (at - cell) - 1,
+    )
+    return PointFeatures(*(x.float() for x in found))
 
 # %% ../nbs/31_predictor.ipynb #b75dc29c
 def orientation(
@@ -170,54 +207,49 @@ def time_bins(
 
 # %% ../nbs/31_predictor.ipynb #72396d93
 def binned_features(
-    own: Tensor,  # (M,C) from `point_features`
+    point: PointFeatures,  # of M points; read: colour, offset
     seconds: Tensor,  # (M,) since the clip's start
     row: Tensor,  # (M,) int64, voxel of each point
     n: int,  # voxels
-    cfg: PredictorConfig,
+    cfg: PredictorConfig,  # read: time_bins, bin_seconds, bin_shift
 ) -> Tensor:  # (n,8*time_bins)
     "Per voxel and time bin: log count, mean colour, mean offset, mean time in the bin; zeros where empty."
-    b, place = time_bins(seconds, cfg)
-    slot = row * cfg.time_bins + b
-    mean = pool_mean(torch.cat([own[:, 7:10], own[:, 11:14], place[:, None]], 1), slot, n * cfg.time_bins)
-    count = count_rows(slot, n * cfg.time_bins)[:, None].log1p()
+    time_bin, place = time_bins(seconds, cfg)
+    slot = row * cfg.time_bins + time_bin
+    slots = n * cfg.time_bins
+    mean = pool_mean(torch.cat([point.colour, point.offset, place[:, None]], 1), slot, slots)
+    count = count_rows(slot, slots)[:, None].log1p()
     return torch.cat([count, mean], 1).reshape(n, -1)
 
 # %% ../nbs/31_predictor.ipynb #d8e32929
 def voxel_features(
-    own: Tensor,  # (M,C) point features, hints and extra channels if any
+    own: Tensor,  # (M,C) all that the points carry: `PointFeatures`, motion features, extra channels
+    point: PointFeatures,  # the first of these, by name
     seconds: Tensor,  # (M,) since the clip's start
     v: Voxels,  # the points' voxels, every point inside
-    cfg: PredictorConfig,
-) -> Tensor:  # (V,voxel_channels)
+    cfg: PredictorConfig,  # read: time_bins, bin_seconds, bin_shift
+) -> Tensor:  # (V,C+2+8*time_bins)
     "What the U-Net sees of each voxel."
-    row = v.voxel
-    n = len(v)
     s = seconds[:, None]
-    spread = pool_mean((s - pool_mean(s, row, n)[row]) ** 2, row, n).sqrt()
-    return torch.cat(
-        [
-            pool_mean(own, row, n),
-            4 * spread,
-            v.count[:, None].log1p() / 3,
-            binned_features(own, seconds, row, n, cfg),
-        ],
-        1,
-    )
+    mean_time = pool_mean(s, v.voxel, len(v))
+    spread = pool_mean((s - mean_time[v.voxel]) ** 2, v.voxel, len(v)).sqrt()
+    mean = pool_mean(own, v.voxel, len(v))
+    bins = binned_features(point, seconds, v.voxel, len(v), cfg)
+    return torch.cat([mean, 4 * spread, v.count[:, None].log1p() / 3, bins], 1)
 
 # %% ../nbs/31_predictor.ipynb #5bd3ee46
 def point_channels(
     cfg: PredictorConfig,
 ) -> int:
-    "How many channels `point_features` and `motion_hints` give."
-    return 14 + motion_feature_count(cfg)
+    "Channels of `PointFeatures` and `motion_features` together."
+    return N_POINT + motion_feature_count(cfg)
 
 
 def voxel_channels(
     cfg: PredictorConfig,
     n_extra: int = 0,  # further channels per point
 ) -> int:
-    "How many channels `voxel_features` gives."
+    "Channels of `voxel_features`."
     return point_channels(cfg) + n_extra + 2 + 8 * cfg.time_bins
 
 # %% ../nbs/31_predictor.ipynb #7e442f2f
@@ -248,33 +280,72 @@ def make_head(
 
 # %% ../nbs/31_predictor.ipynb #210ba452
 def decode_residual(
-    x: Tensor,  # (M,14) raw head output, ego0
+    raw: Tensor,  # (M,14) output of the attribute head in the order of `FLAT`, ego0
     g: Gaussians,  # the M Gaussians it is for, world
     to_world: Tensor,  # (4,4) ego0-to-world
-    cfg: PredictorConfig,
+    cfg: PredictorConfig,  # read: the five bounds of attributes
 ) -> Tensor:  # (M,14) dG, world
-    "Head output to a bounded residual of the raw attributes."
-    T = to_world.to(x.dtype)
-    part = {k: x[:, s] for k, s in FLAT.items()}
-    dp = rotate_vectors(T, bounded(part["means"], cfg.position_bound) * g.scales.mean(1, keepdim=True))
-    delta = bounded(part["quats"], cfg.quat_bound)
-    dq = quat_mul(torch.cat([delta[:, :1], rotate_vectors(T, delta[:, 1:])], 1), g.quats)
-    rest = [
-        bounded(part[k], b)
-        for k, b in (
-            ("log_scales", cfg.scale_bound),
-            ("opacity_logits", cfg.opacity_bound),
-            ("colour_logits", cfg.colour_bound),
-        )
-    ]
-    return torch.cat([dp, dq, *rest], 1)
+    "Bounded residual of the raw attributes."
+    T = to_world.to(raw.dtype)
+    part = {name: raw[:, columns] for name, columns in FLAT.items()}
+    shift = bounded(part["means"], cfg.position_bound) * g.scales.mean(1, keepdim=True)
+    real, vector = bounded(part["quats"], cfg.quat_bound).split([1, 3], 1)
+    delta = torch.cat([real, rotate_vectors(T, vector)], 1)
+    scales = bounded(part["log_scales"], cfg.scale_bound)
+    opacity = bounded(part["opacity_logits"], cfg.opacity_bound)
+    colour = bounded(part["colour_logits"], cfg.colour_bound)
+    return torch.cat([rotate_vectors(T, shift), quat_mul(delta, g.quats), scales, opacity, colour], 1)
 
 # %% ../nbs/31_predictor.ipynb #f960778f
 def motion_channels(
-    cfg: PredictorConfig,
+    cfg: PredictorConfig,  # read: degree, motion_prior
 ) -> int:
-    "How many numbers the motion head gives: the velocity blocks, and how far to follow the votes if there are any."
+    "Outputs of the motion head: the velocity blocks, and the share of the prior if there is one."
     return 3 * (cfg.degree + 1) + bool(cfg.motion_prior.reach)
+
+
+def split_motion(
+    raw: Tensor,  # (M,motion_channels) output of the motion head
+    cfg: PredictorConfig,  # read: degree
+) -> tuple[Tensor, Tensor]:  # (M,l+1,3) velocity blocks; (M,1) share of the prior, (M,0) without one
+    "The two parts of the motion head's output."
+    blocks = 3 * (cfg.degree + 1)
+    return raw[:, :blocks].reshape(-1, cfg.degree + 1, 3), raw[:, blocks:]
+
+# %% ../nbs/31_predictor.ipynb #2db88641
+def free_velocity(
+    raw: Tensor,  # (M,motion_channels) output of the motion head, ego0
+    prior: MotionPrior | None,  # of the M points
+    cfg: PredictorConfig,  # read: degree, velocity_scale, velocity_bound
+) -> Tensor:  # (M,l+1,3) coefficients about each point's own time, m/s^(j+1), ego0
+    "The network's own velocity, and a share of a prior that is not trusted."
+    blocks, share = split_motion(raw, cfg)
+    own = bounded(cfg.velocity_scale * blocks, cfg.velocity_bound)
+    if prior is None:
+        return own
+    followed = torch.tanh(share) * prior.velocity.to(raw.dtype)
+    return own + F.pad(followed[:, None], (0, 0, 0, cfg.degree))
+
+# %% ../nbs/31_predictor.ipynb #4ec13ad0
+def near_prior(
+    raw: Tensor,  # (M,motion_channels) output of the motion head, ego0
+    prior: MotionPrior,  # of the M points
+    cfg: PredictorConfig,  # read: degree, max_residual
+) -> Tensor:  # (M,l+1,3) coefficients about each point's own time, m/s^(j+1), ego0
+    "The prior's path and a bounded residual."
+    blocks, _ = split_motion(raw, cfg)
+    path = torch.stack([prior.velocity, prior.acceleration], 1).to(raw.dtype)[:, : cfg.degree + 1]
+    path = F.pad(path, (0, 0, 0, cfg.degree + 1 - path.shape[1]))
+    return path + bounded(cfg.max_residual * blocks, cfg.max_residual)
+
+# %% ../nbs/31_predictor.ipynb #54c2a113
+def apply_dead_zone(
+    own: Tensor,  # (M,l+1,3) coefficients, velocity first
+    least: float,  # m/s
+) -> Tensor:  # same shape
+    "Zero where the speed is below `least`, unchanged above twice that, in proportion between."
+    speed = own[:, :1].norm(dim=2, keepdim=True)
+    return own * (speed / max(least, 1e-9) - 1).clamp(0, 1)
 
 # %% ../nbs/31_predictor.ipynb #a8f7744d
 def since_start(
@@ -290,65 +361,48 @@ def since_start(
 
 # %% ../nbs/31_predictor.ipynb #32d4afe0
 def decode_velocity(
-    x: Tensor,  # (M,motion_channels) raw head output, ego0
-    hints: Tensor,  # (M,hint_channels) from `motion_hints`
+    raw: Tensor,  # (M,motion_channels) output of the motion head, ego0
+    prior: MotionPrior | None,  # of the M points; None = no prior
     seconds: Tensor,  # (M,) own time, since the clip's start
     to_world: Tensor,  # (4,4) ego0-to-world
-    cfg: PredictorConfig,
-    settled: bool = False,  # True: small departures from rest are noise
-) -> Tensor:  # (M,l+1,3) coefficients, m/s^(j+1), world
-    "Head output to velocity coefficients: the first guess, and what the network adds to it, about each point's own time."
-    n = cfg.degree + 1
-    v = cfg.velocity_scale
-    may = 1.0
-    raw = x[:, : 3 * n].reshape(-1, n, 3)
-    own = bounded(v * raw, cfg.velocity_bound)
-    if cfg.motion_prior.reach:
-        vote = v * hints[:, -8:-4].to(x.dtype).reshape(-1, 2, 2)
-        trust = hints[:, -2, None, None].to(x.dtype)
-        may = hints[:, -1, None, None].to(x.dtype)
-        own = own + F.pad((torch.tanh(x[:, 3 * n :]) * vote[:, 0])[:, None], (0, 1, 0, n - 1))
-        guess = F.pad(vote[:, :n], (0, 1, 0, max(0, n - 2))) + bounded(
-            cfg.max_residual * raw, cfg.max_residual
-        )
-        own = torch.where(trust > 0, guess, apply_dead_zone(own, cfg.dead_zone) if settled else own)
-    elif settled:
+    cfg: PredictorConfig,  # read: degree, velocity_scale, velocity_bound, max_residual, dead_zone
+    use_dead_zone: bool = False,  # True in a reconstruction, False in training
+) -> Tensor:  # (M,l+1,3) coefficients about the clip's start, m/s^(j+1), world
+    "Near the prior where it is trusted, free elsewhere, at rest where nothing may move."
+    own = free_velocity(raw, prior, cfg)
+    if use_dead_zone:
         own = apply_dead_zone(own, cfg.dead_zone)
-    return rotate_vectors(to_world.to(x.dtype), since_start(may * own, seconds))
-
-# %% ../nbs/31_predictor.ipynb #54c2a113
-def apply_dead_zone(
-    own: Tensor,  # (M,l+1,3) coefficients, velocity first
-    least: float,  # m/s
-) -> Tensor:  # same shape
-    "Zero where the velocity is below `least`, as it is above twice that, in proportion between."
-    return own * (own[:, :1].norm(dim=2, keepdim=True) / max(least, 1e-9) - 1).clamp(0, 1)
+    if prior is not None:
+        own = torch.where(prior.trusted[:, None, None], near_prior(raw, prior, cfg), own)
+        own = torch.where(prior.may_move[:, None, None], own, 0.0)
+    return rotate_vectors(to_world.to(raw.dtype), since_start(own, seconds))
 
 # %% ../nbs/31_predictor.ipynb #1acb7e59
 @dataclass
 class GridIndex:
-    "Where one lifted clip's Gaussians sit in the network's grid."
+    "Where one lifted clip's Gaussians sit in the network's grid, and how their neighbourhoods move."
 
-    at: Tensor  # (M,) int64 rows of the LiDAR Gaussians in the grid
-    far: Tensor  # (B,) int64 rows of the background
+    inside: Tensor  # (M,) int64 rows of the LiDAR Gaussians in the grid
+    background: Tensor  # (B,) int64 rows of the background Gaussians
     to_world: Tensor  # (4,4) float64 ego0-to-world
     seconds: Tensor  # (M,) capture time since the clip's start
     voxels: Voxels  # of the M Gaussians, without features
-    rows: Tensor  # (M,8) int64 voxels around each
-    weights: Tensor  # (M,8) their shares
-    hints: Tensor  # (M,hint_channels) motion of its neighbourhood
+    corners: Tensor  # (M,8) int64 rows of the voxels around each Gaussian
+    weights: Tensor  # (M,8) trilinear weights of these voxels
+    motion: Tensor  # (M,F) from `motion_features`
+    prior: MotionPrior | None  # of the M Gaussians; None = no prior
     tables: dict = field(default_factory=dict)  # of the U-Net's layers, filled by the first passes
 
 # %% ../nbs/31_predictor.ipynb #2c89c552
 def in_grid(
-    r: Returns,  # on the device of `to_world`
+    returns: Returns,  # world, on the device of `to_world`
     to_world: Tensor,  # (4,4) float64 ego0-to-world
     voxel: VoxelConfig,  # read: low, shape, size
-) -> tuple[Tensor, Tensor, Tensor]:  # (R,3) ego0, m; (R,) s since the clip's start; (R,) int64 frame
+) -> SweepPoints:  # those in the grid, ego0, float32
     "The returns inside the network's grid."
-    points = transform_points(se3_inverse(to_world), r.points)
+    points = transform_points(se3_inverse(to_world), returns.points)
     kept = grid_position(points, voxel)[1]
-    return points[kept].float(), r.seconds[kept].float(), r.frame[kept]
+    return SweepPoints(points[kept].float(), returns.seconds[kept].float(), returns.frame[kept])
 
 # %% ../nbs/31_predictor.ipynb #567b97ec
 @torch.no_grad()
@@ -356,35 +410,29 @@ def make_grid_index(
     g: Gaussians,  # N lifted Gaussians, world
     ego0: Any,  # (4,4) array or tensor, ego0-to-world
     duration: float,  # length of the clip, s
-    voxel: VoxelConfig,
-    cfg: PredictorConfig,  # read: what `motion_hints` reads
-    returns: Returns
-    | None,  # all around, of the input sweeps, on the same device; None = only the Gaussians tell what moves
+    voxel: VoxelConfig,  # the network's grid
+    cfg: PredictorConfig,  # read: what `motion_features` reads
+    returns: Returns | None,  # all of the input sweeps, world, same device; None = only the Gaussians show motion
 ) -> GridIndex:  # on the Gaussians' device
-    "Sort a lifted clip into the grid."
+    "Sort a lifted clip into the grid and measure its motion."
     to_world = torch.as_tensor(ego0, dtype=torch.float64, device=g.means.device)
     points = transform_points(se3_inverse(to_world), g.means.double())
-    at = (grid_position(points, voxel)[1] & (g.kind == LIDAR)).nonzero()[:, 0]
-    points = points[at]
-    seconds = (g.t[at] * duration).float()
-    v = voxelise(points, points[:, :0], voxel)
-    rows, weights = (
-        neighbours(v.keys, points.float(), voxel)
-        if len(at)
-        else (at[:, None].expand(-1, 8), at[:, None].expand(-1, 8).float())
-    )
-    voters = None if returns is None else in_grid(returns, to_world, voxel)
+    inside = (grid_position(points, voxel)[1] & (g.kind == LIDAR)).nonzero()[:, 0]
+    here = SweepPoints(points[inside], (g.t[inside] * duration).float(), g.frame[inside])
+    voxels = voxelise(here.points, here.points[:, :0], voxel)
+    corners, weights = neighbours(voxels.keys, here.points.float(), voxel)
+    around = None if returns is None else in_grid(returns, to_world, voxel)
+    motion = motion_features(here, around, voxel, cfg)
     return GridIndex(
-        at,
-        (g.kind == BACKGROUND).nonzero()[:, 0],
-        to_world,
-        seconds,
-        v,
-        rows,
-        weights,
-        motion_features(points, seconds, g.frame[at], voxel, cfg, voters)
-        if len(at)
-        else points.new_zeros(0, motion_feature_count(cfg)),
+        inside=inside,
+        background=(g.kind == BACKGROUND).nonzero()[:, 0],
+        to_world=to_world,
+        seconds=here.seconds,
+        voxels=voxels,
+        corners=corners,
+        weights=weights,
+        motion=motion,
+        prior=prior_from_features(motion, cfg),
     )
 
 # %% ../nbs/31_predictor.ipynb #f0c35365
@@ -393,8 +441,8 @@ class BasePredictor(nn.Module):
 
     def __init__(
         self,
-        cfg: PredictorConfig = PredictorConfig(),
-        voxel: VoxelConfig = VoxelConfig(),
+        cfg: PredictorConfig = PredictorConfig(),  # what it is shown, how far it may go
+        voxel: VoxelConfig = VoxelConfig(),  # its grid
         n_extra: int = 0,  # further channels per point, of order one, in ego0 axes
         predict_velocity: bool = True,  # False: the residual only
     ) -> None:
@@ -404,28 +452,39 @@ class BasePredictor(nn.Module):
         self.voxel = voxel
         self.n_extra = n_extra
         self.unet = SparseUNet(voxel_channels(cfg, n_extra), cfg.unet)
-        n = self.unet.n_out + point_channels(cfg) + n_extra + 9
+        n = self.unet.n_out + point_channels(cfg) + n_extra + 9  # 9 of a rotation matrix
         self.attributes = make_head(n, cfg.hidden, 14)
         self.motion = make_head(n, cfg.hidden, motion_channels(cfg)) if predict_velocity else None
+
+# %% ../nbs/31_predictor.ipynb #9aaa7bef
+@patch
+def grid_index(
+    self: BasePredictor,
+    g: Gaussians,  # N lifted Gaussians, world
+    ego0: Any,  # (4,4) array or tensor, ego0-to-world
+    duration: float,  # length of the clip, s
+    returns: Returns | None,  # as for `make_grid_index`
+) -> GridIndex:  # on the Gaussians' device
+    "The index of a lifted clip for this predictor."
+    return make_grid_index(g, ego0, duration, self.voxel, self.cfg, returns)
 
 # %% ../nbs/31_predictor.ipynb #f1ba07e4
 @patch
 def encode(
     self: BasePredictor,
     g: Gaussians,  # M Gaussians in the grid, world
-    index: GridIndex,  # where they were lifted to
+    index: GridIndex,  # of their lift
     extra: Tensor | None,  # (M,n_extra)
 ) -> Tensor:  # (M,C) what each head sees of a point
-    "A point's own features beside those of its surroundings."
+    "A point's own features, its orientation, and the U-Net's features around it."
     to_ego = se3_inverse(index.to_world)
     points = transform_points(to_ego, g.means.double())
-    own = [
-        point_features(g, points, index.seconds, index.voxels.coords[index.voxels.voxel], self.voxel),
-        index.hints,
-    ]
-    own = torch.cat(own + ([extra.float()] if self.n_extra else []), 1)
-    v = replace(index.voxels, features=voxel_features(own, index.seconds, index.voxels, self.cfg))
-    around = mix_voxels(self.unet(v, self.voxel.shape, index.tables), index.rows, index.weights)
+    home = index.voxels.coords[index.voxels.voxel]
+    point = point_features(g, points, index.seconds, home, self.voxel)
+    own = torch.cat([*point, index.motion, *([extra.float()] if self.n_extra else [])], 1)
+    features = voxel_features(own, point, index.seconds, index.voxels, self.cfg)
+    voxels = self.unet(replace(index.voxels, features=features), self.voxel.shape, index.tables)
+    around = mix_voxels(voxels, index.corners, index.weights)
     return torch.cat([own, orientation(g.quats, to_ego), around], 1)
 
 # %% ../nbs/31_predictor.ipynb #e40559ce
@@ -435,44 +494,21 @@ def forward(
     g: Gaussians,  # N Gaussians, world; lifted, or refined since
     index: GridIndex,  # of their lift
     extra: Tensor | None = None,  # (N,n_extra) further channels
-) -> tuple[Tensor, Tensor | None]:  # dG (N,14), velocity (N,l+1,3) m/s^(j+1), both in world axes
+) -> tuple[Tensor, Tensor | None]:  # dG (N,14); velocity (N,l+1,3) m/s^(j+1), None without a motion head; world
     "Residual and velocity of every Gaussian; zero for background and outside the grid."
     if (extra is None) != (self.n_extra == 0):
-        raise ValueError(
-            f"This predictor takes {self.n_extra} extra channels per point; pass them as `extra`."
-        )
+        raise ValueError(f"This predictor takes {self.n_extra} extra channels per point; pass them as `extra`.")
     dG = g.means.new_zeros(len(g), 14)
-    velocity = g.means.new_zeros(len(g), self.cfg.degree + 1, 3)
-    like = g.means.dtype
-    if len(index.at):
-        some = g[index.at]
-        h = self.encode(some, index, None if extra is None else extra[index.at])
-        dG = dG.index_copy(
-            0, index.at, decode_residual(self.attributes(h).to(like), some, index.to_world, self.cfg)
-        )
-        if self.motion:
-            velocity = velocity.index_copy(
-                0,
-                index.at,
-                decode_velocity(
-                    self.motion(h).to(like),
-                    index.hints,
-                    index.seconds,
-                    index.to_world,
-                    self.cfg,
-                    settled=not self.training,
-                ),
-            )
-    return dG, velocity if self.motion else None
-
-# %% ../nbs/31_predictor.ipynb #9aaa7bef
-@patch
-def grid_index(
-    self: BasePredictor,
-    g: Gaussians,  # N lifted Gaussians, world
-    ego0: Any,  # (4,4) array or tensor, ego0-to-world
-    duration: float,  # length of the clip, s
-    returns: Returns | None,  # as for `make_layout`
-) -> GridIndex:  # on the Gaussians' device
-    "The layout of a lifted clip for this predictor."
-    return make_grid_index(g, ego0, duration, self.voxel, self.cfg, returns)
+    velocity = g.means.new_zeros(len(g), self.cfg.degree + 1, 3) if self.motion else None
+    if not len(index.inside):
+        return dG, velocity
+    some = g[index.inside]
+    features = self.encode(some, index, None if extra is None else extra[index.inside])
+    residual = decode_residual(self.attributes(features).to(dG.dtype), some, index.to_world, self.cfg)
+    dG = dG.index_copy(0, index.inside, residual)
+    if self.motion:
+        raw = self.motion(features).to(dG.dtype)
+        dead_zone = not self.training
+        found = decode_velocity(raw, index.prior, index.seconds, index.to_world, self.cfg, dead_zone)
+        velocity = velocity.index_copy(0, index.inside, found)
+    return dG, velocity

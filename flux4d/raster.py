@@ -6,16 +6,17 @@
 from __future__ import annotations
 import math
 from typing import Any, NamedTuple
-import numpy as np, torch
+import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from .frames import quat_to_mat, transform_points
 
 # %% auto #0
-__all__ = ['ALPHA_MIN', 'ALPHA_MAX', 'T_MIN', 'STRIP', 'EDGE', 'screen_covariance', 'nearest_first', 'Splats',
-           'project_gaussians', 'Outline', 'outline', 'expand', 'pairs', 'transmittance', 'Strip', 'strip', 'matrix',
-           'cut_strips', 'strength_gradient', 'moments', 'splat_gradients', 'Blend', 'rasterise']
+__all__ = ['ALPHA_MIN', 'ALPHA_MAX', 'T_MIN', 'STRIP', 'EDGE', 'Ellipsoids', 'Pinhole', 'DrawRules', 'screen_covariance',
+           'nearest_first', 'Splats', 'widen', 'project_gaussians', 'Ellipses', 'splat_ellipses', 'ragged_index',
+           'Spans', 'row_spans', 'PixelPairs', 'pixel_pairs', 'transmittance', 'Strip', 'make_strip', 'strip_matrix',
+           'cut_strips', 'strength_gradient', 'pixel_moments', 'splat_gradients', 'Blend', 'Raster', 'rasterise']
 
 # %% ../nbs/20_raster.ipynb #37b63adc
 ALPHA_MIN = 1 / 255  # a Gaussian weaker than this at a pixel centre is skipped there
@@ -23,24 +24,46 @@ ALPHA_MAX = 0.999  # no Gaussian is more opaque than this
 T_MIN = 1e-4  # a pixel is finished before the Gaussian that would bring its transmittance to this
 STRIP = 300_000  # (Gaussian, pixel) pairs worked on at a time: fits the cache, bounds the memory
 
+# %% ../nbs/20_raster.ipynb #b42e02cf
+class Ellipsoids(NamedTuple):
+    "N Gaussians in plain units, as a rasteriser takes them."
+
+    means: Tensor  # (N,3) centres, world, m
+    quats: Tensor  # (N,4) w,x,y,z
+    scales: Tensor  # (N,3) standard deviations, m
+    opacities: Tensor  # (N,) 0..1
+
+
+class Pinhole(NamedTuple):
+    "One camera."
+
+    K: Tensor  # (3,3) pinhole matrix, px
+    world_to_cam: Tensor  # (4,4)
+    width: int  # px
+    height: int  # px
+
+
+class DrawRules(NamedTuple):
+    "Planes, and how narrow splats are treated."
+
+    near: float = 0.1  # m, nothing nearer is drawn
+    far: float = 1e4  # m, nothing farther is drawn
+    eps2d: float = 0.3  # px^2 added to both variances of a splat
+    antialiased: bool = False  # keep each splat's total weight when eps2d widens it
+
 # %% ../nbs/20_raster.ipynb #ffa61903
 def screen_covariance(
     c: Tensor,  # (n,3) centres, camera, m, z > 0
     axes: Tensor,  # (n,3,3) principal half-axes as columns, camera, m
-    K: Tensor,  # (3,3) pinhole matrix, px
-    width: int,  # px
-    height: int,  # px
+    camera: Pinhole,  # read: K, width, height
 ) -> Tensor:  # (n,3) xx, xy, yy, px^2
     "Covariance of each Gaussian's image, linearised at its centre (EWA splatting)."
-    fx = K[0, 0]
-    fy = K[1, 1]
-    cx = K[0, 2]
-    cy = K[1, 2]
+    (fx, _, cx), (_, fy, cy) = camera.K[0], camera.K[1]
     z = c[:, 2]
-    wide = 0.15 * width / fx
-    tall = 0.15 * height / fy
-    tx = (c[:, 0] / z).clamp(-cx / fx - wide, (width - cx) / fx + wide)
-    ty = (c[:, 1] / z).clamp(-cy / fy - tall, (height - cy) / fy + tall)
+    wide = 0.15 * camera.width / fx
+    tall = 0.15 * camera.height / fy
+    tx = (c[:, 0] / z).clamp(-cx / fx - wide, (camera.width - cx) / fx + wide)
+    ty = (c[:, 1] / z).clamp(-cy / fy - tall, (camera.height - cy) / fy + tall)
     u = (fx / z)[:, None] * (axes[:, 0] - tx[:, None] * axes[:, 2])
     v = (fy / z)[:, None] * (axes[:, 1] - ty[:, None] * axes[:, 2])
     return torch.stack([(u * u).sum(-1), (u * v).sum(-1), (v * v).sum(-1)], -1)
@@ -65,41 +88,42 @@ class Splats(NamedTuple):
     opacity: Tensor  # (n,) 0..1
     depth: Tensor  # (n,) along the optical axis, m
 
+# %% ../nbs/20_raster.ipynb #683015d8
+def widen(
+    covariance: Tensor,  # (n,3) xx, xy, yy, px^2
+    opacity: Tensor,  # (n,) 0..1
+    rules: DrawRules,  # read: eps2d, antialiased
+) -> tuple[Tensor, Tensor]:  # (n,3) conic A, B, C of the widened splat, px^-2; (n,) its opacity, 0 where it has no area
+    "Widen the splats by `eps2d` and invert their covariance."
+    xx, xy, yy = covariance.unbind(-1)
+    sharp = xx * yy - xy * xy
+    xx = xx + rules.eps2d
+    yy = yy + rules.eps2d
+    det = xx * yy - xy * xy
+    if rules.antialiased:
+        opacity = opacity * (sharp / det).clamp_min(1e-12).sqrt()
+    conic = torch.stack([yy, -xy, xx], -1) / det.clamp_min(1e-10)[:, None]
+    return conic, torch.where(det > 0, opacity, 0.0)
+
 # %% ../nbs/20_raster.ipynb #7549aecb
 def project_gaussians(
-    means: Tensor,  # (N,3) centres, world, m
-    quats: Tensor,  # (N,4) w,x,y,z
-    scales: Tensor,  # (N,3) standard deviations, m
-    opacities: Tensor,  # (N,) 0..1
-    K: Tensor,  # (3,3) pinhole matrix, px
-    world_to_cam: Tensor,  # (4,4)
-    width: int,  # px
-    height: int,  # px
-    near: float = 0.1,  # m
-    far: float = 1e4,  # m
-    eps2d: float = 0.3,  # px^2 added to both variances
-    antialiased: bool = False,  # keep each splat's total weight when eps2d widens it
-) -> Splats:
+    e: Ellipsoids,  # N Gaussians, world
+    camera: Pinhole,
+    rules: DrawRules = DrawRules(),
+) -> Splats:  # nearest first
     "Gaussians of the world as splats on the screen."
-    c = transform_points(world_to_cam, means)
-    ids = nearest_first(c[:, 2].detach(), near, far)
-    c, q, s, o = (v.index_select(0, ids) for v in (c, quats, scales, opacities))
-    xx, xy, yy = screen_covariance(
-        c, (world_to_cam[:3, :3] @ quat_to_mat(q)) * s[:, None], K, width, height
-    ).unbind(-1)
-    sharp = xx * yy - xy * xy
-    xx = xx + eps2d
-    yy = yy + eps2d
-    det = xx * yy - xy * xy
-    if antialiased:
-        o = o * (sharp / det).clamp_min(1e-12).sqrt()
-    conic = torch.stack([yy, -xy, xx], -1) / det.clamp_min(1e-10)[:, None]
+    K, world_to_cam = camera.K, camera.world_to_cam
+    c = transform_points(world_to_cam, e.means)
+    ids = nearest_first(c[:, 2].detach(), rules.near, rules.far)
+    c, q, s, o = (v.index_select(0, ids) for v in (c, e.quats, e.scales, e.opacities))
+    axes = (world_to_cam[:3, :3] @ quat_to_mat(q)) * s[:, None]
+    conic, o = widen(screen_covariance(c, axes, camera), o, rules)
     uv = c[:, :2] / c[:, 2:] * torch.stack([K[0, 0], K[1, 1]]) + K[:2, 2]
-    return Splats(ids, uv, conic, torch.where(det > 0, o, 0.0), c[:, 2])
+    return Splats(ids, uv, conic, o, c[:, 2])
 
 # %% ../nbs/20_raster.ipynb #c9359bf3
-class Outline(NamedTuple):
-    "The ellipse of each splat, float64."
+class Ellipses(NamedTuple):
+    "Where each splat counts, float64."
 
     x: Tensor  # (n,) centre, continuous px
     y: Tensor  # (n,) centre, continuous px
@@ -112,58 +136,58 @@ class Outline(NamedTuple):
     width: Tensor  # (n,) width of the ellipse's box, px
 
 # %% ../nbs/20_raster.ipynb #7ca5c4cc
-EDGE = 1e-3  # px by which an outline is widened, so that rounding loses no pixel; the strength itself decides there
+EDGE = 1e-3  # px by which an ellipse is widened, so that rounding loses no pixel; the strength itself decides there
 
 
-def outline(
+def splat_ellipses(
     s: Splats,  # what the camera sees
     width: int,  # px
     height: int,  # px
-) -> Outline:  # an empty range of rows for splats beside the image
+) -> Ellipses:  # an empty range of rows for splats beside the image
     "Ellipses inside which the splats count."
-    log_o = s.opacity.detach().double().log()
-    x, y, A, B, C, log_o = torch.nan_to_num(
-        torch.stack([*s.uv.detach().double().T, *s.conic.detach().double().T, log_o])
-    )
+    numbers = torch.stack([*s.uv.double().T, *s.conic.double().T, s.opacity.double().log()]).detach()
+    x, y, A, B, C, log_o = torch.nan_to_num(numbers)
     reach = 2 * (log_o - math.log(ALPHA_MIN)).clamp_min(0) / (A * C - B * B).clamp_min(1e-12)
     rx = (reach * C).sqrt() + EDGE
     ry = (reach * A).sqrt() + EDGE
     top = (y - ry - 0.5).ceil().clamp(0, height)
     bottom = (y + ry + 0.5).floor().clamp(0, height)
-    return Outline(
-        x,
-        y,
-        A,
-        B,
-        C,
-        log_o,
-        top,
-        torch.where((x + rx < 0) | (x - rx > width), top, bottom),
-        (2 * rx).clamp(1, width),
-    )
+    beside = (x + rx < 0) | (x - rx > width)
+    bottom = torch.where(beside, top, bottom)
+    return Ellipses(x, y, A, B, C, log_o, top=top, bottom=bottom, width=(2 * rx).clamp(1, width))
 
 # %% ../nbs/20_raster.ipynb #d4ec46e9
-def expand(
+def ragged_index(
     n: Tensor,  # (m,) int64, entries of each owner
-) -> tuple[Tensor, Tensor]:  # owner (P,) and place in the owner's list (P,), int64
+) -> tuple[Tensor, Tensor]:  # (P,) int64 owner; (P,) int64 place in the owner's list
     "Owners and places of lists laid end to end."
     own = torch.repeat_interleave(n)
     return own, torch.arange(len(own)) - (n.cumsum(0) - n).index_select(0, own)
 
-# %% ../nbs/20_raster.ipynb #336b9a22
-def pairs(
-    o: Outline,  # n splats, nearest first
+# %% ../nbs/20_raster.ipynb #f9761d8d
+class Spans(NamedTuple):
+    "The image rows of each ellipse, splat by splat, float64; along a row sigma - ln(o) = (a*dx + b)*dx + c."
+
+    own: Tensor  # (R,) int64, splat
+    row: Tensor  # (R,) row of the image
+    x: Tensor  # (R,) centre of the splat, px
+    a: Tensor  # (R,) px^-2
+    b: Tensor  # (R,) px^-1
+    c: Tensor  # (R,)
+    left: Tensor  # (R,) first pixel
+    count: Tensor  # (R,) int64, pixels
+
+# %% ../nbs/20_raster.ipynb #77636390
+def row_spans(
+    e: Ellipses,  # n splats, nearest first
     y0: int,  # first row
     y1: int,  # one past the last row
     width: int,  # px
-    dtype: torch.dtype = torch.float32,  # of the strengths
-) -> tuple[
-    Tensor, Tensor, Tensor
-]:  # ptr (n+1,): pairs ptr[i]:ptr[i+1] are splat i's; pixel (P,) int32; alpha (P,)
-    "Every pixel in every ellipse, splat by splat, between two rows."
-    top = o.top.clamp(y0, y1)
-    own, k = expand((o.bottom.clamp(y0, y1) - top).long())
-    x, y, A, B, C, log_o, row = (v.index_select(0, own) for v in (*o[:6], top))
+) -> Spans:
+    "Rows of the ellipses between two rows of the image."
+    top = e.top.clamp(y0, y1)
+    own, k = ragged_index((e.bottom.clamp(y0, y1) - top).long())
+    x, y, A, B, C, log_o, row = (v.index_select(0, own) for v in (e.x, e.y, e.A, e.B, e.C, e.log_o, top))
     row = row + k
     dy = row + 0.5 - y
     b = B * dy
@@ -171,22 +195,35 @@ def pairs(
     mid = x - b / A
     half = (b * b - 2 * A * (c + math.log(ALPHA_MIN))).clamp_min(0).sqrt() / A + EDGE
     left = (mid - half - 0.5).ceil().clamp(0, width)
-    n = ((mid + half + 0.5).floor().clamp(0, width) - left).clamp_min(0).long()
-    each, k = expand(n)
-    a, b, c, dx, first = (
-        v.index_select(0, each)
-        for v in (
-            (A / 2).to(dtype),
-            b.to(dtype),
-            c.to(dtype),
-            (left + 0.5 - x).to(dtype),
-            ((row - y0) * width + left).int(),
-        )
-    )
+    count = ((mid + half + 0.5).floor().clamp(0, width) - left).clamp_min(0).long()
+    return Spans(own, row, x, A / 2, b, c, left, count)
+
+# %% ../nbs/20_raster.ipynb #336b9a22
+class PixelPairs(NamedTuple):
+    "Every pixel in every ellipse, splat by splat."
+
+    ptr: Tensor  # (n+1,) int64: pairs ptr[i]:ptr[i+1] are splat i's
+    pixel: Tensor  # (P,) int32, number of the pixel among the rows
+    alpha: Tensor  # (P,) strength, 0 below `ALPHA_MIN`
+
+
+def pixel_pairs(
+    e: Ellipses,  # n splats, nearest first
+    y0: int,  # first row
+    y1: int,  # one past the last row
+    width: int,  # px
+    dtype: torch.dtype = torch.float32,  # of the strengths
+) -> PixelPairs:
+    "Pixels of the ellipses between two rows, and the strength of the splat at each."
+    s = row_spans(e, y0, y1, width)
+    each, k = ragged_index(s.count)
+    first = ((s.row - y0) * width + s.left).int()
+    by_row = s.a.to(dtype), s.b.to(dtype), s.c.to(dtype), (s.left + 0.5 - s.x).to(dtype), first
+    a, b, c, dx, first = (v.index_select(0, each) for v in by_row)
     dx = dx + k
     alpha = torch.exp(-((a * dx + b) * dx + c)).clamp_max(ALPHA_MAX)
-    ptr = torch.zeros(len(top) + 1, dtype=torch.long).index_add(0, own + 1, n).cumsum(0)
-    return ptr, (first + k).int(), alpha * (alpha >= ALPHA_MIN)
+    ptr = torch.zeros(len(e.top) + 1, dtype=torch.long).index_add(0, s.own + 1, s.count).cumsum(0)
+    return PixelPairs(ptr, (first + k).int(), alpha * (alpha >= ALPHA_MIN))
 
 # %% ../nbs/20_raster.ipynb #37ec3895
 def transmittance(
@@ -213,22 +250,20 @@ class Strip(NamedTuple):
     T: Tensor  # (P,) light left before it
 
 # %% ../nbs/20_raster.ipynb #3862b30c
-def strip(
-    o: Outline,  # all splats, nearest first
+def make_strip(
+    e: Ellipses,  # all splats, nearest first
     y0: int,  # first row
     y1: int,  # one past the last row
     width: int,  # px
     dtype: torch.dtype = torch.float32,  # of the weights
 ) -> Strip:
     "Weights of the image rows y0..y1-1."
-    near = ((o.top < y1) & (o.bottom > y0)).nonzero()[:, 0]
-    ptr, pixel, alpha = pairs(Outline(*(v[near] for v in o)), y0, y1, width, dtype)
-    by_pixel = csr_array(
-        (alpha.numpy(), pixel.numpy(), ptr.int().numpy()), shape=(len(near), (y1 - y0) * width)
-    ).tocsc()
-    alpha = torch.from_numpy(by_pixel.data)
-    splat = torch.from_numpy(by_pixel.indices)
-    ptr = torch.from_numpy(by_pixel.indptr).long()
+    near = ((e.top < y1) & (e.bottom > y0)).nonzero()[:, 0]
+    ptr, pixel, alpha = pixel_pairs(Ellipses(*(v[near] for v in e)), y0, y1, width, dtype)
+    by_splat = csr_array((alpha.numpy(), pixel.numpy(), ptr.int().numpy()), shape=(len(near), (y1 - y0) * width))
+    by_pixel = by_splat.tocsc()
+    alpha, splat, ptr = (torch.from_numpy(v) for v in (by_pixel.data, by_pixel.indices, by_pixel.indptr))
+    ptr = ptr.long()
     T = transmittance(alpha, ptr)
     seen = T > 0
     if 2 * seen.count_nonzero() > len(seen):
@@ -237,27 +272,23 @@ def strip(
     return Strip(y0, y1, near, ptr, splat[seen], alpha[seen], T[seen])
 
 # %% ../nbs/20_raster.ipynb #5fea84c6
-def matrix(
+def strip_matrix(
     s: Strip,  # one strip
     entries: Tensor,  # (P,) a number for each (pixel, splat) pair
 ) -> csr_array:  # (pixels, splats)
     "A strip's pairs as a sparse matrix."
-    return csr_array(
-        (entries.numpy(), s.splat.numpy(), s.ptr.int().numpy()), shape=(len(s.ptr) - 1, len(s.near))
-    )
+    shape = len(s.ptr) - 1, len(s.near)
+    return csr_array((entries.numpy(), s.splat.numpy(), s.ptr.int().numpy()), shape=shape)
 
 # %% ../nbs/20_raster.ipynb #b5a39c70
 def cut_strips(
-    o: Outline,  # all splats
+    e: Ellipses,  # all splats
     height: int,  # px
     most: int = STRIP,  # pairs a strip
 ) -> list[tuple[int, int]]:  # first row and one past the last, top to bottom
     "Image rows in strips of bounded work."
-    begin = o.top.long()
-    end = o.bottom.long()
-    change = (
-        torch.zeros(height + 1, dtype=torch.float64).index_add(0, begin, o.width).index_add(0, end, -o.width)
-    )
+    change = torch.zeros(height + 1, dtype=torch.float64)
+    change = change.index_add(0, e.top.long(), e.width).index_add(0, e.bottom.long(), -e.width)
     work = change[:-1].cumsum(0).cumsum(0)
     cuts = [0, *((work / most).floor().diff().nonzero()[:, 0] + 1).tolist(), height]
     return list(zip(cuts, cuts[1:]))
@@ -279,23 +310,17 @@ def strength_gradient(
     return s.T * v - behind / (1 - s.alpha)
 
 # %% ../nbs/20_raster.ipynb #8f367984
-def moments(
+def pixel_moments(
     s: Strip,  # one strip
     u: Tensor,  # (P,) one number a pair
     width: int,  # px
 ) -> Tensor:  # (m,6) float64, sums over pixels of u times 1, x, y, xx, xy, yy
     "Moments of `u` over each splat's pixels."
-    y, x = (
-        v.flatten() + 0.5
-        for v in torch.meshgrid(
-            torch.arange(s.y0, s.y1, dtype=torch.float64),
-            torch.arange(width, dtype=torch.float64),
-            indexing='ij',
-        )
-    )
-    return torch.from_numpy(
-        matrix(s, u.double()).T @ torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], -1).numpy()
-    )
+    rows = torch.arange(s.y0, s.y1, dtype=torch.float64)
+    columns = torch.arange(width, dtype=torch.float64)
+    y, x = (v.flatten() + 0.5 for v in torch.meshgrid(rows, columns, indexing='ij'))
+    powers = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], -1)
+    return torch.from_numpy(strip_matrix(s, u.double()).T @ powers.numpy())
 
 # %% ../nbs/20_raster.ipynb #a07e40a9
 def splat_gradients(
@@ -312,12 +337,10 @@ def splat_gradients(
     dxx = s * x * x - 2 * x * sx + sxx
     dxy = s * x * y - x * sy - y * sx + sxy
     dyy = s * y * y - 2 * y * sy + syy
-    grads = (
-        -torch.stack([A * dx + B * dy, B * dx + C * dy], -1),
-        -torch.stack([dxx / 2, dxy, dyy / 2], -1),
-        s / opacity.double().clamp_min(1e-10),
-    )
-    return tuple(v.to(uv.dtype) for v in grads)
+    d_uv = -torch.stack([A * dx + B * dy, B * dx + C * dy], -1)
+    d_conic = -torch.stack([dxx / 2, dxy, dyy / 2], -1)
+    d_opacity = s / opacity.double().clamp_min(1e-10)
+    return d_uv.to(uv.dtype), d_conic.to(uv.dtype), d_opacity.to(uv.dtype)
 
 # %% ../nbs/20_raster.ipynb #18250328
 class Blend(torch.autograd.Function):
@@ -334,16 +357,16 @@ class Blend(torch.autograd.Function):
         height: int,  # px
     ) -> Tensor:  # (pixels,C)
         "The picture; its strips are kept for the gradient."
-        o = outline(Splats(None, uv, conic, opacity, None), width, height)
-        ctx.strips, picture = [], features.new_zeros(height * width, features.shape[1])
-        for y0, y1 in cut_strips(o, height):
-            s = strip(o, y0, y1, width, features.dtype)
-            picture[y0 * width : y1 * width] = torch.from_numpy(
-                matrix(s, s.alpha * s.T) @ features.detach().index_select(0, s.near).numpy()
-            )
+        ellipses = splat_ellipses(Splats(None, uv, conic, opacity, None), width, height)
+        picture = features.new_zeros(height * width, features.shape[1])
+        ctx.strips, ctx.width = [], width
+        for y0, y1 in cut_strips(ellipses, height):
+            s = make_strip(ellipses, y0, y1, width, features.dtype)
+            weights = strip_matrix(s, s.alpha * s.T)
+            shown = features.detach().index_select(0, s.near).numpy()
+            picture[y0 * width : y1 * width] = torch.from_numpy(weights @ shown)
             if any(ctx.needs_input_grad):
                 ctx.strips.append(s)
-        ctx.width = width
         ctx.save_for_backward(uv, conic, opacity, features)
         return picture
 
@@ -360,28 +383,30 @@ class Blend(torch.autograd.Function):
         for s in ctx.strips:
             g = grad[s.y0 * ctx.width : s.y1 * ctx.width].contiguous()
             u = strength_gradient(s, features.index_select(0, s.near), g) * s.alpha * (s.alpha < ALPHA_MAX)
-            m.index_add_(0, s.near, moments(s, u, ctx.width))
-            d_features.index_add_(0, s.near, torch.from_numpy(matrix(s, s.alpha * s.T).T @ g.numpy()))
+            m.index_add_(0, s.near, pixel_moments(s, u, ctx.width))
+            d_features.index_add_(0, s.near, torch.from_numpy(strip_matrix(s, s.alpha * s.T).T @ g.numpy()))
         return *splat_gradients(m, uv, conic, opacity), d_features, None, None
 
 # %% ../nbs/20_raster.ipynb #b95b1189
+class Raster(NamedTuple):
+    "One camera's picture."
+
+    features: Tensor  # (H,W,C)
+    depth: Tensor  # (H,W) expected depth along the optical axis, m; 0 where nothing is
+    alpha: Tensor  # (H,W) 0..1
+
+
 def rasterise(
-    means: Tensor,  # (N,3) centres, world, m
-    quats: Tensor,  # (N,4) w,x,y,z
-    scales: Tensor,  # (N,3) standard deviations, m
-    opacities: Tensor,  # (N,) 0..1
+    e: Ellipsoids,  # N Gaussians, world
     features: Tensor,  # (N,C) colours or anything else
-    K: Tensor,  # (3,3) pinhole matrix, px
-    world_to_cam: Tensor,  # (4,4)
-    width: int,  # px
-    height: int,  # px
-    **kwargs: Any,  # near, far, eps2d, antialiased of `project_gaussians`
-) -> tuple[Tensor, Tensor, Tensor]:  # features (H,W,C), expected depth (H,W) m, alpha (H,W)
+    camera: Pinhole,
+    rules: DrawRules = DrawRules(),
+) -> Raster:
     "One camera's picture of the Gaussians, by the rules of gsplat's `rasterization`."
-    s = project_gaussians(means, quats, scales, opacities, K, world_to_cam, width, height, **kwargs)
-    values = torch.cat(
-        [features.index_select(0, s.ids), s.depth[:, None], torch.ones_like(s.depth)[:, None]], 1
-    )
-    out = Blend.apply(*(v.cpu() for v in (s.uv, s.conic, s.opacity, values)), width, height).to(means.device)
-    image, depth, alpha = out.reshape(height, width, -1).split([features.shape[1], 1, 1], -1)
-    return image, (depth / alpha.clamp_min(1e-10))[..., 0], alpha[..., 0]
+    s = project_gaussians(e, camera, rules)
+    ones = torch.ones_like(s.depth)
+    values = torch.cat([features.index_select(0, s.ids), s.depth[:, None], ones[:, None]], 1)
+    on_cpu = [v.cpu() for v in (s.uv, s.conic, s.opacity, values)]
+    out = Blend.apply(*on_cpu, camera.width, camera.height).to(e.means.device)
+    image, depth, alpha = out.reshape(camera.height, camera.width, -1).split([features.shape[1], 1, 1], -1)
+    return Raster(image, (depth / alpha.clamp_min(1e-10))[..., 0], alpha[..., 0])

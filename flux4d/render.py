@@ -4,6 +4,7 @@
 
 # %% ../nbs/21_render.ipynb #a057dea3
 from __future__ import annotations
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor
 from pydantic import NonNegativeFloat, PositiveFloat
 from .settings import Share
 from .gaussians import FLAT, Gaussians, LIDAR, advance
-from .raster import rasterise
+from .raster import DrawRules, Ellipsoids, Pinhole, rasterise
 
 # %% auto #0
-__all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'pick_backend', 'backdrop', 'solid_depth', 'render',
+__all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'pick_backend', 'background_colour', 'lidar_depth', 'render',
            'compare_backends']
 
 # %% ../nbs/21_render.ipynb #e542d582
@@ -30,8 +31,7 @@ class RenderConfig:
     max_scale: PositiveFloat = 1.0  # m, largest standard deviation of a LiDAR Gaussian when drawn (supp. A.2)
     eps2d: NonNegativeFloat = 0.3  # px^2 added to each splat's variances
     antialiased: bool = False  # lower a splat's opacity as eps2d widens it
-    # px of an image 1920 wide, how far the depth of LiDAR Gaussians is carried to pixels that none of them
-    # touches; 0 = not at all
+    # px of an image 1920 wide: how far depth is carried to pixels that no LiDAR Gaussian touches; 0 = not at all
     depth_reach: NonNegativeFloat = 8.0
     # colour where no Gaussian is; None: the mean colour of the LiDAR Gaussians
     background: tuple[Share, Share, Share] | None = None
@@ -70,7 +70,7 @@ class Rendered(NamedTuple):
     "V pictures."
 
     rgb: Tensor  # (V,H,W,3) 0..1, over the background
-    depth: Tensor  # (V,H,W) expected depth of the LiDAR Gaussians along the optical axis, m; 0 where there are none near
+    depth: Tensor  # (V,H,W) expected depth of the LiDAR Gaussians, along the optical axis, m; 0 = none near
     alpha: Tensor  # (V,H,W) 0..1
     features: Tensor | None  # (V,H,W,F) blended like colours, over zero
 
@@ -84,50 +84,28 @@ def drawn_scales(
 
 # %% ../nbs/21_render.ipynb #3fa633a4
 def _with_torch(
-    means: Tensor,  # (V,N,3) centres at each view's time, world, m
-    quats: Tensor,  # (N,4) w,x,y,z
-    scales: Tensor,  # (N,3) m
-    opacities: Tensor,  # (N,) 0..1
+    e: Ellipsoids,  # means (V,N,3) at each view's time, world, m; the rest of the N Gaussians
     values: Tensor,  # (V,N,C) what each Gaussian shows to each view
     views: Any,  # V views
     cfg: RenderConfig,  # planes, widening, mode
 ) -> tuple[Tensor, Tensor]:  # values (V,H,W,C), alpha (V,H,W)
     "The twin's pictures."
-    views_of = zip(means, values, views.K.to(means), views.world_to_cam.to(means))
+    rules = DrawRules(cfg.near, cfg.far, cfg.eps2d, cfg.antialiased)
+    K, world_to_cam = views.K.to(e.means), views.world_to_cam.to(e.means)
     drawn = [
-        rasterise(
-            m,
-            quats,
-            scales,
-            opacities,
-            f,
-            K,
-            T,
-            views.width,
-            views.height,
-            near=cfg.near,
-            far=cfg.far,
-            eps2d=cfg.eps2d,
-            antialiased=cfg.antialiased,
-        )
-        for m, f, K, T in views_of
+        rasterise(e._replace(means=m), f, Pinhole(k, T, views.width, views.height), rules)
+        for m, f, k, T in zip(e.means, values, K, world_to_cam)
     ]
-    return torch.stack([d[0] for d in drawn]), torch.stack([d[2] for d in drawn])
+    return torch.stack([d.features for d in drawn]), torch.stack([d.alpha for d in drawn])
 
-# %% ../nbs/21_render.ipynb #21341fb3
-def _with_gsplat(
-    means: Tensor,  # (V,N,3) centres at each view's time, world, m
-    quats: Tensor,  # (N,4) w,x,y,z
-    scales: Tensor,  # (N,3) m
-    opacities: Tensor,  # (N,) 0..1
-    values: Tensor,  # (V,N,C) what each Gaussian shows to each view
-    views: Any,  # V views
-    cfg: RenderConfig,  # planes, widening, mode
-) -> tuple[Tensor, Tensor]:  # values (V,H,W,C), alpha (V,H,W)
-    "gsplat's pictures."
-    if not means.is_cuda:
+# %% ../nbs/21_render.ipynb #1a901b5b
+def _gsplat_rasterization(
+    device: torch.device,  # of the Gaussians
+) -> Callable:  # gsplat's `rasterization`
+    "gsplat's function, or a sentence that says why it cannot be used."
+    if device.type != "cuda":
         raise ValueError(
-            f"backend 'gsplat' needs tensors on a GPU and these are on {means.device}: move them, or set backend='torch'"
+            f"backend 'gsplat' needs tensors on a GPU and these are on {device}: move them, or set backend='torch'"
         )
     try:
         from gsplat import rasterization
@@ -135,18 +113,22 @@ def _with_gsplat(
         raise ImportError(
             "gsplat is not installed: `pip install gsplat`, or set backend='torch' for the plain-torch rasteriser"
         ) from e
+    return rasterization
 
-    def each(v, dim):
-        return v.expand(len(means), *v.shape) if v.dim() == dim else v
-
+# %% ../nbs/21_render.ipynb #21341fb3
+def _with_gsplat(
+    e: Ellipsoids,  # means (V,N,3) at each view's time, world, m; the rest of the N Gaussians
+    values: Tensor,  # (V,N,C) what each Gaussian shows to each view
+    views: Any,  # V views
+    cfg: RenderConfig,  # planes, widening, mode
+) -> tuple[Tensor, Tensor]:  # values (V,H,W,C), alpha (V,H,W)
+    "gsplat's pictures."
+    rasterization = _gsplat_rasterization(e.means.device)
+    quats, scales, opacities = (v.expand(len(e.means), *v.shape) for v in e[1:])
+    cameras = views.world_to_cam.to(e.means)[:, None], views.K.to(e.means)[:, None]
     image, alpha, _ = rasterization(
-        means,
-        each(quats, 2),
-        each(scales, 2),
-        each(opacities, 1),
-        values,
-        views.world_to_cam.to(means)[:, None],
-        views.K.to(means)[:, None],
+        *(e.means, quats, scales, opacities, values),
+        *cameras,
         views.width,
         views.height,
         near_plane=cfg.near,
@@ -162,38 +144,57 @@ def _with_gsplat(
 def pick_backend(
     backend: str,  # "auto", "gsplat" or "torch"
     device: torch.device,  # of the Gaussians
-) -> Any:  # the function that draws
+) -> Callable:  # the function that draws
     "The back end's function."
-    table = dict(
-        torch=_with_torch, gsplat=_with_gsplat, auto=_with_gsplat if device.type == "cuda" else _with_torch
-    )
+    auto = _with_gsplat if device.type == "cuda" else _with_torch
+    table = dict(torch=_with_torch, gsplat=_with_gsplat, auto=auto)
     if backend not in table:
         raise ValueError(f"unknown render backend {backend!r}: choose one of {', '.join(sorted(table))}")
     return table[backend]
 
 # %% ../nbs/21_render.ipynb #7e4326c6
-def backdrop(
+def background_colour(
     g: Gaussians,  # N Gaussians
     cfg: RenderConfig,  # read: background
-) -> Tensor:  # (3,) without graph
+) -> Tensor:  # (3,) 0..1, without gradient
     "What shows through where nothing is drawn."
     if cfg.background is not None:
         return g.means.new_tensor(cfg.background)
-    solid = (g.kind == LIDAR).to(g.means)[:, None]
-    return (g.colours.detach() * solid).sum(0) / solid.sum().clamp_min(1)
+    is_lidar = (g.kind == LIDAR).to(g.means)[:, None]
+    return (g.colours.detach() * is_lidar).sum(0) / is_lidar.sum().clamp_min(1)
 
 # %% ../nbs/21_render.ipynb #9780cdbb
-def solid_depth(
-    z: Tensor,  # (V,H,W) depths of the LiDAR Gaussians times their blending weights, m
-    solid: Tensor,  # (V,H,W) sum of these weights
+def lidar_depth(
+    weighted: Tensor,  # (V,H,W) depths of the LiDAR Gaussians times their blending weights, m
+    weight: Tensor,  # (V,H,W) sum of these weights
     reach: int,  # px
 ) -> Tensor:  # (V,H,W) m
     "Expected depth; where no LiDAR Gaussian is, that of a square around, without gradient."
     n = 2 * reach + 1
-    mean = lambda x: F.avg_pool2d(F.avg_pool2d(x, (1, n), 1, (0, reach)), (n, 1), 1, (reach, 0))
+
+    def square_mean(x: Tensor) -> Tensor:  # (V,H,W)
+        return F.avg_pool2d(F.avg_pool2d(x, (1, n), 1, (0, reach)), (n, 1), 1, (reach, 0))
+
     with torch.no_grad():
-        near = mean(z) / mean(solid).clamp_min(1e-10)
-    return torch.where(solid > 0, z / solid.clamp_min(1e-10), near)
+        near = square_mean(weighted) / square_mean(weight).clamp_min(1e-10)
+    return torch.where(weight > 0, weighted / weight.clamp_min(1e-10), near)
+
+# %% ../nbs/21_render.ipynb #b1999647
+def _channels(
+    g: Gaussians,  # N Gaussians
+    means: Tensor,  # (V,N,3) centres at each view's time, world, m
+    world_to_cam: Tensor,  # (V,4,4)
+    features: Tensor | None,  # (N,F) or (V,N,F)
+) -> Tensor:  # (V,N,5+F) colour, LiDAR or not, depth of LiDAR Gaussians in m, features
+    "What each Gaussian shows to each view."
+    z = (means * world_to_cam[:, None, 2, :3]).sum(-1) + world_to_cam[:, 2, 3, None]
+    is_lidar = (g.kind == LIDAR).to(z)
+
+    def each_view(x: Tensor) -> Tensor:  # (V,N,C)
+        return x.expand(len(means), *x.shape) if x.dim() == 2 else x
+
+    parts = [each_view(g.colours), each_view(is_lidar[:, None]), (z * is_lidar)[..., None]]
+    return torch.cat(parts + ([] if features is None else [each_view(features)]), -1)
 
 # %% ../nbs/21_render.ipynb #bd9fdecc
 def render(
@@ -206,63 +207,16 @@ def render(
 ) -> Rendered:  # V pictures
     "Draw the scene as each view sees it at its own time."
     with torch.autocast(g.means.device.type, enabled=False):
-
-        def like(v):
-            return None if v is None else v.to(g.means.dtype)
-
-        means = advance(g.means, like(velocity), g.t, views.t, duration)
-        values = _channels(g, means, views.world_to_cam.to(means), like(features))
-        draw = pick_backend(cfg.backend, means.device)
-        image, alpha = draw(
-            means, g.unit_quats, drawn_scales(g, cfg.max_scale), g.opacities, values, views, cfg
-        )
-        rgb = image[..., :3] + (1 - alpha)[..., None] * backdrop(g, cfg)
-        return Rendered(
-            rgb,
-            solid_depth(image[..., 4], image[..., 3], round(cfg.depth_reach * views.width / 1920)),
-            alpha,
-            None if features is None else image[..., 5:],
-        )
-
-# %% ../nbs/21_render.ipynb #b1999647
-def _channels(
-    g: Gaussians,  # N Gaussians
-    means: Tensor,  # (V,N,3) centres at each view's time, world, m
-    world_to_cam: Tensor,  # (V,4,4)
-    features: Tensor | None,  # (N,F) or (V,N,F)
-) -> Tensor:  # (V,N,5+F) colour, LiDAR or not, depth of LiDAR Gaussians in m, features
-    "What each Gaussian shows to each view."
-    z = (means * world_to_cam[:, None, 2, :3]).sum(-1) + world_to_cam[:, 2, 3, None]
-    solid = (g.kind == LIDAR).to(z)
-
-    def each(x):
-        return x.expand(len(means), *x.shape) if x.dim() == 2 else x
-
-    return torch.cat(
-        [each(g.colours), each(solid[:, None]), (z * solid)[..., None]]
-        + ([] if features is None else [each(features)]),
-        -1,
-    )
-
-# %% ../nbs/21_render.ipynb #0062b4f2
-def compare_backends(
-    g: Gaussians,  # N Gaussians, on a GPU
-    velocity: Tensor,  # (N,l+1,3) m/s^(j+1), world
-    duration: float,  # s
-    views: Any,  # V views, on the same GPU
-    features: Tensor,  # (N,F) or (V,N,F)
-    cfg: RenderConfig = RenderConfig(),  # planes, widening, mode, background, back end
-    backends: tuple[str, str] = ("gsplat", "torch"),  # the second is the reference
-) -> dict[
-    str, float
-]:  # mean and max absolute difference of each picture; relative difference of each gradient
-    "Two back ends on one scene, forward and backward."
-    (pa, ga), (pb, gb) = (
-        _pictures_and_gradients(g, velocity, duration, views, features, replace(cfg, backend=b))
-        for b in backends
-    )
-    off = {f"{k} {how}": getattr((pa[k] - pb[k]).abs(), how)().item() for k in pa for how in ("mean", "max")}
-    return off | {f"d {k}": ((ga[k] - gb[k]).norm() / gb[k].norm()).item() for k in ga}
+        velocity, features = (v if v is None else v.to(g.means.dtype) for v in (velocity, features))
+        means = advance(g.means, velocity, g.t, views.t, duration)
+        values = _channels(g, means, views.world_to_cam.to(means), features)
+        e = Ellipsoids(means, g.unit_quats, drawn_scales(g, cfg.max_scale), g.opacities)
+        image, alpha = pick_backend(cfg.backend, means.device)(e, values, views, cfg)
+        colour, weight, weighted, blended = image.split([3, 1, 1, image.shape[-1] - 5], -1)
+        rgb = colour + (1 - alpha)[..., None] * background_colour(g, cfg)
+        reach = round(cfg.depth_reach * views.width / 1920)
+        depth = lidar_depth(weighted[..., 0], weight[..., 0], reach)
+        return Rendered(rgb, depth, alpha, None if features is None else blended)
 
 # %% ../nbs/21_render.ipynb #6de67195
 def _pictures_and_gradients(
@@ -278,8 +232,29 @@ def _pictures_and_gradients(
     out = render(g.with_flat(inputs[0]), inputs[1], duration, views, cfg, inputs[2])
     pictures = dict(rgb=out.rgb, depth=out.depth * out.alpha, alpha=out.alpha, features=out.features)
 
-    def weight(p):
+    def weight(p: Tensor) -> Tensor:  # as p
         return torch.rand(p.shape, generator=torch.Generator().manual_seed(0)).to(p) / p.detach().abs().max()
 
     d_raw, d_v, d_f = torch.autograd.grad(sum((p * weight(p)).sum() for p in pictures.values()), inputs)
     return pictures, {k: d_raw[:, s] for k, s in FLAT.items()} | dict(velocity=d_v, features=d_f)
+
+# %% ../nbs/21_render.ipynb #0062b4f2
+def compare_backends(
+    g: Gaussians,  # N Gaussians, on a GPU
+    velocity: Tensor,  # (N,l+1,3) m/s^(j+1), world
+    duration: float,  # s
+    views: Any,  # V views, on the same GPU
+    features: Tensor,  # (N,F) or (V,N,F)
+    cfg: RenderConfig = RenderConfig(),  # planes, widening, mode, background, back end
+    backends: tuple[str, str] = ("gsplat", "torch"),  # the second is the reference
+) -> dict[str, float]:  # mean and max absolute difference of each picture; relative difference of each gradient
+    "Two back ends on one scene, forward and backward."
+    both = [_pictures_and_gradients(g, velocity, duration, views, features, replace(cfg, backend=b)) for b in backends]
+    (pictures, grads), (wanted, wanted_grads) = both
+    found = {}
+    for k, p in pictures.items():
+        off = (p - wanted[k]).abs()
+        found |= {f"{k} mean": off.mean().item(), f"{k} max": off.max().item()}
+    for k, d in grads.items():
+        found[f"d {k}"] = ((d - wanted_grads[k]).norm() / wanted_grads[k].norm()).item()
+    return found

@@ -35,7 +35,8 @@ def _three_digits(
     return value.zfill(3) if isinstance(value, str) and value.isdecimal() else value
 
 # %% ../nbs/02c_settings.ipynb #356a4039
-LogId = Annotated[str, MinLen(1), BeforeValidator(_three_digits), Field(description="a log's id such as 002")]
+_LOG_ID = Field(description="a log's id such as 002")
+LogId = Annotated[str, MinLen(1), BeforeValidator(_three_digits), _LOG_ID]
 
 
 def _distinct(
@@ -49,8 +50,8 @@ def _distinct(
 # %% ../nbs/02c_settings.ipynb #62aa7520
 Entry = TypeVar("Entry")
 _ONCE = Field(json_schema_extra=dict(uniqueItems=True))
-Distinct = Annotated[tuple[Entry, ...], AfterValidator(_distinct), _ONCE]
-Some = Annotated[tuple[Entry, ...], MinLen(1), AfterValidator(_distinct), _ONCE]
+Distinct = Annotated[tuple[Entry, ...], AfterValidator(_distinct), _ONCE]  # a list without repetition
+Some = Annotated[tuple[Entry, ...], MinLen(1), AfterValidator(_distinct), _ONCE]  # and not empty
 Name = Annotated[str, MinLen(1)]
 
 
@@ -59,14 +60,14 @@ def _can_be_a_path(
 ) -> str:  # the same; raises ValueError
     "Refuse what no file system takes: a zero byte, a name of more than 255 bytes, a path of more than 4000."
     name_lengths = [len(name.encode("utf-8", "replace")) for name in text.split("/")]
-    if "\0" in text or max(name_lengths) > 255 or sum(name_lengths) + len(name_lengths) > 4000:
+    path_length = sum(name_lengths) + len(name_lengths)
+    if "\0" in text or max(name_lengths) > 255 or path_length > 4000:
         raise ValueError("no path")
     return text
 
 
-FilePath = Annotated[
-    str, AfterValidator(_can_be_a_path), Field(description="a path that the file system takes, or nothing")
-]
+_PATH = Field(description="a path that the file system takes, or nothing")
+FilePath = Annotated[str, AfterValidator(_can_be_a_path), _PATH]
 
 # %% ../nbs/02c_settings.ipynb #d45f639e
 def _parts(
@@ -151,31 +152,55 @@ _KINDS = dict(boolean="true or false", string="text", null="none", object="names
 _BOUNDS = dict(minimum="at least", exclusiveMinimum="above", maximum="at most", exclusiveMaximum="below")
 
 
+def _allowed_choice(
+    schema: dict,  # JSON schema with `enum` or `const`
+) -> str:  # "own, nearest or agree"
+    "Name the values to choose from."
+    words = [str(word) or "nothing" for word in schema.get("enum", [schema.get("const")])]
+    if len(words) == 1:
+        return words[0]
+    return f"{', '.join(words[:-1])} or {words[-1]}"
+
+# %% ../nbs/02c_settings.ipynb #f7d2b2e7
+def _allowed_number(
+    schema: dict,  # JSON schema of a number
+) -> str:  # "a whole number at least 0"
+    "Say which numbers a type admits."
+    bounds = []
+    for key, words in _BOUNDS.items():
+        if key in schema:
+            bound = schema[key]
+            bounds.append(f"{words} {bound:g}" if abs(bound) < 1e6 else f"{words} {bound}")
+    kind = "a whole number" if schema["type"] == "integer" else "a number"
+    return f"{kind} {' and '.join(bounds)}".strip()
+
+# %% ../nbs/02c_settings.ipynb #b847bee1
+def _allowed_list(
+    schema: dict,  # JSON schema of a list
+) -> str:  # "a list without repetition, each 0 or 1"
+    "Say which lists a type admits."
+    if "prefixItems" in schema:
+        return f"{len(schema['prefixItems'])} values, each {_allowed(schema['prefixItems'][0])}"
+    some = "a list that is not empty" if schema.get("minItems") else "a list"
+    once = " without repetition" if schema.get("uniqueItems") else ""
+    return f"{some}{once}, each {_allowed(schema['items'])}"
+
+# %% ../nbs/02c_settings.ipynb #8dec0b9a
 def _allowed(
     schema: dict,  # JSON schema of a type
 ) -> str:  # words for a sentence
     "Say what a type admits."
+    kind = schema.get("type")
     if "description" in schema:
         return schema["description"]
     if "const" in schema or "enum" in schema:
-        words = [str(word) or "nothing" for word in schema.get("enum", [schema.get("const")])]
-        return " or ".join([", ".join(words[:-1])] * (len(words) > 1) + words[-1:])
+        return _allowed_choice(schema)
     if "anyOf" in schema:
         return " or ".join(_allowed(part) for part in schema["anyOf"])
-    kind = schema.get("type")
     if kind in ("integer", "number"):
-        bounds = [
-            f"{words} {schema[key]:g}" if abs(schema[key]) < 1e6 else f"{words} {schema[key]}"
-            for key, words in _BOUNDS.items()
-            if key in schema
-        ]
-        return " ".join(["a whole number" if kind == "integer" else "a number", " and ".join(bounds)]).strip()
+        return _allowed_number(schema)
     if kind == "array":
-        if "prefixItems" in schema:
-            return f"{len(schema['prefixItems'])} values, each {_allowed(schema['prefixItems'][0])}"
-        some = "a list that is not empty" if schema.get("minItems") else "a list"
-        once = " without repetition" if schema.get("uniqueItems") else ""
-        return f"{some}{once}, each {_allowed(schema['items'])}"
+        return _allowed_list(schema)
     if kind == "string" and schema.get("minLength"):
         return "text that is not empty"
     return _KINDS.get(kind, "another value")
@@ -190,11 +215,9 @@ def _holds_bool(
     value: Any,  # as given
 ) -> bool:
     "Whether a value is a truth value or lists one."
-    return (
-        isinstance(value, bool)
-        or isinstance(value, (list, tuple))
-        and any(_holds_bool(entry) for entry in value)
-    )
+    if isinstance(value, (list, tuple)):
+        return any(_holds_bool(entry) for entry in value)
+    return isinstance(value, bool)
 
 # %% ../nbs/02c_settings.ipynb #f5c896d8
 def read_value(
@@ -211,10 +234,9 @@ def read_value(
             except ValidationError:
                 pass
     allowed = _allowed(adapter.json_schema())
-    endless = isinstance(_number(value), float) and not math.isfinite(_number(value))
-    raise DataError(
-        f"{name}: is {_SHORT.repr(value)}; choose {allowed.replace('a number', 'a finite number') if endless else allowed}."
-    )
+    if isinstance(_number(value), float) and not math.isfinite(_number(value)):
+        allowed = allowed.replace("a number", "a finite number")
+    raise DataError(f"{name}: is {_SHORT.repr(value)}; choose {allowed}.")
 
 # %% ../nbs/02c_settings.ipynb #f65dc3ad
 def _dotted(
@@ -243,23 +265,17 @@ def _refuse_unknown(
     for key in given:
         if key not in known:
             near = get_close_matches(str(key), known)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"it knows {', '.join(known)}."
-            raise DataError(f"{name or 'settings'}: has no field {_SHORT.repr(key)}; {hint}")
+            remedy = f"did you mean {' or '.join(near)}?" if near else f"it knows {', '.join(known)}."
+            raise DataError(f"{name or 'settings'}: has no field {_SHORT.repr(key)}; {remedy}")
 
-# %% ../nbs/02c_settings.ipynb #da7fed7c
-def read_settings(
-    cls: type,  # a dataclass whose annotations say what is allowed
-    values: Any,  # nested plain values by field name; what is left out keeps its default
-    name: str = "",  # dotted name of where they stand, for sentences
-    base: Any = None,  # an instance whose values are the defaults; None: those of the class
-) -> Any:  # an instance of `cls`; raises DataError
-    "Fill a configuration from plain values."
-    if isinstance(values, cls):
-        return values
-    if not isinstance(values, Mapping):
-        raise DataError(
-            f"{name or 'settings'}: is {_SHORT.repr(values)}; give fields by name, such as {fields(cls)[0].name}."
-        )
+# %% ../nbs/02c_settings.ipynb #03965831
+def _read_fields(
+    cls: type,  # a dataclass
+    values: Mapping,  # plain values by field name
+    name: str,  # dotted name of where they stand
+    base: Any,  # an instance whose nested configurations are the defaults; None: those of the class
+) -> dict[str, Any]:  # of the declared types; raises DataError
+    "Read each value by the annotation of its field."
     known = {f.name: f for f in fields(cls)}
     _refuse_unknown(name, values, list(known))
     hints = get_type_hints(cls, include_extras=True)
@@ -270,13 +286,39 @@ def read_settings(
             read[key] = read_settings(hints[key], value, _dotted(name, key), inner)
         else:
             read[key] = read_value(hints[key], value, _dotted(name, key))
+    return read
+
+# %% ../nbs/02c_settings.ipynb #15287bbe
+def _with_dotted_name(
+    text: str,  # what a dataclass's own check said; begins with a field's name or not
+    name: str,  # dotted name of the dataclass, "" = the outermost
+    known: list[str],  # its fields
+) -> str:  # the sentence
+    "Put the dotted name before a sentence of `__post_init__`."
+    if not name:
+        return text
+    begins_with_field = text.partition(":")[0] in known
+    return f"{name}.{text}" if begins_with_field else f"{name}: {text}"
+
+# %% ../nbs/02c_settings.ipynb #da7fed7c
+def read_settings(
+    cls: type,  # a dataclass whose annotations say what is allowed
+    values: Any,  # nested plain values by field name; what is left out keeps its default
+    name: str = "",  # dotted name of where they stand, for sentences
+    base: Any = None,  # an instance whose values are the defaults; None: those of the class
+) -> Any:  # an instance of `cls`; raises DataError
+    "Fill a configuration from plain values."
+    known = [f.name for f in fields(cls)]
+    if isinstance(values, cls):
+        return values
+    if not isinstance(values, Mapping):
+        remedy = f"give fields by name, such as {known[0]}"
+        raise DataError(f"{name or 'settings'}: is {_SHORT.repr(values)}; {remedy}.")
+    read = _read_fields(cls, values, name, base)
     try:
         return cls(**read) if base is None else replace(base, **read)
     except ValueError as e:
-        field_first = str(e).partition(":")[0] in known
-        raise DataError(
-            f"{name}.{e}" if name and field_first else f"{name}: {e}" if name else str(e)
-        ) from None
+        raise DataError(_with_dotted_name(str(e), name, known)) from None
 
 # %% ../nbs/02c_settings.ipynb #e3a3a73a
 def _is_plain(
@@ -295,8 +337,9 @@ def read_parameters(
     "Read a notebook's parameters before it touches a file."
     known = [f.name for f in fields(cls)]
     for key, value in namespace.items():
-        near = get_close_matches(key, known, 1, 0.8) if key not in known and _is_plain(value) else []
-        if near and not key.startswith("_"):
+        if key in known or key.startswith("_") or not _is_plain(value):
+            continue
+        if near := get_close_matches(key, known, 1, 0.8):
             raise DataError(f"{key}: is no parameter of this notebook; did you mean {near[0]}?")
     return read_settings(cls, {key: namespace[key] for key in known if key in namespace})
 
@@ -314,9 +357,8 @@ def find_device(
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kind, _, number = device.partition(":")
     if kind == "cuda" and int(number or 0) >= count:
-        raise DataError(
-            f"device: is {device!r}, but torch finds {count or 'no'} GPU{'s' * (count > 1)} here; choose cpu, or leave it empty."
-        )
+        there = f"{count or 'no'} GPU{'s' if count > 1 else ''}"
+        raise DataError(f"device: is {device!r}, but torch finds {there} here; choose cpu, or leave it empty.")
     return device or ("cuda" if count else "cpu")
 
 # %% ../nbs/02c_settings.ipynb #5bfb8000
@@ -329,13 +371,11 @@ def refuse_missing(
     "Refuse a value that the data does not have, and say which it has."
     have = sorted(set(there))
     missing = [value for value in asked if value not in have]
-    if missing:
-        near = (
-            [value for value in get_close_matches(str(missing[0]), [str(h) for h in have], 12, 0.0)]
-            if len(have) > 12
-            else have
-        )
-        listed = ", ".join(str(value) for value in near) or "none"
-        raise DataError(
-            f"{name}: {missing[0]!r} is not among the {what}; {'the nearest of ' + str(len(have)) if len(have) > 12 else 'there'} are {listed}."
-        )
+    if not missing:
+        return
+    named, intro = have, "there"
+    if len(have) > 12:
+        named = get_close_matches(str(missing[0]), [str(value) for value in have], 12, 0.0)
+        intro = f"the nearest of {len(have)}"
+    listed = ", ".join(str(value) for value in named) or "none"
+    raise DataError(f"{name}: {missing[0]!r} is not among the {what}; {intro} are {listed}.")

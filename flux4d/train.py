@@ -4,514 +4,55 @@
 
 # %% ../nbs/34_train.ipynb #dbee7c11
 from __future__ import annotations
-import json, math, signal, threading, time, zlib
+import time
+import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, asdict, replace
-from functools import lru_cache
-from importlib import import_module
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
-import numpy as np, torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from typing import Any
+import numpy as np
+import torch
+from torch import nn
 from fastcore.basics import patch
-from annotated_types import Interval
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from .bookkeeping import Mark, Skips, TrainedOn
+from .config import Config, config_to_dict
 from .files import DataError, WriteError
-from .settings import Distinct, Name, Seed, Share, Some, read_settings
-from flux4d.run import (
-    PARTS,
-    Run,
-    check_checkpoint,
-    check_numbers,
-    load_checkpoint,
-    load_weights,
-    provenance,
-    prune_checkpoints,
-    save_checkpoint,
-    trained_entry,
-    trained_frames,
-)
-from flux4d.clips import (
-    TRAIN_SETTINGS,
-    Clip,
-    InputViews,
-    Views,
-    TargetViews,
-    check_frames,
-    fingerprint,
-    load_views,
-)
-from .gaussians import Gaussians
-from .lift import LiftConfig, Returns, clip_data, clip_returns
-from .background import BackgroundConfig, init_data
-from .cache import LiftCache
+from .image_velocity import render_weighted
+from .interrupt import Interrupted, StopRequest, stop_signals
+from .loader import Batch, Loader
+from .losses import reconstruction_loss
+from .model import Flux4DBase, build_model
+from .optimiser import adamw, averaged_model, lr_at
 from .render import RenderConfig
-from .losses import LossConfig, reconstruction_loss
-from .image_velocity import FlowConfig, render_weighted, view_gaps
-from .voxels import VoxelConfig
-from .predictor import PredictorConfig, BasePredictor, GridIndex, make_grid_index
+from flux4d.resume import (
+    new_tensors,
+    other_clips,
+    other_config,
+    random_state,
+    read_resumable,
+    restore_random,
+)
+from .run import Run, load_weights, provenance, prune_checkpoints, save_checkpoint
+from .scene import Scene
 
 # %% auto #0
-__all__ = ['UNREADABLE', 'DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'config_from_dict', 'merged', 'flattened',
-           'differences', 'Batch', 'Loader', 'files_of', 'lr_at', 'Flux4DBase', 'build_model', 'reconstruct',
-           'rebuilder', 'time_reconstruction', 'Trainer', 'with_random_background', 'Interrupted', 'stop_signals',
-           'read_resumable', 'load_model', 'every']
+__all__ = ['UNREADABLE', 'with_random_background', 'Trainer', 'every']
 
-# %% ../nbs/34_train.ipynb #eed09649
-@dataclass
-class DataConfig:
-    "Which recordings, at which resolution."
-
-    cameras: Some[Name] = ("front_camera",)  # paper: front camera only
-    # kinds of training clip, such as train_future; (): every kind of the index. The paper trains a model for each
-    settings: Distinct[Literal[TRAIN_SETTINGS]] = ()
-    # 1.0 = full resolution; nothing else ever resizes an image
-    image_scale: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    keep_frames: NonNegativeInt = 1200  # decoded frames kept in memory; one full-HD frame is 14 MB
-    keep_clips: NonNegativeInt = 200  # lifted clips kept in memory; one is about 20 MB
-    loader_threads: Annotated[int, Interval(ge=1, le=256)] = (
-        4  # threads that decode ahead of the training step
-    )
-
-# %% ../nbs/34_train.ipynb #fd13f09e
-@dataclass
-class TrainConfig:
-    "How the weights are found."
-
-    iters: NonNegativeInt = 30_000  # paper Sec. 4.1
-    # wall-clock budget: training ends, and the schedule with it, when either is spent; None = steps alone,
-    # reproducible
-    minutes: PositiveFloat | None = None
-    lr: PositiveFloat = 1e-3  # AdamW peak rate; UNKNOWN in the paper
-    weight_decay: NonNegativeFloat = 1e-5  # AdamW
-    warmup: NonNegativeInt = 200  # steps of linear warm-up
-    warmup_share: Share = (
-        0.1  # of a budget in minutes, after which the warm-up ends even if its steps are not taken
-    )
-    final_lr: Share = 0.02  # last rate as a share of the peak, reached on a cosine
-    grad_clip: PositiveFloat = 1.0  # largest gradient norm
-    ema: Annotated[float, Interval(ge=0, lt=1)] = 0.99  # decay of the averaged weights that are evaluated
-    views_per_step: PositiveInt = 2  # target views rendered in one call
-    grad_accum_steps: PositiveInt = 1  # micro-steps a step averages over
-    supervise_inputs: bool = True  # input frames are supervised beside the targets
-    random_background: bool = True  # supervised views are drawn over another colour at every step
-    fixed_target_frame: NonNegativeInt | None = None  # clip-relative frame that every step trains on
-    prefetch: Annotated[int, Interval(ge=0, le=1000)] = 4  # micro-steps loaded ahead
-    seed: Seed = 0  # of weights, clip order and views
-    log_every: PositiveInt = 20  # steps between records
-    save_ckpt_every: NonNegativeInt = 1000  # steps between checkpoints; 0 = by the clock, and at the end
-    save_ckpt_minutes: NonNegativeFloat = (
-        5.0  # minutes after which a checkpoint is saved in any case; 0 = never
-    )
-    keep_ckpts: PositiveInt = 1  # newest checkpoints that are kept beside the best
-    max_skipped: PositiveInt = 20  # steps without an update in a row, after which training stops
-    max_unread: NonNegativeInt = 20  # different files that may go bad while training runs
-    eval_every: NonNegativeInt = 1000  # steps between validations; 0 = never
-
-# %% ../nbs/34_train.ipynb #002dae83
-@dataclass
-class Config:
-    "Every tunable of a run."
-
-    data: DataConfig = field(default_factory=DataConfig)
-    init: LiftConfig = field(default_factory=LiftConfig)
-    background: BackgroundConfig = field(default_factory=BackgroundConfig)
-    voxel: VoxelConfig = field(default_factory=VoxelConfig)
-    model: PredictorConfig = field(default_factory=PredictorConfig)
-    render: RenderConfig = field(default_factory=RenderConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    flow: FlowConfig = field(default_factory=FlowConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-
-# %% ../nbs/34_train.ipynb #2b15ce04
-def config_to_dict(
-    cfg: Any,  # a config dataclass
-) -> dict:  # nested plain values
-    "Plain values for YAML, JSON and checkpoints."
-    return json.loads(json.dumps(asdict(cfg)))
-
-# %% ../nbs/34_train.ipynb #23b2c17c
-def config_from_dict(
-    d: dict,  # nested plain values
-    cls: type = Config,  # the dataclass to fill
-    name: str = "",  # dotted name of where the values stand, for sentences
-) -> Any:  # an instance of `cls`; raises DataError for an unknown key, a wrong type or a value out of range
-    "The inverse of `config_to_dict`; what is left out keeps its default."
-    return read_settings(cls, d, name)
-
-# %% ../nbs/34_train.ipynb #c65254c1
-def merged(
-    base: dict,  # nested plain values
-    over: dict,  # nested plain values that win
-) -> dict:  # a new nested dict
-    "One nested dict laid over another."
-    inner = {key: value for key, value in base.items() if isinstance(value, dict)}
-    return base | {
-        key: merged(inner.get(key, {}), value) if isinstance(value, dict) else value
-        for key, value in over.items()
-    }
-
-# %% ../nbs/34_train.ipynb #418dd13a
-def flattened(
-    d: dict,  # nested
-    at: str = "",  # dotted prefix
-) -> dict[str, Any]:  # {dotted field: value}
-    "A nested dict by dotted names."
-    out = {}
-    for key, value in d.items():
-        name = f"{at}.{key}".lstrip(".")
-        out |= flattened(value, name) if isinstance(value, dict) else {name: value}
-    return out
-
-# %% ../nbs/34_train.ipynb #a32t0001
-def differences(
-    before: dict,  # nested plain values
-    after: dict,  # nested plain values
-) -> list[str]:  # "train.lr: 0.001 -> 0.0005", one for each field that differs
-    "Which fields of two configurations differ."
-    a = flattened(before)
-    b = flattened(after)
-    return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-
-# %% ../nbs/34_train.ipynb #ce86f74e
-@dataclass
-class Batch:
-    "What one micro-step works on, on the device."
-
-    clip: Clip
-    gaussians: Gaussians  # lifted
-    index: GridIndex  # where they sit in the network's grid
-    inputs: Callable  # () -> InputViews, all that a reconstruction may look at
-    views: TargetViews | None = None  # supervised views; None where nothing is supervised
-    dt: Tensor | None = None  # (V,) s from each of them to the next frame
-    number: int = 0  # of the micro-step, from 0
-
-# %% ../nbs/34_train.ipynb #e06f54ad
-class Loader:
-    "Batches by step number; decoded frames and lifted clips stay in memory, the next ones load in threads."
-
-    def __init__(
-        self,
-        clips: list[Clip],  # clips to draw from
-        cfg: Config,  # read: data, init, background, voxel, model, train
-        cache: LiftCache,  # lifted clips on disk
-        device: Any = "cpu",  # where tensors end up
-        target_sensors: tuple[int, ...]
-        | None = None,  # LiDARs that give the depth of `TargetViews`; None: the lift's own
-    ) -> None:
-        "Prepare the stores; nothing is read yet."
-        if not clips:
-            raise DataError(
-                "clip index: no clip is left after selection; check the logs, settings, starts and excluded frames asked for."
-            )
-        self.clips = clips
-        self.cfg = cfg
-        self.cache = cache
-        self.device = device
-        self.holder = {(c.log.id, f): c for c in clips for f in c.frames}  # a clip for every frame
-        self.target_sensors = cfg.init.lidar_sensors if target_sensors is None else tuple(target_sensors)
-        self.frame = lru_cache(cfg.data.keep_frames)(self._frame)
-        self.input_depth = lru_cache(cfg.data.keep_frames)(self._input_depth)
-        self.lifted = lru_cache(cfg.data.keep_clips)(self._lifted)
-        self.index = lru_cache(cfg.data.keep_clips)(self._layout)
-        self.pool = ThreadPoolExecutor(cfg.data.loader_threads)
-        self.ahead = {}
-
-# %% ../nbs/34_train.ipynb #b28d9de9
-@patch
-def _frame(
-    self: Loader,
-    log_id: str,  # log
-    camera: str,  # camera name
-    frame: int,  # log frame id
-) -> Views:  # one view on the device; images as bytes, time not yet set
-    "Decode one frame of one camera."
-    clip = self.holder[log_id, frame]
-    scale = self.cfg.data.image_scale
-    v = load_views(clip, [frame], (camera,), scale, lidar_sensors=self.target_sensors)
-    return replace(v, images=(v.images * 255).round().byte()).to(self.device)
-
-# %% ../nbs/34_train.ipynb #866f5616
-@patch
-def _input_depth(
-    self: Loader,
-    log_id: str,  # log
-    camera: str,  # camera name
-    frame: int,  # log frame id
-) -> Tensor:  # (1,H,W) m, 0 = no visible return; on the device
-    "Depth of one frame by the returns that the lift uses."
-    clip = self.holder[log_id, frame]
-    sensors = self.cfg.init.lidar_sensors
-    if set(sensors) == set(self.target_sensors):
-        return self.frame(log_id, camera, frame).depth
-    return load_views(clip, [frame], (camera,), self.cfg.data.image_scale, lidar_sensors=sensors).depth.to(
-        self.device
-    )
-
-# %% ../nbs/34_train.ipynb #61922c92
-@patch
-def _lifted(
-    self: Loader,
-    i: int,  # clip number
-) -> Gaussians:  # on the device
-    "Lift one clip, through the cache."
-    d = self.cfg.data
-    return self.cache.get(
-        self.clips[i], self.cfg.init, self.cfg.background, d.cameras, d.image_scale, self.cfg.train.seed
-    ).to(self.device)
-
-# %% ../nbs/34_train.ipynb #9e527b8c
-@patch
-def _layout(
-    self: Loader,
-    i: int,  # clip number
-) -> GridIndex:  # on the device
-    "Sort one clip into the grid."
-    clip = self.clips[i]
-    return make_grid_index(
-        self.lifted(i), clip.ego0, clip.time.duration, self.cfg.voxel, self.cfg.model, self.returns(clip)
-    )
-
-# %% ../nbs/34_train.ipynb #1c8d104f
-@patch
-def returns(
-    self: Loader,
-    clip: Clip,  # any clip
-) -> Returns:  # on the device
-    "All that the LiDAR saw in the clip's input sweeps."
-    return clip_returns(clip, self.cfg.init.lidar_sensors).to(self.device)
-
-# %% ../nbs/34_train.ipynb #4bd7b9b5
-@patch
-def draw(
-    self: Loader,
-    step: int,  # training step, from 0
-    micro: int = 0,  # micro-step within it
-) -> tuple[int, list[tuple[int, str]]]:  # clip number; (log frame id, camera) of each view
-    "Which clip and which views a micro-step trains on: a pure function of seed, step and micro-step."
-    tc = self.cfg.train
-    k = step * tc.grad_accum_steps + micro
-    order = np.random.default_rng([tc.seed, 0, k // len(self.clips)]).permutation(len(self.clips))
-    i = int(order[k % len(self.clips)])
-    clip = self.clips[i]
-    frames = clip.target_frames + (clip.input_frames if tc.supervise_inputs else [])
-    if tc.fixed_target_frame is not None:
-        frames = [clip.frames[tc.fixed_target_frame]]
-    pairs = [(f, c) for f in frames for c in self.cfg.data.cameras]
-    picks = np.random.default_rng([tc.seed, 1, step, micro]).choice(
-        len(pairs), min(tc.views_per_step, len(pairs)), replace=False
-    )
-    return i, [pairs[j] for j in sorted(picks)]
-
-# %% ../nbs/34_train.ipynb #ade11d99
-@patch
-def views(
-    self: Loader,
-    clip: Clip,  # whose clock the views are timed by
-    pairs: list[tuple[int, str]],  # (log frame id, camera) of each view
-    kind: type = TargetViews,  # InputViews or TargetViews
-) -> Views:  # on the device; raises ValueError for frames that such views of the clip must not show
-    "Some views of a clip as one batch."
-    check_frames(clip, [f for f, _ in pairs], kind)
-    got = [self.frame(clip.log.id, c, f) for f, c in pairs]
-    if issubclass(kind, InputViews):
-        depth = [self.input_depth(clip.log.id, c, f) for f, c in pairs]
-    else:
-        depth = [v.depth for v in got]
-
-    def join(k):
-        return torch.cat([getattr(v, k) for v in got])
-
-    t = torch.tensor([clip.t_of_camera(c, f) for f, c in pairs], dtype=torch.float32, device=self.device)
-    return kind(
-        images=join("images").float() / 255,
-        K=join("K"),
-        world_to_cam=join("world_to_cam"),
-        t=t,
-        frame=join("frame"),
-        camera=[c for _, c in pairs],
-        depth=torch.cat(depth),
-    )
-
-# %% ../nbs/34_train.ipynb #d6b2bc1d
-@patch
-def inputs(
-    self: Loader,
-    clip: Clip,  # one of the loader's
-) -> InputViews:  # every input view, on the device
-    "All that a reconstruction of this clip may look at."
-    return self.views(clip, [(f, c) for f in clip.input_frames for c in self.cfg.data.cameras], InputViews)
-
-# %% ../nbs/34_train.ipynb #78f593b1
-@patch
-def batch(
-    self: Loader,
-    step: int,  # training step
-    micro: int = 0,  # micro-step
-) -> Batch:
-    "The micro-step's batch; the next `prefetch` of them start to load."
-    n = self.cfg.train.grad_accum_steps
-    k = step * n + micro
-    for j in range(k, k + 1 + self.cfg.train.prefetch):
-        if j not in self.ahead:
-            self.ahead[j] = self.pool.submit(self._load, *divmod(j, n))
-    self.ahead = {j: f for j, f in self.ahead.items() if j >= k}
-    return self.ahead[k].result()
-
-# %% ../nbs/34_train.ipynb #9108db65
-@patch
-def _load(self: Loader, step: int, micro: int) -> Batch:
-    "Load one batch."
-    i, pairs = self.draw(step, micro)
-    clip = self.clips[i]
-    views = self.views(clip, pairs)
-    return Batch(
-        clip,
-        self.lifted(i),
-        self.index(i),
-        lambda: self.inputs(clip),
-        views,
-        view_gaps(clip, views),
-        step * self.cfg.train.grad_accum_steps + micro,
-    )
-
-# %% ../nbs/34_train.ipynb #a32t0010
-def files_of(
-    clips: list[Clip],  # what a run reads
-    cameras: tuple[str, ...],  # names
-) -> list[Path]:  # images and sweeps, each once
-    "The files that hold the frames of some clips; see `damaged_files`."
-    frames = sorted({(c.log.root, c.log.id, f) for c in clips for f in c.frames})
-    logs = {(c.log.root, c.log.id): c.log for c in clips}
-    out = []
-    for root, log_id, f in frames:
-        log = logs[root, log_id]
-        out += [log.sweep_path(f), *(log.image_path(c, f) for c in cameras)]
-    return out
-
-# %% ../nbs/34_train.ipynb #72116256
-@patch
-def rest(self: Loader) -> None:
-    "Let go of batches that were to be loaded ahead, so that no thread goes on when training ends."
-    for batch in self.ahead.values():
-        batch.cancel()
-    self.ahead = {}
-
-# %% ../nbs/34_train.ipynb #7a79514f
-def lr_at(
-    step: int,  # from 0
-    cfg: TrainConfig,  # read: lr, warmup, warmup_share, iters, minutes, final_lr
-    seconds: float = 0.0,  # spent so far
-    started: float = 0.0,  # seconds spent when the first step was done
-) -> float:  # learning rate of this step
-    "Linear warm-up, cosine decay to `final_lr` of the peak."
-    ramp = (step + 1) / max(1, cfg.warmup)
-    spent = 0.0
-    if cfg.minutes:
-        budget = 60 * cfg.minutes
-        spent = seconds / budget
-        ramp = max(ramp, (seconds - started) / max(1e-9, cfg.warmup_share * (budget - started)))
-    if step < cfg.warmup and ramp <= 1:
-        return cfg.lr * ramp
-    x = min(1.0, max(spent, (step - cfg.warmup) / max(1, cfg.iters - cfg.warmup)))
-    return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * (1 + math.cos(math.pi * x)) / 2)
-
-# %% ../nbs/34_train.ipynb #a8e957e3
-class Flux4DBase(nn.Module):
-    "Flux4D-base: one feed-forward pass (paper Eq. 1)."
-
-    config = Config  # what it is built from
-    home = "flux4d.train:Flux4DBase"  # how a checkpoint names it
-
-    def __init__(
-        self,
-        cfg: Config,  # read: voxel, model
-    ) -> None:
-        "The base predictor."
-        super().__init__()
-        self.base = BasePredictor(cfg.model, cfg.voxel)
-
-    def stages(
-        self,
-        b: Batch,  # a lifted clip; its supervised views are not looked at
-    ) -> Iterator[tuple[Gaussians, Tensor]]:  # G (world); velocity (N,l+1,3) m/s^(j+1), world
-        "G = G_init + dG, and V."
-        dG, velocity = self.base(b.gaussians, b.index)
-        yield b.gaussians.add(dG), velocity
-
-# %% ../nbs/34_train.ipynb #93e91ef0
-def build_model(
-    cfg: Config,  # its train.seed seeds the weights
-    kind: type = Flux4DBase,  # class of the model
-) -> nn.Module:  # untrained
-    "The model of a configuration; the same seed gives the same weights."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.train.seed)
-        return kind(cfg)
-
-# %% ../nbs/34_train.ipynb #ae2e9ef5
-def reconstruct(
-    model: nn.Module,  # Flux4DBase or its like
-    b: Batch,  # a lifted clip
-) -> tuple[Gaussians, Tensor]:  # G (world); velocity (N,l+1,3) m/s^(j+1), world
-    "The scene after the last stage."
-    for scene in model.stages(b):
-        pass
-    return scene
-
-# %% ../nbs/34_train.ipynb #038c5f5d
-def rebuilder(
-    model: nn.Module,  # Flux4DBase or its like
-    loader: Loader,  # reads the input views
-) -> Callable:  # (clip, lifted Gaussians) -> Gaussians, velocity
-    "A model as a function of a clip and its lift, for everything that evaluates or shows."
-
-    def rebuild(clip: Clip, g0: Gaussians) -> tuple[Gaussians, Tensor]:
-        index = model.base.grid_index(g0, clip.ego0, clip.time.duration, loader.returns(clip))
-        return reconstruct(model, Batch(clip, g0, index, lambda: loader.inputs(clip)))
-
-    return torch.no_grad()(rebuild)
-
-# %% ../nbs/34_train.ipynb #4e5b5a8e
-def time_reconstruction(
-    model: nn.Module,  # Flux4DBase or its like
-    loader: Loader,  # read: its first clip, its configuration, its device
-    repeats: int = 20,  # timed runs, after three that are not
-) -> dict:  # medians in s: lift, network, total; gaussians; repeats
-    "From images and returns in memory to Gaussians and velocities."
-    cfg = loader.cfg
-    clip = loader.clips[0]
-    dev = loader.device
-    data = clip_data(clip, cfg.init.lidar_sensors, cfg.data.cameras, cfg.data.image_scale).to(dev)
-    returns = loader.returns(clip)
-    loader.inputs(clip)  # decoded before the clock starts
-
-    def clock() -> float:
-        if torch.device(dev).type == "cuda":
-            torch.cuda.synchronize(dev)
-        return time.perf_counter()
-
-    spent = []
-    for _ in range(repeats + 3):
-        with torch.no_grad():
-            start = clock()
-            again = replace(data)
-            g0 = init_data(again, cfg.init, cfg.background, cfg.train.seed)
-            lifted = clock()
-            index = model.base.grid_index(g0, clip.ego0, clip.time.duration, returns)
-            reconstruct(model, Batch(clip, g0, index, lambda: loader.inputs(clip)))
-            spent.append((lifted - start, clock() - lifted, clock() - start))
-    lift, network, total = np.median(spent[3:], axis=0)
-    return dict(
-        lift=float(lift), network=float(network), total=float(total), gaussians=len(g0), repeats=repeats
-    )
+# %% ../nbs/34_train.ipynb #3fd8f1a2
+def with_random_background(
+    cfg: Config,  # read: render, train
+    number: int,  # of the micro-step
+) -> RenderConfig:  # how supervised views are drawn
+    "The render's own background, or a colour of this micro-step, which follows from seed and number."
+    if not cfg.train.random_background:
+        return cfg.render
+    colour = np.random.default_rng([cfg.train.seed, 2, number]).random(3)
+    return replace(cfg.render, background=tuple(colour.tolist()))
 
 # %% ../nbs/34_train.ipynb #9ab52974
 class Trainer:
-    "Model, optimiser and averaged weights, and the step they take."
+    "Model, optimiser and averaged weights, and the steps they take."
 
     def __init__(
         self,
@@ -522,147 +63,63 @@ class Trainer:
         kind: type = Flux4DBase,  # class of the model
     ) -> None:
         "A fresh run at step 0."
-        self.cfg, self.loader, self.run, self.index_hash, self.device = (
-            cfg,
-            loader,
-            run,
-            index_hash,
-            loader.device,
-        )
+        self.cfg = cfg
+        self.loader = loader
+        self.run = run
+        self.index_hash = index_hash
+        self.device = loader.device
+        # what learns
         self.model = build_model(cfg, kind).to(self.device)
-        self.ema = AveragedModel(
-            self.model, multi_avg_fn=get_ema_multi_avg_fn(cfg.train.ema), use_buffers=True
-        )
-        self.opt = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=cfg.train.lr,
-            weight_decay=cfg.train.weight_decay,
-            fused=torch.device(self.device).type == "cuda",
-        )
-        self.step = 0
-        self.skipped = 0
-        self.best = None
-        self.seconds = 0.0
-        self.started = 0.0
-        self.callbacks = []
-        self.trained = {}  # (log id, identity) -> frames trained on
-        self.unknown_before = False  # whether the weights come from training that nobody noted
-        self.identity = lru_cache(None)(lambda log: fingerprint(log, ()))  # hash of a log's stamps and poses
-        self.clip_ids = [
-            c.id for c in loader.clips
-        ]  # what the numbers in `pending` and in the logged rows count
-        self.pending = []  # clips of micro-steps since the last logged row; None: unreadable
-        self.in_a_row = 0
-        self.first_skip = ""  # steps skipped since the last update; what the first of them was
-        self.totals = []  # (micro-step, loss) of the step
-        self.unread = {}  # sentence about a file that went bad -> how often it was needed
-        self.source = {k: v for k, v in provenance(self.device).items() if k in ("flux4d", "commit")}
+        self.ema = averaged_model(self.model, cfg.train)
+        self.opt = adamw(self.model, cfg.train, self.device)
+        # where the run is
+        self.step = 0  # steps taken
+        self.seconds = 0.0  # spent on them
+        self.started = 0.0  # of these, on the first step
+        self.best = None  # best score of a validation
         self.saved_step = 0
         self.saved_at = time.perf_counter()
+        self.stop = StopRequest()
+        # what it has noted
+        self.trained_on = TrainedOn(loader.clips)
+        self.skips = Skips()
+        self.stage_losses = []  # (micro-step, loss) of every stage of the last step
+        self.source = {k: v for k, v in provenance(self.device).items() if k in ("flux4d", "commit")}
+        # who is called after a step
+        self.callbacks = []
         self.called = 0  # step whose callbacks have ended
-        self.stop = self.may_stop = False  # asked to stop; whether that can happen at once
 
-# %% ../nbs/34_train.ipynb #a32t0006
-@patch
-def note_clip(
-    self: Trainer,
-    clip: Clip,  # about to be trained on
-) -> None:
-    "Remember that a clip entered a step."
-    self.trained.setdefault((clip.log.id, self.identity(clip.log)), set()).update(clip.frames)
-    if clip.id not in self.clip_ids:
-        self.clip_ids.append(clip.id)
-    self.pending.append(self.clip_ids.index(clip.id))
-
-# %% ../nbs/34_train.ipynb #57c68717
-@patch
-def note_trained(self: Trainer) -> None:
-    "Write what was trained on to meta.json."
-    self.run.note(
-        trained=trained_entry(self.trained, self.unknown_before),
-        train_clips=self.clip_ids,
-        **(dict(unread=self.unread) if self.unread else {}),
-    )
-
-# %% ../nbs/34_train.ipynb #3fd8f1a2
-def with_random_background(
-    cfg: Config,  # read: render, train
-    number: int,  # of the micro-step
-) -> RenderConfig:  # how supervised views are drawn
-    "What shows through is the render's own background, or a colour that changes from micro-step to micro-step: a pure function of seed and micro-step."
-    if not cfg.train.random_background:
-        return cfg.render
-    return replace(
-        cfg.render, background=tuple(np.random.default_rng([cfg.train.seed, 2, number]).random(3).tolist())
-    )
+    @property
+    def skipped(self) -> int:
+        "Steps without an update."
+        return self.skips.total
 
 # %% ../nbs/34_train.ipynb #87f5f186
 @patch
 def losses(
     self: Trainer,
-    b: Batch,  # one micro-step's data
-    g: Gaussians,  # a stage's scene, world
-    velocity: Tensor,  # (N,l+1,3) m/s^(j+1), world
+    batch: Batch,  # one micro-step's data
+    scene: Scene,  # of one stage
 ) -> dict:  # scalars total, rgb, ssim, depth, vel, psnr
     "Render the supervised views, compare (paper Eq. 3-5, supp. A.1)."
-    out, weight = render_weighted(
-        g,
-        velocity,
-        b.clip.time.duration,
-        b.views,
-        b.dt,
-        with_random_background(self.cfg, b.number),
-        self.cfg.flow,
+    drawn = with_random_background(self.cfg, batch.number)
+    out, weight = render_weighted(scene, batch.views, batch.dt, self.cfg.flow, drawn)
+    return reconstruction_loss(
+        out, batch.views, scene.velocity, scene.gaussians.kind, self.cfg.loss, weight, scene.duration
     )
-    return reconstruction_loss(out, b.views, velocity, g.kind, self.cfg.loss, weight, b.clip.time.duration)
 
-# %% ../nbs/34_train.ipynb #0ac9fc37
+# %% ../nbs/34_train.ipynb #6c1c4141
 @patch
-def gradients(
+def _leave_out(
     self: Trainer,
-) -> dict | None:  # scalars of the last micro-step's last stage, PSNR of its first, its clip's id
-    "Fill `.grad` with the mean gradient of the micro-steps, summed over stages; None: nothing could be read."
-    self.model.train()
-    self.opt.zero_grad(set_to_none=True)
-    n = self.cfg.train.grad_accum_steps
-    done = None
-    self.totals = []
-    for micro in range(n):
-        b = self._read(micro)
-        psnrs = []
-        if b is None:
-            continue
-        for g, velocity in self.model.stages(b):
-            l = self.losses(b, g, velocity)
-            (l["total"] / n).backward()
-            psnrs.append(l["psnr"])
-            self.totals.append((micro, l["total"].detach()))
-        done = {k: v.detach() for k, v in l.items()} | dict(psnr_0=psnrs[0], clip=b.clip.id)
-    return done
-
-# %% ../nbs/34_train.ipynb #62e17762
-@patch
-def train_step(
-    self: Trainer,
-) -> dict | None:  # scalars of the step, tensors where a copy would wait for the GPU
-    "Advance by one step; None: nothing could be read for it."
-    tc = self.cfg.train
-    with self._undone_when_stopped():
-        l = self.gradients()
-    for p in self.opt.param_groups:
-        p["lr"] = lr_at(self.step, tc, self.seconds, self.started)
-    if l is not None:
-        l["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), tc.grad_clip)
-    if l is None:
-        self._skip("nothing could be read for it")
-    elif torch.isfinite(l["grad_norm"]):
-        self.opt.step()
-        self.ema.update_parameters(self.model)
-        self.in_a_row = 0
-    else:
-        self._skip(f"its gradient is not finite, with {self._culprit()}")
-    self.step += 1
-    return l
+    why: str,  # a sentence
+) -> None:  # raises DataError when too many files went bad
+    "Note and say a clip that cannot be read."
+    self.trained_on.note_unread(why)
+    self.run.say(f"step {self.step + 1:6d}  a clip is left out: {why}")
+    bad = len(self.trained_on.unread)
+    if bad > self.cfg.train.max_unread:
+        raise DataError(f"training: {bad} files went bad while it ran, the last one: {why}") from None
 
 # %% ../nbs/34_train.ipynb #a32t0011
 UNREADABLE = DataError, OSError, EOFError, zlib.error  # what a file that goes bad raises
@@ -675,100 +132,71 @@ def _read(
 ) -> Batch | None:  # None where a file is bad
     "The batch of a micro-step; notes what it was, or why there is none."
     try:
-        b = self.loader.batch(self.step, micro)
+        batch = self.loader.batch(self.step, micro)
     except WriteError:  # no fault of the data
         raise
     except UNREADABLE as e:
-        why = str(e) or type(e).__name__
-        self.pending.append(None)
-        self.unread[why] = self.unread.get(why, 0) + 1
-        self.run.say(f"step {self.step + 1:6d}  a clip is left out: {why}")
-        if len(self.unread) > self.cfg.train.max_unread:
-            raise DataError(
-                f"training: {len(self.unread)} files went bad while it ran, the last one: {why}"
-            ) from None
+        self._leave_out(str(e) or type(e).__name__)
         return None
-    self.note_clip(b.clip)
-    return b
+    self.trained_on.note(batch.clip)
+    return batch
 
 # %% ../nbs/34_train.ipynb #99c6843f
 @patch
 def _culprit(self: Trainer) -> str:  # words for a sentence
-    "Clip and views of the step's first micro-step whose loss is not finite; of its first one where all losses are."
-    bad = [micro for micro, total in self.totals if not torch.isfinite(total)]
-    i, pairs = self.loader.draw(self.step, bad[0] if bad else self.totals[0][0])
-    return f"clip {self.loader.clips[i].id}, " + " and ".join(f"frame {f} of {c}" for f, c in pairs)
+    "Clip and views of the first micro-step whose loss is not finite; of the first one where all losses are."
+    bad = [micro for micro, loss in self.stage_losses if not torch.isfinite(loss)]
+    i, pairs = self.loader.draw(self.step, bad[0] if bad else self.stage_losses[0][0])
+    views = " and ".join(f"frame {f} of {c}" for f, c in pairs)
+    return f"clip {self.loader.clips[i].id}, {views}"
 
-# %% ../nbs/34_train.ipynb #ce6f8c91
+# %% ../nbs/34_train.ipynb #761f6e94
 @patch
 def _skip(
     self: Trainer,
     why: str,  # words for a sentence
 ) -> None:  # raises DataError when too many follow each other
     "Count and say a step without an update."
-    self.skipped += 1
-    self.in_a_row += 1
-    if self.in_a_row == 1:
-        self.first_skip = f"step {self.step + 1}: {why}"
+    self.skips.add(self.step + 1, why)
     self.run.say(f"step {self.step + 1:6d}  skipped: {why}")
-    if self.in_a_row >= self.cfg.train.max_skipped:
+    if self.skips.in_a_row >= self.cfg.train.max_skipped:
         raise DataError(
-            f"training: {self.in_a_row} steps in a row were skipped, the first was {self.first_skip}; "
+            f"training: {self.skips.in_a_row} steps in a row were skipped, the first was {self.skips.first}; "
             "look at its files with flux4d-check, lower train.lr, or raise train.max_skipped."
         )
 
-# %% ../nbs/34_train.ipynb #a32t0013
-class Interrupted(Exception):
-    "Training was asked to stop and has saved; the message says how to go on."
-
-    def _render_traceback_(self) -> list[str]:  # what a notebook shows
-        "Show the sentence alone."
-        return [str(self)]
-
-# %% ../nbs/34_train.ipynb #1c67cffa
-@contextmanager
-def stop_signals(
-    asked: Callable,  # called with the signal's number and the frame
-) -> Iterator[None]:
-    "Call a function on interrupt and SIGTERM; only the main thread can, and what the process ignores stays ignored."
-    main = threading.current_thread() is threading.main_thread()
-    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM) if main}
-    old = {s: h for s, h in old.items() if h is not signal.SIG_IGN}
-    for s in old:
-        signal.signal(s, asked)
-    try:
-        yield
-    finally:
-        for s, h in old.items():
-            signal.signal(s, signal.SIG_DFL if h is None else h)
-
-# %% ../nbs/34_train.ipynb #0bccd29f
+# %% ../nbs/34_train.ipynb #a49d8b57
 @patch
-def _asked(
+def _backward(
     self: Trainer,
-    number: int,  # of the signal
-    frame: Any,  # where it struck
-) -> None:
-    "Stop now if nothing is half done, else at the end of the step."
-    if self.stop and number == signal.SIGINT:
-        raise KeyboardInterrupt
-    self.stop = True
-    if self.may_stop:
-        self.may_stop = False
-        raise Interrupted
+    batch: Batch,  # one micro-step's data
+    micro: int,  # its number in the step
+) -> dict:  # scalars of the last stage, PSNR of the first, the clip's id
+    "Add one micro-step's gradient, stage by stage."
+    psnrs = []
+    for scene in self.model.stages(batch.inputs):
+        losses = self.losses(batch, scene)
+        (losses["total"] / self.cfg.train.grad_accum_steps).backward()
+        self.stage_losses.append((micro, losses["total"].detach()))
+        psnrs.append(losses["psnr"])
+    row = {k: v.detach() for k, v in losses.items()}
+    return row | dict(psnr_0=psnrs[0], clip=batch.clip.id)
 
-# %% ../nbs/34_train.ipynb #77614c2a
+# %% ../nbs/34_train.ipynb #0ac9fc37
 @patch
-@contextmanager
-def _can_stop(self: Trainer) -> Iterator[None]:
-    "Inside, a request to stop takes effect at once."
-    if self.stop:
-        raise Interrupted
-    self.may_stop = True
-    try:
-        yield
-    finally:
-        self.may_stop = False
+def gradients(
+    self: Trainer,
+) -> dict | None:  # scalars of the last micro-step's last stage, PSNR of its first, its clip's id
+    "Fill `.grad` with the mean gradient of the micro-steps, summed over stages; None: nothing could be read."
+    self.model.train()
+    self.opt.zero_grad(set_to_none=True)
+    self.stage_losses = []
+    row = None
+    for micro in range(self.cfg.train.grad_accum_steps):
+        batch = self._read(micro)
+        if batch is not None:
+            row = self._backward(batch, micro)
+    return row
 
 # %% ../nbs/34_train.ipynb #62baee01
 @patch
@@ -777,91 +205,172 @@ def _undone_when_stopped(self: Trainer) -> Iterator[None]:
     "A request to stop takes effect at once inside, and what was done inside is taken back."
     buffers = [b.clone() for b in self.model.buffers()]  # running statistics, if the network has any
     rng = torch.get_rng_state()
-    pending = len(self.pending)
-    unread = dict(self.unread)
+    mark = Mark(self.trained_on)
     try:
-        with self._can_stop():
+        with self.stop.allowed():
             yield
     except Interrupted:
         with torch.no_grad():
             for own, kept in zip(self.model.buffers(), buffers):
                 own.copy_(kept)
         torch.set_rng_state(rng)
-        self.pending = self.pending[:pending]
-        self.unread = unread
+        mark.go_back()
         raise
+
+# %% ../nbs/34_train.ipynb #12fb3f66
+@patch
+def _update(self: Trainer) -> None:
+    "Change the weights; this is never cut in two."
+    self.opt.step()
+    self.ema.update_parameters(self.model)
+    self.skips.end()
+
+# %% ../nbs/34_train.ipynb #62e17762
+@patch
+def train_step(
+    self: Trainer,
+) -> dict | None:  # scalars of the step, tensors where a copy would wait for the GPU
+    "Advance by one step; None: nothing could be read for it."
+    with self._undone_when_stopped():
+        row = self.gradients()
+    for group in self.opt.param_groups:
+        group["lr"] = lr_at(self.step, self.cfg.train, self.seconds, self.started)
+    if row is None:
+        self._skip("nothing could be read for it")
+    else:
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.train.grad_clip)
+        row["grad_norm"] = norm
+        if torch.isfinite(norm):
+            self._update()
+        else:
+            self._skip(f"its gradient is not finite, with {self._culprit()}")
+    self.step += 1
+    return row
+
+# %% ../nbs/34_train.ipynb #15e513b6
+@patch
+def _learned(self: Trainer) -> dict:  # state dicts
+    "Weights, optimiser and random generators."
+    return dict(
+        model=self.model.state_dict(),
+        ema=self.ema.state_dict(),
+        optimizer=self.opt.state_dict(),
+        rng=random_state(),
+    )
+
+# %% ../nbs/34_train.ipynb #3de2f366
+@patch
+def _counted(self: Trainer) -> dict:  # plain values
+    "Where the run is."
+    return dict(
+        step=self.step,
+        seconds=self.seconds,
+        started=self.started,
+        best=self.best,
+        called=self.called,
+        skipped=self.skips.total,
+        in_a_row=self.skips.in_a_row,
+        first_skip=self.skips.first,
+    )
 
 # %% ../nbs/34_train.ipynb #364e644b
 @patch
 def state(self: Trainer) -> dict:  # tensors and plain values
     "All that a resumed run needs, and where it comes from."
-    counts = dict(
-        step=self.step,
-        skipped=self.skipped,
-        called=self.called,
-        in_a_row=self.in_a_row,
-        first_skip=self.first_skip,
-        unread=dict(self.unread),
-        best=self.best,
-        seconds=self.seconds,
-        started=self.started,
-    )
-    seen = dict(
-        trained=trained_entry(self.trained, self.unknown_before),
-        train_clips=list(self.clip_ids),
-        pending=list(self.pending),
-    )
-    rng = dict(
-        cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    )
-    return dict(
-        model=self.model.state_dict(),
-        ema=self.ema.state_dict(),
-        optimizer=self.opt.state_dict(),
-        rng=rng,
-        **counts,
-        config=config_to_dict(self.cfg),
-        kind=self.model.home,
-        **seen,
-        index_hash=self.index_hash,
-        **self.source,
+    return (
+        self._learned()
+        | self._counted()
+        | self.trained_on.state()
+        | dict(config=config_to_dict(self.cfg), kind=self.model.home, index_hash=self.index_hash)
+        | self.source
     )
 
-# %% ../nbs/34_train.ipynb #e56cd2be
+# %% ../nbs/34_train.ipynb #6c262b8c
+@patch
+def _begin(self: Trainer) -> None:
+    "Before the first write of a run that was not resumed: an old run's steps and its `last` are not this one's."
+    if not self.run.rewound:
+        self.run.rewind(self.step)
+
+# %% ../nbs/34_train.ipynb #c9e9908f
 @patch
 def save(
     self: Trainer,
     aliases: tuple[str, ...] = ("ckpt_last.pt",),  # links to point at it
 ) -> Path:  # ckpt_step_XXXXXX.pt
     "Save a checkpoint of the current step, and note in meta.json what it was trained on."
-    self._start()
-    self.note_trained()
+    self._begin()
+    self.run.note(**self.trained_on.meta())
     path = save_checkpoint(self.run.folder / f"ckpt_step_{self.step:06d}.pt", self.state(), aliases)
     prune_checkpoints(self.run.folder, self.step, self.cfg.train.keep_ckpts)
     self.saved_step = self.step
     self.saved_at = time.perf_counter()
     return path
 
-# %% ../nbs/34_train.ipynb #c9e9908f
+# %% ../nbs/34_train.ipynb #d0da1ea0
 @patch
-def _start(self: Trainer) -> None:
-    "Before the first write of a run that was not resumed: an old run's steps and its `last` are not this one's."
-    if not self.run.rewound:
-        self.run.rewind(self.step)
+def keep_best(
+    self: Trainer,
+    score: float,  # higher is better
+) -> dict:  # what to record
+    "Save the current step as the best when it is."
+    if self.best is None or score > self.best:
+        self.best = float(score)
+        self.save(("ckpt_last.pt", "ckpt_best.pt"))
+    return dict(score=float(score), best=self.best)
 
-# %% ../nbs/34_train.ipynb #a32t0009
-def read_resumable(
-    path: str | Path,  # a checkpoint
-    optimizer: bool = True,  # False: only its weights are wanted
-    device: Any = "cpu",  # where its tensors go
-) -> dict:  # its content; raises DataError where a run cannot start from it
-    "Read a checkpoint and check that it holds what is needed to go on from it."
-    s = load_checkpoint(path, device)
-    name = Path(path).name
-    check_checkpoint(s, name, tuple(PARTS) if optimizer else ("kind", "model", "ema", "config", "step"))
-    if optimizer:
-        check_numbers(s["optimizer"], name, "optimizer")
-    return s
+# %% ../nbs/34_train.ipynb #1b9e8d26
+@patch
+def _restore(
+    self: Trainer,
+    state: dict,  # a checkpoint's content
+) -> None:
+    "Take over optimiser, counters, notes and generators."
+    self.opt.load_state_dict(state["optimizer"])
+    self.step = state["step"]
+    self.seconds = float(state["seconds"])
+    self.started = float(state.get("started", 0.0))
+    self.best = None if state.get("best") is None else float(state["best"])
+    self.called = int(state.get("called", state["step"]))
+    self.saved_step = self.step
+    in_a_row = int(state.get("in_a_row", 0))
+    self.skips = Skips(state["skipped"], in_a_row, str(state.get("first_skip", "")))
+    self.trained_on.take_rows(state)
+    restore_random(state["rng"])
+
+# %% ../nbs/34_train.ipynb #223a8955
+@patch
+def _restore_checked(
+    self: Trainer,
+    state: dict,  # a checkpoint's content
+    name: str,  # its file name
+) -> None:  # raises DataError
+    "Take over all but the weights; what does not fit ends in a sentence."
+    try:
+        self._restore(state)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as e:
+        raise DataError(
+            f"{name}: its optimizer, generators or counters do not fit this run ({type(e).__name__}); "
+            "take another ckpt_step file, or resume_optimizer=False for its weights alone."
+        ) from None
+
+# %% ../nbs/34_train.ipynb #77bdd2b9
+@patch
+def _say_resumed(
+    self: Trainer,
+    name: str,  # the checkpoint's file name
+    state: dict,  # its content
+    missing: list[str],  # tensors that it lacked
+) -> None:
+    "Say where a run goes on, and what is not as it was."
+    afresh = f"starts at step 0 from the weights of {name}, step {state['step']}"
+    self.run.say(f"goes on from {name} at step {self.step}" if self.step else afresh)
+    clips = other_clips(name, state, self.loader.clips) if self.step else ""
+    for line in (other_config(name, state, self.cfg), clips, new_tensors(name, missing)):
+        if line:
+            self.run.say(line)
+    if self.trained_on.unknown_before:
+        self.run.say(f"{name} does not say which frames it was trained on, so neither will this run")
 
 # %% ../nbs/34_train.ipynb #1d273c64
 @patch
@@ -871,134 +380,21 @@ def resume(
     optimizer: bool = True,  # False: weights only, step 0, for a changed architecture
 ) -> list[str]:  # keys that the checkpoint did not have
     "Continue from a checkpoint."
-    s = read_resumable(path, optimizer, self.device)
+    state = read_resumable(path, optimizer, self.device)
     name = Path(path).name
-    if optimizer and s["index_hash"] != self.index_hash:
+    if optimizer and state["index_hash"] != self.index_hash:
         raise DataError(
             f"{name}: was trained on another clip index; use that index, "
             "or resume_optimizer=False to start a new run from its weights."
         )
-    missing = load_weights(self.model, s["model"], name, strict=optimizer)
-    load_weights(self.ema, s["ema"], name, strict=optimizer)
-    before = trained_frames(s, name)
-    self.trained = before or {}
-    self.unknown_before = before is None
+    missing = load_weights(self.model, state["model"], name, strict=optimizer)
+    load_weights(self.ema, state["ema"], name, strict=optimizer)
+    self.trained_on.take_frames(state, name)
     if optimizer:
-        try:
-            self._restore(s)
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as e:
-            raise DataError(
-                f"{name}: its optimizer, generators or counters do not fit this run ({type(e).__name__}); "
-                "take another ckpt_step file, or resume_optimizer=False for its weights alone."
-            ) from None
+        self._restore_checked(state, name)
     self.run.rewind(self.step)
-    self._say_resumed(name, s, missing)
+    self._say_resumed(name, state, missing)
     return missing
-
-# %% ../nbs/34_train.ipynb #223a8955
-@patch
-def _restore(
-    self: Trainer,
-    s: dict,  # a checkpoint's content
-) -> None:
-    "Take over optimiser, counters and generators."
-    self.opt.load_state_dict(s["optimizer"])
-    self.step = s["step"]
-    self.skipped = s["skipped"]
-    self.seconds = float(s["seconds"])
-    self.started = float(s.get("started", 0.0))
-    self.best = None if s.get("best") is None else float(s["best"])
-    self.in_a_row = int(s.get("in_a_row", 0))
-    self.first_skip = str(s.get("first_skip", ""))
-    self.called = int(s.get("called", s["step"]))
-    self.unread = dict(s.get("unread", {}))
-    self.pending = list(s.get("pending", []))
-    self.saved_step = self.step
-    known = s.get("train_clips", [])  # the logged rows count these
-    self.clip_ids = known + [i for i in self.clip_ids if i not in known]
-    torch.set_rng_state(s["rng"]["cpu"].cpu())
-    gpus = [r.cpu() for r in s["rng"]["cuda"]]
-    if gpus and len(gpus) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(gpus)
-
-# %% ../nbs/34_train.ipynb #1864bd84
-@patch
-def _say_resumed(
-    self: Trainer,
-    name: str,  # the checkpoint's file name
-    s: dict,  # its content
-    missing: list[str],  # tensors that it lacked
-) -> None:
-    "Say where a run goes on, and what is not as it was."
-    new = f"starts at step 0 from the weights of {name}, step {s['step']}"
-    self.run.say(f"goes on from {name} at step {self.step}" if self.step else new)
-    then = flattened(config_to_dict(type(self.cfg)())) | flattened(s["config"])
-    if changed := differences(then, config_to_dict(self.cfg)):
-        self.run.say(f"differs from the configuration of {name} in " + "; ".join(changed))
-    then = set(s.get("train_clips", []))
-    now = {c.id for c in self.loader.clips}
-    if self.step and then and then != now:
-        self.run.say(
-            f"differs from the clips of {name}: {len(then - now)} are left out, {len(now - then)} are new"
-        )
-    if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        self.run.say(
-            f"{name} lacks {len(missing)} tensors, which start untrained: {', '.join(missing[:5])}{more}"
-        )
-    if self.unknown_before:
-        self.run.say(f"{name} does not say which frames it was trained on, so neither will this run")
-
-# %% ../nbs/34_train.ipynb #cccd3d9e
-def _asks_for_more(
-    config: dict,  # plain values
-    weights: dict,  # tensors by name
-) -> bool:
-    "Whether a network of these widths and depths has more weights than there are."
-    held = sum(w.numel() for w in weights.values() if isinstance(w, Tensor))
-    parts = ["model"] + ["refine"] * (config.get("refine", {}).get("steps", 1) > 1)
-    sizes = flattened({part: config.get(part, {}) for part in parts})
-    widths = [
-        w
-        for name, asked in sizes.items()
-        if name.endswith(("hidden", "widths"))
-        for w in (asked if isinstance(asked, list) else [asked])
-    ]
-    blocks = [n for name, n in sizes.items() if name.endswith("blocks")]
-    return any(w**2 > held for w in widths if isinstance(w, int)) or any(
-        n > held for n in blocks if isinstance(n, int)
-    )
-
-# %% ../nbs/34_train.ipynb #59642410
-def load_model(
-    path: str | Path,  # a checkpoint
-    device: Any = "cpu",  # where the model goes
-) -> tuple[nn.Module, Config]:  # the model with its averaged weights, in eval mode; its configuration
-    "The model of a checkpoint."
-    s = load_checkpoint(path, device)
-    check_checkpoint(s, Path(path).name, ("kind", "ema", "config"))
-    module, _, name = s["kind"].partition(":")
-    try:
-        kind = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        kind = None
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "config")):
-        raise DataError(
-            f"{Path(path).name}: names the model {s['kind'][:80]!r}, which this version does not have; "
-            "take a checkpoint of this version."
-        )
-    cfg = config_from_dict(s["config"], kind.config)
-    if _asks_for_more(config_to_dict(cfg), s["ema"]):
-        raise DataError(
-            f"{Path(path).name}: its configuration asks for a larger model than it has weights for; take another ckpt_step file."
-        )
-    model = kind(cfg).to(device)
-    load_weights(
-        model,
-        {k.removeprefix("module."): v for k, v in s["ema"].items() if k.startswith("module.")},
-        Path(path).name,
-    )
-    return model.eval(), cfg
 
 # %% ../nbs/34_train.ipynb #28fa9845
 def every(
@@ -1013,34 +409,82 @@ def every(
 
     return call
 
-# %% ../nbs/34_train.ipynb #a361a2d3
+# %% ../nbs/34_train.ipynb #cee68384
 @patch(as_prop=True)
 def done(self: Trainer) -> bool:  # all steps taken, or the time spent
     "Whether training has ended."
     tc = self.cfg.train
     return self.step >= tc.iters or bool(tc.minutes and self.seconds >= 60 * tc.minutes)
 
-# %% ../nbs/34_train.ipynb #20dbbcab
+# %% ../nbs/34_train.ipynb #a2cb5e17
 @patch
-def fit(
+def log(
     self: Trainer,
-    until: int | None = None,  # stop after this many steps in all; the configured number when left out
-    progress: Callable = iter,  # wraps the range of steps, such as tqdm
-) -> list[dict]:  # the logged rows
-    "Train, log, save, call back."
-    self._start()
-    self.stop = False
-    self.saved_at = time.perf_counter()
-    try:
-        with stop_signals(self._asked):
-            try:
-                self._steps(self.cfg.train.iters if until is None else until, progress)
-            except Interrupted:
-                raise Interrupted(self._farewell()) from None
-    finally:
-        self.loader.rest()
-    self.note_trained()
-    return self.run.rows()
+    found: dict | None,  # scalars of the step; None: nothing could be read for it
+) -> None:
+    "One console line and one record of a step."
+    row = {k: v if isinstance(v, str) else float(v) for k, v in (found or {}).items()}
+    counts = dict(skipped=self.skips.total, seconds=round(self.seconds, 2))
+    if self.trained_on.unread:
+        counts["unread"] = sum(self.trained_on.unread.values())
+    lr = self.opt.param_groups[0]["lr"]
+    self.run.record(dict(step=self.step, **row, lr=lr, **counts, clips=self.trained_on.pending))
+    self.trained_on.pending = []
+    if found is not None:
+        figures = "  ".join(f"{k} {row[k]:.4f}" for k in ("total", "rgb", "ssim", "depth", "vel", "psnr"))
+        self.run.say(f"step {self.step:6d}  {figures}  {row['clip']}  {self.seconds:.0f} s")
+
+# %% ../nbs/34_train.ipynb #b49b94b7
+@patch
+def _call_back(self: Trainer) -> None:
+    "Validate, or whatever else follows the step."
+    with self.stop.allowed():
+        for call in self.callbacks:
+            if row := call(self):
+                self.run.record(dict(step=self.step, **row))
+    self.called = self.step
+
+# %% ../nbs/34_train.ipynb #462533c6
+@patch
+def _owes_callbacks(self: Trainer) -> bool:
+    "Whether this step was saved by a run that ended before its callbacks did, and they left no row."
+    rows = [r for r in self.run.rows() if r["step"] == self.step and "lr" not in r]
+    return bool(self.callbacks) and self.called < self.step and not rows
+
+# %% ../nbs/34_train.ipynb #52357b53
+@patch
+def _keep(
+    self: Trainer,
+    row: dict | None,  # of the step
+) -> None:
+    "Log, save and call back after a step, where that is due."
+    tc = self.cfg.train
+    if self.step % tc.log_every == 0 or self.step == 1 or self.done:
+        self.log(row)
+    with self.stop.allowed():
+        every(tc.save_ckpt_every, Trainer.save_quietly)(self)  # a long validation cannot lose the step
+    self._call_back()
+    with self.stop.allowed():
+        if tc.save_ckpt_minutes and time.perf_counter() - self.saved_at > 60 * tc.save_ckpt_minutes:
+            self.save()
+
+
+@patch
+def save_quietly(self: Trainer) -> None:
+    "Save; nothing to record."
+    self.save()
+
+# %% ../nbs/34_train.ipynb #331993fd
+@patch
+def _end(self: Trainer) -> None:  # raises DataError where no step had an update
+    "The last step is saved; a run that learned nothing says so."
+    if 0 < self.step == self.skips.total:
+        raise DataError(
+            f"training: none of its {self.step} steps could be taken, the first was {self.skips.first}; "
+            "look at its files with flux4d-check, or lower train.lr."
+        )
+    if self.step != self.saved_step:
+        self.save()
 
 # %% ../nbs/34_train.ipynb #a452655b
 @patch
@@ -1050,52 +494,21 @@ def _steps(
     progress: Callable,  # wraps the range of steps
 ) -> None:
     "The steps of `fit`."
-    tc = self.cfg.train
     clock = time.perf_counter() - self.seconds
-    save = every(tc.save_ckpt_every, Trainer.save_quietly)
     if self._owes_callbacks():
         self._call_back()
     for _ in progress(range(self.step, until)):
         if self.done:
             break
-        l = self.train_step()
+        row = self.train_step()
         self.seconds = time.perf_counter() - clock
         if self.step == 1:
             self.started = self.seconds
-        if self.step % tc.log_every == 0 or self.step == 1 or self.done:
-            self.log(l)
-        with self._can_stop():
-            save(self)  # a long validation cannot lose the step
-        self._call_back()
-        with self._can_stop():
-            if tc.save_ckpt_minutes and time.perf_counter() - self.saved_at > 60 * tc.save_ckpt_minutes:
-                self.save()
-    if self.done and 0 < self.step == self.skipped:
-        raise DataError(
-            f"training: none of its {self.step} steps could be taken, the first was {self.first_skip}; "
-            "look at its files with flux4d-check, or lower train.lr."
-        )
-    if self.done and self.step != self.saved_step:
-        self.save()
+        self._keep(row)
+    if self.done:
+        self._end()
 
-# %% ../nbs/34_train.ipynb #b49b94b7
-@patch
-def _call_back(self: Trainer) -> None:
-    "Validate, or whatever else follows the step."
-    with self._can_stop():
-        for call in self.callbacks:
-            if row := call(self):
-                self.run.record(dict(step=self.step, **row))
-    self.called = self.step
-
-# %% ../nbs/34_train.ipynb #abaf5daf
-@patch
-def _owes_callbacks(self: Trainer) -> bool:
-    "Whether this step was saved by a run that ended before its callbacks did, and they left no row."
-    rows = [r for r in self.run.rows() if r["step"] == self.step and "lr" not in r]
-    return bool(self.callbacks) and self.called < self.step and not rows
-
-# %% ../nbs/34_train.ipynb #b18c86b0
+# %% ../nbs/34_train.ipynb #d809023a
 @patch
 def _farewell(self: Trainer) -> str:  # a sentence
     "Save where training was interrupted, and say how to go on."
@@ -1105,6 +518,28 @@ def _farewell(self: Trainer) -> str:  # a sentence
         line = f"interrupted at step {self.step}, saved as {self.save().name}; go on with {how}"
     self.run.say(line)
     return line
+
+# %% ../nbs/34_train.ipynb #20dbbcab
+@patch
+def fit(
+    self: Trainer,
+    until: int | None = None,  # stop after this many steps in all; the configured number when left out
+    progress: Callable = iter,  # wraps the range of steps, such as tqdm
+) -> list[dict]:  # the logged rows
+    "Train, log, save, call back."
+    self._begin()
+    self.stop = StopRequest()
+    self.saved_at = time.perf_counter()
+    try:
+        with stop_signals(self.stop):
+            try:
+                self._steps(self.cfg.train.iters if until is None else until, progress)
+            except Interrupted:
+                raise Interrupted(self._farewell()) from None
+    finally:
+        self.loader.rest()
+    self.run.note(**self.trained_on.meta())
+    return self.run.rows()
 
 # %% ../nbs/34_train.ipynb #a9a81d7f
 @patch
@@ -1119,40 +554,3 @@ def after_training(self: Trainer) -> Iterator[None]:  # raises Interrupted
 
     with stop_signals(asked):
         yield
-
-# %% ../nbs/34_train.ipynb #331993fd
-@patch
-def save_quietly(self: Trainer) -> None:
-    "Save; nothing to record."
-    self.save()
-
-# %% ../nbs/34_train.ipynb #cee68384
-@patch
-def log(
-    self: Trainer,
-    l: dict | None,  # scalars of the step; None: nothing could be read for it
-) -> None:
-    "One console line and one record of a step."
-    row = {k: v if isinstance(v, str) else float(v) for k, v in (l or {}).items()}
-    counts = dict(skipped=self.skipped, seconds=round(self.seconds, 2))
-    if self.unread:
-        counts["unread"] = sum(self.unread.values())
-    self.run.record(
-        dict(step=self.step, **row, lr=self.opt.param_groups[0]["lr"], **counts, clips=self.pending)
-    )
-    self.pending = []
-    if l is not None:
-        figures = "  ".join(f"{k} {row[k]:.4f}" for k in ("total", "rgb", "ssim", "depth", "vel", "psnr"))
-        self.run.say(f"step {self.step:6d}  {figures}  {row['clip']}  {self.seconds:.0f} s")
-
-# %% ../nbs/34_train.ipynb #d0da1ea0
-@patch
-def keep_best(
-    self: Trainer,
-    score: float,  # higher is better
-) -> dict:  # what to record
-    "Save the current step as the best when it is."
-    if self.best is None or score > self.best:
-        self.best = float(score)
-        self.save(("ckpt_last.pt", "ckpt_best.pt"))
-    return dict(score=float(score), best=self.best)

@@ -22,20 +22,18 @@ with warnings.catch_warnings():
     import spconv.pytorch as spconv
     from spconv import constants as spconv_constants
     from spconv.core import ConvAlgo
-logging.getLogger("torch.fx._symbolic_trace").setLevel(
-    logging.ERROR
-)  # nor do its containers ever meet torch's tracer
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # spconv's containers are never traced
 
 # %% auto #0
-__all__ = ['AGAIN', 'PRECISIONS', 'grid_position', 'cell_key', 'count_rows', 'pool_mean', 'voxelise', 'corner_weights',
-           'neighbours', 'mix_voxels', 'interpolate_voxels', 'SparseConv', 'exchanged', 'kept_tables', 'pick_precision',
-           'Kernels', 'use_precision', 'UNetConfig', 'VoxelNorm', 'make_norm', 'ConvBlock', 'SparseUNet',
-           'relative_rms', 'device_gap']
+__all__ = ['AGAIN', 'TABLE_SIDES', 'PRECISIONS', 'REFUSED', 'grid_position', 'cell_key', 'count_rows', 'pool_mean', 'voxelise',
+           'trilinear_corners', 'neighbours', 'mix_voxels', 'interpolate_voxels', 'SparseConv', 'exchange_sides',
+           'kept_tables', 'pick_precision', 'Kernels', 'use_precision', 'UNetConfig', 'VoxelNorm', 'make_norm',
+           'ConvBlock', 'SparseUNet', 'relative_rms', 'device_gap']
 
 # %% ../nbs/30_unet.ipynb #02f5821b
 def grid_position(
     points: Tensor,  # (N,3) ego0, m
-    cfg: VoxelConfig,
+    cfg: VoxelConfig,  # read: low, size, shape
 ) -> tuple[Tensor, Tensor]:  # (N,3) position in cells from the lower corner; (N,) bool, in the grid
     "(p - low)/size, and whether that lies in the grid."
     at = (points - points.new_tensor(cfg.low)) / points.new_full((3,), cfg.size)
@@ -45,7 +43,7 @@ def grid_position(
 # %% ../nbs/30_unet.ipynb #db72344f
 def cell_key(
     cell: Tensor,  # (...,3) int64 cell indices
-    cfg: VoxelConfig,
+    cfg: VoxelConfig,  # read: shape
 ) -> Tensor:  # (...) int64
     "One integer per cell, in the order of (x, y, z)."
     _, ny, nz = cfg.shape
@@ -72,23 +70,22 @@ def pool_mean(
 def voxelise(
     points: Tensor,  # (N,3) ego0, m
     features: Tensor,  # (N,F) what to average
-    cfg: VoxelConfig,
+    cfg: VoxelConfig,  # read: low, size, shape
 ) -> Voxels:  # of tensors on the same device
     "Group points by cell and average their features; the twin of `voxelise_np`."
     at, inside = grid_position(points, cfg)
     _, ny, nz = cfg.shape
-    keys, row, count = torch.unique(
-        cell_key(at[inside].detach().floor().long(), cfg), return_inverse=True, return_counts=True
-    )
+    key = cell_key(at[inside].detach().floor().long(), cfg)
+    keys, row, count = torch.unique(key, return_inverse=True, return_counts=True)
     voxel = torch.full((len(points),), -1, device=points.device)
     voxel[inside] = row
     coords = torch.stack([keys // (ny * nz), keys // nz % ny, keys % nz], 1)
     return Voxels(keys, coords, pool_mean(features[inside], row, len(keys)), count, voxel, inside)
 
 # %% ../nbs/30_unet.ipynb #87ac6688
-def corner_weights(
+def trilinear_corners(
     points: Tensor,  # (N,3) ego0, m
-    cfg: VoxelConfig,
+    cfg: VoxelConfig,  # read: low, size
 ) -> tuple[Tensor, Tensor]:  # (N,8,3) int64 cells whose centres surround each point; (N,8) trilinear weights
     "The eight surrounding cell centres and their weights."
     at = grid_position(points, cfg)[0].detach() - 0.5
@@ -101,12 +98,10 @@ def corner_weights(
 def neighbours(
     keys: Tensor,  # (V,) int64, ascending
     points: Tensor,  # (N,3) ego0, m
-    cfg: VoxelConfig,
-) -> tuple[
-    Tensor, Tensor
-]:  # (N,8) int64 rows of `keys`; (N,8) weights, 0 for an absent voxel, else with sum 1
+    cfg: VoxelConfig,  # read: low, size, shape
+) -> tuple[Tensor, Tensor]:  # (N,8) int64 rows of `keys`; (N,8) weights, 0 for an absent voxel, else with sum 1
     "Which voxels to mix for each point."
-    cell, w = corner_weights(points, cfg)
+    cell, w = trilinear_corners(points, cfg)
     key = cell_key(cell, cfg)
     row = torch.searchsorted(keys, key).clamp_max(len(keys) - 1)
     there = (keys[row] == key) & ((cell >= 0) & (cell < cell.new_tensor(cfg.shape))).all(-1)
@@ -144,23 +139,16 @@ class SparseConv(spconv.conv.SparseConvolution):
         n_in: int,  # channels in
         n_out: int,  # channels out
         key: str,  # name under which spconv keeps the neighbour table
-        kind: str = "same",  # 'same' = 3x3x3 on the voxels given, 'down' = 2x2x2 stride 2, 'up' = the inverse of the 'down' of the same key
+        # 'same' = 3x3x3 on the voxels given, 'down' = 2x2x2 of stride 2, 'up' = the inverse of the 'down' of this key
+        kind: str = "same",
     ) -> None:
         "Choose kernel and stride by kind."
-        same = kind == "same"
         self.key = key
         self.kind = kind
-        super().__init__(
-            3,
-            n_in,
-            n_out,
-            3 if same else 2,
-            1 if same else 2,
-            bias=False,
-            indice_key=key,
-            subm=same,
-            inverse=kind == "up",
-        )
+        same = kind == "same"
+        kernel, stride = (3, 1) if same else (2, 2)
+        how = dict(bias=False, indice_key=key, subm=same, inverse=kind == "up")
+        super().__init__(3, n_in, n_out, kernel, stride, **how)
 
     def forward(
         self,
@@ -174,19 +162,21 @@ class SparseConv(spconv.conv.SparseConvolution):
         return self._conv_forward(torch.is_grad_enabled(), x, self.weight, None)
 
 # %% ../nbs/30_unet.ipynb #97cd399c
-def exchanged(
+TABLE_SIDES = (
+    ("indices", "out_indices"),
+    ("spatial_shape", "out_spatial_shape"),
+    ("pair_fwd", "pair_bwd"),
+    ("pair_mask_fwd_splits", "pair_mask_bwd_splits"),
+    ("mask_argsort_fwd_splits", "mask_argsort_bwd_splits"),
+)  # fields of spconv's tables that are each other's other side
+
+
+def exchange_sides(
     table: Any,  # spconv's table of a strided layer
 ) -> Any:  # the same kind of table
     "The table with its two sides exchanged."
     t = copy(table)
-    pairs = (
-        ("indices", "out_indices"),
-        ("spatial_shape", "out_spatial_shape"),
-        ("pair_fwd", "pair_bwd"),
-        ("pair_mask_fwd_splits", "pair_mask_bwd_splits"),
-        ("mask_argsort_fwd_splits", "mask_argsort_bwd_splits"),
-    )
-    for a, b in pairs:
+    for a, b in TABLE_SIDES:
         if hasattr(table, a):
             setattr(t, a, getattr(table, b))
             setattr(t, b, getattr(table, a))
@@ -199,12 +189,14 @@ def kept_tables(
     x: spconv.SparseConvTensor,  # after the last layer
 ) -> dict:  # name -> table
     "The tables of a pass, ready to serve another one on the same voxels."
-    return x.indice_dict | {
-        k + AGAIN: exchanged(d) for k, d in x.indice_dict.items() if not (d.is_subm or k.endswith(AGAIN))
-    }
+    strided = {k: d for k, d in x.indice_dict.items() if not (d.is_subm or k.endswith(AGAIN))}
+    return x.indice_dict | {k + AGAIN: exchange_sides(d) for k, d in strided.items()}
 
 # %% ../nbs/30_unet.ipynb #e0fcf0ae
 PRECISIONS = "auto", "float32", "tf32"  # of the convolutions
+REFUSED = dict(
+    float16="needs a gradient scaler, which the trainer does not have", bfloat16="has no kernels in spconv"
+)
 
 
 def pick_precision(
@@ -212,13 +204,8 @@ def pick_precision(
     device: Any,  # where the convolutions will run
 ) -> str:  # 'float32' or 'tf32'; raises ValueError when the device cannot do what is asked
     "The precision in which the convolutions will run."
-    if precision in ("float16", "bfloat16"):
-        why = (
-            "needs a gradient scaler, which the trainer does not have"
-            if precision == "float16"
-            else "has no kernels in spconv"
-        )
-        raise ValueError(f"precision: {precision!r} {why}; use 'tf32', or 'auto'.")
+    if precision in REFUSED:
+        raise ValueError(f"precision: {precision!r} {REFUSED[precision]}; use 'tf32', or 'auto'.")
     if precision not in PRECISIONS:
         raise ValueError(f"precision: is {precision!r}; choose 'auto', 'float32' or 'tf32'.")
     gpu = torch.device(device).type == "cuda"
@@ -245,7 +232,8 @@ def use_precision(
         return
     if kernels.precision not in (None, precision):
         raise ValueError(
-            f"precision: spconv has chosen its kernels for {kernels.precision!r} and would use them for {precision!r} too; start a new process."
+            f"precision: spconv has chosen its kernels for {kernels.precision!r} "
+            f"and would use them for {precision!r} too; start a new process."
         )
     kernels.precision = precision
     spconv_constants.SPCONV_ALLOW_TF32 = precision == "tf32"
@@ -265,7 +253,7 @@ class UNetConfig:
     precision: Literal["auto", "float32", "tf32"] = "auto"
 
     def __post_init__(self) -> None:
-        "Refuse a precision that nobody can honour."
+        "Refuse a precision that no device has."
         pick_precision(self.precision, "cuda")
 
 # %% ../nbs/30_unet.ipynb #184b2dbc
@@ -364,33 +352,41 @@ def padded_shape(
     m = 2 ** (len(self.cfg.widths) - 1)
     return [-(-n // m) * m for n in shape]
 
+# %% ../nbs/30_unet.ipynb #de7b8982
+@patch
+def levels(
+    self: SparseUNet,
+    x: spconv.SparseConvTensor,  # voxels with features of the first width
+) -> spconv.SparseConvTensor:  # the same voxels
+    "Down, and up again with the skips."
+    skips = []
+    for i, encoder in enumerate(self.enc):
+        x = encoder(x if i == 0 else self.down[i - 1](x))
+        skips.append(x)
+    for i, decoder in reversed(list(enumerate(self.dec))):
+        x = self.up[i](x)
+        x = decoder(x.replace_feature(torch.cat([x.features, skips[i].features], 1)))
+    return x
+
 # %% ../nbs/30_unet.ipynb #329c0246
 @patch
 def forward(
     self: SparseUNet,
     v: Voxels,  # occupied cells with features (V,n_in)
     shape: tuple[int, int, int],  # cells of the grid
-    tables: dict | None = None,  # what earlier passes over the same voxels found out; filled here
+    tables: dict | None = None,  # of earlier passes over the same voxels; filled here
 ) -> Tensor:  # (V,n_out) float32, in the order of `v`
-    "Features of each voxel in the light of its surroundings."
+    "Features of each voxel and its surroundings."
     device = v.features.device
-    skips = []
     shape = self.padded_shape(shape)
     use_precision(pick_precision(self.cfg.precision, device), device)
     known = {} if tables is None else tables.setdefault((torch.is_grad_enabled(), *shape), {})
     with torch.autocast(device.type, enabled=False):
-        x = spconv.SparseConvTensor(
-            self.stem(v.features.float()), F.pad(v.coords, (1, 0)).int(), shape, 1, indice_dict=dict(known)
-        )
-        for i, enc in enumerate(self.enc):
-            x = enc(x if i == 0 else self.down[i - 1](x))
-            skips.append(x)
-        for i, dec in reversed(list(enumerate(self.dec))):
-            x = self.up[i](x)
-            x = dec(x.replace_feature(torch.cat([x.features, skips[i].features], 1)))
-        if not known:
-            known.update(kept_tables(x))
-        return x.features
+        features, at = self.stem(v.features.float()), F.pad(v.coords, (1, 0)).int()
+        x = self.levels(spconv.SparseConvTensor(features, at, shape, 1, indice_dict=dict(known)))
+    if not known:
+        known.update(kept_tables(x))
+    return x.features
 
 # %% ../nbs/30_unet.ipynb #2ff8bad8
 def relative_rms(
@@ -400,49 +396,71 @@ def relative_rms(
     "Root mean squared difference, relative to the reference's own size."
     return ((x - ref).norm() / ref.norm().clamp_min(1e-30)).item()
 
+# %% ../nbs/30_unet.ipynb #ab1b92ea
+def _same_voxels(
+    n: int,  # points of a wavy street
+    gen: torch.Generator,
+    device: str,  # of the second set
+) -> tuple[Voxels, Voxels]:  # on the CPU, on the device; raises AssertionError if their cells differ
+    "One cloud voxelised on both machines."
+    xy = torch.rand(n, 2, generator=gen) * torch.tensor([140.0, 90.0]) - torch.tensor([5.0, 45.0])
+    points = torch.cat([xy, 0.5 * torch.sin(xy[:, :1] / 5)], 1)
+    v, other = (voxelise(p, p, VoxelConfig()) for p in (points, points.to(device)))
+    for k in ("keys", "coords", "count", "voxel", "inside"):  # on the edges of cells too
+        if not torch.equal(getattr(v, k), getattr(other, k).cpu()):
+            raise AssertionError(f"{k} of the voxels differ between CPU and {device}.")
+    return v, other
+
+# %% ../nbs/30_unet.ipynb #44e25058
+def _features_and_gradient(
+    net: SparseUNet,
+    v: Voxels,
+    goal: Tensor,  # (V,n_out) weights of a mean over the features
+    tables: dict | None = None,
+) -> tuple[Tensor, Tensor]:  # (V,n_out) features; (P,) gradient of all parameters; both on the CPU
+    "One step of a network."
+    y = net(v, VoxelConfig().shape, tables)
+    grads = torch.autograd.grad((y * goal.to(y)).mean(), list(net.parameters()))
+    return y.detach().cpu(), torch.cat([g.flatten() for g in grads]).cpu()
+
+# %% ../nbs/30_unet.ipynb #5e7e4492
+def _step_ms(
+    net: SparseUNet,
+    v: Voxels,
+    goal: Tensor,  # as above
+    tables: dict | None,
+    repeats: int,  # timed steps, after as many that are not, at most three
+) -> float:  # ms
+    "Time of one step."
+    wait = torch.cuda.synchronize if v.features.is_cuda else time.perf_counter
+    for _ in range(min(repeats, 3)):
+        _features_and_gradient(net, v, goal, tables)
+    wait()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        _features_and_gradient(net, v, goal, tables)
+    wait()
+    return (time.perf_counter() - start) / repeats * 1e3
+
 # %% ../nbs/30_unet.ipynb #718bcffe
 def device_gap(
     precision: str,  # 'float32' or 'tf32'
     n: int = 300_000,  # points
     repeats: int = 5,  # timed steps
-) -> dict[
-    str, float
-]:  # relative errors against the CPU: forward, no_grad, gradient; ms of a step, and of one with its tables at hand
-    "One network on the CPU and on the GPU. Call it in a new process: spconv keeps the precision of its first kernels."
-    cfg = VoxelConfig()
+    device: str = "cuda",  # what to compare with the CPU
+) -> dict[str, float]:  # relative errors: forward, no_grad, gradient, largest; step_ms; again_ms, with tables at hand
+    "One network on two machines. Call it in a new process: spconv keeps the precision of its first kernels."
     gen = torch.Generator().manual_seed(0)
-    xy = torch.rand(n, 2, generator=gen) * torch.tensor([140.0, 90.0]) - torch.tensor([5.0, 45.0])
-    points = torch.cat([xy, 0.5 * torch.sin(xy[:, :1] / 5)], 1)
-    v, vg = (voxelise(p, p, cfg) for p in (points, points.cuda()))
-    for k in ("keys", "coords", "count", "voxel", "inside"):  # on the edges of cells too
-        if not torch.equal(getattr(v, k), getattr(vg, k).cpu()):
-            raise AssertionError(f"{k} of the voxels differ between CPU and GPU.")
+    v, other = _same_voxels(n, gen, device)
     torch.manual_seed(0)
     ref = SparseUNet(3, UNetConfig(precision="float32"))
-    net = SparseUNet(3, UNetConfig(precision=precision)).cuda()
+    net = SparseUNet(3, UNetConfig(precision=precision)).to(device)
     net.load_state_dict(ref.state_dict())
     goal = torch.randn(len(v), ref.n_out, generator=gen)
-
-    def step(
-        net: SparseUNet, v: Voxels, tables: dict | None = None
-    ) -> tuple[Tensor, Tensor]:  # features, gradient
-        y = net(v, cfg.shape, tables)
-        grads = torch.autograd.grad((y * goal.to(y)).mean(), list(net.parameters()))
-        return y.detach().cpu(), torch.cat([g.flatten() for g in grads]).cpu()
-
-    def timed(*args: Any) -> float:  # ms
-        for _ in range(3):
-            step(net, vg, *args)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            step(net, vg, *args)
-        torch.cuda.synchronize()
-        return (time.perf_counter() - start) / repeats * 1e3
-
-    (want, want_grad), (y, grad) = step(ref, v), step(net, vg)
+    want, want_grad = _features_and_gradient(ref, v, goal)
+    y, grad = _features_and_gradient(net, other, goal)
     with torch.no_grad():
-        still = net.eval()(vg, cfg.shape).cpu()
+        still = net.eval()(other, VoxelConfig().shape).cpu()
     net.train()
     return dict(
         voxels=len(v),
@@ -450,6 +468,6 @@ def device_gap(
         no_grad=relative_rms(still, want),
         gradient=relative_rms(grad, want_grad),
         largest=((y - want).abs().max() / want.abs().max()).item(),
-        step_ms=timed(),
-        again_ms=timed({}),
+        step_ms=_step_ms(net, other, goal, None, repeats),
+        again_ms=_step_ms(net, other, goal, {}, repeats),
     )

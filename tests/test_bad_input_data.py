@@ -1,22 +1,19 @@
 "Bad input on the data side ends in one sentence that names the file, the fault and the remedy (design, section 7)."
 
-import json, re, shutil
-import numpy as np, pandas as pd, pytest
+import json
+import re
+import shutil
+import numpy as np
+import pandas as pd
+import pytest
 from flux4d.check import check_main
 from flux4d.files import DataError
-from flux4d.pandaset import Log, PandaSet, check_log, fabricate_log
-from flux4d.unpickle import safe_load_pickle
-from flux4d.clips import (
-    Clip,
-    ClipConfig,
-    InputViews,
-    build_index,
-    load_index,
-    load_views,
-    write_index,
-    index_main,
-    select_clips,
-)
+from flux4d.pandaset import Log, PandaSet
+from flux4d.log_faults import check_log
+from flux4d.log_files import fabricate_log
+from flux4d.clips import Clip, ClipConfig, build_index, select_clips
+from flux4d.index_files import load_index, write_index, index_main
+from flux4d.clip_data import InputViews, load_views
 
 CAMS = "front_camera", "left_camera"
 
@@ -240,7 +237,9 @@ def test_targets_do_not_pass_for_inputs(sound):
 
 
 def test_hostile_pickle_runs_nothing(root, tmp_path):
-    import os, pickle, gzip
+    import os
+    import pickle
+    import gzip
 
     class Bomb:
         def __reduce__(self):

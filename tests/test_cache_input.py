@@ -1,19 +1,29 @@
 "A lift cache stays in its folder, believes no file, and is no condition for a run."
 
-import multiprocessing, os, signal, subprocess, sys, time, warnings, zipfile
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
 from dataclasses import fields
 from pathlib import Path
-import numpy as np, pytest, torch
+import numpy as np
+import pytest
+import torch
 from numpy.lib import format as npy
 from flux4d import cache as module
 from flux4d.background import BackgroundConfig
-from flux4d.cache import LiftCache, load_arrays, pack, unpack, warm
+from flux4d.cache import LiftCache, load_arrays, pack, unpack, fill_cache
 from flux4d.clips import Clip, ClipConfig, build_index
 from flux4d.gaussians import Gaussians
-from flux4d.lift import LiftConfig
-from flux4d.pandaset import PandaSet, fabricate_log
+from flux4d.gap_filling import InitConfig
+from flux4d.pandaset import PandaSet
+from flux4d.log_files import fabricate_log
 
-HOW = LiftConfig(fill=False), BackgroundConfig(mode="none")
+HOW = InitConfig(fill=False), BackgroundConfig(mode="none")
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +260,7 @@ def test_what_a_live_process_writes_stays(tmp_path):
 def test_workers_lift_elsewhere_and_warn_here_once(clip, kept, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr(module, "init_gaussians", None)  # of no use in this process
-    n, words = said(lambda: warm(LiftCache(tmp_path / "file"), [clip, clip], *HOW, workers=1))
+    n, words = said(lambda: fill_cache(LiftCache(tmp_path / "file"), [clip, clip], *HOW, workers=1))
     assert n == [len(kept[2])] * 2
     one_sentence(words, "not kept")
 

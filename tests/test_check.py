@@ -1,25 +1,20 @@
 "Numbers that cannot be true are found and their cause is named; an index and times from elsewhere are not believed."
 
-import json, os, pickle, re, shutil, subprocess, sys
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
-from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
 from flux4d.check import RULES, Limits, check_camera_axes, check_main, doubts, examine, numbers_of
-from flux4d.city import fixture_city
-from flux4d.clips import (
-    Clip,
-    ClipConfig,
-    build_index,
-    index_hash,
-    index_main,
-    left_out_lines,
-    load_index,
-    long_log_clips,
-    time_unit,
-    write_index,
-)
+from flux4d.city.logs import fixture_city
+from flux4d.clips import Clip, ClipConfig, build_index, left_out_lines, long_log_clips, time_unit
+from flux4d.index_files import index_hash, index_main, load_index
 from flux4d.frames import (
     ClipTime,
     check_normalised,
@@ -30,7 +25,8 @@ from flux4d.frames import (
     transform_points,
 )
 from flux4d.files import DataError
-from flux4d.pandaset import Log, PandaSet, fabricate_log, find_pandaset
+from flux4d.pandaset import Log, PandaSet, find_pandaset
+from flux4d.log_files import fabricate_log
 
 FRAMES = 16
 LIDAR, CAMERA = "lidar/poses.json", "camera/front_camera/poses.json"
@@ -550,7 +546,7 @@ def test_one_sentence_for_many_files(log):
     assert len(found) == 1 and f"(and {FRAMES - 1} files more)" in found[0]
 
 
-@pytest.mark.parametrize("command", ["check:check_main", "clips:index_main"])
+@pytest.mark.parametrize("command", ["check:check_main", "index_files:index_main"])
 def test_help_has_an_example_and_starts_at_once(command):
     module, main = command.split(":")
     code = f"""import sys

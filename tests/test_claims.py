@@ -1,28 +1,35 @@
-"""What tables, names and records claim is so: the motion prior stands beside what training adds, presets are their table, unseen is unseen, and scores depend on no setting of the model."""
+"""What tables, names and records claim is so: the motion prior stands beside what training adds, presets are
+their table, unseen is unseen, and scores depend on no setting of the model."""
 
-import copy, inspect, json, re
-from dataclasses import fields, replace
+import inspect
+import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from flux4d import baselines, clips as clips_module, cuboids, evaluate, lift, nvs, record, train, motion_prior
-from flux4d.ablation import COLUMNS, NOTHING_LEARNED, ablation_row, circumstances, paper_tables, time_table
+from flux4d import baselines, clip_data, cuboids, evaluate, lift, motion_prior, score_clips, train, visibility
+from flux4d.ablation import NOTHING_LEARNED, ablation_row, circumstances, paper_tables, time_table
 from flux4d.baselines import BASELINES
 from flux4d.cache import LiftCache
-from flux4d.clips import Clip, ClipConfig, InputViews, TargetViews, build_index, select_clips
-from flux4d.house import kept_runs, repo_root, runs_of_record
-from flux4d.lift import LiftConfig
-from flux4d.nvs import EvalConfig
+from flux4d.clips import Clip, ClipConfig, build_index, select_clips
+from flux4d.flow import what_training_adds
+from flux4d.records import repo_root, runs_of_record
+from flux4d.gap_filling import InitConfig
+from flux4d.view_scores import EvalConfig
 from flux4d.files import DataError
-from flux4d.pandaset import PandaSet, fabricate_log
+from flux4d.pandaset import PandaSet
+from flux4d.log_files import fabricate_log
 from flux4d.presets import PRESETS, preset_config, preset_table
-from flux4d.record import ALWAYS, check_baselines, comparable, frames_of, one_clip_loader, seen
-from flux4d.report import flow_tables, foreign_faults, nvs_tables, summary_table, title_of
-from flux4d.stage6 import TrainingParameters, curves_say, keep_aside, rows_due, split_clips
-from flux4d.train import config_to_dict, flattened
+from flux4d.score_clips import ALWAYS, check_baselines, one_clip_loader
+from flux4d.run_facts import comparable, frames_of, training_overlap
+from flux4d.report import flow_tables, nvs_tables, summary_table, title_of
+from flux4d.report_pages import foreign_faults
+from flux4d.parameters import TrainingParameters
+from flux4d.stage6 import curves_say, rows_due
+from flux4d.run_setup import keep_aside, split_clips
+from flux4d.config import config_to_dict, flattened
 
 ROOT = repo_root(Path(__file__).parent)
 RECORDS = {
@@ -59,10 +66,26 @@ def test_every_table_that_scores_motion_has_the_prior(name):
 
 def test_runs_whose_motion_is_claimed_have_the_prior():
     "The runs that the index compares with it, and every run made since."
-    assert {"pandaset002_full_heldout", "pandaset002_paper_heldout", "city_full"} <= set(
+    assert {
+        "pandaset002_full",
+        "pandaset002_full_heldout",
+        "pandaset002_paper_heldout",
+        "city_full",
+        "city_full_trained",
+    } <= set(
         WITH_PRIOR
     ) or not RECORDS
     assert all("motion_prior" in m["baselines"] for m in RECORDS.values() if "scored_with" in m)
+
+
+def test_trained_weights_may_cover_other_pixels_than_the_prior():
+    "Counts as trained and untrained weights left them on the same frames, and counts of other frames."
+    trained = dict(moving_pixels=26_223, error_px=3.0, error_of_rest_px=7.0)
+    prior = dict(moving_pixels=25_214, error_px=5.0, error_of_rest_px=7.0)
+    assert what_training_adds(trained, prior)["adds"]
+    for pixels in (0, 13_000, 52_000):
+        with pytest.raises(DataError, match="compare the same frames"):
+            what_training_adds(trained, prior | dict(moving_pixels=pixels))
 
 
 @pytest.mark.skipif(not WITH_PRIOR, reason="no record with the motion prior is committed")
@@ -148,18 +171,18 @@ def two(tmp_path_factory):
 def test_logs_of_one_name_in_two_data_sets_are_two_logs(two):
     a, b = map(all_clips, two)
     assert [c.id for c in a] == [c.id for c in b]
-    assert seen(frames_of(a), b) == "unseen logs"
-    assert seen(frames_of(a), a).startswith("training frames (")
+    assert training_overlap(frames_of(a), b) == "unseen logs"
+    assert training_overlap(frames_of(a), a).startswith("training frames (")
     assert (
-        seen(frames_of([c for c in a if c.log.id == "001"]), [c for c in a if c.log.id == "002"])
+        training_overlap(frames_of([c for c in a if c.log.id == "001"]), [c for c in a if c.log.id == "002"])
         == "unseen logs"
     )
     early, late = [c for c in a if c.frames[-1] < 12], [c for c in a if c.frames[0] >= 20]
     assert (
-        seen(frames_of(early), [c for c in late if c.log.id in {e.log.id for e in early}])
+        training_overlap(frames_of(early), [c for c in late if c.log.id in {e.log.id for e in early}])
         == "unseen frames of training logs"
     )
-    assert seen(None, a).startswith("unknown")
+    assert training_overlap(None, a).startswith("unknown")
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 3, 50])
@@ -188,7 +211,7 @@ def test_keeping_all_aside_is_refused(two):
 def test_depth_is_scored_with_fixed_sensors(two):
     clip = all_clips(two[0])[0]
     for sensors in ((0,), (1,), (0, 1)):
-        cfg = replace(preset_config("draft"), init=LiftConfig(lidar_sensors=sensors))
+        cfg = replace(preset_config("draft"), init=InitConfig(lidar_sensors=sensors))
         assert (
             one_clip_loader([clip], cfg, LiftCache(two[0] / "cache")).target_sensors
             == (0,)
@@ -249,13 +272,12 @@ def test_the_training_notebook_says_it_and_compares_weights():
 
 GONE = [
     (cuboids, "box_pose"),
-    (lift.ClipData, "returns"),
+    (clip_data.ClipData, "returns"),
     (EvalConfig, "max_clips"),
     (baselines, "above_ground"),
     (motion_prior, "above_ground"),
     (train.Loader, "input_views"),
-    (lift, "project_sweep"),
-    (record, "input_views"),
+    (score_clips, "input_views"),
 ]
 
 
@@ -266,6 +288,6 @@ def test_dead_and_double_names_are_gone(where, name):
 
 def test_one_height_above_ground_and_one_way_to_inputs():
     assert baselines.height_above_ground is motion_prior.height_above_ground
-    assert inspect.getsource(clips_module.project_sweep).count("unhidden(") == 1  # one test of what is hidden
-    source = "".join(inspect.getsource(m) for m in (train, record, nvs, evaluate))
+    assert inspect.getsource(visibility.project_sweep).count("unoccluded(") == 1  # one test of what is hidden
+    source = "".join(inspect.getsource(m) for m in (train, score_clips, evaluate))
     assert not re.search(r"\binput_views\b", source)

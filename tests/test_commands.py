@@ -1,17 +1,22 @@
-"""The commands: help that answers at once and shows an example, faults that are sentences, and nothing deleted that a command did not make."""
+"""The commands: help that answers at once and shows an example, faults that are sentences, and nothing
+deleted that a command did not make."""
 
-import json, shutil, subprocess, sys
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 import pytest
-from flux4d.city import city_main
-from flux4d.house import house_main, repo_root
-from flux4d.report import report_main
+from flux4d.city.logs import city_main
+from flux4d.notebooks import new_notebook, write_notebook
+from flux4d.records import repo_root
+from flux4d.repo import repo_main
+from flux4d.report_pages import report_main
 
 ROOT = repo_root(Path(__file__).parent)
 COMMANDS = {
-    "flux4d-house": "house:house_main",
+    "flux4d-repo": "repo:repo_main",
     "flux4d-city": "city:city_main",
-    "flux4d-report": "report:report_main",
+    "flux4d-report": "report_pages:report_main",
 }
 
 
@@ -67,82 +72,80 @@ print("\\n".join(sys.modules))"""
 
 
 @pytest.fixture
-def house(tmp_path, monkeypatch):
+def small_repo(tmp_path, monkeypatch):
     "A repository with two notebooks, in which the commands run."
-    root = tmp_path / "house"
-    (root / "nbs").mkdir(parents=True)
+    root = tmp_path / "repo"
+    root.mkdir()
     shutil.copy(ROOT / "settings.ini", root)
     for name in ("00_index", "01_frames"):
-        cells = [dict(cell_type="markdown", id="a", metadata={}, source=[f"# {name}\n", "\n", "> A claim."])]
-        (root / f"nbs/{name}.ipynb").write_text(
-            json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5))
-        )
+        opening = f"# {name}\n\n> One line."
+        write_notebook(root / f"nbs/{name}.ipynb", new_notebook(("markdown", opening)))
     monkeypatch.chdir(root)
     return root
 
 
 @pytest.mark.parametrize("target", ("nbs", ".", "mine"))
-def test_pages_leave_a_folder_that_holds_something_else(house, said, target):
-    (house / "mine").mkdir()
-    (house / "mine/notes.txt").write_text("mine")
-    before = content(house)
-    code, text = said(house_main, "pages", target)
-    assert code == 1 and "which flux4d-house did not write" in sentence(text)
-    assert content(house) == before
+def test_pages_leave_a_folder_that_holds_something_else(small_repo, said, target):
+    (small_repo / "mine").mkdir()
+    (small_repo / "mine/notes.txt").write_text("mine")
+    before = content(small_repo)
+    code, text = said(repo_main, "pages", target)
+    assert code == 1 and "which flux4d-repo did not write" in sentence(text)
+    assert content(small_repo) == before
 
 
-def test_pages_replace_pages(house, said):
-    assert said(house_main, "pages", "build/pages") == (0, "")
-    (house / "nbs/01_frames.ipynb").rename(house / "nbs/02_other.ipynb")
-    assert said(house_main, "pages", "build/pages") == (0, "")
-    assert sorted(p.name for p in (house / "build/pages").glob("*.ipynb")) == [
+def test_pages_replace_pages(small_repo, said):
+    assert said(repo_main, "pages", "build/pages") == (0, "")
+    (small_repo / "nbs/01_frames.ipynb").rename(small_repo / "nbs/02_other.ipynb")
+    assert said(repo_main, "pages", "build/pages") == (0, "")
+    assert sorted(p.name for p in (small_repo / "build/pages").glob("*.ipynb")) == [
         "02_other.ipynb",
         "index.ipynb",
     ]  # none of the old ones is left
 
 
 @pytest.mark.parametrize("change", ("add", "edit", "link", "folder", "mark"))
-def test_pages_leave_what_somebody_put_there(house, said, change):
-    out = house / "build/pages"
-    said(house_main, "pages", out)
+def test_pages_leave_what_somebody_put_there(small_repo, said, change):
+    out = small_repo / "build/pages"
+    said(repo_main, "pages", out)
     if change == "add":
         (out / "notes.md").write_text("mine")
     if change == "edit":
         (out / "index.ipynb").write_text("mine")
     if change == "link":
-        (out / "data").symlink_to(house / "nbs")
+        (out / "data").symlink_to(small_repo / "nbs")
     if change == "folder":
         (out / "data").mkdir()
         (out / "data/x").write_text("mine")
     if change == "mark":
-        (out / ".made_by_flux4d_house").write_text('["index.ipynb"]')  # not what the command writes
-    before = content(house)
-    code, text = said(house_main, "pages", out)
+        (out / ".made_by_flux4d_repo").write_text('["index.ipynb"]')  # not what the command writes
+    before = content(small_repo)
+    code, text = said(repo_main, "pages", out)
     assert code == 1 and "did not write" in sentence(text)
-    assert content(house) == before
+    assert content(small_repo) == before
 
 
 # tracebacks became sentences
 
 
 @pytest.mark.parametrize("command", ("show", "record", "pages"))
-def test_a_command_without_its_path(house, said, command):
-    code, text = said(house_main, command)
-    assert code == 1 and sentence(text).startswith(f"flux4d-house {command}: needs ")
+def test_a_command_without_its_path(small_repo, said, command):
+    code, text = said(repo_main, command)
+    assert code == 1 and sentence(text).startswith(f"flux4d-repo {command}: needs ")
 
 
 @pytest.mark.parametrize("command", ("show", "record", "pages"))
-def test_a_path_that_is_none(house, said, command):
-    (house / "file").touch()
+def test_a_path_that_is_none(small_repo, said, command):
+    (small_repo / "file").touch()
     for path in ("file", "file/below") if command == "pages" else ("file", "file/below", "nowhere", "nbs"):
-        code, text = said(house_main, command, path)
+        code, text = said(repo_main, command, path)
         assert code == 1 and sentence(text)
 
 
 @pytest.mark.parametrize("command", ("pages", "check", "readme", "figures"))
 def test_outside_a_repository(tmp_path, monkeypatch, said, command):
     monkeypatch.chdir(tmp_path)
-    code, text = said(house_main, command, "pages")
+    code, text = said(repo_main, command, "pages")
     assert code == 1 and "run this inside the repository" in sentence(text)
 
 
@@ -155,7 +158,7 @@ def test_a_record_that_is_none_is_not_shown(tmp_path, said, text):
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.json").write_text(text)
-    code, told = said(house_main, "show", run)
+    code, told = said(repo_main, "show", run)
     assert code == 1 and sentence(told).startswith("run/metrics.json: ")
 
 

@@ -1,19 +1,31 @@
-"""Scene-flow metrics against the published evaluators and against plain loops; flow from boxes against what the made-up city knows.
+"""Scene-flow metrics against the published evaluators and against plain loops; flow from boxes against what
+the made-up city knows.
 
-The evaluators are `bucketed-scene-flow-eval` (Khatri et al.) and `av2` (Argoverse 2). Both pull in far more than this project needs, so they are not
-required: where one can be imported it is run, and what it said about the same returns is kept below. `python tests/test_flow_reference.py` prints it anew."""
+The evaluators are `bucketed-scene-flow-eval` (Khatri et al.) and `av2` (Argoverse 2). Both pull in far more
+than this project needs, so they are not
+required: where one can be imported it is run, and what it said about the same returns is kept below. `python
+tests/test_flow_reference.py` prints it anew."""
 
-import contextlib, io, math, os, random, shutil
+import contextlib
+import io
+import math
+import os
+import random
+import shutil
 from pathlib import Path
-import numpy as np, pytest
-from flux4d.city import fixture_city
+import numpy as np
+import pytest
+from flux4d.city.logs import fixture_city
 from flux4d.clips import long_log_clips
 from flux4d.cuboids import CLASSES, CuboidConfig, flow_ground_truth
-from flux4d.flow_metrics import FlowSample, FlowScoreConfig, FlowScores, clip_truth, exact_flow
+from flux4d.flow_metrics import FlowSample, FlowScoreConfig, flow_rows, truth_rows
+from flux4d.flow_truth import clip_truth, exact_flow
 from flux4d.files import DataError
 from flux4d.pandaset import PandaSet
+from flux4d.scores import flow_block, score_table
 
-# PandaSet's name -> the nearest category of Argoverse 2; the meta-classes below are those of av2_metacategories.py, not ours
+# PandaSet's name -> the nearest category of Argoverse 2;
+# the meta-classes below are those of av2_metacategories.py, not ours
 AV2 = {
     "": "BACKGROUND",
     "Car": "REGULAR_VEHICLE",
@@ -103,19 +115,15 @@ def frames(moving_background=False):
 
 def ours(fs):
     "What this project makes of them."
-    sc = FlowScores()
-    for f in fs:
+    tables = []
+    for number, f in enumerate(fs):
         names, points, gt, pred = zip(*f)
-        x = np.array(points)
-        sc.add(
-            FlowSample(
-                np.array(pred),
-                np.array(gt),
-                np.array([CLASSES.index(n) for n in names]),
-                np.abs(x[:, :2]).max(1),
-            )
-        )
-    return sc.as_dict()
+        label = np.array([CLASSES.index(n) for n in names])
+        sample = FlowSample(np.array(pred), np.array(gt), label, np.abs(np.array(points)[:, :2]).max(1))
+        place = dict(log="001", clip="a", frame=number, setting="flow")
+        tables.append(flow_rows(sample).assign(scene="model", **place))
+        tables.append(truth_rows(sample).assign(scene="truth", **place))
+    return flow_block(score_table(tables), "model")
 
 
 def bucketed(m):
@@ -362,7 +370,7 @@ ARGOVERSE = dict(
 
 
 def compare_khatri(still, moving, said):
-    "Ours beside bucketed-scene-flow-eval's; its three ways know no signs and look 35 m far, so both are left out for ours too."
+    "Ours beside bucketed-scene-flow-eval's, without signs and beyond 35 m, which its three ways do not know."
     same(bucketed(ours(still)), said["bucketed"])
     same(bucketed(ours(moving)), said["bucketed, moving background"])
     own = ways(ours([f for f in near_and_no_signs(still) if f]))
@@ -446,7 +454,10 @@ def box_errors(city, timed):
 
 def test_flow_of_boxes_is_the_citys(city):
     timed, plain = box_errors(city, True), box_errors(city, False)
-    every = lambda d: np.concatenate(list(d.values()))
+
+    def every(d):
+        return np.concatenate(list(d.values()))
+
     assert (
         len(timed) > 10
         and max(e.mean() for e in timed.values()) < 1e-3
@@ -464,7 +475,7 @@ def test_labels_of_another_clip_are_noticed(city, tmp_path):
     later = clips[1]
     shift = later.frames[0] - clips[0].frames[0]
     assert shift == 10
-    assert clip_truth(later, FlowScoreConfig(truth="cuboids"))[1] is None
+    assert clip_truth(later, FlowScoreConfig(truth="cuboids")).left_out == {}
     for k in ("lidar", "camera", "meta"):
         if (log.folder / k).is_dir():
             (tmp_path / "001").mkdir(exist_ok=True)
@@ -481,7 +492,8 @@ def test_labels_of_another_clip_are_noticed(city, tmp_path):
 
 
 if __name__ == "__main__":
-    import pprint, tempfile
+    import pprint
+    import tempfile
     from importlib.metadata import version
 
     with tempfile.TemporaryDirectory() as d:

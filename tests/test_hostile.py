@@ -1,6 +1,16 @@
-"""Files made to harm: nothing runs, nothing outside is read, the process lives, and each ends in one sentence that names the file."""
+"""Files made to harm: nothing runs, nothing outside is read, the process lives, and each ends in one sentence
+that names the file."""
 
-import gzip, json, os, pickle, re, struct, subprocess, sys, time, zipfile
+import gzip
+import json
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +18,16 @@ import pandas as pd
 import pytest
 import torch
 
-from flux4d.clips import build_index, index_main, load_index
+from flux4d.clips import build_index
+from flux4d.index_files import index_main, load_index
 from flux4d.cuboids import load_cuboids
 from flux4d.files import plain_fault
 from flux4d.files import DataError
-from flux4d.pandaset import Log, fabricate_log, read_intrinsics
+from flux4d.pandaset import Log
+from flux4d.log_files import fabricate_log, read_intrinsics
 from flux4d.run import load_checkpoint, trained_frames
-from flux4d.train import load_model
-from flux4d.unpickle import safe_load_pickle
+from flux4d.model import load_model
+from flux4d.tables import safe_load_pickle
 
 ROOT = Path(__file__).parents[1]
 
@@ -223,7 +235,7 @@ def test_a_hostile_table_ends_in_a_sentence(tmp_path, what):
     code = f"""import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 from flux4d.files import DataError
-from flux4d.unpickle import safe_load_pickle
+from flux4d.tables import safe_load_pickle
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try: print("read as", type(safe_load_pickle({str(p)!r})).__name__)
 except DataError as e: print(e)

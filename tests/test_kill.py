@@ -1,13 +1,19 @@
 "A trainer killed at a random moment, twenty times, leaves nothing that fails to load (design: trust)."
 
-import multiprocessing as mp, os, random, signal, time
+import multiprocessing as mp
+import os
+import random
+import signal
+import time
 from pathlib import Path
-import numpy as np, pytest
-from flux4d.city import fixture_city
+import numpy as np
+from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.pandaset import PandaSet
 from flux4d.cache import LiftCache
-from flux4d.train import Config, DataConfig, Loader, TrainConfig, Trainer
+from flux4d.config import Config, DataConfig, TrainConfig
+from flux4d.loader import Loader
+from flux4d.train import Trainer
 from flux4d.run import Run, load_checkpoint
 from flux4d.predictor import PredictorConfig
 from flux4d.unet import UNetConfig

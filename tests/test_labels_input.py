@@ -1,16 +1,21 @@
 "Faults of label files end in one sentence before anything is scored, or do not matter."
 
-import gzip, re, shutil, uuid
-import numpy as np, pandas as pd, pytest
+import gzip
+import re
+import shutil
+import uuid
+import numpy as np
+import pandas as pd
+import pytest
 from flux4d import cuboids
-from flux4d.city import fixture_city
+from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.cuboids import CLASSES, CuboidConfig, flow_ground_truth, load_cuboids, moves, same_track
 from flux4d.label_check import check_labels
-from flux4d.nvs import check_clip
+from flux4d.view_scores import check_clip
 from flux4d.files import DataError
 from flux4d.pandaset import PandaSet
-from flux4d.unpickle import safe_load_pickle
+from flux4d.tables import safe_load_pickle
 
 FRAMES = (2, 4, 6)
 

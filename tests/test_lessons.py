@@ -1,4 +1,5 @@
-"""Lessons about training fail for a model that was not trained; what cannot be trained in is refused; figures are those of their records."""
+"""Lessons about training fail for a model that was not trained; what cannot be trained in is refused; figures
+are those of their records."""
 
 import io
 import json
@@ -10,11 +11,13 @@ import pytest
 import torch
 
 from flux4d.cache import LiftCache
-from flux4d.city import fixture_city
+from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.overfit import gate_faults, gate_scores, overfit_gate
 from flux4d.pandaset import PandaSet
-from flux4d.train import Config, Loader, Trainer, config_from_dict
+from flux4d.config import Config, config_from_dict
+from flux4d.loader import Loader
+from flux4d.train import Trainer
 from flux4d.run import Run
 from flux4d.unet import Kernels, spconv_constants, use_precision
 

@@ -2,15 +2,22 @@
 
 import warnings
 from dataclasses import replace
-import numpy as np, pytest, torch
-from flux4d import clips, lift
+import numpy as np
+import pytest
+import torch
+from flux4d import clip_data as clip_data_module, visibility
 from flux4d.background import BackgroundConfig, init_data, init_gaussians
-from flux4d.city import fixture_city
-from flux4d.clips import Clip, ClipConfig, build_index, project_sweep, select_clips
+from flux4d.city.logs import fixture_city
+from flux4d.clips import Clip, ClipConfig, build_index, select_clips
+from flux4d.visibility import project_sweep
 from flux4d.frames import se3_inverse
-from flux4d.lift import LiftConfig, clip_data, clip_returns, lift_clip, lift_data
+from flux4d.gap_filling import InitConfig
+from flux4d.lift import clip_data, lift_clip, lift_data
+from flux4d.clip_data import clip_returns
 from flux4d.files import DataError
 from flux4d.pandaset import PandaSet
+
+NO_BACKGROUND = BackgroundConfig(mode="none")
 
 
 def opened():
@@ -63,11 +70,11 @@ FAULTS = {
 @pytest.mark.parametrize("fill", (False, True))
 def test_stamps_unlike_the_shutter_lose_nothing(sound, fault, fill):
     data, restless = sound
-    cfg = LiftConfig(fill=fill, fill_blocks=(64, 16))
-    want, nothing = said(lambda: lift_data(restless, cfg))
+    cfg = InitConfig(fill=fill, fill_blocks=(64, 16))
+    want, nothing = said(lambda: init_data(restless, cfg, NO_BACKGROUND))
     assert nothing == []
     stamps = torch.where(data.stamps.isnan(), data.stamps, FAULTS[fault](data))
-    got, words = said(lambda: lift_data(replace(restless, stamps=stamps), cfg))
+    got, words = said(lambda: init_data(replace(restless, stamps=stamps), cfg, NO_BACKGROUND))
     assert 0.97 * len(want) < len(got) < 1.03 * len(want)
     assert (
         len(words) == 1
@@ -83,12 +90,12 @@ def test_stamps_unlike_the_shutter_lose_nothing(sound, fault, fill):
 def test_it_is_said_once_for_returns_gaps_and_far_field(sound):
     data, _ = sound
     late = replace(data, stamps=data.stamps + 0.04)
-    _, words = said(lambda: init_data(late, LiftConfig(fill_blocks=(64, 16)), BackgroundConfig(nearer=())))
+    _, words = said(lambda: init_data(late, InitConfig(fill_blocks=(64, 16)), BackgroundConfig(depth_candidates=())))
     assert len(words) == 1
 
 
 def test_files_with_such_stamps_lift_as_many(sound):
-    cfg = LiftConfig(fill=False)
+    cfg = InitConfig(fill=False)
     ends = opened().log.lidar_stamps
     got, words = said(lambda: lift_clip(stamped(lambda s, f: np.full(len(s), ends[f])), cfg))
     assert len(got) > 0.95 * len(lift_clip(opened(), cfg)) and len(words) == 1
@@ -97,8 +104,8 @@ def test_files_with_such_stamps_lift_as_many(sound):
 def test_the_tolerance_is_a_field(sound):
     _, restless = sound
     late = replace(restless, stamps=restless.stamps + 0.04)
-    got, words = said(lambda: lift_data(late, LiftConfig(fill=False, late_after=0.06)))
-    want = lift_data(restless, LiftConfig(fill=False))
+    got, words = said(lambda: lift_data(late, InitConfig(fill=False, late_after=0.06)))
+    want = lift_data(restless, InitConfig(fill=False))
     assert words == [] and len(got) == len(want)
     assert abs(float((got.t - want.t).mean()) * restless.duration - 0.04) < 1e-3  # the stamps are believed
 
@@ -107,7 +114,7 @@ def test_the_tolerance_is_a_field(sound):
 def test_times_far_outside_the_clip_stop_the_lift(sound, off):
     data, _ = sound
     with pytest.raises(DataError) as e:
-        lift_data(replace(data, stamps=data.stamps + off), LiftConfig(fill=False))
+        lift_data(replace(data, stamps=data.stamps + off), InitConfig(fill=False))
     text = str(e.value)
     assert (
         text.startswith(data.id)
@@ -123,23 +130,23 @@ def test_a_shutter_outside_the_clip_stops_the_lift(sound):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(DataError, match="correct the stamps"):
-            lift_data(replace(data, shutter=data.shutter + 18), LiftConfig(fill=False))
+            lift_data(replace(data, shutter=data.shutter + 18), InitConfig(fill=False))
 
 
 def test_one_function_decides_what_a_camera_sees(sound, monkeypatch):
     data, _ = sound
-    assert lift.unhidden is clips.unhidden
+    assert clip_data_module.unoccluded is visibility.unoccluded
     for f in (0, 3):
         K, T = data.K[f, 0].numpy(), se3_inverse(data.pose[f, 0]).numpy()
         x = data.points[f][~data.points[f, :, 0].isnan()].numpy()
         h, w = data.images.shape[2:4]
         visible = project_sweep(x, K, T, w, h)[2]
         assert (
-            (visible != data.seen.seen[f, 0, : len(x)].numpy()).mean() < 1e-4
+            (visible != data.projected.visible[f, 0, : len(x)].numpy()).mean() < 1e-4
             and visible.any()
             and not visible.all()
         )
-    monkeypatch.setattr(clips, "unhidden", lambda uv, z, inside, *how, **more: inside)
+    monkeypatch.setattr(visibility, "unoccluded", lambda uv, z, inside, *how, **more: inside)
     assert project_sweep(x, K, T, w, h)[2].sum() > visible.sum()
 
 
@@ -160,4 +167,4 @@ def test_a_sensor_without_returns_is_said(mode):
     with pytest.raises(
         DataError, match="no LiDAR return is visible in an input image; choose other cameras or sensors"
     ):
-        init_gaussians(opened(), LiftConfig(lidar_sensors=(1,)), BackgroundConfig(mode=mode))
+        init_gaussians(opened(), InitConfig(lidar_sensors=(1,)), BackgroundConfig(mode=mode))

@@ -1,34 +1,34 @@
-"""Every parameter of a notebook and every field of a configuration is checked by its type and range, before a file is touched.
+"""Every parameter of a notebook and every field of a configuration is checked by its type and range, before a
+file is touched.
 
 Which values are wrong follows from the declarations, so a new parameter is covered as soon as it is declared."""
 
-import ast, math, re, sys
+import ast
+import math
+import re
+import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
-import pytest, yaml
+import pytest
+import yaml
 from pydantic import TypeAdapter
 from flux4d.ablation import AblationParameters
 from flux4d.baselines import NSFPConfig
 from flux4d.clips import ClipConfig, build_index
 from flux4d.evaluate import EvaluationParameters, eval_clips_of, read_evaluation
 from flux4d.flow import FlowParameters
-from flux4d.house import read_notebook, repo_root
-from flux4d.nvs import EvalConfig
+from flux4d.notebooks import read_notebook
+from flux4d.records import repo_root
+from flux4d.view_scores import EvalConfig
 from flux4d.overfit import OverfitParameters
 from flux4d.files import DataError
-from flux4d.pandaset import fabricate_log
+from flux4d.log_files import fabricate_log
 from flux4d.refine import FullConfig
 from flux4d.settings import read_parameters, read_settings
-from flux4d.stage6 import (
-    TrainingParameters,
-    check_images,
-    make_config,
-    make_index,
-    read_training,
-    split_clips,
-)
-from flux4d.train import config_from_dict, config_to_dict
+from flux4d.parameters import TrainingParameters, make_config, read_training
+from flux4d.run_setup import check_images, make_index, split_clips
+from flux4d.config import config_from_dict, config_to_dict
 
 ROOT = repo_root(Path(__file__).parent)
 NOTEBOOKS = {
@@ -470,7 +470,8 @@ def logs(tmp_path_factory):
         ),
         (
             dict(train_without_frames="0-19"),
-            "index: holds no clip with split train, scene_id 002, leaving out frames 0 to 19; relax a condition or build the index "
+            "index: holds no clip with split train, scene_id 002, leaving out frames 0 to 19; "
+            "relax a condition or build the index "
             "with train_scenes and test_scenes that give such clips.",
         ),
         (

@@ -1,13 +1,34 @@
-"Input that is far from zero, named otherwise, hostile or lost: equal numbers, or one sentence with the file, the fault and the remedy."
+"""Input that is far from zero, named otherwise, hostile or lost: equal numbers, or one sentence.
 
-import ast, bz2, errno, gzip, io, json, lzma, os, pickle, re, resource, shutil, struct, subprocess, sys, time
+The sentence has the file, the fault and the remedy."""
+
+import ast
+import bz2
+import errno
+import gzip
+import io
+import json
+import lzma
+import os
+import pickle
+import re
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import time
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
+import numpy as np
+import pandas as pd
+import pytest
 from PIL import Image
 from flux4d.files import WriteError, atomic_write, remove_unfinished
 from flux4d.files import DataError
-from flux4d.pandaset import Log, PandaSet, check_log, fabricate_log, read_image, read_poses, read_sweep
-from flux4d.unpickle import safe_load_pickle
+from flux4d.pandaset import Log, PandaSet
+from flux4d.log_faults import check_log
+from flux4d.log_files import fabricate_log, read_image, read_poses, read_sweep
+from flux4d.tables import safe_load_pickle
 
 CAMS = "front_camera", "left_camera"
 ROOT = Path(__file__).parent.parent
@@ -80,7 +101,7 @@ def moved(source, root, by):
 @pytest.fixture(scope="module")
 def maps(tmp_path_factory):
     "A log of the made-up city, and the same in a map's coordinates."
-    from flux4d.city import fixture_city
+    from flux4d.city.logs import fixture_city
 
     work = tmp_path_factory.mktemp("maps")
     source = work / "source/001"
@@ -112,7 +133,8 @@ def test_a_far_log_reads_the_same_numbers(maps):
 def test_a_far_log_gives_the_same_pixels(maps):
     import torch
     from flux4d.background import init_gaussians
-    from flux4d.clips import Clip, build_index, load_views
+    from flux4d.clips import Clip, build_index
+    from flux4d.clip_data import load_views
     from flux4d.render import render
 
     out = []
@@ -590,7 +612,11 @@ def test_gzip_bombs_are_not_unpacked(root):
 
 def test_nothing_that_a_pickle_names_is_imported(tmp_path):
     (tmp_path / "t.pkl").write_bytes(b"\x80\4" + pickle.dumps(sweep_table(), 4)[2:])
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from flux4d.unpickle import load_table; t = load_table({str(tmp_path / 't.pkl')!r}); print(len(t), 'pandas' in sys.modules)"
+    code = f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+from flux4d.tables import load_table
+t = load_table({str(tmp_path / 't.pkl')!r})
+print(len(t), 'pandas' in sys.modules)"""
     assert subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split() == ["6", "False"]
@@ -717,7 +743,8 @@ def test_no_distortion_is_no_fault(root):
 
 def test_cameras_of_two_sizes(root):
     from flux4d.lift import clip_data
-    from flux4d.clips import Clip, ClipConfig, build_index, load_views
+    from flux4d.clips import Clip, ClipConfig, build_index
+    from flux4d.clip_data import load_views
 
     for p in (root / "001/camera/left_camera").glob("*.jpg"):
         Image.new("RGB", (32, 18)).save(p)
@@ -783,7 +810,10 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 def test_left_over_temporary_files(tmp_path):
     out = tmp_path / "a[1].json"
-    code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from flux4d.files import atomic_write\nwith atomic_write({str(out)!r}): os._exit(9)"
+    code = f"""import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from flux4d.files import atomic_write
+with atomic_write({str(out)!r}): os._exit(9)"""
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     [left] = tmp_path.glob(".*.tmp")
     os.utime(left, (0, 0))
@@ -816,7 +846,10 @@ def test_text_files_name_their_encoding():
 
 
 def test_lists_are_read_under_any_locale(root):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from flux4d.pandaset import Log; print(len(Log({str(root)!r}, '001').camera().stamps))"
+    code = f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+from flux4d.pandaset import Log
+print(len(Log({str(root)!r}, '001').camera().stamps))"""
     edit(root / "001/camera/front_camera/intrinsics.json", lambda v: v | dict(note="Straße"))
     p = root / "001/camera/front_camera/intrinsics.json"
     p.write_text(json.dumps(json.loads(p.read_text(encoding="utf-8")), ensure_ascii=False), encoding="utf-8")

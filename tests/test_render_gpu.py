@@ -1,6 +1,8 @@
-"""gsplat against the plain-torch twin: pictures and gradients. Needs a GPU; `pytest tests/test_render_gpu.py -s` prints every difference."""
+"""gsplat against the plain-torch twin: pictures and gradients. Needs a GPU; `pytest tests/test_render_gpu.py
+-s` prints every difference."""
 
-import pytest, torch
+import pytest
+import torch
 from torch import tensor
 from flux4d.gaussians import BACKGROUND, LIDAR, Gaussians
 from flux4d.render import Cameras, RenderConfig, compare_backends, render
@@ -17,8 +19,13 @@ def GEN():
 def scene(n=4000, sky=400, coefficients=1):
     "Long thin Gaussians in view, beside it, behind it and far away, and their velocities; on the GPU."
     gen = GEN()
-    rand = lambda *s: torch.rand(*s, generator=gen)
-    randn = lambda *s: torch.randn(*s, generator=gen)
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=gen)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=gen)
+
     far = torch.arange(n + sky) >= n
     z = torch.where(far, 1200 + 800 * rand(n + sky), 40 * rand(n + sky) - 4)
     means = torch.stack(

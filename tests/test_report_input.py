@@ -2,21 +2,23 @@
 
 A name is shown and does nothing; nothing outside a run's folder is read; a record that is none ends in one sentence."""
 
-import copy, json, re, shutil
+import copy
+import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 import pytest
-from flux4d.house import repo_root, runs_of_record
+from flux4d.records import repo_root, runs_of_record
 from flux4d.files import DataError
-from flux4d.report import (
+from flux4d.report_pages import (
     foreign_faults,
     read_record,
     report_main,
-    report_text,
     side_by_side,
     to_html,
-    write_pages,
+    write_report_pages,
 )
+from flux4d.report import report_text
 
 ROOT = repo_root(Path(__file__).parent)
 SOUND = next(
@@ -181,7 +183,7 @@ def test_no_file_outside_is_embedded(record, run, tmp_path):
     (run / "worst/0.jpg").unlink()
     (run / "worst/0.jpg").symlink_to(secret)  # a picture that leads out of the folder
     (run / "worst/1.jpg").write_text("no picture, a secret")  # and one that is none
-    write_pages(run, record)
+    write_report_pages(run, record)
     page = harmless((run / "report.html").read_text(encoding="utf-8"))
     sources = [a["src"] for t, a in page.tags if t == "img"]
     assert sum(s.startswith("data:image/jpeg;base64,") for s in sources) == min(5, len(record["worst"])) - 2
@@ -193,7 +195,7 @@ def test_no_file_outside_is_embedded(record, run, tmp_path):
 
 
 def test_pictures_are_embedded(record, run):
-    write_pages(run, record)
+    write_report_pages(run, record)
     page = harmless((run / "report.html").read_text(encoding="utf-8"))
     assert sum(a["src"].startswith("data:image/jpeg") for t, a in page.tags if t == "img") == len(
         record["worst"]
@@ -322,13 +324,14 @@ def test_an_older_record_can_be_compared(record, run, capsys):
 def test_tables_of_runs_show_names_as_text(tmp_path, record, name):
     "The README and the site have these tables."
     from markdown_it import MarkdownIt
-    from flux4d.house import RESULTS, results_row, run_summary
+    from flux4d.repo import RUN_COLUMNS, run_row
+    from flux4d.records import run_summary
 
     record["evaluated_on"] = record["runtime"]["machine"] = name
     (tmp_path / "run").mkdir()
     keep(tmp_path / "run", record)
-    row = results_row(tmp_path / "run", record)
-    columns = 5 + len(RESULTS)  # name, evaluated on, trained, machine, reconstruction
+    row = f"| {' | '.join(run_row(tmp_path / 'run', record))} |"
+    columns = 5 + len(RUN_COLUMNS)  # name, evaluated on, trained, machine, reconstruction
     head = "| " + " | ".join("a" * columns) + " |\n" + "| --- " * columns + "|\n"
     for text in (head + row, run_summary(tmp_path / "run")):
         page = Page(

@@ -1,25 +1,28 @@
 "Runs: what was trained on is known, resuming is honest, nothing is lost and nothing wrong is let in."
 
-import errno, gzip, json, os, re, signal, subprocess, sys, textwrap, threading, time
+import errno
+import gzip
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from flux4d.cache import LiftCache
-from flux4d.clips import (
-    Clip,
-    ClipConfig,
-    InputViews,
-    TargetViews,
-    build_index,
-    fingerprint,
-    load_views,
-    select_clips,
-)
-from flux4d.lift import LiftConfig
+from flux4d.clips import Clip, ClipConfig, build_index, fingerprint, select_clips
+from flux4d.clip_data import InputViews, TargetViews, load_views
+from flux4d.gap_filling import InitConfig
 from flux4d.files import DataError
-from flux4d.pandaset import PandaSet, fabricate_log
+from flux4d.pandaset import PandaSet
+from flux4d.log_files import fabricate_log
 from flux4d.predictor import PredictorConfig
 from flux4d.run import logged_rows as logged
 from flux4d.run import (
@@ -31,23 +34,17 @@ from flux4d.run import (
     refuse_damaged,
     trained_frames,
 )
-from flux4d.train import (
-    Config,
-    DataConfig,
-    Interrupted,
-    Loader,
-    TrainConfig,
-    Trainer,
-    every,
-    files_of,
-    load_model,
-    lr_at,
-)
+from flux4d.config import RENAMED, Config, DataConfig, TrainConfig, config_from_dict
+from flux4d.interrupt import Interrupted
+from flux4d.train import Trainer, every
+from flux4d.optimiser import lr_at
+from flux4d.loader import Loader, files_of
+from flux4d.model import load_model
 from flux4d.unet import UNetConfig
 
 TINY = Config(
     data=DataConfig(image_scale=1.0, loader_threads=1),
-    init=LiftConfig(fill=False),
+    init=InitConfig(fill=False),
     model=PredictorConfig(unet=UNetConfig(widths=(4, 8), blocks=1)),
     train=TrainConfig(iters=100, warmup=1, eval_every=0, log_every=5, save_ckpt_every=0, views_per_step=1),
 )
@@ -82,11 +79,11 @@ LAYOUTS = {}
 def with_layouts(loader: Loader) -> Loader:
     "Clips are sorted into the grid once for all tests: that takes longer than all else."
 
-    def grid_index(i: int):
+    def index(i: int):
         clip = loader.clips[i]
         key = clip.log.root, clip.id
         if key not in LAYOUTS:
-            LAYOUTS[key] = loader._layout(i)
+            LAYOUTS[key] = loader._index(i)
         return LAYOUTS[key]
 
     loader.index = index
@@ -171,7 +168,7 @@ def test_end_of_training_writes_meta_without_a_checkpoint(trainer):
     t = trainer()
     t.run.write("meta.json", dict(machine="mine", trained=None))
     t.fit(2)
-    assert t.run.meta()["machine"] == "mine" and trained_frames(t.run.meta()) == t.trained
+    assert t.run.meta()["machine"] == "mine" and trained_frames(t.run.meta()) == t.trained_on.frames
 
 
 def test_weights_bring_their_history_and_two_data_sets_are_told_apart(trainer, tmp_path):
@@ -179,13 +176,13 @@ def test_weights_bring_their_history_and_two_data_sets_are_told_apart(trainer, t
     t.fit(2)
     path = t.save()
     other = clips_of(fabricate_log(tmp_path / "other", "002", speed=8.0).parent)
-    assert other[0].log.id in {log for log, _ in t.trained}  # the same id, another street
+    assert other[0].log.id in {log for log, _ in t.trained_on.frames}  # the same id, another street
     grown = trainer("second", clips=other)
     grown.resume(path, optimizer=False)
-    assert grown.trained == t.trained and grown.step == 0
+    assert grown.trained_on.frames == t.trained_on.frames and grown.step == 0
     grown.fit(1)
     found = trained_frames(grown.save())
-    assert {k: found[k] for k in t.trained} == t.trained
+    assert {k: found[k] for k in t.trained_on.frames} == t.trained_on.frames
     assert len({identity for log, identity in found if log == other[0].log.id}) == 2
 
 
@@ -230,8 +227,8 @@ def test_no_input_views_of_other_frames(city, cache):
         with pytest.raises(ValueError, match=sentence):
             load_views(clip, frames, kind=InputViews)
     clip.input_frames = clip.input_frames[:-1]  # what `inputs` reads is checked too
-    assert set(loader.inputs(clip).frame.tolist()) == set(clip.input_frames)
-    seen, targets = loader.inputs(clip), loader.views(clip, [(clip.target_frames[0], "front_camera")])
+    assert set(loader.inputs(clip).views.frame.tolist()) == set(clip.input_frames)
+    seen, targets = loader.inputs(clip).views, loader.views(clip, [(clip.target_frames[0], "front_camera")])
     for v, kind in ((seen, InputViews), (targets, TargetViews)):
         assert {type(x) for x in (v[0], v[:1], v.to("cpu"), replace(v, depth=v.depth))} == {kind}
 
@@ -420,7 +417,8 @@ def test_a_full_disk_is_said_and_leaves_no_torn_line(trainer, monkeypatch):
     )
     with pytest.raises(
         DataError,
-        match="run/metrics.jsonl: could not be written because the disk is full; free some space and go on with resume_from=last",
+        match="run/metrics.jsonl: could not be written because the disk is full; "
+        "free some space and go on with resume_from=last",
     ):
         t.run.record(dict(step=2))
     monkeypatch.undo()
@@ -496,7 +494,8 @@ def test_a_log_that_cannot_be_written_is_said_in_a_sentence(tmp_path, limit):
     )
     said = done.communicate()[0]
     assert re.fullmatch(
-        r"run/metrics.jsonl: could not be written because the (disk is full|file is larger than allowed); .* and go on with resume_from=last\.",
+        r"run/metrics.jsonl: could not be written because the (disk is full|file is larger than allowed); "
+        r".* and go on with resume_from=last\.",
         said,
     )
     assert logged(tmp_path / "run/metrics.jsonl") == [dict(step=1)] and (
@@ -509,7 +508,8 @@ def test_a_folder_that_cannot_be_made_is_said_in_a_sentence(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file/run", Path("/proc/run")):
         with pytest.raises(
             DataError,
-            match=r"/\.lock: could not be written because [^\n]*; choose another place or correct its permissions and start again\.$",
+            match=r"/\.lock: could not be written because [^\n]*; "
+            r"choose another place or correct its permissions and start again\.$",
         ):
             Run(folder)
 
@@ -604,7 +604,7 @@ def test_newest_run(tmp_path):
 
 
 def test_where_a_run_starts_and_writes(trainer, tmp_path, monkeypatch):
-    from flux4d.stage6 import resume_point
+    from flux4d.run_setup import resume_point
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="no run in papermill_runs has a checkpoint"):
@@ -696,6 +696,32 @@ def test_wrong_checkpoints_are_refused_in_a_sentence(trainer, tmp_path, what):
             load_model(tmp_path / "wrong.pt")
 
 
+OLDER = {
+    "a field that has another name now": lambda s: s["config"]["model"].update(votes={}),
+    "a model that is elsewhere now": lambda s: s.update(kind="flux4d.train:Flux4DBase"),
+}
+
+
+@pytest.mark.parametrize("what", OLDER)
+def test_checkpoints_of_earlier_versions_are_met_with_a_sentence(trainer, tmp_path, what):
+    s = trainer("first").state()
+    OLDER[what](s)
+    torch.save(s, tmp_path / "older.pt")
+    sentence = r"^older\.pt: [^\n]*(is 'model.motion_prior' now|flux4d.train:Flux4DBase', which this version)[^\n]*\.$"
+    with pytest.raises(DataError, match=sentence):
+        load_model(tmp_path / "older.pt")
+    for optimizer in (True, False):
+        with pytest.raises(DataError, match=sentence):
+            trainer("second", overwrite=True).resume(tmp_path / "older.pt", optimizer)
+
+
+def test_a_config_of_an_earlier_version_is_met_with_a_sentence():
+    for old, new in RENAMED.items():
+        part, name = old.split(".")
+        with pytest.raises(DataError, match=f"has '{old}', a field of an earlier version of flux4d that is '{new}'"):
+            config_from_dict({part: {name: 1}}, name="config.yaml")
+
+
 def test_an_optimizer_or_generator_that_does_not_fit_is_refused(trainer, tmp_path):
     for k, change in enumerate(
         (
@@ -722,8 +748,8 @@ def poison(t: Trainer, from_step: int, to_step: int = 10**9) -> None:
     "Make the loss of some steps NaN."
     sound = t.losses
 
-    def losses(b, g, velocity):
-        out = sound(b, g, velocity)
+    def losses(b, scene):
+        out = sound(b, scene)
         bad = from_step <= t.step < to_step
         return {k: v * float("nan") for k, v in out.items()} if bad else out
 
@@ -735,7 +761,10 @@ def test_training_that_is_not_finite_stops_and_names_the_first_clip(trainer):
     poison(t, 2)
     i, pairs = t.loader.draw(2)
     clip, (frame, camera) = t.loader.clips[i].id, pairs[0]
-    sentence = f"training: 4 steps in a row were skipped, the first was step 3: its gradient is not finite, with clip {clip}, frame {frame} of {camera}; .*max_skipped"
+    sentence = (
+        "training: 4 steps in a row were skipped, the first was step 3: its gradient is not finite, "
+        f"with clip {clip}, frame {frame} of {camera}; .*max_skipped"
+    )
     with pytest.raises(DataError, match=sentence):
         t.fit(50)
     log = (t.run.folder / "train.log").read_text()
@@ -776,7 +805,7 @@ def test_a_file_that_goes_bad_costs_its_steps_only(trainer):
         None if s in (1, 4) else t.loader.draw(s)[0] for s in range(6)
     ]
     assert (t.run.folder / "train.log").read_text().count("a clip is left out: 002/lidar/07.pkl.gz") == 2
-    assert load_checkpoint(t.run.folder / "ckpt_last.pt")["unread"] == t.unread and rows[-1]["unread"] == 2
+    assert load_checkpoint(t.run.folder / "ckpt_last.pt")["unread"] == t.trained_on.unread and rows[-1]["unread"] == 2
 
 
 def test_files_that_go_bad_are_bounded(trainer):
@@ -806,7 +835,8 @@ def test_training_that_never_takes_a_step_ends_in_a_sentence(trainer):
     poison(t, 0)
     with pytest.raises(
         DataError,
-        match="training: none of its 3 steps could be taken, the first was step 1: its gradient is not finite, with clip",
+        match="training: none of its 3 steps could be taken, the first was step 1: "
+        "its gradient is not finite, with clip",
     ):
         t.fit()
     assert not (t.run.folder / "ckpt_last.pt").exists()
@@ -871,7 +901,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(trainer, number):
     assert not (t.run.folder / "metrics.json").exists()
     again = trainer(cfg=with_train(log_every=1), goes_on=True)
     again.resume(again.run.folder / "ckpt_last.pt")
-    assert again.step == 2 and again.pending == []
+    assert again.step == 2 and again.trained_on.pending == []
     again.fit(6)
 
     def same(t):

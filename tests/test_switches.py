@@ -1,4 +1,5 @@
-"""Switches that restore what the paper is known to have done: each changes what it names, and all of them train together."""
+"""Switches that restore what the paper is known to have done: each changes what it names, and all of them
+train together."""
 
 import io
 from contextlib import redirect_stdout
@@ -10,17 +11,19 @@ import torch
 
 from flux4d.background import BackgroundConfig, init_gaussians
 from flux4d.cache import LiftCache
-from flux4d.city import fixture_city
+from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.gaussians import BACKGROUND, LIDAR
-from flux4d.lift import LiftConfig
+from flux4d.gap_filling import InitConfig
 from flux4d.losses import LossConfig
 from flux4d.pandaset import PandaSet
 from flux4d.predictor import PredictorConfig, decode_velocity, motion_feature_count
-from flux4d.house import repo_root
+from flux4d.records import repo_root
 from flux4d.presets import PRESETS, preset_config, preset_table
-from flux4d.refine import Flux4D, FullConfig, RefineConfig, feedback, feedback_features
-from flux4d.train import Loader, Trainer, config_from_dict, merged, reconstruct
+from flux4d.refine import Flux4D, FullConfig, RefineConfig, feedback
+from flux4d.loader import Loader
+from flux4d.train import Trainer
+from flux4d.config import config_from_dict, merged
 from flux4d.run import Run
 from flux4d.motion_prior import MotionPriorConfig
 
@@ -56,7 +59,8 @@ def test_presets_train(clips, tmp_path, name):
     assert all(np.isfinite(r[k]) for r in rows for k in ("total", "rgb", "ssim", "depth", "vel", "psnr"))
     assert any((p != q).any() for p, q in zip(before, trainer.model.parameters()))
     with torch.no_grad():
-        g, velocity = reconstruct(trainer.ema.module.eval(), loader.batch(2))
+        scene = trainer.ema.module.eval().reconstruct(loader.batch(2).inputs)
+    g, velocity = scene.gaussians, scene.velocity
     assert g.flat().isfinite().all() and velocity.shape == (len(g), cfg.model.degree + 1, 3)
     if name == "paper":
         assert len(g.t[g.kind == LIDAR].unique()) == len(clips[0].input_frames)
@@ -66,7 +70,7 @@ def test_points_inside_the_sphere_join_the_near_field(clips):
     bare, some = (
         init_gaussians(
             clips[0],
-            LiftConfig(fill=False),
+            InitConfig(fill=False),
             BackgroundConfig("hemisphere", num_sky_points=2000, inside_points=n),
         )
         for n in (0, 2000)
@@ -83,13 +87,14 @@ def test_speed_is_counted_per_clip_in_training(clips, tmp_path):
     cfg = config_from_dict(SMALL, FullConfig)
     loader = Loader(clips[:1], cfg, LiftCache(tmp_path / "cache"))
     b = loader.batch(0)
-    moving = torch.ones(len(b.gaussians), 1, 3)
+    lift = b.inputs.scene
+    moving = lift.moving(torch.ones(len(lift), 1, 3))
     per = {}
     for unit in ("second", "clip"):
         trainer = Trainer(
             replace(cfg, loss=LossConfig(velocity_unit=unit)), loader, Run(tmp_path / unit), kind=Flux4D
         )
-        per[unit] = float(trainer.losses(b, b.gaussians, moving)["vel"])
+        per[unit] = float(trainer.losses(b, moving)["vel"])
     assert per["second"] == pytest.approx(3**0.5) and per["clip"] == pytest.approx(
         3**0.5 * b.clip.time.duration
     )
@@ -98,11 +103,12 @@ def test_speed_is_counted_per_clip_in_training(clips, tmp_path):
 def test_feedback_of_the_training_loss_follows_its_weights(clips, tmp_path):
     cfg = config_from_dict(SMALL, FullConfig)
     b = Loader(clips[:1], cfg, LiftCache(tmp_path / "cache")).batch(0)
-    still = torch.zeros(len(b.gaussians), 1, 3)
-    tell = RefineConfig(error="training", told="plain")
+    lift = b.inputs.scene
+    still = lift.moving(torch.zeros(len(lift), 1, 3))
+    tell = RefineConfig(error="training", normalisation="plain")
 
     def say(loss, how=tell):
-        return feedback(b.gaussians, still, b.clip.time.duration, b.inputs(), cfg.render, how, loss).grad
+        return feedback(still, b.inputs.views, how, loss).grad
 
     once, twice = say(LossConfig()), say(LossConfig(rgb=1.6, ssim=0.4, depth=0.02))
     assert torch.allclose(2 * once, twice, atol=1e-4 * once.abs().max().item())
@@ -114,10 +120,10 @@ def test_no_prior_no_local_velocity_no_dead_zone():
     free = PredictorConfig(motion_prior=MotionPriorConfig(reach=0), local_velocity_cells=(), dead_zone=0.0)
     assert motion_feature_count(free) == 0 and motion_feature_count(PredictorConfig()) == 16 + 8
     raw = 1e-3 * torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-    ask = (raw, raw[:, :0], torch.zeros(50), torch.eye(4))
-    assert torch.equal(decode_velocity(*ask, free, settled=True), decode_velocity(*ask, free))
-    assert (decode_velocity(*ask, replace(free, dead_zone=0.5), settled=True) == 0).all()
+    ask = (raw, None, torch.zeros(50), torch.eye(4))
+    assert torch.equal(decode_velocity(*ask, free, use_dead_zone=True), decode_velocity(*ask, free))
+    assert (decode_velocity(*ask, replace(free, dead_zone=0.5), use_dead_zone=True) == 0).all()
 
 
-def test_readme_shows_todays_presets():
-    assert preset_table() in (repo_root() / "README.md").read_text(encoding="utf-8"), "run make readme"
+def test_the_page_of_presets_is_todays():
+    assert preset_table() in (repo_root() / "docs/presets.md").read_text(encoding="utf-8"), "run make readme"
