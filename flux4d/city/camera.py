@@ -10,7 +10,7 @@ from embreex.rtcore_scene import EmbreeScene
 from .rays import RIG, Hits, Raycaster, Rays, cast, ego_pose, turned
 from .solids import MATERIALS
 from .street import Layout
-from .surfaces import SURFACES, Spots, noise, over, plain, rgb
+from .surfaces import SURFACES, Spots, noise, over, plain_surface, rgb
 from ..frames import intrinsics_matrix, pose_to_mat, scale_intrinsics
 
 # %% auto #0
@@ -191,7 +191,7 @@ def mirror(
     c[k] += (gloss * up)[:, None] * rgb(0.62, 0.68, 0.75)
     return c
 
-# %% ../../nbs/05g_camera.ipynb #a1f0b2ed
+# %% ../../nbs/05g_camera.ipynb #18f7002e
 def textured(
     caster: Raycaster,  # the street
     s: Spots,  # M points, sorted by material
@@ -202,7 +202,7 @@ def textured(
     cut = np.searchsorted(material, np.arange(len(MATERIALS) + 1))
     for name, i, j in zip(MATERIALS, cut, cut[1:]):
         part = Spots(*(a[i:j] for a in s))
-        c[i:j] = SURFACES.get(name, plain)(part, caster.street.layout)
+        c[i:j] = SURFACES.get(name, plain_surface)(part, caster.street.layout)
     return c
 
 # %% ../../nbs/05g_camera.ipynb #8e415864

@@ -11,8 +11,8 @@ from .street import Layout
 
 # %% auto #0
 __all__ = ['SHOP', 'SURFACES', 'titled_image', 'noise', 'grain', 'band', 'cells', 'rgb', 'over', 'Spots', 'asphalt', 'lane_lines',
-           'bars', 'road_paint', 'road', 'slab', 'leaf', 'plain', 'paintwork', 'masonry', 'drawn_of_house', 'Panes',
-           'window_grid', 'glass_colour', 'panes', 'shop_fronts', 'name_boards', 'shops', 'wall']
+           'bars', 'road_paint', 'road', 'slab', 'leaf', 'plain_surface', 'paintwork', 'masonry', 'drawn_of_house',
+           'Panes', 'window_grid', 'glass_colour', 'panes', 'shop_fronts', 'name_boards', 'shops', 'wall']
 
 # %% ../../nbs/05f_surfaces.ipynb #4b1f8acc
 def titled_image(
@@ -244,7 +244,7 @@ def leaf(
     return s.colour * k.clip(0.3)[:, None] * hue
 
 
-def plain(
+def plain_surface(
     s: Spots,  # hits on anything else
     lay: Layout,  # the street
 ) -> np.ndarray:  # (N,3)
@@ -412,4 +412,4 @@ def wall(
     return shops(s, c, low * ~roof)
 
 
-SURFACES = dict(road=road, slab=slab, wall=wall, leaf=leaf, paint=paintwork)  # all other materials: plain
+SURFACES = dict(road=road, slab=slab, wall=wall, leaf=leaf, paint=paintwork)  # all other materials: plain_surface
