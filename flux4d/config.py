@@ -100,6 +100,8 @@ RENAMED = {  # field of an earlier version -> its name of today
     "model.stray": "model.max_residual",
     "model.settle": "model.dead_zone",
     "refine.told": "refine.normalisation",
+    "background.nearer": "background.depth_candidates",
+    "background.evidence": "background.cost_cell",
 }
 
 
