@@ -4,7 +4,14 @@
 
 # %% ../nbs/12a_cache.ipynb #33508de7
 from __future__ import annotations
-import hashlib, json, math, multiprocessing, os, threading, warnings, zipfile
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import threading
+import warnings
+import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
 from multiprocessing.connection import wait

@@ -4,7 +4,8 @@
 
 # %% ../nbs/04_clips.ipynb #07c349c7
 from __future__ import annotations
-import hashlib, json
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Iterator, Literal, NamedTuple

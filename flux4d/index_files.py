@@ -4,7 +4,10 @@
 
 # %% ../nbs/04b_index_files.ipynb #64d35bb4
 from __future__ import annotations
-import argparse, hashlib, json, pickle
+import argparse
+import hashlib
+import json
+import pickle
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path

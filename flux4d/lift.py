@@ -4,7 +4,8 @@
 
 # %% ../nbs/10_lift.ipynb #ea09ba34
 from __future__ import annotations
-import math, warnings
+import math
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
