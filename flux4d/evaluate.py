@@ -27,12 +27,14 @@ from flux4d.settings import (
     read_parameters,
     refuse_missing,
 )
-from .run import check_checkpoint, logged_rows, refuse_damaged
+from .checkpoint import check_checkpoint
+from .run import logged_rows
+from .file_damage import refuse_damaged
 from .config import Config
 from .loader import Loader, files_of
 from .model import ClipInputs, load_model
 from .scene import Scene
-from .run import load_checkpoint, trained_frames
+from .checkpoint import load_checkpoint, trained_frames
 from .nvs import VARIANTS, EvalConfig, check_clip
 from .baselines import BASELINES
 from .record import METHODS, About, frames_of, seen

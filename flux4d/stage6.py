@@ -43,11 +43,13 @@ from flux4d.settings import (
 from .cache import LiftCache
 from .refine import Flux4D, FullConfig
 from .presets import PRESETS, preset_config
-from .run import Run, newest_run, refuse_damaged, refuse_foreign, refuse_held
+from .run import Run, newest_run, refuse_foreign, refuse_held
+from .file_damage import refuse_damaged
 from .config import config_from_dict, config_to_dict, flattened, merged
 from .loader import Loader, files_of
 from .train import Trainer, every, read_resumable
-from .run import provenance, trained_frames
+from .run import provenance
+from .checkpoint import trained_frames
 from .records import repo_root
 from .flow_metrics import FlowScoreConfig, FlowScores, check_bs_flow, clip_truth, score_clip
 from .nvs import EvalConfig, check_clip, evaluate_nvs

@@ -24,19 +24,18 @@ from .loader import Batch, Loader
 from .losses import reconstruction_loss
 from .model import Flux4DBase, build_model, model_class
 from .render import RenderConfig
-from flux4d.run import (
+from flux4d.checkpoint import (
     PARTS,
-    Run,
     check_checkpoint,
     check_numbers,
     load_checkpoint,
     load_weights,
-    provenance,
     prune_checkpoints,
     save_checkpoint,
     trained_entry,
     trained_frames,
 )
+from .run import Run, provenance
 from .scene import Scene
 
 
