@@ -4,13 +4,15 @@
 
 # %% ../nbs/62_ablation.ipynb #fc0e825f
 from __future__ import annotations
-import hashlib, json
+import hashlib
+import json
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 import yaml
 from annotated_types import Interval
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pydantic import NonNegativeInt
 from .records import repo_root
@@ -19,29 +21,30 @@ from .settings import Distinct, LogId, Seed, read_parameters
 from .config import flattened, merged
 
 # %% auto #0
-__all__ = ['VARIANTS', 'TABLES', 'PAPER', 'SWITCHES', 'FIELDS', 'SETTINGS', 'COLUMNS', 'BUDGET', 'SILENT', 'PRIOR',
-           'NOTHING_LEARNED', 'MOVING', 'NOT_COMPARABLE', 'STEPS', 'differences', 'variant_of', 'AblationParameters',
-           'run_variant', 'found', 'pace', 'mark', 'ablation_row', 'as_table', 'paper_tables', 'circumstances',
-           'clips_helped', 'changes', 'ablation_chart', 'time_table', 'near_in_time', 'recorded', 'paired', 'report']
+__all__ = ['ABLATIONS', 'NO_VELOCITY_TERM', 'PAPER_TABLES', 'PAPER_FIGURES', 'SWITCHES', 'FIELDS', 'WHEN', 'NVS_METRICS',
+           'ABLATION_COLUMNS', 'BUDGET', 'NO_EFFECT', 'NOTHING_LEARNED', 'MOVING', 'NOT_COMPARABLE', 'STEPS',
+           'CHART_PANELS', 'differing_fields', 'is_variant', 'variant_of', 'AblationParameters', 'variant_parameters',
+           'run_variant', 'value_at', 'pace', 'circumstances_mark', 'finished_run', 'ablation_row', 'as_table',
+           'variant_line', 'paper_tables', 'circumstances', 'clips_helped', 'difference', 'changes', 'draw_bars',
+           'ablation_chart', 'time_table', 'took_equally_long', 'near_in_time', 'recorded', 'paired', 'group_report',
+           'ablation_report']
 
 # %% ../nbs/62_ablation.ipynb #72670efe
-VARIANTS = dict(
+ABLATIONS = dict(
     base=dict(num_refine=1, poly_degree=0, velocity_reweighting=False),
     refinement=dict(num_refine=3, poly_degree=0, velocity_reweighting=False),
     polynomial=dict(num_refine=3, poly_degree=1, velocity_reweighting=False),
     full=dict(num_refine=3, poly_degree=1, velocity_reweighting=True),
-    unregularised=dict(
-        num_refine=3, poly_degree=1, velocity_reweighting=False, overrides={"loss": {"velocity": 0.0}}
-    ),
-    full_unregularised=dict(
-        num_refine=3, poly_degree=1, velocity_reweighting=True, overrides={"loss": {"velocity": 0.0}}
-    ),
 )
-TABLES = {
+NO_VELOCITY_TERM = dict(overrides={"loss": {"velocity": 0.0}})
+ABLATIONS["unregularised"] = ABLATIONS["polynomial"] | NO_VELOCITY_TERM
+ABLATIONS["full_unregularised"] = ABLATIONS["full"] | NO_VELOCITY_TERM
+
+PAPER_TABLES = {
     "Table 7": ("base", "refinement", "polynomial", "full"),
     "Table 8": ("full", "polynomial", "unregularised", "full_unregularised"),
 }
-PAPER = dict(  # moving regions: PSNR dB, SSIM, D_RMSE m, V_RMSE (paper Tables 7 and 8); other logs, 30,000 iterations
+PAPER_FIGURES = dict(  # moving regions: PSNR dB, SSIM, D_RMSE m, V_RMSE (paper Tables 7 and 8)
     base=(18.89, 0.472, 1.98, 0.165),
     refinement=(21.32, 0.636, 1.66, 0.167),
     polynomial=(21.45, 0.641, 1.55, 0.167),
@@ -50,32 +53,41 @@ PAPER = dict(  # moving regions: PSNR dB, SSIM, D_RMSE m, V_RMSE (paper Tables 7
 )
 
 # %% ../nbs/62_ablation.ipynb #686a9da7
-SWITCHES = dict(
-    num_refine="refine.steps", poly_degree="model.degree", velocity_reweighting="flow.enabled"
-)  # parameter -> field
-FIELDS = *SWITCHES.values(), "loss.velocity"  # all in which variants differ
-
-
-def differences(
+def differing_fields(
     a: dict,  # configuration
     b: dict,  # another
 ) -> dict:  # {dotted field: (value in a, value in b)}
     "Fields in which two configurations differ."
     a = flattened(a)
     b = flattened(b)
-    return {k: (a.get(k), b.get(k)) for k in a | b if a.get(k) != b.get(k)}
+    return {name: (a.get(name), b.get(name)) for name in a | b if a.get(name) != b.get(name)}
+
+
+SWITCHES = dict(  # parameter of 60_stage6 -> field of the configuration
+    num_refine="refine.steps",
+    poly_degree="model.degree",
+    velocity_reweighting="flow.enabled",
+)
+FIELDS = *SWITCHES.values(), "loss.velocity"  # all in which variants differ
+
+
+def is_variant(
+    flat: dict,  # a configuration by dotted names
+    name: str,  # key of ABLATIONS
+) -> bool:
+    "Whether a configuration is a variant."
+    variant = ABLATIONS[name]
+    switched = all(flat.get(fld) == variant[parameter] for parameter, fld in SWITCHES.items())
+    has_velocity_term = bool(flat.get("loss.velocity"))
+    return switched and has_velocity_term == ("overrides" not in variant)
 
 # %% ../nbs/62_ablation.ipynb #9fd4baa4
 def variant_of(
     config: dict,  # the content of a run's config.yaml
-) -> str | None:  # a key of VARIANTS; None = none of them
+) -> str | None:  # a key of ABLATIONS; None = none of them
     "Which variant a configuration is."
     flat = flattened(config)
-    is_one = lambda v: (
-        all(flat.get(f) == v[p] for p, f in SWITCHES.items())
-        and bool(flat.get("loss.velocity")) == ("overrides" not in v)
-    )
-    return next((k for k, v in VARIANTS.items() if is_one(v)), None)
+    return next((name for name in ABLATIONS if is_variant(flat, name)), None)
 
 # %% ../nbs/62_ablation.ipynb #afd2a5a5
 @dataclass(frozen=True)
@@ -91,40 +103,51 @@ class AblationParameters:
     iters: NonNegativeInt = 2
     seed: Seed = 0
     out_dir: str = ""
-    variants: Distinct[Literal[tuple(VARIANTS)]] = ()
+    variants: Distinct[Literal[tuple(ABLATIONS)]] = ()
     records: str = ""
     equal_time: str = ""
     overrides: dict = field(default_factory=dict)
     others: dict = field(default_factory=dict)
 
 # %% ../nbs/62_ablation.ipynb #78293160
+def variant_parameters(
+    name: str,  # key of ABLATIONS
+    folder: Path,  # the run's folder
+    common: dict,  # parameters of 60_stage6 that all variants share
+    notebook: Path,  # 60_stage6
+) -> dict:  # raises DataError for a parameter nobody knows
+    "The parameters of a variant's run."
+    import papermill
+
+    parameters = merged(common, ABLATIONS[name]) | dict(out_dir=str(folder), overwrite=True)
+    known = papermill.inspect_notebook(str(notebook))
+    if unknown := sorted(set(parameters) - set(known)):
+        fault = f"{notebook.name} has no parameter {unknown[0]!r}; it knows {', '.join(known)}."
+        raise DataError(f"others: {fault}")
+    return parameters
+
+# %% ../nbs/62_ablation.ipynb #599f3622
 def run_variant(
-    name: str,  # key of VARIANTS
-    out: str
-    | Path,  # the folder of the run's folder; relative to the repository's root, so that no record holds a machine's paths
+    name: str,  # key of ABLATIONS
+    out: str | Path,  # holds the run's folder; relative to the root, so that no record has a machine's paths
     common: dict,  # parameters of 60_stage6 that all variants share
     notebook: str | Path = "nbs/60_stage6.ipynb",  # relative to the repository's root
 ) -> Path:  # the run's folder, with metrics.json; raises DataError for a name or parameter nobody knows
     "Train and evaluate one variant, unless that was done before."
-    if name not in VARIANTS:
-        raise DataError(f"variants: there is no {name!r}; choose from {', '.join(VARIANTS)}.")
+    if name not in ABLATIONS:
+        raise DataError(f"variants: there is no {name!r}; choose from {', '.join(ABLATIONS)}.")
     root = repo_root()
     folder = Path(out) / f"ablation_{name}"
     if (root / folder / "metrics.json").is_file():
         return folder
     import papermill
 
-    p = merged(common, VARIANTS[name]) | dict(out_dir=str(folder), overwrite=True)
-    known = papermill.inspect_notebook(str(root / notebook))
-    if unknown := sorted(set(p) - set(known)):
-        raise DataError(
-            f"others: {Path(notebook).name} has no parameter {unknown[0]!r}; it knows {', '.join(known)}."
-        )
+    parameters = variant_parameters(name, folder, common, root / notebook)
     (root / folder).mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(
         str(root / notebook),
         str(root / folder / Path(notebook).name),
-        p,
+        parameters,
         kernel_name="python3",
         progress_bar=False,
         cwd=str(root),
@@ -133,59 +156,48 @@ def run_variant(
     return folder
 
 # %% ../nbs/62_ablation.ipynb #e1cf2a98
-SETTINGS = "interpolation", "future"
-COLUMNS = (
-    {
-        f"{c}, {s}": f"nvs.dynamic.{s}.{m}.mean"
-        for c, m in (("PSNR", "psnr"), ("SSIM", "ssim"), ("D_RMSE", "depth_rmse"))
-        for s in SETTINGS
-    }
-    | {"V_RMSE": "scene_flow.v_rmse.dynamic.mean"}
-    | {f"full PSNR, {s}": f"nvs.full.{s}.psnr.mean" for s in SETTINGS}
-    | {
-        "FD EPE": "scene_flow.epe_3way.FD.mean",
-        "FD EPE of the motion prior alone": "baselines.motion_prior.scene_flow.epe_3way.FD.mean",
-        "V_RMSE of the motion prior alone": "baselines.motion_prior.scene_flow.v_rmse.dynamic.mean",
-        "FD EPE of zero motion": "zero_motion.scene_flow.epe_3way.FD.mean",
-        "theta_eps": "scene_flow.theta.mean",
-        "theta_eps, moving": "scene_flow.theta_moving.mean",
-    }
-    | {
-        "steps": "runtime.iters",
-        "train s": "runtime.train_seconds",
-        "machine": "runtime.machine",
-        "evaluated on": "evaluated_on",
-    }
-)  # column -> where it is in metrics.json
+WHEN = "interpolation", "future"
+NVS_METRICS = {"PSNR": "psnr", "SSIM": "ssim", "D_RMSE": "depth_rmse"}
+ABLATION_COLUMNS = {  # column -> where it is in metrics.json
+    **{f"{name}, {w}": f"nvs.dynamic.{w}.{key}.mean" for name, key in NVS_METRICS.items() for w in WHEN},
+    "V_RMSE": "scene_flow.v_rmse.dynamic.mean",
+    **{f"full PSNR, {w}": f"nvs.full.{w}.psnr.mean" for w in WHEN},
+    "FD EPE": "scene_flow.epe_3way.FD.mean",
+    "FD EPE of the motion prior alone": "baselines.motion_prior.scene_flow.epe_3way.FD.mean",
+    "V_RMSE of the motion prior alone": "baselines.motion_prior.scene_flow.v_rmse.dynamic.mean",
+    "FD EPE of zero motion": "zero_motion.scene_flow.epe_3way.FD.mean",
+    "theta_eps": "scene_flow.theta.mean",
+    "theta_eps, moving": "scene_flow.theta_moving.mean",
+    "steps": "runtime.iters",
+    "train s": "runtime.train_seconds",
+    "machine": "runtime.machine",
+    "evaluated on": "evaluated_on",
+}
 
 
-def found(
-    d: Any,  # nested dict
+def value_at(
+    nested: Any,  # nested dict
     path: str,  # dotted keys
 ) -> Any:  # what is there; None when it is not
     "A value deep inside a dict."
-    for k in path.split("."):
-        d = d.get(k) if isinstance(d, dict) else None
-    return d
+    for key in path.split("."):
+        nested = nested.get(key) if isinstance(nested, dict) else None
+    return nested
 
 # %% ../nbs/62_ablation.ipynb #fb4a4a7a
 def pace(
     logged: list[dict],  # rows of metrics.jsonl
 ) -> float | None:  # steps per second
     "Speed of training after the first quarter."
-    r = [x for x in logged if "seconds" in x]
-    late = [x for x in r if x["step"] >= r[-1]["step"] / 4]
-    a, b = (late[0], late[-1]) if late else ({"seconds": 0},) * 2
-    return (b["step"] - a["step"]) / (b["seconds"] - a["seconds"]) if b["seconds"] > a["seconds"] else None
+    rows = [row for row in logged if "seconds" in row]
+    late = [row for row in rows if row["step"] >= rows[-1]["step"] / 4]
+    if not late or late[-1]["seconds"] <= late[0]["seconds"]:
+        return None
+    return (late[-1]["step"] - late[0]["step"]) / (late[-1]["seconds"] - late[0]["seconds"])
 
 # %% ../nbs/62_ablation.ipynb #30244fa1
-BUDGET = (
-    "runtime.iters",
-    "train.iters",
-    "train.minutes",
-    "train.warmup",
-)  # steps taken, and what decides their number
-SILENT = (
+BUDGET = "runtime.iters", "train.iters", "train.minutes", "train.warmup"  # steps taken, and what decides their number
+NO_EFFECT = (  # fields that change no result
     "data.keep_frames",
     "data.keep_clips",
     "data.loader_threads",
@@ -194,61 +206,61 @@ SILENT = (
     "train.save_ckpt_every",
     "train.eval_every",
     "eval.save_renders",
-)  # change no result
+)
 
 
-def mark(
+def circumstances_mark(
     config: dict,  # the content of config.yaml
     metrics: dict,  # the content of metrics.json
-    but: tuple,  # dotted fields that do not count, beside SILENT
+    leaving_out: tuple,  # dotted fields that do not count, beside NO_EFFECT
 ) -> str:  # 8 characters, the same for runs that differ in nothing else
     "A short name for the circumstances of a run."
-    kept = {
-        k: v
-        for k, v in (flattened(config) | {"runtime.iters": found(metrics, "runtime.iters")}).items()
-        if k not in but + SILENT
-    }
-    return hashlib.sha256(
-        json.dumps(
-            [kept, sorted(metrics.get("per_clip", {})), metrics.get("evaluated_on")], sort_keys=True
-        ).encode()
-    ).hexdigest()[:8]
+    fields = flattened(config) | {"runtime.iters": value_at(metrics, "runtime.iters")}
+    kept = {name: value for name, value in fields.items() if name not in leaving_out + NO_EFFECT}
+    told = [kept, sorted(metrics.get("per_clip", {})), metrics.get("evaluated_on")]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
 # %% ../nbs/62_ablation.ipynb #c18cf353
-PRIOR = "motion_prior"  # the baseline that learned nothing, see 43
 NOTHING_LEARNED = "motion prior alone, nothing learned"
-MOVING = [
-    p for p in COLUMNS.values() if p.startswith(("nvs.dynamic", "scene_flow.v_rmse"))
-]  # what the paper's tables show
+MOVING = {  # what the paper's tables show
+    column: path
+    for column, path in ABLATION_COLUMNS.items()
+    if path.startswith(("nvs.dynamic", "scene_flow.v_rmse"))
+}
 
 
-def ablation_row(
-    folder: str | Path,  # a finished run
-) -> (
-    dict
-):  # by column; None where the run has no such figure; raises DataError for a folder that is no finished run
-    "What a run measured."
-    folder = Path(folder)
-    missing = [n for n in ("config.yaml", "metrics.json") if not (folder / n).is_file()]
+def finished_run(
+    folder: Path,  # of a run
+) -> tuple[dict, dict, list[dict]]:  # configuration, metrics, rows of the log; raises DataError
+    "What a finished run left."
+    missing = [name for name in ("config.yaml", "metrics.json") if not (folder / name).is_file()]
     if missing:
         raise DataError(f"{folder.name}: has no {missing[0]}; name a finished run of 60_stage6.")
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    m = json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
     log = folder / "metrics.jsonl"
-    speed = pace([json.loads(l) for l in log.read_text().splitlines()]) if log.is_file() else None
-    clips = {c: v["model"] for c, v in m.get("per_clip", {}).items()}
-    return dict(
+    logged = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    return config, metrics, logged
+
+# %% ../nbs/62_ablation.ipynb #1373d4d3
+def ablation_row(
+    folder: str | Path,  # a finished run
+) -> dict:  # by column; None where the run has no such figure; raises DataError for no finished run
+    "What a run measured."
+    folder = Path(folder)
+    config, metrics, logged = finished_run(folder)
+    row = dict(
         run=folder.name,
         variant=variant_of(config),
-        paired=mark(config, m, FIELDS),
-        timed=mark(config, m, FIELDS + BUDGET),
-        scale=found(config, "data.image_scale"),
-        seed=found(config, "train.seed"),
-        per_clip=clips,
-        prior={c: found(m, f"baselines.{PRIOR}.{p}") for c, p in COLUMNS.items() if p in MOVING},
-        **{c: found(m, p) for c, p in COLUMNS.items()},
-        **{"steps/s": speed},
+        paired=circumstances_mark(config, metrics, FIELDS),
+        timed=circumstances_mark(config, metrics, FIELDS + BUDGET),
+        scale=value_at(config, "data.image_scale"),
+        seed=value_at(config, "train.seed"),
+        per_clip={clip: scores["model"] for clip, scores in metrics.get("per_clip", {}).items()},
+        prior={c: value_at(metrics, f"baselines.motion_prior.{path}") for c, path in MOVING.items()},
     )
+    row |= {column: value_at(metrics, path) for column, path in ABLATION_COLUMNS.items()}
+    return row | {"steps/s": pace(logged)}
 
 # %% ../nbs/62_ablation.ipynb #dc07b172
 def as_table(
@@ -257,56 +269,46 @@ def as_table(
 ) -> str:  # markdown
     "Rows as a table; what is None is a dash."
 
-    def cell(v):
-        return "-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
+    def cell(value):
+        return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    def line(cells):
-        return "| " + " | ".join(cells) + " |"
-
-    return "\n".join(
-        [
-            line(columns),
-            line(["---"] * len(columns)),
-            *(line([cell(r.get(c)) for c in columns]) for r in rows),
-        ]
-    )
+    cells = [columns, ["---"] * len(columns), *([cell(row.get(c)) for c in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 # %% ../nbs/62_ablation.ipynb #9cb42442
 NOT_COMPARABLE = "paper: PSNR / SSIM / D_RMSE / V_RMSE (not comparable: other logs, 30,000 iterations)"
+
+
+def variant_line(
+    variant: str,  # key of ABLATIONS
+    row: dict,  # its run's row; empty when it was not run
+) -> dict:  # by column
+    "A variant's row in one of the paper's tables."
+    paper = " / ".join(f"{x:g}" for x in PAPER_FIGURES[variant]) if variant in PAPER_FIGURES else None
+    return dict(variant=variant) | {c: row.get(c) for c in MOVING} | {NOT_COMPARABLE: paper}
 
 
 def paper_tables(
     rows: list[dict],  # paired runs, from `ablation_row`
 ) -> str:  # markdown; a variant that was not run is a row of dashes
     "The paper's Tables 7 and 8 with our figures of moving regions."
-    have = {r["variant"]: r for r in rows}
-    ours = [c for c in COLUMNS if COLUMNS[c] in MOVING]
-    prior = next((r["prior"] for r in rows if any(v is not None for v in r["prior"].values())), {})
-
-    def line(v):
-        return {
-            "variant": v,
-            **{c: have.get(v, {}).get(c) for c in ours},
-            NOT_COMPARABLE: " / ".join(f"{x:g}" for x in PAPER[v]) if v in PAPER else None,
-        }
-
-    return "\n\n".join(
-        f"**{title}**, moving regions\n\n"
-        + as_table(
-            [*map(line, vs), dict(variant=NOTHING_LEARNED) | prior], ["variant", *ours, NOT_COMPARABLE]
-        )
-        for title, vs in TABLES.items()
-    )
+    by_variant = {row["variant"]: row for row in rows}
+    measured = [row["prior"] for row in rows if any(v is not None for v in row["prior"].values())]
+    last = dict(variant=NOTHING_LEARNED) | (measured[0] if measured else {})
+    columns = ["variant", *MOVING, NOT_COMPARABLE]
+    parts = []
+    for title, variants in PAPER_TABLES.items():
+        lines = [variant_line(v, by_variant.get(v, {})) for v in variants]
+        parts.append(f"**{title}**, moving regions\n\n{as_table([*lines, last], columns)}")
+    return "\n\n".join(parts)
 
 # %% ../nbs/62_ablation.ipynb #0cd375a1
 def circumstances(
     rows: list[dict],  # paired runs
 ) -> str:  # markdown
     "How the runs were made, beside their full-image and scene-flow figures."
-    return as_table(
-        rows,
-        ["run", "variant", "seed", "scale", *(c for c in COLUMNS if "dynamic" not in COLUMNS[c]), "steps/s"],
-    )
+    others = [column for column, path in ABLATION_COLUMNS.items() if "dynamic" not in path]
+    return as_table(rows, ["run", "variant", "seed", "scale", *others, "steps/s"])
 
 # %% ../nbs/62_ablation.ipynb #68f9a406
 STEPS = {
@@ -319,83 +321,81 @@ STEPS = {
 
 
 def clips_helped(
-    a: dict,  # row of a run
-    b: dict,  # row of the run with one change
+    before: dict,  # row of a run
+    after: dict,  # row of the run with one change
 ) -> str:  # "k of n"
     "In how many clips and settings the change raised full-image PSNR."
-    pairs = [
-        (a["per_clip"][c][s], b["per_clip"][c][s])
-        for c in a["per_clip"]
-        if c in b["per_clip"]
-        for s in SETTINGS
-        if a["per_clip"][c].get(s) is not None
-    ]
-    return f"{sum(y > x for x, y in pairs)} of {len(pairs)}"
+    shared = [clip for clip in before["per_clip"] if clip in after["per_clip"]]
+    pairs = [(before["per_clip"][clip].get(w), after["per_clip"][clip].get(w)) for clip in shared for w in WHEN]
+    scored = [(a, b) for a, b in pairs if a is not None]
+    return f"{sum(b > a for a, b in scored)} of {len(scored)}"
 
 # %% ../nbs/62_ablation.ipynb #bd9e227a
+def difference(
+    a: float | None,  # before
+    b: float | None,  # after
+) -> float | None:  # None when either was not measured
+    "What a change adds."
+    return None if a is None or b is None else b - a
+
+
 def changes(
     rows: list[dict],  # paired runs
 ) -> list[dict]:  # one row a change whose two runs are there
     "What each part alone brings."
-    have = {r["variant"]: r for r in rows}
-    numbers = [c for c in COLUMNS if COLUMNS[c].split(".")[0] in ("nvs", "scene_flow")]
-
-    def less(a, b):
-        return None if a is None or b is None else b - a
-
-    def both(x, y):
-        return {c: less(x[c], y[c]) for c in numbers} | {"clips helped": clips_helped(x, y)}
-
-    return [
-        dict(
-            change=k,
-            **both(have[a], have[b]),
-            **{"PSNR, paper": less(PAPER[a][0], PAPER[b][0]) if b in PAPER else None},
-        )
-        for k, (a, b) in STEPS.items()
-        if a in have and b in have
-    ]
+    by_variant = {row["variant"]: row for row in rows}
+    numbers = [c for c, path in ABLATION_COLUMNS.items() if path.split(".")[0] in ("nvs", "scene_flow")]
+    found = []
+    for name, (a, b) in STEPS.items():
+        if a not in by_variant or b not in by_variant:
+            continue
+        before, after = by_variant[a], by_variant[b]
+        row = dict(change=name) | {c: difference(before[c], after[c]) for c in numbers}
+        paper = difference(PAPER_FIGURES[a][0], PAPER_FIGURES[b][0]) if b in PAPER_FIGURES else None
+        found.append(row | {"clips helped": clips_helped(before, after), "PSNR, paper": paper})
+    return found
 
 # %% ../nbs/62_ablation.ipynb #e6efcaeb
+CHART_PANELS = {"PSNR": "dB", "SSIM": "", "D_RMSE": "m", "V_RMSE": "m per 0.1 s", "full PSNR": "dB"}  # metric -> unit
+
+
+def draw_bars(
+    ax: Axes,  # of one metric
+    rows: list[dict],  # paired runs
+    columns: list[str],  # of that metric: one, or interpolation and future
+) -> None:
+    "Bars of every run, from the first run's value, each with its figure."
+    for j, column in enumerate(columns):
+        start = rows[0][column]
+        values = [(i, row[column]) for i, row in enumerate(rows) if None not in (row[column], start)]
+        places = [i + 0.36 * (j - (len(columns) - 1) / 2) for i, _ in values]
+        colour = f"C{j}" if len(columns) > 1 else "C7"
+        widths = [value - start for _, value in values]
+        ax.barh(places, widths, 0.34, color=colour, label=column.partition(", ")[2] or None)
+        for place, width, (_, value) in zip(places, widths, values):
+            ax.text(width, place, f" {value:.4g} ", fontsize=8, va="center", ha="left" if width >= 0 else "right")
+
+# %% ../nbs/62_ablation.ipynb #a9bdfba6
 def ablation_chart(
     rows: list[dict],  # paired runs
 ) -> Figure:  # one panel a metric
     "Every run against the first."
-    panels = {
-        k: [c for c in COLUMNS if c.split(", ")[0] == k]
-        for k in ("PSNR", "SSIM", "D_RMSE", "V_RMSE", "full PSNR")
-    }
-    fig = Figure(figsize=(14, 1.3 + 0.45 * len(rows)), layout="constrained")
-    axs = fig.subplots(1, len(panels), sharey=True)
-    for ax, (k, columns) in zip(axs, panels.items()):
-        for j, c in enumerate(columns):
-            zero = rows[0][c]
-            at = [i + 0.36 * (j - (len(columns) - 1) / 2) for i in range(len(rows))]
-            some = [(y, r[c]) for y, r in zip(at, rows) if None not in (r[c], zero)]
-            ax.barh(
-                [y for y, _ in some],
-                [v - zero for _, v in some],
-                0.34,
-                color=f"C{j}" if len(columns) > 1 else "C7",
-                label=c.partition(", ")[2] or None,
-            )
-            for y, v in some:
-                ax.text(
-                    v - zero, y, f" {v:.4g} ", fontsize=7, va="center", ha="left" if v >= zero else "right"
-                )
-        ax.set_title(k + (" (less is better)" if "RMSE" in k else ""), fontsize=9)
+    fig = Figure(figsize=(14, 1.6 + 0.5 * len(rows)), layout="constrained")
+    axs = fig.subplots(1, len(CHART_PANELS), sharey=True)
+    for ax, (metric, unit) in zip(axs, CHART_PANELS.items()):
+        draw_bars(ax, rows, [c for c in ABLATION_COLUMNS if c.split(", ")[0] == metric])
+        ax.set_title(f"{metric}{' (less is better)' if 'RMSE' in metric else ''}", fontsize=10)
+        ax.set_xlabel(f"difference to the first row{f', {unit}' if unit else ''}", fontsize=8)
         ax.axvline(0, color="k", lw=0.6)
         ax.margins(x=0.3)
         ax.locator_params(axis="x", nbins=4)
-        ax.tick_params(labelsize=7)
+        ax.tick_params(labelsize=8)
         if not ax.patches:
-            ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", fontsize=8)
+            ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", fontsize=9)
             ax.set_xticks([])
-    axs[0].set_yticks(range(len(rows)), [r["variant"] or r["run"] for r in rows], fontsize=8)
+    axs[0].set_yticks(range(len(rows)), [row["variant"] or row["run"] for row in rows], fontsize=9)
     axs[0].invert_yaxis()
-    fig.legend(
-        *axs[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False
-    )
+    fig.legend(*axs[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return fig
 
 # %% ../nbs/62_ablation.ipynb #9b448c5e
@@ -403,42 +403,31 @@ def time_table(
     folders: list,  # finished runs
 ) -> str:  # markdown
     "Runs side by side with the time they took."
-    return as_table(
-        [ablation_row(f) for f in folders],
-        [
-            "run",
-            "variant",
-            "steps",
-            "train s",
-            "steps/s",
-            "machine",
-            *(c for c in COLUMNS if COLUMNS[c].startswith(("nvs", "scene_flow", "baselines"))),
-            "evaluated on",
-        ],
-    )
+    groups = "nvs", "scene_flow", "baselines"
+    scores = [column for column, path in ABLATION_COLUMNS.items() if path.startswith(groups)]
+    columns = ["run", "variant", "steps", "train s", "steps/s", "machine", *scores, "evaluated on"]
+    return as_table([ablation_row(folder) for folder in folders], columns)
 
 # %% ../nbs/62_ablation.ipynb #84278ec3
+def took_equally_long(
+    a: dict,  # row of a run
+    b: dict,  # row of another
+    slack: float,  # largest difference of training times, as a share
+) -> bool:
+    "Whether two variants can be compared at equal time: all else alike, same machine, other numbers of steps."
+    alike = a["timed"] == b["timed"] and a["machine"] == b["machine"]
+    if not alike or a["variant"] == b["variant"] or a["steps"] == b["steps"]:
+        return False
+    seconds = a["train s"], b["train s"]
+    return None not in seconds and max(seconds) <= (1 + slack) * min(seconds)
+
+
 def near_in_time(
     rows: list[dict],  # any runs
     slack: float = 0.1,  # largest difference of training times, as a share
-) -> list[
-    tuple[dict, dict]
-]:  # pairs of variants that took different numbers of steps and about the same time
-    "Runs that can be compared at equal time: all else alike, same machine."
-
-    def alike(a, b):
-        return (
-            a["timed"] == b["timed"]
-            and a["machine"] == b["machine"]
-            and a["variant"] != b["variant"]
-            and a["steps"] != b["steps"]
-        )
-
-    return [
-        (a, b)
-        for a, b in combinations(rows, 2)
-        if alike(a, b) and None not in (s := (a["train s"], b["train s"])) and max(s) <= (1 + slack) * min(s)
-    ]
+) -> list[tuple[dict, dict]]:  # pairs of variants
+    "Runs that can be compared at equal time."
+    return [(a, b) for a, b in combinations(rows, 2) if took_equally_long(a, b, slack)]
 
 # %% ../nbs/62_ablation.ipynb #2ece4bc9
 def recorded(
@@ -446,50 +435,47 @@ def recorded(
     root: Path,  # the repository
 ) -> list[Path]:  # finished runs; raises DataError for one that was named and is not there
     "The runs to report."
-    named = [root / "papermill_runs" / n.strip() for n in records.split(",") if n.strip()]
+    folder = root / "papermill_runs"
+    named = [folder / name.strip() for name in records.split(",") if name.strip()]
     if lost := [p.name for p in named if not (p / "metrics.json").is_file()]:
-        raise DataError(
-            f"records: papermill_runs/{lost[0]} is no finished run; choose a folder that has metrics.json."
-        )
-    return named or sorted(p.parent for p in (root / "papermill_runs").glob("ablation_*/metrics.json"))
+        fault = "is no finished run; choose a folder that has metrics.json."
+        raise DataError(f"records: papermill_runs/{lost[0]} {fault}")
+    return named or sorted(p.parent for p in folder.glob("ablation_*/metrics.json"))
 
 # %% ../nbs/62_ablation.ipynb #51405c67
 def paired(
     rows: list[dict],  # any runs
-) -> list[list[dict]]:  # largest group first, each in the order of VARIANTS
+) -> list[list[dict]]:  # largest group first, each in the order of ABLATIONS
     "Runs that differ in their switches only."
-    order = {v: i for i, v in enumerate(VARIANTS)}
-    marks = dict.fromkeys(r["paired"] for r in rows)
-    groups = [
-        sorted((r for r in rows if r["paired"] == m), key=lambda r: order.get(r["variant"], len(order)))
-        for m in marks
-    ]
-    return sorted(groups, key=len, reverse=True)
+    order = {variant: i for i, variant in enumerate(ABLATIONS)}
+    groups = {}
+    for row in sorted(rows, key=lambda row: order.get(row["variant"], len(order))):
+        groups.setdefault(row["paired"], []).append(row)
+    first_seen = list(dict.fromkeys(row["paired"] for row in rows))
+    return sorted((groups[mark] for mark in first_seen), key=len, reverse=True)
 
 # %% ../nbs/62_ablation.ipynb #506b17f0
-def report(
+def group_report(
+    group: list[dict],  # paired runs
+) -> list[str]:  # markdown
+    "The tables of runs that can be compared."
+    first = group[0]
+    budget = f"seed {first['seed']}, {first['steps']} steps, image scale {first['scale']:g}"
+    head = f"### {len(group)} paired runs: {budget}, evaluated on {first['evaluated on']}"
+    parts = [head, paper_tables(group), circumstances(group)]
+    if found := changes(group):
+        parts += ["Change by one part", as_table(found, list(found[0]))]
+    return parts
+
+
+def ablation_report(
     folders: list[Path],  # finished runs
 ) -> str:  # markdown
     "Tables of every group of paired runs; what stands alone is listed last."
-    groups = paired([ablation_row(f) for f in folders])
-    alone = [r for g in groups if len(g) < 2 for r in g]
-    parts = []
-    for g in (g for g in groups if len(g) > 1):
-        parts += [
-            f"### {len(g)} paired runs: seed {g[0]['seed']}, {g[0]['steps']} steps, image scale {g[0]['scale']:g}, evaluated on {g[0]['evaluated on']}",
-            paper_tables(g),
-            circumstances(g),
-        ]
-        if got := changes(g):
-            parts += ["Change by one part", as_table(got, list(got[0]))]
-    return "\n\n".join(
-        parts
-        + (
-            [
-                "### Runs without a pair",
-                as_table(alone, ["run", "variant", "seed", "scale", *COLUMNS, "steps/s"]),
-            ]
-            if alone
-            else []
-        )
-    )
+    groups = paired([ablation_row(folder) for folder in folders])
+    parts = [part for group in groups if len(group) > 1 for part in group_report(group)]
+    alone = [row for group in groups if len(group) == 1 for row in group]
+    if alone:
+        columns = ["run", "variant", "seed", "scale", *ABLATION_COLUMNS, "steps/s"]
+        parts += ["### Runs without a pair", as_table(alone, columns)]
+    return "\n\n".join(parts)

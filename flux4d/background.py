@@ -300,7 +300,7 @@ def init_data(
     bg_cfg: BackgroundConfig = BackgroundConfig(),  # sky and far field
     seed: int = 0,  # of rotations and hemisphere
 ) -> Gaussians:  # kinds LIDAR, then BACKGROUND; world, on the data's device
-    "G_init of a clip in memory: everything a reconstruction starts from."
+    "Everything a reconstruction starts from, of a clip in memory."
     data = sound_stamps(data, lift_cfg.late_after)
     blocks = clip_blocks(data, lift_cfg) if lift_cfg.fill or bg_cfg.mode == "grid" else None
     g = near_field(data, lift_cfg, seed, blocks)
@@ -318,7 +318,7 @@ def init_gaussians(
     seed: int = 0,  # of rotations and hemisphere
     device: Any = "cpu",  # where it is lifted
 ) -> Gaussians:  # kinds LIDAR, then BACKGROUND; world, on the device
-    "G_init of a clip on disk."
+    "Everything a reconstruction starts from, of a clip on disk."
     return init_data(
         clip_data(clip, lift_cfg.lidar_sensors, cameras, image_scale).to(device), lift_cfg, bg_cfg, seed
     )

@@ -5,6 +5,7 @@
 # %% ../nbs/07_clip_data.ipynb #0bf960eb
 from __future__ import annotations
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,23 +21,8 @@ from .log_files import scaled_size
 from .visibility import project_sweep, splat_depth, unoccluded
 
 # %% auto #0
-__all__ = ['Returns', 'ClipData', 'clip_data', 'clip_returns', 'toy_data', 'image_numbers', 'ProjectedReturns', 'project_returns',
-           'Views', 'InputViews', 'TargetViews', 'check_frames', 'load_views']
-
-# %% ../nbs/07_clip_data.ipynb #7b3b16f2
-class Returns(NamedTuple):
-    "What the LiDAR saw in a clip's input sweeps, all around, whether or not a camera sees it."
-
-    points: Tensor  # (R,3) float64, world, m
-    seconds: Tensor  # (R,) float64, since the clip's start
-    frame: Tensor  # (R,) int64 log frame ids
-
-    def to(
-        self,
-        device: Any,  # torch device
-    ) -> Returns:
-        "The same returns on another device."
-        return Returns(*(v.to(device) for v in self))
+__all__ = ['ClipData', 'stacked', 'padded_sweeps', 'clip_data', 'Returns', 'clip_returns', 'toy_data', 'image_numbers',
+           'ProjectedReturns', 'project_returns', 'Views', 'InputViews', 'TargetViews', 'check_frames', 'load_views']
 
 # %% ../nbs/07_clip_data.ipynb #f94547ad
 @dataclass
@@ -76,62 +62,98 @@ class ClipData:
         "The sweeps as the cameras see them, computed when first needed."
         return project_returns(self)
 
+# %% ../nbs/07_clip_data.ipynb #07d58807
+def stacked(
+    rows: Any,  # nested lists of arrays or numbers
+) -> Tensor:
+    "As one tensor."
+    return torch.from_numpy(np.array(rows))
+
+
+def padded_sweeps(
+    clip: Clip,  # the clip
+    frames: list[int],  # log frame ids
+    lidar_sensors: tuple[int, ...],  # as for `clip_data`
+) -> dict[str, Tensor]:  # points (F,N,3), stamps (F,N) since the clip's start and sensor (F,N), as in `ClipData`
+    "Sweeps of some frames, the shorter ones padded."
+    sweeps = [clip.log.sweep(f, lidar_sensors) for f in frames]
+    for f, sweep in zip(frames, sweeps):
+        clip.check_returns(f, sweep.stamps)
+
+    def pad(rows: list[np.ndarray], fill: float) -> Tensor:
+        return pad_sequence([torch.from_numpy(np.ascontiguousarray(r)) for r in rows], True, fill)
+
+    return dict(
+        points=pad([s.points for s in sweeps], math.nan),
+        stamps=pad([s.stamps - clip.time.start for s in sweeps], math.nan),
+        sensor=pad([s.sensor for s in sweeps], -1),
+    )
+
 # %% ../nbs/07_clip_data.ipynb #8cf8d442
 def clip_data(
     clip: Clip,  # the clip
-    lidar_sensors: tuple[int, ...] = (0,),  # as in `LiftConfig`
+    lidar_sensors: tuple[int, ...] = (0,),  # 0 the 360-degree LiDAR, 1 the forward one
     cameras: list[str] | None = None,  # names, first wins; None: the clip's
     image_scale: float = 1.0,  # 1.0 = full resolution
     frames: list[int] | None = None,  # log frame ids; None: the input frames
 ) -> ClipData:  # on the CPU
     "Read what a lift needs."
-    log = clip.log
-    start = clip.time.start
+    log, start = clip.log, clip.time.start
     cameras = clip.cameras if cameras is None else cameras
     frames = clip.input_frames if frames is None else frames
-    cams = [log.camera(c) for c in cameras]
-    sweeps = [log.sweep(f, lidar_sensors) for f in frames]
-    for f, sweep in zip(frames, sweeps):
-        clip.check_returns(f, sweep.stamps)
-
-    def x(rows):
-        return torch.from_numpy(np.array(rows))
-
-    def pad(rows, fill):
-        return pad_sequence([torch.from_numpy(np.ascontiguousarray(r)) for r in rows], True, fill)
-
-    def each(f):
-        return x([[f(cam, i) for cam in cams] for i in frames])
-
+    opened = [log.camera(c) for c in cameras]
+    sweeps = padded_sweeps(clip, frames, lidar_sensors)
     log.image_size(cameras)
+
+    def per_image(read: Callable) -> Tensor:
+        return stacked([[read(camera, f) for camera in opened] for f in frames])
+
+    images = stacked([[log.image(c, f, image_scale) for c in cameras] for f in frames])
     return ClipData(
-        x([[log.image(c, f, image_scale) for c in cameras] for f in frames]),
-        each(lambda cam, f: scale_intrinsics(cam.K, image_scale)),
-        each(lambda cam, f: cam.poses[f]),
-        each(lambda cam, f: cam.stamps[f] - start),
-        pad([s.points for s in sweeps], math.nan),
-        pad([s.stamps - start for s in sweeps], math.nan),
-        pad([s.sensor for s in sweeps], -1),
-        x(log.lidar_stamps[frames]) - start,
-        torch.tensor(frames),
-        clip.time.duration,
-        clip.id,
-        log.id,
-        float(np.median(np.diff(log.lidar_stamps))),
+        images=images,
+        K=per_image(lambda camera, f: scale_intrinsics(camera.K, image_scale)),
+        pose=per_image(lambda camera, f: camera.poses[f]),
+        shutter=per_image(lambda camera, f: camera.stamps[f] - start),
+        **sweeps,
+        sweep_stamps=stacked(log.lidar_stamps[frames]) - start,
+        frames=torch.tensor(frames),
+        duration=clip.time.duration,
+        id=clip.id,
+        log=log.id,
+        period=float(np.median(np.diff(log.lidar_stamps))),
     )
+
+# %% ../nbs/07_clip_data.ipynb #7b3b16f2
+class Returns(NamedTuple):
+    "What the LiDAR saw in a clip's input sweeps, all around, whether or not a camera sees it."
+
+    points: Tensor  # (R,3) float64, world, m
+    seconds: Tensor  # (R,) float64, since the clip's start
+    frame: Tensor  # (R,) int64 log frame ids
+
+    def to(
+        self,
+        device: Any,  # torch device
+    ) -> Returns:
+        "The same returns on another device."
+        return Returns(*(v.to(device) for v in self))
 
 # %% ../nbs/07_clip_data.ipynb #4120c2b3
 def clip_returns(
     clip: Clip,  # the clip
-    lidar_sensors: tuple[int, ...] = (0,),  # as in `LiftConfig`
+    lidar_sensors: tuple[int, ...] = (0,),  # as for `clip_data`
 ) -> Returns:  # of the input frames, on the CPU
     "Read all that the LiDAR saw; no image is opened."
     sweeps = [clip.log.sweep(f, lidar_sensors) for f in clip.input_frames]
-    join = lambda rows: torch.from_numpy(np.concatenate(rows))
+    lengths = torch.tensor([len(s) for s in sweeps])
+
+    def joined(rows: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(rows))
+
     return Returns(
-        join([s.points for s in sweeps]),
-        join([s.stamps for s in sweeps]) - clip.time.start,
-        torch.tensor(clip.input_frames).repeat_interleave(torch.tensor([len(s) for s in sweeps])),
+        points=joined([s.points for s in sweeps]),
+        seconds=joined([s.stamps for s in sweeps]) - clip.time.start,
+        frame=torch.tensor(clip.input_frames).repeat_interleave(lengths),
     )
 
 # %% ../nbs/07_clip_data.ipynb #f3ad0874
@@ -261,7 +283,7 @@ class InputViews(Views):
 
 
 class TargetViews(Views):
-    "Views it is judged by, and must not see."
+    "Views that a reconstruction is scored on, and must not see."
 
 # %% ../nbs/07_clip_data.ipynb #c6832637
 @patch
@@ -286,7 +308,8 @@ def check_frames(
     allowed = clip.input_frames if issubclass(kind, InputViews) else clip.frames
     if not len(frames) or set(frames) - set(allowed):
         raise ValueError(
-            f"{kind.__name__} of {clip.id} must be chosen from frames {allowed}, got {list(frames)}; a clip never leaks its targets."
+            f"{kind.__name__} of {clip.id} must be chosen from frames {allowed}, got {list(frames)}; "
+            "a clip never leaks its targets."
         )
     return dict(allowed=tuple(allowed)) if issubclass(kind, InputViews) else {}
 

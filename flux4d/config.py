@@ -99,6 +99,7 @@ RENAMED = {  # field of an earlier version -> its name of today
     "model.drift_height": "model.local_velocity_height",
     "model.stray": "model.max_residual",
     "model.settle": "model.dead_zone",
+    "refine.told": "refine.normalisation",
 }
 
 

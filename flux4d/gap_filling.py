@@ -19,7 +19,7 @@ from .settings import Share
 
 # %% auto #0
 __all__ = ['VERTICAL_DISCOUNT', 'GAP_CELL', 'InitConfig', 'block_sides', 'whole_blocks', 'block_moments', 'Tiles', 'cut_blocks',
-           'AngularRaster', 'angular_raster', 'nearest_above', 'nearest_corners', 'Edge', 'edge_between',
+           'AngularRaster', 'angular_raster', 'nearest_above', 'nearest_corners', 'CornerEdge', 'edge_between',
            'interpolation_weights', 'gap_depth', 'Ground', 'fit_planes', 'ground_below', 'Blocks', 'continue_ground',
            'block_depth', 'clip_blocks', 'fill_gaps', 'even_opacity']
 
@@ -184,7 +184,7 @@ def nearest_corners(
     return torch.stack(corners, 1)
 
 # %% ../nbs/11_gap_filling.ipynb #b7393dde
-class Edge(NamedTuple):
+class CornerEdge(NamedTuple):
     "The line between the left and the right corner above, or below, B blocks."
 
     at: Tensor  # (B,) place of the block along it, 0 left to 1 right
@@ -197,7 +197,7 @@ def edge_between(
     uv: Tensor,  # (R,2) px of the returns
     at: Tensor,  # (B,) px, column of the blocks
     longest: Tensor,  # (B,) px
-) -> Edge:
+) -> CornerEdge:
     "Where a block lies between two corners; a single corner serves half as far."
     left, right = (corner >= 0).unbind(1)
     (u_left, u_right), (v_left, v_right) = (a.unbind(1) for a in uv[corner.clamp_min(0)].unbind(-1))
@@ -206,7 +206,7 @@ def edge_between(
     a = torch.where(both, ((at - u_left) / width.clamp_min(1e-3)).clamp(0, 1), right.float())
     alone = torch.where(right, u_right, u_left) - at
     short = torch.where(both, width < longest, (left | right) & (alone.abs() < longest / 2))
-    return Edge(a, v_left * (1 - a) + v_right * a, short)
+    return CornerEdge(a, v_left * (1 - a) + v_right * a, short)
 
 # %% ../nbs/11_gap_filling.ipynb #6aa2e0db
 def interpolation_weights(

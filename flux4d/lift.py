@@ -338,13 +338,13 @@ def sound_stamps(
     late_after: float,  # s, as in `LiftConfig`
 ) -> ClipData:  # the same object where nothing is wrong
     "Give returns the time of the shutter where most of an image's returns have stamps that cannot be theirs."
-    judged = data.projected.visible & (data.sensor == 0)[:, None]  # sensor 1 is late by design
-    late = judged & (from_shutter(data) > late_after)
-    wrong = 2 * late.sum(-1) > judged.sum(-1)  # (F,C)
+    timely = data.projected.visible & (data.sensor == 0)[:, None]  # sensor 1 is late by design
+    late = timely & (from_shutter(data) > late_after)
+    wrong = 2 * late.sum(-1) > timely.sum(-1)  # (F,C)
     check_own_times(data, data.stamps[data.projected.visible.any(1)])
     if not wrong.any():
         return data
-    replaced = judged & wrong[..., None]
+    replaced = timely & wrong[..., None]
     warn_of_stamps(data, from_shutter(data)[replaced].median().item(), late_after)
     first = replaced.int().argmax(1)  # (F,N) the first camera that sees the return
     stamps = torch.where(replaced.any(1), data.shutter.gather(1, first), data.stamps)

@@ -5,6 +5,7 @@
 # %% ../nbs/33_loader.ipynb #877bca1c
 from __future__ import annotations
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -54,12 +55,28 @@ class Loader:
         self.device = device
         self.clip_of_frame = {(c.log.id, f): c for c in clips for f in c.frames}
         self.target_sensors = cfg.init.lidar_sensors if target_sensors is None else tuple(target_sensors)
-        self.frame = lru_cache(cfg.data.keep_frames)(self._frame)
-        self.input_depth = lru_cache(cfg.data.keep_frames)(self._input_depth)
-        self.lifted = lru_cache(cfg.data.keep_clips)(self._lifted)
-        self.index = lru_cache(cfg.data.keep_clips)(self._index)
         self.pool = ThreadPoolExecutor(cfg.data.loader_threads)
         self.ahead = {}  # micro-step -> its batch, being loaded
+
+    @cached_property
+    def frame(self) -> Callable:  # (log id, camera, log frame id) -> one view; images as bytes, time not set
+        "Decoded frames; the last ones stay in memory."
+        return lru_cache(self.cfg.data.keep_frames)(self._frame)
+
+    @cached_property
+    def input_depth(self) -> Callable:  # (log id, camera, log frame id) -> (1,H,W) m
+        "Depth by the lift's own LiDARs; the last ones stay in memory."
+        return lru_cache(self.cfg.data.keep_frames)(self._input_depth)
+
+    @cached_property
+    def lifted(self) -> Callable:  # clip number -> Scene, at rest
+        "Lifted clips; the last ones stay in memory."
+        return lru_cache(self.cfg.data.keep_clips)(self._lifted)
+
+    @cached_property
+    def index(self) -> Callable:  # clip number -> GridIndex
+        "Grid indices of lifted clips; the last ones stay in memory."
+        return lru_cache(self.cfg.data.keep_clips)(self._index)
 
 # %% ../nbs/33_loader.ipynb #b28d9de9
 @patch

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 from .files import DataError, report_fault
 from .tables import safe_load_pickle
-from .log_files import AGAIN, CAMERAS, read_image, read_intrinsics, read_poses, read_stamps, read_sweep
+from .log_files import GET_AGAIN, CAMERAS, read_image, read_intrinsics, read_poses, read_stamps, read_sweep
 from .pandaset import Log
 
 # %% auto #0
@@ -64,7 +64,7 @@ def _check_images(log: Log, name: str, frames: range, found: list[str]) -> None:
     odd = [frame for frame in sizes if sizes[frame] != next(iter(sizes.values()))]
     if odd:
         path = log.image_path(name, odd[0])
-        report_fault(path, "differs in size from the camera's first image", AGAIN, found)
+        report_fault(path, "differs in size from the camera's first image", GET_AGAIN, found)
 
 # %% ../nbs/03a_log_faults.ipynb #386219d3
 def _check_sweeps(log: Log, stamps: np.ndarray, found: list[str]) -> None:
@@ -74,7 +74,7 @@ def _check_sweeps(log: Log, stamps: np.ndarray, found: list[str]) -> None:
         sweep = read_sweep(log.sweep_path(frame), found)
         if sweep is not None and not np.abs(np.median(sweep.stamps) - stamp) < 1:
             path = log.sweep_path(frame)
-            report_fault(path, "holds returns of another time than its stamp", AGAIN, found)
+            report_fault(path, "holds returns of another time than its stamp", GET_AGAIN, found)
         if not labelled:
             continue
         try:

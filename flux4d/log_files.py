@@ -16,25 +16,25 @@ from .columns import Category, Text, need_pandas
 from .tables import Table, load_table
 
 # %% auto #0
-__all__ = ['AGAIN', 'MAX_PIXELS', 'CAMERAS', 'read_stamps', 'read_poses', 'read_intrinsics', 'Sweep', 'read_sweep', 'scaled_size',
-           'open_image', 'read_image', 'fabricate_log']
+__all__ = ['GET_AGAIN', 'MAX_PIXELS', 'CAMERAS', 'read_stamps', 'read_poses', 'read_intrinsics', 'Sweep', 'read_sweep',
+           'scaled_size', 'open_image', 'read_image', 'fabricate_log']
 
 # %% ../nbs/02f_log_files.ipynb #6162841e
-AGAIN = "get the file again"  # the remedy for damage
+GET_AGAIN = "get the file again"  # the remedy for damage
 _NOTHING = object()  # what `_read_json` gives when it could not read
 
 
 def _read_json(path: Path, found: list[str] | None = None) -> Any:
     "Parse a JSON file, or report it and give `_NOTHING`."
     if not path.is_file():
-        report_missing(path, AGAIN, found)
+        report_missing(path, GET_AGAIN, found)
         return _NOTHING
     try:
         return json.loads(path.read_bytes())
     except RecursionError:
-        report_fault(path, "is nested deeper than any list of a log", AGAIN, found)
+        report_fault(path, "is nested deeper than any list of a log", GET_AGAIN, found)
     except (ValueError, MemoryError):
-        report_fault(path, "is truncated or not JSON", AGAIN, found)
+        report_fault(path, "is truncated or not JSON", GET_AGAIN, found)
     return _NOTHING
 
 # %% ../nbs/02f_log_files.ipynb #b1e5c5ed
@@ -43,11 +43,11 @@ def _has_entries(path: Path, items: Any, count: int | None, found: list[str] | N
     if items is _NOTHING:
         return False
     if not isinstance(items, list) or not items:
-        report_fault(path, "is not a list with entries", AGAIN, found)
+        report_fault(path, "is not a list with entries", GET_AGAIN, found)
         return False
     if count is not None and len(items) != count:
         what = f"has {len(items)} entries where the LiDAR has {count} stamps"
-        report_fault(path, what, f"cut both to the same frames or {AGAIN}", found)
+        report_fault(path, what, f"cut both to the same frames or {GET_AGAIN}", found)
     return True
 
 # %% ../nbs/02f_log_files.ipynb #73004a39
@@ -57,7 +57,7 @@ def _check_forward(path: Path, stamps: np.ndarray, found: list[str] | None) -> N
     if not len(back):
         return
     what = f"runs backwards at frame {back[0] + 1}"
-    remedy = f"restore the recording's order or {AGAIN}"
+    remedy = f"restore the recording's order or {GET_AGAIN}"
     if stamps[back[0] + 1] == stamps[back[0]]:
         what += ", which has the stamp of the frame before"
         remedy = f"drop the frame that is there twice, {remedy}"
@@ -77,10 +77,10 @@ def read_stamps(
     try:
         stamps = np.array(items, np.float64).reshape(len(items))
     except (TypeError, ValueError, OverflowError, RecursionError):
-        return report_fault(path, "holds something that is not a number", AGAIN, found)
+        return report_fault(path, "holds something that is not a number", GET_AGAIN, found)
     endless = np.flatnonzero(~np.isfinite(stamps))
     if len(endless):
-        report_fault(path, f"has no finite stamp for frame {endless[0]}", AGAIN, found)
+        report_fault(path, f"has no finite stamp for frame {endless[0]}", GET_AGAIN, found)
     _check_forward(path, stamps, found)
     return stamps
 
@@ -104,15 +104,15 @@ def read_poses(
     try:
         rows = np.array([_pose_numbers(pose) for pose in items])
     except (KeyError, TypeError, ValueError, OverflowError):
-        return report_fault(path, "has a pose without a complete position and heading", AGAIN, found)
+        return report_fault(path, "has a pose without a complete position and heading", GET_AGAIN, found)
     endless = np.flatnonzero(~np.isfinite(rows).all(1))
     if len(endless):
-        report_fault(path, f"has a pose that is not finite at frame {endless[0]}", AGAIN, found)
+        report_fault(path, f"has a pose that is not finite at frame {endless[0]}", GET_AGAIN, found)
     norm = np.linalg.norm(rows[:, 3:], axis=1)
     off = np.flatnonzero(np.abs(norm - 1) > 1e-3)
     if len(off):
         what = f"has a heading of norm {norm[off[0]]:.3f} at frame {off[0]}, not a unit quaternion"
-        report_fault(path, what, AGAIN, found)
+        report_fault(path, what, GET_AGAIN, found)
     return pose_to_mat(rows[:, :3], rows[:, 3:])
 
 # %% ../nbs/02f_log_files.ipynb #dc6bd8ec
@@ -164,7 +164,7 @@ def read_intrinsics(
     try:
         fx, fy, cx, cy = (float(item[key]) for key in ("fx", "fy", "cx", "cy"))
     except (KeyError, TypeError, ValueError, OverflowError):
-        return report_fault(path, "lacks one of fx, fy, cx, cy", AGAIN, found)
+        return report_fault(path, "lacks one of fx, fy, cx, cy", GET_AGAIN, found)
     _check_pinhole(path, item, [fx, fy], [cx, cy], found)
     return intrinsics_matrix(fx, fy, cx, cy)
 
@@ -203,7 +203,7 @@ def _number_column(path: Path, table: Table, name: str, found: list[str] | None)
     kinds = {Text: "text", Category: "categories"}
     kind = kinds.get(type(column), "objects (an object column)")
     what = f"holds something that is not a number in the column {name}, kept as {kind}"
-    report_fault(path, what, f"convert it with table.astype({{'{name}': 'float64'}}) or {AGAIN}", found)
+    report_fault(path, what, f"convert it with table.astype({{'{name}': 'float64'}}) or {GET_AGAIN}", found)
 
 # %% ../nbs/02f_log_files.ipynb #2c723a93
 def _sweep_columns(path: Path, table: Table, found: list[str] | None) -> list[np.ndarray] | None:
@@ -212,12 +212,12 @@ def _sweep_columns(path: Path, table: Table, found: list[str] | None) -> list[np
     lacks = [name for name in "xyzitd" if name not in labels]
     if lacks:
         what = f"lacks the columns {' '.join(lacks)} (it has {quoted(', '.join(map(str, labels)))})"
-        return report_fault(path, what, f"rename the columns or {AGAIN}", found)
+        return report_fault(path, what, f"rename the columns or {GET_AGAIN}", found)
     twice = [name for name in "xyzitd" if labels.count(name) > 1]
     if twice:
-        return report_fault(path, f"has the column {twice[0]} twice", AGAIN, found)
+        return report_fault(path, f"has the column {twice[0]} twice", GET_AGAIN, found)
     if not len(table):
-        return report_fault(path, "holds no returns", AGAIN, found)
+        return report_fault(path, "holds no returns", GET_AGAIN, found)
     columns = [_number_column(path, table, name, found) for name in "xyzitd"]
     return None if any(column is None for column in columns) else columns
 
@@ -241,9 +241,9 @@ def read_sweep(
     finite = np.isfinite(points).all(1) & np.isfinite(stamps) & np.isfinite(intensity)
     if not finite.all():
         what = f"has {(~finite).sum()} returns that are NaN or infinite"
-        report_fault(path, what, f"drop these rows or {AGAIN}", found)
+        report_fault(path, what, f"drop these rows or {GET_AGAIN}", found)
     if not ((sensor == 0) | (sensor == 1)).all():
-        report_fault(path, "names a sensor that is neither 0 nor 1", AGAIN, found)
+        report_fault(path, "names a sensor that is neither 0 nor 1", GET_AGAIN, found)
     row = np.arange(len(points))
     return Sweep(points, intensity.astype(np.float32), stamps, sensor.astype(np.int8), row)
 

@@ -91,7 +91,7 @@ def local_velocity(
 
 # %% ../nbs/31_predictor.ipynb #feda518e
 def estimate_prior(
-    here: SweepPoints,  # M points that are asked for
+    here: SweepPoints,  # M points whose motion is wanted
     returns: SweepPoints | None,  # all returns around, which are matched; None = the points themselves
     voxel: VoxelConfig,  # read: low, high
     cfg: PredictorConfig,  # read: motion_prior, fine_prior

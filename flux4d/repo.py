@@ -46,10 +46,10 @@ from flux4d.records import (
 # %% auto #0
 __all__ = ['RUN_COLUMNS', 'RESULT_COLUMNS', 'RESULT_ROWS', 'PAPER_ROW', 'MADE_PART', 'MADE_TABLES', 'PICTURE_ENDINGS', 'MADE',
            'EXPORT', 'CLEAN', 'REPO_EXAMPLES', 'NEEDS_PATH', 'COMMANDS', 'shown_quantity', 'markdown_table', 'run_row',
-           'runs_table', 'ResultRow', 'results_table', 'rebased', 'rebase', 'notebooks_from_root', 'with_tables',
-           'pages_of_text', 'readme_text', 'write_made', 'has_old_tables', 'made_faults', 'link_faults', 'page_name',
-           'site_link', 'digest', 'made_before', 'remove_pages', 'notebook_page', 'pictures_of', 'write_site',
-           'differing', 'run_nbdev', 'generated_faults', 'mend_figures', 'repo_command', 'repo_main']
+           'runs_table', 'ResultRow', 'results_table', 'rebased', 'rebase', 'notebooks_from_root', 'presets_today',
+           'with_tables', 'pages_of_text', 'readme_text', 'write_made', 'has_old_tables', 'made_faults', 'link_faults',
+           'page_name', 'site_link', 'digest', 'made_before', 'remove_pages', 'notebook_page', 'pictures_of',
+           'write_site', 'differing', 'run_nbdev', 'generated_faults', 'mend_figures', 'repo_command', 'repo_main']
 
 # %% ../nbs/92_repo.ipynb #22caa527
 def shown_quantity(
@@ -182,7 +182,21 @@ def notebooks_from_root(
     return rebase(notebooks_table(root), "nbs", "")
 
 
-MADE_TABLES = {"results_table": results_table, "runs_table": runs_table, "notebooks_table": notebooks_from_root}
+def presets_today(
+    root: Path,  # not looked at
+) -> str:  # markdown
+    "The table of presets; imports the model, and so takes seconds."
+    from flux4d.presets import preset_table
+
+    return preset_table()
+
+
+MADE_TABLES = {
+    "results_table": results_table,
+    "runs_table": runs_table,
+    "notebooks_table": notebooks_from_root,
+    "preset_table": presets_today,
+}
 
 # %% ../nbs/92_repo.ipynb #bb0ed552
 def with_tables(

@@ -4,31 +4,25 @@
 
 # %% ../nbs/56_report.ipynb #b3cdeab3
 from __future__ import annotations
-import argparse, base64, re, sys
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote
-from .files import DataError, atomic_write
-from .records import as_sentence, is_number, literal, measured, one_line, read_metrics
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+from .records import literal
 
-if TYPE_CHECKING:
-    from flux4d.run import Run
 # what needs torch is imported where it is used: `flux4d-report --help` answers at once
 
 # %% auto #0
-__all__ = ['TABLE1', 'TABLE2', 'TABLE4', 'TABLE5', 'TABLE6', 'ALSO', 'TITLES', 'CLASS_COLUMNS', 'QUANTITIES', 'NOTE', 'CSS',
-           'PAGE', 'PICTURES', 'BEGINNINGS', 'REPORT_EXAMPLES', 'literal_names', 'table', 'paper_rows', 'title_of',
-           'whole_logs', 'blocks_of', 'nvs_tables', 'flow_cells', 'class_cells', 'flow_tables', 'views_cells',
-           'summary_table', 'analysis_lines', 'clip_table', 'class_table', 'timing_lines', 'empty_lines', 'report_text',
-           'below', 'picture_source', 'to_html', 'write_pages', 'write_report', 'leaves', 'relation_faults',
-           'foreign_faults', 'read_record', 'same_frames', 'with_baselines', 'side_by_side', 'report_again',
-           'report_main']
+__all__ = ['PAPER_TABLES', 'PAPER_SECONDS', 'IMAGE_TITLES', 'FLOW_CELLS', 'SHORT', 'CLASS_CELLS', 'ALSO', 'TITLES', 'QUANTITIES',
+           'NOTE', 'literal_names', 'shown', 'table', 'paper_rows', 'image_paths', 'value_at', 'flow_row', 'class_row',
+           'image_row', 'title_of', 'whole_logs', 'scenes_of', 'nvs_tables', 'flow_tables', 'summary_column',
+           'paper_column', 'summary_table', 'moving_line', 'plateau_line', 'analysis_lines', 'clip_table',
+           'class_table', 'timing_lines', 'empty_lines', 'opening', 'picture_lines', 'report_text']
 
 # %% ../nbs/56_report.ipynb #4d0bb2d1
 def literal_names(
-    value: Any,  # a record or a part of it
+    value: Any,  # metrics or a part of them
 ) -> Any:  # a copy in which every text and every key is literal
-    "A record whose names are text."
+    "Metrics whose names are text."
     if isinstance(value, dict):
         return {literal(k): literal_names(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -36,19 +30,25 @@ def literal_names(
     return literal(value) if isinstance(value, str) else value
 
 # %% ../nbs/56_report.ipynb #b6c63b46
+def shown(
+    x: Any,  # a cell: text, a number, or None
+    digits: int,  # after the point
+) -> str:
+    "A cell; what is not known is a dash."
+    if x is None:
+        return "-"
+    return f"{x:.{digits}f}" if isinstance(x, float) else str(x)
+
+
 def table(
     head: list[str],  # column titles
-    rows: list[list],  # cells: text, numbers, None
+    rows: list[list],  # cells
     digits: int = 3,  # after the point
 ) -> str:  # markdown
-    "A table; what is not known is a dash."
-
-    def show(x):
-        return "-" if x is None else f"{x:.{digits}f}" if isinstance(x, float) else str(x)
-
-    return "\n".join(
-        ["| " + " | ".join(map(show, r)) + " |" for r in (head, ["---"] + ["---:"] * (len(head) - 1), *rows)]
-    )
+    "A table."
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    lines = [" | ".join(shown(x, digits) for x in row) for row in (head, rule, *rows)]
+    return "\n".join(f"| {line} |" for line in lines)
 
 # %% ../nbs/56_report.ipynb #a3bd5bcc
 def paper_rows(
@@ -61,8 +61,10 @@ def paper_rows(
     ]
 
 # %% ../nbs/56_report.ipynb #f5107262
-# printed figures, as text so that no digit is added
-TABLE1 = paper_rows("""NeuRAD (labels) | 23.01 0.734 1.98 - 24.61 0.685 2.30 - 60min
+# printed figures by table, as text so that no digit is added
+PAPER_TABLES = {
+    # PSNR, SSIM, D_RMSE, V_RMSE of moving regions, the same of full images (interpolation), time
+    1: paper_rows("""NeuRAD (labels) | 23.01 0.734 1.98 - 24.61 0.685 2.30 - 60min
 StreetGS (labels) | 20.06 0.605 1.02 - 23.38 0.680 0.84 - 28min
 G3R (labels) | 21.85 0.670 2.33 - 24.35 0.686 1.96 - 17s
 EmerNeRF | 17.79 0.411 6.09 0.318 22.80 0.624 4.24 0.432 100min
@@ -70,722 +72,357 @@ DeSiRe-GS | 19.08 0.477 3.36 0.297 22.25 0.608 24.89 0.322 120min
 DepthSplat | 16.87 0.425 6.18 - 21.40 0.595 2.73 - 0.87s
 L4GM | 17.36 0.343 - - 19.38 0.465 - - 0.32s
 STORM | 17.65 0.367 5.24 0.203 20.79 0.508 4.80 0.238 0.07s
-Flux4D | 21.99 0.662 1.63 0.157 23.84 0.675 1.07 0.182 3.9s""")
-TABLE2 = paper_rows("""NeuRAD (labels) | 22.99 0.719 1.71 - 24.99 0.679 2.29 -
+Flux4D | 21.99 0.662 1.63 0.157 23.84 0.675 1.07 0.182 3.9s"""),
+    # the same without time, of whole logs
+    2: paper_rows("""NeuRAD (labels) | 22.99 0.719 1.71 - 24.99 0.679 2.29 -
 StreetGS (labels) | 21.63 0.701 0.94 - 23.89 0.708 0.87 -
 G3R (labels) | 20.60 0.573 2.16 - 23.15 0.636 2.01 -
 EmerNeRF | 18.65 0.437 4.48 0.478 23.42 0.627 3.09 0.975
 DeSiRe-GS | 19.76 0.544 4.08 0.312 22.91 0.659 4.07 0.395
-Flux4D | 21.94 0.658 1.57 0.162 23.72 0.670 1.10 0.186""")
-TABLE4 = paper_rows("""NeuRAD (labels) | 21.52 0.557 3.03 -
+Flux4D | 21.94 0.658 1.57 0.162 23.72 0.670 1.10 0.186"""),
+    # PSNR, SSIM, D_RMSE, V_RMSE of full images (future)
+    4: paper_rows("""NeuRAD (labels) | 21.52 0.557 3.03 -
 StreetGS (labels) | 19.09 0.499 1.49 -
 G3R (labels) | 21.13 0.570 2.09 -
 EmerNeRF | 19.64 0.516 5.00 0.346
 DeSiRe-GS | 18.86 0.513 26.07 0.325
 STORM | 19.63 0.489 5.19 0.251
-Flux4D | 21.81 0.598 1.42 0.193""")
-TABLE5 = paper_rows("""NSFP | 0.183 0.558 0.713 0.510 0.106 0.103 0.573 0.227
+Flux4D | 21.81 0.598 1.42 0.193"""),
+    # scene flow: as FLOW_CELLS below
+    5: paper_rows("""NSFP | 0.183 0.558 0.713 0.510 0.106 0.103 0.573 0.227
 FastNSF | 0.194 0.571 0.714 0.471 0.155 0.134 0.428 0.211
 STORM | 0.120 0.757 0.782 0.489 0.009 0.098 0.536 0.201
-Flux4D | 0.094 0.775 0.807 0.123 0.019 0.117 0.391 0.165""")
-TABLE6 = paper_rows("""NSFP | 0.128 0.093 0.668 0.046 0.975 0.060 0.819 0.071 0.945 0.080 0.852
+Flux4D | 0.094 0.775 0.807 0.123 0.019 0.117 0.391 0.165"""),
+    # bucketed error: as CLASS_CELLS below
+    6: paper_rows("""NSFP | 0.128 0.093 0.668 0.046 0.975 0.060 0.819 0.071 0.945 0.080 0.852
 FastNSF | 0.196 0.153 0.581 0.043 0.960 0.075 0.701 0.041 0.894 0.102 0.784
 STORM | 0.005 0.087 0.713 0.000 1.000 0.195 1.000 0.093 1.012 0.076 0.931
-Flux4D | 0.019 0.078 0.701 0.011 0.866 0.021 0.661 0.027 0.966 0.031 0.800""")
+Flux4D | 0.019 0.078 0.701 0.011 0.866 0.021 0.661 0.027 0.966 0.031 0.800"""),
+}
+PAPER_SECONDS = "0.31"  # of a reconstruction, a source frame
+
+# %% ../nbs/56_report.ipynb #56000002
+IMAGE_TITLES = "PSNR", "SSIM", "D_RMSE m", "V_RMSE"
+
+
+def image_paths(
+    region: str,  # 'full' or 'dynamic'
+    setting: str,  # 'interpolation' or 'future'
+) -> list[tuple]:  # as IMAGE_TITLES
+    "Where image metrics and V_RMSE of a region stand."
+    found = [("nvs", region, setting, k, "mean") for k in ("psnr", "ssim", "depth_rmse")]
+    return [*found, ("scene_flow", "v_rmse", region, "mean")]
+
+
+FLOW_CELLS = {
+    "EPE3D m": ("epe3d",),
+    "Acc5": ("acc5",),
+    "Acc10": ("acc10",),
+    "theta rad": ("theta_moving",),
+    "EPE-BS": ("epe_3way", "BS"),
+    "EPE-FS": ("epe_3way", "FS"),
+    "EPE-FD": ("epe_3way", "FD"),
+    "EPE-3way": ("epe_3way", "all"),
+}
+SHORT = dict(CAR="CAR", WHEELED_VRU="WVRU", OTHER_VEHICLES="VEH", PEDESTRIAN="PED")
+CLASS_CELLS = (
+    {"BG-S": ("BACKGROUND", "static")}
+    | {f"{title}-{k[0].upper()}": (name, k) for name, title in SHORT.items() for k in ("static", "dynamic")}
+    | {"mean S": ("all", "static"), "mean D": ("all", "dynamic")}
+)
+
+# %% ../nbs/56_report.ipynb #56000003
+def value_at(
+    block: dict,  # with `nvs` (None: no novel views) and `scene_flow`
+    path: tuple,  # keys
+) -> Any:  # None where there is nothing
+    "An entry of nested values."
+    for key in path:
+        if block is None:
+            return None
+        block = block[key]
+    return block
+
+
+def flow_row(
+    block: dict,  # with `scene_flow`
+) -> list:  # as FLOW_CELLS; m, shares, rad
+    "A row of Table 5."
+    return [value_at(block, ("scene_flow", *path, "mean")) for path in FLOW_CELLS.values()]
+
+
+def class_row(
+    block: dict,  # with `scene_flow`
+) -> list:  # as CLASS_CELLS; static in m, dynamic as a share
+    "A row of Table 6."
+    return [value_at(block, ("scene_flow", "bucketed", "reference", *p, "mean")) for p in CLASS_CELLS.values()]
+
+# %% ../nbs/56_report.ipynb #56000004
+def image_row(
+    block: dict,  # with `nvs` and `scene_flow`
+    region: str,  # 'full' or 'dynamic'
+    setting: str,  # 'interpolation' or 'future'
+) -> list:  # as IMAGE_TITLES
+    "Four cells of Tables 1, 2 and 4; flow says nothing of frames that the clips do not have."
+    cells = [value_at(block, path) for path in image_paths(region, setting)]
+    if block["nvs"] and setting == "future" and not block["nvs"]["full"]["future"]["count"]:
+        cells[-1] = None
+    return cells
 
 # %% ../nbs/56_report.ipynb #6fb70125
-ALSO = (
-    "lift",
-    "zero_motion",
-    "static",
-)  # baselines that the tables name otherwise: its lift, zero motion, its motion removed
+ALSO = "lift", "zero_motion", "static"  # baselines that tables name otherwise: its lift, its motion removed
 TITLES = dict(motion_prior="motion prior alone, nothing learned")  # baselines with a title of their own
 
 
 def title_of(
-    baseline: str,  # its name in a record
+    baseline: str,  # its name in metrics
 ) -> str:  # as tables show it
     "A baseline's title."
     return TITLES.get(baseline, baseline)
 
-# %% ../nbs/56_report.ipynb #c1dd2a64
+
 def whole_logs(
-    m: dict,  # a record
+    m: dict,  # metrics
 ) -> bool:
-    "Whether the clips of a record are chains through whole logs."
+    "Whether the clips are chains through whole logs."
     return m["setting"] == "long_log"
 
 # %% ../nbs/56_report.ipynb #36df6021
-def blocks_of(
-    m: dict,  # a record
-) -> dict[
-    str, tuple[dict, dict | None]
-]:  # {row title: (its `nvs`, its `scene_flow` or None where it was not scored)}
-    "The variants that a record holds, and the baselines that are none of them."
+def scenes_of(
+    m: dict,  # metrics
+) -> dict[str, dict]:  # {row title: nvs, scene_flow}
+    "The model's scenes, and the baselines that are none of them."
     still = m["zero_motion"]["scene_flow"]
-    rows = {"ours: " + m["subject"]: (m["nvs"], m["scene_flow"])}
-    if "lift" in m:
-        rows["its lift"] = m["lift"]["nvs"], still
-    if "zero_velocity" in m:
-        rows["its motion removed"] = m["zero_velocity"]["nvs"], still
-    return rows | {
-        title_of(n): (x["nvs"], x["scene_flow"])
-        for n, x in m["baselines"].items()
-        if x["nvs"] and n not in ALSO
-    }
+    rows = {f"ours: {m['subject']}": dict(nvs=m["nvs"], scene_flow=m["scene_flow"])}
+    for name, title in (("lift", "its lift"), ("zero_velocity", "its motion removed")):
+        if name in m:
+            rows[title] = dict(nvs=m[name]["nvs"], scene_flow=still)
+    return rows | {title_of(n): x for n, x in m["baselines"].items() if x["nvs"] and n not in ALSO}
 
 # %% ../nbs/56_report.ipynb #862779fd
 def nvs_tables(
-    m: dict,  # a record
+    m: dict,  # metrics
 ) -> list[str]:  # two tables; of whole logs one
     "Tables 1 and 4, of whole logs Table 2, the paper's rows and ours."
-
-    def cell(n, f, r, k):
-        return [n[r][k][x]["mean"] for x in ("psnr", "ssim", "depth_rmse")] + [f["v_rmse"][r]["mean"]]
-
-    secs = (t := m["runtime"]["reconstruction"]) and f"{t['total']:.2g}s"
-    ours = list(blocks_of(m).items())
-    names = ("PSNR", "SSIM", "D_RMSE m", "V_RMSE")
-    note = [m["comparable"]]
-    one = [
-        [
-            k,
-            *cell(n, f, "dynamic", "interpolation"),
-            *cell(n, f, "full", "interpolation"),
-            secs if k.startswith("ours") else None,
-        ]
-        + note
-        for k, (n, f) in ours
-    ]
-    four = [[k, *cell(n, f, "full", "future"), n["full"]["future"]["count"]] + note for k, (n, f) in ours]
+    timing = m["runtime"]["reconstruction"]
+    seconds = f"{timing['total']:.2g}s" if timing else None
+    titles = [f"{r} {x}" for r in ("dyn", "full") for x in IMAGE_TITLES]
+    between, ahead = [], []
+    for title, x in scenes_of(m).items():
+        cells = image_row(x, "dynamic", "interpolation") + image_row(x, "full", "interpolation")
+        between.append([title, *cells, seconds if title.startswith("ours") else None, m["comparable"]])
+        images = x["nvs"]["full"]["future"]["count"]
+        ahead.append([title, *image_row(x, "full", "future"), images, m["comparable"]])
     if whole_logs(m):
-        return [
-            table(
-                ["method", *(f"{r} {x}" for r in ("dyn", "full") for x in names), "images", "comparable"],
-                [r + [None, "paper"] for r in TABLE2] + [r[:9] + [m["views"], r[-1]] for r in one],
-            )
-        ]
+        ours = [row[:9] + [m["views"], row[-1]] for row in between]
+        printed = [row + [None, "paper"] for row in PAPER_TABLES[2]]
+        return [table(["method", *titles, "images", "comparable"], printed + ours)]
     return [
-        table(
-            ["method", *(f"{r} {x}" for r in ("dyn", "full") for x in names), "time", "comparable"],
-            [r + ["paper"] for r in TABLE1] + one,
-        ),
-        table(["method", *names, "images", "comparable"], [r + [None, "paper"] for r in TABLE4] + four),
-    ]
-
-# %% ../nbs/56_report.ipynb #5f3d2986
-CLASS_COLUMNS = [
-    "BG-S",
-    *(f"{c}-{s}" for c in ("CAR", "WVRU", "VEH", "PED") for s in "SD"),
-    "mean S",
-    "mean D",
-]
-
-
-def flow_cells(
-    f: dict,  # a `scene_flow`
-) -> list:  # EPE3D m, Acc5, Acc10, theta rad, EPE of BS, FS, FD and three-way, m
-    "A row of Table 5."
-    from flux4d.flow_metrics import GROUPS
-
-    return [f[k]["mean"] for k in ("epe3d", "acc5", "acc10", "theta_moving")] + [
-        f["epe_3way"][k]["mean"] for k in (*GROUPS, "all")
-    ]
-
-# %% ../nbs/56_report.ipynb #14362c1e
-def class_cells(
-    f: dict,  # a `scene_flow`
-) -> list:  # by CLASS_COLUMNS; S in m, D as a share
-    "A row of Table 6."
-    b = f["bucketed"]["reference"]
-    pairs = [
-        (k, s) for k in ("CAR", "WHEELED_VRU", "OTHER_VEHICLES", "PEDESTRIAN") for s in ("static", "dynamic")
-    ]
-    return [
-        b[k][s]["mean"] for k, s in [("BACKGROUND", "static"), *pairs, ("all", "static"), ("all", "dynamic")]
+        table(["method", *titles, "time", "comparable"], [r + ["paper"] for r in PAPER_TABLES[1]] + between),
+        table(["method", *IMAGE_TITLES, "images", "comparable"], [r + [None, "paper"] for r in PAPER_TABLES[4]] + ahead),
     ]
 
 # %% ../nbs/56_report.ipynb #b3485eb0
 def flow_tables(
-    m: dict,  # a record
+    m: dict,  # metrics
 ) -> list[str]:  # two tables
     "Tables 5 and 6, the paper's rows and ours."
-    note = [m["comparable"]]
-    ours = [
-        ("ours: " + m["subject"], m["scene_flow"]),
-        ("zero motion", m["zero_motion"]["scene_flow"]),
-        *((title_of(n), x["scene_flow"]) for n, x in m["baselines"].items() if n not in ALSO),
-    ]
+    ours = {f"ours: {m['subject']}": m, "zero motion": m["zero_motion"]}
+    ours |= {title_of(n): x for n, x in m["baselines"].items() if n not in ALSO}
+    by_group = [[k, *flow_row(x), x["scene_flow"]["count"], m["comparable"]] for k, x in ours.items()]
+    by_class = [[k, *class_row(x), m["comparable"]] for k, x in ours.items()]
     return [
-        table(
-            [
-                "method",
-                "EPE3D m",
-                "Acc5",
-                "Acc10",
-                "theta rad",
-                "EPE-BS",
-                "EPE-FS",
-                "EPE-FD",
-                "EPE-3way",
-                "frames",
-                "comparable",
-            ],
-            [r + [None, "paper"] for r in TABLE5] + [[k, *flow_cells(f), f["count"], *note] for k, f in ours],
-        ),
-        table(
-            ["method", *CLASS_COLUMNS, "comparable"],
-            [r + ["paper"] for r in TABLE6] + [[k, *class_cells(f), *note] for k, f in ours],
-        ),
+        table(["method", *FLOW_CELLS, "frames", "comparable"], [r + [None, "paper"] for r in PAPER_TABLES[5]] + by_group),
+        table(["method", *CLASS_CELLS, "comparable"], [r + ["paper"] for r in PAPER_TABLES[6]] + by_class),
     ]
 
 # %% ../nbs/56_report.ipynb #86c37f1a
-QUANTITIES = (
-    [
-        f"interpolation, {r}: {q}"
-        for r in ("moving", "full")
-        for q in ("PSNR dB", "SSIM", "D_RMSE m", "V_RMSE")
-    ]
-    + [f"future, full: {q}" for q in ("PSNR dB", "SSIM", "D_RMSE m", "V_RMSE")]
-    + [
-        f"flow: {q}"
-        for q in ("EPE3D m", "Acc5", "Acc10", "theta rad", "EPE-BS m", "EPE-FS m", "EPE-FD m", "EPE-3way m")
-    ]
-    + [f"flow by class: {q}" for q in CLASS_COLUMNS]
-    + ["reconstruction, s a source frame"]
-)
+QUANTITIES = [
+    *(f"interpolation, {r}: {q}" for r in ("moving", "full") for q in ("PSNR dB", *IMAGE_TITLES[1:])),
+    *(f"future, full: {q}" for q in ("PSNR dB", *IMAGE_TITLES[1:])),
+    *(f"flow: {q}{' m' if q.startswith('EPE-') else ''}" for q in FLOW_CELLS),
+    *(f"flow by class: {q}" for q in CLASS_CELLS),
+    "reconstruction, s a source frame",
+]
 
 
-def views_cells(
-    n: dict | None,  # an `nvs`; None: no novel views
-    f: dict,  # a `scene_flow`
-) -> list:  # PSNR, SSIM, D_RMSE, V_RMSE: interpolation in moving regions and in full, future in full
-    "The cells of Tables 1 and 4."
-
-    def cells(r, k):
-        return [n and n[r][k][x]["mean"] for x in ("psnr", "ssim", "depth_rmse")] + [
-            f["v_rmse"][r]["mean"] if k != "future" or n is None or n["full"][k]["count"] else None
-        ]
-
-    return cells("dynamic", "interpolation") + cells("full", "interpolation") + cells("full", "future")
+def summary_column(
+    block: dict,  # with `nvs` and `scene_flow`
+    seconds: float | None,  # of a reconstruction, a source frame
+) -> list:  # as QUANTITIES
+    "Every metric of one scene."
+    images = [("dynamic", "interpolation"), ("full", "interpolation"), ("full", "future")]
+    cells = [x for region, setting in images for x in image_row(block, region, setting)]
+    return [*cells, *flow_row(block), *class_row(block), seconds]
 
 # %% ../nbs/56_report.ipynb #a8b848be
+def paper_column(
+    m: dict,  # metrics
+) -> list:  # as QUANTITIES
+    "The paper's full model, of whole logs where ours are."
+    full = {n: rows[-1][1:] for n, rows in PAPER_TABLES.items()}
+    images = full[2] + [None] * 4 if whole_logs(m) else full[1][:8] + full[4]
+    return [*images, *full[5], *full[6], PAPER_SECONDS]
+
+
 def summary_table(
-    m: dict,  # a record
+    m: dict,  # metrics
 ) -> str:  # markdown: one row a metric, one column a method
     "Ours, the baselines and the paper, by every metric of Tables 1, 4, 5 and 6."
-
-    def column(n, f, s):
-        return views_cells(n, f) + flow_cells(f) + class_cells(f) + [s]
-
-    ours = {"ours": column(m["nvs"], m["scene_flow"], m["runtime"]["seconds_per_clip"] / m["source_frames"])}
-    if "zero_velocity" in m:
-        ours |= {
-            "static": column(m["zero_velocity"]["nvs"], m["zero_motion"]["scene_flow"], None)
-        }  # ours, its motion removed
-    ours |= {
-        title_of(k): column(x["nvs"], x["scene_flow"], x["seconds_per_frame"])
-        for k, x in m["baselines"].items()
-    }
-    views = (
-        TABLE2[-1][1:] + [None] * 4 if whole_logs(m) else TABLE1[-1][1:9] + TABLE4[-1][1:5]
-    )  # of whole logs there is no future
-    paper = views + TABLE5[-1][1:9] + TABLE6[-1][1:12] + ["0.31"]
+    columns = dict(ours=summary_column(m, m["runtime"]["seconds_per_clip"] / m["source_frames"]))
+    if "zero_velocity" in m:  # ours, its motion removed
+        columns["static"] = summary_column(m["zero_velocity"] | m["zero_motion"], None)
+    columns |= {title_of(k): summary_column(x, x["seconds_per_frame"]) for k, x in m["baselines"].items()}
     note = "" if m["comparable"] == "yes" else " (not comparable: other logs)"
-    return table(
-        ["metric", *ours, f"Flux4D, paper{note}"],
-        [[q, *row] for q, *row in zip(QUANTITIES, *ours.values(), paper)],
-    )
+    rows = [list(row) for row in zip(QUANTITIES, *columns.values(), paper_column(m))]
+    return table(["metric", *columns, f"Flux4D, paper{note}"], rows)
 
 # %% ../nbs/56_report.ipynb #7dbec48e
+def moving_line(
+    m: dict,  # metrics
+) -> str:
+    "The error of what moves, in words."
+    fd = m["analysis"]["fd"]
+    if fd["epe"] is None:
+        return m["reasons"].get("analysis.fd", "")
+    text = f"{fd['epe']:.3f} m a frame, {fd['m_per_s']:.1f} m/s"
+    if fd["found"] is None:
+        return text
+    found = f"{fd['found']:.0%} of the motion is found" if fd["found"] >= 0 else "the motion makes it worse"
+    return f"{text}; standing still would have {fd['zero_motion']:.3f} m, so {found}"
+
+
+def plateau_line(
+    m: dict,  # metrics
+) -> str:
+    "Where training stopped gaining, in words."
+    p = m["analysis"]["plateau"]
+    if p is None:
+        return m["reasons"].get("analysis.plateau", "")
+    best = f"{p['of']} PSNR is within 0.1 dB of its best, {p['best']:.2f} dB, from step {p['step']} of {p['last_step']} on"
+    return f"{best}; the last third gained {p['gain_last_third']:+.2f} dB"
+
+# %% ../nbs/56_report.ipynb #56000006
 def analysis_lines(
-    m: dict,  # a record
+    m: dict,  # metrics
 ) -> list[str]:  # lines of text
-    "The four products in words."
+    "Shares, the error of what moves, what lacks a score, and the plateau in words."
     from flux4d.flow_metrics import GROUPS
 
-    a = m["analysis"]
-    f = m["scene_flow"]
-    fd = a["fd"]
-    p = a["plateau"]
-
-    def why(k):
-        return m["reasons"].get(k, "")
-
-    share = (
-        ", ".join(f"{g} {a['shares'][g]:.2%} ({f['counts'][g]})" for g in GROUPS)
-        if f["count"]
-        else why("scene_flow")
-    )
-    found = (
-        ""
-        if fd["found"] is None
-        else f"; standing still would have {fd['zero_motion']:.3f} m, so "
-        + (f"{fd['found']:.0%} of the motion is found" if fd["found"] >= 0 else "the motion makes it worse")
-    )
-    moving = (
-        why("analysis.fd")
-        if fd["epe"] is None
-        else f"{fd['epe']:.3f} m a frame, {fd['m_per_s']:.1f} m/s" + found
-    )
-
-    def lack(s):
-        return f"{s['missing']} of {s['full']} images have no dynamic score ({s['without_labels']} without labels, {s['nothing_moves']} in which nothing moves)"
-
-    short = "; ".join(f"{k} {lack(s)}" for k, s in a["shortfall"].items())
-    flat = (
-        why("analysis.plateau")
-        if p is None
-        else (
-            f"{p['of']} PSNR is within 0.1 dB of its best, {p['best']:.2f} dB, from step {p['step']} of {p['last_step']} on; "
-            f"the last third gained {p['gain_last_third']:+.2f} dB"
-        )
-    )
+    counts, shares = m["scene_flow"]["counts"], m["analysis"]["shares"]
+    share = ", ".join(f"{g} {shares[g]:.2%} ({counts[g]})" for g in GROUPS) if m["scene_flow"]["count"] else ""
+    lacking = []
+    for setting, s in m["analysis"]["shortfall"].items():
+        why = f"{s['without_labels']} without labels, {s['nothing_moves']} in which nothing moves"
+        lacking.append(f"{setting} {s['missing']} of {s['full']} images have no dynamic score ({why})")
     return [
-        f"- **Shares of returns.** {share}",
-        f"- **Error of what moves (FD).** {moving}",
-        f"- **Dynamic count.** {short}",
-        f"- **Plateau.** {flat}",
+        f"- **Shares of returns.** {share or m['reasons'].get('scene_flow', '')}",
+        f"- **Error of what moves (FD).** {moving_line(m)}",
+        f"- **Dynamic count.** {'; '.join(lacking)}",
+        f"- **Plateau.** {plateau_line(m)}",
     ]
 
 # %% ../nbs/56_report.ipynb #03738067
 def clip_table(
-    m: dict,  # a record
+    m: dict,  # metrics
 ) -> str:  # markdown
     "One row a clip."
-    from flux4d.nvs import SETTINGS
-
-    rows = [
-        [i, *(m["per_clip"][i]["model"][k] for k in SETTINGS), *(r[k] for k in ("epe3d", "FD")), r["frames"]]
-        for i, r in m["per_clip_flow"].items()
-    ]
+    rows = []
+    for clip, flow in m["per_clip_flow"].items():
+        psnr = m["per_clip"][clip]["model"]
+        rows.append([clip, psnr["interpolation"], psnr["future"], flow["epe3d"], flow["FD"], flow["frames"]])
     return table(["clip", "interpolation dB", "future dB", "EPE3D m", "FD m", "flow frames"], rows)
 
-# %% ../nbs/56_report.ipynb #37cb9b9a
+
 def class_table(
-    m: dict,  # a record
+    m: dict,  # metrics
 ) -> str:  # markdown
-    "Scene flow by class: the log's own bucketed error, and returns by label."
-    f = m["scene_flow"]
-    labels = ", ".join(f"{k} {n}" for k, n in f["labels"].items()) or m["reasons"].get("scene_flow", "none")
-    return (
-        table(
-            ["class", "normalised error", "returns"],
-            [[k, b["mean"], b["points"]] for k, b in f["bucketed"]["own"].items()],
-        )
-        + f"\n\nReturns by label: {labels}."
-    )
+    "Scene flow by class: this project's bucketed error, and returns by label."
+    flow = m["scene_flow"]
+    labels = ", ".join(f"{k} {n}" for k, n in flow["labels"].items()) or m["reasons"].get("scene_flow", "none")
+    rows = [[k, b["mean"], b["points"]] for k, b in flow["bucketed"]["own"].items()]
+    return table(["class", "normalised error", "returns"], rows) + f"\n\nReturns by label: {labels}."
 
 # %% ../nbs/56_report.ipynb #12622239
 def timing_lines(
-    m: dict,  # a record
+    m: dict,  # metrics
 ) -> list[str]:  # lines of text
     "How long what took, and on which machine."
     r = m["runtime"]
-    t = r["reconstruction"]
+    size = f"{r['gaussians_per_clip']:.0f} Gaussians a clip"
     lines = [
         f"- machine: {r['machine']}, torch {r['torch']}, images at scale {r['image_scale']:g}",
-        f"- {r['seconds_per_clip']:.3g} s a clip from its lift, {r['seconds_per_frame']:.3g} s a rendered view, {r['gaussians_per_clip']:.0f} Gaussians a clip",
+        f"- {r['seconds_per_clip']:.3g} s a clip from its lift, {r['seconds_per_frame']:.3g} s a rendered view, {size}",
     ]
-    if t:
-        lines.append(
-            f"- from memory: lift {t['lift']:.3g} s, network {t['network']:.3g} s, total {t['total']:.3g} s (median of {t['repeats']})"
-        )
-    return lines + [f"- trained for {r['iters']} steps in {r['train_seconds']:.0f} s"] * bool(r["iters"])
-
-# %% ../nbs/56_report.ipynb #5489e1cd
-NOTE = (
-    "V_RMSE is taken at the returns of input frames, in m per 0.1 s and component, and is one number for interpolation and future; theta where the true flow exceeds 0.1 m per 0.1 s; "
-    "S is an error in m, D a share of the motion. The time is that from a lift to a scene, on the machine named below."
-)
+    if t := r["reconstruction"]:
+        total = f"total {t['total']:.3g} s (median of {t['repeats']})"
+        lines.append(f"- from memory: lift {t['lift']:.3g} s, network {t['network']:.3g} s, {total}")
+    if r["iters"]:
+        lines.append(f"- trained for {r['iters']} steps in {r['train_seconds']:.0f} s")
+    return lines
 
 
 def empty_lines(
     reasons: dict[str, str],  # dotted path: why it is null
 ) -> list[str]:  # lines of text, one a reason
     "What is empty, by its reason."
-    by = {w: [k for k, v in reasons.items() if v == w] for w in dict.fromkeys(reasons.values())}
-    return [
-        f"- {', '.join(f'`{k}`' for k in ks[:4])}" + f" and {len(ks) - 4} more" * (len(ks) > 4) + f": {w}"
-        for w, ks in by.items()
-    ]
+    by_reason = {}
+    for path, why in reasons.items():
+        by_reason.setdefault(why, []).append(f"`{path}`")
+    lines = []
+    for why, paths in by_reason.items():
+        more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
+        lines.append(f"- {', '.join(paths[:4])}{more}: {why}")
+    return lines
+
+# %% ../nbs/56_report.ipynb #5489e1cd
+NOTE = (
+    "V_RMSE is taken at the returns of input frames, in m per 0.1 s and component, and is one number for "
+    "interpolation and future; theta where the true flow exceeds 0.1 m per 0.1 s; "
+    "S is an error in m, D a share of the motion. The time is that from a lift to a scene, on the machine named below."
+)
+
+
+def opening(
+    m: dict,  # metrics, names literal
+) -> list[str]:  # paragraphs
+    "What was evaluated, on how much."
+    full, moving = m["nvs"]["full"], m["nvs"]["dynamic"]
+    images = [f"{k} {full[k]['count']} ({moving[k]['count']} with moving regions)" for k in ("interpolation", "future")]
+    returns = m["scene_flow"]["counts"]["points"]
+    lpips = [f"{k} {x['mean']:.3f} ({x['count']})" for k, x in m["lpips"].items() if x and x["count"]]
+    text = f"Clips: {m['clips']}, of logs {', '.join(m['logs'])}; evaluated on {m['evaluated_on']}. "
+    text += f"Target images: {', '.join(images)}. Scene flow: {m['scene_flow']['count']} frames, {returns} returns."
+    text += f" LPIPS of full images: {', '.join(lpips)}." if lpips else ""
+    return [f"# Evaluation of {m['subject']}", text, f"Comparable with the paper: **{m['comparable']}**."]
+
+# %% ../nbs/56_report.ipynb #56000007
+def picture_lines(
+    m: dict,  # metrics, names literal
+    films: dict[str, str],  # {literal name: link}
+) -> list[str]:  # paragraphs
+    "The worst frames and the films."
+    worst = []
+    for k, x in enumerate(m["worst"]):
+        where = f"frame {x['frame']} of {x['clip']} ({x['setting']}, {x['camera']})"
+        worst.append(f"![{x['clip']}](worst/{k}.jpg)\n{x['psnr']:.2f} dB, {where}, prediction and photo")
+    shown = [f"![{name}]({link})\n[{name}]({link})" for name, link in films.items()]
+    return ["## Worst frames", *worst, "## Films", *(shown or ["None was asked for."])]
 
 # %% ../nbs/56_report.ipynb #6b041cdf
 def report_text(
-    m: dict,  # a record
+    m: dict,  # metrics
 ) -> str:  # markdown
     "An evaluation in words, tables and pictures."
-    from flux4d.nvs import SETTINGS
-
     films = {literal(Path(v).stem): quote(v) for v in m["videos"]}
     m = literal_names(m)
-    views, (five, six), r = nvs_tables(m), flow_tables(m), m["nvs"]
-    part = lambda title, *body: [f"## {title}", *body]
-    count = ", ".join(
-        f"{k} {r['full'][k]['count']} ({r['dynamic'][k]['count']} with moving regions)" for k in SETTINGS
-    )
-    lpips = ", ".join(
-        f"{k} {x['mean']:.3f} ({x['count']})" for k, x in m["lpips"].items() if x and x["count"]
-    )
-    say = [
-        f"# Evaluation of {m['subject']}",
-        f"Clips: {m['clips']}, of logs {', '.join(m['logs'])}; evaluated on {m['evaluated_on']}. "
-        f"Target images: {count}. Scene flow: {m['scene_flow']['count']} frames, {m['scene_flow']['counts']['points']} returns."
-        + f" LPIPS of full images: {lpips}."
-        * bool(lpips),
-        f"Comparable with the paper: **{m['comparable']}**.",
-    ]
-    say += part("Summary", summary_table(m), NOTE) + part("Analysis", "\n".join(analysis_lines(m)))
-    say += sum(
-        map(
-            part,
-            ["Whole logs (paper Table 2)"]
-            if whole_logs(m)
-            else ["Interpolation (paper Table 1)", "Future, full images (paper Table 4)"],
-            views,
-        ),
-        [],
-    )
-    say += part("Scene flow (paper Table 5)", five)
-    say += (
-        part("Bucketed error (paper Table 6)", six)
-        + part("By clip", clip_table(m))
-        + part("By class", class_table(m))
-        + part("Time", "\n".join(timing_lines(m)))
-    )
-
-    def seen_as(k, x):
-        return f"![{x['clip']}](worst/{k}.jpg)\n{x['psnr']:.2f} dB, frame {x['frame']} of {x['clip']} ({x['setting']}, {x['camera']}), prediction and photo"
-
-    say += part("Worst frames", *(seen_as(k, x) for k, x in enumerate(m["worst"])))
-    say += part(
-        "Films",
-        *(
-            [f"![{name}]({link})\n[{name}]({link})" for name, link in films.items()]
-            or ["None was asked for."]
-        ),
-    )
-    return "\n\n".join(say + part("Left empty", "\n".join(empty_lines(m["reasons"])) or "Nothing.")) + "\n"
-
-# %% ../nbs/56_report.ipynb #20a665c2
-CSS = """body{font:14px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em} img{max-width:100%;display:block}
-table{border-collapse:collapse;font-size:12px;margin:1em 0} td,th{border:1px solid #ccc;padding:2px 6px;text-align:right} td:first-child,th:first-child{text-align:left}"""
-PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="script-src 'none'; object-src 'none'; frame-src 'none'; form-action 'none'; base-uri 'none'">
-<title>{{ title }}</title><style>{{ css }}</style>
-{{ body }}</html>
-"""
-PICTURES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png"}  # how a file begins: what it is
-
-
-def below(
-    folder: Path,  # of a run
-    link: str,  # as in a report, URL-encoded
-) -> (
-    Path | None
-):  # the file or folder it leads to; None for anything that does not lie below `folder`, links followed
-    "Where a report may point."
-    name = unquote(link)
-    if "\0" in name or "\\" in name or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:|/", name):
-        return None
-    path = (folder / name).resolve()
-    return path if path.is_relative_to(folder.resolve()) else None
-
-# %% ../nbs/56_report.ipynb #e78cfe55
-def picture_source(
-    folder: Path,  # of a run
-    link: str,  # to one of its pictures
-) -> str | None:  # its data; a film and a picture that was left behind stay a link; None: not to be shown
-    "What an image of the page shows."
-    path = below(folder, link)
-    if path is None or not path.is_file() or path.suffix == ".webp":
-        return None if path is None else link
-    content = path.read_bytes()
-    kind = next((k for start, k in PICTURES.items() if content.startswith(start)), None)
-    return kind and f"data:{kind};base64," + base64.b64encode(content).decode()
-
-# %% ../nbs/56_report.ipynb #dbfb30d7
-def to_html(
-    text: str,  # a report's markdown
-    folder: Path,  # of the run, for its pictures
-) -> str:  # one page that needs no other file, except the films it links to
-    "A report as a page: markup that stands in the text is shown, not obeyed, and nothing outside the folder is read."
-    from jinja2 import Environment
-    from markdown_it import MarkdownIt
-    from markupsafe import Markup, escape
-
-    def image(self: Any, tokens: list, k: int, options: Any, env: Any) -> str:
-        source = picture_source(folder, tokens[k].attrGet("src"))
-        return str(
-            Markup('<img alt="{}" src="{}">').format(tokens[k].content, source)
-            if source
-            else escape(tokens[k].content)
-        )
-
-    def link_open(self: Any, tokens: list, k: int, options: Any, env: Any) -> str:
-        target = tokens[k].attrGet("href")
-        return str(Markup('<a href="{}">').format(target) if below(folder, target) else Markup("<a>"))
-
-    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
-    markdown.validateLink = lambda url: True  # judged by `below`, which knows the folder
-    markdown.add_render_rule("image", image)
-    markdown.add_render_rule("link_open", link_open)
-    title = re.sub(r"\\(.)", r"\1", text.splitlines()[0].lstrip("# "))
-    return (
-        Environment(autoescape=True)
-        .from_string(PAGE)
-        .render(title=title, css=CSS, body=Markup(markdown.render(text)))
-    )
-
-# %% ../nbs/56_report.ipynb #cac8f01a
-BEGINNINGS = {"report.md": "# Evaluation of ", "report.html": "<!DOCTYPE html><html lang=\"en\">"}
-
-
-def write_pages(
-    folder: Path,  # of a run, with its pictures
-    m: dict,  # a record
-) -> list[Path]:  # report.md, report.html
-    "Write a record's two reports."
-    text = report_text(m)
-    pages = {"report.md": text, "report.html": to_html(text, folder)}
-    for name, page in pages.items():
-        with atomic_write(folder / name) as tmp:
-            tmp.write_text(page, encoding="utf-8")
-    return [folder / name for name in pages]
-
-# %% ../nbs/56_report.ipynb #66ba3492
-def write_report(
-    run: Run,  # its folder holds the pictures
-    m: dict,  # a record
-) -> list[Path]:  # metrics.json, report.md, report.html
-    "Write a checked record and its two reports; the record comes last, because it marks a run as finished."
-    from flux4d.record import check_metrics
-
-    pages = write_pages(run.folder, check_metrics(m))
-    return [run.write("metrics.json", m), *pages]
-
-# %% ../nbs/56_report.ipynb #3622cac9
-def leaves(
-    value: Any,  # plain values
-) -> list:  # every key and every value that is no group
-    "The names and numbers of a record."
-    if isinstance(value, dict):
-        return [*value, *(x for v in value.values() for x in leaves(v))]
-    if isinstance(value, list):
-        return [x for v in value for x in leaves(v)]
-    return [value]
-
-# %% ../nbs/56_report.ipynb #5c7a59cf
-def relation_faults(
-    m: dict,  # a record that follows the schema
-) -> list[str]:  # one sentence a fault
-    "What a report relies on beside the types of the entries."
-    f = m["scene_flow"]
-    fd = m["analysis"]["fd"]
-    groups = m["analysis"]["shares"]
-    lpips = [x for x in m["lpips"].values() if x and x["count"]]
-    tests = {
-        "per_clip_flow: has other clips than per_clip": set(m["per_clip_flow"]) == set(m["per_clip"]),
-        "per_clip: a clip lacks its model": all("model" in x for x in m["per_clip"].values()),
-        "source_frames: is 0": m["source_frames"] > 0,
-        "analysis.shares: is null, though flow was scored": not f["count"] or None not in groups.values(),
-        "analysis.fd: is null in part": fd["epe"] is None or fd["m_per_s"] is not None,
-        "analysis.fd: finds a share of nothing": fd["found"] is None
-        or None not in (fd["epe"], fd["zero_motion"]),
-        "lpips: is null, though images were counted": all(x["mean"] is not None for x in lpips),
-    }
-    films = [
-        f"videos: {v!r} is no film below the run's folder"
-        for v in m["videos"]
-        if v != PurePosixPath(v).as_posix()
-        or PurePosixPath(v).is_absolute()
-        or ".." in PurePosixPath(v).parts
-        or not v.endswith(".webp")
-        or ":" in v
-    ]
-    return [t for t, ok in tests.items() if not ok] + films
-
-# %% ../nbs/56_report.ipynb #b7ad6591
-def foreign_faults(
-    m: dict,  # a record of any origin
-    whole: bool = True,  # False: entries may be missing or unknown, as in another version's record
-) -> list[str]:  # one sentence a fault
-    "Why a record cannot be used."
-    from flux4d.record import bare_nulls, count_faults, faults
-
-    if odd := [x for x in leaves(m) if isinstance(x, str) and not x.isprintable()]:
-        return [f"{odd[0]!r} is a name with characters that cannot be shown"]
-    if any(isinstance(x, int) and not isinstance(x, bool) and not is_number(x) for x in leaves(m)):
-        return ["a number in it is too large for a float"]
-    found = faults(m)
-    if not whole:
-        return [x for x in found if not x.endswith((": is missing", ": is not in the schema"))]
-    nulls = (
-        []
-        if found
-        else [f"{p}: is null with neither a count of 0 nor a reason" for p in bare_nulls(m, m["reasons"])]
-    )
-    return found or nulls or count_faults(m) or relation_faults(m)
-
-# %% ../nbs/56_report.ipynb #9f3beda6
-def read_record(
-    path: str | Path,  # a run's folder or its metrics.json
-    whole: bool = False,  # whether a report is to be made of it
-) -> dict:  # its content; raises DataError
-    "A run's metrics."
-    path = Path(path)
-    path = path / "metrics.json" if path.is_dir() else path
-    at = f"{path.parent.name}/{path.name}"
-    if not path.is_file():
-        raise DataError(f"{at}: no such file; give the folder of a run that reached its evaluation.")
-    try:
-        m = read_metrics(path)
-        bad = foreign_faults(m, whole)
-    except RecursionError as e:
-        raise DataError(f"{at}: is nested too deeply to be a record; evaluate the run again.") from e
-    except ValueError as e:
-        raise DataError(one_line(str(e))) from e
-    if bad:
-        raise DataError(
-            f"{one_line(f'{at}: {bad[0]}')}"
-            + f" (and {len(bad) - 1} more)" * (len(bad) > 1)
-            + "; evaluate the run again with this version."
-        )
-    return m
-
-# %% ../nbs/56_report.ipynb #8fcf1319
-def same_frames(
-    a: dict,  # a record
-    b: dict,  # another
-) -> bool:
-    "Whether two records scored the same images and returns."
-
-    def marks(m):
-        return [
-            m.get("scored_with"),
-            m["logs"],
-            m["cameras"],
-            m["views"],
-            sorted(m["per_clip"]),
-            m["runtime"]["image_scale"],
-            m["scene_flow"]["count"],
-            m["scene_flow"]["counts"]["points"],
-        ]
-
-    return marks(a) == marks(b)
-
-# %% ../nbs/56_report.ipynb #e5765e9c
-def with_baselines(
-    m: dict,  # a record
-    others: dict[str, dict],  # records by name, whose baselines are wanted
-) -> dict:  # a copy, the others' baselines beside its own; raises DataError for a record of other frames
-    "A record with the baselines that other runs scored on the same frames."
-    if bad := [n for n, o in others.items() if not same_frames(m, o)]:
-        raise DataError(
-            f"{bad[0]}: scored other frames than {m['subject']}; name runs over the same clips, cameras and image scale."
-        )
-
-    def place(o):
-        return "" if o["runtime"]["machine"] == m["runtime"]["machine"] else f", on {o['runtime']['machine']}"
-
-    return m | dict(
-        baselines=m["baselines"]
-        | {
-            k + place(o): x
-            for o in others.values()
-            for k, x in o["baselines"].items()
-            if k not in m["baselines"]
-        }
-    )
-
-# %% ../nbs/56_report.ipynb #78be79fc
-def side_by_side(
-    records: dict[str, dict],  # by name
-) -> str:  # lines of text, one a quantity, one column a run
-    "The measured means of runs."
-    found = {n: {" ".join(k): (v, c) for k, v, c in measured(m)} for n, m in records.items()}
-    keys = list(dict.fromkeys(k for f in found.values() for k in f))
-
-    def said(m, k):
-        return (
-            str(m.get(k, "-"))
-            if k in ("evaluated_on", "comparable")
-            else f"{x:.4g}"
-            if isinstance(x := m.get("runtime", {}).get(k), (int, float))
-            else str(x or "-")
-        )
-
-    rows = [["", *found]] + [
-        [k, *(said(m, k) for m in records.values())]
-        for k in ("evaluated_on", "comparable", "machine", "iters", "seconds_per_clip", "seconds_per_frame")
-    ]
-    rows += [
-        [
-            k,
-            *(
-                "-" if f.get(k, (None, 0))[0] is None else f"{f[k][0]:.4g} ({f[k][1]})"
-                for f in found.values()
-            ),
-        ]
-        for k in keys
-        if any(f.get(k, (None, 0))[0] is not None for f in found.values())
-    ]
-    width = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join([r[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(r[1:], width[1:]))]).rstrip()
-        for r in rows
-    )
-
-# %% ../nbs/56_report.ipynb #ca431f0b
-REPORT_EXAMPLES = """examples:
-  flux4d-report papermill_runs/run_001 papermill_runs/run_002              the means of two runs, side by side
-  flux4d-report papermill_runs/run_001 papermill_runs/baselines --report   run_001's report, with the baselines beside it"""
-
-
-def report_again(
-    folder: Path,  # of the first run
-    m: dict,  # its record
-    others: dict[str, dict],  # records whose baselines are wanted
-) -> list[Path]:  # report.md, report.html; raises DataError where they would replace something else
-    "Write a run's report anew."
-    for name, start in BEGINNINGS.items():
-        path = folder / name
-        if path.exists() and not (path.is_file() and path.read_bytes().startswith(start.encode())):
-            raise DataError(f"{folder.name}/{name}: is no report of a run; move it away first.")
-    return write_pages(folder, with_baselines(m, others))
-
-# %% ../nbs/56_report.ipynb #177f8067
-def report_main(
-    argv: list[str] | None = None,  # words of the command line; sys.argv when None
-) -> int:  # exit status
-    "Compare the metrics.json of several runs, mean and count, side by side; or write the first one's report anew."
-    ap = argparse.ArgumentParser(
-        prog="flux4d-report",
-        description=report_main.__doc__,
-        epilog=REPORT_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    ap.add_argument("run", nargs="+", help="a run's folder, or its metrics.json")
-    ap.add_argument(
-        "--report",
-        action="store_true",
-        help="write report.md and report.html of the first run, the baselines of the others beside its own",
-    )
-    a = ap.parse_args(argv)
-    try:
-        records = {}
-        folders = {}
-        for p in map(Path, a.run):
-            folder = p if p.is_dir() else p.parent
-            name = one_line(folder.resolve().name)
-            name = one_line(str(p)) if name in records else name
-            records[name], folders[name] = read_record(p, a.report), folder
-        if a.report:
-            (first, m), *others = records.items()
-            print(*(p.name for p in report_again(folders[first], m, dict(others))))
-        else:
-            print(side_by_side(records))
-        return 0
-    except (DataError, OSError) as e:
-        print(as_sentence(e), file=sys.stderr)
-        return 1
+    titles = ["Interpolation (paper Table 1)", "Future, full images (paper Table 4)"]
+    if whole_logs(m):
+        titles = ["Whole logs (paper Table 2)"]
+    titles += ["Scene flow (paper Table 5)", "Bucketed error (paper Table 6)", "By clip", "By class", "Time"]
+    bodies = [*nvs_tables(m), *flow_tables(m), clip_table(m), class_table(m), "\n".join(timing_lines(m))]
+    text = [*opening(m), "## Summary", summary_table(m), NOTE, "## Analysis", "\n".join(analysis_lines(m))]
+    for title, body in zip(titles, bodies, strict=True):
+        text += [f"## {title}", body]
+    text += [*picture_lines(m, films), "## Left empty", "\n".join(empty_lines(m["reasons"])) or "Nothing."]
+    return "\n\n".join(text) + "\n"

@@ -4,407 +4,21 @@
 
 # %% ../nbs/60_stage6.ipynb #39eb9c91
 from __future__ import annotations
-import atexit, os, shutil, tempfile
 from collections.abc import Callable
 from functools import lru_cache
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import numpy as np, torch
-from annotated_types import Ge, Interval
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
-from .files import writing
-from .files import DataError
-from .pandaset import PandaSet
-from .log_files import scaled_size
-from flux4d.clips import (
-    TRAIN_SETTINGS,
-    Clip,
-    ClipConfig,
-    build_index,
-    index_hash,
-    left_out_lines,
-    load_index,
-    select_clips,
-)
-from flux4d.settings import (
-    Device,
-    Distinct,
-    FilePath,
-    LogId,
-    Name,
-    Seed,
-    Some,
-    find_device,
-    read_parameters,
-    refuse_missing,
-)
-from .cache import LiftCache
-from .refine import Flux4D, FullConfig
-from .presets import PRESETS, preset_config
-from .run import Run, newest_run, refuse_foreign, refuse_held
-from .file_damage import refuse_damaged
-from .config import config_from_dict, config_to_dict, flattened, merged
-from .loader import Loader, files_of
-from .train import Trainer, every, read_resumable
-from .run import provenance
-from .checkpoint import trained_frames
-from .records import repo_root
-from .flow_metrics import FlowScoreConfig, FlowScores, check_bs_flow, clip_truth, score_clip
-from .nvs import EvalConfig, check_clip, evaluate_nvs
-from .record import METHODS, About, check_baselines, evaluate, forget, frames_of, one_clip_loader, seen
-from .report import analysis_lines, summary_table, write_report
+import numpy as np
+from matplotlib.figure import Figure
+from .loader import Loader
+from .train import Trainer, every
+from .flow_metrics import FlowScoreConfig
+from .flow_truth import clip_truth, score_flow
+from .score_clips import validation_scores
+from .scores import image_block
+from .view_scores import EvalConfig
 
 # %% auto #0
-__all__ = ['Frames', 'frame_range', 'TrainingParameters', 'asked_root', 'find_data', 'check_out_dir', 'make_config', 'scoring',
-           'read_training', 'index_config', 'keep_aside', 'make_index', 'check_images', 'split_clips', 'next_run',
-           'resume_point', 'open_run', 'background_flow', 'validation', 'curves_say', 'rows_due']
-
-# %% ../nbs/60_stage6.ipynb #9c1dbf7a
-def frame_range(
-    text: Any,  # "40-55", both ends included, "7", or ""; a set of frames stays as it is
-) -> Any:  # log frame ids; raises ValueError
-    "The frames that a range names."
-    if not isinstance(text, (str, int)):
-        return text
-    first, dash, last = str(text).replace(" ", "").partition("-")
-    last = last if dash else first
-    if not first and not dash:
-        return frozenset()
-    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 10_000):
-        raise ValueError(f"{text!r} is no range of frames; write 40-55, or 7 for one frame.")
-    return frozenset(range(int(first), int(last) + 1))
-
-# %% ../nbs/60_stage6.ipynb #f4ac48cc
-Frames = Annotated[
-    frozenset[NonNegativeInt],
-    BeforeValidator(frame_range),
-    Field(description="frames such as 40-55, both included, or 7 for one"),
-]
-
-
-@dataclass(frozen=True)
-class TrainingParameters:
-    "The parameters of this notebook, as the cell above explains them; None and () mean what empty means there."
-
-    preset: Literal[tuple(PRESETS)] = "default"
-    data_root: FilePath = ""
-    index_path: FilePath = ""
-    cameras: Some[Name] = ("front_camera",)
-    lidar_sensors: Distinct[Literal[0, 1]] = ()
-    image_scale: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    train_logs: Distinct[LogId] = ()
-    eval_logs: Distinct[LogId] = ()
-    train_without_frames: Frames = frozenset()
-    eval_starts: Distinct[NonNegativeInt] = ()
-    train_settings: Distinct[Literal[TRAIN_SETTINGS]] = ()
-    train_stride: NonNegativeInt = 0
-    val_clips: NonNegativeInt = 3
-    max_train_clips: NonNegativeInt = 0
-    max_eval_clips: NonNegativeInt = 0
-    out_dir: FilePath = ""
-    overwrite: bool = False
-    device: Device = ""
-    seed: Seed = 0
-    iters: NonNegativeInt = 3
-    minutes: NonNegativeFloat = 0.0
-    log_every: PositiveInt = 10
-    save_ckpt_every: NonNegativeInt = 1000
-    lift_workers: Annotated[int, Interval(ge=0, le=256)] = 0
-    eval_every: NonNegativeInt = 1000
-    resume_from: FilePath = ""
-    resume_optimizer: bool = True
-    save_renders: NonNegativeInt = 3
-    baselines: Distinct[Literal[METHODS]] = ("lift", "zero_motion")
-    eval_overrides: dict = field(default_factory=dict)
-    num_refine: Annotated[int, Interval(ge=1, le=100)] | None = None
-    poly_degree: Annotated[int, Interval(ge=0, le=5)] | None = None
-    velocity_reweighting: bool | None = None
-    use_depth: bool | None = None
-    num_sky_points: Annotated[int, Interval(ge=0, le=100_000_000)] | None = None
-    max_gaussians: NonNegativeInt | None = None
-    views_per_step: PositiveInt = 2
-    grad_accum_steps: PositiveInt = 1
-    fixed_target_frame: Annotated[int, Ge(-1)] = -1
-    overrides: dict = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        "Refuse what an index already decides."
-        if self.index_path and self.train_stride:
-            raise ValueError(
-                f"train_stride: is {self.train_stride}, but the clips of index_path are cut already; leave one of the two out."
-            )
-
-# %% ../nbs/60_stage6.ipynb #7856966b
-def asked_root(
-    data_root: str,  # as given; "" = $FLUX4D_PANDASET
-) -> (
-    Path | None
-):  # a data root; None: none was asked for. Raises DataError when the one asked for is not there
-    "The data root asked for."
-    asked = data_root or os.environ.get("FLUX4D_PANDASET", "")
-    if asked and not Path(asked).is_dir():
-        name = "data_root" if data_root else "$FLUX4D_PANDASET"
-        raise DataError(
-            f"{name}: {asked} is no folder; name one that holds PandaSet's log folders (001, 002, ...)."
-        )
-    return Path(asked) if asked else None
-
-# %% ../nbs/60_stage6.ipynb #b8656bfb
-def find_data(
-    data_root: str,  # as given; "" = look for it
-    city: dict,  # arguments of `make_city` for the fallback
-) -> Path:  # a data root
-    "The data root asked for, else $FLUX4D_PANDASET, else a made-up city; raises DataError when the one asked for is not there."
-    root = asked_root(data_root)
-    if root is None:
-        from flux4d.city.logs import make_city# its ray caster is needed only here
-
-        make_city(**city)
-    return root or Path(city["out"])
-
-# %% ../nbs/60_stage6.ipynb #047cb954
-def check_out_dir(
-    out_dir: str,  # as given; "" = chosen later
-) -> None:  # raises DataError
-    "Refuse a folder that cannot be made or written."
-    place = Path(out_dir).absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise DataError(f"out_dir: {place.name} is a file, not a folder; choose another.")
-    if not os.access(place, os.W_OK):
-        raise DataError(f"out_dir: {place.name} cannot be written; choose another folder.")
-
-# %% ../nbs/60_stage6.ipynb #0c43d371
-def make_config(
-    p: TrainingParameters,
-) -> FullConfig:  # raises DataError for a field nobody knows or a value out of range, named from `overrides`
-    "The run's configuration from the notebook's parameters."
-    named = dict(
-        data=dict(cameras=p.cameras, image_scale=p.image_scale),
-        train=dict(
-            iters=p.iters,
-            minutes=p.minutes or None,
-            log_every=p.log_every,
-            save_ckpt_every=p.save_ckpt_every,
-            eval_every=p.eval_every,
-            seed=p.seed,
-            views_per_step=p.views_per_step,
-            grad_accum_steps=p.grad_accum_steps,
-            fixed_target_frame=None if p.fixed_target_frame < 0 else p.fixed_target_frame,
-            warmup=min(200, p.iters // 10 + 1),
-        ),
-    )
-    sky = dict(mode="hemisphere", num_sky_points=p.num_sky_points) if p.num_sky_points else dict(mode="grid")
-    asked = [
-        (p.lidar_sensors, dict(init=dict(lidar_sensors=p.lidar_sensors))),
-        (p.train_settings, dict(data=dict(settings=p.train_settings))),
-        (p.num_refine is not None, dict(refine=dict(steps=p.num_refine))),
-        (p.poly_degree is not None, dict(model=dict(degree=p.poly_degree))),
-        (p.velocity_reweighting is not None, dict(flow=dict(enabled=p.velocity_reweighting))),
-        (p.use_depth is not None, dict(loss=dict(use_depth=p.use_depth))),
-        (p.num_sky_points is not None, dict(background=sky)),
-        (p.max_gaussians is not None, dict(init=dict(max_gaussians=p.max_gaussians or None))),
-    ]
-    for given, part in asked:
-        named = merged(named, part) if given else named
-    cfg = preset_config(p.preset, merged(named, p.overrides), "overrides")
-    for name in (
-        flattened(dict(data=named["data"], train=named["train"])).keys() & flattened(p.overrides).keys()
-    ):
-        own = name.partition(".")[2]
-        if own in vars(p):
-            raise DataError(f"overrides.{name}: is decided by the parameter {own}; give it there.")
-    return cfg
-
-# %% ../nbs/60_stage6.ipynb #28956152
-def scoring(
-    save_renders: int,  # clips whose pictures are kept
-    eval_overrides: dict,  # fields of EvalConfig that win
-) -> EvalConfig:  # raises DataError
-    "How target views are scored, from a notebook's parameters."
-    return config_from_dict(dict(save_renders=save_renders) | eval_overrides, EvalConfig, "eval_overrides")
-
-# %% ../nbs/60_stage6.ipynb #857aa487
-def read_training(
-    namespace: dict,  # this notebook's variables
-) -> tuple[TrainingParameters, FullConfig, EvalConfig]:  # raises DataError
-    "Check all that can be known before a file is touched or a folder is made."
-    p = read_parameters(TrainingParameters, namespace)
-    cfg = make_config(p)
-    eval_cfg = scoring(p.save_renders, p.eval_overrides)
-    asked_root(p.data_root)
-    if p.index_path and not Path(p.index_path).is_file():
-        raise DataError(
-            f"index_path: {p.index_path} is no file; make an index with flux4d-index, or leave it empty."
-        )
-    check_out_dir(p.out_dir)
-    if p.resume_from not in ("", "last") and not Path(p.resume_from).is_file():
-        raise DataError(f"resume_from: {p.resume_from} is no file; name a checkpoint, or write last.")
-    own = (p.out_dir or newest_run()) if p.resume_from == "last" else None
-    if own and not (Path(own) / "ckpt_last.pt").is_file():
-        raise DataError(
-            f"resume_from: is last, but {own} holds no ckpt_last.pt; name another out_dir, or leave resume_from empty."
-        )
-    return replace(p, device=find_device(p.device)), cfg, eval_cfg
-
-# %% ../nbs/60_stage6.ipynb #82184412
-def index_config(
-    cameras: tuple[str, ...],  # names
-    train_logs: tuple[str, ...],  # () = every log that is not a test log
-    eval_logs: tuple[str, ...],  # () = the paper's ten test logs
-    stride: int = 0,  # frames from one training clip to the next; 0 = the paper's
-) -> ClipConfig:
-    "How logs are cut when no index is given; a log may be on both sides."
-    over = (dict(test_scenes=eval_logs) if eval_logs else {}) | (
-        dict(interp_stride=stride, future_stride=stride) if stride else {}
-    )
-    return ClipConfig(cameras=cameras, train_scenes=train_logs or None, **over)
-
-# %% ../nbs/60_stage6.ipynb #dd76d8fc
-def keep_aside(
-    clips: list[Clip],  # training clips
-    most: int,  # clips to keep aside
-) -> tuple[
-    list[Clip], list[Clip]
-]:  # clips to train on, clips to validate on; no frame is in both. Raises DataError when nothing is left to train on
-    "Keep the last clip of some training logs for validation, logs spread evenly; clips with future frames before others."
-    longest = max((len(c.frames) for c in clips), default=0)
-    last = {c.log.id: c for c in sorted(clips, key=lambda c: (len(c.frames) == longest, c.frames[-1]))}
-    logs = sorted(last)
-    chosen = (
-        np.unique(np.linspace(0, len(logs) - 1, min(most, len(logs))).round().astype(int)) if most else []
-    )
-    aside = [last[logs[i]] for i in chosen]
-    used = {(c.log.id, f) for c in aside for f in c.frames}
-    rest = [c for c in clips if not any((c.log.id, f) in used for f in c.frames)]
-    if clips and not rest:
-        raise DataError(
-            f"val_clips: keeping {len(aside)} of {len(clips)} training clips aside leaves none to train on; give more frames, or set eval_every=0."
-        )
-    return rest, aside
-
-# %% ../nbs/60_stage6.ipynb #5f4a3e2d
-def make_index(
-    root: Path,  # data root
-    p: TrainingParameters,  # read: index_path, cameras, train_logs, eval_logs, train_stride
-) -> dict:  # clip index; raises DataError for a log that the data does not have
-    "The index asked for, or one that is built for the data root."
-    index = load_index(p.index_path, root) if p.index_path else None
-    there = {r["scene_id"] for r in index["clips"]} if index else PandaSet(root).log_ids
-    for name in ("train_logs", "eval_logs"):
-        refuse_missing(
-            name, getattr(p, name), there, "logs of the index" if index else "logs of the data root"
-        )
-    return index or build_index(root, index_config(p.cameras, p.train_logs, p.eval_logs, p.train_stride))
-
-# %% ../nbs/60_stage6.ipynb #cc3c6f60
-def check_images(
-    clip: Clip,  # any of the run
-    cfg: FullConfig,  # read: data, loss
-    eval_cfg: EvalConfig,  # read: metric
-) -> None:  # raises DataError
-    "Refuse an image scale that leaves no room for the window of the structural similarity."
-    least = max(cfg.loss.ssim_window, eval_cfg.metric.ssim_window)
-    for name in cfg.data.cameras:
-        camera = clip.log.camera(name)
-        w, h = scaled_size(camera.width, camera.height, cfg.data.image_scale)
-        if min(w, h) < least:
-            raise DataError(
-                f"image_scale: is {cfg.data.image_scale}, which makes images of {w} x {h} px; choose one that leaves at least {least} px."
-            )
-
-# %% ../nbs/60_stage6.ipynb #92ac26e7
-def split_clips(
-    root: Path,  # data root
-    index: dict,  # clip index
-    p: TrainingParameters,  # read: train_logs, eval_logs, train_without_frames, eval_starts, max_train_clips, max_eval_clips
-    cfg: FullConfig,  # read: data.settings, the kinds of training clip
-    aside: int = 0,  # training clips kept for validation
-) -> tuple[list[Clip], list[Clip], list[Clip]]:  # training clips, validation clips, evaluation clips
-    "The clips a run trains on, those it watches itself on, and those it is judged by."
-    data = PandaSet(root)
-
-    def clips(**how) -> list[Clip]:
-        return [Clip(data[r["scene_id"]], r) for r in select_clips(index, **how)]
-
-    train = clips(
-        split="train",
-        logs=p.train_logs or None,
-        settings=cfg.data.settings or None,
-        exclude_frames=tuple(p.train_without_frames),
-        limit=p.max_train_clips or None,
-    )
-    starts = {
-        r["frame_start"]
-        for r in index["clips"]
-        if r["split"] == "test" and (not p.eval_logs or r["scene_id"] in p.eval_logs)
-    }
-    refuse_missing("eval_starts", p.eval_starts, starts, "first frames of evaluation clips")
-    shortest = min(len(c.frames) for c in train)
-    if p.fixed_target_frame >= shortest:
-        raise DataError(
-            f"fixed_target_frame: is {p.fixed_target_frame}, but the shortest training clip has frames 0 to {shortest - 1}; choose one of them."
-        )
-    return *keep_aside(train, aside), clips(
-        split="test", logs=p.eval_logs or None, starts=p.eval_starts or None, limit=p.max_eval_clips or None
-    )
-
-# %% ../nbs/60_stage6.ipynb #83a72738
-def next_run(
-    root: str = "papermill_runs",  # where runs live
-) -> Path:  # a folder that holds no run yet; a throw-away one while notebooks are being tested
-    "The next free run_NNN."
-    if os.environ.get("IN_TEST"):
-        atexit.register(shutil.rmtree, folder := tempfile.mkdtemp(), True)
-        return Path(folder)
-    return next(f for n in range(1, 1000) if not (f := Path(root) / f"run_{n:03d}").exists())
-
-# %% ../nbs/60_stage6.ipynb #ca42a7cb
-def resume_point(
-    resume_from: str,  # a checkpoint, "last", or "" for a fresh start
-    out_dir: str,  # "" = choose
-    optimizer: bool = True,  # False: only the weights are taken
-    overwrite: bool = False,  # an earlier run in the folder is replaced
-) -> tuple[
-    Path | None, Path, bool
-]:  # checkpoint, folder of the run, whether the run in that folder goes on; raises DataError
-    "Where a run starts and where it writes; `last` without a folder is the run that saved last. Nothing is made yet."
-    last = resume_from == "last"
-    own = Path(out_dir) if out_dir else newest_run() if last else None
-    checkpoint = own / "ckpt_last.pt" if last else Path(resume_from) if resume_from else None
-    if checkpoint:
-        read_resumable(checkpoint, optimizer)
-    goes_on = bool(checkpoint and own) and optimizer and checkpoint.resolve().parent == own.resolve()
-    if own:
-        refuse_foreign(own)
-    if own and not overwrite:
-        refuse_held(own, goes_on)
-    return checkpoint, own or next_run(), goes_on
-
-# %% ../nbs/60_stage6.ipynb #6184325f
-def open_run(
-    folder: Path,  # the run's folder
-    cfg: FullConfig,  # everything
-    eval_cfg: EvalConfig,  # how it will be scored
-    index: dict,  # clip index; its coordinate contract goes into config.yaml
-    meta: dict,  # what else to say of the run
-    overwrite: bool = False,  # replace a finished run
-    goes_on: bool = False,  # continue the run that is there
-) -> Run:
-    "Open a run's folder and write config.yaml and meta.json."
-    run = Run(folder, overwrite, goes_on)
-    run.write(
-        "config.yaml",
-        config_to_dict(cfg) | {"eval": config_to_dict(eval_cfg), "coord": dict(index["meta"]["coord"])},
-    )
-    if goes_on:
-        run.note(**meta)
-    else:
-        run.write("meta.json", meta)
-    return run
+__all__ = ['FEW', 'CURVES', 'background_flow', 'validation', 'training_said', 'validation_said', 'curves_say', 'rows_due',
+           'draw_curves']
 
 # %% ../nbs/60_stage6.ipynb #7d5b39ab
 def background_flow(
@@ -416,10 +30,10 @@ def background_flow(
     truth = lru_cache(1)(lambda: clip_truth(clip, cfg, loader.cfg.data.cameras))
 
     def call(reconstruct: Callable) -> float | None:
-        s = FlowScores(cfg)
-        scene = reconstruct(loader.inputs(0))
-        score_clip(s, clip, scene.gaussians, scene.velocity, cfg, truth=truth())
-        return s.bs_flow.frames.mean
+        if not truth().frames:
+            return None
+        rows = score_flow(reconstruct(loader.inputs(0)), clip, truth(), cfg)
+        return float(rows[rows.metric == "false_motion"].value.mean())
 
     return call
 
@@ -433,11 +47,7 @@ def validation(
 
     def call(trainer: Trainer) -> dict:
         reconstruct = trainer.ema.module.eval().reconstruct
-        s = (
-            evaluate_nvs(reconstruct, loader, trainer.cfg.render, eval_cfg, names=("model",))
-            .scores["model"]
-            .as_dict()["full"]
-        )
+        s = image_block(validation_scores(reconstruct, loader, eval_cfg), "model")["full"]
         found = {f"val_{k}": s[k]["psnr"]["mean"] for k in s if s[k]["count"]}
         score = np.mean(list(found.values()))
         if (bs := background(reconstruct)) is not None:
@@ -454,34 +64,41 @@ def validation(
     return every(loader.cfg.train.eval_every, call)
 
 # %% ../nbs/60_stage6.ipynb #95788475
+FEW = 3  # fewer points make no curve
+
+
+def training_said(
+    logged: int,  # rows of the log
+    step: int,  # steps taken in all
+    skipped: int,  # of them without an update
+) -> str:  # a sentence
+    "What a run's training curves show."
+    if step == skipped:
+        return f"Nothing was learned: {step} steps, none with an update. The model is as it was made."
+    enough = "." if logged >= FEW else ", too few for a curve."
+    return f"{step} steps, {step - skipped} with an update; {logged} logged{enough}"
+
+
+def validation_said(
+    scores: list[float],  # dB, of each validation
+) -> str:  # a sentence
+    "What a run's validations show."
+    if not scores:
+        return "Nothing was watched: no validation was asked for (eval_every), or no clip could be kept aside."
+    n = len(scores)
+    if n < FEW:
+        return f"Validated {n} time{'s' * (n > 1)}: that is a score ({scores[-1]:.2f} dB), not a course."
+    return f"Validated {n} times: from {scores[0]:.2f} to {scores[-1]:.2f} dB, best {max(scores):.2f} dB."
+
+# %% ../nbs/60_stage6.ipynb #fac64a8e
 def curves_say(
     rows: list[dict],  # logged rows of a run
     step: int,  # steps taken in all
     skipped: int = 0,  # of them without an update
-    least: int = 3,  # points that make a curve
 ) -> list[str]:  # sentences
     "What a run's curves show, and what they cannot."
-    logged = [r for r in rows if "total" in r]
-    scored = [r["score"] for r in rows if "score" in r]
-    if step == skipped:
-        said = [f"Nothing was learned: {step} steps, none with an update. The model is as it was made."]
-    else:
-        said = [
-            f"{step} steps, {step - skipped} with an update; {len(logged)} logged"
-            + ", too few for a curve." * (len(logged) < least)
-            + "." * (len(logged) >= least)
-        ]
-    if not scored:
-        return said + [
-            "Nothing was watched: no validation was asked for (eval_every), or no clip could be kept aside."
-        ]
-    if len(scored) < least:
-        return said + [
-            f"Validated {len(scored)} time{'s' * (len(scored) > 1)}: that is a score ({scored[-1]:.2f} dB), not a course."
-        ]
-    return said + [
-        f"Validated {len(scored)} times: from {scored[0]:.2f} to {scored[-1]:.2f} dB, best {max(scored):.2f} dB."
-    ]
+    logged = sum("total" in row for row in rows)
+    return [training_said(logged, step, skipped), validation_said([row["score"] for row in rows if "score" in row])]
 
 # %% ../nbs/60_stage6.ipynb #d141ed0d
 def rows_due(
@@ -492,6 +109,32 @@ def rows_due(
     always: tuple[int, ...] = (),  # steps that have a row in any case
 ) -> set[int]:  # steps
     "The steps that must have left a row."
-    return {
-        s for s in range(first + 1, last + 1) if n and (s % n == 0 or s in always or (s == last and done))
-    }
+    if not n:
+        return set()
+    taken = range(first + 1, last + 1)
+    return {step for step in taken if step % n == 0 or step in always or (step == last and done)}
+
+# %% ../nbs/60_stage6.ipynb #2db8fb39
+CURVES = {"total": "total loss", "psnr": "PSNR, dB", "vel": "mean speed, m/s"}  # key of a row -> axis
+
+
+def draw_curves(
+    rows: list[dict],  # logged rows of a run
+    title: str,  # of the picture
+) -> Figure:  # a panel each for loss, PSNR and speed
+    "The curves of a run."
+    fig = Figure(figsize=(12, 3.2), layout="constrained")
+    axs = fig.subplots(1, len(CURVES))
+    steps = [row for row in rows if "total" in row]
+    for ax, (key, label) in zip(axs, CURVES.items()):
+        ax.plot([row["step"] for row in steps], [row[key] for row in steps], lw=0.8, label="training views")
+        ax.set(xlabel="step", ylabel=label)
+    for key in ("val_interpolation", "val_future"):
+        scored = [(row["step"], row[key]) for row in rows if key in row]
+        if scored:
+            name = f"{key.removeprefix('val_')}, clips kept aside"
+            axs[1].plot(*zip(*scored), "s-", ms=4, label=name)
+    for ax in axs:
+        ax.legend(fontsize=8, frameon=False)
+    fig.suptitle(title, fontsize=10)
+    return fig

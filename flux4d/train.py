@@ -4,11 +4,12 @@
 
 # %% ../nbs/34_train.ipynb #dbee7c11
 from __future__ import annotations
-import math, signal, threading, time, zlib
+import math
+import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -16,10 +17,11 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastcore.basics import patch
-from .clips import Clip, fingerprint
+from .bookkeeping import Mark, Skips, TrainedOn
 from .config import Config, TrainConfig, changed_fields, config_to_dict, flattened, refuse_renamed
 from .files import DataError, WriteError
 from .image_velocity import render_weighted
+from .interrupt import Interrupted, StopRequest, stop_signals
 from .loader import Batch, Loader
 from .losses import reconstruction_loss
 from .model import Flux4DBase, build_model, model_class
@@ -32,15 +34,12 @@ from flux4d.checkpoint import (
     load_weights,
     prune_checkpoints,
     save_checkpoint,
-    trained_entry,
-    trained_frames,
 )
 from .run import Run, provenance
 from .scene import Scene
 
-
 # %% auto #0
-__all__ = ['UNREADABLE', 'lr_at', 'Trainer', 'with_random_background', 'Interrupted', 'stop_signals', 'read_resumable', 'every']
+__all__ = ['UNREADABLE', 'lr_at', 'with_random_background', 'averaged_model', 'adamw', 'Trainer', 'read_resumable', 'every']
 
 # %% ../nbs/34_train.ipynb #7a79514f
 def lr_at(
@@ -61,9 +60,38 @@ def lr_at(
     x = min(1.0, max(spent, (step - cfg.warmup) / max(1, cfg.iters - cfg.warmup)))
     return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * (1 + math.cos(math.pi * x)) / 2)
 
+# %% ../nbs/34_train.ipynb #3fd8f1a2
+def with_random_background(
+    cfg: Config,  # read: render, train
+    number: int,  # of the micro-step
+) -> RenderConfig:  # how supervised views are drawn
+    "The render's own background, or a colour of this micro-step, which follows from seed and number."
+    if not cfg.train.random_background:
+        return cfg.render
+    colour = np.random.default_rng([cfg.train.seed, 2, number]).random(3)
+    return replace(cfg.render, background=tuple(colour.tolist()))
+
+# %% ../nbs/34_train.ipynb #da9e059a
+def averaged_model(
+    model: nn.Module,  # what is trained
+    cfg: TrainConfig,  # read: ema
+) -> AveragedModel:  # its exponential moving average, which is evaluated
+    "Averaged weights, and running statistics if the network has any."
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
+
+# %% ../nbs/34_train.ipynb #c63bf9da
+def adamw(
+    model: nn.Module,  # what is trained
+    cfg: TrainConfig,  # read: lr, weight_decay
+    device: Any,  # where it is
+) -> torch.optim.AdamW:
+    "The optimiser; its rate is set at every step."
+    fused = torch.device(device).type == "cuda"
+    return torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+
 # %% ../nbs/34_train.ipynb #9ab52974
 class Trainer:
-    "Model, optimiser and averaged weights, and the step they take."
+    "Model, optimiser and averaged weights, and the steps they take."
 
     def __init__(
         self,
@@ -74,79 +102,36 @@ class Trainer:
         kind: type = Flux4DBase,  # class of the model
     ) -> None:
         "A fresh run at step 0."
-        self.cfg, self.loader, self.run, self.index_hash, self.device = (
-            cfg,
-            loader,
-            run,
-            index_hash,
-            loader.device,
-        )
+        self.cfg = cfg
+        self.loader = loader
+        self.run = run
+        self.index_hash = index_hash
+        self.device = loader.device
+        # what learns
         self.model = build_model(cfg, kind).to(self.device)
-        self.ema = AveragedModel(
-            self.model, multi_avg_fn=get_ema_multi_avg_fn(cfg.train.ema), use_buffers=True
-        )
-        self.opt = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=cfg.train.lr,
-            weight_decay=cfg.train.weight_decay,
-            fused=torch.device(self.device).type == "cuda",
-        )
-        self.step = 0
-        self.skipped = 0
-        self.best = None
-        self.seconds = 0.0
-        self.started = 0.0
-        self.callbacks = []
-        self.trained = {}  # (log id, identity) -> frames trained on
-        self.unknown_before = False  # whether the weights come from training that nobody noted
-        self.identity = lru_cache(None)(lambda log: fingerprint(log, ()))  # hash of a log's stamps and poses
-        self.clip_ids = [
-            c.id for c in loader.clips
-        ]  # what the numbers in `pending` and in the logged rows count
-        self.pending = []  # clips of micro-steps since the last logged row; None: unreadable
-        self.in_a_row = 0
-        self.first_skip = ""  # steps skipped since the last update; what the first of them was
-        self.totals = []  # (micro-step, loss) of the step
-        self.unread = {}  # sentence about a file that went bad -> how often it was needed
-        self.source = {k: v for k, v in provenance(self.device).items() if k in ("flux4d", "commit")}
+        self.ema = averaged_model(self.model, cfg.train)
+        self.opt = adamw(self.model, cfg.train, self.device)
+        # where the run is
+        self.step = 0  # steps taken
+        self.seconds = 0.0  # spent on them
+        self.started = 0.0  # of these, on the first step
+        self.best = None  # best score of a validation
         self.saved_step = 0
         self.saved_at = time.perf_counter()
+        self.stop = StopRequest()
+        # what it has noted
+        self.trained_on = TrainedOn(loader.clips)
+        self.skips = Skips()
+        self.stage_losses = []  # (micro-step, loss) of every stage of the last step
+        self.source = {k: v for k, v in provenance(self.device).items() if k in ("flux4d", "commit")}
+        # who is called after a step
+        self.callbacks = []
         self.called = 0  # step whose callbacks have ended
-        self.stop = self.may_stop = False  # asked to stop; whether that can happen at once
 
-# %% ../nbs/34_train.ipynb #a32t0006
-@patch
-def note_clip(
-    self: Trainer,
-    clip: Clip,  # about to be trained on
-) -> None:
-    "Remember that a clip entered a step."
-    self.trained.setdefault((clip.log.id, self.identity(clip.log)), set()).update(clip.frames)
-    if clip.id not in self.clip_ids:
-        self.clip_ids.append(clip.id)
-    self.pending.append(self.clip_ids.index(clip.id))
-
-# %% ../nbs/34_train.ipynb #57c68717
-@patch
-def note_trained(self: Trainer) -> None:
-    "Write what was trained on to meta.json."
-    self.run.note(
-        trained=trained_entry(self.trained, self.unknown_before),
-        train_clips=self.clip_ids,
-        **(dict(unread=self.unread) if self.unread else {}),
-    )
-
-# %% ../nbs/34_train.ipynb #3fd8f1a2
-def with_random_background(
-    cfg: Config,  # read: render, train
-    number: int,  # of the micro-step
-) -> RenderConfig:  # how supervised views are drawn
-    "What shows through is the render's own background, or a colour that changes from micro-step to micro-step: a pure function of seed and micro-step."
-    if not cfg.train.random_background:
-        return cfg.render
-    return replace(
-        cfg.render, background=tuple(np.random.default_rng([cfg.train.seed, 2, number]).random(3).tolist())
-    )
+    @property
+    def skipped(self) -> int:
+        "Steps without an update."
+        return self.skips.total
 
 # %% ../nbs/34_train.ipynb #87f5f186
 @patch
@@ -162,53 +147,18 @@ def losses(
         out, batch.views, scene.velocity, scene.gaussians.kind, self.cfg.loss, weight, scene.duration
     )
 
-# %% ../nbs/34_train.ipynb #0ac9fc37
+# %% ../nbs/34_train.ipynb #6c1c4141
 @patch
-def gradients(
+def _leave_out(
     self: Trainer,
-) -> dict | None:  # scalars of the last micro-step's last stage, PSNR of its first, its clip's id
-    "Fill `.grad` with the mean gradient of the micro-steps, summed over stages; None: nothing could be read."
-    self.model.train()
-    self.opt.zero_grad(set_to_none=True)
-    n = self.cfg.train.grad_accum_steps
-    done = None
-    self.totals = []
-    for micro in range(n):
-        b = self._read(micro)
-        psnrs = []
-        if b is None:
-            continue
-        for scene in self.model.stages(b.inputs):
-            l = self.losses(b, scene)
-            (l["total"] / n).backward()
-            psnrs.append(l["psnr"])
-            self.totals.append((micro, l["total"].detach()))
-        done = {k: v.detach() for k, v in l.items()} | dict(psnr_0=psnrs[0], clip=b.clip.id)
-    return done
-
-# %% ../nbs/34_train.ipynb #62e17762
-@patch
-def train_step(
-    self: Trainer,
-) -> dict | None:  # scalars of the step, tensors where a copy would wait for the GPU
-    "Advance by one step; None: nothing could be read for it."
-    tc = self.cfg.train
-    with self._undone_when_stopped():
-        l = self.gradients()
-    for p in self.opt.param_groups:
-        p["lr"] = lr_at(self.step, tc, self.seconds, self.started)
-    if l is not None:
-        l["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), tc.grad_clip)
-    if l is None:
-        self._skip("nothing could be read for it")
-    elif torch.isfinite(l["grad_norm"]):
-        self.opt.step()
-        self.ema.update_parameters(self.model)
-        self.in_a_row = 0
-    else:
-        self._skip(f"its gradient is not finite, with {self._culprit()}")
-    self.step += 1
-    return l
+    why: str,  # a sentence
+) -> None:  # raises DataError when too many files went bad
+    "Note and say a clip that cannot be read."
+    self.trained_on.note_unread(why)
+    self.run.say(f"step {self.step + 1:6d}  a clip is left out: {why}")
+    bad = len(self.trained_on.unread)
+    if bad > self.cfg.train.max_unread:
+        raise DataError(f"training: {bad} files went bad while it ran, the last one: {why}") from None
 
 # %% ../nbs/34_train.ipynb #a32t0011
 UNREADABLE = DataError, OSError, EOFError, zlib.error  # what a file that goes bad raises
@@ -221,100 +171,71 @@ def _read(
 ) -> Batch | None:  # None where a file is bad
     "The batch of a micro-step; notes what it was, or why there is none."
     try:
-        b = self.loader.batch(self.step, micro)
+        batch = self.loader.batch(self.step, micro)
     except WriteError:  # no fault of the data
         raise
     except UNREADABLE as e:
-        why = str(e) or type(e).__name__
-        self.pending.append(None)
-        self.unread[why] = self.unread.get(why, 0) + 1
-        self.run.say(f"step {self.step + 1:6d}  a clip is left out: {why}")
-        if len(self.unread) > self.cfg.train.max_unread:
-            raise DataError(
-                f"training: {len(self.unread)} files went bad while it ran, the last one: {why}"
-            ) from None
+        self._leave_out(str(e) or type(e).__name__)
         return None
-    self.note_clip(b.clip)
-    return b
+    self.trained_on.note(batch.clip)
+    return batch
 
 # %% ../nbs/34_train.ipynb #99c6843f
 @patch
 def _culprit(self: Trainer) -> str:  # words for a sentence
-    "Clip and views of the step's first micro-step whose loss is not finite; of its first one where all losses are."
-    bad = [micro for micro, total in self.totals if not torch.isfinite(total)]
-    i, pairs = self.loader.draw(self.step, bad[0] if bad else self.totals[0][0])
-    return f"clip {self.loader.clips[i].id}, " + " and ".join(f"frame {f} of {c}" for f, c in pairs)
+    "Clip and views of the first micro-step whose loss is not finite; of the first one where all losses are."
+    bad = [micro for micro, loss in self.stage_losses if not torch.isfinite(loss)]
+    i, pairs = self.loader.draw(self.step, bad[0] if bad else self.stage_losses[0][0])
+    views = " and ".join(f"frame {f} of {c}" for f, c in pairs)
+    return f"clip {self.loader.clips[i].id}, {views}"
 
-# %% ../nbs/34_train.ipynb #ce6f8c91
+# %% ../nbs/34_train.ipynb #761f6e94
 @patch
 def _skip(
     self: Trainer,
     why: str,  # words for a sentence
 ) -> None:  # raises DataError when too many follow each other
     "Count and say a step without an update."
-    self.skipped += 1
-    self.in_a_row += 1
-    if self.in_a_row == 1:
-        self.first_skip = f"step {self.step + 1}: {why}"
+    self.skips.add(self.step + 1, why)
     self.run.say(f"step {self.step + 1:6d}  skipped: {why}")
-    if self.in_a_row >= self.cfg.train.max_skipped:
+    if self.skips.in_a_row >= self.cfg.train.max_skipped:
         raise DataError(
-            f"training: {self.in_a_row} steps in a row were skipped, the first was {self.first_skip}; "
+            f"training: {self.skips.in_a_row} steps in a row were skipped, the first was {self.skips.first}; "
             "look at its files with flux4d-check, lower train.lr, or raise train.max_skipped."
         )
 
-# %% ../nbs/34_train.ipynb #a32t0013
-class Interrupted(Exception):
-    "Training was asked to stop and has saved; the message says how to go on."
-
-    def _render_traceback_(self) -> list[str]:  # what a notebook shows
-        "Show the sentence alone."
-        return [str(self)]
-
-# %% ../nbs/34_train.ipynb #1c67cffa
-@contextmanager
-def stop_signals(
-    asked: Callable,  # called with the signal's number and the frame
-) -> Iterator[None]:
-    "Call a function on interrupt and SIGTERM; only the main thread can, and what the process ignores stays ignored."
-    main = threading.current_thread() is threading.main_thread()
-    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM) if main}
-    old = {s: h for s, h in old.items() if h is not signal.SIG_IGN}
-    for s in old:
-        signal.signal(s, asked)
-    try:
-        yield
-    finally:
-        for s, h in old.items():
-            signal.signal(s, signal.SIG_DFL if h is None else h)
-
-# %% ../nbs/34_train.ipynb #0bccd29f
+# %% ../nbs/34_train.ipynb #a49d8b57
 @patch
-def _asked(
+def _backward(
     self: Trainer,
-    number: int,  # of the signal
-    frame: Any,  # where it struck
-) -> None:
-    "Stop now if nothing is half done, else at the end of the step."
-    if self.stop and number == signal.SIGINT:
-        raise KeyboardInterrupt
-    self.stop = True
-    if self.may_stop:
-        self.may_stop = False
-        raise Interrupted
+    batch: Batch,  # one micro-step's data
+    micro: int,  # its number in the step
+) -> dict:  # scalars of the last stage, PSNR of the first, the clip's id
+    "Add one micro-step's gradient, stage by stage."
+    psnrs = []
+    for scene in self.model.stages(batch.inputs):
+        losses = self.losses(batch, scene)
+        (losses["total"] / self.cfg.train.grad_accum_steps).backward()
+        self.stage_losses.append((micro, losses["total"].detach()))
+        psnrs.append(losses["psnr"])
+    row = {k: v.detach() for k, v in losses.items()}
+    return row | dict(psnr_0=psnrs[0], clip=batch.clip.id)
 
-# %% ../nbs/34_train.ipynb #77614c2a
+# %% ../nbs/34_train.ipynb #0ac9fc37
 @patch
-@contextmanager
-def _can_stop(self: Trainer) -> Iterator[None]:
-    "Inside, a request to stop takes effect at once."
-    if self.stop:
-        raise Interrupted
-    self.may_stop = True
-    try:
-        yield
-    finally:
-        self.may_stop = False
+def gradients(
+    self: Trainer,
+) -> dict | None:  # scalars of the last micro-step's last stage, PSNR of its first, its clip's id
+    "Fill `.grad` with the mean gradient of the micro-steps, summed over stages; None: nothing could be read."
+    self.model.train()
+    self.opt.zero_grad(set_to_none=True)
+    self.stage_losses = []
+    row = None
+    for micro in range(self.cfg.train.grad_accum_steps):
+        batch = self._read(micro)
+        if batch is not None:
+            row = self._backward(batch, micro)
+    return row
 
 # %% ../nbs/34_train.ipynb #62baee01
 @patch
@@ -323,77 +244,120 @@ def _undone_when_stopped(self: Trainer) -> Iterator[None]:
     "A request to stop takes effect at once inside, and what was done inside is taken back."
     buffers = [b.clone() for b in self.model.buffers()]  # running statistics, if the network has any
     rng = torch.get_rng_state()
-    pending = len(self.pending)
-    unread = dict(self.unread)
+    mark = Mark(self.trained_on)
     try:
-        with self._can_stop():
+        with self.stop.allowed():
             yield
     except Interrupted:
         with torch.no_grad():
             for own, kept in zip(self.model.buffers(), buffers):
                 own.copy_(kept)
         torch.set_rng_state(rng)
-        self.pending = self.pending[:pending]
-        self.unread = unread
+        mark.go_back()
         raise
+
+# %% ../nbs/34_train.ipynb #12fb3f66
+@patch
+def _update(self: Trainer) -> None:
+    "Change the weights; this is never cut in two."
+    self.opt.step()
+    self.ema.update_parameters(self.model)
+    self.skips.end()
+
+# %% ../nbs/34_train.ipynb #62e17762
+@patch
+def train_step(
+    self: Trainer,
+) -> dict | None:  # scalars of the step, tensors where a copy would wait for the GPU
+    "Advance by one step; None: nothing could be read for it."
+    with self._undone_when_stopped():
+        row = self.gradients()
+    for group in self.opt.param_groups:
+        group["lr"] = lr_at(self.step, self.cfg.train, self.seconds, self.started)
+    if row is None:
+        self._skip("nothing could be read for it")
+    else:
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.train.grad_clip)
+        row["grad_norm"] = norm
+        if torch.isfinite(norm):
+            self._update()
+        else:
+            self._skip(f"its gradient is not finite, with {self._culprit()}")
+    self.step += 1
+    return row
+
+# %% ../nbs/34_train.ipynb #15e513b6
+@patch
+def _learned(self: Trainer) -> dict:  # state dicts
+    "Weights, optimiser and random generators."
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return dict(
+        model=self.model.state_dict(),
+        ema=self.ema.state_dict(),
+        optimizer=self.opt.state_dict(),
+        rng=dict(cpu=torch.get_rng_state(), cuda=cuda),
+    )
+
+# %% ../nbs/34_train.ipynb #3de2f366
+@patch
+def _counted(self: Trainer) -> dict:  # plain values
+    "Where the run is."
+    return dict(
+        step=self.step,
+        seconds=self.seconds,
+        started=self.started,
+        best=self.best,
+        called=self.called,
+        skipped=self.skips.total,
+        in_a_row=self.skips.in_a_row,
+        first_skip=self.skips.first,
+    )
 
 # %% ../nbs/34_train.ipynb #364e644b
 @patch
 def state(self: Trainer) -> dict:  # tensors and plain values
     "All that a resumed run needs, and where it comes from."
-    counts = dict(
-        step=self.step,
-        skipped=self.skipped,
-        called=self.called,
-        in_a_row=self.in_a_row,
-        first_skip=self.first_skip,
-        unread=dict(self.unread),
-        best=self.best,
-        seconds=self.seconds,
-        started=self.started,
-    )
-    seen = dict(
-        trained=trained_entry(self.trained, self.unknown_before),
-        train_clips=list(self.clip_ids),
-        pending=list(self.pending),
-    )
-    rng = dict(
-        cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    )
-    return dict(
-        model=self.model.state_dict(),
-        ema=self.ema.state_dict(),
-        optimizer=self.opt.state_dict(),
-        rng=rng,
-        **counts,
-        config=config_to_dict(self.cfg),
-        kind=self.model.home,
-        **seen,
-        index_hash=self.index_hash,
-        **self.source,
+    return (
+        self._learned()
+        | self._counted()
+        | self.trained_on.state()
+        | dict(config=config_to_dict(self.cfg), kind=self.model.home, index_hash=self.index_hash)
+        | self.source
     )
 
-# %% ../nbs/34_train.ipynb #e56cd2be
+# %% ../nbs/34_train.ipynb #6c262b8c
+@patch
+def _begin(self: Trainer) -> None:
+    "Before the first write of a run that was not resumed: an old run's steps and its `last` are not this one's."
+    if not self.run.rewound:
+        self.run.rewind(self.step)
+
+# %% ../nbs/34_train.ipynb #c9e9908f
 @patch
 def save(
     self: Trainer,
     aliases: tuple[str, ...] = ("ckpt_last.pt",),  # links to point at it
 ) -> Path:  # ckpt_step_XXXXXX.pt
     "Save a checkpoint of the current step, and note in meta.json what it was trained on."
-    self._start()
-    self.note_trained()
+    self._begin()
+    self.run.note(**self.trained_on.meta())
     path = save_checkpoint(self.run.folder / f"ckpt_step_{self.step:06d}.pt", self.state(), aliases)
     prune_checkpoints(self.run.folder, self.step, self.cfg.train.keep_ckpts)
     self.saved_step = self.step
     self.saved_at = time.perf_counter()
     return path
 
-# %% ../nbs/34_train.ipynb #c9e9908f
+# %% ../nbs/34_train.ipynb #d0da1ea0
 @patch
-def _start(self: Trainer) -> None:
-    "Before the first write of a run that was not resumed: an old run's steps and its `last` are not this one's."
-    if not self.run.rewound:
-        self.run.rewind(self.step)
+def keep_best(
+    self: Trainer,
+    score: float,  # higher is better
+) -> dict:  # what to record
+    "Save the current step as the best when it is."
+    if self.best is None or score > self.best:
+        self.best = float(score)
+        self.save(("ckpt_last.pt", "ckpt_best.pt"))
+    return dict(score=float(score), best=self.best)
 
 # %% ../nbs/34_train.ipynb #a32t0009
 def read_resumable(
@@ -402,14 +366,114 @@ def read_resumable(
     device: Any = "cpu",  # where its tensors go
 ) -> dict:  # its content; raises DataError where a run cannot start from it
     "Read a checkpoint and check that it holds what is needed to go on from it."
-    s = load_checkpoint(path, device)
+    state = load_checkpoint(path, device)
     name = Path(path).name
-    check_checkpoint(s, name, tuple(PARTS) if optimizer else ("kind", "model", "ema", "config", "step"))
-    refuse_renamed(s["config"], name)
-    model_class(s["kind"], name)
+    check_checkpoint(state, name, tuple(PARTS) if optimizer else ("kind", "model", "ema", "config", "step"))
+    refuse_renamed(state["config"], name)
+    model_class(state["kind"], name)
     if optimizer:
-        check_numbers(s["optimizer"], name, "optimizer")
-    return s
+        check_numbers(state["optimizer"], name, "optimizer")
+    return state
+
+# %% ../nbs/34_train.ipynb #1864bd84
+@patch
+def _restore_generators(
+    self: Trainer,
+    rng: dict,  # of a checkpoint
+) -> None:
+    "Take over the random generators; those of GPUs where there are as many."
+    torch.set_rng_state(rng["cpu"].cpu())
+    gpus = [state.cpu() for state in rng["cuda"]]
+    if gpus and len(gpus) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(gpus)
+
+# %% ../nbs/34_train.ipynb #1b9e8d26
+@patch
+def _restore(
+    self: Trainer,
+    state: dict,  # a checkpoint's content
+) -> None:
+    "Take over optimiser, counters, notes and generators."
+    self.opt.load_state_dict(state["optimizer"])
+    self.step = state["step"]
+    self.seconds = float(state["seconds"])
+    self.started = float(state.get("started", 0.0))
+    self.best = None if state.get("best") is None else float(state["best"])
+    self.called = int(state.get("called", state["step"]))
+    self.saved_step = self.step
+    in_a_row = int(state.get("in_a_row", 0))
+    self.skips = Skips(state["skipped"], in_a_row, str(state.get("first_skip", "")))
+    self.trained_on.take_rows(state)
+    self._restore_generators(state["rng"])
+
+# %% ../nbs/34_train.ipynb #223a8955
+@patch
+def _restore_checked(
+    self: Trainer,
+    state: dict,  # a checkpoint's content
+    name: str,  # its file name
+) -> None:  # raises DataError
+    "Take over all but the weights; what does not fit ends in a sentence."
+    try:
+        self._restore(state)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as e:
+        raise DataError(
+            f"{name}: its optimizer, generators or counters do not fit this run ({type(e).__name__}); "
+            "take another ckpt_step file, or resume_optimizer=False for its weights alone."
+        ) from None
+
+# %% ../nbs/34_train.ipynb #10eae087
+@patch
+def _other_config(
+    self: Trainer,
+    name: str,  # the checkpoint's file name
+    state: dict,  # its content
+) -> str:  # a line, "" where nothing differs
+    "Which fields differ from the configuration of a checkpoint."
+    then = flattened(config_to_dict(type(self.cfg)())) | flattened(state["config"])
+    changed = changed_fields(then, config_to_dict(self.cfg))
+    return f"differs from the configuration of {name} in " + "; ".join(changed) if changed else ""
+
+# %% ../nbs/34_train.ipynb #a4eeba19
+@patch
+def _other_clips(
+    self: Trainer,
+    name: str,  # the checkpoint's file name
+    state: dict,  # its content
+) -> str:  # a line, "" where a run starts anew or nothing differs
+    "How many clips differ from those of a checkpoint."
+    then = set(state.get("train_clips", []))
+    now = {c.id for c in self.loader.clips}
+    if not self.step or not then or then == now:
+        return ""
+    return f"differs from the clips of {name}: {len(then - now)} are left out, {len(now - then)} are new"
+
+# %% ../nbs/34_train.ipynb #89cc5d6c
+def _new_tensors(
+    name: str,  # the checkpoint's file name
+    missing: list[str],  # tensors that it lacked
+) -> str:  # a line, "" where none is missing
+    "Which tensors start untrained."
+    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    named = ", ".join(missing[:5]) + more
+    return f"{name} lacks {len(missing)} tensors, which start untrained: {named}" if missing else ""
+
+# %% ../nbs/34_train.ipynb #77bdd2b9
+@patch
+def _say_resumed(
+    self: Trainer,
+    name: str,  # the checkpoint's file name
+    state: dict,  # its content
+    missing: list[str],  # tensors that it lacked
+) -> None:
+    "Say where a run goes on, and what is not as it was."
+    afresh = f"starts at step 0 from the weights of {name}, step {state['step']}"
+    self.run.say(f"goes on from {name} at step {self.step}" if self.step else afresh)
+    for line in (self._other_config(name, state), self._other_clips(name, state), _new_tensors(name, missing)):
+        if line:
+            self.run.say(line)
+    if self.trained_on.unknown_before:
+        self.run.say(f"{name} does not say which frames it was trained on, so neither will this run")
 
 # %% ../nbs/34_train.ipynb #1d273c64
 @patch
@@ -419,83 +483,21 @@ def resume(
     optimizer: bool = True,  # False: weights only, step 0, for a changed architecture
 ) -> list[str]:  # keys that the checkpoint did not have
     "Continue from a checkpoint."
-    s = read_resumable(path, optimizer, self.device)
+    state = read_resumable(path, optimizer, self.device)
     name = Path(path).name
-    if optimizer and s["index_hash"] != self.index_hash:
+    if optimizer and state["index_hash"] != self.index_hash:
         raise DataError(
             f"{name}: was trained on another clip index; use that index, "
             "or resume_optimizer=False to start a new run from its weights."
         )
-    missing = load_weights(self.model, s["model"], name, strict=optimizer)
-    load_weights(self.ema, s["ema"], name, strict=optimizer)
-    before = trained_frames(s, name)
-    self.trained = before or {}
-    self.unknown_before = before is None
+    missing = load_weights(self.model, state["model"], name, strict=optimizer)
+    load_weights(self.ema, state["ema"], name, strict=optimizer)
+    self.trained_on.take_frames(state, name)
     if optimizer:
-        try:
-            self._restore(s)
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as e:
-            raise DataError(
-                f"{name}: its optimizer, generators or counters do not fit this run ({type(e).__name__}); "
-                "take another ckpt_step file, or resume_optimizer=False for its weights alone."
-            ) from None
+        self._restore_checked(state, name)
     self.run.rewind(self.step)
-    self._say_resumed(name, s, missing)
+    self._say_resumed(name, state, missing)
     return missing
-
-# %% ../nbs/34_train.ipynb #223a8955
-@patch
-def _restore(
-    self: Trainer,
-    s: dict,  # a checkpoint's content
-) -> None:
-    "Take over optimiser, counters and generators."
-    self.opt.load_state_dict(s["optimizer"])
-    self.step = s["step"]
-    self.skipped = s["skipped"]
-    self.seconds = float(s["seconds"])
-    self.started = float(s.get("started", 0.0))
-    self.best = None if s.get("best") is None else float(s["best"])
-    self.in_a_row = int(s.get("in_a_row", 0))
-    self.first_skip = str(s.get("first_skip", ""))
-    self.called = int(s.get("called", s["step"]))
-    self.unread = dict(s.get("unread", {}))
-    self.pending = list(s.get("pending", []))
-    self.saved_step = self.step
-    known = s.get("train_clips", [])  # the logged rows count these
-    self.clip_ids = known + [i for i in self.clip_ids if i not in known]
-    torch.set_rng_state(s["rng"]["cpu"].cpu())
-    gpus = [r.cpu() for r in s["rng"]["cuda"]]
-    if gpus and len(gpus) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(gpus)
-
-# %% ../nbs/34_train.ipynb #1864bd84
-@patch
-def _say_resumed(
-    self: Trainer,
-    name: str,  # the checkpoint's file name
-    s: dict,  # its content
-    missing: list[str],  # tensors that it lacked
-) -> None:
-    "Say where a run goes on, and what is not as it was."
-    new = f"starts at step 0 from the weights of {name}, step {s['step']}"
-    self.run.say(f"goes on from {name} at step {self.step}" if self.step else new)
-    then = flattened(config_to_dict(type(self.cfg)())) | flattened(s["config"])
-    if changed := changed_fields(then, config_to_dict(self.cfg)):
-        self.run.say(f"differs from the configuration of {name} in " + "; ".join(changed))
-    then = set(s.get("train_clips", []))
-    now = {c.id for c in self.loader.clips}
-    if self.step and then and then != now:
-        self.run.say(
-            f"differs from the clips of {name}: {len(then - now)} are left out, {len(now - then)} are new"
-        )
-    if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        self.run.say(
-            f"{name} lacks {len(missing)} tensors, which start untrained: {', '.join(missing[:5])}{more}"
-        )
-    if self.unknown_before:
-        self.run.say(f"{name} does not say which frames it was trained on, so neither will this run")
 
 # %% ../nbs/34_train.ipynb #28fa9845
 def every(
@@ -510,34 +512,82 @@ def every(
 
     return call
 
-# %% ../nbs/34_train.ipynb #a361a2d3
+# %% ../nbs/34_train.ipynb #cee68384
 @patch(as_prop=True)
 def done(self: Trainer) -> bool:  # all steps taken, or the time spent
     "Whether training has ended."
     tc = self.cfg.train
     return self.step >= tc.iters or bool(tc.minutes and self.seconds >= 60 * tc.minutes)
 
-# %% ../nbs/34_train.ipynb #20dbbcab
+# %% ../nbs/34_train.ipynb #a2cb5e17
 @patch
-def fit(
+def log(
     self: Trainer,
-    until: int | None = None,  # stop after this many steps in all; the configured number when left out
-    progress: Callable = iter,  # wraps the range of steps, such as tqdm
-) -> list[dict]:  # the logged rows
-    "Train, log, save, call back."
-    self._start()
-    self.stop = False
-    self.saved_at = time.perf_counter()
-    try:
-        with stop_signals(self._asked):
-            try:
-                self._steps(self.cfg.train.iters if until is None else until, progress)
-            except Interrupted:
-                raise Interrupted(self._farewell()) from None
-    finally:
-        self.loader.rest()
-    self.note_trained()
-    return self.run.rows()
+    found: dict | None,  # scalars of the step; None: nothing could be read for it
+) -> None:
+    "One console line and one record of a step."
+    row = {k: v if isinstance(v, str) else float(v) for k, v in (found or {}).items()}
+    counts = dict(skipped=self.skips.total, seconds=round(self.seconds, 2))
+    if self.trained_on.unread:
+        counts["unread"] = sum(self.trained_on.unread.values())
+    lr = self.opt.param_groups[0]["lr"]
+    self.run.record(dict(step=self.step, **row, lr=lr, **counts, clips=self.trained_on.pending))
+    self.trained_on.pending = []
+    if found is not None:
+        figures = "  ".join(f"{k} {row[k]:.4f}" for k in ("total", "rgb", "ssim", "depth", "vel", "psnr"))
+        self.run.say(f"step {self.step:6d}  {figures}  {row['clip']}  {self.seconds:.0f} s")
+
+# %% ../nbs/34_train.ipynb #b49b94b7
+@patch
+def _call_back(self: Trainer) -> None:
+    "Validate, or whatever else follows the step."
+    with self.stop.allowed():
+        for call in self.callbacks:
+            if row := call(self):
+                self.run.record(dict(step=self.step, **row))
+    self.called = self.step
+
+# %% ../nbs/34_train.ipynb #462533c6
+@patch
+def _owes_callbacks(self: Trainer) -> bool:
+    "Whether this step was saved by a run that ended before its callbacks did, and they left no row."
+    rows = [r for r in self.run.rows() if r["step"] == self.step and "lr" not in r]
+    return bool(self.callbacks) and self.called < self.step and not rows
+
+# %% ../nbs/34_train.ipynb #52357b53
+@patch
+def _keep(
+    self: Trainer,
+    row: dict | None,  # of the step
+) -> None:
+    "Log, save and call back after a step, where that is due."
+    tc = self.cfg.train
+    if self.step % tc.log_every == 0 or self.step == 1 or self.done:
+        self.log(row)
+    with self.stop.allowed():
+        every(tc.save_ckpt_every, Trainer.save_quietly)(self)  # a long validation cannot lose the step
+    self._call_back()
+    with self.stop.allowed():
+        if tc.save_ckpt_minutes and time.perf_counter() - self.saved_at > 60 * tc.save_ckpt_minutes:
+            self.save()
+
+
+@patch
+def save_quietly(self: Trainer) -> None:
+    "Save; nothing to record."
+    self.save()
+
+# %% ../nbs/34_train.ipynb #331993fd
+@patch
+def _end(self: Trainer) -> None:  # raises DataError where no step had an update
+    "The last step is saved; a run that learned nothing says so."
+    if 0 < self.step == self.skips.total:
+        raise DataError(
+            f"training: none of its {self.step} steps could be taken, the first was {self.skips.first}; "
+            "look at its files with flux4d-check, or lower train.lr."
+        )
+    if self.step != self.saved_step:
+        self.save()
 
 # %% ../nbs/34_train.ipynb #a452655b
 @patch
@@ -547,52 +597,21 @@ def _steps(
     progress: Callable,  # wraps the range of steps
 ) -> None:
     "The steps of `fit`."
-    tc = self.cfg.train
     clock = time.perf_counter() - self.seconds
-    save = every(tc.save_ckpt_every, Trainer.save_quietly)
     if self._owes_callbacks():
         self._call_back()
     for _ in progress(range(self.step, until)):
         if self.done:
             break
-        l = self.train_step()
+        row = self.train_step()
         self.seconds = time.perf_counter() - clock
         if self.step == 1:
             self.started = self.seconds
-        if self.step % tc.log_every == 0 or self.step == 1 or self.done:
-            self.log(l)
-        with self._can_stop():
-            save(self)  # a long validation cannot lose the step
-        self._call_back()
-        with self._can_stop():
-            if tc.save_ckpt_minutes and time.perf_counter() - self.saved_at > 60 * tc.save_ckpt_minutes:
-                self.save()
-    if self.done and 0 < self.step == self.skipped:
-        raise DataError(
-            f"training: none of its {self.step} steps could be taken, the first was {self.first_skip}; "
-            "look at its files with flux4d-check, or lower train.lr."
-        )
-    if self.done and self.step != self.saved_step:
-        self.save()
+        self._keep(row)
+    if self.done:
+        self._end()
 
-# %% ../nbs/34_train.ipynb #b49b94b7
-@patch
-def _call_back(self: Trainer) -> None:
-    "Validate, or whatever else follows the step."
-    with self._can_stop():
-        for call in self.callbacks:
-            if row := call(self):
-                self.run.record(dict(step=self.step, **row))
-    self.called = self.step
-
-# %% ../nbs/34_train.ipynb #abaf5daf
-@patch
-def _owes_callbacks(self: Trainer) -> bool:
-    "Whether this step was saved by a run that ended before its callbacks did, and they left no row."
-    rows = [r for r in self.run.rows() if r["step"] == self.step and "lr" not in r]
-    return bool(self.callbacks) and self.called < self.step and not rows
-
-# %% ../nbs/34_train.ipynb #b18c86b0
+# %% ../nbs/34_train.ipynb #d809023a
 @patch
 def _farewell(self: Trainer) -> str:  # a sentence
     "Save where training was interrupted, and say how to go on."
@@ -602,6 +621,28 @@ def _farewell(self: Trainer) -> str:  # a sentence
         line = f"interrupted at step {self.step}, saved as {self.save().name}; go on with {how}"
     self.run.say(line)
     return line
+
+# %% ../nbs/34_train.ipynb #20dbbcab
+@patch
+def fit(
+    self: Trainer,
+    until: int | None = None,  # stop after this many steps in all; the configured number when left out
+    progress: Callable = iter,  # wraps the range of steps, such as tqdm
+) -> list[dict]:  # the logged rows
+    "Train, log, save, call back."
+    self._begin()
+    self.stop = StopRequest()
+    self.saved_at = time.perf_counter()
+    try:
+        with stop_signals(self.stop):
+            try:
+                self._steps(self.cfg.train.iters if until is None else until, progress)
+            except Interrupted:
+                raise Interrupted(self._farewell()) from None
+    finally:
+        self.loader.rest()
+    self.run.note(**self.trained_on.meta())
+    return self.run.rows()
 
 # %% ../nbs/34_train.ipynb #a9a81d7f
 @patch
@@ -616,40 +657,3 @@ def after_training(self: Trainer) -> Iterator[None]:  # raises Interrupted
 
     with stop_signals(asked):
         yield
-
-# %% ../nbs/34_train.ipynb #331993fd
-@patch
-def save_quietly(self: Trainer) -> None:
-    "Save; nothing to record."
-    self.save()
-
-# %% ../nbs/34_train.ipynb #cee68384
-@patch
-def log(
-    self: Trainer,
-    l: dict | None,  # scalars of the step; None: nothing could be read for it
-) -> None:
-    "One console line and one record of a step."
-    row = {k: v if isinstance(v, str) else float(v) for k, v in (l or {}).items()}
-    counts = dict(skipped=self.skipped, seconds=round(self.seconds, 2))
-    if self.unread:
-        counts["unread"] = sum(self.unread.values())
-    self.run.record(
-        dict(step=self.step, **row, lr=self.opt.param_groups[0]["lr"], **counts, clips=self.pending)
-    )
-    self.pending = []
-    if l is not None:
-        figures = "  ".join(f"{k} {row[k]:.4f}" for k in ("total", "rgb", "ssim", "depth", "vel", "psnr"))
-        self.run.say(f"step {self.step:6d}  {figures}  {row['clip']}  {self.seconds:.0f} s")
-
-# %% ../nbs/34_train.ipynb #d0da1ea0
-@patch
-def keep_best(
-    self: Trainer,
-    score: float,  # higher is better
-) -> dict:  # what to record
-    "Save the current step as the best when it is."
-    if self.best is None or score > self.best:
-        self.best = float(score)
-        self.save(("ckpt_last.pt", "ckpt_best.pt"))
-    return dict(score=float(score), best=self.best)

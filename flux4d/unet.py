@@ -253,7 +253,7 @@ class UNetConfig:
     precision: Literal["auto", "float32", "tf32"] = "auto"
 
     def __post_init__(self) -> None:
-        "Refuse a precision that nobody can honour."
+        "Refuse a precision that no device has."
         pick_precision(self.precision, "cuda")
 
 # %% ../nbs/30_unet.ipynb #184b2dbc

@@ -22,7 +22,7 @@ def _quadrant_far(
     up: int,  # rows a quadrant reaches up or down
     aside: int,  # columns it reaches to either side
 ) -> Tensor:  # (V,rows,cols)
-    "The largest of the four quadrants' smallest depth around each cell; a quadrant includes the cell's own row and column."
+    "The largest of the four quadrants' smallest depth around each cell, whose row and column belong to all of them."
     import torch
     import torch.nn.functional as F
 
@@ -48,7 +48,7 @@ def unoccluded(
     "Which returns of V images nothing nearer surrounds."
     import torch
 
-    px = math.radians(cell) * focal
+    px = math.radians(cell) * focal  # of a cell, by image
     rows, cols = (int(n / float(px.min())) + 1 for n in (height, width))
     image, which = inside.nonzero(as_tuple=True)
     col, row = torch.floor(uv[image, which] / px[image, None]).long().unbind(-1)
@@ -68,14 +68,12 @@ def project_sweep(
     width: int,  # px
     height: int,  # px
     **how: Any,  # cell, window, margin: as for `unoccluded`
-) -> tuple[
-    np.ndarray, np.ndarray, np.ndarray
-]:  # uv (N,2) px, z (N,) m, visible (N,) bool: in the image and not hidden
-    "Project a sweep and tell which returns the camera sees."
-    uv, z = project(K, world_to_cam, points)
-    inside = pixel_index(uv, width, height)[2]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # uv (N,2) px, z (N,) m, visible (N,) bool
+    "Project a sweep and tell which returns the camera sees: in the image and not hidden."
     import torch
 
+    uv, z = project(K, world_to_cam, points)
+    inside = pixel_index(uv, width, height)[2]
     one = [torch.from_numpy(a)[None] for a in (uv, z, inside)]
     return uv, z, unoccluded(*one, torch.tensor(K[:1, 0]), width, height, **how)[0].numpy()
 

@@ -11,8 +11,8 @@ from flux4d.files import DataError
 from flux4d.pandaset import Log, PandaSet
 from flux4d.log_faults import check_log
 from flux4d.log_files import fabricate_log
-from flux4d.tables import safe_load_pickle
-from flux4d.clips import Clip, ClipConfig, build_index, load_index, write_index, index_main, select_clips
+from flux4d.clips import Clip, ClipConfig, build_index, select_clips
+from flux4d.index_files import load_index, write_index, index_main
 from flux4d.clip_data import InputViews, load_views
 
 CAMS = "front_camera", "left_camera"

@@ -16,7 +16,7 @@ import torch
 from numpy.lib import format as npy
 from flux4d import cache as module
 from flux4d.background import BackgroundConfig
-from flux4d.cache import LiftCache, load_arrays, pack, unpack, warm
+from flux4d.cache import LiftCache, load_arrays, pack, unpack, fill_cache
 from flux4d.clips import Clip, ClipConfig, build_index
 from flux4d.gaussians import Gaussians
 from flux4d.gap_filling import InitConfig
@@ -260,7 +260,7 @@ def test_what_a_live_process_writes_stays(tmp_path):
 def test_workers_lift_elsewhere_and_warn_here_once(clip, kept, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr(module, "init_gaussians", None)  # of no use in this process
-    n, words = said(lambda: warm(LiftCache(tmp_path / "file"), [clip, clip], *HOW, workers=1))
+    n, words = said(lambda: fill_cache(LiftCache(tmp_path / "file"), [clip, clip], *HOW, workers=1))
     assert n == [len(kept[2])] * 2
     one_sentence(words, "not kept")
 

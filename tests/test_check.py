@@ -23,17 +23,8 @@ from flux4d.broken_logs import (
 from flux4d.check import check_main, examine, implausible_numbers
 from flux4d.check_mounting import check_camera_axes
 from flux4d.city.logs import fixture_city
-from flux4d.clips import (
-    Clip,
-    ClipConfig,
-    build_index,
-    index_hash,
-    index_main,
-    left_out_lines,
-    load_index,
-    long_log_clips,
-    time_unit,
-)
+from flux4d.clips import Clip, ClipConfig, build_index, left_out_lines, long_log_clips, time_unit
+from flux4d.index_files import index_hash, index_main, load_index
 from flux4d.frames import (
     ClipTime,
     check_normalised,
@@ -532,7 +523,7 @@ def test_one_sentence_for_many_files(log):
     assert len(found) == 1 and f"(and {FRAMES - 1} files more)" in found[0]
 
 
-@pytest.mark.parametrize("command", ["check:check_main", "clips:index_main"])
+@pytest.mark.parametrize("command", ["check:check_main", "index_files:index_main"])
 def test_help_has_an_example_and_starts_at_once(command):
     module, main = command.split(":")
     code = f"""import sys

@@ -9,23 +9,26 @@ from pathlib import Path
 
 import pytest
 
-from flux4d import baselines, clip_data, cuboids, evaluate, lift, nvs, record, train, motion_prior, visibility
+from flux4d import baselines, clip_data, cuboids, evaluate, lift, motion_prior, score_clips, train, visibility
 from flux4d.ablation import NOTHING_LEARNED, ablation_row, circumstances, paper_tables, time_table
 from flux4d.baselines import BASELINES
 from flux4d.cache import LiftCache
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
-from flux4d.clip_data import InputViews, TargetViews
 from flux4d.flow import what_training_adds
 from flux4d.records import repo_root, runs_of_record
 from flux4d.gap_filling import InitConfig
-from flux4d.nvs import EvalConfig
+from flux4d.view_scores import EvalConfig
 from flux4d.files import DataError
 from flux4d.pandaset import PandaSet
 from flux4d.log_files import fabricate_log
 from flux4d.presets import PRESETS, preset_config, preset_table
-from flux4d.record import ALWAYS, check_baselines, comparable, frames_of, one_clip_loader, seen
-from flux4d.report import flow_tables, foreign_faults, nvs_tables, summary_table, title_of
-from flux4d.stage6 import TrainingParameters, curves_say, keep_aside, rows_due, split_clips
+from flux4d.score_clips import ALWAYS, check_baselines, one_clip_loader
+from flux4d.run_facts import comparable, frames_of, training_overlap
+from flux4d.report import flow_tables, nvs_tables, summary_table, title_of
+from flux4d.report_pages import foreign_faults
+from flux4d.parameters import TrainingParameters
+from flux4d.stage6 import curves_say, rows_due
+from flux4d.run_setup import keep_aside, split_clips
 from flux4d.config import config_to_dict, flattened
 
 ROOT = repo_root(Path(__file__).parent)
@@ -168,18 +171,18 @@ def two(tmp_path_factory):
 def test_logs_of_one_name_in_two_data_sets_are_two_logs(two):
     a, b = map(all_clips, two)
     assert [c.id for c in a] == [c.id for c in b]
-    assert seen(frames_of(a), b) == "unseen logs"
-    assert seen(frames_of(a), a).startswith("training frames (")
+    assert training_overlap(frames_of(a), b) == "unseen logs"
+    assert training_overlap(frames_of(a), a).startswith("training frames (")
     assert (
-        seen(frames_of([c for c in a if c.log.id == "001"]), [c for c in a if c.log.id == "002"])
+        training_overlap(frames_of([c for c in a if c.log.id == "001"]), [c for c in a if c.log.id == "002"])
         == "unseen logs"
     )
     early, late = [c for c in a if c.frames[-1] < 12], [c for c in a if c.frames[0] >= 20]
     assert (
-        seen(frames_of(early), [c for c in late if c.log.id in {e.log.id for e in early}])
+        training_overlap(frames_of(early), [c for c in late if c.log.id in {e.log.id for e in early}])
         == "unseen frames of training logs"
     )
-    assert seen(None, a).startswith("unknown")
+    assert training_overlap(None, a).startswith("unknown")
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 3, 50])
@@ -274,8 +277,7 @@ GONE = [
     (baselines, "above_ground"),
     (motion_prior, "above_ground"),
     (train.Loader, "input_views"),
-    (lift, "project_sweep"),
-    (record, "input_views"),
+    (score_clips, "input_views"),
 ]
 
 
@@ -287,5 +289,5 @@ def test_dead_and_double_names_are_gone(where, name):
 def test_one_height_above_ground_and_one_way_to_inputs():
     assert baselines.height_above_ground is motion_prior.height_above_ground
     assert inspect.getsource(visibility.project_sweep).count("unoccluded(") == 1  # one test of what is hidden
-    source = "".join(inspect.getsource(m) for m in (train, record, nvs, evaluate))
+    source = "".join(inspect.getsource(m) for m in (train, score_clips, evaluate))
     assert not re.search(r"\binput_views\b", source)

@@ -10,13 +10,13 @@ from flux4d.city.logs import city_main
 from flux4d.notebooks import new_notebook, write_notebook
 from flux4d.records import repo_root
 from flux4d.repo import repo_main
-from flux4d.report import report_main
+from flux4d.report_pages import report_main
 
 ROOT = repo_root(Path(__file__).parent)
 COMMANDS = {
     "flux4d-repo": "repo:repo_main",
     "flux4d-city": "city:city_main",
-    "flux4d-report": "report:report_main",
+    "flux4d-report": "report_pages:report_main",
 }
 
 

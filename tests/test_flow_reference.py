@@ -18,9 +18,11 @@ import pytest
 from flux4d.city.logs import fixture_city
 from flux4d.clips import long_log_clips
 from flux4d.cuboids import CLASSES, CuboidConfig, flow_ground_truth
-from flux4d.flow_metrics import FlowSample, FlowScoreConfig, FlowScores, clip_truth, exact_flow
+from flux4d.flow_metrics import FlowSample, FlowScoreConfig, flow_rows, truth_rows
+from flux4d.flow_truth import clip_truth, exact_flow
 from flux4d.files import DataError
 from flux4d.pandaset import PandaSet
+from flux4d.scores import flow_block, score_table
 
 # PandaSet's name -> the nearest category of Argoverse 2;
 # the meta-classes below are those of av2_metacategories.py, not ours
@@ -113,19 +115,15 @@ def frames(moving_background=False):
 
 def ours(fs):
     "What this project makes of them."
-    sc = FlowScores()
-    for f in fs:
+    tables = []
+    for number, f in enumerate(fs):
         names, points, gt, pred = zip(*f)
-        x = np.array(points)
-        sc.add(
-            FlowSample(
-                np.array(pred),
-                np.array(gt),
-                np.array([CLASSES.index(n) for n in names]),
-                np.abs(x[:, :2]).max(1),
-            )
-        )
-    return sc.as_dict()
+        label = np.array([CLASSES.index(n) for n in names])
+        sample = FlowSample(np.array(pred), np.array(gt), label, np.abs(np.array(points)[:, :2]).max(1))
+        place = dict(log="001", clip="a", frame=number, setting="flow")
+        tables.append(flow_rows(sample).assign(scene="model", **place))
+        tables.append(truth_rows(sample).assign(scene="truth", **place))
+    return flow_block(score_table(tables), "model")
 
 
 def bucketed(m):
@@ -477,7 +475,7 @@ def test_labels_of_another_clip_are_noticed(city, tmp_path):
     later = clips[1]
     shift = later.frames[0] - clips[0].frames[0]
     assert shift == 10
-    assert clip_truth(later, FlowScoreConfig(truth="cuboids"))[1] is None
+    assert clip_truth(later, FlowScoreConfig(truth="cuboids")).left_out == {}
     for k in ("lidar", "camera", "meta"):
         if (log.folder / k).is_dir():
             (tmp_path / "001").mkdir(exist_ok=True)

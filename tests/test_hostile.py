@@ -18,7 +18,8 @@ import pandas as pd
 import pytest
 import torch
 
-from flux4d.clips import build_index, index_main, load_index
+from flux4d.clips import build_index
+from flux4d.index_files import index_main, load_index
 from flux4d.cuboids import load_cuboids
 from flux4d.files import plain_fault
 from flux4d.files import DataError

@@ -19,7 +19,7 @@ from flux4d.cuboids import (
     moves,
     same_track,
 )
-from flux4d.nvs import check_clip
+from flux4d.view_scores import check_clip
 from flux4d.files import DataError
 from flux4d.pandaset import PandaSet
 from flux4d.tables import safe_load_pickle

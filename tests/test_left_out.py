@@ -6,7 +6,8 @@ import shutil
 from flux4d.city.logs import fixture_city
 from flux4d.clips import ClipConfig, build_index, left_out_lines
 from flux4d.evaluate import Subject, about_of, eval_clips_of
-from flux4d.record import OPTIONAL, About, faults
+from flux4d.schema import OPTIONAL, faults
+from flux4d.run_facts import About
 from flux4d.refine import FullConfig
 
 

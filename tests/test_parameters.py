@@ -20,20 +20,14 @@ from flux4d.evaluate import EvaluationParameters, eval_clips_of, read_evaluation
 from flux4d.flow import FlowParameters
 from flux4d.notebooks import read_notebook
 from flux4d.records import repo_root
-from flux4d.nvs import EvalConfig
+from flux4d.view_scores import EvalConfig
 from flux4d.overfit import OverfitParameters
 from flux4d.files import DataError
 from flux4d.log_files import fabricate_log
 from flux4d.refine import FullConfig
 from flux4d.settings import read_parameters, read_settings
-from flux4d.stage6 import (
-    TrainingParameters,
-    check_images,
-    make_config,
-    make_index,
-    read_training,
-    split_clips,
-)
+from flux4d.parameters import TrainingParameters, make_config, read_training
+from flux4d.run_setup import check_images, make_index, split_clips
 from flux4d.config import config_from_dict, config_to_dict
 
 ROOT = repo_root(Path(__file__).parent)

@@ -1,16 +1,29 @@
 """What a committed run of record says is checked by the same rules that let it be written, and what prose
 says of a run is what the run says."""
 
+import copy
 import json
 import re
+import shutil
 from pathlib import Path
 import pytest
 from flux4d.figures import SOURCES, figure_faults, figures_in, is_printed_right, run_arithmetic, text_faults
 from flux4d.notebooks import read_notebooks
 from flux4d.records import kept_runs, repo_root, runs_of_record
 from flux4d.repo import pages_of_text
-from flux4d.record import check_metrics
-from flux4d.report import report_text, same_frames, with_baselines
+from flux4d.baselines import still
+from flux4d.cache import LiftCache
+from flux4d.city.logs import fixture_city
+from flux4d.clips import Clip, ClipConfig, build_index, select_clips
+from flux4d.pandaset import PandaSet
+from flux4d.config import Config, config_from_dict
+from flux4d.run_facts import About
+from flux4d.schema import check_metrics, disagreements
+from flux4d.score_clips import Evaluation, evaluate, one_clip_loader
+from flux4d.scores import SCORES, facts_of, metrics_from, read_scores, write_scores
+from flux4d.view_scores import EvalConfig
+from flux4d.report import report_text
+from flux4d.report_pages import report_main, same_frames, with_baselines
 
 ROOT = repo_root(Path(__file__).parent)
 RECORDS = {
@@ -45,6 +58,59 @@ def test_a_report_is_what_its_record_says(name):
     assert path.read_text(encoding="utf-8") in possible, (
         f"make it anew: flux4d-report papermill_runs/{name} --report"
     )
+
+
+TABLES = [run for run in runs_of_record(ROOT) if (run / SCORES).is_file() and run.name in RECORDS]
+
+
+@pytest.mark.skipif(not TABLES, reason="no run of record with a table of scores is committed")
+@pytest.mark.parametrize("run", TABLES or [Path("none")], ids=lambda run: run.name)
+def test_metrics_are_those_of_the_stored_scores(run):
+    "Every number of metrics.json is made again from scores.csv.gz."
+    assert disagreements(RECORDS[run.name], read_scores(run / SCORES)) == []
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    "An evaluation of the made-up log: its folder and its metrics, as stored."
+    root, folder = fixture_city(), tmp_path_factory.mktemp("evaluated") / "run"
+    row = select_clips(build_index(root, ClipConfig()), settings=("eval_future",))[0]
+    values = dict(data=dict(image_scale=0.5, loader_threads=1), init=dict(fill_blocks=[64, 16]))
+    cfg = config_from_dict(values, Config)
+    loader = one_clip_loader([Clip(PandaSet(root)[row["scene_id"]], row)], cfg, LiftCache(folder.parent / "lift"))
+    about = About("lift", "unseen logs", "lift", scenes=("model",))
+    metrics = evaluate(about, Evaluation(still, loader, folder, (), EvalConfig(save_renders=0), videos=0))
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder, json.loads(json.dumps(metrics))
+
+
+def test_metrics_are_a_function_of_the_table(evaluated):
+    "Made again from the stored file to the last bit, and stored again to the last byte."
+    folder, metrics = evaluated
+    table = read_scores(folder / SCORES)
+    assert metrics_from(table, facts_of(metrics)) == metrics
+    assert check_metrics(metrics) is metrics
+    first = (folder / SCORES).read_bytes()
+    assert write_scores(folder, table).read_bytes() == first
+
+
+@pytest.mark.parametrize("path", ["nvs.full.future.psnr.mean", "scene_flow.epe_3way.FD.pooled", "worst.0.psnr"])
+def test_a_number_that_the_table_does_not_give_is_refused(evaluated, tmp_path, path, capsys):
+    "By the command, in one sentence that names the entry."
+    folder, metrics = evaluated
+    shutil.copytree(folder, tmp_path / "run")
+    m = copy.deepcopy(metrics)
+    *up, last = path.split(".")
+    at = m
+    for k in up:
+        at = at[int(k)] if isinstance(at, list) else at[k]
+    at[last] += 0.01
+    (tmp_path / "run/metrics.json").write_text(json.dumps(m))
+    assert report_main([str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"run/metrics.json: {path}: is ") and "the stored scores give" in said and "\n" not in said
+    shutil.copy(folder / "metrics.json", tmp_path / "run")
+    assert report_main([str(tmp_path / "run")]) == 0
 
 
 # figures of runs in prose

@@ -8,14 +8,23 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 import pytest
+import torch
+from flux4d.cache import LiftCache
+from flux4d.city.logs import fixture_city
+from flux4d.config import Config, config_from_dict
+from flux4d.loader import Loader
 from flux4d.notebooks import Notebook, dead_links, read_notebooks
+from flux4d.pandaset import PandaSet
 from flux4d.records import repo_root, runs_of_record
 from flux4d.repo import link_faults
+from flux4d.run import Run
+from flux4d.train import Trainer
 
 ROOT = repo_root(Path(__file__).parent)
 MODULES = sorted(p for p in (ROOT / "flux4d").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
@@ -286,6 +295,35 @@ def test_the_readme_is_short_and_speaks_plainly():
     assert len(table) <= 2 + 6 and {line.count("|") for line in table} == {1 + 5}
     pictures = [ROOT / p for p in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", readme)]
     assert pictures and sum(p.stat().st_size for p in pictures) < 2**20
+
+
+SMALL = dict(
+    data=dict(image_scale=0.5, loader_threads=1),
+    init=dict(fill_blocks=[64, 32], voxel_downsample=0.5),
+    voxel=dict(size=0.4),
+    model=dict(hidden=16, motion_prior=dict(reach=0), unet=dict(widths=[8, 16], blocks=1)),
+)
+
+
+@pytest.fixture
+def user_folder(tmp_path, monkeypatch):
+    "A folder as the README's reader has it: a data set with log 002, and a checkpoint."
+    torch.set_num_threads(1)
+    shutil.copytree(fixture_city() / "001", tmp_path / "data/pandaset/002")
+    cfg = config_from_dict(SMALL, Config)
+    clip = PandaSet(tmp_path / "data/pandaset")["002"].clip(start=0, cameras=("front_camera",))
+    loader = Loader([clip], cfg, LiftCache(tmp_path / "lifts"))
+    shutil.copy(Trainer(cfg, loader, Run(tmp_path / "run")).save(), tmp_path / "ckpt_best.pt")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_snippet_of_the_readme_runs(user_folder):
+    found = {}
+    exec(re.search(r"```python\n(.*?)```", page("README.md"), re.S)[1], found)
+    height, width = found["view"].height, found["view"].width
+    assert found["picture"].shape == (1, height, width, 3)
+    assert found["scene"].source["log"] == "002" and 0.2 < found["picture"].mean() < 0.8  # not an empty picture
 
 
 def commands():

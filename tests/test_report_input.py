@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from flux4d.records import repo_root, runs_of_record
 from flux4d.files import DataError
-from flux4d.report import (
+from flux4d.report_pages import (
     foreign_faults,
     read_record,
     report_main,
-    report_text,
     side_by_side,
     to_html,
-    write_pages,
+    write_report_pages,
 )
+from flux4d.report import report_text
 
 ROOT = repo_root(Path(__file__).parent)
 SOUND = next(
@@ -183,7 +183,7 @@ def test_no_file_outside_is_embedded(record, run, tmp_path):
     (run / "worst/0.jpg").unlink()
     (run / "worst/0.jpg").symlink_to(secret)  # a picture that leads out of the folder
     (run / "worst/1.jpg").write_text("no picture, a secret")  # and one that is none
-    write_pages(run, record)
+    write_report_pages(run, record)
     page = harmless((run / "report.html").read_text(encoding="utf-8"))
     sources = [a["src"] for t, a in page.tags if t == "img"]
     assert sum(s.startswith("data:image/jpeg;base64,") for s in sources) == min(5, len(record["worst"])) - 2
@@ -195,7 +195,7 @@ def test_no_file_outside_is_embedded(record, run, tmp_path):
 
 
 def test_pictures_are_embedded(record, run):
-    write_pages(run, record)
+    write_report_pages(run, record)
     page = harmless((run / "report.html").read_text(encoding="utf-8"))
     assert sum(a["src"].startswith("data:image/jpeg") for t, a in page.tags if t == "img") == len(
         record["worst"]

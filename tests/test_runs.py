@@ -28,8 +28,9 @@ from flux4d.run import logged_rows as logged
 from flux4d.run import Run, commit_of, newest_run
 from flux4d.file_damage import damaged_files, refuse_damaged
 from flux4d.checkpoint import load_checkpoint, trained_frames
-from flux4d.config import Config, DataConfig, TrainConfig
-from flux4d.train import Interrupted, Trainer, every, lr_at
+from flux4d.config import RENAMED, Config, DataConfig, TrainConfig, config_from_dict
+from flux4d.interrupt import Interrupted
+from flux4d.train import Trainer, every, lr_at
 from flux4d.loader import Loader, files_of
 from flux4d.model import load_model
 from flux4d.unet import UNetConfig
@@ -160,7 +161,7 @@ def test_end_of_training_writes_meta_without_a_checkpoint(trainer):
     t = trainer()
     t.run.write("meta.json", dict(machine="mine", trained=None))
     t.fit(2)
-    assert t.run.meta()["machine"] == "mine" and trained_frames(t.run.meta()) == t.trained
+    assert t.run.meta()["machine"] == "mine" and trained_frames(t.run.meta()) == t.trained_on.frames
 
 
 def test_weights_bring_their_history_and_two_data_sets_are_told_apart(trainer, tmp_path):
@@ -168,13 +169,13 @@ def test_weights_bring_their_history_and_two_data_sets_are_told_apart(trainer, t
     t.fit(2)
     path = t.save()
     other = clips_of(fabricate_log(tmp_path / "other", "002", speed=8.0).parent)
-    assert other[0].log.id in {log for log, _ in t.trained}  # the same id, another street
+    assert other[0].log.id in {log for log, _ in t.trained_on.frames}  # the same id, another street
     grown = trainer("second", clips=other)
     grown.resume(path, optimizer=False)
-    assert grown.trained == t.trained and grown.step == 0
+    assert grown.trained_on.frames == t.trained_on.frames and grown.step == 0
     grown.fit(1)
     found = trained_frames(grown.save())
-    assert {k: found[k] for k in t.trained} == t.trained
+    assert {k: found[k] for k in t.trained_on.frames} == t.trained_on.frames
     assert len({identity for log, identity in found if log == other[0].log.id}) == 2
 
 
@@ -596,7 +597,7 @@ def test_newest_run(tmp_path):
 
 
 def test_where_a_run_starts_and_writes(trainer, tmp_path, monkeypatch):
-    from flux4d.stage6 import resume_point
+    from flux4d.run_setup import resume_point
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="no run in papermill_runs has a checkpoint"):
@@ -688,6 +689,32 @@ def test_wrong_checkpoints_are_refused_in_a_sentence(trainer, tmp_path, what):
             load_model(tmp_path / "wrong.pt")
 
 
+OLDER = {
+    "a field that has another name now": lambda s: s["config"]["model"].update(votes={}),
+    "a model that is elsewhere now": lambda s: s.update(kind="flux4d.train:Flux4DBase"),
+}
+
+
+@pytest.mark.parametrize("what", OLDER)
+def test_checkpoints_of_earlier_versions_are_met_with_a_sentence(trainer, tmp_path, what):
+    s = trainer("first").state()
+    OLDER[what](s)
+    torch.save(s, tmp_path / "older.pt")
+    sentence = r"^older\.pt: [^\n]*(is 'model.motion_prior' now|flux4d.train:Flux4DBase', which this version)[^\n]*\.$"
+    with pytest.raises(DataError, match=sentence):
+        load_model(tmp_path / "older.pt")
+    for optimizer in (True, False):
+        with pytest.raises(DataError, match=sentence):
+            trainer("second", overwrite=True).resume(tmp_path / "older.pt", optimizer)
+
+
+def test_a_config_of_an_earlier_version_is_met_with_a_sentence():
+    for old, new in RENAMED.items():
+        part, name = old.split(".")
+        with pytest.raises(DataError, match=f"has '{old}', a field of an earlier version of flux4d that is '{new}'"):
+            config_from_dict({part: {name: 1}}, name="config.yaml")
+
+
 def test_an_optimizer_or_generator_that_does_not_fit_is_refused(trainer, tmp_path):
     for k, change in enumerate(
         (
@@ -771,7 +798,7 @@ def test_a_file_that_goes_bad_costs_its_steps_only(trainer):
         None if s in (1, 4) else t.loader.draw(s)[0] for s in range(6)
     ]
     assert (t.run.folder / "train.log").read_text().count("a clip is left out: 002/lidar/07.pkl.gz") == 2
-    assert load_checkpoint(t.run.folder / "ckpt_last.pt")["unread"] == t.unread and rows[-1]["unread"] == 2
+    assert load_checkpoint(t.run.folder / "ckpt_last.pt")["unread"] == t.trained_on.unread and rows[-1]["unread"] == 2
 
 
 def test_files_that_go_bad_are_bounded(trainer):
@@ -867,7 +894,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(trainer, number):
     assert not (t.run.folder / "metrics.json").exists()
     again = trainer(cfg=with_train(log_every=1), goes_on=True)
     again.resume(again.run.folder / "ckpt_last.pt")
-    assert again.step == 2 and again.pending == []
+    assert again.step == 2 and again.trained_on.pending == []
     again.fit(6)
 
     def same(t):

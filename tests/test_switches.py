@@ -20,7 +20,7 @@ from flux4d.pandaset import PandaSet
 from flux4d.predictor import PredictorConfig, decode_velocity, motion_feature_count
 from flux4d.records import repo_root
 from flux4d.presets import PRESETS, preset_config, preset_table
-from flux4d.refine import Flux4D, FullConfig, RefineConfig, feedback, feedback_features
+from flux4d.refine import Flux4D, FullConfig, RefineConfig, feedback
 from flux4d.loader import Loader
 from flux4d.train import Trainer
 from flux4d.config import config_from_dict, merged
@@ -105,7 +105,7 @@ def test_feedback_of_the_training_loss_follows_its_weights(clips, tmp_path):
     b = Loader(clips[:1], cfg, LiftCache(tmp_path / "cache")).batch(0)
     lift = b.inputs.scene
     still = lift.moving(torch.zeros(len(lift), 1, 3))
-    tell = RefineConfig(error="training", told="plain")
+    tell = RefineConfig(error="training", normalisation="plain")
 
     def say(loss, how=tell):
         return feedback(still, b.inputs.views, how, loss).grad
@@ -125,5 +125,5 @@ def test_no_prior_no_local_velocity_no_dead_zone():
     assert (decode_velocity(*ask, replace(free, dead_zone=0.5), use_dead_zone=True) == 0).all()
 
 
-def test_readme_shows_todays_presets():
-    assert preset_table() in (repo_root() / "README.md").read_text(encoding="utf-8"), "run make readme"
+def test_the_page_of_presets_is_todays():
+    assert preset_table() in (repo_root() / "docs/presets.md").read_text(encoding="utf-8"), "run make readme"

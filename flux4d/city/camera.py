@@ -4,21 +4,59 @@
 
 # %% ../../nbs/05g_camera.ipynb #4097808f
 from __future__ import annotations
+from typing import NamedTuple
 import numpy as np
 from embreex.rtcore_scene import EmbreeScene
-from .rays import Hits, RIG, Stage, cast, ego_pose, turned
+from .rays import RIG, Hits, Raycaster, Rays, cast, ego_pose, turned
 from .solids import MATERIALS
 from .street import Layout
-from .surfaces import SURFACES, Spots, noise, over, rgb, stuff
+from .surfaces import SURFACES, Spots, noise, over, plain, rgb
 from ..frames import intrinsics_matrix, pose_to_mat, scale_intrinsics
 
 # %% auto #0
-__all__ = ['MORE', 'sky', 'rays', 'camera_at', 'spots', 'free', 'sunlit', 'under', 'mirror', 'shade', 'outline', 'look', 'shoot']
+__all__ = ['MORE', 'RigCamera', 'camera_at', 'pixel_directions', 'sky', 'smooth_normals', 'surface_axes', 'surface_points',
+           'unblocked', 'sunlit', 'sky_left', 'mirror', 'textured', 'shade', 'edge_pixels', 'trace_pixels',
+           'photograph']
+
+# %% ../../nbs/05g_camera.ipynb #344b6056
+class RigCamera(NamedTuple):
+    "A camera of the rig at one moment."
+
+    K: np.ndarray  # (3,3) px
+    T: np.ndarray  # (4,4) camera (x right, y down, z forward) to street
+    when: float  # s since the log's start
+    width: int  # px
+    height: int  # px
+
+
+def camera_at(
+    caster: Raycaster,  # the street
+    name: str,  # a camera of the rig
+    tau: float,  # s, the LiDAR stamp since the log's start
+    scale: float,  # of the image
+) -> RigCamera:
+    "A camera of the rig at its own moment."
+    fx, fy, cx, cy, x, y, z, *q, ms = RIG[name]
+    when = tau + ms / 1e3
+    mounted = pose_to_mat(np.array([x, y, z]), np.array(q))
+    T = ego_pose(caster.street.ego, np.array([when]))[0] @ mounted
+    K = scale_intrinsics(intrinsics_matrix(fx, fy, cx, cy), scale)
+    return RigCamera(K, T, when, round(1920 * scale), round(1080 * scale))
+
+# %% ../../nbs/05g_camera.ipynb #0db8de76
+def pixel_directions(
+    camera: RigCamera,  # where from
+    uv: np.ndarray,  # (N,2) continuous px, pixel centres at +0.5
+) -> np.ndarray:  # (N,3) float32, unit, street
+    "Directions through points of the image."
+    K = camera.K
+    d = np.c_[(uv - K[:2, 2]) / K[[0, 1], [0, 1]], np.ones(len(uv))]
+    return (d / np.linalg.norm(d, axis=1, keepdims=True) @ camera.T[:3, :3].T).astype(np.float32)
 
 # %% ../../nbs/05g_camera.ipynb #8eabc5e3
 def sky(
     d: np.ndarray,  # (N,3) unit directions, street
-    lay: Layout,  # sun and tint
+    lay: Layout,  # light and texture
 ) -> np.ndarray:  # (N,3) linear light 0..1
     "A gradient from the horizon up, with cloud."
     z = d[:, 2].clip(0)
@@ -28,122 +66,93 @@ def sky(
     u = d[:, 0] * k
     v = d[:, 1] * k
     n = sum(noise(u * f, v * f, lay.texture + f) / f for f in (1, 2, 4))
-    return over(
-        c, np.clip(n * 0.9 + 0.35 - 0.5 * lay.light, 0, 1) * np.clip(z * 6, 0, 1), rgb(0.86, 0.87, 0.88)
-    )
+    cloud = np.clip(n * 0.9 + 0.35 - 0.5 * lay.light, 0, 1)
+    return over(c, cloud * np.clip(z * 6, 0, 1), rgb(0.86, 0.87, 0.88))
 
-# %% ../../nbs/05g_camera.ipynb #0db8de76
-def rays(
-    T: np.ndarray,  # (4,4) camera to street
-    K: np.ndarray,  # (3,3)
-    uv: np.ndarray,  # (N,2) continuous px
-) -> np.ndarray:  # (N,3) float32, unit, street
-    "Directions through pixels."
-    d = np.c_[(uv - K[:2, 2]) / K[[0, 1], [0, 1]], np.ones(len(uv))]
-    return (d / np.linalg.norm(d, axis=1, keepdims=True) @ T[:3, :3].T).astype(np.float32)
+# %% ../../nbs/05g_camera.ipynb #1526055f
+def smooth_normals(
+    caster: Raycaster,  # the street
+    h: Hits,  # M of them on something
+) -> np.ndarray:  # (M,3) unit, in the frame of each solid
+    "Normals blended between the corners of the face."
+    n = caster.normal[h.face]
+    a, b = h.uv.T[:, :, None]
+    n = n[:, 0] * (1 - a - b) + n[:, 1] * a + n[:, 2] * b
+    return n / np.linalg.norm(n, axis=1, keepdims=True).clip(1e-9)
 
-# %% ../../nbs/05g_camera.ipynb #344b6056
-def camera_at(
-    stage: Stage,  # the street
-    name: str,  # a camera of the rig
-    tau: float,  # s, the LiDAR stamp since the log's start
-    scale: float,  # of the image
-) -> tuple:  # K (3,3), camera to street (4,4), its own time s, width, height
-    "A camera of the rig at its own moment."
-    fx, fy, cx, cy, x, y, z, *q, ms = RIG[name]
-    when = tau + ms / 1e3
-    T = ego_pose(stage.street.ego, np.array([when]))[0] @ pose_to_mat(np.array([x, y, z]), np.array(q))
-    return (
-        scale_intrinsics(intrinsics_matrix(fx, fy, cx, cy), scale),
-        T,
-        when,
-        round(1920 * scale),
-        round(1080 * scale),
-    )
+
+def surface_axes(
+    n: np.ndarray,  # (M,3) unit normals
+) -> tuple:  # two (M,3) unit directions along the surface; on walls the second one is up
+    "Axes along a surface: x and y where it is flat, sideways and up elsewhere."
+    flat = abs(n[:, 2]) > 0.7
+    q = np.hypot(n[:, 0], n[:, 1]).clip(1e-6)
+    eu = np.stack([np.where(flat, 1, -n[:, 1] / q), np.where(flat, 0, n[:, 0] / q), 0 * q], 1)
+    return eu, np.stack([0 * q, flat, ~flat], 1).astype(np.float32)
 
 # %% ../../nbs/05g_camera.ipynb #383dc8cc
-def spots(
-    stage: Stage,  # the street
+def surface_points(
+    caster: Raycaster,  # the street
     h: Hits,  # M of them on something
     d: np.ndarray,  # (M,3) directions, street
     pixel: float,  # rad per pixel
 ) -> tuple:  # Spots and the normals (M,3) in the street's frame
     "Gather what the surfaces need: place, axes, pixel widths."
     p, heading, t, d = (a.astype(np.float32) for a in (h.local, h.heading, h.t, d))
-    n = stage.normal[h.face]
-    a, b = h.uv.T[:, :, None]
-    n = n[:, 0] * (1 - a - b) + n[:, 1] * a + n[:, 2] * b
-    n = n / np.linalg.norm(n, axis=1, keepdims=True).clip(1e-9)
-    ld = turned(d, -heading)
-    facing = (n * ld).sum(1)
-    n = np.where(facing[:, None] > 0, -n, n)
+    n = smooth_normals(caster, h)
+    towards = turned(d, -heading)
+    facing = (n * towards).sum(1)
+    n = np.where(facing[:, None] > 0, -n, n)  # the side that is seen
     cos = abs(facing).clip(0.03)
-    flat = abs(n[:, 2]) > 0.7
-    q = np.hypot(n[:, 0], n[:, 1]).clip(1e-6)
-    eu = np.stack([np.where(flat, 1, -n[:, 1] / q), np.where(flat, 0, n[:, 0] / q), 0 * q], 1)
-    ev = np.stack([0 * q, flat, ~flat], 1).astype(np.float32)
-    slope = ld + cos[:, None] * n
+    eu, ev = surface_axes(n)
+    slope = towards + cos[:, None] * n
     slope = slope / np.linalg.norm(slope, axis=1, keepdims=True).clip(1e-6)
 
-    def foot(e):
+    def width(e):  # of a pixel along one axis; longer where the ray grazes
         return np.float32(pixel) * t * np.sqrt(1 + (slope * e).sum(1) ** 2 * (1 / cos**2 - 1))
 
-    s = Spots(
-        p,
-        (p * eu).sum(1),
-        (p * ev).sum(1),
-        n,
-        foot(eu),
-        foot(ev),
-        stage.colour[h.face],
-        stage.seed[h.thing],
-        stage.size[h.thing],
-    )
-    return s, turned(n, heading)
+    along = (p * eu).sum(1), (p * ev).sum(1)
+    of_solid = caster.colour[h.face], caster.seed[h.thing], caster.size[h.thing]
+    return Spots(p, *along, n, width(eu), width(ev), *of_solid), turned(n, heading)
 
 # %% ../../nbs/05g_camera.ipynb #b68418ca
-def free(
+def unblocked(
     scene: EmbreeScene,  # a search tree
     o: np.ndarray,  # (N,3) m
     d: np.ndarray,  # (3,) unit
 ) -> np.ndarray:  # (N,) bool
     "Whether nothing lies in one direction."
-    return (
-        scene.run(
-            np.ascontiguousarray(o, np.float32),
-            np.tile(np.asarray(d, np.float32), (len(o), 1)),
-            query="OCCLUDED",
-        )
-        < 0
-    )
+    directions = np.tile(np.asarray(d, np.float32), (len(o), 1))
+    return scene.run(np.ascontiguousarray(o, np.float32), directions, query="OCCLUDED") < 0
 
 # %% ../../nbs/05g_camera.ipynb #1efbab11
 def sunlit(
-    stage: Stage,  # the street
+    caster: Raycaster,  # the street
     x: np.ndarray,  # (M,3) points, street, m
     tau: float,  # s
     ask: np.ndarray,  # (M,) bool, points that face the sun
 ) -> np.ndarray:  # (M,) 1 in the sun, 0 in shadow
     "One ray towards the sun from each point."
     out = np.zeros(len(x), np.float32)
-    sun = np.array(stage.street.layout.sun)
+    sun = np.array(caster.street.layout.sun)
     k = np.nonzero(ask)[0]
-    k = k[free(stage.still, x[k], sun)]
+    k = k[unblocked(caster.still, x[k], sun)]
     out[k] = 1
-    across = np.linalg.svd(sun[None])[2][1:].T
+    across = np.linalg.svd(sun[None])[2][1:].T  # (3,2) axes of the plane that the sun looks down on
     flat = x[k] @ across.astype(np.float32)
-    for i, q in stage.around(tau).items():
-        if i not in stage.movers:
+    for i, q in caster.near_ego(tau).items():
+        if i not in caster.movers:
             continue
-        off = flat - ((np.r_[q[:2], 0] + stage.middle[i]) @ across).astype(np.float32)
-        m = k[off[:, 0] ** 2 + off[:, 1] ** 2 < stage.radius[i] ** 2]
+        off = flat - ((np.r_[q[:2], 0] + caster.middle[i]) @ across).astype(np.float32)
+        m = k[off[:, 0] ** 2 + off[:, 1] ** 2 < caster.radius[i] ** 2]  # a mover between here and the sun
         if len(m):
-            out[m] *= free(stage.movers[i], turned(x[m] - stage.base(i, q[None]), -q[2]), turned(sun, -q[2]))
+            own = turned(x[m] - caster.base(i, q[None]), -q[2])
+            out[m] *= unblocked(caster.movers[i], own, turned(sun, -q[2]))
     return out
 
 # %% ../../nbs/05g_camera.ipynb #cbb6919a
-def under(
-    stage: Stage,  # the street
+def sky_left(
+    caster: Raycaster,  # the street
     x: np.ndarray,  # (M,3) points, street, m
     tau: float,  # s
 ) -> np.ndarray:  # (M,) share of the sky that is left
@@ -153,8 +162,8 @@ def under(
     k = k[np.argsort(x[k, 0])]
     low = x[k]
     keep = np.ones(len(k), np.float32)
-    for i, q in stage.around(tau).items():
-        l, w = stage.size[i, :2]
+    for i, q in caster.near_ego(tau).items():
+        l, w = caster.size[i, :2]
         a, b = np.searchsorted(low[:, 0], rgb(q[0] - l, q[0] + l))
         if b == a:
             continue
@@ -170,21 +179,35 @@ def mirror(
     c: np.ndarray,  # (M,3) linear light so far
     d: np.ndarray,  # (M,3) unit, street
     n: np.ndarray,  # (M,3) unit normals, street
-    mat: np.ndarray,  # (M,) materials
+    material: np.ndarray,  # (M,) index into MATERIALS
 ) -> np.ndarray:  # (M,3)
     "Sky reflected in glass and paint, more at grazing angles."
     glass = MATERIALS.index("glass")
     paint = MATERIALS.index("paint")
-    k = np.nonzero((mat == glass) | (mat == paint))[0]
+    k = np.nonzero((material == glass) | (material == paint))[0]
     cos = (d[k] * n[k]).sum(1)
-    gloss = (0.05 + 0.75 * (1 - abs(cos)) ** 4) * np.where(mat[k] == glass, 1.0, 0.6)
+    gloss = (0.05 + 0.75 * (1 - abs(cos)) ** 4) * np.where(material[k] == glass, 1.0, 0.6)
     up = np.clip((d[k, 2] - 2 * cos * n[k, 2]) * 4 + 0.3, 0.12, 1)
     c[k] += (gloss * up)[:, None] * rgb(0.62, 0.68, 0.75)
     return c
 
+# %% ../../nbs/05g_camera.ipynb #a1f0b2ed
+def textured(
+    caster: Raycaster,  # the street
+    s: Spots,  # M points, sorted by material
+    material: np.ndarray,  # (M,) index into MATERIALS, ascending
+) -> np.ndarray:  # (M,3) 0..1
+    "The colour of each point, by the function of its material."
+    c = np.empty((len(material), 3), np.float32)
+    cut = np.searchsorted(material, np.arange(len(MATERIALS) + 1))
+    for name, i, j in zip(MATERIALS, cut, cut[1:]):
+        part = Spots(*(a[i:j] for a in s))
+        c[i:j] = SURFACES.get(name, plain)(part, caster.street.layout)
+    return c
+
 # %% ../../nbs/05g_camera.ipynb #8e415864
 def shade(
-    stage: Stage,  # the street
+    caster: Raycaster,  # the street
     h: Hits,  # M of them on something
     o: np.ndarray,  # (3,) camera, street, m
     d: np.ndarray,  # (M,3) unit, street
@@ -192,44 +215,38 @@ def shade(
     pixel: float,  # rad per pixel
 ) -> np.ndarray:  # (M,3) linear light 0..1
     "Colour of surface points: texture, sky light, sun, mirror, haze."
-    order = np.argsort(stage.material[h.face], kind="stable")
+    order = np.argsort(caster.material[h.face], kind="stable")
     h = h.pick(order)
     d = d[order]
-    lay = stage.street.layout
-    mat = stage.material[h.face]
-    s, n = spots(stage, h, d, pixel)
-    c = np.empty((len(mat), 3), np.float32)
-    cut = np.searchsorted(mat, np.arange(len(MATERIALS) + 1))
-    for k, i, j in zip(MATERIALS, cut, cut[1:]):
-        c[i:j] = SURFACES.get(k, stuff)(Spots(*(a[i:j] for a in s)), lay)
+    lay = caster.street.layout
+    material = caster.material[h.face]
+    s, n = surface_points(caster, h, d, pixel)
+    c = textured(caster, s, material)
     x = (o + h.t[:, None] * d).astype(np.float32)
     facing = (n @ rgb(*lay.sun)).clip(0)
-    lit = facing * sunlit(stage, x + n * np.float32(0.02), tau, facing > 0)
-    dome = np.float32(0.78 - 0.14 * lay.light) * (0.62 + 0.38 * n[:, 2]) * under(stage, x, tau)
-    c = c.clip(0, 1) ** 2 * (
-        dome[:, None] * rgb(0.95, 1.0, 1.08)
-        + (np.float32(1.15 * lay.light) * lit)[:, None] * rgb(1.08, 1.0, 0.88)
-    )
-    c = mirror(c, d, n, mat)
+    lit = facing * sunlit(caster, x + n * np.float32(0.02), tau, facing > 0)
+    dome = np.float32(0.78 - 0.14 * lay.light) * (0.62 + 0.38 * n[:, 2]) * sky_left(caster, x, tau)
+    from_sun = (np.float32(1.15 * lay.light) * lit)[:, None] * rgb(1.08, 1.0, 0.88)
+    c = c.clip(0, 1) ** 2 * (dome[:, None] * rgb(0.95, 1.0, 1.08) + from_sun)
+    c = mirror(c, d, n, material)
+    haze = 1 - np.exp(-h.t.astype(np.float32) / 1100)
     out = np.empty_like(c)
-    out[order] = over(c, 1 - np.exp(-h.t.astype(np.float32) / 1100), rgb(0.70, 0.75, 0.80))
+    out[order] = over(c, haze, rgb(0.70, 0.75, 0.80))
     return out
 
 # %% ../../nbs/05g_camera.ipynb #2a7ee593
-MORE = np.array([[0.30, 0.17], [-0.30, -0.17]])  # px, further samples of a pixel
-
-
-def outline(
-    stage: Stage,  # the street
+def edge_pixels(
+    caster: Raycaster,  # the street
     hit: Hits,  # one per pixel
     h: int,  # px
     w: int,  # px
 ) -> np.ndarray:  # (h*w,) bool
     "Pixels beside another solid, material or side; inside foliage there are none."
-    mat = stage.material[hit.face]
-    n = turned(stage.normal[hit.face, 0], hit.heading)
-    key = hit.thing * 1000.0 + mat * 50 + np.round(n @ [3.0, 5.0, 8.0])
-    key = np.where(hit.thing < 0, -1, np.where(mat == MATERIALS.index("leaf"), -2.0, key)).reshape(h, w)
+    material = caster.material[hit.face]
+    n = turned(caster.normal[hit.face, 0], hit.heading)
+    key = hit.thing * 1000.0 + material * 50 + np.round(n @ [3.0, 5.0, 8.0])
+    key = np.where(material == MATERIALS.index("leaf"), -2.0, key)
+    key = np.where(hit.thing < 0, -1, key).reshape(h, w)
     out = np.zeros((h, w), bool)
     dx = key[:, 1:] != key[:, :-1]
     dy = key[1:] != key[:-1]
@@ -240,40 +257,42 @@ def outline(
     return out.ravel()
 
 # %% ../../nbs/05g_camera.ipynb #ad9402d5
-def look(
-    stage: Stage,  # the street
-    T: np.ndarray,  # (4,4) camera to street
-    K: np.ndarray,  # (3,3)
+def trace_pixels(
+    caster: Raycaster,  # the street
+    camera: RigCamera,  # where from, and when
     uv: np.ndarray,  # (N,2) continuous px
-    when: float,  # s
 ) -> tuple:  # linear light (N,3) and Hits
     "What a camera sees through given points of its image."
-    d = rays(T, K, uv)
-    hit = cast(stage, T[None, :3, 3].astype(np.float32), d[None], np.array([when]))
+    T, when = camera.T, camera.when
+    d = pixel_directions(camera, uv)
+    hit = cast(caster, Rays(T[None, :3, 3].astype(np.float32), d[None], np.array([when])))
     c = np.empty(d.shape, np.float32)
     miss = hit.thing < 0
     k = np.nonzero(~miss)[0]
-    c[miss] = sky(d[miss], stage.street.layout)
-    c[k] = shade(stage, hit.pick(k), T[:3, 3], d[k], when, 1 / K[0, 0])
+    c[miss] = sky(d[miss], caster.street.layout)
+    c[k] = shade(caster, hit.pick(k), T[:3, 3], d[k], when, 1 / camera.K[0, 0])
     return c, hit
 
 # %% ../../nbs/05g_camera.ipynb #96049f25
-def shoot(
-    stage: Stage,  # the street
+MORE = np.array([[0.30, 0.17], [-0.30, -0.17]])  # px, further samples of a pixel
+
+
+def photograph(
+    caster: Raycaster,  # the street
     name: str,  # a camera of the rig
     tau: float,  # s, the LiDAR stamp since the log's start
     scale: float = 0.25,  # of the image
     smooth: bool = True,  # sample outlines again
 ) -> tuple:  # image uint8 (H,W,3), thing per pixel (H,W), -1 in the sky
-    "One photograph."
-    K, T, when, w, h = camera_at(stage, name, tau, scale)
+    "One image, and what is behind each pixel."
+    camera = camera_at(caster, name, tau, scale)
+    h, w = camera.height, camera.width
     v, u = np.mgrid[:h, :w] + 0.5
     uv = np.stack([u.ravel(), v.ravel()], 1)
-    c, hit = look(stage, T, K, uv, when)
+    c, hit = trace_pixels(caster, camera, uv)
     if smooth:
-        k = np.nonzero(outline(stage, hit, h, w))[0]
-        more, _ = look(stage, T, K, (uv[k] + MORE[:, None]).reshape(-1, 2), when)
+        k = np.nonzero(edge_pixels(caster, hit, h, w))[0]
+        more, _ = trace_pixels(caster, camera, (uv[k] + MORE[:, None]).reshape(-1, 2))
         c[k] = (c[k] + more.reshape(len(MORE), -1, 3).sum(0)) / (1 + len(MORE))
-    return np.round(255 * np.sqrt(np.clip(c, 0, 1))).astype(np.uint8).reshape(h, w, 3), hit.thing.reshape(
-        h, w
-    )
+    image = np.round(255 * np.sqrt(np.clip(c, 0, 1))).astype(np.uint8)
+    return image.reshape(h, w, 3), hit.thing.reshape(h, w)

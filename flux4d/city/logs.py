@@ -14,8 +14,8 @@ from multiprocessing import get_context
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
-from .camera import camera_at, shoot
-from .rays import RIG, SCANNER, SWEEP, Stage, _HEADING, ego_pose, make_street, sweep
+from .camera import camera_at, photograph
+from .rays import RIG, SCANNER, SWEEP, Raycaster, CAMERA_HEADING, TrueSweep, ego_pose, make_street, sweep
 from .street import Thing
 from ..files import DataError, atomic_write
 from ..frames import mat_to_quat, transform_points
@@ -27,15 +27,15 @@ __all__ = ['SEEN_BY', 'COLUMNS', 'RANGES', 'PART', 'CITY_EXAMPLES', 'box_time', 
 
 # %% ../../nbs/05h_logs.ipynb #de93b2eb
 def box_time(
-    stage: Stage,  # the street
+    caster: Raycaster,  # the street
     i: int,  # a thing
     tau: float,  # s, the sweep's stamp since the log's start
 ) -> float:  # s, when the beam passes the thing's middle
     "Solve for the moment the scanner points at a thing."
     when = np.array([tau - SWEEP / 2])
     for _ in range(4):
-        T = ego_pose(stage.street.ego, when)[0]
-        q = stage.poses(i, when)[0]
+        T = ego_pose(caster.street.ego, when)[0]
+        q = caster.poses(i, when)[0]
         x, y, _ = T[:3, :3].T @ (np.r_[q[:2], 0] - T[:3, 3]) - SCANNER["at"]
         az = np.arctan2(x, y)
         when = np.array([tau + (np.angle(np.exp(1j * az)) / (2 * np.pi) - 0.5) * SWEEP])
@@ -54,7 +54,7 @@ def camera_used(
 ) -> int:  # PandaSet's number of a camera
     "The camera whose middle is nearest, in fields of view."
     q = ego[:3, :3].T @ (p - ego[:3, 3])
-    off = abs((np.degrees(np.arctan2(q[0], q[1])) - _HEADING + 180) % 360 - 180) / _WIDE
+    off = abs((np.degrees(np.arctan2(q[0], q[1])) - CAMERA_HEADING + 180) % 360 - 180) / _WIDE
     return SEEN_BY[RIG.columns[off.argmin()]]
 
 # %% ../../nbs/05h_logs.ipynb #0d2650cb
@@ -113,24 +113,24 @@ def box_row(
 
 # %% ../../nbs/05h_logs.ipynb #9e2c804b
 def boxes(
-    stage: Stage,  # the street
-    s: dict,  # the sweep of the same stamp
+    caster: Raycaster,  # the street
+    s: TrueSweep,  # the sweep of the same stamp
     tau: float,  # s, the sweep's stamp since the log's start
     reach: float = 100.0,  # m; farther ones are boxed only if the sweep hit them
 ) -> pd.DataFrame:  # PandaSet's cuboid columns, world frame
     "The label file of one frame."
-    W = stage.street.world
+    W = caster.street.world
     rows = []
-    ego = ego_pose(stage.street.ego, np.array([tau]))[0]
-    order = np.argsort(s["thing"], kind="stable")
-    ids = s["thing"][order]
-    for i, t in enumerate(stage.street.things):
+    ego = ego_pose(caster.street.ego, np.array([tau]))[0]
+    order = np.argsort(s.thing, kind="stable")
+    ids = s.thing[order]
+    for i, t in enumerate(caster.street.things):
         if not t.label:
             continue
         a, b = np.searchsorted(ids, [i, i + 1])
-        own = np.sort(s["tau"][order[a:b]])
-        when = own[len(own) // 2] if b > a else box_time(stage, i, tau) if t.motion.moves else tau
-        x, y, h = stage.poses(i, np.array([when]))[0]
+        own = np.sort(s.tau[order[a:b]])
+        when = own[len(own) // 2] if b > a else box_time(caster, i, tau) if t.motion.moves else tau
+        x, y, h = caster.poses(i, np.array([when]))[0]
         centre = np.array([x, y, t.z + t.size[2] / 2])
         if b == a and np.hypot(*(centre - ego[:3, 3])[:2]) > reach:
             continue
@@ -177,7 +177,7 @@ def pose_records(
 
 # %% ../../nbs/05h_logs.ipynb #0285692d
 def write_frame(
-    stage: Stage,  # the street
+    caster: Raycaster,  # the street
     log: Path,  # the log's folder
     truth: Path,  # folder of the log's truth
     frame: int,  # frame id
@@ -186,34 +186,34 @@ def write_frame(
 ) -> None:
     "One frame: sweep, labels, photographs, truth."
     tau = frame * SWEEP
-    W = stage.street.world
+    W = caster.street.world
     n = f"{frame:02d}"
-    first = stage.street.standing
-    s = sweep(stage, tau, cfg["step"])
-    x, y, z = np.round(transform_points(W, s["points"]), 3).T
+    first = caster.street.standing
+    s = sweep(caster, tau, cfg["step"])
+    x, y, z = np.round(transform_points(W, s.points), 3).T
     index = pd.RangeIndex(len(x), name="index")
     table = pd.DataFrame(
-        dict(x=x, y=y, z=z, i=s["intensity"], t=np.round(stamp + s["tau"], 6), d=np.zeros(len(x), np.int64)),
+        dict(x=x, y=y, z=z, i=s.intensity, t=np.round(stamp + s.tau, 6), d=np.zeros(len(x), np.int64)),
         index=index,
     )
     dump(table, log / f"lidar/{n}.pkl.gz")
-    dump(boxes(stage, s, tau), log / f"annotations/cuboids/{n}.pkl.gz")
+    dump(boxes(caster, s, tau), log / f"annotations/cuboids/{n}.pkl.gz")
 
     def mover(thing):
         return np.where(thing < first, -1, thing)
 
     for c in cfg["cameras"]:
-        image, thing = shoot(stage, c, tau, cfg["scale"])
+        image, thing = photograph(caster, c, tau, cfg["scale"])
         for folder in (log / f"camera/{c}", truth / c):
             folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(log / f"camera/{c}/{n}.jpg", quality=92, subsampling=0)
         Image.fromarray((mover(thing) + 1).astype(np.uint16)).save(
             truth / c / f"{n}.png"
         )  # 0 where nothing moves
-    flow = (s["flow"] @ W[:3, :3].T).astype(np.float32)
+    flow = (s.flow @ W[:3, :3].T).astype(np.float32)
     truth.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(
-        truth / f"{n}.npz", flow=flow, dynamic=s["dynamic"], object=mover(s["thing"]).astype(np.int32)
+        truth / f"{n}.npz", flow=flow, dynamic=s.dynamic, object=mover(s.thing).astype(np.int32)
     )
 
 # %% ../../nbs/05h_logs.ipynb #c46041d4
@@ -227,15 +227,15 @@ def write_json(
 
 # %% ../../nbs/05h_logs.ipynb #52a377c7
 def write_lists(
-    stage: Stage,  # the street
+    caster: Raycaster,  # the street
     log: Path,  # the log's folder
     truth: Path,  # folder of the log's truth
     stamps: np.ndarray,  # (F,) epoch s
     cfg: dict,  # scale, cameras
 ) -> None:
     "Poses, stamps, intrinsics, GPS and the names of the movers."
-    W = stage.street.world
-    ego = stage.street.ego
+    W = caster.street.world
+    ego = caster.street.ego
     tau = stamps - stamps[0]
     T = W @ ego_pose(ego, tau)
     T[:, :3, 3] = np.round(T[:, :3, 3], 9) + 0.0
@@ -250,17 +250,17 @@ def write_lists(
         for (x, y, _), v in places
     ]
     for c in cfg["cameras"]:
-        K, *_ = camera_at(stage, c, 0.0, cfg["scale"])
-        shots = [camera_at(stage, c, t, cfg["scale"]) for t in tau]
+        K = camera_at(caster, c, 0.0, cfg["scale"]).K
+        shots = [camera_at(caster, c, t, cfg["scale"]) for t in tau]
         lists[f"camera/{c}/intrinsics"] = {
             k: float(K[i]) for k, i in (("fx", (0, 0)), ("fy", (1, 1)), ("cx", (0, 2)), ("cy", (1, 2)))
         }
-        lists[f"camera/{c}/poses"] = pose_records(np.stack([W @ s[1] for s in shots]))
-        lists[f"camera/{c}/timestamps"] = [float(stamps[0] + s[2]) for s in shots]
+        lists[f"camera/{c}/poses"] = pose_records(np.stack([W @ s.T for s in shots]))
+        lists[f"camera/{c}/timestamps"] = [float(stamps[0] + s.when) for s in shots]
     for k, v in lists.items():
         write_json(v, log / f"{k}.json")
     write_json(
-        {i: dict(uuid=t.uuid, label=t.label) for i, t in enumerate(stage.street.things) if t.motion.moves},
+        {i: dict(uuid=t.uuid, label=t.label) for i, t in enumerate(caster.street.things) if t.motion.moves},
         truth / "objects.json",
     )
 
@@ -269,9 +269,9 @@ def write_lists(
 def stage_of(
     log_id: str,  # e.g. "001"
     seed: int,  # of the city
-) -> Stage:  # ready for rays
-    "The stage of the log a worker is busy with."
-    return Stage(make_street(log_id, seed))
+) -> Raycaster:  # ready for rays
+    "The caster of the log a worker is busy with."
+    return Raycaster(make_street(log_id, seed))
 
 # %% ../../nbs/05h_logs.ipynb #3ec4fbe1
 def write_part(
@@ -281,13 +281,13 @@ def write_part(
     cfg: dict,  # the city's parameters
 ) -> str:  # the log id
     "A worker's share: some frames of one log."
-    stage = stage_of(log_id, cfg["seed"])
+    caster = stage_of(log_id, cfg["seed"])
     part = Path(out) / "_part" / log_id
     stamps = log_stamps(log_id, cfg["frames"])
     for f in frames:
-        write_frame(stage, part / "log", part / "truth", f, stamps[0], cfg)
+        write_frame(caster, part / "log", part / "truth", f, stamps[0], cfg)
     if 0 in frames:
-        write_lists(stage, part / "log", part / "truth", stamps, cfg)
+        write_lists(caster, part / "log", part / "truth", stamps, cfg)
     return log_id
 
 # %% ../../nbs/05h_logs.ipynb #11ac62fe

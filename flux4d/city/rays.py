@@ -8,133 +8,45 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from embreex.rtcore_scene import EmbreeScene
-from embreex.mesh_construction import TriangleMesh
 from .solids import MATERIALS, join, nearest, search_tree
 from .street import Layout, Motion, scenery
 from .traffic import drive, traffic
 from ..frames import quat_to_mat, se3
 
 # %% auto #0
-__all__ = ['RIG', 'BEAMS', 'SCANNER', 'SWEEP', 'GLOW', 'ego_pose', 'Street', 'make_street', 'turned', 'Stage', 'Hits', 'near',
-           'cast', 'beam_columns', 'sweep', 'glow']
+__all__ = ['RIG', 'CAMERA_HEADING', 'BEAMS', 'SCANNER', 'SWEEP', 'INTENSITY', 'ego_pose', 'Street', 'make_street', 'turned',
+           'Raycaster', 'Rays', 'Hits', 'rays_near_ball', 'cast_standing', 'cast_mover', 'cast', 'beam_directions',
+           'beam_columns', 'TrueSweep', 'intensity_of', 'sweep']
 
 # %% ../../nbs/05e_rays.ipynb #fc4aa440
-RIG = pd.DataFrame(
-    {  # intrinsics at 1920x1080 px; pose in the LiDAR frame (x right, y forward, z up) m; quaternion w x y z; ms after the LiDAR stamp
-        "front_camera": (
-            1970.01,
-            1970.01,
-            970.00,
-            483.30,
-            0.000,
-            0.853,
-            1.808,
-            0.70825,
-            -0.70590,
-            -0.00824,
-            -0.00513,
-            -49.84,
-        ),
-        "front_left_camera": (
-            929.84,
-            930.06,
-            972.18,
-            508.01,
-            -0.645,
-            1.517,
-            1.533,
-            0.62014,
-            -0.61823,
-            -0.34042,
-            0.34254,
-            -60.64,
-        ),
-        "front_right_camera": (
-            930.04,
-            930.03,
-            965.05,
-            463.42,
-            0.601,
-            1.488,
-            1.604,
-            0.62540,
-            -0.61261,
-            0.34222,
-            -0.34129,
-            -39.06,
-        ),
-        "left_camera": (
-            930.45,
-            930.09,
-            991.69,
-            541.61,
-            -0.536,
-            0.554,
-            1.579,
-            0.49914,
-            -0.48715,
-            -0.50443,
-            0.50901,
-            -81.20,
-        ),
-        "right_camera": (
-            922.55,
-            922.42,
-            945.06,
-            517.58,
-            0.695,
-            0.593,
-            1.552,
-            0.51059,
-            -0.50158,
-            0.49069,
-            -0.49693,
-            -18.55,
-        ),
-        "back_camera": (
-            933.47,
-            934.68,
-            896.47,
-            507.36,
-            0.033,
-            -0.249,
-            1.652,
-            0.01199,
-            -0.00941,
-            0.70588,
-            -0.70817,
-            -99.88,
-        ),
-    },
-    index="fx fy cx cy x y z qw qx qy qz offset".split(),
+_FIELDS = "fx fy cx cy x y z qw qx qy qz offset".split()
+# intrinsics at 1920x1080 px; place in the LiDAR frame (x right, y forward, z up), m; quaternion; ms after the LiDAR stamp
+_CAMERAS = """
+front_camera       1970.01 1970.01 970.00 483.30   0.000  0.853 1.808  0.70825 -0.70590 -0.00824 -0.00513 -49.84
+front_left_camera   929.84  930.06 972.18 508.01  -0.645  1.517 1.533  0.62014 -0.61823 -0.34042  0.34254 -60.64
+front_right_camera  930.04  930.03 965.05 463.42   0.601  1.488 1.604  0.62540 -0.61261  0.34222 -0.34129 -39.06
+left_camera         930.45  930.09 991.69 541.61  -0.536  0.554 1.579  0.49914 -0.48715 -0.50443  0.50901 -81.20
+right_camera        922.55  922.42 945.06 517.58   0.695  0.593 1.552  0.51059 -0.50158  0.49069 -0.49693 -18.55
+back_camera         933.47  934.68 896.47 507.36   0.033 -0.249 1.652  0.01199 -0.00941  0.70588 -0.70817 -99.88
+"""
+RIG = pd.DataFrame(  # a column a camera
+    {name: map(float, numbers) for name, *numbers in map(str.split, _CAMERAS.strip().splitlines())}, _FIELDS
 )
-BEAMS = np.r_[
-    14.882,
-    11.032,
-    8.059,
-    5.057,
-    3.040,
+_AHEAD = quat_to_mat(RIG.loc[["qw", "qx", "qy", "qz"]].values.T)[:, :, 2]  # viewing directions, LiDAR frame
+CAMERA_HEADING = np.degrees(np.arctan2(_AHEAD[:, 0], _AHEAD[:, 1]))  # (6,) degrees right of forward
+
+# %% ../../nbs/05e_rays.ipynb #0222537f
+BEAMS = np.r_[  # (64,) elevation of the scanner's beams, degrees
+    [14.882, 11.032, 8.059, 5.057, 3.040],
     2.028 - 0.1675 * np.arange(49),
-    -7.076,
-    -8.0,
-    -9.0,
-    -9.98,
-    -10.96,
-    -11.94,
-    -12.92,
-    -13.88,
-    -18.889,
-    -24.897,
-]  # degrees
-SCANNER = dict(
-    at=(0.0, 0.757, 1.847), pitch=0.0158, axle=0.37
-)  # m and rad in the LiDAR frame; axle: its height above the road, m
-SWEEP = 0.1  # s per turn; the seam is behind the car
-_AHEAD = quat_to_mat(RIG.loc[["qw", "qx", "qy", "qz"]].values.T)[
-    :, :, 2
-]  # each camera's viewing direction in the LiDAR frame
-_HEADING = np.degrees(np.arctan2(_AHEAD[:, 0], _AHEAD[:, 1]))  # degrees right of forward
+    [-7.076, -8.0, -9.0, -9.98, -10.96, -11.94, -12.92, -13.88, -18.889, -24.897],
+]
+SCANNER = dict(  # in the LiDAR frame
+    at=(0.0, 0.757, 1.847),  # m
+    pitch=0.0158,  # rad
+    axle=0.37,  # height of the frame's origin above the road, m
+)
+SWEEP = 0.1  # s per turn; a turn begins and ends behind the vehicle
 
 # %% ../../nbs/05e_rays.ipynb #31c5863f
 def ego_pose(
@@ -184,52 +96,51 @@ def turned(
     return np.stack([v[..., 0] * c - v[..., 1] * s, v[..., 0] * s + v[..., 1] * c, v[..., 2]], -1)
 
 # %% ../../nbs/05e_rays.ipynb #cda1c5e9
-class Stage:
-    "A street made ready for rays."
+class Raycaster:
+    "A street made ready for rays: search trees, and one table of all faces."
 
     def __init__(
         self,
         street: Street,  # one log's world
     ) -> None:
-        "Build the search trees and one table of faces."
-        self.street, things, n = street, street.things, street.standing
-        self.pose0 = np.array([t.motion.pose(np.zeros(1))[0] for t in things])
+        "Build the trees and the table."
+        things, n = street.things, street.standing
+        self.street = street
+        self.pose0 = np.array([t.motion.pose(np.zeros(1))[0] for t in things])  # (N,3) x, y, heading at time 0
         self.z = np.array([t.z for t in things])
-        self.base0 = np.c_[self.pose0[:, :2], self.z, self.pose0[:, 2]]
+        self.base0 = np.c_[self.pose0[:, :2], self.z, self.pose0[:, 2]]  # (N,4) x, y, z, heading
         self.seed = np.array([t.seed for t in things])
         self.size = np.array([t.size for t in things], np.float32)
-        self.first = np.r_[0, np.cumsum([len(t.mesh) for t in things])]
-        self.owner = np.repeat(np.arange(len(things)), np.diff(self.first))
+        self.first = np.r_[0, np.cumsum([len(t.mesh) for t in things])]  # (N+1,) each thing's first face
+        self.owner = np.repeat(np.arange(len(things)), np.diff(self.first))  # (F,) thing of each face
         every = join([t.mesh for t in things])
         self.normal = every.normal.astype(np.float32)
         self.material = every.material
         self.colour = every.colour.astype(np.float32)
         o = self.owner[: self.first[n]]
-        base = np.c_[self.pose0[:, :2], self.z]
-        self.still = search_tree(turned(every.xyz[: len(o)], self.pose0[o, None, 2]) + base[o, None])
+        standing = turned(every.xyz[: len(o)], self.pose0[o, None, 2]) + self.base0[o, None, :3]
+        self.still = search_tree(standing)
         self.movers = {i: search_tree(things[i].mesh.xyz) for i in range(n, len(things))}
         self.boxed = np.array([bool(t.label) for t in things[:n]])
         self.middle = np.c_[np.zeros((len(things), 2)), self.size[:, 2] / 2 + self.z]
-        self.radius = np.linalg.norm(self.size, axis=1) / 2 + 0.3
+        self.radius = np.linalg.norm(self.size, axis=1) / 2 + 0.3  # of a ball that holds the thing, m
 
 # %% ../../nbs/05e_rays.ipynb #4f6e478e
 @patch
 def poses(
-    self: Stage,
+    self: Raycaster,
     i: int,  # a thing's index
     tau: np.ndarray,  # (G,) s
 ) -> np.ndarray:  # (G,3) x, y, heading
     "Where one thing is at given times."
-    return (
-        self.street.things[i].motion.pose(tau)
-        if i >= self.street.standing
-        else np.broadcast_to(self.pose0[i], (len(tau), 3))
-    )
+    if i >= self.street.standing:
+        return self.street.things[i].motion.pose(tau)
+    return np.broadcast_to(self.pose0[i], (len(tau), 3))
 
-# %% ../../nbs/05e_rays.ipynb #e5e8adb6
+# %% ../../nbs/05e_rays.ipynb #7d5b22c4
 @patch
 def base(
-    self: Stage,
+    self: Raycaster,
     i: int,  # a thing's index
     q: np.ndarray,  # (G,3) its poses
 ) -> np.ndarray:  # (G,3) m
@@ -238,28 +149,42 @@ def base(
 
 # %% ../../nbs/05e_rays.ipynb #57f64bb7
 @patch
-def around(
-    self: Stage,
+def near_ego(
+    self: Raycaster,
     tau: float,  # s
     reach: float = 70.0,  # m
 ) -> dict:  # index of a labelled thing or mover -> (3,) x, y, heading
-    "What road users and boxed things are near the ego."
+    "What road users and labelled things are near the ego."
     eye = self.street.ego.pose(np.array([tau]))[0]
-    t = np.array([tau])
-    n = self.street.standing
-    still = np.nonzero(self.boxed & (np.hypot(*(self.pose0 - eye)[:n, :2].T) < reach))[0]
-    moving = {i: self.poses(i, t)[0] for i in self.movers}
-    return {i: self.pose0[i] for i in still} | {
-        i: q for i, q in moving.items() if np.hypot(*(q - eye)[:2]) < reach
-    }
+    away = np.hypot(*(self.pose0 - eye)[: self.street.standing, :2].T)
+    still = np.nonzero(self.boxed & (away < reach))[0]
+    moving = {i: self.poses(i, np.array([tau]))[0] for i in self.movers}
+    close = {i: q for i, q in moving.items() if np.hypot(*(q - eye)[:2]) < reach}
+    return {i: self.pose0[i] for i in still} | close
 
 # %% ../../nbs/05e_rays.ipynb #0bc0ba16
+class Rays(NamedTuple):
+    "G groups of R rays; the rays of a group share an origin and a time."
+
+    o: np.ndarray  # (G,3) origins, street, m
+    d: np.ndarray  # (G,R,3) unit directions, street
+    tau: np.ndarray  # (G,) s since the log's start
+
+    def cone(self) -> tuple | None:  # unit axis (3,) and half angle, rad; None for several groups
+        "A cone that holds all rays of a single group."
+        if len(self.d) != 1:
+            return None
+        axis = self.d[0].mean(0, dtype=float)
+        axis /= np.linalg.norm(axis)
+        return axis, np.arccos((self.d[0] @ axis.astype(self.d.dtype)).min().clip(-1, 1))
+
+# %% ../../nbs/05e_rays.ipynb #c5773345
 class Hits(NamedTuple):
-    "Where rays ended; `thing` is -1 in the sky."
+    "Where N rays ended; `thing` is -1 in the sky."
 
     t: np.ndarray  # (N,) m along the ray, inf in the sky
     thing: np.ndarray  # (N,) index of the thing
-    face: np.ndarray  # (N,) index in the stage's face table
+    face: np.ndarray  # (N,) index in the table of faces
     uv: np.ndarray  # (N,2) barycentric
     local: np.ndarray  # (N,3) m, in the thing's frame at the ray's time
     heading: np.ndarray  # (N,) of the thing at the ray's time, rad
@@ -272,140 +197,150 @@ class Hits(NamedTuple):
         return Hits(*(a[k] for a in self))
 
 # %% ../../nbs/05e_rays.ipynb #b487b560
-def near(
+def rays_near_ball(
     to: np.ndarray,  # (G,3) from the origins to a mover's middle, m
     r: float,  # radius of its bounding ball, m
     d: np.ndarray,  # (G,R,3) unit
-    cone: tuple | None,  # middle direction and half angle of all rays when there is one group
+    cone: tuple | None,  # as from `Rays.cone`
 ) -> tuple:  # (group, ray) indices
     "Rays that pass a bounding ball."
     far = np.linalg.norm(to, axis=1)
     cos = np.where(far < r, -2, np.sqrt((1 - (r / far.clip(1e-9)) ** 2).clip(0)))
-    if (
-        cone
-        and cos[0] > -2
-        and np.arccos((to[0] @ cone[0] / far[0]).clip(-1, 1)) > cone[1] + np.arccos(cos[0])
-    ):
-        return (), ()
-    return np.nonzero(
-        (d @ (to / far[:, None]).astype(d.dtype)[:, :, None])[..., 0] > cos[:, None].astype(d.dtype)
-    )
+    if cone and cos[0] > -2:
+        between = np.arccos((to[0] @ cone[0] / far[0]).clip(-1, 1))
+        if between > cone[1] + np.arccos(cos[0]):
+            return (), ()
+    towards = (to / far[:, None]).astype(d.dtype)
+    return np.nonzero((d @ towards[:, :, None])[..., 0] > cos[:, None].astype(d.dtype))
 
 # %% ../../nbs/05e_rays.ipynb #8b70f97e
+def cast_standing(
+    caster: Raycaster,  # the street
+    rays: Rays,  # G groups of R
+) -> Hits:  # N = G*R, in order
+    "Follow rays to what stands."
+    o = np.repeat(rays.o, rays.d.shape[1], 0)
+    d = rays.d.reshape(-1, 3)
+    t, face, uv = nearest(caster.still, o, d)
+    thing = np.where(face < 0, -1, caster.owner[face])
+    base = caster.base0[thing].astype(rays.o.dtype)
+    heading = base[:, 3].copy()
+    at = o + np.where(np.isinf(t), 0, t)[:, None] * d
+    return Hits(t, thing, face, uv, turned(at - base[:, :3], -heading), heading)
+
+# %% ../../nbs/05e_rays.ipynb #f64432cd
+def cast_mover(
+    caster: Raycaster,  # the street
+    i: int,  # a mover's index
+    rays: Rays,  # G groups of R
+    cone: tuple | None,  # that holds them all
+    hits: Hits,  # N = G*R; changed where the mover is nearer
+) -> None:
+    "Follow rays into a mover's own frame, each at its own time."
+    q = caster.poses(i, rays.tau)
+    to = np.c_[q[:, :2], 0 * rays.tau] + caster.middle[i] - rays.o
+    g, k = rays_near_ball(to, caster.radius[i], rays.d, cone)
+    if not len(g):
+        return
+    o = turned(rays.o[g] - caster.base(i, q[g]), -q[g, 2])
+    d = turned(rays.d[g, k].astype(float), -q[g, 2])
+    t, face, uv = nearest(caster.movers[i], o, d)
+    which = g * rays.d.shape[1] + k
+    nearer = t < hits.t[which]
+    n = which[nearer]
+    hits.t[n], hits.thing[n], hits.uv[n] = t[nearer], i, uv[nearer]
+    hits.face[n] = face[nearer] + caster.first[i]
+    hits.heading[n] = q[g[nearer], 2]
+    hits.local[n] = o[nearer] + t[nearer, None] * d[nearer]
+
+# %% ../../nbs/05e_rays.ipynb #509d987a
 def cast(
-    stage: Stage,  # the street
-    o: np.ndarray,  # (G,3) origins, street, m
-    d: np.ndarray,  # (G,R,3) unit directions, street
-    tau: np.ndarray,  # (G,) s
+    caster: Raycaster,  # the street
+    rays: Rays,  # G groups of R
 ) -> Hits:  # N = G*R, in order
     "Follow rays to what they meet at their own time."
-    G, R = d.shape[:2]
-    flat = np.repeat(o, R, 0)
-    rays = d.reshape(-1, 3)
-    t, face, uv = nearest(stage.still, flat, rays)
-    cone = None
-    thing = np.where(face < 0, -1, stage.owner[face])
-    p = stage.base0[thing].astype(o.dtype)
-    heading = p[:, 3].copy()
-    local = turned(flat + np.where(np.isinf(t), 0, t)[:, None] * rays - p[:, :3], -heading)
-    if G == 1:
-        axis = d[0].mean(0, dtype=float)
-        axis /= np.linalg.norm(axis)
-        cone = axis, np.arccos((d[0] @ axis.astype(d.dtype)).min().clip(-1, 1))
-    for i, tree in stage.movers.items():
-        q = stage.poses(i, tau)
-        g, k = near(np.c_[q[:, :2], 0 * tau] + stage.middle[i] - o, stage.radius[i], d, cone)
-        if not len(g):
-            continue
-        lo = turned(o[g] - stage.base(i, q[g]), -q[g, 2])
-        ld = turned(d[g, k].astype(float), -q[g, 2])
-        mt, mf, muv = nearest(tree, lo, ld)
-        win = mt < t[g * R + k]
-        n = (g * R + k)[win]
-        t[n], face[n], uv[n], thing[n], heading[n] = (
-            mt[win],
-            mf[win] + stage.first[i],
-            muv[win],
-            i,
-            q[g[win], 2],
-        )
-        local[n] = lo[win] + mt[win, None] * ld[win]
-    return Hits(t, thing, face, uv, local, heading)
+    hits = cast_standing(caster, rays)
+    cone = rays.cone()
+    for i in caster.movers:
+        cast_mover(caster, i, rays, cone, hits)
+    return hits
 
 # %% ../../nbs/05e_rays.ipynb #6c9efd67
+def beam_directions(
+    azimuth: np.ndarray,  # (G,) right of forward, rad
+) -> np.ndarray:  # (G,64,3) unit, LiDAR frame
+    "The beams of each column, the scanner's pitch included."
+    el = np.radians(BEAMS)
+    x = np.outer(np.sin(azimuth), np.cos(el))
+    y = np.outer(np.cos(azimuth), np.cos(el))
+    d = np.stack([x, y, np.broadcast_to(np.sin(el), x.shape)], -1)
+    c = np.cos(SCANNER["pitch"])
+    s = np.sin(SCANNER["pitch"])
+    return d @ np.array([[1, 0, 0], [0, c, s], [0, -s, c]])
+
+# %% ../../nbs/05e_rays.ipynb #55cafbbf
 def beam_columns(
     ego: Motion,  # the ego's drive
     tau: float,  # s, the sweep's stamp since the log's start
     step: float,  # degrees between columns
-) -> tuple:  # origins (G,3), directions (G,64,3) float32, times (G,) s
+) -> Rays:  # a group of 64 a column
     "The rays of one turn of the scanner, in the street's frame."
     n = round(360 / step)
-    az = (np.arange(n) + 0.5) * 2 * np.pi / n - np.pi
-    when = tau + (az / (2 * np.pi) - 0.5) * SWEEP
-    el = np.radians(BEAMS)
-    d = np.stack(
-        [
-            np.outer(np.sin(az), np.cos(el)),
-            np.outer(np.cos(az), np.cos(el)),
-            np.broadcast_to(np.sin(el), (n, 64)),
-        ],
-        -1,
-    )
-    c = np.cos(SCANNER["pitch"])
-    s = np.sin(SCANNER["pitch"])
-    d = d @ np.array([[1, 0, 0], [0, c, s], [0, -s, c]])
+    azimuth = (np.arange(n) + 0.5) * 2 * np.pi / n - np.pi
+    when = tau + (azimuth / (2 * np.pi) - 0.5) * SWEEP
     T = ego_pose(ego, when)
-    return (
-        T[:, :3, 3] + T[:, :3, :3] @ np.array(SCANNER["at"]),
-        np.einsum("gij,grj->gri", T[:, :3, :3], d).astype(np.float32),
-        when,
-    )
+    o = T[:, :3, 3] + T[:, :3, :3] @ np.array(SCANNER["at"])
+    d = np.einsum("gij,grj->gri", T[:, :3, :3], beam_directions(azimuth)).astype(np.float32)
+    return Rays(o, d, when)
 
 # %% ../../nbs/05e_rays.ipynb #dc9f53fa
-GLOW = dict(
-    plain=24, road=10, slab=22, wall=26, paint=16, glass=3, rubber=4, leaf=18, cloth=20, lamp=140
-)  # LiDAR intensity at normal incidence
+class TrueSweep(NamedTuple):
+    "N returns of one turn, and what only a made-up log knows of them."
+
+    points: np.ndarray  # (N,3) street, m
+    flow: np.ndarray  # (N,3) displacement until one sweep later, street, m
+    tau: np.ndarray  # (N,) s since the log's start
+    thing: np.ndarray  # (N,) index of the thing that was hit
+    intensity: np.ndarray  # (N,) whole numbers 0..255
+    dynamic: np.ndarray  # (N,) bool, moves by 5 cm or more
+
+# %% ../../nbs/05e_rays.ipynb #7e46618e
+# at normal incidence
+INTENSITY = dict(plain=24, road=10, slab=22, wall=26, paint=16, glass=3, rubber=4, leaf=18, cloth=20, lamp=140)
 
 
-def sweep(
-    stage: Stage,  # the street
-    tau: float,  # s, the sweep's stamp since the log's start
-    step: float = 0.25,  # degrees between columns
-    reach: float = 140.0,  # longest range, m
-) -> dict:  # points and flow (N,3) street m, tau (N,) s, intensity, thing, dynamic (N,)
-    "One sweep and the exact displacement of each return until the next sweep."
-    o, d, when = beam_columns(stage.street.ego, tau, step)
-    h = cast(stage, o, d, when)
-    k = np.nonzero((h.t < reach) & (h.t > 1.0))[0]
-    h = h.pick(k)
-    g = k // 64
-    d = d.reshape(-1, 3)[k].astype(float)
-    points = o[g] + h.t[:, None] * d
-    flow = np.zeros_like(points)
-    for i in np.unique(h.thing[h.thing >= stage.street.standing]):
-        m = h.thing == i
-        q = stage.poses(i, when[g[m]] + SWEEP)
-        flow[m] = turned(h.local[m], q[:, 2]) + stage.base(i, q) - points[m]
-    return dict(
-        points=points,
-        flow=flow,
-        tau=when[g],
-        thing=h.thing,
-        intensity=glow(stage, h, d),
-        dynamic=np.linalg.norm(flow, axis=1) >= 0.05,
-    )
-
-# %% ../../nbs/05e_rays.ipynb #c2378561
-def glow(
-    stage: Stage,  # the street
+def intensity_of(
+    caster: Raycaster,  # the street
     h: Hits,  # N of them on something
     d: np.ndarray,  # (N,3) unit, street
 ) -> np.ndarray:  # (N,) whole numbers 0..255
     "Intensity of returns: material, brightness and angle."
-    n = turned(stage.normal[h.face, 0], h.heading)
-    shine = np.array([GLOW[m] for m in MATERIALS])[stage.material[h.face]]
-    return np.round(
-        (shine * (0.35 + 0.65 * abs((n * d).sum(1))) * (0.6 + 0.8 * stage.colour[h.face].mean(1))).clip(
-            0, 255
-        )
-    )
+    n = turned(caster.normal[h.face, 0], h.heading)
+    of_material = np.array([INTENSITY[m] for m in MATERIALS])[caster.material[h.face]]
+    of_angle = 0.35 + 0.65 * abs((n * d).sum(1))
+    of_colour = 0.6 + 0.8 * caster.colour[h.face].mean(1)
+    return np.round((of_material * of_angle * of_colour).clip(0, 255))
+
+# %% ../../nbs/05e_rays.ipynb #a88b6b83
+def sweep(
+    caster: Raycaster,  # the street
+    tau: float,  # s, the sweep's stamp since the log's start
+    step: float = 0.25,  # degrees between columns
+    reach: float = 140.0,  # longest range, m
+) -> TrueSweep:
+    "One sweep and the exact displacement of each return until the next sweep."
+    rays = beam_columns(caster.street.ego, tau, step)
+    h = cast(caster, rays)
+    k = np.nonzero((h.t < reach) & (h.t > 1.0))[0]
+    h = h.pick(k)
+    column = k // 64
+    d = rays.d.reshape(-1, 3)[k].astype(float)
+    when = rays.tau[column]
+    points = rays.o[column] + h.t[:, None] * d
+    flow = np.zeros_like(points)
+    for i in np.unique(h.thing[h.thing >= caster.street.standing]):
+        m = h.thing == i
+        q = caster.poses(i, when[m] + SWEEP)
+        flow[m] = turned(h.local[m], q[:, 2]) + caster.base(i, q) - points[m]
+    dynamic = np.linalg.norm(flow, axis=1) >= 0.05
+    return TrueSweep(points, flow, when, h.thing, intensity_of(caster, h, d), dynamic)

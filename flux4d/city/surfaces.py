@@ -4,13 +4,37 @@
 
 # %% ../../nbs/05f_surfaces.ipynb #fb6ead18
 from __future__ import annotations
-from typing import NamedTuple
+import io
+from typing import Any, NamedTuple
 import numpy as np
 from .street import Layout
 
 # %% auto #0
-__all__ = ['SHOP', 'SURFACES', 'noise', 'grain', 'band', 'cells', 'rgb', 'over', 'Spots', 'asphalt', 'lane_lines', 'bars', 'road',
-           'slab', 'leaf', 'stuff', 'paintwork', 'masonry', 'panes', 'shops', 'wall']
+__all__ = ['SHOP', 'SURFACES', 'titled_image', 'noise', 'grain', 'band', 'cells', 'rgb', 'over', 'Spots', 'asphalt', 'lane_lines',
+           'bars', 'road_paint', 'road', 'slab', 'leaf', 'plain', 'paintwork', 'masonry', 'drawn_of_house', 'Panes',
+           'window_grid', 'glass_colour', 'panes', 'shop_fronts', 'name_boards', 'shops', 'wall']
+
+# %% ../../nbs/05f_surfaces.ipynb #4b1f8acc
+def titled_image(
+    pixels: np.ndarray,  # (H,W,3) or (H,W), uint8, or float 0..1
+    title: str,  # above the picture
+    width: int = 800,  # px to show it at
+    quality: int = 75,  # of the JPEG
+) -> Any:  # what a notebook displays
+    "An image with a title, as a small JPEG."
+    import matplotlib.pyplot as plt
+    from IPython.display import Image
+
+    height = width * pixels.shape[0] / pixels.shape[1]
+    fig = plt.figure(figsize=(width / 100, height / 100 + 0.3), dpi=100)
+    ax = fig.add_axes([0, 0, 1, height / (height + 30)])
+    ax.imshow(pixels.clip(0, 255 if pixels.dtype == np.uint8 else 1), cmap="gray", aspect="auto")
+    ax.set_title(title, fontsize=10)
+    ax.axis("off")
+    out = io.BytesIO()
+    fig.savefig(out, format="jpg", pil_kwargs=dict(quality=quality))
+    plt.close(fig)
+    return Image(out.getvalue(), format="jpeg")
 
 # %% ../../nbs/05f_surfaces.ipynb #daad4f44
 _TABLE = np.random.default_rng(7).uniform(-1, 1, (256, 256)).astype(np.float32)
@@ -34,9 +58,9 @@ def noise(
     j = j.astype(np.int64) & 255
     k = (i + 1) & 255
     l = (j + 1) & 255
-    lo = _TABLE[i, j] + (_TABLE[k, j] - _TABLE[i, j]) * a
-    hi = _TABLE[i, l] + (_TABLE[k, l] - _TABLE[i, l]) * a
-    return lo + (hi - lo) * b
+    low = _TABLE[i, j] + (_TABLE[k, j] - _TABLE[i, j]) * a
+    high = _TABLE[i, l] + (_TABLE[k, l] - _TABLE[i, l]) * a
+    return low + (high - low) * b
 
 # %% ../../nbs/05f_surfaces.ipynb #f9e5208d
 def grain(
@@ -48,15 +72,12 @@ def grain(
 ) -> np.ndarray:  # (N,)
     "Noise over several wavelengths, each fading where a pixel covers it."
     out = np.zeros(len(u), np.float32)
-    for w, a in waves:
-        fade = np.clip((1.2 - foot / w) / 0.7, 0, 1)
+    for wave, amplitude in waves:
+        fade = np.clip((1.2 - foot / wave) / 0.7, 0, 1)
         k = np.nonzero(fade)[0]
         if len(k):
-            out[k] += (
-                a
-                * fade[k]
-                * noise(u[k] / w, v[k] / w, seed if np.isscalar(seed) else seed[k].astype(np.float32))
-            )
+            own = seed if np.isscalar(seed) else seed[k].astype(np.float32)
+            out[k] += amplitude * fade[k] * noise(u[k] / wave, v[k] / wave, own)
     return out
 
 # %% ../../nbs/05f_surfaces.ipynb #0f83df4f
@@ -66,9 +87,9 @@ def band(
     foot: np.ndarray,  # (N,) width of a pixel, m
 ) -> np.ndarray:  # (N,) coverage 0..1
     "A painted line, averaged over the pixel."
-    lo = np.maximum(d - foot / 2, -half)
-    hi = np.minimum(d + foot / 2, half)
-    return ((hi - lo) / foot).clip(0, 1)
+    low = np.maximum(d - foot / 2, -half)
+    high = np.minimum(d + foot / 2, half)
+    return ((high - low) / foot).clip(0, 1)
 
 # %% ../../nbs/05f_surfaces.ipynb #2b1198c7
 def cells(
@@ -88,7 +109,7 @@ def rgb(
     "Numbers that keep single precision."
     return np.array(c, np.float32)
 
-# %% ../../nbs/05f_surfaces.ipynb #f0e55f9b
+
 def over(
     c: np.ndarray,  # (N,3) colours
     k: np.ndarray,  # (N,) coverage 0..1
@@ -121,21 +142,20 @@ def asphalt(
     u: np.ndarray,  # (N,) m
     v: np.ndarray,  # (N,) m
     foot: np.ndarray,  # (N,) m
-    tint: int,  # of the street
+    seed: int,  # of the street's texture
 ) -> np.ndarray:  # (N,) brightness about 0.4
     "Worn asphalt: stains, tyre tracks, repaired patches, cracks, grain."
     i = np.floor(u / 7.3)
     j = np.floor(v / 3.4)
-    long = 3.65 * (0.5 + 0.5 * cells(i, j, tint + 9))
-    patch = (
-        (cells(i, j, tint) < 0.22) * band(u - i * 7.3 - 3.65, long, foot) * band(v - j * 3.4 - 1.7, 1.3, foot)
-    )
+    long = 3.65 * (0.5 + 0.5 * cells(i, j, seed + 9))
+    repaired = cells(i, j, seed) < 0.22
+    patch = repaired * band(u - i * 7.3 - 3.65, long, foot) * band(v - j * 3.4 - 1.7, 1.3, foot)
     tracks = np.cos(v * 2 * np.pi / 1.7) * np.clip(1.2 - foot / 0.8, 0, 1)
-    cracks = np.clip(
-        1 - abs(noise(u / 2.9, v / 2.9, tint) + 0.3 * noise(u / 0.6, v / 0.6, tint + 1)) * 22, 0, 1
-    ) * np.clip(1 - foot / 0.08, 0, 1)
-    stains = grain(u, v, ((9.0, 0.030), (2.7, 0.022), (0.7, 0.018), (0.18, 0.022), (0.05, 0.03)), foot, tint)
-    return 0.40 + tint % 7 * 0.012 + stains - 0.055 * patch + 0.020 * tracks - 0.07 * cracks
+    veins = noise(u / 2.9, v / 2.9, seed) + 0.3 * noise(u / 0.6, v / 0.6, seed + 1)
+    cracks = np.clip(1 - abs(veins) * 22, 0, 1) * np.clip(1 - foot / 0.08, 0, 1)
+    waves = ((9.0, 0.030), (2.7, 0.022), (0.7, 0.018), (0.18, 0.022), (0.05, 0.03))
+    stains = grain(u, v, waves, foot, seed)
+    return 0.40 + seed % 7 * 0.012 + stains - 0.055 * patch + 0.020 * tracks - 0.07 * cracks
 
 # %% ../../nbs/05f_surfaces.ipynb #545b1a6e
 def lane_lines(
@@ -160,33 +180,41 @@ def bars(
     fb: np.ndarray,  # (N,) width of a pixel, m
 ) -> np.ndarray:  # (N,) coverage
     "A zebra crossing and the stop line before it."
-    return (
-        band(np.mod(across, 1.2) - 0.6, 0.28, fb) * band(along - 2.6, 1.5, fa)
-        + band(along - 5.0, 0.2, fa) * side
-    )
+    zebra = band(np.mod(across, 1.2) - 0.6, 0.28, fb) * band(along - 2.6, 1.5, fa)
+    return zebra + band(along - 5.0, 0.2, fa) * side
 
 # %% ../../nbs/05f_surfaces.ipynb #9d9a454e
-def road(
+def road_paint(
     s: Spots,  # hits on the ground
     lay: Layout,  # the street
-) -> np.ndarray:  # (N,3)
-    "The carriageway of the main street and its cross streets."
-    x = s.u
-    y = s.v
+) -> tuple:  # white and yellow coverage, (N,) each
+    "All lines of the main street, its cross streets and their crossings."
+    x, y = s.u, s.v
     at = rgb(*lay.crossings)
-    near = at[abs(x[:, None] - at).argmin(1)]
+    near = at[abs(x[:, None] - at).argmin(1)]  # the nearest cross street
     dx = abs(x - near)
     out = abs(y) - lay.half
     main = (dx > lay.cross + 5.2) * (out < 0)
     cross = (out > 5.2) * (dx < lay.cross)
     stops = (near - x) * y < 0
-    (w0, y0), (w1, y1) = lane_lines(x, y, s.fu, s.fv, lay.lanes), lane_lines(y, x - near, s.fv, s.fu, 1)
+    white0, yellow0 = lane_lines(x, y, s.fu, s.fv, lay.lanes)
+    white1, yellow1 = lane_lines(y, x - near, s.fv, s.fu, 1)
     zebra = bars(dx - lay.cross, y, stops * (out < -lay.park), s.fu, s.fv) * (out < -0.3)
     zebra = zebra + bars(out, x, ~stops * (dx < lay.lane), s.fv, s.fu) * (dx < lay.cross - 0.3)
-    worn = 0.72 + grain(x, y, ((0.9, 0.2), (0.15, 0.25)), s.foot, lay.texture + 5)
-    c = asphalt(x, y, s.foot, lay.texture)[:, None] * rgb(1.0, 1.0, 1.02)
-    c = over(c, np.clip(w0 * main + w1 * cross + zebra, 0, 1) * worn, rgb(0.80, 0.80, 0.78))
-    return over(c, np.clip(y0 * main + y1 * cross, 0, 1) * worn, rgb(0.78, 0.60, 0.20))
+    white = np.clip(white0 * main + white1 * cross + zebra, 0, 1)
+    return white, np.clip(yellow0 * main + yellow1 * cross, 0, 1)
+
+
+def road(
+    s: Spots,  # hits on the ground
+    lay: Layout,  # the street
+) -> np.ndarray:  # (N,3)
+    "The carriageway of the main street and its cross streets."
+    white, yellow = road_paint(s, lay)
+    worn = 0.72 + grain(s.u, s.v, ((0.9, 0.2), (0.15, 0.25)), s.foot, lay.texture + 5)
+    c = asphalt(s.u, s.v, s.foot, lay.texture)[:, None] * rgb(1.0, 1.0, 1.02)
+    c = over(c, white * worn, rgb(0.80, 0.80, 0.78))
+    return over(c, yellow * worn, rgb(0.78, 0.60, 0.20))
 
 # %% ../../nbs/05f_surfaces.ipynb #15b7dcfd
 def slab(
@@ -196,21 +224,12 @@ def slab(
     "Pavement: joints, stains, a paler kerb."
     rim = (s.size[:, :2] / 2 - abs(s.p[:, :2])).min(1)
     top = s.n[:, 2] > 0.5
-    joint = (
-        np.maximum(band(np.mod(s.u, 1.5) - 0.75, 0.012, s.fu), band(np.mod(s.v, 1.5) - 0.75, 0.012, s.fv))
-        * top
-    )
+    joint_u = band(np.mod(s.u, 1.5) - 0.75, 0.012, s.fu)
+    joint_v = band(np.mod(s.v, 1.5) - 0.75, 0.012, s.fv)
+    joint = np.maximum(joint_u, joint_v) * top
     plate = (cells(np.floor(s.u / 1.5), np.floor(s.v / 1.5), 3) - 0.5) * np.clip(1.5 - s.foot, 0, 1)
-    return (
-        s.colour
-        * (
-            1
-            + 0.07 * plate
-            + grain(s.u, s.v, ((3.0, 0.06), (0.8, 0.05), (0.12, 0.05)), s.foot, 3)
-            - 0.35 * joint
-            + 0.12 * (rim < 0.16) * top
-        )[:, None]
-    )
+    stains = grain(s.u, s.v, ((3.0, 0.06), (0.8, 0.05), (0.12, 0.05)), s.foot, 3)
+    return s.colour * (1 + 0.07 * plate + stains - 0.35 * joint + 0.12 * (rim < 0.16) * top)[:, None]
 
 # %% ../../nbs/05f_surfaces.ipynb #ad5b7c06
 def leaf(
@@ -218,27 +237,20 @@ def leaf(
     lay: Layout,  # the street
 ) -> np.ndarray:  # (N,3)
     "Foliage: clumps and gaps."
-    k = (
-        1
-        + grain(s.u, s.v, ((0.8, 0.2), (0.3, 0.35), (0.12, 0.40), (0.06, 0.3)), s.foot, s.seed % 31)
-        - 0.25 * (s.n[:, 2] < -0.2)
-    )
-    return (
-        s.colour
-        * k.clip(0.3)[:, None]
-        * (1 + rgb(0.10, 0.02, -0.12) * grain(s.v, s.u, ((0.5, 1.0),), s.foot, 5)[:, None])
-    )
+    waves = ((0.8, 0.2), (0.3, 0.35), (0.12, 0.40), (0.06, 0.3))
+    below = s.n[:, 2] < -0.2
+    k = 1 + grain(s.u, s.v, waves, s.foot, s.seed % 31) - 0.25 * below
+    hue = 1 + rgb(0.10, 0.02, -0.12) * grain(s.v, s.u, ((0.5, 1.0),), s.foot, 5)[:, None]
+    return s.colour * k.clip(0.3)[:, None] * hue
 
-# %% ../../nbs/05f_surfaces.ipynb #56cb4091
-def stuff(
+
+def plain(
     s: Spots,  # hits on anything else
     lay: Layout,  # the street
 ) -> np.ndarray:  # (N,3)
     "Nearly plain surfaces: a little dirt and fading."
-    return (
-        s.colour
-        * (1 + grain(s.u, s.v, ((1.3, 0.05), (0.3, 0.05), (0.07, 0.04)), s.foot, s.seed % 53))[:, None]
-    )
+    dirt = grain(s.u, s.v, ((1.3, 0.05), (0.3, 0.05), (0.07, 0.04)), s.foot, s.seed % 53)
+    return s.colour * (1 + dirt)[:, None]
 
 # %% ../../nbs/05f_surfaces.ipynb #142d2a64
 def paintwork(
@@ -246,22 +258,15 @@ def paintwork(
     lay: Layout,  # the street
 ) -> np.ndarray:  # (N,3)
     "Bodywork: door gaps, handles, a crease and road dust."
-    (x, _, z), (l, _, h) = s.p.T, s.size.T
+    x, _, z = s.p.T
+    l, _, h = s.size.T
     side = (abs(s.n[:, 1]) > 0.6) * (h < 2.8)
     up = z / h
     gap = sum(band(x - k * l, 0.014, s.fu) for k in (-0.16, 0.05, 0.20)) * side * (up < 0.9) * (up > 0.2)
     crease = band(z - 0.42 * h, 0.03, s.fv) * side
     handle = sum(band(x - k * l, 0.08, s.fu) for k in (-0.12, 0.09)) * band(z - 0.52 * h, 0.018, s.fv) * side
-    c = (
-        s.colour
-        * (
-            1
-            + grain(s.u, s.v, ((1.6, 0.04),), s.foot, s.seed % 53)
-            - 0.5 * np.clip(gap, 0, 1)
-            - 0.12 * crease
-            - 0.5 * handle
-        )[:, None]
-    )
+    fading = grain(s.u, s.v, ((1.6, 0.04),), s.foot, s.seed % 53)
+    c = s.colour * (1 + fading - 0.5 * np.clip(gap, 0, 1) - 0.12 * crease - 0.5 * handle)[:, None]
     return over(c, np.clip(0.35 - up, 0, 1) * 0.25, rgb(0.45, 0.42, 0.38))
 
 # %% ../../nbs/05f_surfaces.ipynb #94c6f625
@@ -276,91 +281,124 @@ def masonry(
     row = np.floor(s.v / 0.085)
     shift = s.u + 0.12 * np.mod(row, 2)
     tone = brick * 0.16 * (cells(np.floor(shift / 0.24), row, 5) - 0.5) * np.clip(1.3 - s.foot / 0.12, 0, 1)
-    stain = grain(
-        s.u, s.v, ((6.0, 0.06), (1.6, 0.05), (0.4, 0.035), (0.1, 0.03)), s.foot, s.seed % 97
-    ) - 0.10 * np.clip(1 - s.v / 1.2, 0, 1)
-    mortar = np.maximum(
-        band(np.mod(s.v, 0.085) - 0.0425, 0.006, s.fv), band(np.mod(shift, 0.24) - 0.12, 0.006, s.fu)
-    )
+    stain = grain(s.u, s.v, ((6.0, 0.06), (1.6, 0.05), (0.4, 0.035), (0.1, 0.03)), s.foot, s.seed % 97)
+    stain = stain - 0.10 * np.clip(1 - s.v / 1.2, 0, 1)
+    level = band(np.mod(s.v, 0.085) - 0.0425, 0.006, s.fv)
+    upright = band(np.mod(shift, 0.24) - 0.12, 0.006, s.fu)
+    mortar = np.maximum(level, upright)
     return over(s.colour * (1 + tone + stain)[:, None], brick * mortar * 0.5, rgb(0.66, 0.63, 0.58))
 
 # %% ../../nbs/05f_surfaces.ipynb #8778dfcc
+def drawn_of_house(
+    s: Spots,  # hits on a house
+    k: int,  # which number
+) -> np.ndarray:  # (N,) in 0..1
+    "A number that the house draws from its seed."
+    return cells(s.seed % 251, s.seed // 251 % 253, k)
+
+
+class Panes(NamedTuple):
+    "The window that each point is nearest to."
+
+    i: np.ndarray  # (N,) its column
+    j: np.ndarray  # (N,) its row
+    a: np.ndarray  # (N,) m beside its middle
+    b: np.ndarray  # (N,) m above its middle
+    wide: np.ndarray  # (N,) half its width, m
+    high: np.ndarray  # (N,) half its height, m
+
+
+def window_grid(
+    s: Spots,  # hits on a house
+) -> Panes:
+    "Rows of windows whose spacing and size the house draws."
+    gap = 2.1 + 1.5 * drawn_of_house(s, 1)
+    rise = 3.1 + 0.5 * drawn_of_house(s, 2)
+    wide = gap * (0.30 + 0.16 * drawn_of_house(s, 3))
+    high = 0.55 + 0.35 * drawn_of_house(s, 4)
+    i = np.floor(s.u / gap)
+    j = np.floor((s.v - SHOP) / rise)
+    return Panes(i, j, s.u - (i + 0.5) * gap, s.v - SHOP - (j + 0.52) * rise, wide, high)
+
+# %% ../../nbs/05f_surfaces.ipynb #8b0c1cd2
+def glass_colour(
+    s: Spots,  # hits on a house
+    w: Panes,  # the windows they are nearest to
+) -> np.ndarray:  # (N,3)
+    "Dark glass that mirrors some sky, with bars, and a blind drawn to another height in each window."
+    blind = cells(w.i, w.j, s.seed % 89)
+    up = np.clip(w.b / w.high * 0.5 + 0.5, 0, 1)
+    glass = (rgb(0.14, 0.17, 0.21) + rgb(0.20, 0.22, 0.25) * up[:, None]) * (0.65 + 0.6 * blind)[:, None]
+    glass = over(glass, 1.0 * ((up > 1.15 - 0.8 * blind) * (blind > 0.45)), rgb(0.62, 0.60, 0.55))
+    bars_of_window = np.maximum(band(w.a, 0.03, s.fu), band(w.b - 0.1, 0.03, s.fv))
+    return over(glass, bars_of_window, rgb(0.75, 0.74, 0.70))
+
+
 def panes(
     s: Spots,  # hits on a house
     c: np.ndarray,  # (N,3) colours so far
     here: np.ndarray,  # (N,) bool, where windows may be
 ) -> np.ndarray:  # (N,3)
-    "Rows of windows with frames, sills, bars and blinds."
+    "Rows of windows with frames and sills."
+    w = window_grid(s)
 
-    def draw(k):
-        return cells(s.seed % 251, s.seed // 251 % 253, k)
+    def opening(more):
+        return band(w.a, w.wide + more, s.fu) * band(w.b, w.high + more, s.fv) * here
 
-    gap = 2.1 + 1.5 * draw(1)
-    rise = 3.1 + 0.5 * draw(2)
-    wide = gap * (0.30 + 0.16 * draw(3))
-    high = 0.55 + 0.35 * draw(4)
-    i = np.floor(s.u / gap)
-    j = np.floor((s.v - SHOP) / rise)
-    a = s.u - (i + 0.5) * gap
-    b = s.v - SHOP - (j + 0.52) * rise
-
-    def pane(more):
-        return band(a, wide + more, s.fu) * band(b, high + more, s.fv) * here
-
-    sill = band(a, wide + 0.2, s.fu) * band(b + high + 0.16, 0.08, s.fv) * here
-    blind = cells(i, j, s.seed % 89)
-    up = np.clip(b / high * 0.5 + 0.5, 0, 1)
-    glass = (rgb(0.14, 0.17, 0.21) + rgb(0.20, 0.22, 0.25) * up[:, None]) * (0.65 + 0.6 * blind)[:, None]
-    glass = over(glass, 1.0 * ((up > 1.15 - 0.8 * blind) * (blind > 0.45)), rgb(0.62, 0.60, 0.55))
-    glass = over(glass, np.maximum(band(a, 0.03, s.fu), band(b - 0.1, 0.03, s.fv)), rgb(0.75, 0.74, 0.70))
-    return over(
-        over(c, np.maximum(pane(0.10), sill), np.clip(s.colour * 0.55 + 0.38, 0, 0.92)), pane(0.0), glass
-    )
+    sill = band(w.a, w.wide + 0.2, s.fu) * band(w.b + w.high + 0.16, 0.08, s.fv) * here
+    frame_colour = np.clip(s.colour * 0.55 + 0.38, 0, 0.92)
+    framed = over(c, np.maximum(opening(0.10), sill), frame_colour)
+    return over(framed, opening(0.0), glass_colour(s, w))
 
 # %% ../../nbs/05f_surfaces.ipynb #96e8709f
+def shop_fronts(
+    s: Spots,  # hits on a house
+    c: np.ndarray,  # (N,3) colours so far
+    let: np.ndarray,  # (N,) bool, where a shop is let
+    a: np.ndarray,  # (N,) m beside the middle of the shop
+    r: np.ndarray,  # (N,) in 0..1, the shop's own number
+) -> np.ndarray:  # (N,3)
+    "Shop windows with goods, and doors."
+    door = r < 0.3
+    half = np.where(door, 0.55, 1.45).astype(np.float32)
+    upright = np.where(door, band(s.v - 1.2, 1.05, s.fv), band(s.v - 1.75, 0.95, s.fv))
+    opening = band(a, half, s.fu) * upright * let
+    lit = 0.7 + 0.5 * np.clip(s.v / 2.7, 0, 1)
+    goods = lit + grain(s.u, s.v, ((0.9, 0.35), (0.35, 0.3)), s.foot, s.seed % 61)
+    inside = rgb(0.20, 0.20, 0.21) * goods[:, None] + r[:, None] * rgb(0.10, 0.08, 0.04)
+    inside = inside * np.where(door[:, None], rgb(1.3, 0.9, 0.7), rgb(1, 1, 1))
+    beside = band(abs(a) - half, 0.05, s.fu) * (s.v < 2.75)
+    frame = np.maximum(beside, band(s.v - 2.72, 0.05, s.fv)) * (opening > 0)
+    return over(over(c, opening, inside), frame, rgb(0.28, 0.27, 0.26))
+
+# %% ../../nbs/05f_surfaces.ipynb #c04934c3
+def name_boards(
+    s: Spots,  # hits on a house
+    c: np.ndarray,  # (N,3) colours so far
+    here: np.ndarray,  # (N,) bool, the ground floor of a shop with a board
+    a: np.ndarray,  # (N,) m beside the middle of the shop
+) -> np.ndarray:  # (N,3)
+    "A coloured board above the window, with marks like letters."
+    hue = cells(s.seed % 83, s.seed // 83 % 79, 13)
+    wheel = np.cos(2 * np.pi * (hue[:, None] + rgb(0, 0.33, 0.67)))
+    board = rgb(0.40, 0.40, 0.40) + rgb(0.28, 0.28, 0.28) * wheel
+    line = s.v - 3.3
+    letters = cells(np.floor(s.u / 0.17), s.seed % 97, 14) > 0.42
+    text = band(line, 0.12, s.fv) * band(a, 1.1, s.fu) * letters * np.clip(1.2 - s.fu / 0.15, 0, 1)
+    return over(c, band(line, 0.3, s.fv) * band(a, 1.7, s.fu) * here, over(board, text, rgb(0.92, 0.92, 0.92)))
+
+
 def shops(
     s: Spots,  # hits on a house
     c: np.ndarray,  # (N,3) colours so far
     here: np.ndarray,  # (N,) bool, the ground floor
 ) -> np.ndarray:  # (N,3)
-    "Shop windows, doors and name boards."
+    "A row of shops, 3.6 m each."
     i = np.floor(s.u / 3.6)
     a = s.u - (i + 0.5) * 3.6
     r = cells(i, s.seed % 241, 11)
-    door = r < 0.3
-    half = np.where(door, 0.55, 1.45).astype(np.float32)
-    let = here * (cells(s.seed % 251, s.seed // 251 % 253, 12) > 0.25)
-    opening = (
-        band(a, half, s.fu) * np.where(door, band(s.v - 1.2, 1.05, s.fv), band(s.v - 1.75, 0.95, s.fv)) * let
-    )
-    goods = (
-        0.7
-        + 0.5 * np.clip(s.v / 2.7, 0, 1)
-        + grain(s.u, s.v, ((0.9, 0.35), (0.35, 0.3)), s.foot, s.seed % 61)
-    )
-    inside = (rgb(0.20, 0.20, 0.21) * goods[:, None] + r[:, None] * rgb(0.10, 0.08, 0.04)) * np.where(
-        door[:, None], rgb(1.3, 0.9, 0.7), rgb(1, 1, 1)
-    )
-    frame = np.maximum(band(abs(a) - half, 0.05, s.fu) * (s.v < 2.75), band(s.v - 2.72, 0.05, s.fv)) * (
-        opening > 0
-    )
-    c = over(over(c, opening, inside), frame, rgb(0.28, 0.27, 0.26))
-    hue = cells(s.seed % 83, s.seed // 83 % 79, 13)
-    board = rgb(0.40, 0.40, 0.40) + rgb(0.28, 0.28, 0.28) * np.cos(
-        2 * np.pi * (hue[:, None] + rgb(0, 0.33, 0.67))
-    )
-    line = s.v - 3.3
-    text = (
-        band(line, 0.12, s.fv)
-        * band(a, 1.1, s.fu)
-        * (cells(np.floor(s.u / 0.17), s.seed % 97, 14) > 0.42)
-        * np.clip(1.2 - s.fu / 0.15, 0, 1)
-    )
-    return over(
-        c,
-        band(line, 0.3, s.fv) * band(a, 1.7, s.fu) * here * (r > 0.35),
-        over(board, text, rgb(0.92, 0.92, 0.92)),
-    )
+    c = shop_fronts(s, c, here * (drawn_of_house(s, 12) > 0.25), a, r)
+    return name_boards(s, c, here * (r > 0.35), a)
 
 # %% ../../nbs/05f_surfaces.ipynb #e21fea4a
 def wall(
@@ -374,4 +412,4 @@ def wall(
     return shops(s, c, low * ~roof)
 
 
-SURFACES = dict(road=road, slab=slab, wall=wall, leaf=leaf, paint=paintwork)  # everything else: stuff
+SURFACES = dict(road=road, slab=slab, wall=wall, leaf=leaf, paint=paintwork)  # all other materials: plain
