@@ -9,7 +9,7 @@ from functools import lru_cache
 from fastcore.basics import patch
 from .clips import Clip, fingerprint
 from .pandaset import Log
-from .run import trained_entry, trained_frames
+from .checkpoint import trained_entry, trained_frames
 
 # %% auto #0
 __all__ = ['log_identity', 'TrainedOn', 'Mark', 'Skips']

@@ -21,8 +21,8 @@ from .settings import Distinct, Name, Seed, Share, Some, read_settings
 from .voxels import VoxelConfig
 
 # %% auto #0
-__all__ = ['RENAMED', 'DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'refuse_renamed', 'config_from_dict', 'merged',
-           'flattened', 'changed_fields']
+__all__ = ['PRIOR_RENAMED', 'RENAMED', 'DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'has_field', 'refuse_renamed',
+           'config_from_dict', 'merged', 'flattened', 'changed_fields']
 
 # %% ../nbs/31a_config.ipynb #eed09649
 @dataclass
@@ -92,28 +92,59 @@ def config_to_dict(
     return json.loads(json.dumps(asdict(cfg)))
 
 # %% ../nbs/31a_config.ipynb #e67e2bb7
-RENAMED = {  # field of an earlier version -> its name of today
+PRIOR_RENAMED = dict(  # fields of the motion prior in an earlier version -> their names of today
+    gaps="neighbour_sweeps",
+    near="observed_radius",
+    still="zero_motion_penalty",
+    lead="margin",
+    least="min_cells",
+    hint="confirmed_margin",
+    agree="inlier_speed",
+    witnesses="min_inliers",
+    rounds="consensus_rounds",
+    column="movable_height",
+    fine="fine_cell",
+    width="blur_std",
+    loose="prior_std",
+    slides="refine_steps",
+    settles="merge_rounds",
+)
+RENAMED = {  # dotted field of an earlier version -> its name of today; groups before what they hold
     "model.votes": "model.motion_prior",
     "model.closer": "model.fine_prior",
     "model.drift_cells": "model.local_velocity_cells",
     "model.drift_height": "model.local_velocity_height",
     "model.stray": "model.max_residual",
     "model.settle": "model.dead_zone",
-    "refine.told": "refine.normalisation",
     "background.nearer": "background.depth_candidates",
     "background.evidence": "background.cost_cell",
+    "refine.told": "refine.normalisation",
+} | {
+    f"model.{prior}.{old}": f"model.{prior}.{new}"
+    for prior in ("motion_prior", "fine_prior")
+    for old, new in PRIOR_RENAMED.items()
 }
 
+# %% ../nbs/31a_config.ipynb #c77ba34e
+def has_field(
+    values: Any,  # nested plain values
+    name: str,  # dotted
+) -> bool:
+    "Whether nested values have a field."
+    for part in name.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True
 
+# %% ../nbs/31a_config.ipynb #7d1edd0c
 def refuse_renamed(
     values: Any,  # nested plain values of a configuration
     name: str = "",  # file or parameter that they come from, for the sentence
 ) -> None:  # raises DataError
     "Refuse a field of an earlier version, and say what it is called now."
     for old, new in RENAMED.items():
-        part, _, key = old.partition(".")
-        group = values.get(part) if isinstance(values, dict) else None
-        if isinstance(group, dict) and key in group:
+        if has_field(values, old):
             raise DataError(
                 f"{name or 'config'}: has {old!r}, a field of an earlier version of flux4d that is {new!r} now; "
                 "rename it, or take a configuration or checkpoint of this version."

@@ -23,7 +23,8 @@ from .view_scores import EvalConfig
 from .pandaset import PandaSet
 from .parameters import asked_root, check_out_dir, scoring
 from .presets import PRESETS, preset_config
-from .run import check_checkpoint, load_checkpoint, logged_rows, trained_frames
+from .checkpoint import check_checkpoint, load_checkpoint, trained_frames
+from .run import logged_rows
 from .run_facts import About, training_overlap
 from .score_clips import METHODS
 from .run_setup import index_config, next_run

@@ -21,7 +21,7 @@ from .files import DataError
 from .gaussians import Gaussians
 from .clip_data import Returns, clip_returns
 from .predictor import BasePredictor, GridIndex, make_grid_index
-from .run import check_checkpoint, load_checkpoint, load_weights
+from .checkpoint import check_checkpoint, load_checkpoint, load_weights
 from .scene import Scene, scene_of
 
 # %% auto #0

@@ -10,7 +10,7 @@ import torch
 from .clips import Clip
 from .config import Config, changed_fields, config_to_dict, flattened, refuse_renamed
 from .model import model_class
-from .run import PARTS, check_checkpoint, check_numbers, load_checkpoint
+from .checkpoint import PARTS, check_checkpoint, check_numbers, load_checkpoint
 
 # %% auto #0
 __all__ = ['read_resumable', 'random_state', 'restore_random', 'other_config', 'other_clips', 'new_tensors']

@@ -4,33 +4,33 @@
 
 # %% ../nbs/09_run.ipynb #a08r0004
 from __future__ import annotations
-import json, os, pickletools, platform, shutil, subprocess, zipfile, zlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+import json
+import os
+import platform
+import subprocess
 from pathlib import Path
 from typing import Any
-import torch, yaml
-from filelock import FileLock, Timeout
-from PIL import Image
-from torch import Tensor, nn
-from fastcore.basics import patch
 import flux4d
-from flux4d.files import (
-    DataError,
-    atomic_write,
-    missing_text,
-    plain_fault,
-    remove_unfinished,
-    short_path,
-    writing,
-)
+import torch
+import yaml
+from fastcore.basics import patch
+from filelock import FileLock, Timeout
+from .files import DataError, atomic_write, remove_unfinished, writing
 
 # %% auto #0
-__all__ = ['PARTS', 'BESIDE', 'refuse_held', 'refuse_foreign', 'Run', 'logged_rows', 'commit_of', 'provenance', 'save_checkpoint',
-           'prune_checkpoints', 'newest_run', 'check_checkpoint', 'check_numbers', 'load_checkpoint', 'trained_entry',
-           'trained_frames', 'load_weights', 'damage_of', 'damaged_files', 'refuse_damaged']
+__all__ = ['refuse_held', 'refuse_foreign', 'Run', 'logged_rows', 'commit_of', 'provenance', 'newest_run']
 
 # %% ../nbs/09_run.ipynb #47ff966d
+def _held_by(folder: Path) -> list[str]:
+    "What an unfinished run has left in a folder."
+    log = folder / "metrics.jsonl"
+    held = dict(
+        steps=log.is_file() and log.stat().st_size > 0,
+        checkpoints=any(folder.glob("ckpt_*.pt")),
+    )
+    return [what for what, there in held.items() if there]
+
+# %% ../nbs/09_run.ipynb #846317e0
 def refuse_held(
     folder: Path,  # where a run shall write
     goes_on: bool = False,  # steps and checkpoints may be there
@@ -40,28 +40,22 @@ def refuse_held(
         raise DataError(
             f"{folder.name}/metrics.json: this run is finished; choose another out_dir or set overwrite=True."
         )
-    log = folder / "metrics.jsonl"
-    held = ["steps"] * (log.is_file() and log.stat().st_size > 0) + ["checkpoints"] * any(
-        folder.glob("ckpt_*.pt")
-    )
-    if held and not goes_on:
+    if (held := _held_by(folder)) and not goes_on:
         raise DataError(
             f"{folder.name}: holds {' and '.join(held)} of an earlier run; go on with resume_from=last, "
             "choose another out_dir, or set overwrite=True to replace them."
         )
 
-# %% ../nbs/09_run.ipynb #846317e0
-_MADE = (
-    "config.yaml",
-    "meta.json",
-    "train.log",
-    "report.md",
-    "report.html",
-    "pairs.jpg",
-    "renders",
-    "worst",
-    "videos",
-)
+# %% ../nbs/09_run.ipynb #87a028c2
+_MADE = "config.yaml meta.json train.log report.md report.html pairs.jpg renders worst videos".split()
+
+
+def _was_made_by_a_run(folder: Path) -> bool:
+    "Is there a lock, a log of steps or one of our configurations?"
+    config = folder / "config.yaml"
+    lines = config.read_text(encoding="utf-8", errors="replace").splitlines() if config.is_file() else []
+    ours = {"voxel", "render", "train"} <= {line.partition(":")[0] for line in lines}
+    return ours or (folder / ".lock").exists() or (folder / "metrics.jsonl").exists()
 
 
 def refuse_foreign(
@@ -69,11 +63,7 @@ def refuse_foreign(
 ) -> None:  # raises DataError
     "Refuse a folder in which a run would replace what no run made."
     there = [name for name in _MADE if (folder / name).exists()]
-    config = folder / "config.yaml"
-    lines = config.read_text(encoding="utf-8", errors="replace").splitlines() if config.is_file() else []
-    ours = {"voxel", "render", "train"} <= {line.partition(":")[0] for line in lines}
-    of_a_run = ours or (folder / ".lock").exists() or (folder / "metrics.jsonl").exists()
-    if there and not of_a_run:
+    if there and not _was_made_by_a_run(folder):
         raise DataError(
             f"{folder.name}/{there[0]}: was not made by a run and would be replaced; choose another out_dir."
         )
@@ -100,44 +90,50 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
 
-    def _lock(self) -> None:
-        "Keep other processes out for as long as this one lives."
-        try:
-            path = self.folder.resolve() / ".lock"
-            self.lock = FileLock(path, timeout=0, is_singleton=True)  # one per process and folder
-            self.lock.acquire()
-        except Timeout:
-            raise DataError(
-                f"{self.folder.name}: another process writes to this folder; "
-                "wait for it or end it, or choose another out_dir."
-            ) from None
-        except NotImplementedError:  # a file system without locks
-            self.lock = None
+# %% ../nbs/09_run.ipynb #19478e96
+@patch
+def _lock(self: Run) -> None:
+    "Keep other processes out for as long as this one lives."
+    try:
+        path = self.folder.resolve() / ".lock"
+        self.lock = FileLock(path, timeout=0, is_singleton=True)  # one per process and folder
+        self.lock.acquire()
+    except Timeout:
+        raise DataError(
+            f"{self.folder.name}: another process writes to this folder; "
+            "wait for it or end it, or choose another out_dir."
+        ) from None
+    except NotImplementedError:  # a file system without locks
+        self.lock = None
 
-    def _begin(self) -> None:
-        "Clear away, before the first write, an old result and the halves of files that a killed writer left."
-        if self.begun:
-            return
-        self.begun = True
-        (self.folder / "metrics.json").unlink(missing_ok=True)
-        remove_unfinished(self.folder)
-        for left in self.folder.glob(".ckpt_*.tmp"):
-            if left.is_symlink():
-                left.unlink()  # a link that was to become ckpt_last.pt
+# %% ../nbs/09_run.ipynb #57fc6881
+@patch
+def _begin(self: Run) -> None:
+    "Clear away, before the first write, an old result and the halves of files that a killed writer left."
+    if self.begun:
+        return
+    self.begun = True
+    (self.folder / "metrics.json").unlink(missing_ok=True)
+    remove_unfinished(self.folder)
+    for left in self.folder.glob(".ckpt_*.tmp"):
+        if left.is_symlink():
+            left.unlink()  # a link that was to become ckpt_last.pt
 
-    def write(
-        self,
-        name: str,  # file name in the folder
-        content: Any,  # str as it is; anything else as YAML or JSON by the name's suffix
-    ) -> Path:  # the file
-        "Write a small file atomically."
-        self._begin()
-        if not isinstance(content, str):
-            as_yaml = name.endswith(".yaml")
-            content = yaml.safe_dump(content, sort_keys=False) if as_yaml else json.dumps(content, indent=1)
-        with atomic_write(self.folder / name) as tmp:
-            Path(tmp).write_text(content, encoding="utf-8")
-        return self.folder / name
+# %% ../nbs/09_run.ipynb #a604f036
+@patch
+def write(
+    self: Run,
+    name: str,  # file name in the folder
+    content: Any,  # str as it is; anything else as YAML or JSON by the name's suffix
+) -> Path:  # the file
+    "Write a small file atomically."
+    self._begin()
+    if not isinstance(content, str):
+        as_yaml = name.endswith(".yaml")
+        content = yaml.safe_dump(content, sort_keys=False) if as_yaml else json.dumps(content, indent=1)
+    with atomic_write(self.folder / name) as tmp:
+        Path(tmp).write_text(content, encoding="utf-8")
+    return self.folder / name
 
 # %% ../nbs/09_run.ipynb #8beff608
 @patch
@@ -159,7 +155,7 @@ def _append(
                 os.truncate(path, before)
             raise
 
-# %% ../nbs/09_run.ipynb #a7b92ffa
+# %% ../nbs/09_run.ipynb #d50e53e1
 @patch
 def say(
     self: Run,
@@ -169,7 +165,7 @@ def say(
     print(line, flush=True)
     self._append("train.log", line)
 
-# %% ../nbs/09_run.ipynb #92731fe4
+# %% ../nbs/09_run.ipynb #9f839c87
 @patch
 def record(
     self: Run,
@@ -179,6 +175,14 @@ def record(
     self._append("metrics.jsonl", json.dumps(row))
 
 # %% ../nbs/09_run.ipynb #a08r0030
+def _logged_row(line: str) -> dict:
+    "One logged step; raises ValueError for anything else."
+    row = json.loads(line)
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError("no logged step")
+    return row
+
+# %% ../nbs/09_run.ipynb #a0c8a541
 def logged_rows(
     path: Path,  # a metrics.jsonl
 ) -> list[dict]:  # its rows, [] when there is no such file; raises DataError for a line that is no object
@@ -186,28 +190,22 @@ def logged_rows(
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
     rows = []
     for k, line in enumerate(lines):
-        if not line.strip():
-            continue
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise ValueError
-            rows.append(row)
+            rows += [_logged_row(line)] if line.strip() else []
         except (ValueError, RecursionError):
-            if k < len(lines) - 1:  # a finished line ends with a line break, so the last one here is empty
-                raise DataError(
-                    f"{path.parent.name}/{path.name}: line {k + 1} is not a logged step; "
-                    "remove it, or start another run."
-                ) from None
+            if k == len(lines) - 1:  # a finished line ends with a line break, so the last one here is empty
+                break
+            where = f"{path.parent.name}/{path.name}: line {k + 1}"
+            raise DataError(f"{where} is not a logged step; remove it, or start another run.") from None
     return rows
 
-# %% ../nbs/09_run.ipynb #a0c8a541
+# %% ../nbs/09_run.ipynb #ba0b338a
 @patch
 def rows(self: Run) -> list[dict]:
     "The logged steps so far."
     return logged_rows(self.folder / "metrics.jsonl")
 
-# %% ../nbs/09_run.ipynb #477c359b
+
 @patch
 def rewind(
     self: Run,
@@ -218,12 +216,8 @@ def rewind(
     keep = [r for r in self.rows() if r["step"] <= step] if step else []
     self.write("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in keep))
     if step == 0:
-        for name in (
-            "train.log",
-            "ckpt_last.pt",
-            "ckpt_best.pt",
-        ):  # numbered checkpoints stay until a new one is there
-            (self.folder / name).unlink(missing_ok=True)
+        for name in ("train.log", "ckpt_last.pt", "ckpt_best.pt"):
+            (self.folder / name).unlink(missing_ok=True)  # numbered checkpoints stay until a new one is there
 
 # %% ../nbs/09_run.ipynb #a08r0011
 @patch
@@ -235,12 +229,10 @@ def meta(self: Run) -> dict:  # {} when there is none
     except (ValueError, RecursionError):
         known = None
     if not isinstance(known, dict):
-        raise DataError(
-            f"{self.folder.name}/meta.json: is not a JSON object; remove it, it is written again."
-        )
+        raise DataError(f"{self.folder.name}/meta.json: is not a JSON object; remove it, it is written again.")
     return known
 
-# %% ../nbs/09_run.ipynb #595d46b8
+# %% ../nbs/09_run.ipynb #e5715d6c
 @patch
 def note(
     self: Run,
@@ -260,7 +252,7 @@ def _git(
     except OSError:
         return ""
 
-# %% ../nbs/09_run.ipynb #746956a9
+# %% ../nbs/09_run.ipynb #5acc9f6c
 def commit_of(
     home: Path,  # a folder with a module of the package
 ) -> str | None:  # 40 hex digits, "with changes" after them where files differ; None when nobody knows
@@ -271,7 +263,7 @@ def commit_of(
     changed = _git(home, "status", "--porcelain", "--", ".")
     return commit + " with changes" * bool(changed) if commit else None
 
-# %% ../nbs/09_run.ipynb #5acc9f6c
+# %% ../nbs/09_run.ipynb #ab55c446
 def provenance(
     device: Any = "cpu",  # torch device the run uses
 ) -> dict:  # versions and machine
@@ -287,52 +279,6 @@ def provenance(
         gpu=gpu,
     )
 
-# %% ../nbs/09_run.ipynb #9749fd1b
-def _point(
-    alias: Path,  # the name
-    path: Path,  # a file in the same folder
-) -> None:
-    "Make a name point at a file: by a link, or by a copy where the file system has no links."
-    link = alias.with_name(f".{alias.name}.{os.getpid()}.tmp")
-    link.unlink(missing_ok=True)
-    try:
-        link.symlink_to(path.name)
-    except (OSError, NotImplementedError):
-        try:
-            os.link(path, link)
-        except (OSError, NotImplementedError):
-            shutil.copyfile(path, link)
-    os.replace(link, alias)
-
-# %% ../nbs/09_run.ipynb #529cd24c
-def save_checkpoint(
-    path: str | Path,  # ckpt_step_XXXXXX.pt
-    state: dict,  # tensors and plain values
-    aliases: tuple[str, ...] = ("ckpt_last.pt",),  # names in the same folder that shall point at it
-) -> Path:  # the file
-    "Write a checkpoint atomically and point its aliases at it."
-    path = Path(path)
-    with atomic_write(path) as tmp:
-        torch.save(state, tmp)
-    for a in aliases:
-        _point(path.with_name(a), path)
-    return path
-
-# %% ../nbs/09_run.ipynb #83f09775
-def prune_checkpoints(
-    folder: Path,  # of a run
-    step: int,  # the newest step; later ones are of an earlier run
-    keep: int,  # how many of the newest stay
-) -> list[Path]:  # what was deleted
-    "Delete old numbered checkpoints, but none that a name such as ckpt_best.pt points at."
-    named = {a.resolve() for a in (folder / "ckpt_last.pt", folder / "ckpt_best.pt") if a.exists()}
-    numbered = {p: int(p.stem[10:]) for p in folder.glob("ckpt_step_*.pt") if p.stem[10:].isdecimal()}
-    ours = sorted((p for p, s in numbered.items() if s <= step), key=numbered.get)
-    gone = [p for p in numbered if p not in ours[-keep:] and p.resolve() not in named]
-    for p in gone:
-        p.unlink(missing_ok=True)
-    return gone
-
 # %% ../nbs/09_run.ipynb #976020be
 def newest_run(
     root: str | Path = "papermill_runs",  # where runs live
@@ -345,303 +291,3 @@ def newest_run(
             "name a checkpoint, or leave resume_from empty to start a run."
         )
     return max(found, key=os.path.getmtime).parent
-
-# %% ../nbs/09_run.ipynb #9356752d
-_TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
-_DEEPEST = 32
-_LONGEST = 2**19  # tuples in one another, instructions; our checkpoints have 4 and about 1e4
-
-
-def _tuples_nest(
-    program: bytes,  # a pickle
-) -> int:  # tuples in one another, at most; _DEEPEST for that many and for a pickle that is too long
-    "How deep the tuples of a pickle lie in one another, found without building any."
-    stack = []
-    outer = []
-    memo = {}
-    deepest = 0
-    for k, (op, arg, _) in enumerate(pickletools.genops(program)):
-        if deepest >= _DEEPEST or k >= _LONGEST:
-            return _DEEPEST
-        taken = []
-        if op.name == "MARK":
-            outer.append(stack)
-            stack = []
-        elif op.name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
-            memo[len(memo) if op.name == "MEMOIZE" else int(arg)] = stack[-1]
-        elif op.name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[int(arg)])
-        else:
-            n = len(op.stack_before)
-            if pickletools.markobject in op.stack_before:
-                taken = stack
-                stack = outer.pop()
-                n = op.stack_before.index(pickletools.markobject)
-            for _ in range(n):
-                taken.append(stack.pop())
-            depth = max(taken, default=0) + (op.name in _TUPLES)
-            deepest = max(deepest, depth)
-            stack += [depth] * len(op.stack_after)
-    return deepest
-
-# %% ../nbs/09_run.ipynb #86dc1b2b
-_PROGRAM = 2**22  # bytes of a checkpoint's pickle; ours have 2e5, the numbers lie beside it
-
-
-def _may_be_loaded(
-    path: Path,  # a checkpoint
-) -> bool:
-    "Whether torch can read a file without harm: an archive as large as it claims, whose pickle is short and shallow."
-    with zipfile.ZipFile(path) as z:
-        parts = z.infolist()
-        program = [p for p in parts if p.filename.endswith("data.pkl")]
-        if (
-            len(program) != 1
-            or program[0].file_size > _PROGRAM
-            or sum(p.file_size for p in parts) > path.stat().st_size
-        ):
-            return False
-        return _tuples_nest(z.read(program[0])) < _DEEPEST
-
-# %% ../nbs/09_run.ipynb #b2eb84c7
-def _has_its_numbers(
-    x: Tensor,  # from a file
-) -> bool:
-    "Whether a tensor is a plain one, with no more numbers than the file had for it."
-    plain = x.layout is torch.strided and not x.is_quantized and not x.is_nested and x.device.type != "meta"
-    return plain and x.numel() <= x.untyped_storage().nbytes() // x.element_size()
-
-# %% ../nbs/09_run.ipynb #310d8430
-def _tensors(value: Any) -> Iterable[Tensor]:
-    "The tensors in nested values."
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for v in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(v)
-
-# %% ../nbs/09_run.ipynb #a08r0032
-PARTS = dict(
-    model=dict,
-    ema=dict,
-    optimizer=dict,
-    rng=dict,
-    config=dict,  # what a checkpoint holds, and of which type
-    step=int,
-    skipped=int,
-    seconds=(int, float),
-    kind=str,
-    index_hash=str,
-)
-
-BESIDE = dict(
-    started=(int, float),
-    best=(int, float, type(None)),
-    in_a_row=int,
-    first_skip=str,
-    unread=dict,  # what it may hold
-    pending=list,
-    train_clips=list,
-)
-
-
-def check_checkpoint(
-    state: dict,  # a checkpoint's content
-    name: str,  # file name for messages
-    parts: tuple[str, ...] = tuple(PARTS),  # what it must hold
-) -> None:  # raises DataError
-    "Refuse a checkpoint that lacks a part, or has something else in its place."
-    odd = [part for part, kind in BESIDE.items() if part in state and not isinstance(state[part], kind)]
-    odd += ["train_clips"] * (not odd and not all(isinstance(i, str) for i in state.get("train_clips", [])))
-    if odd:
-        raise DataError(
-            f"{name}: has something else for {odd[0]!r}, so it is no whole flux4d checkpoint; take another ckpt_step file."
-        )
-    for part in parts:
-        value = state.get(part)
-        sound = isinstance(value, PARTS[part]) and not isinstance(value, bool)
-        if not sound or isinstance(value, (int, float)) and not 0 <= value < 1e15:
-            what = "lacks" if part not in state else "has something else for"
-            raise DataError(
-                f"{name}: {what} {part!r}, so it is no whole flux4d checkpoint; take another ckpt_step file."
-            )
-        if part == "kind" and not value.startswith("flux4d."):
-            raise DataError(
-                f"{name}: names the model {value[:80]!r}, which is not of this package; "
-                "take a checkpoint of flux4d."
-            )
-
-# %% ../nbs/09_run.ipynb #d45baa58
-def check_numbers(
-    values: Any,  # nested dicts and lists with tensors
-    name: str,  # file name for messages
-    part: str,  # of the checkpoint, for messages
-) -> None:  # raises DataError
-    "Refuse NaN and infinity."
-    if isinstance(values, dict):
-        values = list(values.values())
-    for v in values if isinstance(values, (list, tuple)) else [values]:
-        if isinstance(v, (dict, list, tuple)):
-            check_numbers(v, name, part)
-        elif isinstance(v, Tensor) and not torch.isfinite(v).all():
-            raise DataError(
-                f"{name}: has NaN or infinite numbers in its {part!r}; take an earlier ckpt_step file."
-            )
-
-# %% ../nbs/09_run.ipynb #f1e3988a
-def load_checkpoint(
-    path: str | Path,  # a checkpoint or a link to one
-    device: Any = "cpu",  # where its tensors go
-) -> (
-    dict
-):  # what `save_checkpoint` was given; raises DataError when the file is missing, truncated or not ours
-    "Read a checkpoint without running code from it."
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(
-            f"{path.name}: no such checkpoint in {path.parent.name or '.'}; "
-            "check resume_from or the checkpoint parameter."
-        )
-    try:
-        state = torch.load(path, map_location=device, weights_only=True) if _may_be_loaded(path) else None
-        sound = plain_fault(state, (str, int, float, bool, type(None), Tensor), printable=False) is None
-        state = state if sound and all(map(_has_its_numbers, _tensors(state))) else None
-    except Exception:
-        state = None
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise DataError(
-            f"{path.name}: not a readable flux4d checkpoint (truncated, or another program's); "
-            "take an earlier ckpt_step file."
-        )
-    return state
-
-# %% ../nbs/09_run.ipynb #a08r0021
-def trained_entry(
-    frames: dict[tuple[str, str], set[int]],  # log frame ids by (log id, identity)
-    unknown_before: bool = False,  # True: there was training before that nobody noted
-) -> dict:  # plain values
-    "What was trained on, as checkpoints hold it; a second data set's log of the same id has its identity in the key."
-    logs = {}
-    for (log, identity), ids in sorted(frames.items()):
-        key = log if log not in logs else f"{log}@{identity}"
-        logs[key] = dict(identity=identity, frames=sorted(ids))
-    return dict(logs=logs) | (dict(unknown_before=True) if unknown_before else {})
-
-# %% ../nbs/09_run.ipynb #4d94e05e
-def trained_frames(
-    source: str | Path | dict,  # a checkpoint's path, or the content of a checkpoint or of meta.json
-    name: str = "",  # file name for messages; "" = the path's
-) -> dict[tuple[str, str], set[int]] | None:  # log frame ids by (log id, identity); None: it does not say
-    "Which frames weights were trained on."
-    state = source if isinstance(source, dict) else load_checkpoint(source)
-    said = state.get("trained", dict(unknown_before=True))
-    try:
-        if said.get("unknown_before"):
-            return None
-        entries = [(key.partition("@")[0], entry) for key, entry in said["logs"].items()]
-        return {(log, str(e["identity"])): {int(f) for f in e["frames"]} for log, e in entries}
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
-        name = name or (Path(source).name if source is not state else "checkpoint")
-        raise DataError(
-            f"{name}: its 'trained' does not name logs with identity and frames; "
-            "take a checkpoint or meta.json that flux4d wrote."
-        ) from None
-
-# %% ../nbs/09_run.ipynb #0c1bfce0
-def load_weights(
-    model: nn.Module,  # to be filled
-    weights: dict,  # a state dict
-    name: str = "checkpoint",  # file name for messages
-    strict: bool = True,  # False: load what fits
-) -> list[str]:  # keys the model has and the weights lack; raises DataError when strict and anything differs
-    "Fill a model from a state dict."
-    if odd := [k for k, v in weights.items() if not isinstance(v, Tensor)]:
-        raise DataError(
-            f"{name}: has something that is no tensor for {str(odd[0])[:80]}; take another ckpt_step file."
-        )
-    check_numbers(weights, name, "weights")
-    own = model.state_dict()
-    missing = [k for k in own if k not in weights]
-    other = [k for k in weights if k not in own or own[k].shape != weights[k].shape]
-    if strict and (missing or other):
-        first = (missing + other)[0]
-        counts = f"{len(missing)} missing, {len(other)} foreign"
-        raise DataError(
-            f"{name}: made for another architecture ({first} differs, {counts}); "
-            "use its own config.yaml, or resume_optimizer=False to load what fits."
-        )
-    model.load_state_dict({k: v for k, v in weights.items() if k not in other}, strict=False)
-    return missing + [k for k in other if k in own]
-
-# %% ../nbs/09_run.ipynb #a08r0041
-def _unpacks(
-    path: Path,  # a .gz file
-) -> bool:  # to the end of the pickle, with the right checksum
-    "Unpack a pickle piece by piece and keep nothing."
-    unpack = zlib.decompressobj(wbits=31)
-    last = b""
-    with path.open("rb") as f:
-        while piece := f.read(1 << 16):
-            while piece and not unpack.eof:
-                last = unpack.decompress(piece, 1 << 20)[-1:] or last
-                piece = unpack.unconsumed_tail
-    return unpack.eof and last == b"."  # how every pickle ends
-
-# %% ../nbs/09_run.ipynb #06ddbdae
-def _decodes(
-    path: Path,  # an image
-) -> bool:  # whole
-    "Whether an image is there to its end."
-    with path.open("rb") as f:
-        head = f.read(2)
-        f.seek(-min(2, path.stat().st_size), os.SEEK_END)
-        if head == b"\xff\xd8" and f.read(2) == b"\xff\xd9":
-            return True
-    with Image.open(path, formats=("JPEG", "PNG")) as image:
-        image.load()
-    return True
-
-# %% ../nbs/09_run.ipynb #78d0a2e3
-def damage_of(
-    path: Path,  # an image or a packed table
-) -> str | None:  # a sentence, None for a sound file
-    "What is wrong with a file, as far as opening it tells."
-    try:
-        if not path.is_file():
-            return f"{short_path(path)}: {missing_text(path)}; get the file again or leave its clips out."
-        if path.stat().st_size == 0:
-            return f"{short_path(path)}: is empty; get the file again or leave its clips out."
-        sound = _unpacks(path) if path.suffix == ".gz" else _decodes(path)
-    except (OSError, SyntaxError, zlib.error, Image.DecompressionBombError) as e:
-        if isinstance(e, PermissionError):
-            return f"{short_path(path)}: may not be read; change its permissions."
-        sound = False
-    return (
-        None
-        if sound
-        else f"{short_path(path)}: is truncated or damaged; get the file again or leave its clips out."
-    )
-
-# %% ../nbs/09_run.ipynb #72157931
-def damaged_files(
-    paths: Iterable[Path],  # files that a run will read
-    threads: int = 8,  # that read side by side
-    progress: Callable = iter,  # wraps the list of files, such as tqdm
-) -> list[str]:  # a sentence for each that is not sound, in the order of the files
-    "Open files that will be needed later."
-    paths = sorted(set(paths))
-    with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(damage_of, paths)
-        return [f for _, f in zip(progress(paths), found) if f]
-
-# %% ../nbs/09_run.ipynb #a08r0043
-def refuse_damaged(
-    paths: Iterable[Path],  # files that a run will read
-    threads: int = 8,  # that read side by side
-    progress: Callable = iter,  # wraps the list of files, such as tqdm
-) -> None:  # raises DataError that names the first bad files
-    "End a run before its first step when a file that it needs is not sound."
-    found = damaged_files(paths, threads, progress)
-    if found:
-        more = f" ({len(found) - 3} more files are not sound either.)" if len(found) > 3 else ""
-        raise DataError(" ".join(found[:3]) + more)

@@ -33,7 +33,8 @@ from flux4d.resume import (
     read_resumable,
     restore_random,
 )
-from .run import Run, load_weights, provenance, prune_checkpoints, save_checkpoint
+from .run import Run, provenance
+from .checkpoint import load_weights, prune_checkpoints, save_checkpoint
 from .scene import Scene
 
 # %% auto #0

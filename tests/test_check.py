@@ -11,15 +11,23 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from flux4d.check import RULES, Limits, check_camera_axes, check_main, doubts, examine, numbers_of
+from flux4d.broken_logs import (
+    change_json,
+    change_poses,
+    change_sweeps,
+    linked_copy,
+    misread_order,
+    moved_poses,
+    turned_axes,
+)
+from flux4d.check import check_main, examine, implausible_numbers
+from flux4d.check_mounting import check_camera_axes
 from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, left_out_lines, long_log_clips, time_unit
 from flux4d.index_files import index_hash, index_main, load_index
 from flux4d.frames import (
     ClipTime,
     check_normalised,
-    mat_to_quat,
-    quat_to_mat,
     se3,
     se3_inverse,
     transform_points,
@@ -27,6 +35,7 @@ from flux4d.frames import (
 from flux4d.files import DataError
 from flux4d.pandaset import Log, PandaSet, find_pandaset
 from flux4d.log_files import fabricate_log
+from flux4d.log_numbers import RULES, Limits, numbers_of, scaled_positions
 
 FRAMES = 16
 LIDAR, CAMERA = "lidar/poses.json", "camera/front_camera/poses.json"
@@ -59,75 +68,43 @@ def sound(tmp_path_factory):
 @pytest.fixture
 def log(sound, tmp_path):
     "A copy to break, its files linked to the sound ones."
-    shutil.copytree(sound / "001", tmp_path / "001", copy_function=os.symlink)
-    return Log(tmp_path, "001")
-
-
-def edit(log, change, *files):
-    "Change JSON files in place."
-    for path in (log.folder / f for f in files):
-        value = change(json.loads(path.read_text()))
-        path.unlink()
-        path.write_text(json.dumps(value))
-
-
-def resweep(log, change, frames=range(FRAMES)):
-    "Change sweeps in place."
-    for k in frames:
-        path = log.sweep_path(k)
-        table = change(pd.read_pickle(path), k)
-        path.unlink()
-        table.to_pickle(path)
-
-
-def turned(change):
-    "A change of poses, given as 4x4 matrices."
-
-    def apply(items):
-        R = quat_to_mat(np.array([[p["heading"][a] for a in "wxyz"] for p in items]))
-        T = change(se3(R, np.array([[p["position"][a] for a in "xyz"] for p in items])))
-        return [
-            dict(position=dict(zip("xyz", t.tolist())), heading=dict(zip("wxyz", q.tolist())))
-            for t, q in zip(T[:, :3, 3], mat_to_quat(T[:, :3, :3]))
-        ]
-
-    return apply
+    return linked_copy(Log(sound, "001"), tmp_path)
 
 
 def moved(shift):
-    return turned(lambda T: se3(T[:, :3, :3], np.stack([x + shift(k) for k, x in enumerate(T[:, :3, 3])])))
+    return lambda T: moved_poses(T, np.stack([shift(k) for k in range(len(T))]))
 
 
 def scaled(f):
-    return turned(lambda T: se3(T[:, :3, :3], T[:, :3, 3] * f))
+    return lambda T: scaled_positions(T, f)
 
 
 def axes(*columns):
-    return turned(lambda T: se3(T[:, :3, :3] @ np.array(columns, float), T[:, :3, 3]))
-
-
-def other_order(items):
-    return [p | dict(heading=dict(zip("wxyz", (p["heading"][a] for a in "xyzw")))) for p in items]
+    return lambda T: turned_axes(T, columns)
 
 
 def lens(**change):
-    return lambda log: edit(log, lambda v: {k: change.get(k, lambda x: x)(x) for k, x in v.items()}, LENS)
+    return lambda log: change_json(log, lambda v: {k: change.get(k, lambda x: x)(x) for k, x in v.items()}, LENS)
 
 
 def both(f):
-    return lambda log: edit(log, lambda v: {k: f * x for k, x in v.items()}, LENS)
+    return lambda log: change_json(log, lambda v: {k: f * x for k, x in v.items()}, LENS)
 
 
 def poses(change, *files):
-    return lambda log: edit(log, change, *files)
+    return lambda log: change_poses(log, change, *files)
 
 
-def returns(change, frames=range(FRAMES)):
-    return lambda log: resweep(log, change, frames)
+def items(change, *files):
+    return lambda log: change_json(log, change, *files)
+
+
+def returns(change, frames=None):
+    return lambda log: change_sweeps(log, change, frames)
 
 
 def stamps(change, *files):
-    return lambda log: edit(log, change, *files)
+    return lambda log: change_json(log, change, *files)
 
 
 def in_sensor_frame(log):
@@ -137,13 +114,13 @@ def in_sensor_frame(log):
         x = transform_points(se3_inverse(T[k]), t[["x", "y", "z"]].to_numpy())
         return t.assign(x=x[:, 0], y=x[:, 1], z=x[:, 2])
 
-    resweep(log, change)
+    change_sweeps(log, change)
 
 
 def lost_frame(log):
     "Frame 9 falls out; the files after it move up."
     for file in (*STAMPS, LIDAR, CAMERA):
-        edit(log, lambda v: v[:9] + v[10:], file)
+        change_json(log, lambda v: v[:9] + v[10:], file)
     for k in range(9, FRAMES - 1):
         for path in (log.sweep_path, lambda f: log.image_path("front_camera", f)):
             os.replace(path(k + 1), path(k))
@@ -151,8 +128,8 @@ def lost_frame(log):
 
 def world_on_its_side(log):
     lying = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]])
-    edit(log, turned(lambda T: lying @ T), LIDAR, CAMERA)
-    resweep(log, lambda t, k: t.assign(y=t.z, z=-t.y))
+    change_poses(log, lambda T: lying @ T, LIDAR, CAMERA)
+    change_sweeps(log, lambda t, k: t.assign(y=t.z, z=-t.y))
 
 
 def second_camera(log):
@@ -163,8 +140,8 @@ def second_camera(log):
         log.folder / "camera/left_camera",
         ignore=shutil.ignore_patterns("*.jpg"),
     )
-    edit(log, axes((0, 0, -1), (0, 1, 0), (1, 0, 0)), "camera/left_camera/poses.json")  # looks left
-    edit(log, lambda v: {k: x / 2 for k, x in v.items()}, "camera/left_camera/intrinsics.json")
+    change_poses(log, axes((0, 0, -1), (0, 1, 0), (1, 0, 0)), "camera/left_camera/poses.json")  # looks left
+    change_json(log, lambda v: {k: x / 2 for k, x in v.items()}, "camera/left_camera/intrinsics.json")
     for k in range(FRAMES):
         with Image.open(log.image_path("front_camera", k)) as im:
             im.resize((im.width // 2, im.height // 2)).save(log.image_path("left_camera", k))
@@ -185,13 +162,13 @@ def far_and_lower(log):
         far = np.hypot(t.x - T[k, 0, 3], t.y - T[k, 1, 3]) > 45
         return t[far].assign(z=t.z[far] - 60)
 
-    resweep(log, change)
+    change_sweeps(log, change)
 
 
 def coarse(log):
     shift = np.r_[5e5, 5e6, 0.0]
-    edit(log, moved(lambda k: shift), LIDAR, CAMERA)
-    resweep(log, lambda t, k: t.assign(**{a: (t[a] + b).astype(np.float32) for a, b in zip("xyz", shift)}))
+    change_poses(log, moved(lambda k: shift), LIDAR, CAMERA)
+    change_sweeps(log, lambda t, k: t.assign(**{a: (t[a] + b).astype(np.float32) for a, b in zip("xyz", shift)}))
 
 
 def copied(source, target):
@@ -277,9 +254,9 @@ PLANTED = {  # name: (how to plant it, the check that finds it, what its sentenc
     "a return at 1000 km": (returns(stray(1e6), [5]), "range", "drop such returns"),
     "a return at 600 m": (returns(stray(600.0), [5]), "far_returns", "few LiDARs"),
     "points in the sensor's frame": (in_sensor_frame, "world_points", "sensor's own frame"),
-    "LiDAR poses inverted": (poses(turned(se3_inverse), LIDAR), "world_points", "world-to-sensor"),
+    "LiDAR poses inverted": (poses(se3_inverse, LIDAR), "world_points", "world-to-sensor"),
     "LiDAR poses all the same": (
-        poses(lambda v: v[:1] * len(v), LIDAR, CAMERA),
+        items(lambda v: v[:1] * len(v), LIDAR, CAMERA),
         "world_points",
         "different frames",
     ),
@@ -288,7 +265,7 @@ PLANTED = {  # name: (how to plant it, the check that finds it, what its sentenc
         "world_points",
         "another origin",
     ),
-    "LiDAR quaternions x y z w": (poses(other_order, LIDAR), "lidar_axes", "stored x, y, z, w"),
+    "LiDAR quaternions x y z w": (items(misread_order, LIDAR), "lidar_axes", "stored x, y, z, w"),
     "LiDAR on its side": (
         poses(axes((0, 0, 1), (0, 1, 0), (-1, 0, 0)), LIDAR),
         "lidar_axes",
@@ -304,7 +281,7 @@ PLANTED = {  # name: (how to plant it, the check that finds it, what its sentenc
     "images doubled": (both(0.5), "principal_point", "multiply fx, fy, cx and cy by 2"),
     "images cropped": (lens(cy=lambda y: y + 50), "principal_point", "cropped"),
     "pixels on their side": (
-        lambda log: edit(log, lambda v: v | dict(cx=v["cy"], cy=v["cx"]), LENS),
+        lambda log: change_json(log, lambda v: v | dict(cx=v["cy"], cy=v["cx"]), LENS),
         "principal_point",
         "on their side",
     ),
@@ -315,14 +292,14 @@ PLANTED = {  # name: (how to plant it, the check that finds it, what its sentenc
     ),
     "fx in millimetres": (lens(fx=lambda x: 6.0, fy=lambda x: 6.0), "field_of_view", "another unit"),
     "images squeezed": (lens(fx=lambda x: 0.75 * x), "pixel_aspect", "squeezed"),
-    "camera poses inverted": (poses(turned(se3_inverse), CAMERA), "camera_distance", "world-to-camera"),
+    "camera poses inverted": (poses(se3_inverse, CAMERA), "camera_distance", "world-to-camera"),
     "camera positions in mm": (poses(scaled(1e3), CAMERA), "camera_distance", "in millimetres"),
     "camera of another origin": (
         poses(moved(lambda k: np.r_[30.0, 0, 0]), CAMERA),
         "camera_distance",
         "another origin",
     ),
-    "camera quaternions x y z w": (poses(other_order, CAMERA), "camera_axes", "stored x, y, z, w"),
+    "camera quaternions x y z w": (items(misread_order, CAMERA), "camera_axes", "stored x, y, z, w"),
     "camera axes of OpenGL": (
         poses(axes((1, 0, 0), (0, -1, 0), (0, 0, -1)), CAMERA),
         "camera_axes",
@@ -340,11 +317,11 @@ PLANTED = {  # name: (how to plant it, the check that finds it, what its sentenc
     ),
     "front camera called back_camera": (renamed("back_camera"), "camera_axes", "where front_camera should"),
     "camera poses out of order": (
-        poses(lambda v: v[:5] + v[5:13][::-1] + v[13:], CAMERA),
+        items(lambda v: v[:5] + v[5:13][::-1] + v[13:], CAMERA),
         "loose_camera",
         "another order",
     ),
-    "one camera pose late": (poses(lambda v: v[:9] + [v[8]] + v[10:], CAMERA), "shaky_camera", "a frame off"),
+    "one camera pose late": (items(lambda v: v[:9] + [v[8]] + v[10:], CAMERA), "shaky_camera", "a frame off"),
     "points 60 m lower": (returns(lambda t, k: t.assign(z=t.z - 60)), "world_points", "origin in height"),
     "far points 60 m lower": (far_and_lower, "nothing_in_view", "do not belong together"),
     "a zero for no return": (
@@ -387,23 +364,23 @@ PLANTED = {  # name: (how to plant it, the check that finds it, what its sentenc
         "as float64",
     ),
     "a heading turned": (
-        poses(lambda v: v[:9] + [v[9] | dict(heading=dict(w=0.0, x=0.0, y=0.0, z=1.0))] + v[10:], LIDAR),
+        items(lambda v: v[:9] + [v[9] | dict(heading=dict(w=0.0, x=0.0, y=0.0, z=1.0))] + v[10:], LIDAR),
         "jump",
         "degrees a second",
     ),
     "camera headings inverted": (
-        poses(turned(lambda T: se3(T[:, :3, :3].swapaxes(1, 2), T[:, :3, 3])), CAMERA),
+        poses(lambda T: se3(T[:, :3, :3].swapaxes(1, 2), T[:, :3, 3]), CAMERA),
         "camera_axes",
         "conjugate the quaternions",
     ),
     "camera poses of the frame before": (
-        poses(lambda v: v[:1] + v[:-1], CAMERA),
+        items(lambda v: v[:1] + v[:-1], CAMERA),
         "shaky_camera",
         "a frame off",
     ),
     "images of 3/4": (both(4 / 3), "principal_point", "by 0.75"),
     "focal length and centre exchanged": (
-        lambda log: edit(log, lambda v: dict(fx=v["cx"], fy=v["cy"], cx=v["fx"], cy=v["fy"]), LENS),
+        lambda log: change_json(log, lambda v: dict(fx=v["cx"], fy=v["cy"], cx=v["fx"], cy=v["fy"]), LENS),
         "principal_point",
         "are exchanged",
     ),
@@ -416,7 +393,7 @@ PLANTED = {  # name: (how to plant it, the check that finds it, what its sentenc
 def test_planted_fault_gives_one_sentence(log, name):
     plant, check, says = PLANTED[name]
     plant(log)
-    found = doubts(log)
+    found = implausible_numbers(log)
     assert [f.check for f in found] == [check], [str(f) for f in found]
     text = found[0].text
     assert says in text and text.startswith("001/") and text.endswith("."), text
@@ -437,8 +414,8 @@ def test_cameras_that_are_not_read_yet_are_said_once(log, plant, file, capsys):
 def test_the_lidar_of_another_log_is_one_sentence(log):
     second_camera(log)
     for file in STAMPS[:1]:
-        edit(log, lambda v: [t + 3600 for t in v], file)
-    resweep(log, lambda t, k: t.assign(t=t.t + 3600))
+        change_json(log, lambda v: [t + 3600 for t in v], file)
+    change_sweeps(log, lambda t, k: t.assign(t=t.t + 3600))
     said = [f.text for f in examine(log, images=False) if f.check != "image_sizes"]
     assert (
         len(said) == 1
@@ -448,13 +425,13 @@ def test_the_lidar_of_another_log_is_one_sentence(log):
 
 
 def test_lens_distortion_is_said_once(log):
-    edit(log, lambda v: v | dict(k1=-0.3), LENS)
+    change_json(log, lambda v: v | dict(k1=-0.3), LENS)
     said = [f.text for f in examine(log, images=False) if LENS in f.text]
     assert len(said) == 1 and "k1" in said[0], said  # the reader's sentence, where it has one
 
 
 def test_a_slow_vehicle_may_drive_backwards(log):
-    edit(log, axes((-1, 0, 0), (0, 1, 0), (0, 0, -1)), CAMERA)
+    change_poses(log, axes((-1, 0, 0), (0, 1, 0), (0, 0, -1)), CAMERA)
     slow = replace(Limits(), reverse_speed=20.0)
     assert [f.check for f in check_camera_axes(numbers_of(log), slow)] == ["reverse"]
     assert [f.check for f in check_camera_axes(numbers_of(log), Limits())] == ["camera_axes"]
@@ -466,22 +443,22 @@ def test_every_rule_has_its_planted_fault():
 
 
 def test_faults_are_refused_and_notes_only_said(log, capsys):
-    edit(log, lambda v: v | dict(fx=0.75 * v["fx"]), LENS)
+    change_json(log, lambda v: v | dict(fx=0.75 * v["fx"]), LENS)
     assert check_main([str(log.root), "--no-images"]) == 0
     assert "note: 001/camera/front_camera/intrinsics.json" in capsys.readouterr().out
-    edit(log, other_order, CAMERA)
+    change_json(log, misread_order, CAMERA)
     assert check_main([str(log.root), "--log", "001", "--no-images"]) == 1
     assert "1 faults, 1 notes" in capsys.readouterr().out
 
 
 def test_the_reader_does_not_repeat_a_named_cause(log, capsys):
-    edit(log, lambda v: [t * 1e3 for t in v], *STAMPS)
+    change_json(log, lambda v: [t * 1e3 for t in v], *STAMPS)
     assert check_main([str(log.root), "--no-images"]) == 1
     assert len(capsys.readouterr().out.splitlines()) == 2  # the fault, and the log's last line
 
 
 def test_a_camera_that_stumbles_is_said_beside_another(log):
-    edit(log, lambda v: [t + 0.005 * (k % 2) for k, t in enumerate(v)], SHUTTER)
+    change_json(log, lambda v: [t + 0.005 * (k % 2) for k, t in enumerate(v)], SHUTTER)
     assert ["has an offset to the LiDAR that varies" in f.text for f in examine(log, images=False)] == [True]
 
 
@@ -495,9 +472,9 @@ def test_sound_city(sound, capsys):
 
 def test_sound_far_from_the_origin(log):
     shift = np.r_[5e5, 4e6, 30.0]
-    edit(log, moved(lambda k: shift), LIDAR, CAMERA)
-    resweep(log, lambda t, k: t.assign(x=t.x + shift[0], y=t.y + shift[1], z=t.z + shift[2]))
-    assert doubts(log) == []
+    change_poses(log, moved(lambda k: shift), LIDAR, CAMERA)
+    change_sweeps(log, lambda t, k: t.assign(x=t.x + shift[0], y=t.y + shift[1], z=t.z + shift[2]))
+    assert implausible_numbers(log) == []
 
 
 def test_all_returns_in_view_is_no_fault(tmp_path):
@@ -510,7 +487,7 @@ def test_sound_pandaset():
     root = find_pandaset()
     if root is None or not (root / "002").is_dir():
         pytest.skip("PandaSet log 002 is not here")
-    assert doubts(PandaSet(root)["002"]) == []
+    assert implausible_numbers(PandaSet(root)["002"]) == []
 
 
 # files

@@ -25,7 +25,7 @@ from flux4d.files import plain_fault
 from flux4d.files import DataError
 from flux4d.pandaset import Log
 from flux4d.log_files import fabricate_log, read_intrinsics
-from flux4d.run import load_checkpoint, trained_frames
+from flux4d.checkpoint import load_checkpoint, trained_frames
 from flux4d.model import load_model
 from flux4d.tables import safe_load_pickle
 
@@ -433,7 +433,7 @@ def test_hostile_pickles_in_checkpoints(tmp_path):
         with_program(tmp_path / f"odd{k}.pt", program)
     code = f"""import sys; sys.path.insert(0, {str(ROOT)!r})
 from flux4d.files import DataError
-from flux4d.run import load_checkpoint
+from flux4d.checkpoint import load_checkpoint
 for k in range({len(PROGRAMS)}):
     try: print(load_checkpoint(f"odd{{k}}.pt"))
     except DataError as e: print(e)"""

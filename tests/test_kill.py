@@ -14,7 +14,8 @@ from flux4d.cache import LiftCache
 from flux4d.config import Config, DataConfig, TrainConfig
 from flux4d.loader import Loader
 from flux4d.train import Trainer
-from flux4d.run import Run, load_checkpoint
+from flux4d.run import Run
+from flux4d.checkpoint import load_checkpoint
 from flux4d.predictor import PredictorConfig
 from flux4d.unet import UNetConfig
 

@@ -25,15 +25,9 @@ from flux4d.pandaset import PandaSet
 from flux4d.log_files import fabricate_log
 from flux4d.predictor import PredictorConfig
 from flux4d.run import logged_rows as logged
-from flux4d.run import (
-    Run,
-    commit_of,
-    damaged_files,
-    load_checkpoint,
-    newest_run,
-    refuse_damaged,
-    trained_frames,
-)
+from flux4d.run import Run, commit_of, newest_run
+from flux4d.file_damage import damaged_files, refuse_damaged
+from flux4d.checkpoint import load_checkpoint, trained_frames
 from flux4d.config import RENAMED, Config, DataConfig, TrainConfig, config_from_dict
 from flux4d.interrupt import Interrupted
 from flux4d.train import Trainer, every
