@@ -24,7 +24,7 @@ from .config import flattened, merged
 __all__ = ['ABLATIONS', 'NO_VELOCITY_TERM', 'ABLATION_TABLES', 'PAPER_FIGURES', 'SWITCHES', 'FIELDS', 'WHEN', 'NVS_METRICS',
            'ABLATION_COLUMNS', 'BUDGET', 'NO_EFFECT', 'NOTHING_LEARNED', 'MOVING', 'NOT_COMPARABLE', 'STEPS',
            'CHART_PANELS', 'differing_fields', 'is_variant', 'variant_of', 'AblationParameters', 'variant_parameters',
-           'run_variant', 'entry_at', 'pace', 'circumstances_mark', 'finished_run', 'ablation_row', 'as_table',
+           'run_variant', 'value_of_entry', 'pace', 'circumstances_mark', 'finished_run', 'ablation_row', 'as_table',
            'variant_line', 'paper_tables', 'circumstances', 'clips_helped', 'difference', 'changes', 'draw_bars',
            'ablation_chart', 'time_table', 'took_equally_long', 'near_in_time', 'recorded', 'paired', 'group_report',
            'ablation_report']
@@ -175,7 +175,7 @@ ABLATION_COLUMNS = {  # column -> where it is in metrics.json
 }
 
 
-def entry_at(
+def value_of_entry(
     nested: Any,  # nested dict
     path: str,  # dotted keys
 ) -> Any:  # what is there; None when it is not
@@ -215,7 +215,7 @@ def circumstances_mark(
     leaving_out: tuple,  # dotted fields that do not count, beside NO_EFFECT
 ) -> str:  # 8 characters, the same for runs that differ in nothing else
     "A short name for the circumstances of a run."
-    fields = flattened(config) | {"runtime.iters": entry_at(metrics, "runtime.iters")}
+    fields = flattened(config) | {"runtime.iters": value_of_entry(metrics, "runtime.iters")}
     kept = {name: value for name, value in fields.items() if name not in leaving_out + NO_EFFECT}
     told = [kept, sorted(metrics.get("per_clip", {})), metrics.get("evaluated_on")]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
@@ -254,12 +254,12 @@ def ablation_row(
         variant=variant_of(config),
         paired=circumstances_mark(config, metrics, FIELDS),
         timed=circumstances_mark(config, metrics, FIELDS + BUDGET),
-        scale=entry_at(config, "data.image_scale"),
-        seed=entry_at(config, "train.seed"),
+        scale=value_of_entry(config, "data.image_scale"),
+        seed=value_of_entry(config, "train.seed"),
         per_clip={clip: scores["model"] for clip, scores in metrics.get("per_clip", {}).items()},
-        prior={c: entry_at(metrics, f"baselines.motion_prior.{path}") for c, path in MOVING.items()},
+        prior={c: value_of_entry(metrics, f"baselines.motion_prior.{path}") for c, path in MOVING.items()},
     )
-    row |= {column: entry_at(metrics, path) for column, path in ABLATION_COLUMNS.items()}
+    row |= {column: value_of_entry(metrics, path) for column, path in ABLATION_COLUMNS.items()}
     return row | {"steps/s": pace(logged)}
 
 # %% ../nbs/62_ablation.ipynb #dc07b172

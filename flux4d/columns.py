@@ -4,7 +4,10 @@
 
 # %% ../nbs/02d_columns.ipynb #f5539522
 from __future__ import annotations
-import importlib, math, re, uuid
+import importlib
+import math
+import re
+import uuid
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 import numpy as np

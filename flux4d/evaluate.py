@@ -34,7 +34,7 @@ from .settings import Device, Distinct, FilePath, LogId, Name, find_device, read
 # %% auto #0
 __all__ = ['EvaluationParameters', 'check_subject', 'read_evaluation', 'Subject', 'subject_name', 'open_subject',
            'reconstruction_of', 'spread_evenly', 'chains_of_clips', 'clips_for_testing', 'eval_clips_of',
-           'training_rows', 'judged_on', 'scored_scenes', 'about_of', 'report_folder']
+           'training_rows', 'judged_on', 'scenes_to_score', 'about_of', 'report_folder']
 
 # %% ../nbs/61_evaluate.ipynb #00c89b6c
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def judged_on(
     return "clips that nothing was trained on" if s.model is None else training_overlap(s.trained, clips)
 
 # %% ../nbs/61_evaluate.ipynb #1186a931
-def scored_scenes(
+def scenes_to_score(
     baseline: str,  # one of METHODS, "" = a model
 ) -> tuple[str, ...]:  # names of scenes, what is evaluated first
     "Which scenes are scored for what is evaluated."
@@ -266,7 +266,7 @@ def about_of(
         seconds=s.seconds,
         skipped=s.skipped,
         rows=training_rows(s.folder),
-        scenes=scored_scenes(s.baseline),
+        scenes=scenes_to_score(s.baseline),
         left_out=left_out,
     )
 

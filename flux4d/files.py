@@ -4,7 +4,16 @@
 
 # %% ../nbs/02a_files.ipynb #5a857161
 from __future__ import annotations
-import contextlib, difflib, errno, fcntl, glob, json, os, re, shutil, tempfile
+import contextlib
+import difflib
+import errno
+import fcntl
+import glob
+import json
+import os
+import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Iterator, NamedTuple
 

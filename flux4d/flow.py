@@ -8,7 +8,8 @@ import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
-import numpy as np, torch
+import numpy as np
+import torch
 from annotated_types import Interval
 from matplotlib import colormaps
 from PIL import Image

@@ -4,7 +4,9 @@
 
 # %% ../nbs/25_image_metrics.ipynb #936acdce
 from __future__ import annotations
-import importlib, math, warnings
+import importlib
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,7 +4,9 @@
 
 # %% ../nbs/02f_log_files.ipynb #fc7cab36
 from __future__ import annotations
-import contextlib, json, warnings
+import contextlib
+import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator

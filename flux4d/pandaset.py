@@ -4,7 +4,8 @@
 
 # %% ../nbs/03_pandaset.ipynb #ae8755d4
 from __future__ import annotations
-import functools, os
+import functools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np

@@ -6,7 +6,8 @@
 from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, NamedTuple
-import math, torch
+import math
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch

@@ -4,7 +4,10 @@
 
 # %% ../nbs/56a_report_pages.ipynb #56a00004
 from __future__ import annotations
-import argparse, base64, re, sys
+import argparse
+import base64
+import re
+import sys
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote

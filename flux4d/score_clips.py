@@ -4,7 +4,8 @@
 
 # %% ../nbs/55d_score_clips.ipynb #55d00004
 from __future__ import annotations
-import shutil, time
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path

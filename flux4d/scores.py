@@ -4,7 +4,9 @@
 
 # %% ../nbs/55_scores.ipynb #55000004
 from __future__ import annotations
-import gzip, io, zlib
+import gzip
+import io
+import zlib
 from pathlib import Path
 from typing import Any
 import numpy as np

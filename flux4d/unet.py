@@ -4,7 +4,9 @@
 
 # %% ../nbs/30_unet.ipynb #f49903d6
 from __future__ import annotations
-import logging, time, warnings
+import logging
+import time
+import warnings
 from copy import copy
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal

@@ -4,7 +4,11 @@
 
 # %% ../nbs/02b_unpickle.ipynb #39271ebd
 from __future__ import annotations
-import io, pickle, pickletools, re, zlib
+import io
+import pickle
+import pickletools
+import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -4,7 +4,8 @@
 
 # %% ../../nbs/05h_labels.ipynb #f47c25d2
 from __future__ import annotations
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 from .rays import CAMERA_HEADING, RIG, SCANNER, SWEEP, Raycaster, TrueSweep, ego_pose
 from .street import Thing
 

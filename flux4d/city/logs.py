@@ -4,7 +4,14 @@
 
 # %% ../../nbs/05i_logs.ipynb #49f2557e
 from __future__ import annotations
-import argparse, gzip, importlib, json, os, pickle, shutil, tempfile
+import argparse
+import gzip
+import importlib
+import json
+import os
+import pickle
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -12,7 +19,8 @@ from functools import lru_cache, partial
 from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 from PIL import Image
 from .camera import camera_at, photograph
 from .labels import boxes

@@ -6,7 +6,8 @@
 from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 from fastcore.basics import patch
 from .solids import MATERIALS, join, nearest, search_tree
 from .street import Layout, Motion, scenery
