@@ -42,7 +42,7 @@ class CuboidConfig:
     dilate: NonNegativeInt = 5  # how far a mask grows around each return, px at full resolution
     sensors: tuple[Literal[0, 1], ...] = (0,)  # LiDAR sensors whose returns draw a mask
     timed: bool = False  # flow: a box stands at the time of the middle return in it; False: at its frame's stamp
-    # a label not in LABELS: "error" refuses the file, "ignore" scores no return of such a box, "other" counts it as other
+    # a label not in LABELS: "error" refuses the file, "ignore" scores no return of its box, "other" counts it as other
     unknown: Literal["error", "ignore", "other"] = "error"
 
     near: NonNegativeFloat = 40.0  # boxes within this distance must contain returns, m

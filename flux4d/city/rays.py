@@ -21,7 +21,7 @@ __all__ = ['RIG', 'CAMERA_HEADING', 'BEAMS', 'SCANNER', 'SWEEP', 'INTENSITY', 'e
 
 # %% ../../nbs/05e_rays.ipynb #fc4aa440
 _FIELDS = "fx fy cx cy x y z qw qx qy qz offset".split()
-# intrinsics at 1920x1080 px; place in the LiDAR frame (x right, y forward, z up), m; quaternion; ms after the LiDAR stamp
+# intrinsics at 1920x1080 px; place in the LiDAR frame (x right, y forward, z up), m; quaternion; ms after its stamp
 _CAMERAS = """
 front_camera       1970.01 1970.01 970.00 483.30   0.000  0.853 1.808  0.70825 -0.70590 -0.00824 -0.00513 -49.84
 front_left_camera   929.84  930.06 972.18 508.01  -0.645  1.517 1.533  0.62014 -0.61823 -0.34042  0.34254 -60.64
