@@ -80,7 +80,7 @@ def test_nothing_may_be_shown_where_no_frames_are_named(clip):
 
 
 def test_moved_and_cut_views_still_know_their_frames(clip, loader):
-    views = loader.inputs(clip)
+    views = loader.inputs(clip).views
     there = views.to("meta")                                     # another device, whose numbers cannot be read
     assert type(there) is InputViews and there.frame.device.type == "meta"
     for part in (there, views[0], views[:2], views[[1, 0]], views.to("cpu"), replace(views, depth=views.depth)):
