@@ -17,10 +17,10 @@ from .voxels import VoxelConfig
 __all__ = ['FINE_PRIOR', 'MotionPriorConfig', 'SweepPoints', 'low_points', 'height_above_ground', 'bev_cell', 'Occupancy',
            'occupancy', 'sum_around', 'BlockIndex', 'block_index', 'count_hits', 'MatchScores', 'match_scores',
            'Displacement', 'best_displacement', 'blocks_at', 'block_places', 'inlier_mean', 'consensus', 'soft_counts',
-           'density_map', 'sample_bilinear', 'BlockCells', 'fine_cells', 'block_cells', 'solve_pairs',
+           'density_map', 'sample_bilinear', 'BlockCells', 'fine_cells', 'block_cells', 'solve_2x2',
            'refine_trajectories', 'merge_trajectories', 'MotionPrior', 'BlockMotion', 'no_motion', 'sweep_times',
-           'block_prior', 'trajectories', 'estimate_block_motion', 'query_motion', 'heights', 'motion_prior',
-           'coarse_to_fine']
+           'block_prior', 'fit_trajectories', 'estimate_block_motion', 'query_motion', 'heights', 'single_scale_prior',
+           'estimate_motion_prior']
 
 # %% ../nbs/14_motion_prior.ipynb #24c9c4fe
 @dataclass(frozen=True)
@@ -434,7 +434,7 @@ def block_cells(
     return BlockCells(around[cell, which], mean[cell], k[cell])
 
 # %% ../nbs/14_motion_prior.ipynb #acc6fda9
-def solve_pairs(
+def solve_2x2(
     A: Tensor,  # (K,2,2) symmetric
     b: Tensor,  # (K,2,2)
 ) -> Tensor:  # (K,2,2) x with A x = b
@@ -470,7 +470,7 @@ def refine_trajectories(
         weight = found[..., 0] * (t != 0)
         weighted = (weight[..., None] * base).mT
         A = total(weighted @ base) + prior
-        trajectory = solve_pairs(A, total(weighted @ target) + prior @ start)
+        trajectory = solve_2x2(A, total(weighted @ target) + prior @ start)
     return trajectory
 
 # %% ../nbs/14_motion_prior.ipynb #b13916c3
@@ -564,7 +564,7 @@ def block_prior(
     )
 
 # %% ../nbs/14_motion_prior.ipynb #2ddb76e8
-def trajectories(
+def fit_trajectories(
     standing: SweepPoints,  # returns of what stands; `frame` counts the sweeps from 0 on
     velocity: Tensor,  # (K,2) by consensus, m/s
     trusted: Tensor,  # (K,) bool
@@ -603,7 +603,7 @@ def estimate_block_motion(
     xy, trusted = consensus(found, scores, gap, cfg)
     up = (height > cfg.height[0]) & (height < cfg.height[1])
     standing = SweepPoints(points, returns.seconds, sweep).part(up)
-    path = trajectories(standing, xy / gap, trusted, scores.row, times, grid, cfg)
+    path = fit_trajectories(standing, xy / gap, trusted, scores.row, times, grid, cfg)
     movable = F.max_pool2d(maps.standing.float()[:, None], 3, 1, 1)[:, 0] > 0
     return BlockMotion(block_prior(path, found, trusted), scores.row, movable, frames)
 
@@ -644,7 +644,7 @@ def heights(
 
 # %% ../nbs/14_motion_prior.ipynb #f40c0bb2
 @torch.no_grad()
-def motion_prior(
+def single_scale_prior(
     returns: SweepPoints,  # M returns, which are matched
     grid: VoxelConfig,  # read: low, high
     cfg: MotionPriorConfig = MotionPriorConfig(),
@@ -665,7 +665,7 @@ def motion_prior(
 FINE_PRIOR = MotionPriorConfig(reach=6, cell=0.125, block=3, inlier_speed=0.7, min_inliers=4, refine_steps=0)
 
 
-def coarse_to_fine(
+def estimate_motion_prior(
     returns: SweepPoints,  # M returns, which are matched
     grid: VoxelConfig,  # read: low, high
     cfg: MotionPriorConfig = MotionPriorConfig(),  # the coarse prior
@@ -674,9 +674,9 @@ def coarse_to_fine(
 ) -> MotionPrior:  # of the N points
     "The motion prior, and a finer one where nothing is trusted."
     h = heights(returns.points.float(), (returns if query is None else query).points.float(), cfg)
-    coarse = motion_prior(returns, grid, cfg, query, h)
+    coarse = single_scale_prior(returns, grid, cfg, query, h)
     if not fine_prior.reach:
         return coarse
-    fine = motion_prior(returns, grid, fine_prior, query, h)
+    fine = single_scale_prior(returns, grid, fine_prior, query, h)
     chosen = fine.where(~coarse.trusted & fine.trusted & coarse.may_move, coarse)
     return chosen._replace(may_move=coarse.may_move)

@@ -18,7 +18,7 @@ from .settings import OpenShare
 from .gaussians import BACKGROUND, FLAT, LIDAR, Gaussians
 from .clip_data import Returns
 from .voxels import VoxelConfig, Voxels
-from .motion_prior import FINE_PRIOR, MotionPrior, MotionPriorConfig, SweepPoints, coarse_to_fine
+from .motion_prior import FINE_PRIOR, MotionPrior, MotionPriorConfig, SweepPoints, estimate_motion_prior
 from flux4d.unet import (
     SparseUNet,
     UNetConfig,
@@ -31,12 +31,12 @@ from flux4d.unet import (
 )
 
 # %% auto #0
-__all__ = ['N_PRIOR', 'N_POINT', 'PredictorConfig', 'group_by_cell', 'local_velocity', 'estimate_prior', 'prior_features',
+__all__ = ['N_PRIOR', 'N_POINT', 'PredictorConfig', 'group_by_cell', 'local_velocity', 'prior_of_points', 'prior_features',
            'prior_from_features', 'motion_features', 'motion_feature_count', 'PointFeatures', 'point_features',
            'orientation', 'time_bins', 'binned_features', 'voxel_features', 'point_channels', 'voxel_channels',
-           'bounded', 'make_head', 'decode_residual', 'motion_channels', 'split_motion', 'free_velocity', 'near_prior',
-           'apply_dead_zone', 'since_start', 'decode_velocity', 'GridIndex', 'in_grid', 'make_grid_index',
-           'BasePredictor']
+           'bounded', 'make_head', 'decode_residual', 'motion_channels', 'split_motion', 'untrusted_velocity',
+           'prior_plus_residual', 'apply_dead_zone', 'from_clip_start', 'decode_velocity', 'GridIndex',
+           'returns_in_grid', 'make_grid_index', 'BasePredictor']
 
 # %% ../nbs/31_predictor.ipynb #fc4def75
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def local_velocity(
     return velocity[group].float(), variance.sqrt()[group, 0].float()
 
 # %% ../nbs/31_predictor.ipynb #feda518e
-def estimate_prior(
+def prior_of_points(
     here: SweepPoints,  # M points whose motion is wanted
     returns: SweepPoints | None,  # all returns around, which are matched; None = the points themselves
     voxel: VoxelConfig,  # read: low, high
@@ -99,7 +99,7 @@ def estimate_prior(
 ) -> MotionPrior:  # of the M points
     "The motion prior of `14_motion_prior` at some points."
     matched = here if returns is None else returns
-    return coarse_to_fine(matched, voxel, cfg.motion_prior, cfg.fine_prior, here)
+    return estimate_motion_prior(matched, voxel, cfg.motion_prior, cfg.fine_prior, here)
 
 # %% ../nbs/31_predictor.ipynb #faa0413e
 N_PRIOR = 8  # channels of the prior: velocity and acceleration in the plane, two scores, two yes-or-no
@@ -131,7 +131,7 @@ def prior_from_features(
 # %% ../nbs/31_predictor.ipynb #2fb5a3d5
 def motion_features(
     here: SweepPoints,  # M points
-    returns: SweepPoints | None,  # as for `estimate_prior`
+    returns: SweepPoints | None,  # as for `prior_of_points`
     voxel: VoxelConfig,  # read: low, high
     cfg: PredictorConfig,  # read: local_velocity_cells, local_velocity_height, velocity_scale, the two priors
 ) -> Tensor:  # (M,F) float32 of order one, F from `motion_feature_count`
@@ -144,7 +144,7 @@ def motion_features(
         velocity, spread = local_velocity(here.points, here.seconds, cell, cfg.local_velocity_height)
         found += [velocity * (1 / cfg.velocity_scale), 2 * spread[:, None]]
     if cfg.motion_prior.reach:
-        found.append(prior_features(estimate_prior(here, returns, voxel, cfg), cfg))
+        found.append(prior_features(prior_of_points(here, returns, voxel, cfg), cfg))
     return torch.cat(found, 1)
 
 # %% ../nbs/31_predictor.ipynb #6ae51b0c
@@ -314,7 +314,7 @@ def split_motion(
     return raw[:, :blocks].reshape(-1, cfg.degree + 1, 3), raw[:, blocks:]
 
 # %% ../nbs/31_predictor.ipynb #2db88641
-def free_velocity(
+def untrusted_velocity(
     raw: Tensor,  # (M,motion_channels) output of the motion head, ego0
     prior: MotionPrior | None,  # of the M points
     cfg: PredictorConfig,  # read: degree, velocity_scale, velocity_bound
@@ -328,7 +328,7 @@ def free_velocity(
     return own + F.pad(followed[:, None], (0, 0, 0, cfg.degree))
 
 # %% ../nbs/31_predictor.ipynb #4ec13ad0
-def near_prior(
+def prior_plus_residual(
     raw: Tensor,  # (M,motion_channels) output of the motion head, ego0
     prior: MotionPrior,  # of the M points
     cfg: PredictorConfig,  # read: degree, max_residual
@@ -349,7 +349,7 @@ def apply_dead_zone(
     return own * (speed / max(least, 1e-9) - 1).clamp(0, 1)
 
 # %% ../nbs/31_predictor.ipynb #a8f7744d
-def since_start(
+def from_clip_start(
     own: Tensor,  # (M,l+1,3) coefficients about each point's own time, m/s^(j+1)
     seconds: Tensor,  # (M,) that time, since the clip's start
 ) -> Tensor:  # (M,l+1,3) coefficients about the clip's start
@@ -370,13 +370,13 @@ def decode_velocity(
     use_dead_zone: bool = False,  # True in a reconstruction, False in training
 ) -> Tensor:  # (M,l+1,3) coefficients about the clip's start, m/s^(j+1), world
     "Near the prior where it is trusted, free elsewhere, at rest where nothing may move."
-    own = free_velocity(raw, prior, cfg)
+    own = untrusted_velocity(raw, prior, cfg)
     if use_dead_zone:
         own = apply_dead_zone(own, cfg.dead_zone)
     if prior is not None:
-        own = torch.where(prior.trusted[:, None, None], near_prior(raw, prior, cfg), own)
+        own = torch.where(prior.trusted[:, None, None], prior_plus_residual(raw, prior, cfg), own)
         own = torch.where(prior.may_move[:, None, None], own, 0.0)
-    return rotate_vectors(to_world.to(raw.dtype), since_start(own, seconds))
+    return rotate_vectors(to_world.to(raw.dtype), from_clip_start(own, seconds))
 
 # %% ../nbs/31_predictor.ipynb #1acb7e59
 @dataclass
@@ -395,7 +395,7 @@ class GridIndex:
     tables: dict = field(default_factory=dict)  # of the U-Net's layers, filled by the first passes
 
 # %% ../nbs/31_predictor.ipynb #2c89c552
-def in_grid(
+def returns_in_grid(
     returns: Returns,  # world, on the device of `to_world`
     to_world: Tensor,  # (4,4) float64 ego0-to-world
     voxel: VoxelConfig,  # read: low, shape, size
@@ -422,7 +422,7 @@ def make_grid_index(
     here = SweepPoints(points[inside], (g.t[inside] * duration).float(), g.frame[inside])
     voxels = voxelise(here.points, here.points[:, :0], voxel)
     corners, weights = neighbours(voxels.keys, here.points.float(), voxel)
-    around = None if returns is None else in_grid(returns, to_world, voxel)
+    around = None if returns is None else returns_in_grid(returns, to_world, voxel)
     motion = motion_features(here, around, voxel, cfg)
     return GridIndex(
         inside=inside,
