@@ -411,7 +411,7 @@ def write_site(
     return [out / name for name in pages]
 
 # %% ../nbs/92_repo.ipynb #26a93b60
-EXPORT = "from nbdev.doclinks import nbdev_export; nbdev_export(path=None)"
+EXPORT = "from nbdev.doclinks import nbdev_export as export; export(path=None)"
 CLEAN = "from nbdev.clean import nbdev_clean; nbdev_clean(fname=None)"
 
 
