@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import Tensor
-from fastcore.basics import patch
 from pydantic import PositiveFloat, PositiveInt
 from .losses import psnr_of_mse, ssim_map
 
 # %% auto #0
-__all__ = ['MetricConfig', 'masked_mean', 'psnr', 'ssim_metric', 'depth_rmse', 'lpips_metric', 'Mean']
+__all__ = ['MetricConfig', 'masked_mean', 'psnr', 'ssim_metric', 'depth_rmse', 'lpips_metric']
 
 # %% ../nbs/25_image_metrics.ipynb #1185c18f
 @dataclass
@@ -130,60 +129,3 @@ def lpips_metric(
         return torch.as_tensor(x, device=device).float().clamp(0, 1).movedim(-1, 0)[None] * 2 - 1
 
     return torch.no_grad()(lambda pred, gt: float(net(image(pred), image(gt)))), None
-
-# %% ../nbs/25_image_metrics.ipynb #256d8884
-class Mean:
-    "Running mean, standard deviation and count."
-
-    def __init__(self) -> None:
-        "Nothing counted yet."
-        self.count = 0
-        self._mean = 0.0
-        self._m2 = 0.0
-
-    @property
-    def mean(self) -> float | None:  # None before the first value
-        "Mean of the counted values."
-        return self._mean if self.count else None
-
-    @property
-    def std(self) -> float | None:  # None before the first value
-        "Standard deviation over the counted values (divided by their number)."
-        return math.sqrt(max(self._m2, 0.0) / self.count) if self.count else None
-
-    def __repr__(self) -> str:
-        "The three numbers."
-        return f"Mean({self.as_dict()})"
-
-    def as_dict(self) -> dict:  # mean, std, count
-        "Plain values, ready for JSON."
-        return dict(mean=self.mean, std=self.std, count=self.count)
-
-# %% ../nbs/25_image_metrics.ipynb #655dd8bf
-@patch
-def add(
-    self: Mean,
-    value: float | Tensor | None,  # None = missing: not counted
-    count: int = 1,  # how many values of this size it stands for, such as points
-) -> None:
-    "Count a value; a missing one changes nothing, one that is not finite is an error."
-    if value is None or count == 0:
-        return
-    if not math.isfinite(value := float(value)):
-        raise ValueError(f"A metric is {value}; find out why before it enters a mean.")
-    self.count += count
-    delta = value - self._mean
-    self._mean += delta * count / self.count
-    self._m2 += delta * (value - self._mean) * count
-
-# %% ../nbs/25_image_metrics.ipynb #00365c07
-@patch
-def merge(
-    self: Mean,
-    other: Mean,  # counted elsewhere
-) -> None:
-    "Add all values of another mean."
-    if not other.count:
-        return
-    self._m2 += other._m2
-    self.add(other.mean, other.count)
