@@ -40,6 +40,7 @@ class ActorConfig:
     min_sweeps: PositiveInt = 3  # sweeps in which a cluster is seen
     min_gain: NonNegativeFloat = 0.1  # m by which moving has to bring the sweeps closer together than resting
     min_moved: NonNegativeFloat = 0.5  # m that an actor goes from the first sweep to the last
+    max_size: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (25.0, 4.5, 5.0)  # length, width, height, m
     trim: Share = 0.02  # share of a cluster beyond each side of its box
     join_speed: NonNegativeFloat = 1.5  # m/s, overlapping clusters that differ by less are one actor
     join_overlap: Share = 0.3  # share of the smaller box inside the larger one, grown, that makes them one
@@ -547,7 +548,8 @@ def find_actors(
     found = [fit_box(cluster, eye, cfg) for cluster in cluster_moving(moving, scene.ego0, cfg)]
     found = join_parts(found, eye, cfg)
     sweeps = lidar_by_sweep(scene)
-    found = [c for c in found if c.path.moved > cfg.min_moved and motion_gain(c, sweeps) > cfg.min_gain]
+    found = [c for c in found if c.path.moved > cfg.min_moved and (c.size <= cfg.max_size).all()]
+    found = [c for c in found if motion_gain(c, sweeps) > cfg.min_gain]
     owner = claimed_rows(found, scene, cfg)
     order = np.argsort([-(owner == k).sum() for k in range(len(found))], kind="stable")
     return [actor_of(found[k], index, owner == k, scene) for index, k in enumerate(order)]
