@@ -17,7 +17,7 @@ from .clips import Clip
 from .settings import Seed
 from .clip_data import clip_returns
 from .voxels import VoxelConfig
-from .motion_prior import height_above_ground
+from .occupancy import height_above_ground
 from .predictor import PredictorConfig, decode_velocity, make_grid_index, motion_channels
 from .model import ClipInputs
 from .scene import Scene

@@ -18,7 +18,8 @@ from .settings import OpenShare
 from .gaussians import BACKGROUND, FLAT, LIDAR, Gaussians
 from .clip_data import Returns
 from .voxels import VoxelConfig, Voxels
-from .motion_prior import FINE_PRIOR, MotionPrior, MotionPriorConfig, SweepPoints, estimate_motion_prior
+from .motion_prior import FINE_PRIOR, MotionPrior, estimate_motion_prior
+from .occupancy import MotionPriorConfig, SweepPoints
 from flux4d.unet import (
     SparseUNet,
     UNetConfig,

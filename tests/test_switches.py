@@ -25,7 +25,7 @@ from flux4d.loader import Loader
 from flux4d.train import Trainer
 from flux4d.config import config_from_dict, merged
 from flux4d.run import Run
-from flux4d.motion_prior import MotionPriorConfig
+from flux4d.occupancy import MotionPriorConfig
 
 SMALL = dict(
     data=dict(image_scale=0.25, loader_threads=1),
