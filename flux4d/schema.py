@@ -180,7 +180,7 @@ def check_metrics(
 def is_same(
     a: Any,  # a plain value
     b: Any,  # another
-    tolerance: float = 1e-9,  # relative
+    tolerance: float,  # relative
 ) -> bool:
     "Whether two entries are equal; numbers, up to rounding."
     if type(a) in (int, float) and type(b) in (int, float):
@@ -191,8 +191,10 @@ def is_same(
 def disagreements(
     m: dict,  # metrics that follow the schema
     table: pd.DataFrame,  # the scores they are said to come from
+    tolerance: float = 1e-9,  # relative
 ) -> list[str]:  # one sentence an entry
     "Entries that the stored table does not give."
     want, got = flat(metrics_from(table, facts_of(m))), flat(m)
-    wrong = [p for p in sorted(want.keys() | got.keys()) if not is_same(got.get(p, ...), want.get(p, ...))]
+    paths = sorted(want.keys() | got.keys())
+    wrong = [p for p in paths if not is_same(got.get(p, ...), want.get(p, ...), tolerance)]
     return [f"{p}: is {got.get(p, 'missing')!r}, the stored scores give {want.get(p, 'nothing')!r}" for p in wrong]
