@@ -11,15 +11,15 @@ from typing import Any
 from urllib.parse import quote
 import yaml
 from jinja2 import Environment
-from .records import literal
+from .records import literal, markdown_table
 
 # what needs torch is imported where it is used: `flux4d-report --help` answers at once
 
 # %% auto #0
 __all__ = ['PAPER_FIGURES', 'PRINTED_TABLES', 'PAPER_SECONDS', 'IMAGE_TITLES', 'FLOW_CELLS', 'CLASSES_SHOWN', 'BY_CLASS',
-           'CLASS_CELLS', 'ALSO', 'TITLES', 'SUMMARY_VIEWS', 'QUANTITIES', 'literal_names', 'shown', 'table',
-           'printed_rows', 'entries_at', 'image_row', 'title_of', 'whole_logs', 'scored_scenes', 'beside_paper',
-           'nvs_tables', 'flow_tables', 'summary_column', 'paper_column', 'summary_table', 'clip_table', 'class_table',
+           'CLASS_CELLS', 'ALSO', 'TITLES', 'SUMMARY_VIEWS', 'QUANTITIES', 'literal_names', 'printed_rows',
+           'entries_at', 'image_row', 'title_of', 'whole_logs', 'scored_scenes', 'beside_paper', 'nvs_tables',
+           'flow_tables', 'summary_column', 'paper_column', 'summary_table', 'clip_table', 'class_table',
            'paths_by_reason', 'report_tables', 'report_text']
 
 # %% ../nbs/56_report.ipynb #4d0bb2d1
@@ -32,27 +32,6 @@ def literal_names(
     if isinstance(value, list):
         return [literal_names(v) for v in value]
     return literal(value) if isinstance(value, str) else value
-
-# %% ../nbs/56_report.ipynb #b6c63b46
-def shown(
-    x: Any,  # a cell: text, a number, or None
-    digits: int,  # after the point
-) -> str:
-    "A cell; what is not known is a dash."
-    if x is None:
-        return "-"
-    return f"{x:.{digits}f}" if isinstance(x, float) else str(x)
-
-
-def table(
-    head: list[str],  # column titles
-    rows: list[list],  # cells
-    digits: int = 3,  # after the point
-) -> str:  # markdown
-    "A table."
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    lines = [" | ".join(shown(x, digits) for x in row) for row in (head, rule, *rows)]
-    return "\n".join(f"| {line} |" for line in lines)
 
 # %% ../nbs/56_report.ipynb #a3bd5bcc
 def printed_rows(
@@ -152,9 +131,9 @@ def beside_paper(
     "A printed table with rows of ours below it."
     head = ["method", *columns, "comparable"]
     printed = [[*row, *[None] * (len(head) - 1 - len(row)), "paper"] for row in PRINTED_TABLES[number]]
-    return table(head, printed + [[title, *cells, comparable] for title, cells in rows.items()])
+    return markdown_table(head, printed + [[title, *cells, comparable] for title, cells in rows.items()])
 
-
+# %% ../nbs/56_report.ipynb #550000b2
 def nvs_tables(
     m: dict,  # metrics
 ) -> list[str]:  # two tables; of whole logs one
@@ -227,7 +206,7 @@ def summary_table(
     columns |= {title_of(k): summary_column(x, x["seconds_per_frame"]) for k, x in m["baselines"].items()}
     note = "" if m["comparable"] == "yes" else " (not comparable: other logs)"
     rows = [list(row) for row in zip(QUANTITIES, *columns.values(), paper_column(m))]
-    return table(["metric", *columns, f"Flux4D, paper{note}"], rows)
+    return markdown_table(["metric", *columns, f"Flux4D, paper{note}"], rows)
 
 # %% ../nbs/56_report.ipynb #03738067
 def clip_table(
@@ -239,7 +218,7 @@ def clip_table(
     for clip, flow in m["per_clip_flow"].items():
         psnr = m["per_clip"][clip]["model"]
         rows.append([clip, psnr["interpolation"], psnr["future"], flow["epe3d"], flow["FD"], flow["frames"]])
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def class_table(
@@ -247,7 +226,7 @@ def class_table(
 ) -> str:  # markdown
     "Scene flow by class: this project's bucketed error."
     own = m["scene_flow"]["bucketed"]["own"]
-    return table(["class", "normalised error", "returns"], [[k, b["mean"], b["points"]] for k, b in own.items()])
+    return markdown_table(["class", "normalised error", "returns"], [[k, b["mean"], b["points"]] for k, b in own.items()])
 
 # %% ../nbs/56_report.ipynb #6b041cdf
 def paths_by_reason(

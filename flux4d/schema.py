@@ -24,8 +24,9 @@ from flux4d.scores import (
 from .view_scores import REGIONS
 
 # %% auto #0
-__all__ = ['ANY', 'SCHEMA', 'OPTIONAL', 'example_table', 'schema_of', 'value_faults', 'group_faults', 'faults', 'bare_nulls',
-           'blocks_beside', 'image_counts', 'count_faults', 'check_metrics', 'is_same', 'disagreements']
+__all__ = ['ANY', 'EXAMPLE_FACTS', 'SCHEMA', 'OPTIONAL', 'example_table', 'schema_of', 'value_faults', 'group_faults', 'faults',
+           'bare_nulls', 'blocks_beside', 'image_counts', 'count_faults', 'metrics_faults', 'first_fault',
+           'check_metrics', 'is_same', 'disagreements']
 
 # %% ../nbs/55b_schema.ipynb #9585be33
 ANY = "any"  # name in the example that stands for every name
@@ -54,16 +55,13 @@ def schema_of(
     return value if isinstance(value, (type, tuple)) else type(value)
 
 # %% ../nbs/55b_schema.ipynb #55b00006
-SCHEMA = schema_of(
-    metrics_from(
-        example_table(), FACTS | dict(source_frames=1, plateau=PLATEAU, runtime=RUN_FACTS, reasons={})
-    )
-) | dict(reasons={...: str})
+EXAMPLE_FACTS = FACTS | dict(source_frames=1, plateau=PLATEAU, runtime=RUN_FACTS, reasons={})
+SCHEMA = schema_of(metrics_from(example_table(), EXAMPLE_FACTS)) | dict(reasons={...: str})
 SCHEMA["per_clip"] = {...: {...: SCHEMA["per_clip"][...]["model"]}}  # the scenes that were scored
 SCHEMA["lpips"] = {setting: (of, None) for setting, of in SCHEMA["lpips"].items()}  # null: could not be had
 SCHEMA["baselines"][...]["nvs"] = (SCHEMA["nvs"], None)  # null: flow alone was scored
 # not every evaluation has these scenes, nor older ones the rest
-OPTIONAL = {k: SCHEMA.pop(k) for k in (*MODEL_SCENES[1:], "scored_with")} | dict(left_out=SCHEMA.pop("left_out"))
+OPTIONAL = {k: SCHEMA.pop(k) for k in (*MODEL_SCENES[1:], "scored_with", "left_out")}
 
 # %% ../nbs/55b_schema.ipynb #dc9a151e
 def value_faults(
@@ -164,16 +162,29 @@ def count_faults(
     return [text for text, ok in tests.items() if not ok]
 
 # %% ../nbs/55b_schema.ipynb #030ea85d
+def metrics_faults(
+    m: dict,  # metrics
+) -> list[str]:  # one sentence a fault
+    "All that is wrong with metrics: types, then nulls that nothing explains, then counts."
+    if bad := faults(m):
+        return bad
+    nulls = [f"{p}: is null with neither a count of 0 nor a reason" for p in bare_nulls(m, m["reasons"])]
+    return nulls or count_faults(m)
+
+
+def first_fault(
+    bad: list[str],  # sentences, at least one
+) -> str:
+    "The first of several faults, and how many there are."
+    return bad[0] + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else "")
+
+# %% ../nbs/55b_schema.ipynb #55b000a1
 def check_metrics(
     m: dict,  # metrics
 ) -> dict:  # the same; raises DataError
     "Stop before metrics are written that do not check out."
-    bad = faults(m)
-    if not bad:
-        bad = [f"{p}: is null with neither a count of 0 nor a reason" for p in bare_nulls(m, m["reasons"])]
-    if bad := bad or count_faults(m):
-        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise DataError(f"metrics.json: {bad[0]}{more}; nothing was written, mend what fills this entry.")
+    if bad := metrics_faults(m):
+        raise DataError(f"metrics.json: {first_fault(bad)}; nothing was written, mend what fills this entry.")
     return m
 
 # %% ../nbs/55b_schema.ipynb #565bb3e1

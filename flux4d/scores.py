@@ -20,7 +20,7 @@ from .view_scores import IMAGE_METRICS, NO_RETURN, NO_SKY, NOTHING_MOVES, REGION
 
 # %% auto #0
 __all__ = ['SCORE_COLUMNS', 'ABSENT', 'TARGET_SETTINGS', 'MODEL_SCENES', 'SCORES', 'ROOT_MEAN_SQUARES', 'NO_AVERAGE', 'LEAF',
-           'COUNTED', 'VIEW_ENTRIES', 'FLOW_ENTRIES', 'CLIP_VIEWS', 'CLIP_FLOW', 'FACTS', 'PLATEAU', 'RUN_FACTS',
+           'COUNTED', 'VIEW_ENTRIES', 'FLOW_ENTRIES', 'CLIP_VIEWS', 'CLIP_FLOW', 'FACTS', 'RUN_FACTS', 'PLATEAU',
            'FACT_REASONS', 'BASELINE', 'TIME_ENTRIES', 'LPIPS_ENTRIES', 'score_table', 'write_scores', 'read_scores',
            'averages', 'flat', 'nested', 'Entry', 'scene_block', 'bucket_block', 'truth_block', 'flow_block',
            'clip_blocks', 'worst_frames', 'shortfall', 'moving_error', 'emptiness', 'null_reasons', 'reasons_of',
@@ -191,14 +191,9 @@ VIEW_ENTRIES["sky_alpha"] = Entry("alpha", "sky", keep="mean")
 FLOW_ENTRIES = {
     "count": Entry("epe", keep="count"),
     "epe3d": Entry("epe"),
-    "acc5": Entry("acc5"),
-    "acc10": Entry("acc10"),
-    "acc5_relative": Entry("acc5_relative"),
-    "acc10_relative": Entry("acc10_relative"),
-    "theta": Entry("theta"),
+    **{name: Entry(name) for name in ("acc5", "acc10", "acc5_relative", "acc10_relative", "theta", "nearest")},
     "theta_moving": Entry("theta", "moving"),
     "bs_flow": Entry("false_motion", "BS"),
-    "nearest": Entry("nearest"),
     "epe_3way.all": Entry("epe", "three_way"),
     **{f"epe_3way.{group}": Entry("epe", group) for group in GROUPS},
     **{f"counts.{group}": Entry("epe", group, keep="points") for group in GROUPS},
@@ -342,7 +337,7 @@ def null_reasons(
         r"(analysis\.fd)\.epe": nothing,
     }
 
-
+# %% ../nbs/55_scores.ipynb #550000a8
 def reasons_of(
     m: dict,  # metrics, `reasons` still missing
     table: pd.DataFrame,  # rows of all scenes
@@ -354,35 +349,16 @@ def reasons_of(
     return {match[1]: why for match, why in found if match}
 
 # %% ../nbs/55_scores.ipynb #5500002c
-FACTS = dict(
-    subject=str,
-    baseline=str,
-    evaluated_on=str,
-    setting=str,
-    source_frames=int,
-    logs=[str],
-    cameras=[str],
-    clips=int,
-    views=int,
-    comparable=str,
-    scored_with=dict(lift_sensors=[int], depth_sensors=[int]),
-    left_out={...: str},
-    videos=[str],
-)  # entries of metrics.json that are no measurement, and their types; {...: x}: any key
-PLATEAU = (dict(of=str, step=int, last_step=int, best=float, gain_last_third=float), None)  # None: or null
-RUN_FACTS = dict(
-    train_seconds=float,
-    iters=int,
-    skipped_steps=int,
-    image_scale=float,
-    flux4d=str,
-    commit=(str, None),
-    python=str,
-    torch=str,
-    machine=str,
-    gpu=(str, None),
-    reconstruction=(dict(lift=float, network=float, total=float, gaussians=int, repeats=int), None),
-)
+# entries of metrics.json that are no measurement, with their types; {...: x}: any key, (x, None): or null
+FACTS = dict.fromkeys(("subject", "baseline", "evaluated_on", "setting", "comparable"), str)
+FACTS |= dict.fromkeys(("source_frames", "clips", "views"), int)
+FACTS |= dict.fromkeys(("logs", "cameras", "videos"), [str])
+FACTS |= dict(scored_with=dict(lift_sensors=[int], depth_sensors=[int]), left_out={...: str})
+RUN_FACTS = dict.fromkeys(("flux4d", "python", "torch", "machine"), str)
+RUN_FACTS |= dict.fromkeys(("commit", "gpu"), (str, None))
+RUN_FACTS |= dict(train_seconds=float, iters=int, skipped_steps=int, image_scale=float)
+RUN_FACTS |= dict(reconstruction=(dict(lift=float, network=float, total=float, gaussians=int, repeats=int), None))
+PLATEAU = (dict(of=str, step=int, last_step=int, best=float, gain_last_third=float), None)
 
 # %% ../nbs/55_scores.ipynb #550000a7
 FACT_REASONS = "lpips", "analysis.plateau", "runtime.reconstruction", "runtime.gpu", "runtime.commit"
@@ -429,7 +405,7 @@ def analysis_block(
     moving = moving_error(flow, still)
     return dict(shares=flow["shares"], fd=moving, shortfall=shortfall(table), plateau=plateau)
 
-
+# %% ../nbs/55_scores.ipynb #550000a9
 def metrics_from(
     table: pd.DataFrame,  # rows of all scenes
     facts: dict,  # see `facts_of`
