@@ -55,7 +55,7 @@ def schema_of(
     return value if isinstance(value, (type, tuple)) else type(value)
 
 # %% ../nbs/55b_schema.ipynb #55b00006
-EXAMPLE_FACTS = FACTS | dict(source_frames=1, plateau=PLATEAU, runtime=RUN_FACTS, reasons={})
+EXAMPLE_FACTS = FACTS | dict(source_frames=1, plateau=PLATEAU, runtime=RUN_FACTS, no_lpips="")
 SCHEMA = schema_of(metrics_from(example_table(), EXAMPLE_FACTS)) | dict(reasons={...: str})
 SCHEMA["per_clip"] = {...: {...: SCHEMA["per_clip"][...]["model"]}}  # the scenes that were scored
 SCHEMA["lpips"] = {setting: (of, None) for setting, of in SCHEMA["lpips"].items()}  # null: could not be had

@@ -398,8 +398,8 @@ def evaluate(
     timing = about.model and time_reconstruction(about.model, ev.loader, repeats)
     c = ev.loader.cfg
     of_clips = clip_facts(ev.loader.clips, c, ev.cfg.depth_sensors)
-    facts = run_facts(about, of_clips, c.data.image_scale, ev.loader.device, timing) | dict(videos=ev.films)
-    facts["reasons"] |= {"lpips": no_lpips} if no_lpips else {}
+    facts = run_facts(about, of_clips, c.data.image_scale, ev.loader.device, timing)
+    facts |= dict(videos=ev.films, no_lpips=no_lpips or "")
     table = score_table(ev.tables)
     metrics = check_metrics(metrics_from(table, facts))
     write_worst(ev)

@@ -21,10 +21,10 @@ from .view_scores import IMAGE_METRICS, NO_RETURN, NO_SKY, NOTHING_MOVES, REGION
 # %% auto #0
 __all__ = ['SCORE_COLUMNS', 'ABSENT', 'TARGET_SETTINGS', 'MODEL_SCENES', 'SCORES', 'ROOT_MEAN_SQUARES', 'NO_AVERAGE', 'LEAF',
            'COUNTED', 'VIEW_ENTRIES', 'FLOW_ENTRIES', 'CLIP_VIEWS', 'CLIP_FLOW', 'FACTS', 'RUN_FACTS', 'PLATEAU',
-           'FACT_REASONS', 'BASELINE', 'TIME_ENTRIES', 'LPIPS_ENTRIES', 'score_table', 'write_scores', 'read_scores',
-           'averages', 'flat', 'nested', 'Entry', 'scene_block', 'bucket_block', 'truth_block', 'flow_block',
-           'clip_blocks', 'worst_frames', 'shortfall', 'moving_error', 'emptiness', 'null_reasons', 'reasons_of',
-           'facts_of', 'baseline_block', 'analysis_block', 'metrics_from']
+           'BASELINE', 'TIME_ENTRIES', 'LPIPS_ENTRIES', 'score_table', 'write_scores', 'read_scores', 'averages',
+           'flat', 'nested', 'Entry', 'scene_block', 'bucket_block', 'truth_block', 'flow_block', 'clip_blocks',
+           'worst_frames', 'shortfall', 'moving_error', 'emptiness', 'null_reasons', 'reasons_of', 'facts_of',
+           'baseline_block', 'analysis_block', 'metrics_from']
 
 # %% ../nbs/55_scores.ipynb #55000007
 SCORE_COLUMNS = dict(
@@ -327,6 +327,8 @@ def null_reasons(
     seen = [s for s in TARGET_SETTINGS if m["nvs"]["full"][s]["count"]]
     depth = [f"{r}.{s}" for r in REGIONS for s in TARGET_SETTINGS if m["nvs"][r][s]["count"]]
     moving = {s: nothing if s in seen else "the clips have no such frames" for s in TARGET_SETTINGS}
+    is_baseline = m["runtime"]["reconstruction"] is None
+    untrained = "nothing was trained" if is_baseline else "no training record, or fewer than three logged values"
     return {rf"(.*nvs\.dynamic\.{s})\.psnr\.mean": why for s, why in moving.items()} | {
         **{rf"(.*nvs\.{at}\.depth_rmse)\.mean": NO_RETURN for at in depth},
         r"(.*sky_alpha)": NO_SKY,
@@ -335,6 +337,10 @@ def null_reasons(
         r"((?:zero_motion\.)?scene_flow)\.epe3d\.mean": nothing,
         r"(analysis\.shares)\.BS": nothing,
         r"(analysis\.fd)\.epe": nothing,
+        r"(analysis\.plateau)": untrained,
+        r"(runtime\.reconstruction)": "a baseline has no network to time",
+        r"(runtime\.gpu)": "no GPU was used",
+        r"(runtime\.commit)": "not run from a git checkout",
     }
 
 # %% ../nbs/55_scores.ipynb #550000a8
@@ -361,18 +367,13 @@ RUN_FACTS |= dict(reconstruction=(dict(lift=float, network=float, total=float, g
 PLATEAU = (dict(of=str, step=int, last_step=int, best=float, gain_last_third=float), None)
 
 # %% ../nbs/55_scores.ipynb #550000a7
-FACT_REASONS = "lpips", "analysis.plateau", "runtime.reconstruction", "runtime.gpu", "runtime.commit"
-
-
 def facts_of(
     m: dict,  # content of a metrics.json
-) -> dict[str, Any]:  # FACTS, plateau, runtime (RUN_FACTS), reasons (of FACT_REASONS)
+) -> dict[str, Any]:  # FACTS, plateau, runtime (RUN_FACTS), no_lpips: why there is no LPIPS, or ""
     "What metrics say that is not measured."
-    return {k: m[k] for k in FACTS} | dict(
-        plateau=m["analysis"]["plateau"],
-        runtime={k: m["runtime"][k] for k in RUN_FACTS},
-        reasons={k: m["reasons"][k] for k in FACT_REASONS if k in m["reasons"]},
-    )
+    runtime = {k: m["runtime"][k] for k in RUN_FACTS}
+    beside = dict(plateau=m["analysis"]["plateau"], runtime=runtime, no_lpips=m["reasons"].get("lpips", ""))
+    return {k: m[k] for k in FACTS} | beside
 
 # %% ../nbs/55_scores.ipynb #5500002d
 BASELINE = "baseline "  # begins the scene names of baselines: a lift can be a baseline and the model's start
@@ -420,9 +421,10 @@ def metrics_from(
         scene_flow=flow,
         zero_motion=dict(scene_flow=still),
         baselines={s.removeprefix(BASELINE): baseline_block(table, s, facts["source_frames"]) for s in beside},
-        lpips=dict.fromkeys(TARGET_SETTINGS) if "lpips" in facts["reasons"] else lpips,
+        lpips=dict.fromkeys(TARGET_SETTINGS) if facts["no_lpips"] else lpips,
         worst=worst_frames(table),
         analysis=analysis_block(table, flow, still, facts["plateau"]),
         runtime=facts["runtime"] | scene_block(table, "model", TIME_ENTRIES),
     )
-    return m | dict(reasons=reasons_of(m, table) | facts["reasons"])
+    no_lpips = {"lpips": facts["no_lpips"]} if facts["no_lpips"] else {}
+    return m | dict(reasons=reasons_of(m, table) | no_lpips)
