@@ -25,8 +25,8 @@ from .scene import Scene
 # %% auto #0
 __all__ = ['LAYERS', 'OF_PHOTO', 'OF_VELOCITY', 'LARGEST', 'shrink', 'as_bytes', 'save_pair', 'Panel', 'letter_height',
            'strip_height', 'scale_colours', 'CaptionLayout', 'caption_layout', 'captioned', 'FrameData', 'paint_wheel',
-           'check_layers', 'grid_columns', 'tiled', 'frame_picture', 'even_pixels', 'write_film', 'Film', 'read_film',
-           'film_strip', 'draw_frame', 'clip_frames', 'film_clip']
+           'check_layers', 'grid_columns', 'tiled', 'frame_picture', 'even_pixels', 'check_rate', 'write_film', 'Film',
+           'read_film', 'film_strip', 'draw_frame', 'clip_frames', 'film_clip']
 
 # %% ../nbs/26_film.ipynb #14e2af6c
 def shrink(
@@ -161,7 +161,7 @@ def captioned(
         image.paste(Image.fromarray(as_bytes(scale_colours(ramp, shown.colours))), (start, strip // 4))
     return image
 
-# %% ../nbs/26_film.ipynb #64053b3c
+# %% ../nbs/26_film.ipynb #399e4123
 class FrameData(NamedTuple):
     "What the layers of one frame are painted from."
 
@@ -171,16 +171,17 @@ class FrameData(NamedTuple):
     fastest: float = 10.0  # end of the scale of image velocity, px
     step: str = "to the next frame"  # during which an image velocity is counted
     rgb: str = "prediction"  # what the layer of that name is called
+    note: str = ""  # what stands at the end of its caption, such as the time
 
     @property
     def fastest_text(self) -> str:
         "End of the scale of image velocity, in words."
         return f"{self.fastest:.3g} px {self.step}"
 
-# %% ../nbs/26_film.ipynb #3c9a9ffb
+# %% ../nbs/26_film.ipynb #a2b98371
 def _rgb(frame: FrameData, width: int) -> Panel:
     "Colours of the render."
-    return Panel(shrink(frame.out.rgb[0].clamp(0, 1), width).cpu(), frame.rgb)
+    return Panel(shrink(frame.out.rgb[0].clamp(0, 1), width).cpu(), frame.rgb, "", ("", frame.note))
 
 
 def _photo(frame: FrameData, width: int) -> Panel:
@@ -228,7 +229,7 @@ def _velocity(frame: FrameData, width: int) -> Panel:
     colours = flow_colours(shrink(frame.out.features[0], width), frame.fastest)
     return Panel(paint_wheel(colours).cpu(), "image velocity", "", ("", f"rim {frame.fastest_text}"))
 
-# %% ../nbs/26_film.ipynb #fab2013b
+# %% ../nbs/26_film.ipynb #17dcc36b
 LAYERS: dict[str, Callable[[FrameData, int], Panel]] = dict(
     rgb=_rgb,
     photo=_photo,
@@ -252,12 +253,13 @@ def check_layers(
         raise DataError(f"layers: names none; choose from {', '.join(shown)}.")
     for name in names:
         if name in OF_PHOTO and not with_photo:
-            raise DataError(f"layers: {name!r} needs photos; give the clip, or choose from {', '.join(shown)}.")
+            others = ", ".join(shown)
+            raise DataError(f"layers: {name!r} needs photos; call film_beside_photos, or choose from {others}.")
         if name not in LAYERS:
             raise DataError(f"layers: {name!r} is none; choose from {', '.join(shown)}.")
     return names
 
-# %% ../nbs/26_film.ipynb #d5c2df81
+# %% ../nbs/26_film.ipynb #11b8b0fc
 def grid_columns(
     count: int,  # panels
 ) -> int:  # panels in a row
@@ -283,9 +285,12 @@ def frame_picture(
     layers: Iterable[str] = tuple(LAYERS),  # names of LAYERS
     width: int = 640,  # px of a panel, at most
 ) -> Image.Image:
-    "The layers of one frame, each with its caption."
-    panels = [captioned(LAYERS[name](frame, width)) for name in layers]
-    return tiled(panels, grid_columns(len(panels)))
+    "The layers of one frame, each with its caption; colours alone need none."
+    names = tuple(layers)
+    panels = [LAYERS[name](frame, width) for name in names]
+    if names == ("rgb",):
+        return Image.fromarray(as_bytes(panels[0].picture))
+    return tiled([captioned(panel) for panel in panels], grid_columns(len(panels)))
 
 # %% ../nbs/26_film.ipynb #91ebbcf2
 def _ffmpeg() -> Any:
@@ -349,7 +354,7 @@ def _encode(
         encoder.close()
     return count
 
-# %% ../nbs/26_film.ipynb #ac9747db
+# %% ../nbs/26_film.ipynb #a9e6e595
 def _count_frames(path: Path) -> int:
     "Frames of a finished film; -1 for a file that cannot be read."
     try:
@@ -358,22 +363,30 @@ def _count_frames(path: Path) -> int:
         return -1
 
 
+def check_rate(
+    fps: Any,  # frames a second
+) -> float:  # the same; raises DataError
+    "Refuse a rate that no film has."
+    if not (isinstance(fps, (int, float)) and np.isfinite(fps) and 0 < fps <= 240):
+        raise DataError(f"fps: is {fps}; choose a rate above 0 and up to 240 frames a second.")
+    return float(fps)
+
+
 def write_film(
     path: str | Path,  # .mp4; its folder is made
     frames: Iterable[Image.Image | np.ndarray],  # pictures of one size
     fps: float,  # frames a second
-    total: int | None = None,  # how many frames there will be, for the progress bar; None: no bar
+    total: int | None = None,  # how many frames there will be, for a progress bar; None: no bar
 ) -> Path:  # the film; raises DataError
     "Write a film frame by frame, completely or not at all."
     path = Path(path)
     if path.suffix.lower() != ".mp4":
         report_fault(path, "does not end in .mp4", "name the film so")
-    if not (np.isfinite(fps) and 0 < fps <= 240):
-        raise DataError(f"fps: is {fps}; choose a rate above 0 and up to 240 frames a second.")
+    fps = check_rate(fps)
     bar = tqdm(frames, desc=path.name, unit="frame", total=total, disable=total is None)
     with atomic_write(path) as unfinished:
         try:
-            count = _encode(unfinished, map(even_pixels, bar), float(fps), path)
+            count = _encode(unfinished, map(even_pixels, bar), fps, path)
             whole = _count_frames(unfinished) == count
         except OSError as e:
             if isinstance(e, DataError) or e.errno:
