@@ -85,7 +85,7 @@ class Trainer:
         self.trained_on = TrainedOn(loader.clips)
         self.skips = Skips()
         self.stage_losses = []  # (micro-step, loss) of every stage of the last step
-        self.source = {k: v for k, v in provenance(self.device).items() if k in ("flux4d", "commit")}
+        self.source = {k: v for k, v in provenance(self.device).items() if k in ("flux4d", "commit", "torch", "machine")}
         # who is called after a step
         self.callbacks = []
         self.called = 0  # step whose callbacks have ended
