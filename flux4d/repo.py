@@ -34,6 +34,7 @@ from flux4d.notebooks import (
 from flux4d.records import (
     as_sentence,
     literal,
+    markdown_table,
     measured,
     read_metrics,
     record_files,
@@ -41,15 +42,16 @@ from flux4d.records import (
     run_summary,
     runs_of_record,
     show_run,
+    table_cell,
 )
 
 # %% auto #0
 __all__ = ['RUN_COLUMNS', 'RESULT_COLUMNS', 'RESULT_ROWS', 'PAPER_ROW', 'MADE_PART', 'MADE_TABLES', 'PICTURE_ENDINGS', 'MADE',
-           'EXPORT', 'CLEAN', 'REPO_EXAMPLES', 'NEEDS_PATH', 'COMMANDS', 'shown_quantity', 'markdown_table', 'run_row',
-           'runs_table', 'ResultRow', 'results_table', 'rebased', 'rebase', 'notebooks_from_root', 'presets_today',
-           'with_tables', 'pages_of_text', 'readme_text', 'write_made', 'has_old_tables', 'made_faults', 'link_faults',
-           'page_name', 'site_link', 'digest', 'made_before', 'remove_pages', 'notebook_page', 'pictures_of',
-           'write_site', 'differing', 'run_nbdev', 'generated_faults', 'mend_figures', 'repo_command', 'repo_main']
+           'EXPORT', 'CLEAN', 'REPO_EXAMPLES', 'NEEDS_PATH', 'COMMANDS', 'shown_quantity', 'run_row', 'runs_table',
+           'ResultRow', 'results_table', 'rebased', 'rebase', 'notebooks_from_root', 'presets_today', 'with_tables',
+           'pages_of_text', 'readme_text', 'write_made', 'has_old_tables', 'made_faults', 'link_faults', 'page_name',
+           'site_link', 'digest', 'made_before', 'remove_pages', 'notebook_page', 'pictures_of', 'write_site',
+           'differing', 'run_nbdev', 'generated_faults', 'mend_figures', 'repo_command', 'repo_main']
 
 # %% ../nbs/92_repo.ipynb #22caa527
 def shown_quantity(
@@ -61,17 +63,7 @@ def shown_quantity(
     found = {" ".join(keys): mean for keys, mean, _ in measured(metrics)}
     when = ("interpolation", "future") if "*" in path else ("",)
     means = [found.get(path.replace("*", w)) for w in when]
-    return " / ".join("-" if m is None else f"{m:{form}}" for m in means)
-
-
-def markdown_table(
-    head: list[str],  # names of the columns
-    rows: list[list[str]],  # texts of the cells
-    texts: int,  # how many columns hold text; numbers stand to the right
-) -> str:  # markdown
-    "A table."
-    rule = "| --- " * texts + "| ---: " * (len(head) - texts) + "|"
-    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(r)} |" for r in rows)])
+    return " / ".join(table_cell(m, form) for m in means)
 
 # %% ../nbs/92_repo.ipynb #a3315856
 RUN_COLUMNS = {
@@ -108,7 +100,7 @@ def runs_table(
     runs = {run: read_metrics(run / "metrics.json") for run in runs_of_record(root)}
     scored = {run: m for run, m in runs.items() if {"nvs", "scene_flow", "runtime"} <= set(m)}
     head = ["run", "evaluated on", "trained", "machine", *RUN_COLUMNS, "reconstruction s"]
-    made = [markdown_table(head, [run_row(run, m) for run, m in scored.items()], 4)] if scored else []
+    made = [markdown_table(head, [run_row(run, m) for run, m in scored.items()], texts=4)] if scored else []
     made += [run_summary(run) for run in runs if run not in scored]
     return "\n\n".join(made) or "No run of record is committed yet."
 
@@ -149,7 +141,7 @@ def results_table(
             metrics = read_metrics(file)
             cells = [shown_quantity(metrics, r.part + path, form) for path, form in RESULT_COLUMNS.values()]
             rows.append([r.label, *cells])
-    return markdown_table(["interpolated / future frames", *RESULT_COLUMNS], [*rows, PAPER_ROW], 1)
+    return markdown_table(["interpolated / future frames", *RESULT_COLUMNS], [*rows, PAPER_ROW])
 
 # %% ../nbs/92_repo.ipynb #e4e07bbc
 def rebased(

@@ -99,12 +99,15 @@ def timed(
 
 # %% ../nbs/55d_score_clips.ipynb #539d0236
 class ClipScenes(NamedTuple):
-    "Everything that is scored of one clip."
+    "Everything that is scored of one clip, by its name in the table."
 
-    of_model: dict[str, Scene]  # the model's own, by MODEL_SCENES
-    zero_motion: Scene  # the lift at rest, for its flow
-    baselines: dict[str, Scene]  # by name
-    seconds: dict[str, float]  # of a reconstruction, by 'model' and name
+    scenes: dict[str, Scene]  # MODEL_SCENES; 'zero_motion', the lift at rest, for its flow; baselines
+    seconds: dict[str, float]  # of a reconstruction, by 'model' and baselines
+
+    @property
+    def baselines(self) -> list[str]:
+        "Names of the baselines."
+        return [name for name in self.scenes if name.startswith(BASELINE)]
 
 # %% ../nbs/55d_score_clips.ipynb #e79b83b9
 def clip_scenes(
@@ -115,14 +118,12 @@ def clip_scenes(
     "Reconstruct a clip by every method."
     gpu = inputs.scene.device.type == "cuda"
     model, seconds = timed(lambda: reconstruct(inputs), gpu)
-    scenes, spent = {}, dict(model=seconds)
+    scenes = dict(model=model, lift=inputs.scene, zero_velocity=model.moving(None), zero_motion=inputs.scene)
+    methods = BASELINES | dict(static=lambda _: scenes["zero_velocity"])
+    spent = dict(model=seconds)
     for name in baselines:
-        if name == "static":
-            scenes[name], spent[name] = model.moving(None), 0.0
-        else:
-            scenes[name], spent[name] = timed(lambda: BASELINES[name](inputs), gpu)
-    of_model = dict(model=model, lift=inputs.scene, zero_velocity=model.moving(None))
-    return ClipScenes(of_model, inputs.scene, scenes, spent)
+        scenes[BASELINE + name], spent[BASELINE + name] = timed(lambda: methods[name](inputs), gpu)
+    return ClipScenes(scenes, spent)
 
 # %% ../nbs/55d_score_clips.ipynb #27a7b792
 def distinct(
@@ -235,18 +236,30 @@ def beside_photo(
     halves = shrink(t.out.rgb[0].clamp(0, 1), width), shrink(t.view.images[0], width)
     return as_bytes(torch.cat(halves, 1))
 
+# %% ../nbs/55d_score_clips.ipynb #55d000a1
+@patch
+def add(
+    self: Evaluation,
+    clip: Clip,  # that was scored
+    rows: pd.DataFrame | list[dict],  # rows of the score table, their place still missing
+    scene: str,  # its name in the table
+    **place,  # frame, camera, setting
+) -> None:
+    "Put rows into the table."
+    self.tables.append(pd.DataFrame(rows).assign(log=clip.log.id, clip=clip.id, scene=scene, **place))
+
 # %% ../nbs/55d_score_clips.ipynb #55d0000a
 @patch
 def model_rows(
     self: Evaluation,
     t: RenderedTarget,  # a target view of the model
-) -> pd.DataFrame:
+) -> list[dict]:
     "What is measured of the model's own views alone: time, and LPIPS where it can be had."
     rows = [score_row("render_seconds", t.seconds, 1)]
     if self.lpips:
         height, width = t.view.images.shape[1:3]
         rows.append(score_row("lpips", self.lpips(t.out.rgb[0], t.view.images[0]), height * width, "full"))
-    return pd.DataFrame(rows)
+    return rows
 
 # %% ../nbs/55d_score_clips.ipynb #55d0000b
 @patch
@@ -258,14 +271,14 @@ def score_views(
     "Score all target views of a clip; keep pictures of the model's."
     clip = self.loader.clips[i]
     for t in rendered_targets(scenes, clip, self.loader, self.cfg):
-        self.tables += [t.rows.assign(log=clip.log.id, clip=clip.id, scene=n, **t.place) for n in t.scenes]
+        for name in t.scenes:
+            self.add(clip, t.rows, name, **t.place)
         if i < self.cfg.save_renders:
             for name in set(t.scenes) & set(MODEL_SCENES):
                 path = self.folder / f"renders/{clip.id}_{t.setting}_{t.place['frame']:02d}_{name}.jpg"
                 save_pair(path, t.out.rgb[0], t.view.images[0])
         if "model" in t.scenes:
-            own = self.model_rows(t).assign(log=clip.log.id, clip=clip.id, scene="model", **t.place)
-            self.tables.append(own)
+            self.add(clip, self.model_rows(t), "model", **t.place)
             self.pictures[picture_key(clip.id, t.place)] = beside_photo(t)
 
 # %% ../nbs/55d_score_clips.ipynb #04f18c9b
@@ -277,11 +290,10 @@ def score_motion(
 ) -> None:
     "Score scene flow of every scene by one truth."
     clip = self.loader.clips[i]
-    place = dict(log=clip.log.id, clip=clip.id, setting="flow")
     truth = clip_truth(clip, self.flow_cfg, self.loader.cfg.data.cameras)
-    self.tables.append(score_truth(truth, self.flow_cfg).assign(scene="truth", **place))
+    self.add(clip, score_truth(truth, self.flow_cfg), "truth", setting="flow")
     for name, scene in scenes.items():
-        self.tables.append(score_flow(scene, clip, truth, self.flow_cfg).assign(scene=name, **place))
+        self.add(clip, score_flow(scene, clip, truth, self.flow_cfg), name, setting="flow")
 
 # %% ../nbs/55d_score_clips.ipynb #55d0000c
 @patch
@@ -292,12 +304,9 @@ def score_cost(
 ) -> None:
     "Seconds of each reconstruction, and the size of the lift."
     clip = self.loader.clips[i]
-    rows = {"model": [score_row("gaussians", len(found.zero_motion), 1)]}
+    self.add(clip, [score_row("gaussians", len(found.scenes["lift"]), 1)], "model")
     for name, seconds in found.seconds.items():
-        scene = name if name == "model" else BASELINE + name
-        rows.setdefault(scene, []).append(score_row("seconds", seconds, 1))
-    for scene, of_scene in rows.items():
-        self.tables.append(pd.DataFrame(of_scene).assign(log=clip.log.id, clip=clip.id, scene=scene))
+        self.add(clip, [score_row("seconds", seconds, 1)], name)
 
 # %% ../nbs/55d_score_clips.ipynb #55d0000d
 @patch
@@ -330,12 +339,11 @@ def score_clip(
     check_clip(clip, self.cfg.labels)
     read_ahead(self.loader, clip)
     found = clip_scenes(self.reconstruct, inputs, self.baselines)
-    beside = {BASELINE + name: scene for name, scene in found.baselines.items()}
-    self.score_views(i, {name: found.of_model[name] for name in names} | beside)
-    self.score_motion(i, dict(model=found.of_model["model"], zero_motion=found.zero_motion) | beside)
+    self.score_views(i, {name: found.scenes[name] for name in (*names, *found.baselines)})
+    self.score_motion(i, {name: found.scenes[name] for name in ("model", "zero_motion", *found.baselines)})
     self.score_cost(i, found)
     if i < self.videos:
-        self.make_film(i, found.of_model["model"])
+        self.make_film(i, found.scenes["model"])
     worst = [picture_key(row["clip"], row) for row in worst_frames(score_table(self.tables))]
     self.pictures = {key: self.pictures[key] for key in worst}
     forget(self.loader)
@@ -368,8 +376,8 @@ def evaluate(
     timing = about.model and time_reconstruction(about.model, ev.loader, repeats)
     c = ev.loader.cfg
     of_clips = clip_facts(ev.loader.clips, c, ev.cfg.depth_sensors)
-    facts = run_facts(about, of_clips, c.data.image_scale, ev.loader.device, timing) | dict(videos=ev.films)
-    facts["reasons"] |= {"lpips": no_lpips} if no_lpips else {}
+    facts = run_facts(about, of_clips, c.data.image_scale, ev.loader.device, timing)
+    facts |= dict(videos=ev.films, no_lpips=no_lpips or "")
     table = score_table(ev.tables)
     metrics = check_metrics(metrics_from(table, facts))
     write_worst(ev)
@@ -387,6 +395,5 @@ def validation_scores(
     ev = Evaluation(reconstruct, loader, Path(), cfg=replace(cfg, save_renders=0), videos=0)
     for i, clip in enumerate(loader.clips):
         check_clip(clip, cfg.labels)
-        for t in rendered_targets(dict(model=reconstruct(loader.inputs(i))), clip, loader, cfg):
-            ev.tables.append(t.rows.assign(log=clip.log.id, clip=clip.id, scene="model", **t.place))
+        ev.score_views(i, dict(model=reconstruct(loader.inputs(i))))
     return score_table(ev.tables)
