@@ -101,7 +101,7 @@ def photometric_cost(
 # %% ../nbs/12_background.ipynb #db0d0f99
 def shared_cost(
     cost: Tensor,  # (B,D) of B blocks at D depths
-    b: Blocks,
+    b: Blocks,  # the B blocks
     cell: float,  # px, side of the cells of an image
     shape: tuple[int, int, int],  # V images, their height and width, px
 ) -> Tensor:  # (B,D) mean of a block's cost and that of its cell, weighted by the blocks' sides

@@ -67,7 +67,7 @@ def grid_index_of(
     cfg: Config,  # read: voxel, model
 ) -> GridIndex:  # on the scene's device
     "Sort a lift into the network's grid."
-    return make_grid_index(scene.gaussians, scene.ego0, scene.duration, cfg.voxel, cfg.model, returns)
+    return make_grid_index(scene.gaussians, scene.ego0, scene.duration, cfg.voxel, cfg.model.motion_inputs, returns)
 
 
 def lift_scene(

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 # what needs torch is imported where it is used: `flux4d-report --help` answers at once
 
 # %% auto #0
-__all__ = ['CSS', 'POLICY', 'PAGE', 'PICTURES', 'BEGINNINGS', 'REPORT_EXAMPLES', 'below', 'picture_source', 'safe_markdown',
-           'to_html', 'write_report_pages', 'write_report', 'leaves', 'film_faults', 'relation_faults',
-           'foreign_faults', 'table_faults', 'read_record', 'same_frames', 'with_baselines', 'stated', 'side_by_side',
-           'report_again', 'read_runs', 'report_main']
+__all__ = ['CSS', 'POLICY', 'PAGE', 'PLAYER', 'FILM_ENDINGS', 'PICTURES', 'BEGINNINGS', 'REPORT_EXAMPLES', 'below',
+           'picture_source', 'safe_markdown', 'to_html', 'write_report_pages', 'write_report', 'leaves', 'film_faults',
+           'relation_faults', 'foreign_faults', 'table_faults', 'read_record', 'same_frames', 'with_baselines',
+           'stated', 'side_by_side', 'report_again', 'read_runs', 'report_main']
 
 # %% ../nbs/56a_report_pages.ipynb #39a1c0de
-CSS = """body{font:14px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em} img{max-width:100%;display:block}
+CSS = """body{font:14px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em} img,video{max-width:100%;display:block}
 table{border-collapse:collapse;font-size:12px;margin:1em 0}
 td,th{border:1px solid #ccc;padding:2px 6px;text-align:right}
 td:first-child,th:first-child{text-align:left}"""
@@ -36,6 +36,8 @@ PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
 <title>{{ title }}</title><style>{{ css }}</style>
 {{ body }}</html>
 """
+PLAYER = '<video controls loop muted preload="metadata" src="{}"></video>'
+FILM_ENDINGS = ".mp4", ".webp"  # the second: runs of earlier versions
 PICTURES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png"}  # how a file begins: what it is
 
 # %% ../nbs/56a_report_pages.ipynb #b80b76b4
@@ -57,7 +59,7 @@ def picture_source(
 ) -> str | None:  # its data; a film and a picture that was left behind stay a link; None: not to be shown
     "What an image of the page shows."
     path = below(folder, link)
-    if path is None or not path.is_file() or path.suffix == ".webp":
+    if path is None or not path.is_file() or path.suffix in FILM_ENDINGS:
         return None if path is None else link
     content = path.read_bytes()
     kind = next((k for start, k in PICTURES.items() if content.startswith(start)), None)
@@ -75,6 +77,8 @@ def safe_markdown(
         source = picture_source(folder, tokens[k].attrGet("src"))
         if not source:
             return str(escape(tokens[k].content))
+        if source.endswith(".mp4"):
+            return str(Markup(PLAYER).format(source))
         return str(Markup('<img alt="{}" src="{}">').format(tokens[k].content, source))
 
     def link_open(self: Any, tokens: list, k: int, options: Any, env: Any) -> str:
@@ -151,7 +155,7 @@ def film_faults(
     for v in videos:
         path = PurePosixPath(v)
         plain = v == path.as_posix() and not path.is_absolute() and ".." not in path.parts and ":" not in v
-        if not (plain and v.endswith(".webp")):
+        if not (plain and v.endswith(FILM_ENDINGS)):
             found.append(f"videos: {v!r} is no film below the run's folder")
     return found
 

@@ -22,11 +22,10 @@ from .clips import Clip
 from .clip_data import TargetViews
 from .config import Config
 from .files import DataError, writing
-from .films import as_bytes, film_frame, film_frames, save_pair, shrink, write_film
+from .film import as_bytes, clip_frames, film_clip, save_pair, shrink
 from .flow_metrics import FlowScoreConfig, score_row
 from .flow_truth import clip_truth, score_flow, score_truth
 from .image_metrics import lpips_metric
-from .image_velocity import FlowConfig, render_velocity, view_gaps
 from .loader import Loader, time_reconstruction
 from .model import ClipInputs
 from .render import Rendered
@@ -38,9 +37,8 @@ from .view_scores import EvalConfig, check_clip, moving_mask, sky_mask, view_row
 
 # %% auto #0
 __all__ = ['METHODS', 'ALWAYS', 'one_clip_loader', 'read_ahead', 'forget', 'check_baselines', 'timed', 'ClipScenes',
-           'clip_scenes', 'distinct', 'RenderedTarget', 'target_views', 'view_masks', 'render_views',
-           'rendered_targets', 'Evaluation', 'picture_key', 'beside_photo', 'write_worst', 'evaluate',
-           'validation_scores']
+           'clip_scenes', 'distinct', 'RenderedTarget', 'target_views', 'view_masks', 'rendered_targets', 'Evaluation',
+           'picture_key', 'beside_photo', 'write_worst', 'evaluate', 'validation_scores']
 
 # %% ../nbs/55d_score_clips.ipynb #bd9253cf
 def one_clip_loader(
@@ -145,7 +143,7 @@ class RenderedTarget(NamedTuple):
     setting: str  # 'interpolation' or 'future'
     scenes: tuple[str, ...]  # names of those that look like this
     view: TargetViews  # the view, photo included
-    out: Rendered  # its render; features (1,H,W,2) = v_r in px where that was asked for
+    out: Rendered  # its render
     rows: pd.DataFrame  # see `view_rows`
     seconds: float  # of rendering it
 
@@ -179,19 +177,6 @@ def view_masks(
     moving = moving_mask(clip, frame, view.camera[0], scale, cfg.labels, loader.device)
     return moving, torch.as_tensor(sky_mask(view.depth[0]), device=view.depth.device)
 
-# %% ../nbs/55d_score_clips.ipynb #55d00007
-def render_views(
-    scene: Scene,  # a reconstruction
-    clip: Clip,  # of this clip
-    views: TargetViews,  # V views
-    flow: FlowConfig | None = None,  # also v_r in px, as features; None: colours alone
-) -> Rendered:
-    "Draw views, with image velocity where it is asked for."
-    if flow is None:
-        return scene.render(views)
-    out, v_r, _ = render_velocity(scene, views, view_gaps(clip, views), scene.render_cfg, flow)
-    return out._replace(features=v_r)
-
 # %% ../nbs/55d_score_clips.ipynb #4fce043c
 @torch.no_grad()
 def rendered_targets(
@@ -199,7 +184,6 @@ def rendered_targets(
     clip: Clip,  # whose targets
     loader: Loader,  # reads them
     cfg: EvalConfig,  # how to score
-    flow: FlowConfig | None = None,  # also draw v_r of the scene called 'model'
 ) -> Iterator[RenderedTarget]:
     "Every target view of a clip under every scene, each rendered and compared once."
     groups = distinct(scenes)
@@ -207,8 +191,7 @@ def rendered_targets(
     for setting, views in target_views(loader, clip, cfg.views_per_call):
         masks = [view_masks(clip, views[k : k + 1], loader, cfg) for k in range(len(views))]
         for first, names in groups.items():
-            with_flow = flow if "model" in names else None
-            out, seconds = timed(lambda: render_views(scenes[first], clip, views, with_flow), gpu)
+            out, seconds = timed(lambda: scenes[first].render(views), gpu)
             for k, (moving, sky) in enumerate(masks):
                 view = views[k : k + 1]
                 own = Rendered(*(None if x is None else x[k : k + 1] for x in out))
@@ -284,11 +267,10 @@ def score_views(
     self: Evaluation,
     i: int,  # clip number
     scenes: dict[str, Scene],  # by their names in the table
-) -> dict[int, Image.Image]:  # {log frame id: picture of the film}, where one is made
+) -> None:
     "Score all target views of a clip; keep pictures of the model's."
-    clip, c, drawn = self.loader.clips[i], self.loader.cfg, {}
-    film = c.flow if i < self.videos else None
-    for t in rendered_targets(scenes, clip, self.loader, self.cfg, film):
+    clip = self.loader.clips[i]
+    for t in rendered_targets(scenes, clip, self.loader, self.cfg):
         for name in t.scenes:
             self.add(clip, t.rows, name, **t.place)
         if i < self.cfg.save_renders:
@@ -298,9 +280,6 @@ def score_views(
         if "model" in t.scenes:
             self.add(clip, self.model_rows(t), "model", **t.place)
             self.pictures[picture_key(clip.id, t.place)] = beside_photo(t)
-            if film and t.view.camera[0] == c.data.cameras[0]:
-                drawn[t.place["frame"]] = film_frame(t.out, t.view.images[0], c.flow)
-    return drawn
 
 # %% ../nbs/55d_score_clips.ipynb #04f18c9b
 @patch
@@ -335,16 +314,15 @@ def make_film(
     self: Evaluation,
     i: int,  # clip number
     scene: Scene,  # the model's
-    drawn: dict[int, Image.Image],  # {log frame id: picture} of frames that were scored
 ) -> None:
-    "A film of every frame of a clip in its first camera."
+    "A film of every frame of a clip in its first camera, drawn and written frame by frame."
     clip, c = self.loader.clips[i], self.loader.cfg
 
     def view_of(frame: int) -> TargetViews:
         return self.loader.views(clip, [(frame, c.data.cameras[0])])
 
-    frames = film_frames(scene, clip, view_of, c.render, c.flow, drawn)
-    path = write_film(self.folder / f"videos/{clip.id}.webp", frames, clip.time.duration)
+    frames = clip_frames(scene, clip, view_of, flow=c.flow)
+    path = film_clip(self.folder / f"videos/{clip.id}.mp4", clip, frames)
     self.films.append(str(path.relative_to(self.folder)))
 
 # %% ../nbs/55d_score_clips.ipynb #f2b0b5d9
@@ -361,11 +339,11 @@ def score_clip(
     check_clip(clip, self.cfg.labels)
     read_ahead(self.loader, clip)
     found = clip_scenes(self.reconstruct, inputs, self.baselines)
-    drawn = self.score_views(i, {name: found.scenes[name] for name in (*names, *found.baselines)})
+    self.score_views(i, {name: found.scenes[name] for name in (*names, *found.baselines)})
     self.score_motion(i, {name: found.scenes[name] for name in ("model", "zero_motion", *found.baselines)})
     self.score_cost(i, found)
     if i < self.videos:
-        self.make_film(i, found.scenes["model"], drawn)
+        self.make_film(i, found.scenes["model"])
     worst = [picture_key(row["clip"], row) for row in worst_frames(score_table(self.tables))]
     self.pictures = {key: self.pictures[key] for key in worst}
     forget(self.loader)
