@@ -225,8 +225,8 @@ def class_table(
     m: dict,  # metrics
 ) -> str:  # markdown
     "Scene flow by class: this project's bucketed error."
-    own = m["scene_flow"]["bucketed"]["own"]
-    return markdown_table(["class", "normalised error", "returns"], [[k, b["mean"], b["points"]] for k, b in own.items()])
+    rows = [[k, b["mean"], b["points"]] for k, b in m["scene_flow"]["bucketed"]["own"].items()]
+    return markdown_table(["class", "normalised error", "returns"], rows)
 
 # %% ../nbs/56_report.ipynb #6b041cdf
 def paths_by_reason(
