@@ -13,74 +13,13 @@ import sys
 import tempfile
 from pathlib import Path
 from .figures import figure_faults
-from flux4d.notebooks import (
-    as_markdown,
-    dead_links,
-    notebooks_table,
-    page_anchor,
-    prose,
-    read_notebook,
-    read_notebooks,
-    relink,
-    visible,
-    write_notebook,
-)
-from flux4d.records import (
-    as_sentence,
-    literal,
-    markdown_table,
-    measured,
-    read_metrics,
-    record_files,
-    repo_root,
-    run_summary,
-    runs_of_record,
-    show_run,
-    table_cell,
-)
-
+from .records import as_sentence, record_files, repo_root, show_run
+from .made_texts import link_faults, made_faults, readme_text, write_made
+from .site import write_site
 
 # %% auto #0
-__all__ = ['EXPORT', 'CLEAN', 'REPO_EXAMPLES', 'NEEDS_PATH', 'COMMANDS', 'shown_quantity', 'runs_table', 'results_table',
-           'differing', 'run_nbdev', 'generated_faults', 'mend_figures', 'repo_command', 'repo_main']
-
-# %% ../nbs/92_repo.ipynb #22caa527
-def shown_quantity(
-    metrics: dict,  # the content of a metrics.json
-    path: str,  # keys with blanks between them; * stands for interpolation and future
-    form: str = ".4g",  # of a number
-) -> str:  # such as 24.98 / 22.06; a dash for what was not measured
-    "A quantity of a run as text."
-    found = {" ".join(keys): mean for keys, mean, _ in measured(metrics)}
-    when = ("interpolation", "future") if "*" in path else ("",)
-    means = [found.get(path.replace("*", w)) for w in when]
-    return " / ".join(table_cell(m, form) for m in means)
-
-# %% ../nbs/92_repo.ipynb #809624aa
-def runs_table(
-    root: Path,  # the repository
-) -> str:  # markdown, links as seen from the root
-    "The runs of record, a row each; those that measured something else are summed up below."
-    runs = {run: read_metrics(run / "metrics.json") for run in runs_of_record(root)}
-    scored = {run: m for run, m in runs.items() if {"nvs", "scene_flow", "runtime"} <= set(m)}
-    head = ["run", "evaluated on", "trained", "machine", *RUN_COLUMNS, "reconstruction s"]
-    made = [markdown_table(head, [run_row(run, m) for run, m in scored.items()], texts=4)] if scored else []
-    made += [run_summary(run) for run in runs if run not in scored]
-    return "\n\n".join(made) or "No run of record is committed yet."
-
-# %% ../nbs/92_repo.ipynb #b3cb44a0
-def results_table(
-    root: Path,  # the repository
-) -> str:  # markdown
-    "What a reader of the front page wants to know."
-    rows = []
-    for r in RESULT_ROWS:
-        file = root / f"papermill_runs/{r.run}/metrics.json"
-        if file.is_file():
-            metrics = read_metrics(file)
-            cells = [shown_quantity(metrics, r.part + path, form) for path, form in RESULT_COLUMNS.values()]
-            rows.append([r.label, *cells])
-    return markdown_table(["interpolated / future frames", *RESULT_COLUMNS], [*rows, PAPER_ROW])
+__all__ = ['EXPORT', 'CLEAN', 'REPO_EXAMPLES', 'NEEDS_PATH', 'COMMANDS', 'differing', 'run_nbdev', 'generated_faults',
+           'mend_figures', 'repo_command', 'repo_main']
 
 # %% ../nbs/92_repo.ipynb #26a93b60
 EXPORT = "from nbdev.doclinks import nbdev_export as export; export(path=None)"

@@ -29,7 +29,7 @@ from .checkpoint import load_weights, prune_checkpoints, save_checkpoint
 from .train_step import TrainStep
 
 # %% auto #0
-__all__ = ['every']
+__all__ = ['Trainer', 'every']
 
 # %% ../nbs/34_train.ipynb #9ab52974
 class Trainer(TrainStep):
@@ -46,20 +46,11 @@ class Trainer(TrainStep):
         "A fresh run at step 0."
         super().__init__(cfg, loader, run, kind)
         self.index_hash = index_hash
-        self.source = {k: v for k, v in provenance(self.device).items() if k in ("flux4d", "commit")}
+        self.source = {k: v for k, v in provenance(self.device).items() if k in ("flux4d", "commit", "torch", "machine")}
         # where the run is
         self.best = None  # best score of a validation
         self.saved_step = 0
         self.saved_at = time.perf_counter()
-<<<<<<< main
-=======
-        self.stop = StopRequest()
-        # what it has noted
-        self.trained_on = TrainedOn(loader.clips)
-        self.skips = Skips()
-        self.stage_losses = []  # (micro-step, loss) of every stage of the last step
-        self.source = {k: v for k, v in provenance(self.device).items() if k in ("flux4d", "commit", "torch", "machine")}
->>>>>>> branch
         # who is called after a step
         self.callbacks = []
         self.called = 0  # step whose callbacks have ended
