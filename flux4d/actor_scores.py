@@ -187,7 +187,7 @@ def actor_summary(
     shown, shown_5 = things[things.shown == True], things[things.shown_5 == True]  # noqa: E712
     predicted = len(right) + len(alone)
     return dict(
-        clips=rows.clip.nunique(),
+        clips=int(rows["clip"].nunique()),
         things=len(shown),
         found=int(shown.found.sum()),
         recall=recall(shown),

@@ -19,9 +19,9 @@ from .settings import Share
 
 # %% auto #0
 __all__ = ['LEAST', 'ActorConfig', 'MovingGaussians', 'moving_gaussians', 'cluster_features', 'cluster_moving', 'ActorPath',
-           'path_of', 'Extent', 'kind_of_size', 'completed', 'Candidate', 'seen_from', 'fit_box', 'corners_above',
+           'cluster_path', 'Extent', 'kind_of_size', 'completed', 'Candidate', 'seen_from', 'fit_box', 'corners_above',
            'area_above', 'common_area', 'iou_above', 'is_same_thing', 'join_parts', 'lidar_by_sweep', 'gain_to_sweep',
-           'motion_gain', 'Actor', 'claimed_rows', 'actor_of', 'find_actors', 'keep_actors']
+           'motion_gain', 'Actor', 'claimed_rows', 'actor_of', 'is_possible', 'find_actors', 'keep_actors']
 
 # %% ../nbs/73_actors.ipynb #2f1e5835
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class ActorConfig:
     min_gain: NonNegativeFloat = 0.1  # m by which moving has to bring the sweeps closer together than resting
     min_moved: NonNegativeFloat = 0.5  # m that an actor goes from the first sweep to the last
     max_size: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (25.0, 4.5, 5.0)  # length, width, height, m
+    min_height: NonNegativeFloat = 0.3  # m, what is flatter is no thing
     trim: Share = 0.02  # share of a cluster beyond each side of its box
     join_speed: NonNegativeFloat = 1.5  # m/s, overlapping clusters that differ by less are one actor
     join_overlap: Share = 0.3  # share of the smaller box inside the larger one, grown, that makes them one
@@ -208,7 +209,7 @@ def moved(self: ActorPath) -> float:  # m
     return float(np.linalg.norm((ends[1] - ends[0])[:2]))
 
 # %% ../nbs/73_actors.ipynb #c97ed3f4
-def path_of(
+def cluster_path(
     cluster: MovingGaussians,  # of one thing
 ) -> ActorPath:
     "The median motion of a cluster."
@@ -300,7 +301,7 @@ def fit_box(
     cfg: ActorConfig = ActorConfig(),  # read: trim
 ) -> Candidate:
     "The box of a cluster: its Gaussians at their own times, in the axes that move with it."
-    path = path_of(members)
+    path = cluster_path(members)
     x = path.in_box(members.means, members.seconds)
     seen = Extent(*np.quantile(x, [cfg.trim, 1 - cfg.trim], axis=0))
     eye = path.in_box(eye[None], np.array([path.middle]))[0]
@@ -538,6 +539,14 @@ def actor_of(
     return Actor(index, mask, c.path, c.size, seconds, frames.tolist(), scene)
 
 
+def is_possible(
+    c: Candidate,
+    cfg: ActorConfig = ActorConfig(),  # read: min_moved, min_height, max_size
+) -> bool:
+    "Whether a candidate goes somewhere and has a size that things on a road have."
+    return c.path.moved > cfg.min_moved and c.size[2] > cfg.min_height and bool((c.size <= cfg.max_size).all())
+
+
 def find_actors(
     scene: Scene,  # a reconstruction
     cfg: ActorConfig = ActorConfig(),  # how
@@ -548,8 +557,7 @@ def find_actors(
     found = [fit_box(cluster, eye, cfg) for cluster in cluster_moving(moving, scene.ego0, cfg)]
     found = join_parts(found, eye, cfg)
     sweeps = lidar_by_sweep(scene)
-    found = [c for c in found if c.path.moved > cfg.min_moved and (c.size <= cfg.max_size).all()]
-    found = [c for c in found if motion_gain(c, sweeps) > cfg.min_gain]
+    found = [c for c in found if is_possible(c, cfg) and motion_gain(c, sweeps) > cfg.min_gain]
     owner = claimed_rows(found, scene, cfg)
     order = np.argsort([-(owner == k).sum() for k in range(len(found))], kind="stable")
     return [actor_of(found[k], index, owner == k, scene) for index, k in enumerate(order)]

@@ -14,15 +14,15 @@ from scipy.spatial import ConvexHull
 from torch import Tensor
 from .actors import Actor, ActorPath, keep_actors
 from .files import DataError
-from .frames import project, rotate_vectors, se3_inverse, transform_points
+from .frames import TIME_SLACK, project, rotate_vectors, se3_inverse, transform_points
 from .gaussians import Gaussians, cat
-from .predictor import from_clip_start
+from .decode import from_clip_start
 from .render import background_colour
 from .scene import Scene
 
 # %% auto #0
 __all__ = ['root_scene', 'pick_actor', 'travelled', 'MovingPart', 'motion_coefficients', 'moving_part', 'edited_scene',
-           'keep_rest', 'check_seconds', 'moved_actor', 'pose_to_stand']
+           'keep_rest', 'check_shift', 'moved_actor', 'pose_to_stand']
 
 # %% ../nbs/73a_edits.ipynb #2ed3df49
 def root_scene(
@@ -92,8 +92,9 @@ class MovingPart(NamedTuple):
         self,
         duration: float,  # s, length of the clip it becomes part of
     ) -> MovingPart:
-        "The same with each own time inside a clip, and the place where it is then."
-        inside = self.seconds.clamp(0, duration)
+        "The same with each own time inside a clip or within its slack, and the place where it is then."
+        slack = TIME_SLACK * duration
+        inside = self.seconds.clamp(-slack, duration + slack)
         means = self.gaussians.means + travelled(self.velocity, self.seconds, inside)
         gaussians = replace(self.gaussians, means=means, t=inside / duration)
         return MovingPart(gaussians, inside, self.velocity)
@@ -226,7 +227,7 @@ def _hull_mask(
     return np.all([a * column + b * row + c <= grow for (a, b), c in zip(normal, offset)], axis=0)
 
 # %% ../nbs/73a_edits.ipynb #838c8de8
-def check_seconds(
+def check_shift(
     seconds: float,  # s
     duration: float,  # s, length of the clip
 ) -> None:  # raises DataError
@@ -268,7 +269,7 @@ def move(
 ) -> Scene:  # raises DataError
     "The scene with one actor elsewhere or at another time; its shadow stays."
     chosen = pick_actor(self, actor)
-    check_seconds(seconds, self.duration)
+    check_shift(seconds, self.duration)
     for name, value in dict(left=left, forward=forward).items():
         if not np.isfinite(value):
             raise DataError(f"{name}: is {value}; give a number of metres.")
@@ -317,7 +318,7 @@ def insert(
     if not isinstance(actor, Actor):
         raise DataError(f"actor: is a {type(actor).__name__}; give an actor, such as other.actors[0].")
     when = actor.path.middle if seconds is None else float(seconds)
-    check_seconds(when, self.duration)
+    check_shift(when, self.duration)
     as_it_is = self.ego0 @ se3_inverse(actor.scene.ego0) @ actor.pose(when)
     T = (as_it_is if at is None else pose_to_stand(at, as_it_is)) @ se3_inverse(actor.pose(when))
     scene = self if self.velocity is not None else self.moving(self.gaussians.means.new_zeros(len(self), 1, 3))
