@@ -5,7 +5,7 @@
 # %% ../nbs/73b_actor_scores.ipynb #981c3a83
 from __future__ import annotations
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -162,14 +162,16 @@ def score_actors(
     pairs = {j: i for i, j in match_actors(actors, truth, cfg)}
     rows = []
     for j, thing in enumerate(truth):
-        row = dict(label=thing.label, moved=thing.moved, returns=int(thing.returns.sum()), found=j in pairs, actor=None)
+        row = dict(label=thing.label, moved=thing.moved, found=j in pairs, actor=None)
+        row |= dict(returns=int(thing.returns.sum()))
         row |= dict(shown=thing.is_shown(cfg.min_returns, cfg.min_sweeps), shown_5=thing.is_shown(5, cfg.min_sweeps))
         if j in pairs:
             actor = actors[pairs[j]]
             row |= dict(actor=actor.index, gaussians=len(actor)) | pair_errors(actor, thing)
         rows.append(row)
     for i in sorted(set(range(len(actors))) - set(pairs.values())):
-        rows.append(dict(label="", moved=actors[i].path.moved, found=False, actor=actors[i].index, gaussians=len(actors[i])))
+        alone = actors[i]
+        rows.append(dict(label="", moved=alone.path.moved, found=False, actor=alone.index, gaussians=len(alone)))
     columns = "label moved returns shown shown_5 found actor gaussians iou place heading speed".split()
     return pd.DataFrame(rows, columns=columns).assign(clip=clip.id)
 

@@ -4,7 +4,7 @@
 
 # %% ../nbs/73a_edits.ipynb #458d6175
 from __future__ import annotations
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 import numpy as np
 import torch
@@ -135,13 +135,16 @@ def edited_scene(
     "A scene made from another; what shows through where nothing is keeps its colour."
     degree = max([scene.velocity.shape[1], *(p.velocity.shape[1] for p in parts)])
     parts = [p.on_clock(scene.duration) for p in parts]
-    velocity = [F.pad(v, (0, 0, 0, degree - v.shape[1])) for v in (scene.velocity[keep], *(p.velocity for p in parts))]
+    velocities = scene.velocity[keep], *(p.velocity for p in parts)
+    velocity = [F.pad(v, (0, 0, 0, degree - v.shape[1])) for v in velocities]
+    behind = tuple(background_colour(scene.gaussians, scene.render_cfg).tolist())
     edited = replace(
         scene,
         gaussians=cat([scene.gaussians[keep], *(p.gaussians for p in parts)]),
         velocity=torch.cat(velocity),
         source=scene.source | dict(edits=[*scene.source.get("edits", []), did]),
-        render_cfg=replace(scene.render_cfg, background=tuple(background_colour(scene.gaussians, scene.render_cfg).tolist())),
+        render_cfg=replace(scene.render_cfg, background=behind),
+        **{f.name: None for f in fields(scene) if f.name == "inputs"},  # its images show what was taken out
     )
     edited.__dict__["_root"] = root_scene(scene)
     return edited
@@ -209,7 +212,8 @@ def silhouette(
 ) -> np.ndarray:  # (V,H,W) bool
     "Where its box is in pictures: the hull of its corners, grown; everywhere where it reaches behind the camera."
     found = np.zeros((len(views), views.height, views.width), bool)
-    for mask, K, world_to_cam, t in zip(found, *(x.double().cpu().numpy() for x in (views.K, views.world_to_cam, views.t))):
+    cameras = (x.double().cpu().numpy() for x in (views.K, views.world_to_cam, views.t))
+    for mask, K, world_to_cam, t in zip(found, *cameras):
         uv, z = project(K, world_to_cam, self.corners(float(t) * self.scene.duration))
         mask |= _hull_mask(uv, mask.shape, grow) if (z > 0.1).all() else (z > 0.1).any()
     return found
@@ -233,9 +237,8 @@ def check_shift(
 ) -> None:  # raises DataError
     "Refuse a shift in time that leaves nothing of an actor in the clip."
     if not np.isfinite(seconds) or abs(seconds) > duration:
-        raise DataError(
-            f"seconds: is {seconds}, and the clip is {duration:.2f} s long; choose from {-duration:.2f} to {duration:.2f}."
-        )
+        remedy = f"choose from {-duration:.2f} to {duration:.2f}"
+        raise DataError(f"seconds: is {seconds}, and the clip is {duration:.2f} s long; {remedy}.")
 
 
 def moved_actor(
@@ -291,19 +294,22 @@ def _with_part(scene: Scene, keep: Tensor, actor: Actor, T: np.ndarray, later: f
 # %% ../nbs/73a_edits.ipynb #0554c5b1
 def pose_to_stand(
     at: Any,  # (4,4) box-to-world, or (3,) place of the middle of the box's bottom, world, m
-    as_it_is: np.ndarray,  # (4,4) box-to-world in the scene's world, if it kept its place and heading from the ego vehicle
+    as_it_is: np.ndarray,  # (4,4) box-to-world where it keeps its place and heading from the ego vehicle
 ) -> np.ndarray:  # (4,4) box-to-world; raises DataError
     "Where an actor shall stand."
     given = np.asarray(at, np.float64)
     if given.shape not in ((3,), (4, 4)) or not np.isfinite(given).all():
-        raise DataError("at: is neither a place of 3 numbers nor a pose of 4 x 4; give one of them, in world axes and metres.")
+        fault = "at: is neither a place of 3 numbers nor a pose of 4 x 4"
+        raise DataError(f"{fault}; give one of them, in world axes and metres.")
     if given.shape == (3,):
         pose = as_it_is.copy()
         pose[:3, 3] = given
         return pose
     R = given[:3, :3]
-    if not np.allclose(R @ R.T, np.eye(3), atol=1e-4) or np.linalg.det(R) < 0 or not np.allclose(given[3], [0, 0, 0, 1]):
-        raise DataError("at: is no pose, its axes are not a rotation; give a box-to-world matrix, such as actor.pose(0.5).")
+    is_rotation = np.allclose(R @ R.T, np.eye(3), atol=1e-4) and np.linalg.det(R) > 0
+    if not is_rotation or not np.allclose(given[3], [0, 0, 0, 1]):
+        fault = "at: is no pose, its axes are not a rotation"
+        raise DataError(f"{fault}; give a box-to-world matrix, such as actor.pose(0.5).")
     return given
 
 
@@ -311,10 +317,10 @@ def pose_to_stand(
 def insert(
     self: Scene,
     actor: Actor,  # of this or of another scene
-    at: Any = None,  # (4,4) box-to-world or (3,) place of the middle of its box's bottom; None: as seen from its ego vehicle
+    at: Any = None,  # (4,4) box-to-world or (3,) middle of its box's bottom; None: as from its ego vehicle
     seconds: float | None = None,  # since this clip's start, when it is there; None: the middle of its own time
 ) -> Scene:  # raises DataError
-    "The scene with an actor more; what it did some seconds after its own clip's start it does as long after this one's."
+    "The scene with an actor more, which does the same at the same time after the clip's start as in its own."
     if not isinstance(actor, Actor):
         raise DataError(f"actor: is a {type(actor).__name__}; give an actor, such as other.actors[0].")
     when = actor.path.middle if seconds is None else float(seconds)

@@ -131,7 +131,7 @@ def test_later_and_earlier_cancel(scene):
 
 
 def test_insert_into_a_scene_with_another_clock(scene):
-    "Half a second after its start the guest is where it was half a second after its own, though a clip is twice as long."
+    "Half a second after the start of a clip twice as long the guest is where it was half a second after its own."
     clock = ClipTime(scene.time.start + 500, scene.time.start + 500 + 2 * scene.duration)
     g = scene.gaussians
     host = replace(scene.static(), gaussians=replace(g[:1000], t=g.t[:1000] / 2), velocity=None, time=clock)
