@@ -18,10 +18,11 @@ from .scene import Scene
 from .settings import Share
 
 # %% auto #0
-__all__ = ['LEAST', 'ActorConfig', 'MovingGaussians', 'moving_gaussians', 'cluster_features', 'cluster_moving', 'ActorPath',
-           'cluster_path', 'Extent', 'kind_of_size', 'completed', 'Candidate', 'seen_from', 'fit_box', 'corners_above',
-           'area_above', 'common_area', 'iou_above', 'is_same_thing', 'join_parts', 'lidar_by_sweep', 'gain_to_sweep',
-           'motion_gain', 'Actor', 'claimed_rows', 'actor_of', 'is_possible', 'find_actors', 'keep_actors']
+__all__ = ['LEAST', 'TALLEST', 'ActorConfig', 'MovingGaussians', 'moving_gaussians', 'cluster_features', 'cluster_moving',
+           'ActorPath', 'cluster_path', 'Extent', 'kind_of_size', 'completed', 'Candidate', 'seen_from', 'fit_box',
+           'corners_above', 'area_above', 'common_area', 'iou_above', 'is_same_thing', 'join_parts', 'lidar_by_sweep',
+           'gain_to_sweep', 'motion_gain', 'Actor', 'claimed_rows', 'actor_of', 'is_possible', 'find_actors',
+           'keep_actors']
 
 # %% ../nbs/73_actors.ipynb #2f1e5835
 @dataclass(frozen=True)
@@ -245,6 +246,7 @@ LEAST = dict(  # length and width that a thing has at least, m
     cycle=(1.7, 0.6),
     person=(0.6, 0.6),
 )
+TALLEST = dict(large=5.0, vehicle=3.0, cycle=2.3, person=2.2)  # m, what is higher up is a wall or a tree behind it
 
 
 def kind_of_size(
@@ -306,7 +308,9 @@ def fit_box(
     seen = Extent(*np.quantile(x, [cfg.trim, 1 - cfg.trim], axis=0))
     eye = path.in_box(eye[None], np.array([path.middle]))[0]
     speed = float(np.linalg.norm(path.velocity[:2]))
-    whole = completed(seen, eye, LEAST[kind_of_size(seen, speed)])
+    kind = kind_of_size(seen, speed)
+    seen.high[2] = min(seen.high[2], seen.low[2] + TALLEST[kind])
+    whole = completed(seen, eye, LEAST[kind])
     origin = np.append((whole.low + whole.high)[:2] / 2, whole.low[2])
     return Candidate(members, replace(path, origin=origin), Extent(seen.low - origin, seen.high - origin), whole.size)
 
@@ -514,7 +518,8 @@ def claimed_rows(
     lidar = (g.kind == LIDAR).cpu().numpy()
     owner = np.full(len(g), -1)
     for k, c in enumerate(found):
-        owner[c.members.rows] = k
+        height = c.path.in_box(c.members.means, c.members.seconds)[:, 2]
+        owner[c.members.rows[height < c.seen.high[2] + cfg.inside_grow]] = k
     for k in np.argsort([_footprint(c) for c in found])[::-1]:
         c = found[k]
         far = np.linalg.norm((means - c.path.place_at(seconds))[:, :2], axis=1) > 2 * c.size[:2].sum()
