@@ -6,11 +6,11 @@
 from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
-from .records import literal, measured, read_metrics, run_summary, runs_of_record
+from .records import literal, markdown_table, measured, read_metrics, run_summary, runs_of_record, table_cell
 
 # %% auto #0
-__all__ = ['RUN_COLUMNS', 'RESULT_COLUMNS', 'RESULT_ROWS', 'PAPER_ROW', 'shown_quantity', 'markdown_table', 'run_row',
-           'runs_table', 'ResultRow', 'results_table']
+__all__ = ['RUN_COLUMNS', 'RESULT_COLUMNS', 'RESULT_ROWS', 'PAPER_ROW', 'shown_quantity', 'run_row', 'runs_table', 'ResultRow',
+           'results_table']
 
 # %% ../nbs/91a_result_tables.ipynb #22caa527
 def shown_quantity(
@@ -22,17 +22,7 @@ def shown_quantity(
     found = {" ".join(keys): mean for keys, mean, _ in measured(metrics)}
     when = ("interpolation", "future") if "*" in path else ("",)
     means = [found.get(path.replace("*", w)) for w in when]
-    return " / ".join("-" if m is None else f"{m:{form}}" for m in means)
-
-
-def markdown_table(
-    head: list[str],  # names of the columns
-    rows: list[list[str]],  # texts of the cells
-    texts: int,  # how many columns hold text; numbers stand to the right
-) -> str:  # markdown
-    "A table."
-    rule = "| --- " * texts + "| ---: " * (len(head) - texts) + "|"
-    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(r)} |" for r in rows)])
+    return " / ".join(table_cell(m, form) for m in means)
 
 # %% ../nbs/91a_result_tables.ipynb #a3315856
 RUN_COLUMNS = {
@@ -69,7 +59,7 @@ def runs_table(
     runs = {run: read_metrics(run / "metrics.json") for run in runs_of_record(root)}
     scored = {run: m for run, m in runs.items() if {"nvs", "scene_flow", "runtime"} <= set(m)}
     head = ["run", "evaluated on", "trained", "machine", *RUN_COLUMNS, "reconstruction s"]
-    made = [markdown_table(head, [run_row(run, m) for run, m in scored.items()], 4)] if scored else []
+    made = [markdown_table(head, [run_row(run, m) for run, m in scored.items()], texts=4)] if scored else []
     made += [run_summary(run) for run in runs if run not in scored]
     return "\n\n".join(made) or "No run of record is committed yet."
 
@@ -110,4 +100,4 @@ def results_table(
             metrics = read_metrics(file)
             cells = [shown_quantity(metrics, r.part + path, form) for path, form in RESULT_COLUMNS.values()]
             rows.append([r.label, *cells])
-    return markdown_table(["interpolated / future frames", *RESULT_COLUMNS], [*rows, PAPER_ROW], 1)
+    return markdown_table(["interpolated / future frames", *RESULT_COLUMNS], [*rows, PAPER_ROW])
