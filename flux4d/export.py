@@ -23,14 +23,14 @@ from .render import Cameras, drawn_scales
 from .scene import Scene
 
 # %% auto #0
-__all__ = ['C0', 'PLY_COLUMNS', 'FLOW_COLUMNS', 'DYNAMIC', 'OPENGL', 'Splats', 'check_seconds', 'splats_of', 'ply_bytes',
-           'optical_flow', 'vehicle_pose', 'transforms']
+__all__ = ['C0', 'PLY_COLUMNS', 'FLOW_COLUMNS', 'DYNAMIC', 'OPENGL', 'StoredSplats', 'check_seconds', 'splats_of', 'ply_bytes',
+           'optical_flow', 'vehicle_pose', 'nerfstudio_transforms']
 
-# %% ../nbs/72_export.ipynb #36b3682c
+# %% ../nbs/72_export.ipynb #295e16db
 C0 = 0.5 / np.sqrt(np.pi)  # spherical harmonics of degree 0
 
 
-class Splats(NamedTuple):
+class StoredSplats(NamedTuple):
     "Gaussians at one moment, as 3DGS stores them; on the CPU, float32."
 
     means: Tensor  # (N,3) world, m
@@ -51,13 +51,13 @@ def check_seconds(
         raise DataError(f"seconds: is {seconds}; choose a moment {known} since the clip's start.")
     return float(seconds)
 
-# %% ../nbs/72_export.ipynb #b5a6252d
+# %% ../nbs/72_export.ipynb #d64bc7c4
 @torch.no_grad()
 def splats_of(
     scene: Scene,  # any scene
     seconds: float = 0.0,  # s since the clip's start
     background: bool = True,  # sky and far field too
-) -> Splats:  # raises DataError
+) -> StoredSplats:  # raises DataError
     "The Gaussians of a scene at a moment, in the values of 3DGS files."
     g = scene.gaussians
     kept = torch.ones(len(g), dtype=torch.bool, device=scene.device) if background else g.kind == LIDAR
@@ -70,19 +70,19 @@ def splats_of(
         drawn_scales(g, scene.render_cfg.max_scale).log(),
         g.unit_quats,
     )
-    splats = Splats(*(v.float().cpu() for v in values))
-    bad = sum(int((~v.isfinite()).reshape(len(v), -1).any(1).sum()) for v in splats)
+    splats = StoredSplats(*(v.float().cpu() for v in values))
+    bad = sum(int((~v.isfinite()).sum()) for v in splats)
     if bad or not len(means):
         fault = f"holds {bad} values that are not finite" if bad else "has no Gaussian to export"
         raise DataError(f"scene: {fault}; reconstruct it again, or export its background too.")
     return splats
 
-# %% ../nbs/72_export.ipynb #d45e43eb
+# %% ../nbs/72_export.ipynb #5bca2e76
 PLY_COLUMNS = "x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3".split()
 
 
 def ply_bytes(
-    splats: Splats,  # N Gaussians
+    splats: StoredSplats,  # N Gaussians
 ) -> bytes:
     "A binary .ply in the layout of 3DGS, without higher spherical harmonics."
     n = len(splats.means)
@@ -93,8 +93,8 @@ def ply_bytes(
     body = torch.cat(columns, 1).numpy().astype("<f4").tobytes()
     return "\n".join([*header, "end_header", ""]).encode() + body
 
-# %% ../nbs/72_export.ipynb #e0ce9a22
-def _packed(splats: Splats, kind: str) -> bytes:
+# %% ../nbs/72_export.ipynb #d77b6c5e
+def _packed(splats: StoredSplats, kind: str) -> bytes:
     "Gaussians as gsplat's exporter packs them: 'ply_compressed' or 'splat'."
     try:
         from gsplat import exporter
@@ -285,7 +285,7 @@ def export_scene_flow(
     rows["is_dynamic"] = np.linalg.norm(later - now, axis=1) >= DYNAMIC
     return _save_array(path, rows)
 
-# %% ../nbs/72_export.ipynb #1337191f
+# %% ../nbs/72_export.ipynb #57fa1ad6
 OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])  # camera axes of OpenGL to those of OpenCV, and back
 
 
@@ -299,7 +299,7 @@ def _frame_entry(name: str, k: int, pose: np.ndarray, seconds: float) -> dict:
     )
 
 
-def transforms(
+def nerfstudio_transforms(
     scene: Scene,  # with recorded cameras
     cameras: list[str] | None = None,  # names; None: all
 ) -> dict:  # what nerfstudio reads; raises DataError
@@ -314,7 +314,7 @@ def transforms(
     distortion = dict.fromkeys(("k1", "k2", "p1", "p2"), 0.0)
     return dict(camera_model="OPENCV") | distortion | dict(frames=frames)
 
-# %% ../nbs/72_export.ipynb #bd6fdec1
+# %% ../nbs/72_export.ipynb #90460eec
 @patch
 @torch.no_grad()
 def export_cameras(
@@ -326,7 +326,7 @@ def export_cameras(
 ) -> Path:  # raises DataError
     "Recorded cameras as nerfstudio's `transforms.json`."
     path = Path(path)
-    content = transforms(self, cameras) | ({} if ply is None else dict(ply_file_path=ply))
+    content = nerfstudio_transforms(self, cameras) | ({} if ply is None else dict(ply_file_path=ply))
     for frame in tqdm(content["frames"], desc="images", unit="view", disable=not images):
         if images:
             picture = as_bytes(self.render(self.camera(frame["camera"], frame["time"])).rgb[0])

@@ -312,9 +312,9 @@ def even_pixels(
     height, width = pixels.shape[:2]
     return np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
-# %% ../nbs/26_film.ipynb #842608e5
+# %% ../nbs/26_film.ipynb #182373b1
 LARGEST = 4096  # px, side of the largest film that browsers play
-_QUIET = ["-crf", "20", "-movflags", "+faststart", "-f", "mp4"]
+_OUTPUT = ["-crf", "20", "-movflags", "+faststart", "-f", "mp4"]
 
 
 def _encode(
@@ -339,7 +339,7 @@ def _encode(
         quality=None,
         macro_block_size=2,
         ffmpeg_log_level="quiet",
-        output_params=_QUIET,
+        output_params=_OUTPUT,
     )
     count = 0
     try:

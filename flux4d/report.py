@@ -16,7 +16,7 @@ from .records import literal, markdown_table
 # what needs torch is imported where it is used: `flux4d-report --help` answers at once
 
 # %% auto #0
-__all__ = ['PAPER_FIGURES', 'PRINTED_TABLES', 'PAPER_SECONDS', 'IMAGE_TITLES', 'FLOW_CELLS', 'CLASSES_SHOWN', 'BY_CLASS',
+__all__ = ['PAPER_ROWS', 'PRINTED_TABLES', 'PAPER_SECONDS', 'IMAGE_TITLES', 'FLOW_CELLS', 'CLASSES_SHOWN', 'BY_CLASS',
            'CLASS_CELLS', 'ALSO', 'TITLES', 'SUMMARY_VIEWS', 'QUANTITIES', 'literal_names', 'printed_rows',
            'entries_at', 'image_row', 'title_of', 'whole_logs', 'scored_scenes', 'beside_paper', 'nvs_tables',
            'flow_tables', 'summary_column', 'paper_column', 'summary_table', 'clip_table', 'class_table',
@@ -41,8 +41,8 @@ def printed_rows(
     return [[method, *(None if x == "-" else x for x in text.split())] for method, text in figures.items()]
 
 # %% ../nbs/56_report.ipynb #f5107262
-PAPER_FIGURES = yaml.safe_load(files("flux4d").joinpath("paper_tables.yaml").read_text(encoding="utf-8"))
-PRINTED_TABLES = {number: printed_rows(figures) for number, figures in PAPER_FIGURES.items()}
+PAPER_ROWS = yaml.safe_load(files("flux4d").joinpath("paper_tables.yaml").read_text(encoding="utf-8"))
+PRINTED_TABLES = {number: printed_rows(figures) for number, figures in PAPER_ROWS.items()}
 PAPER_SECONDS = "0.31"  # of a reconstruction, a source frame
 
 # %% ../nbs/56_report.ipynb #29da02e4

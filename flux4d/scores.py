@@ -22,9 +22,9 @@ from .view_scores import IMAGE_METRICS, NO_RETURN, NO_SKY, NOTHING_MOVES, REGION
 __all__ = ['SCORE_COLUMNS', 'ABSENT', 'TARGET_SETTINGS', 'MODEL_SCENES', 'SCORES', 'ROOT_MEAN_SQUARES', 'NO_AVERAGE', 'LEAF',
            'COUNTED', 'VIEW_ENTRIES', 'FLOW_ENTRIES', 'CLIP_VIEWS', 'CLIP_FLOW', 'FACTS', 'RUN_FACTS', 'PLATEAU',
            'BASELINE', 'TIME_ENTRIES', 'LPIPS_ENTRIES', 'score_table', 'write_scores', 'read_scores', 'averages',
-           'flat', 'nested', 'Entry', 'scene_block', 'bucket_block', 'truth_block', 'flow_block', 'clip_blocks',
-           'worst_frames', 'shortfall', 'moving_error', 'emptiness', 'null_reasons', 'reasons_of', 'facts_of',
-           'baseline_block', 'analysis_block', 'metrics_from']
+           'flat', 'nested', 'MetricEntry', 'scene_block', 'bucket_block', 'truth_block', 'flow_block',
+           'blocks_of_clip', 'worst_frames', 'shortfall', 'moving_error', 'emptiness', 'null_reasons', 'reasons_of',
+           'facts_of', 'baseline_block', 'analysis_block', 'metrics_from']
 
 # %% ../nbs/55_scores.ipynb #55000007
 SCORE_COLUMNS = dict(
@@ -141,7 +141,7 @@ LEAF = tuple(NO_AVERAGE)  # all that is known of an average
 COUNTED = "mean", "std", "count"
 
 
-class Entry(NamedTuple):
+class MetricEntry(NamedTuple):
     "Which rows of a scene an entry of metrics.json averages, and what it keeps of their average."
 
     metric: str
@@ -165,7 +165,7 @@ class Entry(NamedTuple):
 def scene_block(
     table: pd.DataFrame,  # rows of all scenes
     scene: str,  # its name
-    entries: dict[str, Entry],  # by dotted path
+    entries: dict[str, MetricEntry],  # by dotted path
 ) -> dict:  # nested
     "Averages of one scene, and of what is true of every scene; an average of nothing is empty with count 0."
     rows = table[table.scene.isin((scene, "truth"))]
@@ -175,35 +175,35 @@ def scene_block(
 
 # %% ../nbs/55_scores.ipynb #55000015
 VIEW_ENTRIES = {
-    f"nvs.{region}.{setting}.{metric}": Entry(metric, region, "", setting, ("mean", "std"))
+    f"nvs.{region}.{setting}.{metric}": MetricEntry(metric, region, "", setting, ("mean", "std"))
     for region in REGIONS
     for setting in TARGET_SETTINGS
     for metric in IMAGE_METRICS
 }
 VIEW_ENTRIES |= {
-    f"nvs.{region}.{setting}.count": Entry("psnr", region, "", setting, "count")
+    f"nvs.{region}.{setting}.count": MetricEntry("psnr", region, "", setting, "count")
     for region in REGIONS
     for setting in TARGET_SETTINGS
 }
-VIEW_ENTRIES["sky_alpha"] = Entry("alpha", "sky", keep="mean")
+VIEW_ENTRIES["sky_alpha"] = MetricEntry("alpha", "sky", keep="mean")
 
 # %% ../nbs/55_scores.ipynb #55000018
 FLOW_ENTRIES = {
-    "count": Entry("epe", keep="count"),
-    "epe3d": Entry("epe"),
-    **{name: Entry(name) for name in ("acc5", "acc10", "acc5_relative", "acc10_relative", "theta", "nearest")},
-    "theta_moving": Entry("theta", "moving"),
-    "bs_flow": Entry("false_motion", "BS"),
-    "epe_3way.all": Entry("epe", "three_way"),
-    **{f"epe_3way.{group}": Entry("epe", group) for group in GROUPS},
-    **{f"counts.{group}": Entry("epe", group, keep="points") for group in GROUPS},
-    **{f"bucketed.own.{bucket}": Entry("normalised_error", label=bucket) for bucket in BUCKETS},
-    "v_rmse.full": Entry("v_rmse"),
-    "v_rmse.dynamic": Entry("v_rmse", "FD"),
-    "v_rmse.full_m_per_s": Entry("v_rmse", keep=("mean", "pooled", "count"), scale=10.0),
-    "v_rmse.dynamic_m_per_s": Entry("v_rmse", "FD", keep=("mean", "pooled", "count"), scale=10.0),
-    "fov_share": Entry("fov_share", keep=COUNTED),
-    "seconds_ahead": Entry("seconds_ahead", keep=COUNTED),
+    "count": MetricEntry("epe", keep="count"),
+    "epe3d": MetricEntry("epe"),
+    **{name: MetricEntry(name) for name in ("acc5", "acc10", "acc5_relative", "acc10_relative", "theta", "nearest")},
+    "theta_moving": MetricEntry("theta", "moving"),
+    "bs_flow": MetricEntry("false_motion", "BS"),
+    "epe_3way.all": MetricEntry("epe", "three_way"),
+    **{f"epe_3way.{group}": MetricEntry("epe", group) for group in GROUPS},
+    **{f"counts.{group}": MetricEntry("epe", group, keep="points") for group in GROUPS},
+    **{f"bucketed.own.{bucket}": MetricEntry("normalised_error", label=bucket) for bucket in BUCKETS},
+    "v_rmse.full": MetricEntry("v_rmse"),
+    "v_rmse.dynamic": MetricEntry("v_rmse", "FD"),
+    "v_rmse.full_m_per_s": MetricEntry("v_rmse", keep=("mean", "pooled", "count"), scale=10.0),
+    "v_rmse.dynamic_m_per_s": MetricEntry("v_rmse", "FD", keep=("mean", "pooled", "count"), scale=10.0),
+    "fov_share": MetricEntry("fov_share", keep=COUNTED),
+    "seconds_ahead": MetricEntry("seconds_ahead", keep=COUNTED),
 }
 
 # %% ../nbs/55_scores.ipynb #372947a4
@@ -253,11 +253,11 @@ def flow_block(
     return block | truth_block(truth)
 
 # %% ../nbs/55_scores.ipynb #5500001e
-CLIP_VIEWS = {setting: Entry("psnr", "full", "", setting, "mean") for setting in TARGET_SETTINGS}
-CLIP_FLOW = dict(epe3d=Entry("epe", keep="mean"), FD=Entry("epe", "FD", keep="mean"), frames=Entry("epe", keep="count"))
+CLIP_VIEWS = {setting: MetricEntry("psnr", "full", "", setting, "mean") for setting in TARGET_SETTINGS}
+CLIP_FLOW = dict(epe3d=MetricEntry("epe", keep="mean"), FD=MetricEntry("epe", "FD", keep="mean"), frames=MetricEntry("epe", keep="count"))
 
 
-def clip_blocks(
+def blocks_of_clip(
     table: pd.DataFrame,  # rows of all scenes
 ) -> dict[str, dict]:  # per_clip {clip: {scene: PSNR by setting, dB}}, per_clip_flow {clip: {epe3d m, FD m, frames}}
     "Full images of the model's scenes and scene flow of the model, by clip."
@@ -378,11 +378,11 @@ def facts_of(
 # %% ../nbs/55_scores.ipynb #5500002d
 BASELINE = "baseline "  # begins the scene names of baselines: a lift can be a baseline and the model's start
 TIME_ENTRIES = dict(
-    seconds_per_clip=Entry("seconds", keep="mean"),
-    seconds_per_frame=Entry("render_seconds", keep="mean"),
-    gaussians_per_clip=Entry("gaussians", keep="mean"),
+    seconds_per_clip=MetricEntry("seconds", keep="mean"),
+    seconds_per_frame=MetricEntry("render_seconds", keep="mean"),
+    gaussians_per_clip=MetricEntry("gaussians", keep="mean"),
 )
-LPIPS_ENTRIES = {setting: Entry("lpips", "full", "", setting, COUNTED) for setting in TARGET_SETTINGS}
+LPIPS_ENTRIES = {setting: MetricEntry("lpips", "full", "", setting, COUNTED) for setting in TARGET_SETTINGS}
 
 
 def baseline_block(
@@ -417,7 +417,7 @@ def metrics_from(
     flow, still = (flow_block(table, s) for s in ("model", "zero_motion"))
     beside = [s for s in table.scene.unique() if s.startswith(BASELINE)]
     lpips = scene_block(table, "model", LPIPS_ENTRIES)
-    m = views.pop("model") | views | {k: facts[k] for k in FACTS} | clip_blocks(table) | dict(
+    m = views.pop("model") | views | {k: facts[k] for k in FACTS} | blocks_of_clip(table) | dict(
         scene_flow=flow,
         zero_motion=dict(scene_flow=still),
         baselines={s.removeprefix(BASELINE): baseline_block(table, s, facts["source_frames"]) for s in beside},

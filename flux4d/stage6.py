@@ -25,7 +25,7 @@ def background_flow(
     loader: Loader,  # read: its first clip
     cfg: FlowScoreConfig,  # how flow is scored
 ) -> Callable:  # (ClipInputs -> Scene) -> m a frame; None without labels
-    "How far a reconstruction of the first clip moves what stands still; its truth is read and checked once."
+    "How far a reconstruction of the first clip moves what is static; its truth is read and checked once."
     clip = loader.clips[0]
     truth = lru_cache(1)(lambda: clip_truth(clip, cfg, loader.cfg.data.cameras))
 

@@ -335,7 +335,7 @@ def test_an_older_record_can_be_compared(record, run, capsys):
 def test_tables_of_runs_show_names_as_text(tmp_path, record, name):
     "The README and the site have these tables."
     from markdown_it import MarkdownIt
-    from flux4d.repo import RUN_COLUMNS, run_row
+    from flux4d.result_tables import RUN_COLUMNS, run_row
     from flux4d.records import run_summary
 
     record["evaluated_on"] = record["runtime"]["machine"] = name
