@@ -128,7 +128,6 @@ def frame_truth(
     view = in_view(log, frame, sweep.points, clip.cameras if cameras is None else cameras, cfg.hidden)
     k = view & truth.valid
     in_ego = transform_points(se3_inverse(log.ego_pose(frame)), sweep.points[k])
-    gap = float(log.lidar_stamps[frame + 1] - log.lidar_stamps[frame]) if cfg.dt is None else cfg.dt
     return FrameTruth(
         frame=frame,
         points=sweep.points[k],
@@ -136,7 +135,7 @@ def frame_truth(
         flow=truth.flow[k],
         label=truth.label[k],
         reach=np.abs(in_ego[:, :2]).max(1),
-        gap=gap,
+        gap=float(log.lidar_stamps[frame + 1] - log.lidar_stamps[frame]),
         share=float(view.mean()),
         unknown=int((view & ~truth.valid).sum()),
     )

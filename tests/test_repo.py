@@ -22,7 +22,7 @@ from flux4d.loader import Loader
 from flux4d.notebooks import Notebook, dead_links, read_notebooks
 from flux4d.pandaset import PandaSet
 from flux4d.records import repo_root, runs_of_record
-from flux4d.repo import link_faults
+from flux4d.made_texts import link_faults
 from flux4d.run import Run
 from flux4d.train import Trainer
 
