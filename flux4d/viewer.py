@@ -262,7 +262,8 @@ def start_server(
             server = viser.ViserServer(host, port, label="Flux4D", verbose=False)
     except OSError as e:
         raise DataError(f"host: nothing can listen on {host!r} ({e.strerror}); use 127.0.0.1.") from e
-    server.gui.configure_theme(control_layout="fixed", control_width="medium")
+    if hasattr(server.gui, "main_panel"):  # beside the picture instead of above it
+        server.gui.main_panel.dock_right()
     return server
 
 
