@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from flux4d.export import C0, OPENGL, PLY_COLUMNS, splats_of
+from flux4d.export import C0, OPENGL, PLY_COLUMNS, SweepConfig, splats_of
 from flux4d.files import DataError
 from flux4d.frames import ClipTime, se3
 from flux4d.gaussians import BACKGROUND, LIDAR, gaussians_from, scale_inv
@@ -239,6 +239,33 @@ def test_scene_flow_counts_the_vehicle_as_argoverse_does(scene, tmp_path):
         assert np.allclose(r["flow_ty_m"], np.where(moving, 0.4, 0.0), atol=1e-3)
 
 
+@pytest.mark.parametrize("ending", ["npy", "pcd"])
+def test_a_sweep_meets_a_wall_where_the_beams_do(tmp_path, ending):
+    scene = made_scene()
+    y, z = torch.meshgrid(torch.linspace(-30, 30, 240), torch.linspace(-8, 10, 90), indexing="ij")
+    wall = torch.stack([torch.full_like(y, 20.0), y, z], -1).reshape(-1, 3)
+    g = gaussians_from(wall, torch.full((len(wall),), 0.2), torch.rand(len(wall), 3), torch.zeros(len(wall)), 0)
+    g = replace(g, opacity_logits=torch.full((len(wall),), 4.0))
+    standing = replace(scene, gaussians=g, velocity=None)
+    cfg = SweepConfig(lowest=-10.0, highest=10.0, beams=8, azimuth_step=1.0)
+    path = standing.export_lidar(tmp_path / f"a.{ending}", 0.5, cfg)
+    if ending == "npy":
+        points = np.load(path)
+    else:
+        header, _, body = path.read_bytes().partition(b"DATA binary\n")
+        assert b"FIELDS x y z" in header
+        points = np.frombuffer(body, "<f4").reshape(-1, 3)
+    beam = points - np.array(cfg.origin)
+    azimuth = np.degrees(np.arctan2(beam[:, 1], beam[:, 0]))
+    elevation = np.degrees(np.arctan2(beam[:, 2], np.hypot(beam[:, 0], beam[:, 1])))
+    ahead = abs(azimuth) < 40
+    assert np.allclose(points[ahead, 0], 20.0 - 5.6 * 0.5, atol=0.05)  # the vehicle drove towards it
+    assert np.allclose(points[:, 0], 20.0 - 5.6 * 0.5, atol=1.0)  # seen at a flat angle
+    assert np.allclose(azimuth, azimuth.round(), atol=1e-3) and azimuth.min() < -45 < 45 < azimuth.max()
+    steps = (elevation + 10) / (20 / 7)
+    assert np.allclose(steps, steps.round(), atol=1e-3)
+
+
 # what cannot be done
 
 
@@ -256,6 +283,8 @@ FAULTS = [
     (lambda s, d: s.export_optical_flow(d / "a.npy", "front", 1.0, step=1.0), "seconds: is 2.0; choose a moment"),
     (lambda s, d: s.export_scene_flow(d / "a.npy", 9.0), "seconds: is 9.0; choose a moment"),
     (lambda s, d: s.export_cameras(d / "a.json", ["roof"]), "camera: 'roof' is not in this scene; choose from front."),
+    (lambda s, d: s.export_lidar(d / "a.txt"), "does not end in .pcd or .npy; name the file so."),
+    (lambda s, d: s.export_lidar(d / "a.npy", 9.0), "seconds: is 9.0; choose a moment"),
     (lambda s, d: s.export_cameras(d / "a.txt"), "does not end in .json; name the file so."),
     (lambda s, d: replace(s, cameras={}).export_scene_flow(d / "a.npy"), "camera: this scene has no recorded cameras"),
     (lambda s, d: replace(s, gaussians=s.gaussians[s.gaussians.kind == BACKGROUND], velocity=None).export_ply(

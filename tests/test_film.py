@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
-import flux4d.film as films
+import flux4d.mp4
 from flux4d.files import DataError
-from flux4d.film import read_film, write_film
+from flux4d.filming import film_main
 from flux4d.frames import ClipTime, se3
 from flux4d.gaussians import gaussians_from
-from flux4d.paths import PATHS, FilmPath, film_main, path_of, path_through, recorded_path
+from flux4d.mp4 import read_film, write_film
+from flux4d.paths import PATHS, FilmPath, path_of, path_through, recorded_path
 from flux4d.scene import CameraPath, Scene
 
 
@@ -72,14 +73,14 @@ def test_a_film_that_breaks_off_leaves_what_was_there(tmp_path, error):
 
 
 def test_a_film_that_lacks_frames_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(films, "_count_frames", lambda path: 2)
+    monkeypatch.setattr(flux4d.mp4, "count_frames", lambda path: 2)
     with pytest.raises(DataError, match="a.mp4: could not be encoded completely; free some space and make it again."):
         write_film(tmp_path / "a.mp4", grey(3), fps=5)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_encoder_that_stops_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(films, "_OUTPUT", ["-f", "no_such_format"])
+    monkeypatch.setattr(flux4d.mp4, "_OUTPUT", ["-f", "no_such_format"])
     with pytest.raises(DataError, match="a.mp4: could not be encoded completely; free some space and make it again."):
         write_film(tmp_path / "a.mp4", grey(300, (256, 256)), fps=5)
     assert not list(tmp_path.iterdir())
