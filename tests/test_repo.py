@@ -473,6 +473,7 @@ def test_packages_imported_are_declared():
         nbclient="papermill",
         nbformat="papermill",  # the last three come with these
         markdown_it="markdown-it-py",
+        imageio_ffmpeg="imageio-ffmpeg",
     )
     used = {
         a.split(".")[0]
