@@ -162,7 +162,9 @@ def test_arrows_run_from_higher_to_lower_numbers():
     ] == []
 
 
-UNLABELLED = [m for m, nb in EXPORTING.items() if nb.path.name[0] in "123" or nb.path.name.startswith("50")]
+UNLABELLED = [
+    m for m, nb in EXPORTING.items() if nb.path.name[0] in "123" or nb.path.name.startswith(("50", "73_", "73a_"))
+]
 
 
 @pytest.mark.parametrize("module", UNLABELLED)
