@@ -22,11 +22,11 @@ from .render import Cameras, drawn_scales
 from .scene import Scene
 
 # %% auto #0
-__all__ = ['C0', 'PLY_COLUMNS', 'FLOW_COLUMNS', 'DYNAMIC', 'OPENGL', 'StoredSplats', 'check_seconds', 'splats_of', 'ply_bytes',
+__all__ = ['SH_C0', 'PLY_COLUMNS', 'FLOW_COLUMNS', 'DYNAMIC', 'OPENGL', 'StoredSplats', 'check_seconds', 'splats_of', 'ply_bytes',
            'optical_flow', 'vehicle_pose', 'SweepConfig', 'simulated_sweep', 'pcd_bytes', 'nerfstudio_transforms']
 
 # %% ../nbs/72_export.ipynb #295e16db
-C0 = 0.5 / np.sqrt(np.pi)  # spherical harmonics of degree 0
+SH_C0 = 0.5 / np.sqrt(np.pi)  # spherical harmonics of degree 0
 
 
 class StoredSplats(NamedTuple):
@@ -64,7 +64,7 @@ def splats_of(
     g = g[kept]
     values = (
         means,
-        (g.colours - 0.5) / C0,
+        (g.colours - 0.5) / SH_C0,
         g.opacity_logits,
         drawn_scales(g, scene.render_cfg.max_scale).log(),
         g.unit_quats,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from flux4d.export import C0, OPENGL, PLY_COLUMNS, SweepConfig, splats_of
+from flux4d.export import SH_C0, OPENGL, PLY_COLUMNS, SweepConfig, splats_of
 from flux4d.files import DataError
 from flux4d.frames import ClipTime, se3
 from flux4d.gaussians import BACKGROUND, LIDAR, gaussians_from, scale_inv
@@ -66,7 +66,7 @@ def test_a_ply_is_the_scene_at_its_moment(scene, tmp_path, seconds, background):
     assert {p.val_dtype for p in vertex.properties} == {"f4"}
     assert len(vertex) == int(kept.sum())
     assert np.array_equal(columns(vertex, "x y z"), scene.means_at(seconds / scene.duration)[kept].numpy())
-    assert np.allclose(0.5 + C0 * columns(vertex, "f_dc_0 f_dc_1 f_dc_2"), g.colours[kept], atol=1e-6)
+    assert np.allclose(0.5 + SH_C0 * columns(vertex, "f_dc_0 f_dc_1 f_dc_2"), g.colours[kept], atol=1e-6)
     assert np.array_equal(np.asarray(vertex["opacity"]), g.opacity_logits[kept].numpy())
     drawn = torch.where(g.kind[kept, None] == LIDAR, g.scales[kept].clamp_max(1.0), g.scales[kept])
     assert np.allclose(np.exp(columns(vertex, "scale_0 scale_1 scale_2")), drawn, rtol=1e-5)
@@ -92,7 +92,7 @@ def test_a_ply_renders_as_the_scene_does(scene, tmp_path):
         quats=tensors["quats"],
         log_scales=scale_inv(tensors["scales"].exp()),
         opacity_logits=tensors["opacity"][:, 0],
-        colour_logits=torch.logit(0.5 + C0 * tensors["f_dc"]),
+        colour_logits=torch.logit(0.5 + SH_C0 * tensors["f_dc"]),
     )
     view = scene.camera("front", 0.4)
     again = replace(scene, gaussians=g, velocity=None).render(view)
@@ -132,7 +132,7 @@ def test_a_compressed_ply_is_the_scene_rounded(scene, tmp_path):
     off, which = nearest(positions, splats.means)
     assert off.max() < 0.05 and len(set(which.tolist())) == len(positions)
     assert np.allclose(log_scales, splats.log_scales[which], atol=0.01)
-    assert np.allclose(colours, 0.5 + C0 * splats.f_dc[which], atol=0.01)
+    assert np.allclose(colours, 0.5 + SH_C0 * splats.f_dc[which], atol=0.01)
     assert np.allclose(opacities, torch.sigmoid(splats.opacity)[which], atol=0.01)
     assert "sh" not in [e.name for e in plyfile.PlyData.read(path).elements]
 
@@ -159,7 +159,7 @@ def test_a_splat_has_records_of_32_bytes(scene, tmp_path):
     assert off.max() == 0 and sorted(which.tolist()) == list(range(len(scene)))
     assert np.array_equal(records["xyz"], splats.means[which].numpy())
     assert np.allclose(records["scale"], splats.log_scales[which].exp(), rtol=1e-5)
-    rgba = torch.cat([0.5 + C0 * splats.f_dc, torch.sigmoid(splats.opacity)[:, None]], 1)[which]
+    rgba = torch.cat([0.5 + SH_C0 * splats.f_dc, torch.sigmoid(splats.opacity)[:, None]], 1)[which]
     assert abs(records["rgba"] / 255 - rgba.numpy()).max() < 1.01 / 255
     turns = (records["rot"].astype(float) - 128) / 128
     turns /= np.linalg.norm(turns, axis=1, keepdims=True)
