@@ -243,7 +243,7 @@ def add(
     clip: Clip,  # that was scored
     rows: pd.DataFrame | list[dict],  # rows of the score table, their place still missing
     scene: str,  # its name in the table
-    **place,  # frame, camera, setting
+    **place: Any,  # frame, camera, setting
 ) -> None:
     "Put rows into the table."
     self.tables.append(pd.DataFrame(rows).assign(log=clip.log.id, clip=clip.id, scene=scene, **place))
