@@ -353,7 +353,8 @@ def blend_tiles(
     "The picture of some tiles."
     height, width, C = picture.shape
     across = (width + SIDE - 1) // SIDE
-    near_e, near_f, total = np.empty((CHUNK, COLUMNS)), np.empty((CHUNK, C), np.float32), np.empty((C, AREA), np.float32)
+    near_e, near_f = np.empty((CHUNK, COLUMNS)), np.empty((CHUNK, C), np.float32)
+    total = np.empty((C, AREA), np.float32)
     sheet, bits = np.zeros(SHEET, np.float32), np.empty(AREA, np.int32)
     alpha, weight, power = np.empty(AREA, np.float32), np.empty(AREA, np.float32), bits.view(np.float32)
     light, end = np.empty(AREA, np.float32), np.empty(AREA, np.int32)
@@ -474,7 +475,8 @@ def unblend_tiles(
     "What some tiles add to the gradient of each of their splats."
     height, width, C = grad.shape
     across = (width + SIDE - 1) // SIDE
-    near_e, near_f, g = np.empty((CHUNK, COLUMNS)), np.empty((CHUNK, C), np.float32), np.empty((C, AREA), np.float32)
+    near_e, near_f = np.empty((CHUNK, COLUMNS)), np.empty((CHUNK, C), np.float32)
+    g = np.empty((C, AREA), np.float32)
     sheet, bits = np.zeros(SHEET, np.float32), np.empty(AREA, np.int32)
     alpha, weight, power = np.empty(AREA, np.float32), np.empty(AREA, np.float32), bits.view(np.float32)
     value, pull, behind = np.empty(AREA, np.float32), np.empty(AREA, np.float32), np.empty(AREA, np.float32)
