@@ -28,7 +28,7 @@ __all__ = ['BackgroundConfig', 'pixels_at', 'photometric_cost', 'shared_cost', '
 # %% ../nbs/12_background.ipynb #380a93b9
 @dataclass(frozen=True)
 class BackgroundConfig:
-    "What stands where no return does."
+    "What is drawn where no return lies."
 
     # "grid": blocks of the input images pushed far away; "hemisphere": the paper; "none"
     mode: Literal["grid", "hemisphere", "none"] = "grid"
@@ -101,7 +101,7 @@ def photometric_cost(
 # %% ../nbs/12_background.ipynb #db0d0f99
 def shared_cost(
     cost: Tensor,  # (B,D) of B blocks at D depths
-    b: Blocks,
+    b: Blocks,  # the B blocks
     cell: float,  # px, side of the cells of an image
     shape: tuple[int, int, int],  # V images, their height and width, px
 ) -> Tensor:  # (B,D) mean of a block's cost and that of its cell, weighted by the blocks' sides
@@ -182,7 +182,7 @@ def first_colour(
     data: ClipData,  # images and cameras
     x: Tensor,  # (M,3) float64 places, world, m
 ) -> tuple[Tensor, Tensor]:  # (M,3) colour 0..1; (M,) number of the image it is from, -1 where no camera sees it
-    "The colour of the first input image that has a place in view, whatever stands before it."
+    "The colour of the first input image that has a place in view, whatever is in front of it."
     n, C, h, w = data.images.shape[:4]
     colour = x.new_zeros(x.shape, dtype=torch.float32)
     image = torch.full(x.shape[:1], -1, device=x.device)

@@ -17,8 +17,9 @@ from .clips import Clip
 from .settings import Seed
 from .clip_data import clip_returns
 from .voxels import VoxelConfig
-from .motion_prior import height_above_ground
-from .predictor import PredictorConfig, decode_velocity, make_grid_index, motion_channels
+from .occupancy import height_above_ground
+from .predictor import PredictorConfig, make_grid_index
+from .decode import decode_velocity, motion_head_width
 from .model import ClipInputs
 from .scene import Scene
 
@@ -243,9 +244,11 @@ def motion_prior_alone(
     lift = inputs.scene
     g0 = lift.gaussians
     returns = clip_returns(inputs.clip, lidar_sensors).to(lift.device)
-    index = make_grid_index(g0, lift.ego0, lift.duration, voxel, cfg, returns)
-    nothing = g0.means.new_zeros(len(index.inside), motion_channels(cfg))
-    found = decode_velocity(nothing, index.prior, index.seconds, index.to_world, cfg, use_dead_zone=True)
+    index = make_grid_index(g0, lift.ego0, lift.duration, voxel, cfg.motion_inputs, returns)
+    width = motion_head_width(cfg.degree, cfg.motion_inputs.has_prior)
+    nothing = g0.means.new_zeros(len(index.inside), width)
+    how = cfg.decoding
+    found = decode_velocity(nothing, index.prior, index.seconds, index.to_world, how, use_dead_zone=True)
     velocity = g0.means.new_zeros(len(g0), cfg.degree + 1, 3)
     return lift.moving(velocity.index_copy(0, index.inside, found.to(velocity.dtype)))
 

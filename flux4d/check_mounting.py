@@ -229,7 +229,12 @@ class MountedCamera(NamedTuple):
     reversing: bool  # does a slow vehicle seem to drive backwards?
     other_name: str | None  # the camera whose direction it looks in
 
-    def finding(self, check: str, what: str, cause: str) -> Finding:
+    def finding(
+        self,
+        check: str,  # name of the check
+        what: str,  # what is wrong, a sentence
+        cause: str,  # what explains it most probably
+    ) -> Finding:
         "A violation by this camera's poses."
         return finding(check, self.cam.folder / "poses.json", what, cause)
 

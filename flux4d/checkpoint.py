@@ -15,6 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .files import DataError, atomic_write, plain_fault
+from .tensor_file import is_tensor_file
 
 # %% auto #0
 __all__ = ['PARTS', 'OPTIONAL_PARTS', 'save_checkpoint', 'prune_checkpoints', 'load_checkpoint', 'check_checkpoint',
@@ -195,6 +196,10 @@ def load_checkpoint(
         raise DataError(
             f"{path.name}: no such checkpoint in {path.parent.name or '.'}; "
             "check resume_from or the checkpoint parameter."
+        )
+    if is_tensor_file(path):
+        raise DataError(
+            f"{path.name}: holds weights without an optimiser, no checkpoint; take a ckpt_step file of its run."
         )
     try:
         state = _read_state(path, device)

@@ -16,6 +16,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from .frames import ClipTime
 from .files import DataError, counts_otherwise, missing_text, report_fault, short_path
 from .pandaset import PandaSet, Log
+from .settings import Name, Some, read_value
 
 # %% auto #0
 __all__ = ['TEST_SCENES', 'CLIP_PRESETS', 'TRAIN_SETTINGS', 'TIME_UNITS', 'SANE_STEP', 'COORD', 'ClipConfig', 'CutRule',
@@ -488,6 +489,9 @@ class Clip:
             raise DataError(f"{self.id}: was indexed for other data than {file}; {again}.")
         self.time = ClipTime(float(stamps[0]), float(stamps[-1]))
         self.cameras = list(entry["image_paths"])
+        # what a reconstruction of it reads; None: what the model's configuration says
+        self.input_cameras = None  # names
+        self.input_lidar = None  # LiDAR sensors
 
     def __repr__(self) -> str:  # one line
         "Name the clip."
@@ -565,10 +569,14 @@ def t_of_camera(
 def clip(
     self: Log,
     start: int = 0,  # log frame id of its first frame
-    cameras: tuple[str, ...] | None = None,  # names; None: every camera of the log
+    cameras: tuple[str, ...] | None = None,  # that a reconstruction reads; None: as its model says
+    lidar: tuple[int, ...] | None = None,  # sensors that it reads, 0 all around, 1 forward; None: as its model says
 ) -> Clip:  # 16 frames, of which 0, 2, .., 10 are input; raises DataError where the log has no such clip
     "A clip of any log from any frame on, cut as evaluation clips are; no index is needed."
-    cfg = ClipConfig(cameras=tuple(self.cameras if cameras is None else cameras))
+    cameras = None if cameras is None else read_value(Some[Name], cameras, "cameras")
+    lidar = None if lidar is None else read_value(Some[Literal[0, 1]], lidar, "lidar")
+    start = int(start) if hasattr(start, "__index__") else read_value(int, start, "start")
+    cfg = ClipConfig(cameras=tuple(self.cameras) if cameras is None else cameras)
     last = len(self.frame_ids) - cfg.future_len
     if not 0 <= start <= last:
         whole = f"choose a frame from 0 to {last}" if last >= 0 else "choose a longer log"
@@ -578,7 +586,10 @@ def clip(
     entry = clip_entry(self.id, piece, lists, cfg.fps, cfg)
     if fault := _fault_of(piece, lists.stamps, _missing(self, cfg.cameras), cfg.max_step_ratio):
         raise DataError(f"{entry['clip_id']}: {fault}; choose another start.")
-    return Clip(self, entry)
+    clip = Clip(self, entry)
+    clip.input_cameras = cameras
+    clip.input_lidar = lidar
+    return clip
 
 # %% ../nbs/04_clips.ipynb #689c9511
 def long_log_clips(

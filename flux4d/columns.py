@@ -27,19 +27,28 @@ class TooMuch(Exception):
     "A note of more than any table holds; the message says of what."
 
 
-def require(condition: Any, what: str) -> None:
+def require(
+    condition: Any,  # holds where the form is known
+    what: str,  # what was expected, for the message
+) -> None:  # raises UnknownForm
     "Stop at an unknown form."
     if not condition:
         raise UnknownForm(what)
 
 # %% ../nbs/02d_columns.ipynb #bf16c97f
-def require_at_most(n: int, limit: int, what: str) -> None:
+def require_at_most(
+    n: int,  # how many there are
+    limit: int,  # how many there may be
+    what: str,  # of what, for the message
+) -> None:  # raises TooMuch
     "Stop at more than any table holds."
     if n > limit:
         raise TooMuch(f"more than {limit} {what}")
 
 # %% ../nbs/02d_columns.ipynb #786a8a94
-def int_of(note: Any) -> int:
+def int_of(
+    note: Any,  # what the pickle says in that place
+) -> int:  # raises UnknownForm
     "A whole number of sensible size."
     require(type(note) is int and abs(note) < 2**62, "a whole number")
     return note
@@ -126,7 +135,9 @@ def _array_from_buffer(note: CallNote) -> np.ndarray:
     return _numbers(_bytes(data), _dtype(dtype), shape, order == "F")
 
 # %% ../nbs/02d_columns.ipynb #834ea5c6
-def array_of(note: Any) -> np.ndarray:
+def array_of(
+    note: Any,  # what the pickle says in that place
+) -> np.ndarray:  # raises UnknownForm
     "An array of one or two dimensions."
     if is_call(note, "from_buffer"):
         return _array_from_buffer(note)
@@ -274,7 +285,9 @@ def _category(kind: Any, codes: np.ndarray) -> Category:
     return Category(codes, names, kind.state.get("ordered") is True)
 
 # %% ../nbs/02d_columns.ipynb #de1b90b1
-def column_of(note: Any) -> np.ndarray | Text | Category:
+def column_of(
+    note: Any,  # what the pickle says in that place
+) -> np.ndarray | Text | Category:  # raises UnknownForm
     "The values of a block or an index: an array, text or categories."
     if is_call(note, "arrow_text"):
         return _arrow_text(note)
@@ -293,7 +306,9 @@ def column_of(note: Any) -> np.ndarray | Text | Category:
 MAX_ROWS = 2**24  # of a table; a sweep has 2e5
 
 
-def index_of(note: Any) -> Index:
+def index_of(
+    note: Any,  # what the pickle says in that place
+) -> Index:  # raises UnknownForm
     "An index of any of the kinds read here."
     require(is_call(note, "new_index") and len(note.args) == 2, "an index")
     kind, parts = note.args

@@ -23,7 +23,8 @@ from .view_scores import EvalConfig
 from .pandaset import PandaSet
 from .parameters import asked_root, check_out_dir, scoring
 from .presets import PRESETS, preset_config
-from .checkpoint import check_checkpoint, load_checkpoint, trained_frames
+from .checkpoint import check_checkpoint, trained_frames
+from .weights import read_weights
 from .run import logged_rows
 from .run_facts import About, training_overlap
 from .score_clips import METHODS
@@ -131,7 +132,7 @@ def open_subject(
     if checkpoint:
         model = load_model(checkpoint, device)
         cfg = model.cfg
-        state = load_checkpoint(checkpoint)
+        state = read_weights(checkpoint).history
     counted = tuple(key for key in ("step", "seconds", "skipped") if key in state)
     check_checkpoint(state, Path(checkpoint).name, counted)
     data = replace(

@@ -238,11 +238,17 @@ class TextCheck:
     faults: list[str] = field(default_factory=list)  # one sentence each
     edits: list[tuple[int, int, str]] = field(default_factory=list)  # (start, end, new text) of stale figures
 
-    def missing(self, figures: list[Figure]) -> None:
+    def missing(
+        self,
+        figures: list[Figure],  # of a cell or a line without a source
+    ) -> None:
         "Note the figures that have no source and need one."
         self.faults += [f"{f.text} has no source" for f in figures if f.wanted]
 
-    def mended(self, text: str) -> str:
+    def mended(
+        self,
+        text: str,  # the text that was checked
+    ) -> str:
         "The text with its stale figures replaced."
         for start, end, new in sorted(self.edits, reverse=True):
             text = text[:start] + new + text[end:]

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
-from .cuboids import BUCKET_OF, BUCKETS, CLASSES, META_OF, METAS, CuboidConfig
+from .cuboids import BUCKET_OF, BUCKETS, CLASSES, META_OF, METAS
+from .box_motion import CuboidConfig
 
 # %% auto #0
 __all__ = ['GROUPS', 'EDGES', 'EMPTY_REGION', 'epe', 'accurate', 'unit_vectors', 'theta_eps', 'three_way', 'normalised_error',
@@ -95,7 +96,6 @@ class FlowScoreConfig:
 
     sensors: tuple[int, ...] = (0,)  # LiDAR sensors whose returns are scored
     truth: str = "auto"  # "cuboids", "exact" (made-up logs), or "auto": exact where there is such truth
-    dt: float | None = None  # s that a prediction looks ahead; None: to the log's next LiDAR stamp
     hidden: bool = True  # score returns in the image that something nearer hides
     moving: float = 0.05  # m per 0.1 s, from here on foreground is dynamic
     theta_min: float = 0.1  # m per 0.1 s, the masked angle is taken above this

@@ -19,7 +19,8 @@ from .files import DataError, short_path
 from .pandaset import Log
 from .clips import Clip
 from .visibility import project_sweep
-from .cuboids import CLASSES, FlowTruth, class_ids, flow_ground_truth
+from .cuboids import CLASSES, class_ids
+from .box_motion import FlowTruth, flow_ground_truth
 from .label_check import check_labels
 from .scene import Scene
 from .flow_metrics import GROUPS, FlowSample, FlowScoreConfig, flow_rows, mean_row, truth_rows
@@ -128,7 +129,6 @@ def frame_truth(
     view = in_view(log, frame, sweep.points, clip.cameras if cameras is None else cameras, cfg.hidden)
     k = view & truth.valid
     in_ego = transform_points(se3_inverse(log.ego_pose(frame)), sweep.points[k])
-    gap = float(log.lidar_stamps[frame + 1] - log.lidar_stamps[frame]) if cfg.dt is None else cfg.dt
     return FrameTruth(
         frame=frame,
         points=sweep.points[k],
@@ -136,7 +136,7 @@ def frame_truth(
         flow=truth.flow[k],
         label=truth.label[k],
         reach=np.abs(in_ego[:, :2]).max(1),
-        gap=gap,
+        gap=float(log.lidar_stamps[frame + 1] - log.lidar_stamps[frame]),
         share=float(view.mean()),
         unknown=int((view & ~truth.valid).sum()),
     )

@@ -301,7 +301,7 @@ class LogNumbers:
         return self.folder / "lidar/poses.json"
 
     def sweep_file(self, frame: int) -> Path:  # lidar/NN.pkl.gz
-        "Where a sweep stands."
+        "The file of a sweep."
         return self.folder / f"lidar/{frame:02d}.pkl.gz"
 
     @property

@@ -21,11 +21,14 @@ from .files import DataError
 from .gaussians import Gaussians
 from .clip_data import Returns, clip_returns
 from .predictor import BasePredictor, GridIndex, make_grid_index
-from .checkpoint import check_checkpoint, load_checkpoint, load_weights
+from .checkpoint import load_weights
 from .scene import Scene, scene_of
+from .settings import find_device
+from .weights import read_weights
 
 # %% auto #0
-__all__ = ['ClipInputs', 'grid_index_of', 'lift_scene', 'read_inputs', 'Flux4DBase', 'build_model', 'model_class', 'load_model']
+__all__ = ['ClipInputs', 'grid_index_of', 'lift_scene', 'with_sensors_of', 'read_inputs', 'Flux4DBase', 'build_model',
+           'model_class', 'load_model']
 
 # %% ../nbs/32_model.ipynb #3dfd105d
 @dataclass(eq=False)
@@ -67,7 +70,7 @@ def grid_index_of(
     cfg: Config,  # read: voxel, model
 ) -> GridIndex:  # on the scene's device
     "Sort a lift into the network's grid."
-    return make_grid_index(scene.gaussians, scene.ego0, scene.duration, cfg.voxel, cfg.model, returns)
+    return make_grid_index(scene.gaussians, scene.ego0, scene.duration, cfg.voxel, cfg.model.motion_inputs, returns)
 
 
 def lift_scene(
@@ -79,12 +82,26 @@ def lift_scene(
     return scene_of(clip, gaussians, cfg=cfg.render, scale=cfg.data.image_scale)
 
 # %% ../nbs/32_model.ipynb #d02eb42c
+def with_sensors_of(
+    clip: Clip,  # which may name the cameras and LiDAR sensors to read
+    cfg: Config,  # of a model
+) -> Config:  # the same where the clip names none
+    "A configuration that reads the sensors that a clip asks for."
+    data, init = cfg.data, cfg.init
+    if clip.input_cameras is not None:
+        data = replace(data, cameras=clip.input_cameras)
+    if clip.input_lidar is not None:
+        init = replace(init, lidar_sensors=clip.input_lidar)
+    return replace(cfg, data=data, init=init)
+
+
 def read_inputs(
     clip: Clip,  # any clip
     cfg: Config,  # read: data, init, background, voxel, model, render, train.seed
     device: Any = "cpu",  # where tensors end up
 ) -> ClipInputs:
     "Lift a clip from its files."
+    cfg = with_sensors_of(clip, cfg)
     data = cfg.data
     gaussians = init_gaussians(
         clip, cfg.init, cfg.background, data.cameras, data.image_scale, cfg.train.seed, device
@@ -194,23 +211,22 @@ def _asks_for_more(
 
 # %% ../nbs/32_model.ipynb #59642410
 def load_model(
-    path: str | Path,  # a checkpoint
+    path: str | Path,  # weights that `flux4d-weights` wrote, or a checkpoint
     device: Any = "cpu",  # where the model goes
-) -> Flux4DBase:  # with its averaged weights, in eval mode; its configuration is `cfg`
-    "The model of a checkpoint; `flux4d.load` is this function."
-    state = load_checkpoint(path, device)
+) -> Flux4DBase:  # with its averaged weights, in eval mode; its configuration is `cfg`; raises DataError
+    "The model of a file of weights or a checkpoint; `flux4d.load` is this function."
+    device = find_device(str(device))
     name = Path(path).name
-    check_checkpoint(state, name, ("kind", "ema", "config"))
-    refuse_renamed(state["config"], name)
-    kind = model_class(state["kind"], name)
-    cfg = config_from_dict(state["config"], kind.config_type)
-    if _asks_for_more(config_to_dict(cfg), state["ema"]):
+    weights = read_weights(path, device)
+    refuse_renamed(weights.config, name)
+    kind = model_class(weights.kind, name)
+    cfg = config_from_dict(weights.config, kind.config_type)
+    if _asks_for_more(config_to_dict(cfg), weights.tensors):
         raise DataError(
             f"{name}: its configuration asks for a larger model than it has weights for; "
             "take another ckpt_step file."
         )
     model = kind(cfg).to(device)
-    averaged = {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
-    load_weights(model, averaged, name)
-    model.origin = f"{Path(path).resolve().parent.name}/{name}, step {state.get('step', '?')}"
+    load_weights(model, weights.tensors, name)
+    model.origin = f"{Path(path).resolve().parent.name}/{name}, step {weights.history.get('step', '?')}"
     return model.eval()

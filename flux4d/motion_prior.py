@@ -4,496 +4,19 @@
 
 # %% ../nbs/14_motion_prior.ipynb #6876660c
 from __future__ import annotations
-from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from .settings import Share
 from .voxels import VoxelConfig
+from .occupancy import BevGrid, MotionPriorConfig, SweepPoints, bev_grid, height_above_ground, occupancy_maps
+from .matching import BlockMap, Consensus, Displacement, best_displacement, consensus, match_scores
+from .trajectories import cell_means, density_map, member_cells, merge_trajectories, refine_trajectories
 
 # %% auto #0
-__all__ = ['FINE_PRIOR', 'MotionPriorConfig', 'SweepPoints', 'low_points', 'height_above_ground', 'bev_cell', 'Occupancy',
-           'occupancy', 'sum_around', 'BlockIndex', 'block_index', 'count_hits', 'MatchScores', 'match_scores',
-           'Displacement', 'best_displacement', 'blocks_at', 'block_places', 'inlier_mean', 'consensus', 'soft_counts',
-           'density_map', 'sample_bilinear', 'BlockCells', 'fine_cells', 'block_cells', 'solve_2x2',
-           'refine_trajectories', 'merge_trajectories', 'MotionPrior', 'BlockMotion', 'no_motion', 'sweep_times',
-           'block_prior', 'fit_trajectories', 'estimate_block_motion', 'query_motion', 'heights', 'single_scale_prior',
+__all__ = ['FINE_PRIOR', 'MotionPrior', 'no_motion', 'BlockMotion', 'sweep_times', 'mean_gap', 'block_prior', 'fit_trajectories',
+           'estimate_block_motion', 'query_motion', 'GroundHeights', 'ground_heights', 'single_scale_prior',
            'estimate_motion_prior']
-
-# %% ../nbs/14_motion_prior.ipynb #24c9c4fe
-@dataclass(frozen=True)
-class MotionPriorConfig:
-    "How sweeps are matched, which matches are trusted, and how trusted ones are refined."
-
-    reach: NonNegativeInt = 16  # cells, largest displacement along an axis between two input frames; 0 = no prior
-    cell: PositiveFloat = 0.25  # m, edge of a BEV cell
-    block: PositiveInt = 4  # cells, edge of a block, which is matched together with its eight neighbours
-    neighbour_sweeps: PositiveInt = 3  # sweeps on each side with which a sweep is compared
-    # m above the ground that is matched; below is road, above are trees and signs
-    height: tuple[float, float] = (0.3, 3.0)
-    ground_cell: PositiveFloat = 2.0  # m, edge of the cells in which the ground is found
-    ground_share: Share = 0.2  # of a cell's points that may lie below its ground, as reflections do
-    # m, a sweep counts for zero motion only where it has any point this near
-    observed_radius: NonNegativeFloat = 0.75
-    zero_motion_penalty: NonNegativeFloat = 0.08  # 1/m, score by which a longer displacement must be better
-    margin: NonNegativeFloat = 0.3  # score by which a displacement must beat zero motion to be an inlier by itself
-    min_cells: NonNegativeInt = 4  # standing cells in a block and its neighbours, below which it is no inlier
-    confirmed_margin: NonNegativeFloat = 0.15  # margin that is enough where other sweeps hold inliers
-    inlier_speed: NonNegativeFloat = 2.5  # m/s, an inlier's velocity differs by at most this
-    min_inliers: NonNegativeInt = 3  # sweeps with an inlier that a trusted displacement needs, or all there are
-    consensus_rounds: NonNegativeInt = 3  # times that what was confirmed becomes an inlier itself
-    # m above the ground, what moves with whatever stands in the same cell
-    movable_height: tuple[float, float] = (0.1, 4.0)
-    fine_cell: PositiveFloat = 0.125  # m, edge of the cells of the density map
-    blur_std: PositiveFloat = 0.15  # m, standard deviation of its blur, from which a trajectory is attracted
-    # m/s and m/s^2, standard deviation of a trajectory from its displacement and from constant speed
-    prior_std: PositiveFloat = 2.0
-    refine_steps: NonNegativeInt = 24  # of mean shift; 0 = straight trajectories
-    merge_rounds: NonNegativeInt = 3  # times that a trajectory becomes the mean of those that meet it
-
-    @property
-    def border(self) -> int:  # cells
-        "Empty cells around a map, so that no displacement leaves it."
-        return self.reach * self.neighbour_sweeps
-
-# %% ../nbs/14_motion_prior.ipynb #b476b8a8
-class SweepPoints(NamedTuple):
-    "Points of several sweeps."
-
-    points: Tensor  # (M,3) ego0, m
-    seconds: Tensor  # (M,) since the clip's start
-    frame: Tensor  # (M,) int64 source frame in the log
-
-    def part(
-        self,
-        rows: Tensor,  # (M,) bool or (R,) int64
-    ) -> SweepPoints:
-        "Some of the points."
-        return SweepPoints(*(a[rows] for a in self))
-
-# %% ../nbs/14_motion_prior.ipynb #475e3613
-def low_points(
-    z: Tensor,  # (M,) m
-    cell: Tensor,  # (M,) int64 cell of each point, 0..cells-1
-    cells: int,  # how many
-    share: float,  # of a cell's points that may lie below the result
-    least: int,  # points, cells with fewer have no result
-) -> Tensor:  # (cells,) m, infinite where there are too few points
-    "The height below which a share of each cell's points lies."
-    order = z.argsort()
-    order = order[cell[order].argsort(stable=True)]  # by cell, and by height within a cell
-    count = cell.new_zeros(cells).index_add(0, cell, torch.ones_like(cell))
-    first = count.cumsum(0) - count
-    chosen = order[(first + (share * count).long()).clamp_max(len(z) - 1)]
-    return torch.where(count >= least, z[chosen], torch.inf)
-
-# %% ../nbs/14_motion_prior.ipynb #b01e1d04
-def height_above_ground(
-    points: Tensor,  # (M,3) that show the ground, ego0, m
-    cell: float = 2.0,  # m, edge of the cells
-    share: float = 0.2,  # of a cell's points below what counts as its ground
-    least: int = 4,  # points, cells with fewer have no ground of their own
-    query: Tensor | None = None,  # (N,3) whose height is returned, ego0, m; None = the same points
-) -> Tensor:  # (N,) m; 0 where no ground is near
-    "Height above the ground around, below which few points may lie."
-    ij = (points[:, :2] / cell).floor().long()
-    low = ij.amin(0)
-    high = ij.amax(0)
-    rows, columns = (high - low + 1).tolist()
-
-    def number(ij: Tensor) -> Tensor:
-        return ((ij - low) * ij.new_tensor([columns, 1])).sum(1)
-
-    own = number(ij)
-    ground = low_points(points[:, 2], own, rows * columns, share, least).reshape(1, 1, rows, columns)
-    around = -F.max_pool2d(-ground, 3, 1, 1).flatten()  # the lowest of a cell and its neighbours
-    if query is None:
-        return (points[:, 2] - around[own]).nan_to_num(0.0, 0.0, 0.0)
-    inside = torch.minimum(torch.maximum((query[:, :2] / cell).floor().long(), low), high)
-    return (query[:, 2] - around[number(inside)]).nan_to_num(0.0, 0.0, 0.0)
-
-# %% ../nbs/14_motion_prior.ipynb #42f26b2b
-def bev_cell(
-    points: Tensor,  # (M,3) ego0, m
-    grid: VoxelConfig,  # read: low, high
-    cfg: MotionPriorConfig,  # read: reach, neighbour_sweeps, cell
-) -> tuple[Tensor, list[int]]:  # (M,2) int64 cell of each point, counted with the border; cells along x and y
-    "Bird's-eye-view cells; a point outside the grid gets the nearest cell inside."
-    size = [int((high - low) / cfg.cell) + 2 * cfg.border for low, high in zip(grid.low[:2], grid.high[:2])]
-    ij = ((points[:, :2] - points.new_tensor(grid.low[:2])) / cfg.cell).floor().long() + cfg.border
-    last = ij.new_tensor(size) - cfg.border - 1
-    return torch.minimum(ij.clamp_min(cfg.border), last), size
-
-# %% ../nbs/14_motion_prior.ipynb #d622e910
-class Occupancy(NamedTuple):
-    "BEV maps of S sweeps, with a border of B cells on each side."
-
-    standing: Tensor  # (S,X+2B,Y+2B) bool, something stands in the cell, above the road and below the trees
-    observed: Tensor  # (S,X+2B,Y+2B) bool, the sweep has a point in the cell or near it
-
-# %% ../nbs/14_motion_prior.ipynb #7aede6e5
-def occupancy(
-    points: Tensor,  # (M,3) ego0, m
-    height: Tensor,  # (M,) above ground, m
-    sweep: Tensor,  # (M,) int64, number of each point's sweep, 0..S-1
-    n: int,  # sweeps
-    grid: VoxelConfig,  # read: low, high
-    cfg: MotionPriorConfig,  # read: height, observed_radius, reach, neighbour_sweeps, cell
-) -> Occupancy:
-    "Where something stands, and where each sweep would have seen it."
-    ij, size = bev_cell(points, grid, cfg)
-    standing, observed = torch.zeros(2, n, *size, dtype=torch.bool, device=points.device)
-    up = (height > cfg.height[0]) & (height < cfg.height[1])
-    standing[sweep[up], ij[up, 0], ij[up, 1]] = True
-    observed[sweep, ij[:, 0], ij[:, 1]] = True
-    r = round(cfg.observed_radius / cfg.cell)
-    wide = F.max_pool2d(observed.float(), (2 * r + 1, 1), 1, (r, 0))
-    wide = F.max_pool2d(wide, (1, 2 * r + 1), 1, (0, r))
-    return Occupancy(standing, wide > 0)
-
-# %% ../nbs/14_motion_prior.ipynb #dae13be2
-def sum_around(
-    v: Tensor,  # (K,d) a row per block
-    row: Tensor,  # (S,X/block,Y/block) int64 row of each block, K = none
-) -> Tensor:  # (K,d)
-    "Sum over each block and its eight neighbours."
-    at = F.pad(row, (1, 1, 1, 1), value=len(v))
-    there = (row < len(v)).nonzero().T
-    v = F.pad(v, (0, 0, 0, 1))
-    return sum(v[at[there[0], there[1] + i, there[2] + j]] for i in range(3) for j in range(3))
-
-# %% ../nbs/14_motion_prior.ipynb #00dedd18
-class BlockIndex(NamedTuple):
-    "The K blocks of all sweeps in which something stands."
-
-    own: Tensor  # (P,) int64 row 0..K-1 of each standing cell's block
-    row: Tensor  # (S,X/block,Y/block) int64 row of each block, K = nothing stands there
-    count: int  # K
-
-# %% ../nbs/14_motion_prior.ipynb #488bb24f
-def block_index(
-    cells: Tensor,  # (P,3) int64 sweep, x and y of the standing cells, border included
-    shape: tuple[int, ...],  # of the map: S, X+2B, Y+2B
-    cfg: MotionPriorConfig,  # read: reach, neighbour_sweeps, block
-) -> BlockIndex:
-    "Number the blocks that hold standing cells."
-    gx, gy = ((n - 2 * cfg.border) // cfg.block for n in shape[1:])
-    sweep, x, y = cells.unbind(1)
-    bx, by = (
-        torch.div(v - cfg.border, cfg.block, rounding_mode="floor").clamp_max(n - 1) for v, n in ((x, gx), (y, gy))
-    )
-    blocks, own = torch.unique((sweep * gx + bx) * gy + by, return_inverse=True)
-    row = torch.full((shape[0] * gx * gy,), len(blocks), device=cells.device)
-    row[blocks] = torch.arange(len(blocks), device=cells.device)
-    return BlockIndex(own, row.view(shape[0], gx, gy), len(blocks))
-
-# %% ../nbs/14_motion_prior.ipynb #5ae345be
-def count_hits(
-    maps: Occupancy,
-    cells: Tensor,  # (P,3) int64 sweep, x and y of the standing cells
-    own: Tensor,  # (P,) int64 block of each, 0..K-1
-    K: int,  # blocks
-    cfg: MotionPriorConfig,  # read: reach, neighbour_sweeps
-) -> tuple[Tensor, Tensor, Tensor]:  # (K,D) hits of D displacements; (K,1) questions; (K,2) zero motion: both
-    "How many cells of each block land on standing cells of other sweeps, by displacement."
-    S, _, columns = maps.standing.shape
-    standing = maps.standing.float()
-    soft = torch.maximum(standing, 0.5 * F.max_pool2d(standing, 3, 1, 1)).flatten(1)  # a neighbour is half a hit
-    observed = maps.observed.flatten(1)
-    sweep = cells[:, 0]
-    here = cells[:, 1] * columns + cells[:, 2]
-    d = torch.arange(-cfg.reach, cfg.reach + 1, device=here.device)
-    displacement = (d[:, None] * columns + d).flatten()
-    hits, asked, stay = (torch.zeros(K, n, device=here.device) for n in (len(displacement), 1, 2))
-    for gap in (g for g in range(-cfg.neighbour_sweeps, cfg.neighbour_sweeps + 1) if g):
-        p = ((sweep + gap >= 0) & (sweep + gap < S)).nonzero()[:, 0]
-        other = sweep[p] + gap
-        at = here[p]
-        look = observed[other, at].float()
-        hits.index_add_(0, own[p], soft[other[:, None], at[:, None] + gap * displacement])
-        asked.index_add_(0, own[p], torch.ones_like(look)[:, None])
-        stay.index_add_(0, own[p], torch.stack([look * soft[other, at], look], 1))
-    return hits, asked, stay
-
-# %% ../nbs/14_motion_prior.ipynb #3e3fadd8
-class MatchScores(NamedTuple):
-    "How well displacements lay K blocks over the neighbouring sweeps."
-
-    score: Tensor  # (K,(2R+1)^2) share of hits by displacement, 0..1
-    zero_motion: Tensor  # (K,) share of hits without displacement, in the sweeps that observe the place
-    cells: Tensor  # (K,) standing cells of a block and its neighbours
-    row: Tensor  # (S,X/block,Y/block) int64 row of each block, K = nothing stands there
-
-# %% ../nbs/14_motion_prior.ipynb #e176b7a7
-def match_scores(
-    maps: Occupancy,
-    cfg: MotionPriorConfig,  # read: reach, neighbour_sweeps, block
-) -> MatchScores:
-    "Score every displacement of every block in which something stands."
-    cells = maps.standing.nonzero()
-    blocks = block_index(cells, tuple(maps.standing.shape), cfg)
-    hits, asked, stay = count_hits(maps, cells, blocks.own, blocks.count, cfg)
-    one = torch.ones(len(cells), 1, device=cells.device)
-    count = torch.zeros(blocks.count, 1, device=cells.device).index_add_(0, blocks.own, one)
-    hits, asked, stay, count = (sum_around(v, blocks.row) for v in (hits, asked, stay, count))
-    return MatchScores(
-        score=hits / asked.clamp_min(1),
-        zero_motion=stay[:, 0] / stay[:, 1].clamp_min(1),
-        cells=count[:, 0],
-        row=blocks.row,
-    )
-
-# %% ../nbs/14_motion_prior.ipynb #302598c1
-class Displacement(NamedTuple):
-    "The displacement that matches best, of each block."
-
-    xy: Tensor  # (...,2) from one sweep to the next, along x and y, m
-    score: Tensor  # (...) share of hits at its cell
-    zero_motion: Tensor  # (...) share of hits without displacement
-
-# %% ../nbs/14_motion_prior.ipynb #60fcdc4f
-def best_displacement(
-    score: Tensor,  # (...,(2R+1)^2) share of hits by displacement
-    zero_motion: Tensor,  # (...) share of hits without displacement where observed
-    cfg: MotionPriorConfig,  # read: reach, cell, zero_motion_penalty
-) -> Displacement:
-    "The peak of the match scores, short displacements preferred, located between cells."
-    R = cfg.reach
-    S = 2 * R + 1
-    d = torch.arange(-R, R + 1, device=score.device)
-    xy = torch.stack(torch.meshgrid(d, d, indexing="ij"), -1).reshape(-1, 2).float()  # cells
-    best = (score - cfg.zero_motion_penalty * cfg.cell * xy.norm(dim=1)).argmax(-1)[..., None]
-    step = torch.tensor([-1, 0, 1], device=score.device)
-    near_i = (best // S + step.repeat_interleave(3)).clamp(0, S - 1)
-    near_j = (best % S + step.repeat(3)).clamp(0, S - 1)
-    near = near_i * S + near_j
-    w = score.gather(-1, near) ** 8
-    mean = (w[..., None] * xy[near]).sum(-2) / w.sum(-1, keepdim=True).clamp_min(1e-9) * cfg.cell
-    centre = score[..., S * S // 2]
-    return Displacement(mean, score.gather(-1, best)[..., 0], torch.maximum(zero_motion, centre))
-
-# %% ../nbs/14_motion_prior.ipynb #bbd8faec
-def blocks_at(
-    row: Tensor,  # (S,X/block,Y/block) int64 row of each block, K = none
-    place: Tensor,  # (K,3) int64 sweep, x and y of each block
-    moved: Tensor,  # (K,J,2) how far each block has got, m
-    later: Tensor,  # (J,) int64, sweeps later
-    cfg: MotionPriorConfig,  # read: cell, block
-) -> Tensor:  # (K,J,9) rows of the blocks around the place where each block is then, K = none
-    "The blocks that a block meets where its displacement takes it in other sweeps."
-    K = len(place)
-    xy = (place[:, None, 1:] + 0.5 + moved / (cfg.cell * cfg.block)).floor().long()
-    s = place[:, :1] + later
-    exists = ((s >= 0) & (s < len(row)))[..., None]
-    at = F.pad(row, (1, 1, 1, 1), value=K)  # the border holds no block
-    step = torch.arange(3, device=row.device)
-    x = (xy[..., 0, None] + step.repeat_interleave(3)).clamp(0, at.shape[1] - 1)
-    y = (xy[..., 1, None] + step.repeat(3)).clamp(0, at.shape[2] - 1)
-    near = at[s.clamp(0, len(row) - 1)[..., None], x, y]
-    itself = torch.arange(K, device=row.device)[:, None, None]
-    return torch.where(exists & (near != itself), near, K)
-
-# %% ../nbs/14_motion_prior.ipynb #c1a398ad
-def block_places(
-    row: Tensor,  # (S,X/block,Y/block) int64 row of each of K blocks, K = none
-    K: int,  # blocks
-) -> Tensor:  # (K,3) int64 sweep, x and y of each block
-    "Where each block is."
-    at = (row < K).nonzero()
-    return torch.empty_like(at).index_copy_(0, row[row < K], at)
-
-# %% ../nbs/14_motion_prior.ipynb #e7df9afc
-def inlier_mean(
-    xy: Tensor,  # (K,2) displacement of each block, m
-    inlier: Tensor,  # (K,) bool
-    near: Tensor,  # (K,J,9) from `blocks_at`
-    tolerance: Tensor | float,  # m, largest difference from an inlier
-) -> tuple[Tensor, Tensor]:  # (K,2) mean with the inliers it meets, by sweep, m; (K,) sweeps with any
-    "Average a displacement with those inliers, in other sweeps, that agree with it."
-    theirs = F.pad(xy, (0, 0, 0, 1))[near]
-    ok = F.pad(inlier, (0, 1))[near] & ((theirs - xy[:, None, None]).norm(dim=3) < tolerance)
-    count = ok.sum(2)
-    sweeps = (count > 0).sum(1)
-    by_sweep = (theirs * ok[..., None]).sum(2) / count.clamp_min(1)[..., None]
-    return (xy + by_sweep.sum(1)) / (1 + sweeps)[:, None], sweeps
-
-# %% ../nbs/14_motion_prior.ipynb #58ae7686
-def consensus(
-    found: Displacement,  # of K blocks
-    scores: MatchScores,  # read: cells, row
-    gap: Tensor | float,  # s from sweep to sweep
-    cfg: MotionPriorConfig,  # read: fields from margin to consensus_rounds, neighbour_sweeps, cell, block
-) -> tuple[Tensor, Tensor]:  # (K,2) displacement, m, the mean over the inliers; (K,) bool, trusted
-    "Trust a displacement that the sweeps before and after confirm where it leads."
-    place = block_places(scores.row, len(found.xy))
-    k = torch.arange(-cfg.neighbour_sweeps, cfg.neighbour_sweeps + 1, device=place.device)
-    enough = min(cfg.min_inliers, len(scores.row))
-    margin = found.score - found.zero_motion
-    inlier = (margin > cfg.margin) & (scores.cells >= cfg.min_cells)
-    xy = found.xy
-    for _ in range(cfg.consensus_rounds):
-        near = blocks_at(scores.row, place, k[:, None] * xy[:, None], k, cfg)
-        xy, sweeps = inlier_mean(xy, inlier, near, cfg.inlier_speed * gap)
-        inlier = (margin > cfg.confirmed_margin) & (sweeps >= enough)
-    return xy, inlier
-
-# %% ../nbs/14_motion_prior.ipynb #a05b90a2
-def soft_counts(
-    xy: Tensor,  # (P,2) ego0, m
-    sweep: Tensor,  # (P,) int64
-    n: int,  # sweeps
-    grid: VoxelConfig,  # read: low, high
-    cell: float,  # m
-) -> Tensor:  # (S,1,X,Y)
-    "Points per cell and sweep, each shared bilinearly by the four cells around it."
-    size = [int((high - low) / cell) for low, high in zip(grid.low[:2], grid.high[:2])]
-    count = xy.new_zeros(n, 1, *size)
-    u = (xy - xy.new_tensor(grid.low[:2])) / cell - 0.5
-    for corner in (u.new_tensor(c) for c in ((0, 0), (0, 1), (1, 0), (1, 1))):
-        ij = u.floor() + corner
-        inside = ((ij >= 0) & (ij < ij.new_tensor(size))).all(1)
-        share = (1 - (u - ij).abs()).prod(1) * inside
-        ij = torch.minimum(ij.clamp_min(0), ij.new_tensor(size) - 1).long()
-        count.view(-1).index_add_(0, (sweep * size[0] + ij[:, 0]) * size[1] + ij[:, 1], share)
-    return count
-
-# %% ../nbs/14_motion_prior.ipynb #492426f7
-def density_map(
-    xy: Tensor,  # (P,2) what stands, ego0, m
-    sweep: Tensor,  # (P,) int64
-    n: int,  # sweeps
-    grid: VoxelConfig,  # read: low, high
-    cfg: MotionPriorConfig,  # read: fine_cell, blur_std
-) -> Tensor:  # (S,3,X,Y) how much stands near each fine cell, 0..1, and its slope along x and y, 1/m
-    "Occupancy of each sweep, blurred, and its gradient."
-    cell = cfg.fine_cell
-    density = soft_counts(xy, sweep, n, grid, cell).clamp_max(1.0)
-    r = round(3 * cfg.blur_std / cell)
-    w = torch.exp(-0.5 * (torch.arange(-r, r + 1, device=xy.device) * cell / cfg.blur_std) ** 2)
-    w = w / w.sum()
-    density = F.conv2d(density, w[None, None, :, None], padding=(r, 0))
-    density = F.conv2d(density, w[None, None, None], padding=(0, r))
-    along_x = F.pad(density[:, :, 2:] - density[:, :, :-2], (0, 0, 1, 1)) / (2 * cell)
-    along_y = F.pad(density[..., 2:] - density[..., :-2], (1, 1)) / (2 * cell)
-    return torch.cat([density, along_x, along_y], 1)
-
-# %% ../nbs/14_motion_prior.ipynb #0f372fd4
-def sample_bilinear(
-    density: Tensor,  # (S,3,X,Y) from `density_map`
-    xy: Tensor,  # (P,S,2) a place per sweep, ego0, m
-    grid: VoxelConfig,  # read: low
-    cfg: MotionPriorConfig,  # read: fine_cell
-) -> Tensor:  # (P,S,3) density and slope there; 0 outside
-    "The density maps between their cells, each sweep at places of its own."
-    size = density.shape[2:]
-    u = torch.stack([2 * (xy[..., a] - grid.low[a]) / (cfg.fine_cell * size[a]) - 1 for a in (1, 0)], -1)
-    return F.grid_sample(density, u.transpose(0, 1)[:, None], align_corners=False)[:, :, 0].permute(2, 0, 1)
-
-# %% ../nbs/14_motion_prior.ipynb #8ca6bcb9
-class BlockCells(NamedTuple):
-    "Q pairs of a block and a fine cell in it or in a neighbour."
-
-    row: Tensor  # (Q,) int64 row of the block
-    xy: Tensor  # (Q,2) mean of what stands in the cell, ego0, m
-    sweep: Tensor  # (Q,) int64 of the block and the cell
-
-# %% ../nbs/14_motion_prior.ipynb #10641973
-def fine_cells(
-    xy: Tensor,  # (P,2) what stands, ego0, m
-    sweep: Tensor,  # (P,) int64
-    grid: VoxelConfig,  # read: low
-    cell: float,  # m
-) -> tuple[Tensor, Tensor]:  # (C,2) mean of what stands in each occupied cell, m; (C,) int64 its sweep
-    "Thin out what stands to one point per fine cell and sweep."
-    ij = ((xy - xy.new_tensor(grid.low[:2])) / cell).floor().long()
-    half = 1 << 19
-    key = (sweep << 40) + ((ij[:, 0] + half) << 20) + ij[:, 1] + half
-    key, own = torch.unique(key, return_inverse=True)
-    mean = xy.new_zeros(len(key), 2).index_add_(0, own, xy) / torch.bincount(own)[:, None]
-    return mean, key >> 40
-
-# %% ../nbs/14_motion_prior.ipynb #c1e8ed5b
-def block_cells(
-    xy: Tensor,  # (P,2) what stands, ego0, m
-    sweep: Tensor,  # (P,) int64
-    trusted: Tensor,  # (K,) bool, blocks whose cells are wanted
-    row: Tensor,  # (S,X/block,Y/block) int64 row of each block, K = none
-    grid: VoxelConfig,  # read: low
-    cfg: MotionPriorConfig,  # read: fine_cell, cell, block
-) -> BlockCells:
-    "The cells that move with each trusted block."
-    mean, k = fine_cells(xy, sweep, grid, cfg.fine_cell)
-    at = ((mean - mean.new_tensor(grid.low[:2])) / (cfg.cell * cfg.block)).floor().long()
-    at = torch.minimum(at.clamp_min(0), at.new_tensor(row.shape[1:]) - 1)
-    step = torch.arange(3, device=row.device)
-    padded = F.pad(row, (1, 1, 1, 1), value=len(trusted))
-    around = padded[k[:, None], at[:, :1] + step.repeat_interleave(3), at[:, 1:] + step.repeat(3)]
-    cell, which = F.pad(trusted, (0, 1))[around].nonzero().unbind(1)
-    return BlockCells(around[cell, which], mean[cell], k[cell])
-
-# %% ../nbs/14_motion_prior.ipynb #acc6fda9
-def solve_2x2(
-    A: Tensor,  # (K,2,2) symmetric
-    b: Tensor,  # (K,2,2)
-) -> Tensor:  # (K,2,2) x with A x = b
-    "Two equations each, by Cramer's rule."
-    sign = 2 * torch.eye(2, device=A.device) - 1
-    determinant = A[:, 0, 0] * A[:, 1, 1] - A[:, 0, 1] ** 2
-    return A.flip(1, 2) * sign @ b / determinant[:, None, None]
-
-# %% ../nbs/14_motion_prior.ipynb #deba87c7
-def refine_trajectories(
-    v: Tensor,  # (K,2) velocity by consensus, m/s
-    times: Tensor,  # (S,) of the sweeps, s
-    pairs: BlockCells,  # the cells that move with each trusted block
-    density: Tensor,  # (S,3,X,Y) from `density_map`
-    grid: VoxelConfig,  # read: low
-    cfg: MotionPriorConfig,  # read: blur_std, prior_std, refine_steps, fine_cell
-) -> Tensor:  # (K,2,2) velocity, m/s, and acceleration, m/s^2, at the time of the block's own sweep
-    "Mean shift of whole trajectories of constant acceleration on the density maps."
-    t = times - times[pairs.sweep, None]
-    base = torch.stack([t, t * t / 2], -1)  # (Q,S,2): displacement is base @ trajectory
-    start = torch.stack([v, torch.zeros_like(v)], 1)
-    prior = (cfg.blur_std / cfg.prior_std) ** 2 * torch.eye(2, device=v.device)
-
-    def total(x: Tensor) -> Tensor:
-        return x.new_zeros(len(v), *x.shape[1:]).index_add_(0, pairs.row, x)
-
-    trajectory = start
-    for _ in range(cfg.refine_steps):
-        moved = base @ trajectory[pairs.row]
-        found = sample_bilinear(density, pairs.xy[:, None] + moved, grid, cfg)
-        shift = cfg.blur_std**2 * found[..., 1:] / found[..., :1].clamp_min(1e-4)
-        target = moved + 1.5 * shift.clamp(-cfg.blur_std, cfg.blur_std)
-        weight = found[..., 0] * (t != 0)
-        weighted = (weight[..., None] * base).mT
-        A = total(weighted @ base) + prior
-        trajectory = solve_2x2(A, total(weighted @ target) + prior @ start)
-    return trajectory
-
-# %% ../nbs/14_motion_prior.ipynb #b13916c3
-def merge_trajectories(
-    trajectory: Tensor,  # (K,2,2) velocity, m/s, and acceleration, m/s^2, at the time of the block's own sweep
-    trusted: Tensor,  # (K,) bool
-    row: Tensor,  # (S,X/block,Y/block) int64 row of each block, K = none
-    times: Tensor,  # (S,) of the sweeps, s
-    cfg: MotionPriorConfig,  # read: inlier_speed, cell, block
-) -> Tensor:  # (K,2,2) the mean of each trajectory and of those it meets, by sweep
-    "Average trajectories that meet with like velocity, so that one thing has one trajectory."
-    k = torch.arange(1 - len(times), len(times), device=row.device)
-    t = k * (times[-1] - times[0]) / (len(times) - 1)
-    moved = trajectory[:, :1] * t[:, None] + trajectory[:, 1:] * (t * t / 2)[:, None]
-    near = blocks_at(row, block_places(row, len(trajectory)), moved, k, cfg)
-    theirs = F.pad(trajectory, (0, 0, 0, 0, 0, 1))[near]
-    their_velocity = theirs[..., 0, :] - theirs[..., 1, :] * t[:, None, None]  # at the time of the own sweep
-    now = torch.stack([their_velocity, theirs[..., 1, :]], 3)
-    apart = (now[..., 0, :] - trajectory[:, None, None, 0]).norm(dim=3)
-    ok = F.pad(trusted, (0, 1))[near] & (apart < cfg.inlier_speed)
-    count = ok.sum(2)
-    by_sweep = (now * ok[..., None, None]).sum(2) / count.clamp_min(1)[..., None, None]
-    return (trajectory + by_sweep.sum(1)) / (1 + (count > 0).sum(1))[:, None, None]
 
 # %% ../nbs/14_motion_prior.ipynb #96918d08
 class MotionPrior(NamedTuple):
@@ -504,7 +27,7 @@ class MotionPrior(NamedTuple):
     score: Tensor  # (N,) share of hits of its displacement, 0..1; 0 where nothing may move
     zero_motion_score: Tensor  # (N,) share of hits without displacement, 0..1; 0 where nothing may move
     trusted: Tensor  # (N,) bool, other sweeps confirm it
-    may_move: Tensor  # (N,) bool, something stands here that can move
+    may_move: Tensor  # (N,) bool, lies in an occupied cell or beside one, at a height of movable things
 
     def where(
         self,
@@ -514,15 +37,6 @@ class MotionPrior(NamedTuple):
         "Choose between two priors, point by point."
         columns = (condition.view(-1, *[1] * (a.dim() - 1)) for a in self)
         return MotionPrior(*(torch.where(c, a, b) for c, a, b in zip(columns, self, other)))
-
-# %% ../nbs/14_motion_prior.ipynb #c79f011b
-class BlockMotion(NamedTuple):
-    "The prior of K blocks of S sweeps."
-
-    prior: MotionPrior  # of K+1 rows; the last one, all 0, stands for no block
-    row: Tensor  # (S,X/block,Y/block) int64 row of each block, K = none
-    standing: Tensor  # (S,X+2B,Y+2B) bool, something stands in the cell or beside it
-    frames: Tensor  # (S,) int64 of the sweeps
 
 # %% ../nbs/14_motion_prior.ipynb #7a6115d5
 def no_motion(
@@ -535,24 +49,41 @@ def no_motion(
     flag = torch.zeros(n, dtype=torch.bool, device=device)
     return MotionPrior(vector, vector, number, number, flag, flag)
 
+# %% ../nbs/14_motion_prior.ipynb #c79f011b
+class BlockMotion(NamedTuple):
+    "How the K occupied blocks of S sweeps are expected to move."
+
+    prior: MotionPrior  # of K+1 rows; the last one, all 0, is for no block
+    blocks: BlockMap  # where the K blocks are
+    movable: Tensor  # (S,X+2B,Y+2B) bool, the cell or one beside it is occupied
+    bev: BevGrid  # the cells
+    frames: Tensor  # (S,) int64 of the sweeps, ascending
+
 # %% ../nbs/14_motion_prior.ipynb #a58d5af7
 def sweep_times(
     seconds: Tensor,  # (M,) since the clip's start, of each return
     sweep: Tensor,  # (M,) int64, 0..S-1
-    n: int,  # sweeps
+    sweeps: int,  # S
 ) -> Tensor:  # (S,) float32 s, mean of each sweep
     "When the sweeps were taken."
-    total = torch.zeros(n, device=seconds.device).index_add(0, sweep, seconds.float())
-    return total / torch.bincount(sweep, minlength=n)
+    total = torch.zeros(sweeps, device=seconds.device).index_add(0, sweep, seconds.float())
+    return total / torch.bincount(sweep, minlength=sweeps)
+
+# %% ../nbs/14_motion_prior.ipynb #8b48dbc1
+def mean_gap(
+    times: Tensor,  # (S,) of the sweeps, s
+) -> Tensor:  # scalar, s
+    "Mean time from one sweep to the next."
+    return (times[-1] - times[0]) / (len(times) - 1)
 
 # %% ../nbs/14_motion_prior.ipynb #06a596e0
 def block_prior(
-    path: Tensor,  # (K,2,2) velocity, m/s, and acceleration, m/s^2
+    trajectory: Tensor,  # (K,2,2) velocity, m/s, and acceleration, m/s^2
     found: Displacement,  # of the K blocks
     trusted: Tensor,  # (K,) bool
 ) -> MotionPrior:  # of K+1 rows, the last one all 0
     "What is known of each block, and a row for no block."
-    velocity, acceleration = F.pad(path, (0, 1, 0, 0, 0, 1)).unbind(1)
+    velocity, acceleration = F.pad(trajectory, (0, 1, 0, 0, 0, 1)).unbind(1)
     trusted = F.pad(trusted, (0, 1))
     return MotionPrior(
         velocity,
@@ -565,100 +96,109 @@ def block_prior(
 
 # %% ../nbs/14_motion_prior.ipynb #2ddb76e8
 def fit_trajectories(
-    standing: SweepPoints,  # returns of what stands; `frame` counts the sweeps from 0 on
-    velocity: Tensor,  # (K,2) by consensus, m/s
-    trusted: Tensor,  # (K,) bool
-    row: Tensor,  # (S,X/block,Y/block) int64 row of each block, K = none
+    matched: SweepPoints,  # returns at matched heights; `frame` counts the sweeps from 0 on
+    agreed: Consensus,  # displacements of K blocks
+    blocks: BlockMap,  # the K blocks
     times: Tensor,  # (S,) s
-    grid: VoxelConfig,  # read: low, high
-    cfg: MotionPriorConfig,  # read: refine_steps, merge_rounds and what refining reads
+    grid: VoxelConfig,  # whose extent in the plane is covered
+    cfg: MotionPriorConfig,  # with the settings of density map, refinement and merging
 ) -> Tensor:  # (K,2,2) velocity, m/s, and acceleration, m/s^2
     "The trajectory of each block: refined and merged where trusted, straight elsewhere."
+    velocity = agreed.xy / mean_gap(times)
     if not cfg.refine_steps:
         return torch.stack([velocity, torch.zeros_like(velocity)], 1)
-    xy = standing.points[:, :2]
-    density = density_map(xy, standing.frame, len(times), grid, cfg)
-    pairs = block_cells(xy, standing.frame, trusted, row, grid, cfg)
-    out = refine_trajectories(velocity, times, pairs, density, grid, cfg)
+    density = density_map(matched, len(times), grid, cfg.fine_cell, cfg.blur_std)
+    cells = cell_means(matched, density.low, cfg.fine_cell)
+    members = member_cells(cells, agreed.trusted, blocks, density.low)
+    trajectory = refine_trajectories(
+        velocity, times, members, density, cfg.blur_std, cfg.prior_std, cfg.refine_steps
+    )
     for _ in range(cfg.merge_rounds):
-        out = merge_trajectories(out, trusted, row, times, cfg)
-    return out
+        trajectory = merge_trajectories(trajectory, agreed.trusted, blocks, times, cfg.inlier_speed)
+    return trajectory
 
 # %% ../nbs/14_motion_prior.ipynb #8ac7bd84
 @torch.no_grad()
 def estimate_block_motion(
     returns: SweepPoints,  # M returns of two sweeps or more
     height: Tensor,  # (M,) above ground, m
-    grid: VoxelConfig,  # read: low, high
-    cfg: MotionPriorConfig = MotionPriorConfig(),
+    grid: VoxelConfig,  # whose extent in the plane is covered
+    cfg: MotionPriorConfig = MotionPriorConfig(),  # all settings
 ) -> BlockMotion:
     "Match the sweeps, keep what others confirm, and refine it."
-    points = returns.points
     frames, sweep = torch.unique(returns.frame, return_inverse=True)
     times = sweep_times(returns.seconds, sweep, len(frames))
-    gap = (times[-1] - times[0]) / (len(frames) - 1)
-    maps = occupancy(points, height, sweep, len(frames), grid, cfg)
-    scores = match_scores(maps, cfg)
-    found = best_displacement(scores.score, scores.zero_motion, cfg)
-    xy, trusted = consensus(found, scores, gap, cfg)
-    up = (height > cfg.height[0]) & (height < cfg.height[1])
-    standing = SweepPoints(points, returns.seconds, sweep).part(up)
-    path = fit_trajectories(standing, xy / gap, trusted, scores.row, times, grid, cfg)
-    movable = F.max_pool2d(maps.standing.float()[:, None], 3, 1, 1)[:, 0] > 0
-    return BlockMotion(block_prior(path, found, trusted), scores.row, movable, frames)
+    bev = bev_grid(grid, cfg)
+    maps = occupancy_maps(
+        returns.points, height, sweep, len(frames), bev, cfg.height, cfg.observed_radius
+    )
+    scores = match_scores(maps, bev, cfg.reach, cfg.neighbour_sweeps)
+    found = best_displacement(scores.score, scores.zero_motion, cfg.cell, cfg.zero_motion_penalty)
+    agreed = consensus(found, scores, mean_gap(times), cfg.consensus_rule)
+    matched = (height > cfg.height[0]) & (height < cfg.height[1])
+    matched = SweepPoints(returns.points, returns.seconds, sweep).part(matched)
+    trajectory = fit_trajectories(matched, agreed, scores.blocks, times, grid, cfg)
+    movable = F.max_pool2d(maps.occupied.float()[:, None], 3, 1, 1)[:, 0] > 0
+    return BlockMotion(block_prior(trajectory, found, agreed.trusted), scores.blocks, movable, bev, frames)
 
 # %% ../nbs/14_motion_prior.ipynb #c35eba20
 def query_motion(
-    blocks: BlockMotion,
-    query: SweepPoints,  # N points of the blocks' frames
+    motion: BlockMotion,  # of S sweeps
+    query: SweepPoints,  # N points of the same frames
     height: Tensor,  # (N,) above ground, m
-    grid: VoxelConfig,  # read: low, high
-    cfg: MotionPriorConfig = MotionPriorConfig(),  # of the estimate
+    movable_height: tuple[float, float],  # m above the ground of what moves with its cell
 ) -> MotionPrior:  # of the N points
     "The prior of the block around each point, trusted only for what can move."
-    ij = bev_cell(query.points, grid, cfg)[0]
-    sweep = torch.searchsorted(blocks.frames, query.frame).clamp_max(len(blocks.frames) - 1)
-    at = torch.div(ij - cfg.border, cfg.block, rounding_mode="floor")
-    at = torch.minimum(at, at.new_tensor(blocks.row.shape[1:]) - 1)
-    row = blocks.row[sweep, at[:, 0], at[:, 1]]
-    own = MotionPrior(*(field[row] for field in blocks.prior))
-    low, high = cfg.movable_height
-    may_move = blocks.standing[sweep, ij[:, 0], ij[:, 1]] & (height > low) & (height < high)
-    return own._replace(
-        score=own.score * may_move,
-        zero_motion_score=own.zero_motion_score * may_move,
-        trusted=own.trusted & may_move,
+    ij = motion.bev.cell_at(query.points)
+    sweep = torch.searchsorted(motion.frames, query.frame).clamp_max(len(motion.frames) - 1)
+    at = motion.bev.block_at(ij)
+    number = motion.blocks.number[sweep, at[:, 0], at[:, 1]]
+    of_block = MotionPrior(*(field[number] for field in motion.prior))
+    low, high = movable_height
+    may_move = motion.movable[sweep, ij[:, 0], ij[:, 1]] & (height > low) & (height < high)
+    return of_block._replace(
+        score=of_block.score * may_move,
+        zero_motion_score=of_block.zero_motion_score * may_move,
+        trusted=of_block.trusted & may_move,
         may_move=may_move,
     )
 
 # %% ../nbs/14_motion_prior.ipynb #0acc92c5
-def heights(
+class GroundHeights(NamedTuple):
+    "Heights above the ground that the returns show."
+
+    returns: Tensor  # (M,) of the returns, m
+    query: Tensor  # (N,) of the points whose motion is wanted, m
+
+
+def ground_heights(
     points: Tensor,  # (M,3) returns, ego0, m
     query: Tensor,  # (N,3) ego0, m
-    cfg: MotionPriorConfig,  # read: ground_cell, ground_share
-) -> tuple[Tensor, Tensor]:  # (M,), (N,) above the ground that the returns show, m
+    cell: float,  # m, edge of the cells in which the ground is found
+    share: float,  # of a cell's points that may lie below its ground
+) -> GroundHeights:
     "Heights of the returns and of the points whose motion is wanted."
-    both = torch.cat([points, query])
-    found = height_above_ground(points, cfg.ground_cell, cfg.ground_share, query=both)
-    return found.split((len(points), len(query)))
+    both = height_above_ground(points, cell, share, query=torch.cat([points, query]))
+    return GroundHeights(*both.split((len(points), len(query))))
 
 # %% ../nbs/14_motion_prior.ipynb #f40c0bb2
 @torch.no_grad()
 def single_scale_prior(
     returns: SweepPoints,  # M returns, which are matched
-    grid: VoxelConfig,  # read: low, high
-    cfg: MotionPriorConfig = MotionPriorConfig(),
+    grid: VoxelConfig,  # whose extent in the plane is covered
+    cfg: MotionPriorConfig = MotionPriorConfig(),  # all settings
     query: SweepPoints | None = None,  # N points whose motion is wanted; None = the returns
-    height: tuple[Tensor, Tensor] | None = None,  # (M,), (N,) from `heights`; None = found here
+    heights: GroundHeights | None = None,  # of both; None = found here
 ) -> MotionPrior:  # of the N points; zeros with a single sweep
-    "How each point's neighbourhood moves, by the sweeps alone."
+    "How each point's neighbourhood moves, by the sweeps alone, at one size of cell."
     returns = returns._replace(points=returns.points.float())
     query = returns if query is None else query._replace(points=query.points.float())
     if not len(returns.frame) or (returns.frame == returns.frame[0]).all():
         return no_motion(len(query.points), returns.points.device)
-    h, own = heights(returns.points, query.points, cfg) if height is None else height
-    blocks = estimate_block_motion(returns, h, grid, cfg)
-    return query_motion(blocks, query, own, grid, cfg)
+    if heights is None:
+        heights = ground_heights(returns.points, query.points, cfg.ground_cell, cfg.ground_share)
+    motion = estimate_block_motion(returns, heights.returns, grid, cfg)
+    return query_motion(motion, query, heights.query, cfg.movable_height)
 
 # %% ../nbs/14_motion_prior.ipynb #0c9770aa
 # for what is small and slow
@@ -667,16 +207,17 @@ FINE_PRIOR = MotionPriorConfig(reach=6, cell=0.125, block=3, inlier_speed=0.7, m
 
 def estimate_motion_prior(
     returns: SweepPoints,  # M returns, which are matched
-    grid: VoxelConfig,  # read: low, high
+    grid: VoxelConfig,  # whose extent in the plane is covered
     cfg: MotionPriorConfig = MotionPriorConfig(),  # the coarse prior
     fine_prior: MotionPriorConfig = FINE_PRIOR,  # the fine one; reach 0 = none
     query: SweepPoints | None = None,  # N points whose motion is wanted; None = the returns
 ) -> MotionPrior:  # of the N points
     "The motion prior, and a finer one where nothing is trusted."
-    h = heights(returns.points.float(), (returns if query is None else query).points.float(), cfg)
-    coarse = single_scale_prior(returns, grid, cfg, query, h)
+    wanted = returns if query is None else query
+    heights = ground_heights(returns.points.float(), wanted.points.float(), cfg.ground_cell, cfg.ground_share)
+    coarse = single_scale_prior(returns, grid, cfg, query, heights)
     if not fine_prior.reach:
         return coarse
-    fine = single_scale_prior(returns, grid, fine_prior, query, h)
+    fine = single_scale_prior(returns, grid, fine_prior, query, heights)
     chosen = fine.where(~coarse.trusted & fine.trusted & coarse.may_move, coarse)
     return chosen._replace(may_move=coarse.may_move)

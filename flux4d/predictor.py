@@ -5,38 +5,26 @@
 # %% ../nbs/31_predictor.ipynb #daf524eb
 from __future__ import annotations
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, NamedTuple
-import math
+from typing import Annotated, Any
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
 from annotated_types import Interval
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
-from .frames import quat_mul, quat_to_mat, rotate_vectors, se3_inverse, transform_points
+from .frames import se3_inverse, transform_points
 from .settings import OpenShare
-from .gaussians import BACKGROUND, FLAT, LIDAR, Gaussians
+from .gaussians import BACKGROUND, LIDAR, Gaussians
 from .clip_data import Returns
 from .voxels import VoxelConfig, Voxels
-from .motion_prior import FINE_PRIOR, MotionPrior, MotionPriorConfig, SweepPoints, estimate_motion_prior
-from flux4d.unet import (
-    SparseUNet,
-    UNetConfig,
-    count_rows,
-    grid_position,
-    mix_voxels,
-    neighbours,
-    pool_mean,
-    voxelise,
-)
+from .occupancy import MotionPriorConfig, SweepPoints
+from .motion_prior import FINE_PRIOR, MotionPrior
+from .unet import SparseUNet, UNetConfig, grid_position, mix_voxels, neighbours, voxelise
+from .motion_inputs import MotionInputs, motion_feature_count, motion_features, unpack_prior
+from .network_inputs import N_POINT, TimeBins, orientation, point_features, voxel_feature_count, voxel_features
+from .decode import AttributeBounds, MotionDecoding, decode_residual, decode_velocity, make_head, motion_head_width
 
 # %% auto #0
-__all__ = ['N_PRIOR', 'N_POINT', 'PredictorConfig', 'group_by_cell', 'local_velocity', 'prior_of_points', 'prior_features',
-           'prior_from_features', 'motion_features', 'motion_feature_count', 'PointFeatures', 'point_features',
-           'orientation', 'time_bins', 'binned_features', 'voxel_features', 'point_channels', 'voxel_channels',
-           'bounded', 'make_head', 'decode_residual', 'motion_channels', 'split_motion', 'untrusted_velocity',
-           'prior_plus_residual', 'apply_dead_zone', 'from_clip_start', 'decode_velocity', 'GridIndex',
-           'returns_in_grid', 'make_grid_index', 'BasePredictor']
+__all__ = ['PredictorConfig', 'GridIndex', 'returns_in_grid', 'make_grid_index', 'BasePredictor']
 
 # %% ../nbs/31_predictor.ipynb #fc4def75
 @dataclass(frozen=True)
@@ -63,320 +51,48 @@ class PredictorConfig:
     max_residual: PositiveFloat = 0.5  # largest departure from a trusted prior along an axis, m/s and m/s^2
     dead_zone: NonNegativeFloat = 0.5  # m/s, slower motion without a prior does not count in a reconstruction
 
-# %% ../nbs/31_predictor.ipynb #7aab830d
-def group_by_cell(
-    points: Tensor,  # (M,3) ego0, m
-    edges: Tensor,  # (3,) of a cell, m
-) -> Tensor:  # (M,) int64 number of each point's cell, 0..n-1, every number in use
-    "Number the occupied cells of an endless grid."
-    cell = (points.detach() / edges).floor().long()
-    key = ((cell - cell.min(0)[0]) * cell.new_tensor([1 << 40, 1 << 20, 1])).sum(1)
-    return torch.unique(key, return_inverse=True)[1]
+    @property
+    def motion_inputs(self) -> MotionInputs:
+        "Which estimates of motion the network is given."
+        return MotionInputs(
+            local_velocity_cells=self.local_velocity_cells,
+            local_velocity_height=self.local_velocity_height,
+            velocity_scale=self.velocity_scale,
+            motion_prior=self.motion_prior,
+            fine_prior=self.fine_prior,
+        )
 
-# %% ../nbs/31_predictor.ipynb #31b71d9f
-def local_velocity(
-    points: Tensor,  # (M,3) ego0, m
-    seconds: Tensor,  # (M,) since the clip's start
-    cell: float,  # edge of a cell on the ground, m
-    height: float,  # its height, m
-    ridge: float = 0.02,  # added to the variance of time, s^2
-) -> tuple[Tensor, Tensor]:  # (M,3) velocity of the point's cell, ego0, m/s; (M,) standard deviation of time in it, s
-    "Least-squares slope of position over time among the points of each cell."
-    group = group_by_cell(points, points.new_tensor([cell, cell, height]))
-    n = int(group.max()) + 1
-    x = torch.cat([points, seconds.to(points.dtype)[:, None]], 1)
-    x = x - pool_mean(x, group, n)[group]
-    covariance, variance = pool_mean(x * x[:, 3:], group, n).split([3, 1], 1)
-    velocity = covariance / (variance + ridge)
-    return velocity[group].float(), variance.sqrt()[group, 0].float()
+    @property
+    def bins(self) -> TimeBins:
+        "The bins of capture time."
+        return TimeBins(self.time_bins, self.bin_seconds, self.bin_shift)
 
-# %% ../nbs/31_predictor.ipynb #feda518e
-def prior_of_points(
-    here: SweepPoints,  # M points whose motion is wanted
-    returns: SweepPoints | None,  # all returns around, which are matched; None = the points themselves
-    voxel: VoxelConfig,  # read: low, high
-    cfg: PredictorConfig,  # read: motion_prior, fine_prior
-) -> MotionPrior:  # of the M points
-    "The motion prior of `14_motion_prior` at some points."
-    matched = here if returns is None else returns
-    return estimate_motion_prior(matched, voxel, cfg.motion_prior, cfg.fine_prior, here)
+    @property
+    def bounds(self) -> AttributeBounds:
+        "How far each attribute may be changed."
+        return AttributeBounds(
+            position=self.position_bound,
+            quat=self.quat_bound,
+            scale=self.scale_bound,
+            opacity=self.opacity_bound,
+            colour=self.colour_bound,
+        )
 
-# %% ../nbs/31_predictor.ipynb #faa0413e
-N_PRIOR = 8  # channels of the prior: velocity and acceleration in the plane, two scores, two yes-or-no
+    @property
+    def decoding(self) -> MotionDecoding:
+        "What the motion head's output stands for."
+        return MotionDecoding(
+            degree=self.degree,
+            velocity_scale=self.velocity_scale,
+            velocity_bound=self.velocity_bound,
+            max_residual=self.max_residual,
+            dead_zone=self.dead_zone,
+        )
 
-
-def prior_features(
-    prior: MotionPrior,  # of M points
-    cfg: PredictorConfig,  # read: velocity_scale
-) -> Tensor:  # (M,8) float32, of order one
-    "The motion prior as channels."
-    planar = torch.cat([prior.velocity[:, :2], prior.acceleration[:, :2]], 1) * (1 / cfg.velocity_scale)
-    rest = prior.score, prior.zero_motion_score, prior.trusted.float(), prior.may_move.float()
-    return torch.cat([planar, torch.stack(rest, 1)], 1)
-
-
-def prior_from_features(
-    features: Tensor,  # (M,F) whose last channels are from `prior_features`
-    cfg: PredictorConfig,  # read: velocity_scale, motion_prior
-) -> MotionPrior | None:  # None where the configuration has no prior
-    "The motion prior in m/s again; the inverse of `prior_features`."
-    if not cfg.motion_prior.reach:
-        return None
-    planar, score, zero_motion_score, trusted, may_move = features[:, -N_PRIOR:].split([4, 1, 1, 1, 1], 1)
-    velocity, acceleration = F.pad(cfg.velocity_scale * planar.reshape(-1, 2, 2), (0, 1)).unbind(1)
-    return MotionPrior(
-        velocity, acceleration, score[:, 0], zero_motion_score[:, 0], trusted[:, 0] > 0, may_move[:, 0] > 0
-    )
-
-# %% ../nbs/31_predictor.ipynb #2fb5a3d5
-def motion_features(
-    here: SweepPoints,  # M points
-    returns: SweepPoints | None,  # as for `prior_of_points`
-    voxel: VoxelConfig,  # read: low, high
-    cfg: PredictorConfig,  # read: local_velocity_cells, local_velocity_height, velocity_scale, the two priors
-) -> Tensor:  # (M,F) float32 of order one, F from `motion_feature_count`
-    "Per cell size: local velocity and spread of time; then the motion prior."
-    if not len(here.points):
-        return here.points.new_zeros(0, motion_feature_count(cfg)).float()
-    here = here._replace(points=here.points.float())
-    found = [here.points.new_zeros(len(here.points), 0)]
-    for cell in cfg.local_velocity_cells:
-        velocity, spread = local_velocity(here.points, here.seconds, cell, cfg.local_velocity_height)
-        found += [velocity * (1 / cfg.velocity_scale), 2 * spread[:, None]]
-    if cfg.motion_prior.reach:
-        found.append(prior_features(prior_of_points(here, returns, voxel, cfg), cfg))
-    return torch.cat(found, 1)
-
-# %% ../nbs/31_predictor.ipynb #6ae51b0c
-def motion_feature_count(
-    cfg: PredictorConfig,  # read: local_velocity_cells, motion_prior
-) -> int:  # F
-    "How many channels `motion_features` gives."
-    return 4 * len(cfg.local_velocity_cells) + N_PRIOR * bool(cfg.motion_prior.reach)
-
-# %% ../nbs/31_predictor.ipynb #d030d7a3
-class PointFeatures(NamedTuple):
-    "A Gaussian's own features, float32, each of order one; 14 channels in all."
-
-    position: Tensor  # (M,3) -1..1 over the grid
-    scale: Tensor  # (M,3) from the stored scale
-    opacity: Tensor  # (M,1) from the logit
-    colour: Tensor  # (M,3) -1..1
-    time: Tensor  # (M,1) -1..1 over the first second
-    offset: Tensor  # (M,3) -1..1 over the voxel that it was lifted into
-
-
-N_POINT = 14  # channels of `PointFeatures`
-
-# %% ../nbs/31_predictor.ipynb #f736b6da
-def point_features(
-    g: Gaussians,  # M Gaussians in the grid, world
-    points: Tensor,  # (M,3) their centres, ego0, m
-    seconds: Tensor,  # (M,) since the clip's start
-    cell: Tensor,  # (M,3) int64, the voxel each was lifted into
-    voxel: VoxelConfig,  # read: low, size, shape
-) -> PointFeatures:  # of the M Gaussians
-    "Raw attributes and place in the grid, scaled to order one."
-    at, _ = grid_position(points, voxel)
-    found = PointFeatures(
-        position=2 * at / at.new_tensor(voxel.shape) - 1,
-        scale=g.log_scales + 2.5,
-        opacity=g.opacity_logits[:, None] / 4,
-        colour=2 * g.colours - 1,
-        time=(2 * seconds - 1)[:, None],
-        offset=2 * (at - cell) - 1,
-    )
-    return PointFeatures(*(x.float() for x in found))
-
-# %% ../nbs/31_predictor.ipynb #b75dc29c
-def orientation(
-    quats: Tensor,  # (M,4) w,x,y,z, world
-    to_ego: Tensor,  # (4,4) float64, world-to-ego0
-) -> Tensor:  # (M,9) float32, rotation matrix in ego0
-    "Orientation without the sign of the quaternion."
-    return (to_ego[:3, :3].to(quats.dtype) @ quat_to_mat(quats)).reshape(-1, 9).float()
-
-# %% ../nbs/31_predictor.ipynb #db6569c4
-def time_bins(
-    seconds: Tensor,  # (M,) since the clip's start
-    cfg: PredictorConfig,
-) -> tuple[Tensor, Tensor]:  # (M,) int64 bin; (M,) place in the bin, -1..1
-    "The time bin of each point; times outside all bins go to the nearest."
-    u = (seconds + cfg.bin_shift) / cfg.bin_seconds
-    b = u.floor().clamp(0, cfg.time_bins - 1)
-    return b.long(), (2 * (u - b) - 1).clamp(-2, 2)
-
-# %% ../nbs/31_predictor.ipynb #72396d93
-def binned_features(
-    point: PointFeatures,  # of M points; read: colour, offset
-    seconds: Tensor,  # (M,) since the clip's start
-    row: Tensor,  # (M,) int64, voxel of each point
-    n: int,  # voxels
-    cfg: PredictorConfig,  # read: time_bins, bin_seconds, bin_shift
-) -> Tensor:  # (n,8*time_bins)
-    "Per voxel and time bin: log count, mean colour, mean offset, mean time in the bin; zeros where empty."
-    time_bin, place = time_bins(seconds, cfg)
-    slot = row * cfg.time_bins + time_bin
-    slots = n * cfg.time_bins
-    mean = pool_mean(torch.cat([point.colour, point.offset, place[:, None]], 1), slot, slots)
-    count = count_rows(slot, slots)[:, None].log1p()
-    return torch.cat([count, mean], 1).reshape(n, -1)
-
-# %% ../nbs/31_predictor.ipynb #d8e32929
-def voxel_features(
-    own: Tensor,  # (M,C) all that the points carry: `PointFeatures`, motion features, extra channels
-    point: PointFeatures,  # the first of these, by name
-    seconds: Tensor,  # (M,) since the clip's start
-    v: Voxels,  # the points' voxels, every point inside
-    cfg: PredictorConfig,  # read: time_bins, bin_seconds, bin_shift
-) -> Tensor:  # (V,C+2+8*time_bins)
-    "What the U-Net sees of each voxel."
-    s = seconds[:, None]
-    mean_time = pool_mean(s, v.voxel, len(v))
-    spread = pool_mean((s - mean_time[v.voxel]) ** 2, v.voxel, len(v)).sqrt()
-    mean = pool_mean(own, v.voxel, len(v))
-    bins = binned_features(point, seconds, v.voxel, len(v), cfg)
-    return torch.cat([mean, 4 * spread, v.count[:, None].log1p() / 3, bins], 1)
-
-# %% ../nbs/31_predictor.ipynb #5bd3ee46
-def point_channels(
-    cfg: PredictorConfig,
-) -> int:
-    "Channels of `PointFeatures` and `motion_features` together."
-    return N_POINT + motion_feature_count(cfg)
-
-
-def voxel_channels(
-    cfg: PredictorConfig,
-    n_extra: int = 0,  # further channels per point
-) -> int:
-    "Channels of `voxel_features`."
-    return point_channels(cfg) + n_extra + 2 + 8 * cfg.time_bins
-
-# %% ../nbs/31_predictor.ipynb #7e442f2f
-def bounded(
-    x: Tensor,  # raw output of a head
-    bound: float,  # largest magnitude
-) -> Tensor:  # same shape
-    "x near zero, +-bound far out."
-    return bound * torch.tanh(x / bound)
-
-# %% ../nbs/31_predictor.ipynb #e294762c
-def make_head(
-    n_in: int,  # channels in
-    hidden: int,  # width of the two hidden layers
-    n_out: int,  # numbers per point
-) -> nn.Sequential:  # (M,n_in) -> (M,n_out), zero at first
-    "A small MLP per point, zero-initialised at its end."
-    layers = [
-        nn.Linear(n_in, hidden),
-        nn.LeakyReLU(0.1),
-        nn.Linear(hidden, hidden),
-        nn.LeakyReLU(0.1),
-        nn.Linear(hidden, n_out),
-    ]
-    nn.init.zeros_(layers[-1].weight)
-    nn.init.zeros_(layers[-1].bias)
-    return nn.Sequential(*layers)
-
-# %% ../nbs/31_predictor.ipynb #210ba452
-def decode_residual(
-    raw: Tensor,  # (M,14) output of the attribute head in the order of `FLAT`, ego0
-    g: Gaussians,  # the M Gaussians it is for, world
-    to_world: Tensor,  # (4,4) ego0-to-world
-    cfg: PredictorConfig,  # read: the five bounds of attributes
-) -> Tensor:  # (M,14) dG, world
-    "Bounded residual of the raw attributes."
-    T = to_world.to(raw.dtype)
-    part = {name: raw[:, columns] for name, columns in FLAT.items()}
-    shift = bounded(part["means"], cfg.position_bound) * g.scales.mean(1, keepdim=True)
-    real, vector = bounded(part["quats"], cfg.quat_bound).split([1, 3], 1)
-    delta = torch.cat([real, rotate_vectors(T, vector)], 1)
-    scales = bounded(part["log_scales"], cfg.scale_bound)
-    opacity = bounded(part["opacity_logits"], cfg.opacity_bound)
-    colour = bounded(part["colour_logits"], cfg.colour_bound)
-    return torch.cat([rotate_vectors(T, shift), quat_mul(delta, g.quats), scales, opacity, colour], 1)
-
-# %% ../nbs/31_predictor.ipynb #f960778f
-def motion_channels(
-    cfg: PredictorConfig,  # read: degree, motion_prior
-) -> int:
-    "Outputs of the motion head: the velocity blocks, and the share of the prior if there is one."
-    return 3 * (cfg.degree + 1) + bool(cfg.motion_prior.reach)
-
-
-def split_motion(
-    raw: Tensor,  # (M,motion_channels) output of the motion head
-    cfg: PredictorConfig,  # read: degree
-) -> tuple[Tensor, Tensor]:  # (M,l+1,3) velocity blocks; (M,1) share of the prior, (M,0) without one
-    "The two parts of the motion head's output."
-    blocks = 3 * (cfg.degree + 1)
-    return raw[:, :blocks].reshape(-1, cfg.degree + 1, 3), raw[:, blocks:]
-
-# %% ../nbs/31_predictor.ipynb #2db88641
-def untrusted_velocity(
-    raw: Tensor,  # (M,motion_channels) output of the motion head, ego0
-    prior: MotionPrior | None,  # of the M points
-    cfg: PredictorConfig,  # read: degree, velocity_scale, velocity_bound
-) -> Tensor:  # (M,l+1,3) coefficients about each point's own time, m/s^(j+1), ego0
-    "The network's own velocity, and a share of a prior that is not trusted."
-    blocks, share = split_motion(raw, cfg)
-    own = bounded(cfg.velocity_scale * blocks, cfg.velocity_bound)
-    if prior is None:
-        return own
-    followed = torch.tanh(share) * prior.velocity.to(raw.dtype)
-    return own + F.pad(followed[:, None], (0, 0, 0, cfg.degree))
-
-# %% ../nbs/31_predictor.ipynb #4ec13ad0
-def prior_plus_residual(
-    raw: Tensor,  # (M,motion_channels) output of the motion head, ego0
-    prior: MotionPrior,  # of the M points
-    cfg: PredictorConfig,  # read: degree, max_residual
-) -> Tensor:  # (M,l+1,3) coefficients about each point's own time, m/s^(j+1), ego0
-    "The prior's path and a bounded residual."
-    blocks, _ = split_motion(raw, cfg)
-    path = torch.stack([prior.velocity, prior.acceleration], 1).to(raw.dtype)[:, : cfg.degree + 1]
-    path = F.pad(path, (0, 0, 0, cfg.degree + 1 - path.shape[1]))
-    return path + bounded(cfg.max_residual * blocks, cfg.max_residual)
-
-# %% ../nbs/31_predictor.ipynb #54c2a113
-def apply_dead_zone(
-    own: Tensor,  # (M,l+1,3) coefficients, velocity first
-    least: float,  # m/s
-) -> Tensor:  # same shape
-    "Zero where the speed is below `least`, unchanged above twice that, in proportion between."
-    speed = own[:, :1].norm(dim=2, keepdim=True)
-    return own * (speed / max(least, 1e-9) - 1).clamp(0, 1)
-
-# %% ../nbs/31_predictor.ipynb #a8f7744d
-def from_clip_start(
-    own: Tensor,  # (M,l+1,3) coefficients about each point's own time, m/s^(j+1)
-    seconds: Tensor,  # (M,) that time, since the clip's start
-) -> Tensor:  # (M,l+1,3) coefficients about the clip's start
-    "The same polynomial of time, written from another origin."
-    n = own.shape[1]
-    back = -seconds.to(own.dtype)[:, None]
-    return torch.stack(
-        [sum(math.comb(j, k) * back ** (j - k) * own[:, j] for j in range(k, n)) for k in range(n)], 1
-    )
-
-# %% ../nbs/31_predictor.ipynb #32d4afe0
-def decode_velocity(
-    raw: Tensor,  # (M,motion_channels) output of the motion head, ego0
-    prior: MotionPrior | None,  # of the M points; None = no prior
-    seconds: Tensor,  # (M,) own time, since the clip's start
-    to_world: Tensor,  # (4,4) ego0-to-world
-    cfg: PredictorConfig,  # read: degree, velocity_scale, velocity_bound, max_residual, dead_zone
-    use_dead_zone: bool = False,  # True in a reconstruction, False in training
-) -> Tensor:  # (M,l+1,3) coefficients about the clip's start, m/s^(j+1), world
-    "Near the prior where it is trusted, free elsewhere, at rest where nothing may move."
-    own = untrusted_velocity(raw, prior, cfg)
-    if use_dead_zone:
-        own = apply_dead_zone(own, cfg.dead_zone)
-    if prior is not None:
-        own = torch.where(prior.trusted[:, None, None], prior_plus_residual(raw, prior, cfg), own)
-        own = torch.where(prior.may_move[:, None, None], own, 0.0)
-    return rotate_vectors(to_world.to(raw.dtype), from_clip_start(own, seconds))
+    @property
+    def point_channels(self) -> int:
+        "Channels of a point: its own features and what is known of its motion."
+        return N_POINT + motion_feature_count(self.motion_inputs)
 
 # %% ../nbs/31_predictor.ipynb #1acb7e59
 @dataclass
@@ -390,7 +106,7 @@ class GridIndex:
     voxels: Voxels  # of the M Gaussians, without features
     corners: Tensor  # (M,8) int64 rows of the voxels around each Gaussian
     weights: Tensor  # (M,8) trilinear weights of these voxels
-    motion: Tensor  # (M,F) from `motion_features`
+    motion: Tensor  # (M,F) channels of `motion_features`
     prior: MotionPrior | None  # of the M Gaussians; None = no prior
     tables: dict = field(default_factory=dict)  # of the U-Net's layers, filled by the first passes
 
@@ -398,7 +114,7 @@ class GridIndex:
 def returns_in_grid(
     returns: Returns,  # world, on the device of `to_world`
     to_world: Tensor,  # (4,4) float64 ego0-to-world
-    voxel: VoxelConfig,  # read: low, shape, size
+    voxel: VoxelConfig,  # the network's grid
 ) -> SweepPoints:  # those in the grid, ego0, float32
     "The returns inside the network's grid."
     points = transform_points(se3_inverse(to_world), returns.points)
@@ -412,7 +128,7 @@ def make_grid_index(
     ego0: Any,  # (4,4) array or tensor, ego0-to-world
     duration: float,  # length of the clip, s
     voxel: VoxelConfig,  # the network's grid
-    cfg: PredictorConfig,  # read: what `motion_features` reads
+    how: MotionInputs,  # which estimates of motion are made
     returns: Returns | None,  # all of the input sweeps, world, same device; None = only the Gaussians show motion
 ) -> GridIndex:  # on the Gaussians' device
     "Sort a lifted clip into the grid and measure its motion."
@@ -423,7 +139,7 @@ def make_grid_index(
     voxels = voxelise(here.points, here.points[:, :0], voxel)
     corners, weights = neighbours(voxels.keys, here.points.float(), voxel)
     around = None if returns is None else returns_in_grid(returns, to_world, voxel)
-    motion = motion_features(here, around, voxel, cfg)
+    motion = motion_features(here, around, voxel, how)
     return GridIndex(
         inside=inside,
         background=(g.kind == BACKGROUND).nonzero()[:, 0],
@@ -432,8 +148,8 @@ def make_grid_index(
         voxels=voxels,
         corners=corners,
         weights=weights,
-        motion=motion,
-        prior=prior_from_features(motion, cfg),
+        motion=motion.channels,
+        prior=unpack_prior(motion.prior, how.velocity_scale) if how.has_prior else None,
     )
 
 # %% ../nbs/31_predictor.ipynb #f0c35365
@@ -452,10 +168,12 @@ class BasePredictor(nn.Module):
         self.cfg = cfg
         self.voxel = voxel
         self.n_extra = n_extra
-        self.unet = SparseUNet(voxel_channels(cfg, n_extra), cfg.unet)
-        n = self.unet.n_out + point_channels(cfg) + n_extra + 9  # 9 of a rotation matrix
+        n_point = cfg.point_channels + n_extra
+        self.unet = SparseUNet(voxel_feature_count(n_point, cfg.bins), cfg.unet)
+        n = self.unet.n_out + n_point + 9  # 9 of a rotation matrix
         self.attributes = make_head(n, cfg.hidden, 14)
-        self.motion = make_head(n, cfg.hidden, motion_channels(cfg)) if predict_velocity else None
+        n_motion = motion_head_width(cfg.degree, cfg.motion_inputs.has_prior)
+        self.motion = make_head(n, cfg.hidden, n_motion) if predict_velocity else None
 
 # %% ../nbs/31_predictor.ipynb #9aaa7bef
 @patch
@@ -467,7 +185,7 @@ def grid_index(
     returns: Returns | None,  # as for `make_grid_index`
 ) -> GridIndex:  # on the Gaussians' device
     "The index of a lifted clip for this predictor."
-    return make_grid_index(g, ego0, duration, self.voxel, self.cfg, returns)
+    return make_grid_index(g, ego0, duration, self.voxel, self.cfg.motion_inputs, returns)
 
 # %% ../nbs/31_predictor.ipynb #f1ba07e4
 @patch
@@ -480,13 +198,13 @@ def encode(
     "A point's own features, its orientation, and the U-Net's features around it."
     to_ego = se3_inverse(index.to_world)
     points = transform_points(to_ego, g.means.double())
-    home = index.voxels.coords[index.voxels.voxel]
-    point = point_features(g, points, index.seconds, home, self.voxel)
-    own = torch.cat([*point, index.motion, *([extra.float()] if self.n_extra else [])], 1)
-    features = voxel_features(own, point, index.seconds, index.voxels, self.cfg)
+    lifted_into = index.voxels.coords[index.voxels.voxel]
+    point = point_features(g, points, index.seconds, lifted_into, self.voxel)
+    channels = torch.cat([*point, index.motion, *([extra.float()] if self.n_extra else [])], 1)
+    features = voxel_features(channels, point, index.seconds, index.voxels, self.cfg.bins)
     voxels = self.unet(replace(index.voxels, features=features), self.voxel.shape, index.tables)
     around = mix_voxels(voxels, index.corners, index.weights)
-    return torch.cat([own, orientation(g.quats, to_ego), around], 1)
+    return torch.cat([channels, orientation(g.quats, to_ego), around], 1)
 
 # %% ../nbs/31_predictor.ipynb #e40559ce
 @patch
@@ -505,11 +223,11 @@ def forward(
         return dG, velocity
     some = g[index.inside]
     features = self.encode(some, index, None if extra is None else extra[index.inside])
-    residual = decode_residual(self.attributes(features).to(dG.dtype), some, index.to_world, self.cfg)
+    residual = decode_residual(self.attributes(features).to(dG.dtype), some, index.to_world, self.cfg.bounds)
     dG = dG.index_copy(0, index.inside, residual)
     if self.motion:
         raw = self.motion(features).to(dG.dtype)
         dead_zone = not self.training
-        found = decode_velocity(raw, index.prior, index.seconds, index.to_world, self.cfg, dead_zone)
+        found = decode_velocity(raw, index.prior, index.seconds, index.to_world, self.cfg.decoding, dead_zone)
         velocity = velocity.index_copy(0, index.inside, found)
     return dG, velocity

@@ -108,8 +108,8 @@ def widen(
 # %% ../nbs/20_raster.ipynb #7549aecb
 def project_gaussians(
     e: Ellipsoids,  # N Gaussians, world
-    camera: Pinhole,
-    rules: DrawRules = DrawRules(),
+    camera: Pinhole,  # the view
+    rules: DrawRules = DrawRules(),  # planes, and how narrow splats are treated
 ) -> Splats:  # nearest first
     "Gaussians of the world as splats on the screen."
     K, world_to_cam = camera.K, camera.world_to_cam
@@ -399,8 +399,8 @@ class Raster(NamedTuple):
 def rasterise(
     e: Ellipsoids,  # N Gaussians, world
     features: Tensor,  # (N,C) colours or anything else
-    camera: Pinhole,
-    rules: DrawRules = DrawRules(),
+    camera: Pinhole,  # the view
+    rules: DrawRules = DrawRules(),  # planes, and how narrow splats are treated
 ) -> Raster:
     "One camera's picture of the Gaussians, by the rules of gsplat's `rasterization`."
     s = project_gaussians(e, camera, rules)

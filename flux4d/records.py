@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['MARKUP', 'RUN_FILES', 'repo_root', 'printable', 'one_line', 'literal', 'as_sentence', 'measured', 'MeasuredGroup',
-           'measured_groups', 'metrics_table', 'is_number', 'check_measured', 'read_metrics', 'run_circumstances',
-           'run_summary', 'show_run', 'run_file', 'check_pictures', 'record_files', 'git_files', 'runs_of_record',
-           'kept_runs']
+__all__ = ['MARKUP', 'RUN_FILES', 'repo_root', 'printable', 'one_line', 'literal', 'as_sentence', 'table_cell', 'markdown_table',
+           'measured', 'MeasuredGroup', 'measured_groups', 'metrics_table', 'is_number', 'check_measured',
+           'read_metrics', 'run_circumstances', 'run_summary', 'show_run', 'run_file', 'check_pictures', 'record_files',
+           'git_files', 'runs_of_record', 'kept_runs']
 
 # %% ../nbs/09a_records.ipynb #701fc258
 def repo_root(
@@ -64,6 +64,28 @@ def as_sentence(
         fault = error.strerror[0].lower() + error.strerror[1:]
         return f"{error.filename}: {fault}; name another file or folder, or change its permissions."
     return " ".join(str(error).split())
+
+# %% ../nbs/09a_records.ipynb #09a000a2
+def table_cell(
+    x: Any,  # text, a number, or None
+    form: str,  # of a float
+) -> str:
+    "A cell; what is not known is a dash."
+    if x is None:
+        return "-"
+    return f"{x:{form}}" if isinstance(x, float) else str(x)
+
+
+def markdown_table(
+    head: list[str],  # names of the columns
+    rows: list[list],  # cells
+    texts: int = 1,  # how many columns hold text; numbers stand to the right
+    form: str = ".3f",  # of a float
+) -> str:  # markdown
+    "A table."
+    rule = ["---"] * texts + ["---:"] * (len(head) - texts)
+    lines = [" | ".join(table_cell(x, form) for x in row) for row in (head, rule, *rows)]
+    return "\n".join(f"| {line} |" for line in lines)
 
 # %% ../nbs/09a_records.ipynb #08716443
 def measured(

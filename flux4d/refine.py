@@ -18,7 +18,8 @@ from .frames import mat_to_quat, quat_mul, rotate_vectors, se3_inverse, transfor
 from .gaussians import FLAT, Gaussians
 from .losses import LossConfig, reconstruction_loss
 from .model import ClipInputs, Flux4DBase
-from .predictor import BasePredictor, GridIndex, PredictorConfig, decode_residual, make_head
+from .predictor import BasePredictor, GridIndex, PredictorConfig
+from .decode import decode_residual, make_head
 from .render import Rendered
 from .scene import Scene
 from .unet import UNetConfig
@@ -190,7 +191,7 @@ class Refiner(nn.Module):
         residual, _ = self.net(g, index, extra)
         far = g[index.background]
         x = torch.cat([far_features(far, index), extra[index.background]], 1).float()
-        of_far = decode_residual(self.far(x).to(residual.dtype), far, index.to_world, self.cfg)
+        of_far = decode_residual(self.far(x).to(residual.dtype), far, index.to_world, self.cfg.bounds)
         return residual.index_copy(0, index.background, of_far)
 
 # %% ../nbs/50_refine.ipynb #e76323c4

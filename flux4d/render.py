@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from pydantic import NonNegativeFloat, PositiveFloat
 from .settings import Share
+from .frames import TIME_SLACK
 from .gaussians import FLAT, Gaussians, LIDAR, advance
+from .lazy_methods import LazyMethods
 from .raster import DrawRules, Ellipsoids, Pinhole, rasterise
 
 # %% auto #0
@@ -43,7 +45,7 @@ class RenderConfig:
 
 # %% ../nbs/21_render.ipynb #7ee051f9
 @dataclass
-class Cameras:
+class Cameras(LazyMethods):
     "V cameras of one size, without pictures."
 
     K: Tensor  # (V,3,3) pinhole matrices, px
@@ -51,6 +53,7 @@ class Cameras:
     t: Tensor  # (V,) moments, normalised to the clip
     height: int  # px
     width: int  # px
+    slack: float = TIME_SLACK  # how far outside the clip `t` may lie, as a share of its length
 
     def __len__(self) -> int:  # V
         "How many cameras."
@@ -61,9 +64,8 @@ class Cameras:
         device: Any,  # torch device
     ) -> Cameras:
         "The same cameras on another device."
-        return Cameras(
-            self.K.to(device), self.world_to_cam.to(device), self.t.to(device), self.height, self.width
-        )
+        moved = {name: getattr(self, name).to(device) for name in ("K", "world_to_cam", "t")}
+        return replace(self, **moved)
 
 # %% ../nbs/21_render.ipynb #a01a17cb
 class Rendered(NamedTuple):
@@ -208,7 +210,8 @@ def render(
     "Draw the scene as each view sees it at its own time."
     with torch.autocast(g.means.device.type, enabled=False):
         velocity, features = (v if v is None else v.to(g.means.dtype) for v in (velocity, features))
-        means = advance(g.means, velocity, g.t, views.t, duration)
+        slack = getattr(views, "slack", TIME_SLACK)
+        means = advance(g.means, velocity, g.t, views.t, duration, slack)
         values = _channels(g, means, views.world_to_cam.to(means), features)
         e = Ellipsoids(means, g.unit_quats, drawn_scales(g, cfg.max_scale), g.opacities)
         image, alpha = pick_backend(cfg.backend, means.device)(e, values, views, cfg)

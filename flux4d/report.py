@@ -4,19 +4,23 @@
 
 # %% ../nbs/56_report.ipynb #b3cdeab3
 from __future__ import annotations
+from collections.abc import Iterable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
-from .records import literal
+import yaml
+from jinja2 import Environment
+from .records import literal, markdown_table
 
 # what needs torch is imported where it is used: `flux4d-report --help` answers at once
 
 # %% auto #0
-__all__ = ['PRINTED_TABLES', 'PAPER_SECONDS', 'IMAGE_TITLES', 'FLOW_CELLS', 'SHORT', 'CLASS_CELLS', 'ALSO', 'TITLES',
-           'QUANTITIES', 'NOTE', 'literal_names', 'shown', 'table', 'paper_rows', 'image_paths', 'entry_at', 'flow_row',
-           'class_row', 'image_row', 'title_of', 'whole_logs', 'scored_scenes', 'nvs_tables', 'flow_tables',
-           'summary_column', 'paper_column', 'summary_table', 'moving_line', 'plateau_line', 'analysis_lines',
-           'clip_table', 'class_table', 'timing_lines', 'empty_lines', 'opening', 'picture_lines', 'report_text']
+__all__ = ['PAPER_ROWS', 'PRINTED_TABLES', 'PAPER_SECONDS', 'IMAGE_TITLES', 'FLOW_CELLS', 'CLASSES_SHOWN', 'BY_CLASS',
+           'CLASS_CELLS', 'ALSO', 'TITLES', 'SUMMARY_VIEWS', 'QUANTITIES', 'literal_names', 'printed_rows',
+           'entries_at', 'image_row', 'title_of', 'whole_logs', 'scored_scenes', 'beside_paper', 'nvs_tables',
+           'flow_tables', 'summary_column', 'paper_column', 'summary_table', 'clip_table', 'class_table',
+           'paths_by_reason', 'report_tables', 'report_text']
 
 # %% ../nbs/56_report.ipynb #4d0bb2d1
 def literal_names(
@@ -29,133 +33,50 @@ def literal_names(
         return [literal_names(v) for v in value]
     return literal(value) if isinstance(value, str) else value
 
-# %% ../nbs/56_report.ipynb #b6c63b46
-def shown(
-    x: Any,  # a cell: text, a number, or None
-    digits: int,  # after the point
-) -> str:
-    "A cell; what is not known is a dash."
-    if x is None:
-        return "-"
-    return f"{x:.{digits}f}" if isinstance(x, float) else str(x)
-
-
-def table(
-    head: list[str],  # column titles
-    rows: list[list],  # cells
-    digits: int = 3,  # after the point
-) -> str:  # markdown
-    "A table."
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    lines = [" | ".join(shown(x, digits) for x in row) for row in (head, rule, *rows)]
-    return "\n".join(f"| {line} |" for line in lines)
-
 # %% ../nbs/56_report.ipynb #a3bd5bcc
-def paper_rows(
-    text: str,  # one line a method: name | numbers, - where there is none
-) -> list[list]:  # name, numbers
+def printed_rows(
+    figures: dict[str, str],  # {method: its figures, - where there is none}
+) -> list[list]:  # name, figures as text
     "Rows of a printed table."
-    return [
-        [name.strip(), *(None if x == "-" else x for x in nums.split())]
-        for name, _, nums in (l.partition("|") for l in text.strip().splitlines())
-    ]
+    return [[method, *(None if x == "-" else x for x in text.split())] for method, text in figures.items()]
 
 # %% ../nbs/56_report.ipynb #f5107262
-# printed figures by table, as text so that no digit is added
-PRINTED_TABLES = {
-    # PSNR, SSIM, D_RMSE, V_RMSE of moving regions, the same of full images (interpolation), time
-    1: paper_rows("""NeuRAD (labels) | 23.01 0.734 1.98 - 24.61 0.685 2.30 - 60min
-StreetGS (labels) | 20.06 0.605 1.02 - 23.38 0.680 0.84 - 28min
-G3R (labels) | 21.85 0.670 2.33 - 24.35 0.686 1.96 - 17s
-EmerNeRF | 17.79 0.411 6.09 0.318 22.80 0.624 4.24 0.432 100min
-DeSiRe-GS | 19.08 0.477 3.36 0.297 22.25 0.608 24.89 0.322 120min
-DepthSplat | 16.87 0.425 6.18 - 21.40 0.595 2.73 - 0.87s
-L4GM | 17.36 0.343 - - 19.38 0.465 - - 0.32s
-STORM | 17.65 0.367 5.24 0.203 20.79 0.508 4.80 0.238 0.07s
-Flux4D | 21.99 0.662 1.63 0.157 23.84 0.675 1.07 0.182 3.9s"""),
-    # the same without time, of whole logs
-    2: paper_rows("""NeuRAD (labels) | 22.99 0.719 1.71 - 24.99 0.679 2.29 -
-StreetGS (labels) | 21.63 0.701 0.94 - 23.89 0.708 0.87 -
-G3R (labels) | 20.60 0.573 2.16 - 23.15 0.636 2.01 -
-EmerNeRF | 18.65 0.437 4.48 0.478 23.42 0.627 3.09 0.975
-DeSiRe-GS | 19.76 0.544 4.08 0.312 22.91 0.659 4.07 0.395
-Flux4D | 21.94 0.658 1.57 0.162 23.72 0.670 1.10 0.186"""),
-    # PSNR, SSIM, D_RMSE, V_RMSE of full images (future)
-    4: paper_rows("""NeuRAD (labels) | 21.52 0.557 3.03 -
-StreetGS (labels) | 19.09 0.499 1.49 -
-G3R (labels) | 21.13 0.570 2.09 -
-EmerNeRF | 19.64 0.516 5.00 0.346
-DeSiRe-GS | 18.86 0.513 26.07 0.325
-STORM | 19.63 0.489 5.19 0.251
-Flux4D | 21.81 0.598 1.42 0.193"""),
-    # scene flow: as FLOW_CELLS below
-    5: paper_rows("""NSFP | 0.183 0.558 0.713 0.510 0.106 0.103 0.573 0.227
-FastNSF | 0.194 0.571 0.714 0.471 0.155 0.134 0.428 0.211
-STORM | 0.120 0.757 0.782 0.489 0.009 0.098 0.536 0.201
-Flux4D | 0.094 0.775 0.807 0.123 0.019 0.117 0.391 0.165"""),
-    # bucketed error: as CLASS_CELLS below
-    6: paper_rows("""NSFP | 0.128 0.093 0.668 0.046 0.975 0.060 0.819 0.071 0.945 0.080 0.852
-FastNSF | 0.196 0.153 0.581 0.043 0.960 0.075 0.701 0.041 0.894 0.102 0.784
-STORM | 0.005 0.087 0.713 0.000 1.000 0.195 1.000 0.093 1.012 0.076 0.931
-Flux4D | 0.019 0.078 0.701 0.011 0.866 0.021 0.661 0.027 0.966 0.031 0.800"""),
-}
+PAPER_ROWS = yaml.safe_load(files("flux4d").joinpath("paper_tables.yaml").read_text(encoding="utf-8"))
+PRINTED_TABLES = {number: printed_rows(figures) for number, figures in PAPER_ROWS.items()}
 PAPER_SECONDS = "0.31"  # of a reconstruction, a source frame
 
-# %% ../nbs/56_report.ipynb #56000002
-IMAGE_TITLES = "PSNR", "SSIM", "D_RMSE m", "V_RMSE"
-
-
-def image_paths(
-    region: str,  # 'full' or 'dynamic'
-    setting: str,  # 'interpolation' or 'future'
-) -> list[tuple]:  # as IMAGE_TITLES
-    "Where image metrics and V_RMSE of a region stand."
-    found = [("nvs", region, setting, k, "mean") for k in ("psnr", "ssim", "depth_rmse")]
-    return [*found, ("scene_flow", "v_rmse", region, "mean")]
-
 # %% ../nbs/56_report.ipynb #29da02e4
+IMAGE_TITLES = "PSNR", "SSIM", "D_RMSE m", "V_RMSE"
 FLOW_CELLS = {
-    "EPE3D m": ("epe3d",),
-    "Acc5": ("acc5",),
-    "Acc10": ("acc10",),
-    "theta rad": ("theta_moving",),
-    "EPE-BS": ("epe_3way", "BS"),
-    "EPE-FS": ("epe_3way", "FS"),
-    "EPE-FD": ("epe_3way", "FD"),
-    "EPE-3way": ("epe_3way", "all"),
+    "EPE3D m": "scene_flow.epe3d.mean",
+    "Acc5": "scene_flow.acc5.mean",
+    "Acc10": "scene_flow.acc10.mean",
+    "theta rad": "scene_flow.theta_moving.mean",
+    "EPE-BS": "scene_flow.epe_3way.BS.mean",
+    "EPE-FS": "scene_flow.epe_3way.FS.mean",
+    "EPE-FD": "scene_flow.epe_3way.FD.mean",
+    "EPE-3way": "scene_flow.epe_3way.all.mean",
 }
-SHORT = dict(CAR="CAR", WHEELED_VRU="WVRU", OTHER_VEHICLES="VEH", PEDESTRIAN="PED")
-CLASS_CELLS = (
-    {"BG-S": ("BACKGROUND", "static")}
-    | {f"{title}-{k[0].upper()}": (name, k) for name, title in SHORT.items() for k in ("static", "dynamic")}
-    | {"mean S": ("all", "static"), "mean D": ("all", "dynamic")}
-)
+CLASSES_SHOWN = dict(CAR="CAR", WVRU="WHEELED_VRU", VEH="OTHER_VEHICLES", PED="PEDESTRIAN")
+BY_CLASS = {"BG-S": "BACKGROUND.static"}
+for _title, _name in CLASSES_SHOWN.items():
+    BY_CLASS |= {f"{_title}-S": f"{_name}.static", f"{_title}-D": f"{_name}.dynamic"}
+BY_CLASS |= {"mean S": "all.static", "mean D": "all.dynamic"}
+CLASS_CELLS = {title: f"scene_flow.bucketed.reference.{at}.mean" for title, at in BY_CLASS.items()}
 
 # %% ../nbs/56_report.ipynb #56000003
-def entry_at(
+def entries_at(
     block: dict,  # with `nvs` (None: no novel views) and `scene_flow`
-    path: tuple,  # keys
-) -> Any:  # None where there is nothing
-    "An entry of nested values."
-    for key in path:
-        if block is None:
-            return None
-        block = block[key]
-    return block
-
-
-def flow_row(
-    block: dict,  # with `scene_flow`
-) -> list:  # as FLOW_CELLS; m, shares, rad
-    "A row of Table 5."
-    return [entry_at(block, ("scene_flow", *path, "mean")) for path in FLOW_CELLS.values()]
-
-# %% ../nbs/56_report.ipynb #c2db755b
-def class_row(
-    block: dict,  # with `scene_flow`
-) -> list:  # as CLASS_CELLS; static in m, dynamic as a share
-    "A row of Table 6."
-    return [entry_at(block, ("scene_flow", "bucketed", "reference", *p, "mean")) for p in CLASS_CELLS.values()]
+    paths: Iterable[str],  # dotted
+) -> list:  # None where there is nothing
+    "Entries of nested values."
+    found = []
+    for path in paths:
+        value = block
+        for key in path.split("."):
+            value = None if value is None else value[key]
+        found.append(value)
+    return found
 
 # %% ../nbs/56_report.ipynb #56000004
 def image_row(
@@ -164,7 +85,8 @@ def image_row(
     setting: str,  # 'interpolation' or 'future'
 ) -> list:  # as IMAGE_TITLES
     "Four cells of Tables 1, 2 and 4; flow says nothing of frames that the clips do not have."
-    cells = [entry_at(block, path) for path in image_paths(region, setting)]
+    views = [f"nvs.{region}.{setting}.{k}.mean" for k in ("psnr", "ssim", "depth_rmse")]
+    cells = entries_at(block, [*views, f"scene_flow.v_rmse.{region}.mean"])
     if block["nvs"] and setting == "future" and not block["nvs"]["full"]["future"]["count"]:
         cells[-1] = None
     return cells
@@ -200,6 +122,18 @@ def scored_scenes(
     return rows | {title_of(n): x for n, x in m["baselines"].items() if x["nvs"] and n not in ALSO}
 
 # %% ../nbs/56_report.ipynb #862779fd
+def beside_paper(
+    number: int,  # of the paper's table
+    columns: Iterable[str],  # titles of what is measured
+    rows: dict[str, list],  # ours: {title: cells}
+    comparable: str,  # what ours say in the last column
+) -> str:  # markdown
+    "A printed table with rows of ours below it."
+    head = ["method", *columns, "comparable"]
+    printed = [[*row, *[None] * (len(head) - 1 - len(row)), "paper"] for row in PRINTED_TABLES[number]]
+    return markdown_table(head, printed + [[title, *cells, comparable] for title, cells in rows.items()])
+
+# %% ../nbs/56_report.ipynb #550000b2
 def nvs_tables(
     m: dict,  # metrics
 ) -> list[str]:  # two tables; of whole logs one
@@ -207,21 +141,16 @@ def nvs_tables(
     timing = m["runtime"]["reconstruction"]
     seconds = f"{timing['total']:.2g}s" if timing else None
     titles = [f"{r} {x}" for r in ("dyn", "full") for x in IMAGE_TITLES]
-    between, ahead = [], []
+    between, ahead = {}, {}
     for title, x in scored_scenes(m).items():
         cells = image_row(x, "dynamic", "interpolation") + image_row(x, "full", "interpolation")
-        between.append([title, *cells, seconds if title.startswith("ours") else None, m["comparable"]])
-        images = x["nvs"]["full"]["future"]["count"]
-        ahead.append([title, *image_row(x, "full", "future"), images, m["comparable"]])
+        last = m["views"] if whole_logs(m) else seconds if title.startswith("ours") else None
+        between[title] = [*cells, last]
+        ahead[title] = [*image_row(x, "full", "future"), x["nvs"]["full"]["future"]["count"]]
     if whole_logs(m):
-        ours = [row[:9] + [m["views"], row[-1]] for row in between]
-        printed = [row + [None, "paper"] for row in PRINTED_TABLES[2]]
-        return [table(["method", *titles, "images", "comparable"], printed + ours)]
-    one, four = [r + ["paper"] for r in PRINTED_TABLES[1]], [r + [None, "paper"] for r in PRINTED_TABLES[4]]
-    return [
-        table(["method", *titles, "time", "comparable"], one + between),
-        table(["method", *IMAGE_TITLES, "images", "comparable"], four + ahead),
-    ]
+        return [beside_paper(2, [*titles, "images"], between, m["comparable"])]
+    by_time = beside_paper(1, [*titles, "time"], between, m["comparable"])
+    return [by_time, beside_paper(4, [*IMAGE_TITLES, "images"], ahead, m["comparable"])]
 
 # %% ../nbs/56_report.ipynb #b3485eb0
 def flow_tables(
@@ -230,18 +159,19 @@ def flow_tables(
     "Tables 5 and 6, the paper's rows and ours."
     ours = {f"ours: {m['subject']}": m, "zero motion": m["zero_motion"]}
     ours |= {title_of(n): x for n, x in m["baselines"].items() if n not in ALSO}
-    by_group = [[k, *flow_row(x), x["scene_flow"]["count"], m["comparable"]] for k, x in ours.items()]
-    by_class = [[k, *class_row(x), m["comparable"]] for k, x in ours.items()]
-    five, six = [r + [None, "paper"] for r in PRINTED_TABLES[5]], [r + ["paper"] for r in PRINTED_TABLES[6]]
-    return [
-        table(["method", *FLOW_CELLS, "frames", "comparable"], five + by_group),
-        table(["method", *CLASS_CELLS, "comparable"], six + by_class),
-    ]
+    by_group = {k: entries_at(x, [*FLOW_CELLS.values(), "scene_flow.count"]) for k, x in ours.items()}
+    by_class = {k: entries_at(x, CLASS_CELLS.values()) for k, x in ours.items()}
+    five = beside_paper(5, [*FLOW_CELLS, "frames"], by_group, m["comparable"])
+    return [five, beside_paper(6, CLASS_CELLS, by_class, m["comparable"])]
 
 # %% ../nbs/56_report.ipynb #86c37f1a
+SUMMARY_VIEWS = {
+    "interpolation, moving": ("dynamic", "interpolation"),
+    "interpolation, full": ("full", "interpolation"),
+    "future, full": ("full", "future"),
+}
 QUANTITIES = [
-    *(f"interpolation, {r}: {q}" for r in ("moving", "full") for q in ("PSNR dB", *IMAGE_TITLES[1:])),
-    *(f"future, full: {q}" for q in ("PSNR dB", *IMAGE_TITLES[1:])),
+    *(f"{views}: {q}" for views in SUMMARY_VIEWS for q in ("PSNR dB", *IMAGE_TITLES[1:])),
     *(f"flow: {q}{' m' if q.startswith('EPE-') else ''}" for q in FLOW_CELLS),
     *(f"flow by class: {q}" for q in CLASS_CELLS),
     "reconstruction, s a source frame",
@@ -253,9 +183,8 @@ def summary_column(
     seconds: float | None,  # of a reconstruction, a source frame
 ) -> list:  # as QUANTITIES
     "Every metric of one scene."
-    images = [("dynamic", "interpolation"), ("full", "interpolation"), ("full", "future")]
-    cells = [x for region, setting in images for x in image_row(block, region, setting)]
-    return [*cells, *flow_row(block), *class_row(block), seconds]
+    images = [x for of in SUMMARY_VIEWS.values() for x in image_row(block, *of)]
+    return [*images, *entries_at(block, [*FLOW_CELLS.values(), *CLASS_CELLS.values()]), seconds]
 
 # %% ../nbs/56_report.ipynb #a8b848be
 def paper_column(
@@ -277,155 +206,71 @@ def summary_table(
     columns |= {title_of(k): summary_column(x, x["seconds_per_frame"]) for k, x in m["baselines"].items()}
     note = "" if m["comparable"] == "yes" else " (not comparable: other logs)"
     rows = [list(row) for row in zip(QUANTITIES, *columns.values(), paper_column(m))]
-    return table(["metric", *columns, f"Flux4D, paper{note}"], rows)
-
-# %% ../nbs/56_report.ipynb #7dbec48e
-def moving_line(
-    m: dict,  # metrics
-) -> str:
-    "The error of what moves, in words."
-    fd = m["analysis"]["fd"]
-    if fd["epe"] is None:
-        return m["reasons"].get("analysis.fd", "")
-    text = f"{fd['epe']:.3f} m a frame, {fd['m_per_s']:.1f} m/s"
-    if fd["found"] is None:
-        return text
-    found = f"{fd['found']:.0%} of the motion is found" if fd["found"] >= 0 else "the motion makes it worse"
-    return f"{text}; standing still would have {fd['zero_motion']:.3f} m, so {found}"
-
-# %% ../nbs/56_report.ipynb #1a8e4637
-def plateau_line(
-    m: dict,  # metrics
-) -> str:
-    "Where training stopped gaining, in words."
-    p = m["analysis"]["plateau"]
-    if p is None:
-        return m["reasons"].get("analysis.plateau", "")
-    best = f"{p['of']} PSNR is within 0.1 dB of its best, {p['best']:.2f} dB"
-    gain = f"the last third gained {p['gain_last_third']:+.2f} dB"
-    return f"{best}, from step {p['step']} of {p['last_step']} on; {gain}"
-
-# %% ../nbs/56_report.ipynb #56000006
-def analysis_lines(
-    m: dict,  # metrics
-) -> list[str]:  # lines of text
-    "Shares, the error of what moves, what lacks a score, and the plateau in words."
-    from flux4d.flow_metrics import GROUPS
-
-    counts, shares = m["scene_flow"]["counts"], m["analysis"]["shares"]
-    share = ", ".join(f"{g} {shares[g]:.2%} ({counts[g]})" for g in GROUPS) if m["scene_flow"]["count"] else ""
-    lacking = []
-    for setting, s in m["analysis"]["shortfall"].items():
-        why = f"{s['without_labels']} without labels, {s['nothing_moves']} in which nothing moves"
-        lacking.append(f"{setting} {s['missing']} of {s['full']} images have no dynamic score ({why})")
-    return [
-        f"- **Shares of returns.** {share or m['reasons'].get('scene_flow', '')}",
-        f"- **Error of what moves (FD).** {moving_line(m)}",
-        f"- **Dynamic count.** {'; '.join(lacking)}",
-        f"- **Plateau.** {plateau_line(m)}",
-    ]
+    return markdown_table(["metric", *columns, f"Flux4D, paper{note}"], rows)
 
 # %% ../nbs/56_report.ipynb #03738067
 def clip_table(
     m: dict,  # metrics
 ) -> str:  # markdown
     "One row a clip."
+    head = ["clip", "interpolation dB", "future dB", "EPE3D m", "FD m", "flow frames"]
     rows = []
     for clip, flow in m["per_clip_flow"].items():
         psnr = m["per_clip"][clip]["model"]
         rows.append([clip, psnr["interpolation"], psnr["future"], flow["epe3d"], flow["FD"], flow["frames"]])
-    return table(["clip", "interpolation dB", "future dB", "EPE3D m", "FD m", "flow frames"], rows)
+    return markdown_table(head, rows)
 
 
 def class_table(
     m: dict,  # metrics
 ) -> str:  # markdown
-    "Scene flow by class: this project's bucketed error, and returns by label."
-    flow = m["scene_flow"]
-    labels = ", ".join(f"{k} {n}" for k, n in flow["labels"].items()) or m["reasons"].get("scene_flow", "none")
-    rows = [[k, b["mean"], b["points"]] for k, b in flow["bucketed"]["own"].items()]
-    return table(["class", "normalised error", "returns"], rows) + f"\n\nReturns by label: {labels}."
-
-# %% ../nbs/56_report.ipynb #12622239
-def timing_lines(
-    m: dict,  # metrics
-) -> list[str]:  # lines of text
-    "How long what took, and on which machine."
-    r = m["runtime"]
-    size = f"{r['gaussians_per_clip']:.0f} Gaussians a clip"
-    lines = [
-        f"- machine: {r['machine']}, torch {r['torch']}, images at scale {r['image_scale']:g}",
-        f"- {r['seconds_per_clip']:.3g} s a clip from its lift, {r['seconds_per_frame']:.3g} s a rendered view, {size}",
-    ]
-    if t := r["reconstruction"]:
-        total = f"total {t['total']:.3g} s (median of {t['repeats']})"
-        lines.append(f"- from memory: lift {t['lift']:.3g} s, network {t['network']:.3g} s, {total}")
-    if r["iters"]:
-        lines.append(f"- trained for {r['iters']} steps in {r['train_seconds']:.0f} s")
-    return lines
-
-
-def empty_lines(
-    reasons: dict[str, str],  # dotted path: why it is null
-) -> list[str]:  # lines of text, one a reason
-    "What is empty, by its reason."
-    by_reason = {}
-    for path, why in reasons.items():
-        by_reason.setdefault(why, []).append(f"`{path}`")
-    lines = []
-    for why, paths in by_reason.items():
-        more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
-        lines.append(f"- {', '.join(paths[:4])}{more}: {why}")
-    return lines
-
-# %% ../nbs/56_report.ipynb #5489e1cd
-NOTE = (
-    "V_RMSE is taken at the returns of input frames, in m per 0.1 s and component, and is one number for "
-    "interpolation and future; theta where the true flow exceeds 0.1 m per 0.1 s; "
-    "S is an error in m, D a share of the motion. The time is that from a lift to a scene, on the machine named below."
-)
-
-
-def opening(
-    m: dict,  # metrics, names literal
-) -> list[str]:  # paragraphs
-    "What was evaluated, on how much."
-    full, moving = m["nvs"]["full"], m["nvs"]["dynamic"]
-    images = [f"{k} {full[k]['count']} ({moving[k]['count']} with moving regions)" for k in ("interpolation", "future")]
-    returns = m["scene_flow"]["counts"]["points"]
-    lpips = [f"{k} {x['mean']:.3f} ({x['count']})" for k, x in m["lpips"].items() if x and x["count"]]
-    text = f"Clips: {m['clips']}, of logs {', '.join(m['logs'])}; evaluated on {m['evaluated_on']}. "
-    text += f"Target images: {', '.join(images)}. Scene flow: {m['scene_flow']['count']} frames, {returns} returns."
-    text += f" LPIPS of full images: {', '.join(lpips)}." if lpips else ""
-    return [f"# Evaluation of {m['subject']}", text, f"Comparable with the paper: **{m['comparable']}**."]
-
-# %% ../nbs/56_report.ipynb #56000007
-def picture_lines(
-    m: dict,  # metrics, names literal
-    films: dict[str, str],  # {literal name: link}
-) -> list[str]:  # paragraphs
-    "The worst frames and the films."
-    worst = []
-    for k, x in enumerate(m["worst"]):
-        where = f"frame {x['frame']} of {x['clip']} ({x['setting']}, {x['camera']})"
-        worst.append(f"![{x['clip']}](worst/{k}.jpg)\n{x['psnr']:.2f} dB, {where}, prediction and photo")
-    shown = [f"![{name}]({link})\n[{name}]({link})" for name, link in films.items()]
-    return ["## Worst frames", *worst, "## Films", *(shown or ["None was asked for."])]
+    "Scene flow by class: this project's bucketed error."
+    rows = [[k, b["mean"], b["points"]] for k, b in m["scene_flow"]["bucketed"]["own"].items()]
+    return markdown_table(["class", "normalised error", "returns"], rows)
 
 # %% ../nbs/56_report.ipynb #6b041cdf
+def paths_by_reason(
+    reasons: dict[str, str],  # {dotted path: why it is null}
+) -> dict[str, list[str]]:  # {reason: its paths}
+    "What is empty, by its reason."
+    found = {}
+    for path, why in reasons.items():
+        found.setdefault(why, []).append(path)
+    return found
+
+
+def report_tables(
+    m: dict,  # metrics
+) -> dict[str, str]:  # {title: markdown}
+    "The tables of a report, below its summary."
+    labels = ", ".join(f"{k} {n}" for k, n in m["scene_flow"]["labels"].items())
+    by_label = f"Returns by label: {labels or m['reasons'].get('scene_flow', 'none')}."
+    views = ["Interpolation (paper Table 1)", "Future, full images (paper Table 4)"]
+    views = ["Whole logs (paper Table 2)"] if whole_logs(m) else views
+    titles = [*views, "Scene flow (paper Table 5)", "Bucketed error (paper Table 6)", "By clip", "By class"]
+    bodies = [*nvs_tables(m), *flow_tables(m), clip_table(m), f"{class_table(m)}\n\n{by_label}"]
+    return dict(zip(titles, bodies, strict=True))
+
+# %% ../nbs/56_report.ipynb #550000b1
 def report_text(
     m: dict,  # metrics
 ) -> str:  # markdown
     "An evaluation in words, tables and pictures."
     films = {literal(Path(v).stem): quote(v) for v in m["videos"]}
     m = literal_names(m)
-    titles = ["Interpolation (paper Table 1)", "Future, full images (paper Table 4)"]
-    if whole_logs(m):
-        titles = ["Whole logs (paper Table 2)"]
-    titles += ["Scene flow (paper Table 5)", "Bucketed error (paper Table 6)", "By clip", "By class", "Time"]
-    bodies = [*nvs_tables(m), *flow_tables(m), clip_table(m), class_table(m), "\n".join(timing_lines(m))]
-    text = [*opening(m), "## Summary", summary_table(m), NOTE, "## Analysis", "\n".join(analysis_lines(m))]
-    for title, body in zip(titles, bodies, strict=True):
-        text += [f"## {title}", body]
-    text += [*picture_lines(m, films), "## Left empty", "\n".join(empty_lines(m["reasons"])) or "Nothing."]
-    return "\n\n".join(text) + "\n"
+    words = files("flux4d").joinpath("report.md.jinja").read_text(encoding="utf-8")
+    page = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True).from_string(words)
+    return page.render(
+        m=m,
+        settings=list(m["nvs"]["full"]),
+        flow=m["scene_flow"],
+        fd=m["analysis"]["fd"],
+        peak=m["analysis"]["plateau"],
+        run=m["runtime"],
+        timed=m["runtime"]["reconstruction"],
+        lpips={k: x for k, x in m["lpips"].items() if x and x["count"]},
+        summary=summary_table(m),
+        tables=report_tables(m),
+        films=films,
+        empty=paths_by_reason(m["reasons"]),
+    )

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 # what needs torch is imported where it is used: `flux4d-report --help` answers at once
 
 # %% auto #0
-__all__ = ['CSS', 'POLICY', 'PAGE', 'PICTURES', 'BEGINNINGS', 'REPORT_EXAMPLES', 'below', 'picture_source', 'safe_markdown',
-           'to_html', 'write_report_pages', 'write_report', 'leaves', 'film_faults', 'relation_faults',
-           'foreign_faults', 'table_faults', 'read_record', 'frames_scored', 'same_frames', 'with_baselines', 'stated',
-           'side_by_side', 'report_again', 'read_runs', 'report_main']
+__all__ = ['CSS', 'POLICY', 'PAGE', 'PLAYER', 'FILM_ENDINGS', 'PICTURES', 'BEGINNINGS', 'REPORT_EXAMPLES', 'below',
+           'picture_source', 'safe_markdown', 'to_html', 'write_report_pages', 'write_report', 'leaves', 'film_faults',
+           'relation_faults', 'foreign_faults', 'table_faults', 'read_record', 'same_frames', 'with_baselines',
+           'stated', 'side_by_side', 'report_again', 'read_runs', 'report_main']
 
 # %% ../nbs/56a_report_pages.ipynb #39a1c0de
-CSS = """body{font:14px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em} img{max-width:100%;display:block}
+CSS = """body{font:14px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}
+img,video{max-width:100%;display:block}
 table{border-collapse:collapse;font-size:12px;margin:1em 0}
 td,th{border:1px solid #ccc;padding:2px 6px;text-align:right}
 td:first-child,th:first-child{text-align:left}"""
@@ -36,6 +37,8 @@ PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
 <title>{{ title }}</title><style>{{ css }}</style>
 {{ body }}</html>
 """
+PLAYER = '<video controls loop muted preload="metadata" src="{}"></video>'
+FILM_ENDINGS = ".mp4", ".webp"  # the second: runs of earlier versions
 PICTURES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png"}  # how a file begins: what it is
 
 # %% ../nbs/56a_report_pages.ipynb #b80b76b4
@@ -57,7 +60,7 @@ def picture_source(
 ) -> str | None:  # its data; a film and a picture that was left behind stay a link; None: not to be shown
     "What an image of the page shows."
     path = below(folder, link)
-    if path is None or not path.is_file() or path.suffix == ".webp":
+    if path is None or not path.is_file() or path.suffix in FILM_ENDINGS:
         return None if path is None else link
     content = path.read_bytes()
     kind = next((k for start, k in PICTURES.items() if content.startswith(start)), None)
@@ -75,6 +78,8 @@ def safe_markdown(
         source = picture_source(folder, tokens[k].attrGet("src"))
         if not source:
             return str(escape(tokens[k].content))
+        if source.endswith(".mp4"):
+            return str(Markup(PLAYER).format(source))
         return str(Markup('<img alt="{}" src="{}">').format(tokens[k].content, source))
 
     def link_open(self: Any, tokens: list, k: int, options: Any, env: Any) -> str:
@@ -151,7 +156,7 @@ def film_faults(
     for v in videos:
         path = PurePosixPath(v)
         plain = v == path.as_posix() and not path.is_absolute() and ".." not in path.parts and ":" not in v
-        if not (plain and v.endswith(".webp")):
+        if not (plain and v.endswith(FILM_ENDINGS)):
             found.append(f"videos: {v!r} is no film below the run's folder")
     return found
 
@@ -180,20 +185,16 @@ def foreign_faults(
     whole: bool = True,  # False: entries may be missing or unknown, as in another version's metrics
 ) -> list[str]:  # one sentence a fault
     "Why metrics cannot be used."
-    from flux4d.schema import bare_nulls, count_faults, faults
+    from flux4d.schema import faults, metrics_faults
 
     names = leaves(m)
     if odd := [x for x in names if isinstance(x, str) and not x.isprintable()]:
         return [f"{odd[0]!r} is a name with characters that cannot be shown"]
     if any(isinstance(x, int) and not isinstance(x, bool) and not is_number(x) for x in names):
         return ["a number in it is too large for a float"]
-    found = faults(m)
     if not whole:
-        return [x for x in found if not x.endswith((": is missing", ": is not in the schema"))]
-    if found:
-        return found
-    nulls = [f"{p}: is null with neither a count of 0 nor a reason" for p in bare_nulls(m, m["reasons"])]
-    return nulls or count_faults(m) or relation_faults(m)
+        return [x for x in faults(m) if not x.endswith((": is missing", ": is not in the schema"))]
+    return metrics_faults(m) or relation_faults(m)
 
 # %% ../nbs/56a_report_pages.ipynb #56a0000a
 def table_faults(
@@ -214,6 +215,8 @@ def read_record(
     whole: bool = False,  # whether a report is to be made of it
 ) -> dict:  # its content; raises DataError
     "A run's metrics."
+    from flux4d.schema import first_fault
+
     path = Path(path)
     path = path / "metrics.json" if path.is_dir() else path
     at = f"{path.parent.name}/{path.name}"
@@ -229,26 +232,23 @@ def read_record(
     except ValueError as e:
         raise DataError(one_line(str(e))) from e
     if bad:
-        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise DataError(f"{one_line(f'{at}: {bad[0]}')}{more}; evaluate the run again with this version.")
+        shown = first_fault([one_line(f"{at}: {x}") for x in bad])
+        raise DataError(f"{shown}; evaluate the run again with this version.")
     return m
 
 # %% ../nbs/56a_report_pages.ipynb #8fcf1319
-def frames_scored(
-    m: dict,  # metrics
-) -> list:  # equal for runs that scored the same
-    "What says which images and returns were scored."
-    flow, scale = m["scene_flow"], m["runtime"]["image_scale"]
-    views = [m.get("scored_with"), m["logs"], m["cameras"], m["views"], sorted(m["per_clip"]), scale]
-    return [*views, flow["count"], flow["counts"]["points"]]
-
-
 def same_frames(
     a: dict,  # metrics
     b: dict,  # other ones
 ) -> bool:
     "Whether two evaluations scored the same images and returns."
-    return frames_scored(a) == frames_scored(b)
+
+    def frames(m: dict) -> list:
+        flow, scale = m["scene_flow"], m["runtime"]["image_scale"]
+        views = [m.get("scored_with"), m["logs"], m["cameras"], m["views"], sorted(m["per_clip"]), scale]
+        return [*views, flow["count"], flow["counts"]["points"]]
+
+    return frames(a) == frames(b)
 
 # %% ../nbs/56a_report_pages.ipynb #e5765e9c
 def with_baselines(

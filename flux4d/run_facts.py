@@ -15,7 +15,7 @@ from .view_scores import EvalConfig
 
 # %% auto #0
 __all__ = ['paper_differences', 'comparable', 'frames_of', 'training_overlap', 'Course', 'psnr_course', 'plateau', 'About',
-           'missing_facts', 'clip_facts', 'run_facts']
+           'clip_facts', 'run_facts']
 
 # %% ../nbs/55c_run_facts.ipynb #793a1080
 def paper_differences(
@@ -134,21 +134,6 @@ class About(NamedTuple):
     scenes: tuple[str, ...] = MODEL_SCENES  # of the model that are scored, itself first
     left_out: dict[str, str] = {}  # clips that the data could not give, and why
 
-# %% ../nbs/55c_run_facts.ipynb #55c00009
-def missing_facts(
-    facts: dict,  # `run_facts`, reasons still missing
-    trained: bool,  # there is a model that was trained
-) -> dict[str, str]:  # {dotted path: why it is null}
-    "Why facts are null."
-    training = "no training record, or fewer than three logged values"
-    reasons = {
-        "analysis.plateau": (facts["plateau"], training if trained else "nothing was trained"),
-        "runtime.reconstruction": (facts["runtime"]["reconstruction"], "a baseline has no network to time"),
-        "runtime.gpu": (facts["runtime"]["gpu"], "no GPU was used"),
-        "runtime.commit": (facts["runtime"]["commit"], "not run from a git checkout"),
-    }
-    return {path: why for path, (value, why) in reasons.items() if value is None}
-
 # %% ../nbs/55c_run_facts.ipynb #55c0000a
 def clip_facts(
     clips: list[Clip],  # that were scored
@@ -174,7 +159,7 @@ def run_facts(
     image_scale: float,  # of the scored images
     device: Any,  # torch device
     timing: dict | None,  # seconds of a reconstruction; None: nothing was timed
-) -> dict[str, Any]:  # for `metrics_from`; videos are still to be added
+) -> dict[str, Any]:  # for `metrics_from`; videos and no_lpips are still to be added
     "What a table of scores cannot know."
     runtime = dict(
         train_seconds=about.seconds,
@@ -185,5 +170,4 @@ def run_facts(
         **provenance(device),
     )
     said = dict(subject=about.subject, baseline=about.baseline, evaluated_on=about.evaluated_on)
-    facts = of_clips | said | dict(left_out=about.left_out, plateau=plateau(about.rows), runtime=runtime)
-    return facts | dict(reasons=missing_facts(facts, about.model is not None))
+    return of_clips | said | dict(left_out=about.left_out, plateau=plateau(about.rows), runtime=runtime)

@@ -4,6 +4,8 @@
 
 # %% ../nbs/22_scene.ipynb #56f4da26
 from __future__ import annotations
+import math
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 import numpy as np
@@ -13,8 +15,9 @@ from torch import Tensor
 from fastcore.basics import patch
 from .clips import Clip
 from .files import DataError
-from .frames import ClipTime
+from .frames import TIME_SLACK, ClipTime
 from .gaussians import Gaussians, advance
+from .lazy_methods import LazyMethods
 from .render import Cameras, RenderConfig, Rendered
 from .render import render as draw
 
@@ -60,7 +63,7 @@ def recorded_cameras(
 
 # %% ../nbs/22_scene.ipynb #4321a844
 @dataclass
-class Scene:
+class Scene(LazyMethods):
     "A reconstructed second of driving."
 
     gaussians: Gaussians  # N Gaussians, world
@@ -122,9 +125,10 @@ def to(
 def means_at(
     self: Scene,
     t: Any,  # scalar or (V,) tensor, normalised time
+    slack: float = TIME_SLACK,  # how far outside the clip `t` may lie, as a share of its length
 ) -> Tensor:  # (N,3) for a scalar, else (V,N,3), world, m
     "Where every Gaussian is at another time (paper Eq. 2)."
-    return advance(self.gaussians.means, self.velocity, self.gaussians.t, t, self.duration)
+    return advance(self.gaussians.means, self.velocity, self.gaussians.t, t, self.duration, slack)
 
 
 @patch
@@ -139,15 +143,38 @@ def render(
 
 # %% ../nbs/22_scene.ipynb #5b12bb4e
 @patch
+def t_of(
+    self: Scene,
+    seconds: float,  # since the clip's start
+) -> float:  # normalised time; raises DataError where `seconds` is no finite number
+    "Normalised time of a moment; warns where it lies more than a tenth of the clip outside it."
+    try:
+        t = float(seconds) / self.duration
+    except (TypeError, ValueError):
+        t = math.nan
+    if not math.isfinite(t):
+        raise DataError(f"seconds: is {seconds!r}; choose a number from 0 to {self.duration:.2f}, the clip's length.")
+    if not -self.time.reach <= t <= 1 + self.time.reach:
+        warnings.warn(
+            f"seconds: lies more than a tenth of the clip outside its 0 to {self.duration:.2f} s; what moves is "
+            "carried on as it moved, and the camera stays where it was recorded last.",
+            stacklevel=3,
+        )
+    return t
+
+
+@patch
 def camera(
     self: Scene,
     name: str,  # of a recorded camera
     seconds: float = 0.0,  # since the clip's start
-) -> Cameras:  # one view, on the scene's device; raises DataError for a camera that is not there
+) -> Cameras:  # one view, on the scene's device; raises DataError for a camera or a time that is none
     "A recorded camera at any time of the clip."
     if name not in self.cameras:
-        raise DataError(f"camera: {name!r} is not in this scene; choose from {', '.join(self.cameras)}.")
-    path, t = self.cameras[name], seconds / self.duration
+        there = ", ".join(self.cameras) or "none: it was made without recorded cameras"
+        raise DataError(f"camera: {name!r} is not in this scene; choose from {there}.")
+    path, t = self.cameras[name], self.t_of(seconds)
     world_to_cam = np.linalg.inv(path.pose_at(t))
     as_tensor = [torch.as_tensor(np.asarray(x)[None], dtype=torch.float32) for x in (path.K, world_to_cam, t)]
-    return Cameras(*as_tensor, path.height, path.width).to(self.device)
+    slack = max(TIME_SLACK, -t, t - 1)
+    return Cameras(*as_tensor, path.height, path.width, slack).to(self.device)

@@ -7,94 +7,61 @@ from __future__ import annotations
 import math
 from typing import Any
 import pandas as pd
-from .cuboids import BUCKETS, METAS
 from .files import DataError
 from .flow_metrics import GROUPS
-from .scores import MODEL_SCENES, POINT_METRICS, TARGET_SETTINGS, facts_of, metrics_from
-from .view_scores import IMAGE_METRICS, REGIONS
+from flux4d.scores import (
+    BASELINE,
+    FACTS,
+    MODEL_SCENES,
+    PLATEAU,
+    RUN_FACTS,
+    TARGET_SETTINGS,
+    facts_of,
+    flat,
+    metrics_from,
+    score_table,
+)
+from .view_scores import REGIONS
 
 # %% auto #0
-__all__ = ['OPTIONAL_NUMBER', 'STAT', 'COUNTED', 'LEAF', 'IMAGES', 'MEAN', 'BINS', 'PER_SECOND', 'FLOW', 'ANALYSIS', 'RUNTIME',
-           'SCENE_BLOCK', 'SCHEMA', 'OPTIONAL', 'value_faults', 'group_faults', 'faults', 'bare_nulls', 'blocks_beside',
-           'image_counts', 'count_faults', 'check_metrics', 'flat', 'disagreements']
+__all__ = ['ANY', 'EXAMPLE_FACTS', 'SCHEMA', 'OPTIONAL', 'example_table', 'schema_of', 'value_faults', 'group_faults', 'faults',
+           'bare_nulls', 'blocks_beside', 'image_counts', 'count_faults', 'metrics_faults', 'first_fault',
+           'check_metrics', 'is_same', 'disagreements']
 
 # %% ../nbs/55b_schema.ipynb #9585be33
-OPTIONAL_NUMBER = (float, None)
-STAT = dict(mean=OPTIONAL_NUMBER, std=OPTIONAL_NUMBER)
-COUNTED = STAT | dict(count=int)
-LEAF = COUNTED | dict(pooled=OPTIONAL_NUMBER, points=int)
-IMAGES = {r: {s: dict.fromkeys(IMAGE_METRICS, STAT) | dict(count=int) for s in TARGET_SETTINGS} for r in REGIONS}
-MEAN = dict(mean=OPTIONAL_NUMBER, count=int)
-BINS = {m: dict(static=MEAN, dynamic=MEAN | dict(bins=int)) for m in METAS if m != "IGNORED"}
-PER_SECOND = dict(mean=OPTIONAL_NUMBER, pooled=OPTIONAL_NUMBER, count=int)
-FLOW = dict.fromkeys(POINT_METRICS, LEAF) | dict(
-    count=int,
-    epe_3way=dict.fromkeys(("all", *GROUPS), LEAF),
-    bucketed=dict(own=dict.fromkeys(BUCKETS, LEAF), reference=BINS | dict(all=dict(static=MEAN, dynamic=MEAN))),
-    v_rmse=dict(full=LEAF, dynamic=LEAF, full_m_per_s=PER_SECOND, dynamic_m_per_s=PER_SECOND),
-    counts=dict.fromkeys(("points", *GROUPS, "unknown"), int),
-    shares=dict.fromkeys(GROUPS, OPTIONAL_NUMBER),
-    fov_share=COUNTED,
-    seconds_ahead=COUNTED,
-    labels={...: int},
-    left_out={...: str},
-)
+ANY = "any"  # name in the example that stands for every name
+
+
+def example_table() -> pd.DataFrame:  # of scores
+    "The scores of an evaluation that saw nothing."
+    scenes = [*MODEL_SCENES, BASELINE + ANY]
+    spent = [dict(scene=s, metric=k, value=0.0) for s in scenes for k in ("seconds", "render_seconds", "gaussians")]
+    views = [dict(scene=s, metric="psnr", region="full", reason=ANY) for s in scenes]
+    truth = [dict(metric="returns", label=ANY, value=0.0), dict(metric="seconds_ahead", reason=ANY)]
+    rows = [*spent, *views, *(dict(scene="truth") | row for row in truth)]
+    return score_table([pd.DataFrame(rows).assign(log=ANY, clip=ANY, count=1)])
+
+
+def schema_of(
+    value: Any,  # example metrics, or a part of them
+) -> Any:  # as `faults` takes it
+    "The types of an example: what is null may be null, and holds a number otherwise."
+    if isinstance(value, dict):
+        return {... if k == ANY else k: schema_of(x) for k, x in value.items()}
+    if isinstance(value, list):
+        return [schema_of(x) for x in value]
+    if value is None:
+        return (float, None)
+    return value if isinstance(value, (type, tuple)) else type(value)
 
 # %% ../nbs/55b_schema.ipynb #55b00006
-ANALYSIS = dict(
-    shares=dict.fromkeys(GROUPS, OPTIONAL_NUMBER),
-    fd=dict.fromkeys(("epe", "m_per_s", "zero_motion", "found"), OPTIONAL_NUMBER),
-    plateau=(dict(of=str, step=int, last_step=int, best=float, gain_last_third=float), None),
-    shortfall=dict.fromkeys(
-        TARGET_SETTINGS, dict.fromkeys(("full", "dynamic", "missing", "without_labels", "nothing_moves"), int)
-    ),
-)
-RUNTIME = dict(
-    train_seconds=float,
-    iters=int,
-    skipped_steps=int,
-    seconds_per_clip=float,
-    seconds_per_frame=float,
-    gaussians_per_clip=float,
-    image_scale=float,
-    flux4d=str,
-    commit=(str, None),
-    python=str,
-    torch=str,
-    machine=str,
-    gpu=(str, None),
-    reconstruction=(dict(lift=float, network=float, total=float, gaussians=int, repeats=int), None),
-)
-
-# %% ../nbs/55b_schema.ipynb #55b00007
-SCENE_BLOCK = dict(nvs=IMAGES, sky_alpha=OPTIONAL_NUMBER)
-SCHEMA = SCENE_BLOCK | dict(
-    scene_flow=FLOW,
-    zero_motion=dict(scene_flow=FLOW),
-    per_clip={...: {...: dict.fromkeys(TARGET_SETTINGS, OPTIONAL_NUMBER)}},
-    per_clip_flow={...: dict(epe3d=OPTIONAL_NUMBER, FD=OPTIONAL_NUMBER, frames=int)},
-    baselines={...: dict(nvs=(IMAGES, None), scene_flow=FLOW, seconds_per_frame=float)},
-    lpips=dict.fromkeys(TARGET_SETTINGS, (COUNTED, None)),
-    evaluated_on=str,
-    subject=str,
-    baseline=str,
-    setting=str,
-    source_frames=int,
-    logs=[str],
-    cameras=[str],
-    clips=int,
-    views=int,
-    comparable=str,
-    reasons={...: str},
-    worst=[dict(psnr=float, clip=str, setting=str, frame=int, camera=str)],
-    videos=[str],
-    analysis=ANALYSIS,
-    runtime=RUNTIME,
-)
+EXAMPLE_FACTS = FACTS | dict(source_frames=1, plateau=PLATEAU, runtime=RUN_FACTS, no_lpips="")
+SCHEMA = schema_of(metrics_from(example_table(), EXAMPLE_FACTS)) | dict(reasons={...: str})
+SCHEMA["per_clip"] = {...: {...: SCHEMA["per_clip"][...]["model"]}}  # the scenes that were scored
+SCHEMA["lpips"] = {setting: (of, None) for setting, of in SCHEMA["lpips"].items()}  # null: could not be had
+SCHEMA["baselines"][...]["nvs"] = (SCHEMA["nvs"], None)  # null: flow alone was scored
 # not every evaluation has these scenes, nor older ones the rest
-OPTIONAL = dict.fromkeys(MODEL_SCENES[1:], SCENE_BLOCK) | dict(
-    scored_with=dict(lift_sensors=[int], depth_sensors=[int]), left_out={...: str}
-)
+OPTIONAL = {k: SCHEMA.pop(k) for k in (*MODEL_SCENES[1:], "scored_with", "left_out")}
 
 # %% ../nbs/55b_schema.ipynb #dc9a151e
 def value_faults(
@@ -195,46 +162,50 @@ def count_faults(
     return [text for text, ok in tests.items() if not ok]
 
 # %% ../nbs/55b_schema.ipynb #030ea85d
+def metrics_faults(
+    m: dict,  # metrics
+) -> list[str]:  # one sentence a fault
+    "All that is wrong with metrics: types, then nulls that nothing explains, then counts."
+    if bad := faults(m):
+        return bad
+    nulls = [f"{p}: is null with neither a count of 0 nor a reason" for p in bare_nulls(m, m["reasons"])]
+    return nulls or count_faults(m)
+
+
+def first_fault(
+    bad: list[str],  # sentences, at least one
+) -> str:
+    "The first of several faults, and how many there are."
+    return bad[0] + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else "")
+
+# %% ../nbs/55b_schema.ipynb #55b000a1
 def check_metrics(
     m: dict,  # metrics
 ) -> dict:  # the same; raises DataError
     "Stop before metrics are written that do not check out."
-    bad = faults(m)
-    if not bad:
-        bad = [f"{p}: is null with neither a count of 0 nor a reason" for p in bare_nulls(m, m["reasons"])]
-    if bad := bad or count_faults(m):
-        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise DataError(f"metrics.json: {bad[0]}{more}; nothing was written, mend what fills this entry.")
+    if bad := metrics_faults(m):
+        raise DataError(f"metrics.json: {first_fault(bad)}; nothing was written, mend what fills this entry.")
     return m
 
-# %% ../nbs/55b_schema.ipynb #55b0000a
-def flat(
-    value: Any,  # plain values
-    at: str = "",  # where `value` is, dotted
-) -> dict[str, Any]:  # {dotted path: value}
-    "Nested values in one level; empty groups stand for themselves."
-    if not isinstance(value, (dict, list)) or not value:
-        return {at: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {path: v for k, x in items for path, v in flat(x, f"{at}.{k}".lstrip(".")).items()}
-
 # %% ../nbs/55b_schema.ipynb #565bb3e1
+def is_same(
+    a: Any,  # a plain value
+    b: Any,  # another
+    tolerance: float,  # relative
+) -> bool:
+    "Whether two entries are equal; numbers, up to rounding."
+    if type(a) in (int, float) and type(b) in (int, float):
+        return math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-12)
+    return a == b
+
+
 def disagreements(
     m: dict,  # metrics that follow the schema
     table: pd.DataFrame,  # the scores they are said to come from
     tolerance: float = 1e-9,  # relative
-) -> list[str]:  # one sentence an entry; raises DataError for a table of another kind of run
+) -> list[str]:  # one sentence an entry
     "Entries that the stored table does not give."
-    try:
-        want = flat(metrics_from(table, facts_of(m)))
-    except (KeyError, TypeError) as e:
-        raise DataError(f"scores.csv.gz: lacks {e} of this run; evaluate the run again.") from e
-    got = flat(m)
-
-    def same(a: Any, b: Any) -> bool:
-        if type(a) in (int, float) and type(b) in (int, float):
-            return math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-12)
-        return a == b
-
-    wrong = [p for p in sorted(want.keys() | got.keys()) if not same(got.get(p, ...), want.get(p, ...))]
+    want, got = flat(metrics_from(table, facts_of(m))), flat(m)
+    paths = sorted(want.keys() | got.keys())
+    wrong = [p for p in paths if not is_same(got.get(p, ...), want.get(p, ...), tolerance)]
     return [f"{p}: is {got.get(p, 'missing')!r}, the stored scores give {want.get(p, 'nothing')!r}" for p in wrong]

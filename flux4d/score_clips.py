@@ -22,11 +22,10 @@ from .clips import Clip
 from .clip_data import TargetViews
 from .config import Config
 from .files import DataError, writing
-from .films import as_bytes, film_frame, film_frames, save_pair, shrink, write_film
+from .film import as_bytes, clip_frames, film_clip, save_pair, shrink
 from .flow_metrics import FlowScoreConfig, score_row
 from .flow_truth import clip_truth, score_flow, score_truth
 from .image_metrics import lpips_metric
-from .image_velocity import FlowConfig, render_velocity, view_gaps
 from .loader import Loader, time_reconstruction
 from .model import ClipInputs
 from .render import Rendered
@@ -38,9 +37,8 @@ from .view_scores import EvalConfig, check_clip, moving_mask, sky_mask, view_row
 
 # %% auto #0
 __all__ = ['METHODS', 'ALWAYS', 'one_clip_loader', 'read_ahead', 'forget', 'check_baselines', 'timed', 'ClipScenes',
-           'clip_scenes', 'distinct', 'RenderedTarget', 'target_views', 'view_masks', 'render_views',
-           'rendered_targets', 'Evaluation', 'picture_key', 'beside_photo', 'write_worst', 'evaluate',
-           'validation_scores']
+           'clip_scenes', 'distinct', 'RenderedTarget', 'target_views', 'view_masks', 'rendered_targets', 'Evaluation',
+           'picture_key', 'beside_photo', 'write_worst', 'evaluate', 'validation_scores']
 
 # %% ../nbs/55d_score_clips.ipynb #bd9253cf
 def one_clip_loader(
@@ -101,12 +99,15 @@ def timed(
 
 # %% ../nbs/55d_score_clips.ipynb #539d0236
 class ClipScenes(NamedTuple):
-    "Everything that is scored of one clip."
+    "Everything that is scored of one clip, by its name in the table."
 
-    of_model: dict[str, Scene]  # the model's own, by MODEL_SCENES
-    zero_motion: Scene  # the lift at rest, for its flow
-    baselines: dict[str, Scene]  # by name
-    seconds: dict[str, float]  # of a reconstruction, by 'model' and name
+    scenes: dict[str, Scene]  # MODEL_SCENES; 'zero_motion', the lift at rest, for its flow; baselines
+    seconds: dict[str, float]  # of a reconstruction, by 'model' and baselines
+
+    @property
+    def baselines(self) -> list[str]:
+        "Names of the baselines."
+        return [name for name in self.scenes if name.startswith(BASELINE)]
 
 # %% ../nbs/55d_score_clips.ipynb #e79b83b9
 def clip_scenes(
@@ -117,14 +118,12 @@ def clip_scenes(
     "Reconstruct a clip by every method."
     gpu = inputs.scene.device.type == "cuda"
     model, seconds = timed(lambda: reconstruct(inputs), gpu)
-    scenes, spent = {}, dict(model=seconds)
+    scenes = dict(model=model, lift=inputs.scene, zero_velocity=model.moving(None), zero_motion=inputs.scene)
+    methods = BASELINES | dict(static=lambda _: scenes["zero_velocity"])
+    spent = dict(model=seconds)
     for name in baselines:
-        if name == "static":
-            scenes[name], spent[name] = model.moving(None), 0.0
-        else:
-            scenes[name], spent[name] = timed(lambda: BASELINES[name](inputs), gpu)
-    of_model = dict(model=model, lift=inputs.scene, zero_velocity=model.moving(None))
-    return ClipScenes(of_model, inputs.scene, scenes, spent)
+        scenes[BASELINE + name], spent[BASELINE + name] = timed(lambda: methods[name](inputs), gpu)
+    return ClipScenes(scenes, spent)
 
 # %% ../nbs/55d_score_clips.ipynb #27a7b792
 def distinct(
@@ -144,7 +143,7 @@ class RenderedTarget(NamedTuple):
     setting: str  # 'interpolation' or 'future'
     scenes: tuple[str, ...]  # names of those that look like this
     view: TargetViews  # the view, photo included
-    out: Rendered  # its render; features (1,H,W,2) = v_r in px where that was asked for
+    out: Rendered  # its render
     rows: pd.DataFrame  # see `view_rows`
     seconds: float  # of rendering it
 
@@ -178,19 +177,6 @@ def view_masks(
     moving = moving_mask(clip, frame, view.camera[0], scale, cfg.labels, loader.device)
     return moving, torch.as_tensor(sky_mask(view.depth[0]), device=view.depth.device)
 
-# %% ../nbs/55d_score_clips.ipynb #55d00007
-def render_views(
-    scene: Scene,  # a reconstruction
-    clip: Clip,  # of this clip
-    views: TargetViews,  # V views
-    flow: FlowConfig | None = None,  # also v_r in px, as features; None: colours alone
-) -> Rendered:
-    "Draw views, with image velocity where it is asked for."
-    if flow is None:
-        return scene.render(views)
-    out, v_r, _ = render_velocity(scene, views, view_gaps(clip, views), scene.render_cfg, flow)
-    return out._replace(features=v_r)
-
 # %% ../nbs/55d_score_clips.ipynb #4fce043c
 @torch.no_grad()
 def rendered_targets(
@@ -198,7 +184,6 @@ def rendered_targets(
     clip: Clip,  # whose targets
     loader: Loader,  # reads them
     cfg: EvalConfig,  # how to score
-    flow: FlowConfig | None = None,  # also draw v_r of the scene called 'model'
 ) -> Iterator[RenderedTarget]:
     "Every target view of a clip under every scene, each rendered and compared once."
     groups = distinct(scenes)
@@ -206,8 +191,7 @@ def rendered_targets(
     for setting, views in target_views(loader, clip, cfg.views_per_call):
         masks = [view_masks(clip, views[k : k + 1], loader, cfg) for k in range(len(views))]
         for first, names in groups.items():
-            with_flow = flow if "model" in names else None
-            out, seconds = timed(lambda: render_views(scenes[first], clip, views, with_flow), gpu)
+            out, seconds = timed(lambda: scenes[first].render(views), gpu)
             for k, (moving, sky) in enumerate(masks):
                 view = views[k : k + 1]
                 own = Rendered(*(None if x is None else x[k : k + 1] for x in out))
@@ -252,18 +236,30 @@ def beside_photo(
     halves = shrink(t.out.rgb[0].clamp(0, 1), width), shrink(t.view.images[0], width)
     return as_bytes(torch.cat(halves, 1))
 
+# %% ../nbs/55d_score_clips.ipynb #55d000a1
+@patch
+def add(
+    self: Evaluation,
+    clip: Clip,  # that was scored
+    rows: pd.DataFrame | list[dict],  # rows of the score table, their place still missing
+    scene: str,  # its name in the table
+    **place: Any,  # frame, camera, setting
+) -> None:
+    "Put rows into the table."
+    self.tables.append(pd.DataFrame(rows).assign(log=clip.log.id, clip=clip.id, scene=scene, **place))
+
 # %% ../nbs/55d_score_clips.ipynb #55d0000a
 @patch
 def model_rows(
     self: Evaluation,
     t: RenderedTarget,  # a target view of the model
-) -> pd.DataFrame:
+) -> list[dict]:
     "What is measured of the model's own views alone: time, and LPIPS where it can be had."
     rows = [score_row("render_seconds", t.seconds, 1)]
     if self.lpips:
         height, width = t.view.images.shape[1:3]
         rows.append(score_row("lpips", self.lpips(t.out.rgb[0], t.view.images[0]), height * width, "full"))
-    return pd.DataFrame(rows)
+    return rows
 
 # %% ../nbs/55d_score_clips.ipynb #55d0000b
 @patch
@@ -271,23 +267,19 @@ def score_views(
     self: Evaluation,
     i: int,  # clip number
     scenes: dict[str, Scene],  # by their names in the table
-) -> dict[int, Image.Image]:  # {log frame id: picture of the film}, where one is made
+) -> None:
     "Score all target views of a clip; keep pictures of the model's."
-    clip, c, drawn = self.loader.clips[i], self.loader.cfg, {}
-    film = c.flow if i < self.videos else None
-    for t in rendered_targets(scenes, clip, self.loader, self.cfg, film):
-        self.tables += [t.rows.assign(log=clip.log.id, clip=clip.id, scene=n, **t.place) for n in t.scenes]
+    clip = self.loader.clips[i]
+    for t in rendered_targets(scenes, clip, self.loader, self.cfg):
+        for name in t.scenes:
+            self.add(clip, t.rows, name, **t.place)
         if i < self.cfg.save_renders:
             for name in set(t.scenes) & set(MODEL_SCENES):
                 path = self.folder / f"renders/{clip.id}_{t.setting}_{t.place['frame']:02d}_{name}.jpg"
                 save_pair(path, t.out.rgb[0], t.view.images[0])
         if "model" in t.scenes:
-            own = self.model_rows(t).assign(log=clip.log.id, clip=clip.id, scene="model", **t.place)
-            self.tables.append(own)
+            self.add(clip, self.model_rows(t), "model", **t.place)
             self.pictures[picture_key(clip.id, t.place)] = beside_photo(t)
-            if film and t.view.camera[0] == c.data.cameras[0]:
-                drawn[t.place["frame"]] = film_frame(t.out, t.view.images[0], c.flow)
-    return drawn
 
 # %% ../nbs/55d_score_clips.ipynb #04f18c9b
 @patch
@@ -298,11 +290,10 @@ def score_motion(
 ) -> None:
     "Score scene flow of every scene by one truth."
     clip = self.loader.clips[i]
-    place = dict(log=clip.log.id, clip=clip.id, setting="flow")
     truth = clip_truth(clip, self.flow_cfg, self.loader.cfg.data.cameras)
-    self.tables.append(score_truth(truth, self.flow_cfg).assign(scene="truth", **place))
+    self.add(clip, score_truth(truth, self.flow_cfg), "truth", setting="flow")
     for name, scene in scenes.items():
-        self.tables.append(score_flow(scene, clip, truth, self.flow_cfg).assign(scene=name, **place))
+        self.add(clip, score_flow(scene, clip, truth, self.flow_cfg), name, setting="flow")
 
 # %% ../nbs/55d_score_clips.ipynb #55d0000c
 @patch
@@ -313,12 +304,9 @@ def score_cost(
 ) -> None:
     "Seconds of each reconstruction, and the size of the lift."
     clip = self.loader.clips[i]
-    rows = {"model": [score_row("gaussians", len(found.zero_motion), 1)]}
+    self.add(clip, [score_row("gaussians", len(found.scenes["lift"]), 1)], "model")
     for name, seconds in found.seconds.items():
-        scene = name if name == "model" else BASELINE + name
-        rows.setdefault(scene, []).append(score_row("seconds", seconds, 1))
-    for scene, of_scene in rows.items():
-        self.tables.append(pd.DataFrame(of_scene).assign(log=clip.log.id, clip=clip.id, scene=scene))
+        self.add(clip, [score_row("seconds", seconds, 1)], name)
 
 # %% ../nbs/55d_score_clips.ipynb #55d0000d
 @patch
@@ -326,16 +314,15 @@ def make_film(
     self: Evaluation,
     i: int,  # clip number
     scene: Scene,  # the model's
-    drawn: dict[int, Image.Image],  # {log frame id: picture} of frames that were scored
 ) -> None:
-    "A film of every frame of a clip in its first camera."
+    "A film of every frame of a clip in its first camera, drawn and written frame by frame."
     clip, c = self.loader.clips[i], self.loader.cfg
 
     def view_of(frame: int) -> TargetViews:
         return self.loader.views(clip, [(frame, c.data.cameras[0])])
 
-    frames = film_frames(scene, clip, view_of, c.render, c.flow, drawn)
-    path = write_film(self.folder / f"videos/{clip.id}.webp", frames, clip.time.duration)
+    frames = clip_frames(scene, clip, view_of, flow=c.flow)
+    path = film_clip(self.folder / f"videos/{clip.id}.mp4", clip, frames)
     self.films.append(str(path.relative_to(self.folder)))
 
 # %% ../nbs/55d_score_clips.ipynb #f2b0b5d9
@@ -352,12 +339,11 @@ def score_clip(
     check_clip(clip, self.cfg.labels)
     read_ahead(self.loader, clip)
     found = clip_scenes(self.reconstruct, inputs, self.baselines)
-    beside = {BASELINE + name: scene for name, scene in found.baselines.items()}
-    drawn = self.score_views(i, {name: found.of_model[name] for name in names} | beside)
-    self.score_motion(i, dict(model=found.of_model["model"], zero_motion=found.zero_motion) | beside)
+    self.score_views(i, {name: found.scenes[name] for name in (*names, *found.baselines)})
+    self.score_motion(i, {name: found.scenes[name] for name in ("model", "zero_motion", *found.baselines)})
     self.score_cost(i, found)
     if i < self.videos:
-        self.make_film(i, found.of_model["model"], drawn)
+        self.make_film(i, found.scenes["model"])
     worst = [picture_key(row["clip"], row) for row in worst_frames(score_table(self.tables))]
     self.pictures = {key: self.pictures[key] for key in worst}
     forget(self.loader)
@@ -390,8 +376,8 @@ def evaluate(
     timing = about.model and time_reconstruction(about.model, ev.loader, repeats)
     c = ev.loader.cfg
     of_clips = clip_facts(ev.loader.clips, c, ev.cfg.depth_sensors)
-    facts = run_facts(about, of_clips, c.data.image_scale, ev.loader.device, timing) | dict(videos=ev.films)
-    facts["reasons"] |= {"lpips": no_lpips} if no_lpips else {}
+    facts = run_facts(about, of_clips, c.data.image_scale, ev.loader.device, timing)
+    facts |= dict(videos=ev.films, no_lpips=no_lpips or "")
     table = score_table(ev.tables)
     metrics = check_metrics(metrics_from(table, facts))
     write_worst(ev)
@@ -409,6 +395,5 @@ def validation_scores(
     ev = Evaluation(reconstruct, loader, Path(), cfg=replace(cfg, save_renders=0), videos=0)
     for i, clip in enumerate(loader.clips):
         check_clip(clip, cfg.labels)
-        for t in rendered_targets(dict(model=reconstruct(loader.inputs(i))), clip, loader, cfg):
-            ev.tables.append(t.rows.assign(log=clip.log.id, clip=clip.id, scene="model", **t.place))
+        ev.score_views(i, dict(model=reconstruct(loader.inputs(i))))
     return score_table(ev.tables)

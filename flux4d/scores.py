@@ -6,9 +6,10 @@
 from __future__ import annotations
 import gzip
 import io
+import re
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from .cuboids import BUCKETS
@@ -18,12 +19,12 @@ from .flow_truth import NO_LABELS
 from .view_scores import IMAGE_METRICS, NO_RETURN, NO_SKY, NOTHING_MOVES, REGIONS
 
 # %% auto #0
-__all__ = ['SCORE_COLUMNS', 'ABSENT', 'TARGET_SETTINGS', 'MODEL_SCENES', 'SCORES', 'ROOT_MEAN_SQUARES', 'NO_AVERAGE',
-           'POINT_METRICS', 'FACTS', 'RUN_FACTS', 'FACT_REASONS', 'BASELINE', 'score_table', 'write_scores',
-           'read_scores', 'averages', 'image_block', 'covered_sky', 'bucket_block', 'group_block', 'speed_block',
-           'truth_block', 'flow_block', 'psnr_by_clip', 'flow_by_clip', 'worst_frames', 'shortfall', 'moving_error',
-           'emptiness', 'image_reasons', 'clip_reasons', 'reasons_of', 'facts_of', 'mean_of', 'baseline_blocks',
-           'lpips_block', 'runtime_block', 'analysis_block', 'metrics_from']
+__all__ = ['SCORE_COLUMNS', 'ABSENT', 'TARGET_SETTINGS', 'MODEL_SCENES', 'SCORES', 'ROOT_MEAN_SQUARES', 'NO_AVERAGE', 'LEAF',
+           'COUNTED', 'VIEW_ENTRIES', 'FLOW_ENTRIES', 'CLIP_VIEWS', 'CLIP_FLOW', 'FACTS', 'RUN_FACTS', 'PLATEAU',
+           'BASELINE', 'TIME_ENTRIES', 'LPIPS_ENTRIES', 'score_table', 'write_scores', 'read_scores', 'averages',
+           'flat', 'nested', 'MetricEntry', 'scene_block', 'bucket_block', 'truth_block', 'flow_block',
+           'blocks_of_clip', 'worst_frames', 'shortfall', 'moving_error', 'emptiness', 'null_reasons', 'reasons_of',
+           'facts_of', 'baseline_block', 'analysis_block', 'metrics_from']
 
 # %% ../nbs/55_scores.ipynb #55000007
 SCORE_COLUMNS = dict(
@@ -98,7 +99,7 @@ NO_AVERAGE = dict(mean=None, std=None, count=0, pooled=None, points=0)
 
 def averages(
     table: pd.DataFrame,  # rows
-    by: list[str],  # columns
+    by: list[str],  # two columns or more
 ) -> dict[tuple, dict]:  # {values of `by`: mean, std, count of rows, pooled, points}; groups without a value lack
     "Means of each group, over rows and over what is behind them; empty rows are not counted."
     rows = table.dropna(subset="value")
@@ -108,44 +109,102 @@ def averages(
     found["std"] = groups.value.std(ddof=0)
     found["points"] = groups["count"].sum()
     found["pooled"] = (groups.total.sum() / found.points) ** (1 / groups.power.first())
-    found = found[list(NO_AVERAGE)].to_dict("index")
-    return {key if isinstance(key, tuple) else (key,): x for key, x in found.items()}
+    return found[list(NO_AVERAGE)].to_dict("index")
 
 # %% ../nbs/55_scores.ipynb #55000014
-def image_block(
+def flat(
+    value: Any,  # plain values
+    at: str = "",  # where `value` is, dotted
+) -> dict[str, Any]:  # {dotted path: value}
+    "Nested values in one level; empty groups stand for themselves."
+    if not isinstance(value, (dict, list)) or not value:
+        return {at: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {path: v for k, x in items for path, v in flat(x, f"{at}.{k}".lstrip(".")).items()}
+
+
+def nested(
+    values: dict[str, Any],  # {dotted path: value}
+) -> dict:  # of groups
+    "Values in groups by their paths."
+    tree = {}
+    for path, value in values.items():
+        *groups, name = path.split(".")
+        at = tree
+        for group in groups:
+            at = at.setdefault(group, {})
+        at[name] = value
+    return tree
+
+# %% ../nbs/55_scores.ipynb #550000a2
+LEAF = tuple(NO_AVERAGE)  # all that is known of an average
+COUNTED = "mean", "std", "count"
+
+
+class MetricEntry(NamedTuple):
+    "Which rows of a scene an entry of metrics.json averages, and what it keeps of their average."
+
+    metric: str
+    region: str = "all"
+    label: str = ""  # class
+    setting: str = ""  # "": any
+    keep: str | tuple[str, ...] = LEAF  # of an average; one name: the entry is its plain value
+    scale: float = 1.0  # from the rows' unit to the entry's
+
+    def value(
+        self,
+        found: dict[tuple, dict],  # `averages` by metric, region, label, and by those and setting
+    ) -> Any:
+        "The content of the entry."
+        key = (self.metric, self.region, self.label) + ((self.setting,) if self.setting else ())
+        average = found.get(key, NO_AVERAGE)
+        kept = {k: x * self.scale if isinstance(x, float) else x for k, x in average.items()}
+        return kept[self.keep] if isinstance(self.keep, str) else {k: kept[k] for k in self.keep}
+
+# %% ../nbs/55_scores.ipynb #550000a3
+def scene_block(
     table: pd.DataFrame,  # rows of all scenes
     scene: str,  # its name
-) -> dict:  # {region: {setting: {metric: {mean, std}, count}}}
-    "Image metrics of one scene, by region and setting."
-    found = averages(table[table.scene == scene], ["region", "setting", "metric"])
-
-    def cell(region: str, setting: str) -> dict:
-        of = {m: found.get((region, setting, m), NO_AVERAGE) for m in IMAGE_METRICS}
-        return {m: dict(mean=x["mean"], std=x["std"]) for m, x in of.items()} | dict(count=of["psnr"]["count"])
-
-    return {region: {setting: cell(region, setting) for setting in TARGET_SETTINGS} for region in REGIONS}
+    entries: dict[str, MetricEntry],  # by dotted path
+) -> dict:  # nested
+    "Averages of one scene, and of what is true of every scene; an average of nothing is empty with count 0."
+    rows = table[table.scene.isin((scene, "truth"))]
+    key = ["metric", "region", "label"]
+    found = averages(rows, key) | averages(rows, [*key, "setting"])
+    return nested({path: entry.value(found) for path, entry in entries.items()})
 
 # %% ../nbs/55_scores.ipynb #55000015
-def covered_sky(
-    table: pd.DataFrame,  # rows of all scenes
-    scene: str,  # its name
-) -> float | None:  # None: no view has a sky
-    "Mean opacity of the sky."
-    rows = table[(table.scene == scene) & (table.metric == "alpha")]
-    return averages(rows, ["metric"]).get(("alpha",), NO_AVERAGE)["mean"]
+VIEW_ENTRIES = {
+    f"nvs.{region}.{setting}.{metric}": MetricEntry(metric, region, "", setting, ("mean", "std"))
+    for region in REGIONS
+    for setting in TARGET_SETTINGS
+    for metric in IMAGE_METRICS
+}
+VIEW_ENTRIES |= {
+    f"nvs.{region}.{setting}.count": MetricEntry("psnr", region, "", setting, "count")
+    for region in REGIONS
+    for setting in TARGET_SETTINGS
+}
+VIEW_ENTRIES["sky_alpha"] = MetricEntry("alpha", "sky", keep="mean")
 
 # %% ../nbs/55_scores.ipynb #55000018
-POINT_METRICS = dict(
-    epe3d=("epe", "all", ""),
-    acc5=("acc5", "all", ""),
-    acc10=("acc10", "all", ""),
-    acc5_relative=("acc5_relative", "all", ""),
-    acc10_relative=("acc10_relative", "all", ""),
-    theta=("theta", "all", ""),
-    theta_moving=("theta", "moving", ""),
-    bs_flow=("false_motion", "BS", ""),
-    nearest=("nearest", "all", ""),
-)  # name in metrics.json: metric, region, label
+FLOW_ENTRIES = {
+    "count": MetricEntry("epe", keep="count"),
+    "epe3d": MetricEntry("epe"),
+    **{name: MetricEntry(name) for name in ("acc5", "acc10", "acc5_relative", "acc10_relative", "theta", "nearest")},
+    "theta_moving": MetricEntry("theta", "moving"),
+    "bs_flow": MetricEntry("false_motion", "BS"),
+    "epe_3way.all": MetricEntry("epe", "three_way"),
+    **{f"epe_3way.{group}": MetricEntry("epe", group) for group in GROUPS},
+    **{f"counts.{group}": MetricEntry("epe", group, keep="points") for group in GROUPS},
+    **{f"bucketed.own.{bucket}": MetricEntry("normalised_error", label=bucket) for bucket in BUCKETS},
+    "v_rmse.full": MetricEntry("v_rmse"),
+    "v_rmse.dynamic": MetricEntry("v_rmse", "FD"),
+    "v_rmse.full_m_per_s": MetricEntry("v_rmse", keep=("mean", "pooled", "count"), scale=10.0),
+    "v_rmse.dynamic_m_per_s": MetricEntry("v_rmse", "FD", keep=("mean", "pooled", "count"), scale=10.0),
+    "fov_share": MetricEntry("fov_share", keep=COUNTED),
+    "seconds_ahead": MetricEntry("seconds_ahead", keep=COUNTED),
+}
 
 # %% ../nbs/55_scores.ipynb #372947a4
 def bucket_block(
@@ -153,61 +212,27 @@ def bucket_block(
 ) -> dict:  # {meta-class: {static, dynamic}}; `all`: unweighted means over the classes that have any
     "The bucketed normalised error: static m, dynamic share; empty where there is nothing."
     found = bucketed_error(rows)
-
-    def known(x: float) -> float | None:
-        return None if np.isnan(x) else float(x)
-
+    known = found.astype(object).where(found.notna(), None)
     block = {
         name: dict(
-            static=dict(mean=known(row.static), count=int(row.static_count)),
-            dynamic=dict(mean=known(row.dynamic), count=int(row.dynamic_count), bins=int(row.bins)),
+            static=dict(mean=row.static, count=row.static_count),
+            dynamic=dict(mean=row.dynamic, count=row.dynamic_count, bins=row.bins),
         )
-        for name, row in found.iterrows()
+        for name, row in known.iterrows()
     }
-    means = {k: dict(mean=known(found[k].mean()), count=int(found[k].count())) for k in ("static", "dynamic")}
-    return block | dict(all=means)
-
-# %% ../nbs/55_scores.ipynb #55000019
-def group_block(
-    found: dict[tuple, dict],  # `averages` by metric, region, label
-) -> dict:  # {all, BS, FS, FD}
-    "End-point error by group, and the mean over groups."
-    groups = {g: found.get(("epe", g, ""), NO_AVERAGE) for g in GROUPS}
-    pooled = [x["pooled"] for x in groups.values() if x["points"]]
-    every = found.get(("epe", "three_way", ""), NO_AVERAGE)
-    return dict(all=every | dict(pooled=float(np.mean(pooled)) if pooled else None)) | groups
-
-
-def speed_block(
-    found: dict[tuple, dict],  # `averages` by metric, region, label
-) -> dict:  # {full, dynamic} in m per 0.1 s, {full_m_per_s, dynamic_m_per_s} in m/s
-    "V_RMSE."
-    block = {}
-    for name, region in (("full", "all"), ("dynamic", "FD")):
-        x = block[name] = found.get(("v_rmse", region, ""), NO_AVERAGE)
-        in_seconds = {k: None if x[k] is None else 10 * x[k] for k in ("mean", "pooled")}
-        block[f"{name}_m_per_s"] = in_seconds | dict(count=x["count"])
-    return block
+    classes = found[["static", "dynamic"]].agg(["mean", "count"])
+    mean = {k: dict(mean=float(x["mean"]) if x["count"] else None, count=int(x["count"])) for k, x in classes.items()}
+    return block | dict(all=mean)
 
 # %% ../nbs/55_scores.ipynb #5500001a
 def truth_block(
-    truth: pd.DataFrame,  # flow rows of the scene 'truth'
-) -> dict:  # fov_share, seconds_ahead, labels, left_out
-    "What is the same for every scene."
-    found = averages(truth, ["metric"])
-
-    def counted(metric: str) -> dict:
-        return {k: found.get((metric,), NO_AVERAGE)[k] for k in ("mean", "std", "count")}
-
+    truth: pd.DataFrame,  # rows of the scene 'truth'
+) -> dict:  # labels: returns by label; left_out: reasons by clip
+    "Returns by label, and frames without a truth."
     returns = truth[truth.metric == "returns"].groupby("label", sort=False).value.sum()
     returns = returns.astype(int).sort_values(ascending=False, kind="stable")
     empty = truth[truth.reason != ""].groupby("clip", sort=False).reason
-    return dict(
-        fov_share=counted("fov_share"),
-        seconds_ahead=counted("seconds_ahead"),
-        labels=returns.to_dict(),
-        left_out=empty.agg("; ".join).to_dict(),
-    )
+    return dict(labels=returns.to_dict(), left_out=empty.agg("; ".join).to_dict())
 
 # %% ../nbs/55_scores.ipynb #5500001b
 def flow_block(
@@ -215,53 +240,34 @@ def flow_block(
     scene: str,  # its name
 ) -> dict:  # nested; leaves: mean, std, count over frames; pooled, points over returns
     "Scene flow of one scene."
-    flow = table[table.setting == "flow"]
-    truth = flow[flow.scene == "truth"]
-    rows = pd.concat([flow[flow.scene == scene], truth])
-    found = averages(rows, ["metric", "region", "label"])
-    points = {name: found.get(key, NO_AVERAGE) for name, key in POINT_METRICS.items()}
-    groups = group_block(found)
-    counts = {g: groups[g]["points"] for g in GROUPS}
-    n = sum(counts.values())
+    block = scene_block(table, scene, FLOW_ENTRIES)
+    counts, groups = block["counts"], block["epe_3way"]
+    points = sum(counts.values())
+    pooled = [groups[g]["pooled"] for g in GROUPS if counts[g]]
+    groups["all"]["pooled"] = float(np.mean(pooled)) if pooled else None  # each group weighs the same
+    truth = table[table.scene == "truth"]
     unknown = int(truth[truth.metric == "unknown"].value.sum())
-    own = {b: found.get(("normalised_error", "all", b), NO_AVERAGE) for b in BUCKETS}
-    return points | truth_block(truth) | dict(
-        count=points["epe3d"]["count"],
-        epe_3way=groups,
-        bucketed=dict(own=own, reference=bucket_block(rows)),
-        v_rmse=speed_block(found),
-        counts=dict(points=n) | counts | dict(unknown=unknown),
-        shares={g: k / n if n else None for g, k in counts.items()},
-    )
+    block["counts"] = dict(points=points) | counts | dict(unknown=unknown)
+    block["shares"] = {g: n / points if points else None for g, n in counts.items()}
+    block["bucketed"]["reference"] = bucket_block(table[table.scene.isin((scene, "truth"))])
+    return block | truth_block(truth)
 
 # %% ../nbs/55_scores.ipynb #5500001e
-def psnr_by_clip(
-    table: pd.DataFrame,  # rows of all scenes
-) -> dict[str, dict]:  # {clip: {scene: {setting: dB or None}}}
-    "Mean PSNR of full images by clip, for the scenes of the model."
-    rows = table[(table.metric == "psnr") & (table.region == "full") & table.scene.isin(MODEL_SCENES)]
-    found = averages(rows, ["clip", "scene", "setting"])
-    return {
-        clip: {
-            scene: {s: found.get((clip, scene, s), NO_AVERAGE)["mean"] for s in TARGET_SETTINGS}
-            for scene in rows[rows["clip"] == clip].scene.unique()
-        }
-        for clip in rows["clip"].unique()
-    }
+CLIP_VIEWS = {setting: MetricEntry("psnr", "full", "", setting, "mean") for setting in TARGET_SETTINGS}
+CLIP_FLOW = dict(epe3d=MetricEntry("epe", keep="mean"), FD=MetricEntry("epe", "FD", keep="mean"))
+CLIP_FLOW["frames"] = MetricEntry("epe", keep="count")
 
-# %% ../nbs/55_scores.ipynb #5500001f
-def flow_by_clip(
+
+def blocks_of_clip(
     table: pd.DataFrame,  # rows of all scenes
-) -> dict[str, dict]:  # {clip: {epe3d m, FD m, frames}}
-    "Scene flow of the model by clip."
-    rows = table[(table.scene == "model") & (table.setting == "flow") & (table.metric == "epe")]
-    found = averages(rows, ["clip", "region"])
-    block = {}
-    for clip in table["clip"].unique():
-        every = found.get((clip, "all"), NO_AVERAGE)
-        moving = found.get((clip, "FD"), NO_AVERAGE)
-        block[clip] = dict(epe3d=every["mean"], FD=moving["mean"], frames=every["count"])
-    return block
+) -> dict[str, dict]:  # per_clip {clip: {scene: PSNR by setting, dB}}, per_clip_flow {clip: {epe3d m, FD m, frames}}
+    "Full images of the model's scenes and scene flow of the model, by clip."
+    views, flow = {}, {}
+    for clip, rows in table.groupby("clip", sort=False):
+        scored = set(rows[rows.metric == "psnr"].scene)
+        views[clip] = {s: scene_block(rows, s, CLIP_VIEWS) for s in MODEL_SCENES if s in scored}
+        flow[clip] = scene_block(rows, "model", CLIP_FLOW)
+    return dict(per_clip=views, per_clip_flow=flow)
 
 # %% ../nbs/55_scores.ipynb #55000020
 def worst_frames(
@@ -283,9 +289,8 @@ def shortfall(
     for setting in TARGET_SETTINGS:
         at = rows[rows.setting == setting]
         moving = at[at.region == "dynamic"]
-        full, scored = int((at.region == "full").sum()), int(moving.value.count())
-        bare = int(moving.reason.str.endswith(NO_LABELS).sum())
-        missing = full - scored
+        full, scored = len(at) - len(moving), int(moving.value.count())
+        bare, missing = int(moving.reason.str.endswith(NO_LABELS).sum()), full - scored
         why = dict(without_labels=bare, nothing_moves=missing - bare)
         block[setting] = dict(full=full, dynamic=scored, missing=missing) | why
     return block
@@ -313,132 +318,85 @@ def emptiness(
         return f"no labels in log {', '.join(sorted(bare.index))}", True
     return NOTHING_MOVES, False
 
-# %% ../nbs/55_scores.ipynb #55000028
-def image_reasons(
-    block: dict,  # `image_block`
-    path: str,  # where it is in metrics.json
-    empty: str,  # why nothing moves
-) -> dict[str, str]:  # {dotted path: why it is null}
-    "Why image metrics are empty."
-    found = {}
-    for setting in TARGET_SETTINGS:
-        if not block["dynamic"][setting]["count"]:
-            full = block["full"][setting]["count"]
-            found[f"{path}.dynamic.{setting}"] = empty if full else "the clips have no such frames"
-        for region in REGIONS:
-            cell = block[region][setting]
-            if cell["count"] and cell["depth_rmse"]["mean"] is None:
-                found[f"{path}.{region}.{setting}.depth_rmse"] = NO_RETURN
-    return found
-
-# %% ../nbs/55_scores.ipynb #55000029
-def clip_reasons(
-    m: dict,  # metrics, `reasons` still missing
-    empty: str,  # why nothing moves
-    bare: bool,  # no log has labels
-) -> dict[str, str]:  # {dotted path: why it is null}
-    "Why entries by clip are empty."
-    found = {}
-    for clip, scenes in m["per_clip"].items():
-        for scene, by_setting in scenes.items():
-            for setting, value in by_setting.items():
-                if value is None:
-                    found[f"per_clip.{clip}.{scene}.{setting}"] = "the clip has no such frames"
-    why = empty if bare else "no labels, or nothing that moves, in this clip"
-    return found | {f"per_clip_flow.{c}": why for c, row in m["per_clip_flow"].items() if None in row.values()}
-
 # %% ../nbs/55_scores.ipynb #5500002a
+def null_reasons(
+    m: dict,  # metrics, `reasons` still missing
+    table: pd.DataFrame,  # rows of all scenes
+) -> dict[str, str]:  # {pattern of a null's dotted path, what needs the reason in brackets: reason}
+    "What is said of an entry that is null."
+    nothing, bare = emptiness(table)
+    seen = [s for s in TARGET_SETTINGS if m["nvs"]["full"][s]["count"]]
+    depth = [f"{r}.{s}" for r in REGIONS for s in TARGET_SETTINGS if m["nvs"][r][s]["count"]]
+    moving = {s: nothing if s in seen else "the clips have no such frames" for s in TARGET_SETTINGS}
+    is_baseline = m["runtime"]["reconstruction"] is None
+    untrained = "nothing was trained" if is_baseline else "no training record, or fewer than three logged values"
+    return {rf"(.*nvs\.dynamic\.{s})\.psnr\.mean": why for s, why in moving.items()} | {
+        **{rf"(.*nvs\.{at}\.depth_rmse)\.mean": NO_RETURN for at in depth},
+        r"(.*sky_alpha)": NO_SKY,
+        r"(per_clip\..*)": "the clip has no such frames",
+        r"(per_clip_flow\..*)\.(?:epe3d|FD)": nothing if bare else "no labels, or nothing that moves, in this clip",
+        r"((?:zero_motion\.)?scene_flow)\.epe3d\.mean": nothing,
+        r"(analysis\.shares)\.BS": nothing,
+        r"(analysis\.fd)\.epe": nothing,
+        r"(analysis\.plateau)": untrained,
+        r"(runtime\.reconstruction)": "a baseline has no network to time",
+        r"(runtime\.gpu)": "no GPU was used",
+        r"(runtime\.commit)": "not run from a git checkout",
+    }
+
+# %% ../nbs/55_scores.ipynb #550000a8
 def reasons_of(
     m: dict,  # metrics, `reasons` still missing
     table: pd.DataFrame,  # rows of all scenes
 ) -> dict[str, str]:  # {dotted path: why it is null}
     "Why entries are null."
-    empty, bare = emptiness(table)
-    blocks = {"": m} | {f"{n}.": m[n] for n in MODEL_SCENES if n in m}
-    blocks |= {f"baselines.{n}.": x for n, x in m["baselines"].items()}
-    found = {}
-    for path, block in blocks.items():
-        found |= image_reasons(block["nvs"], f"{path}nvs", empty)
-        if block.get("sky_alpha", 0) is None:
-            found[f"{path}sky_alpha"] = NO_SKY
-    found |= clip_reasons(m, empty, bare)
-    if not m["scene_flow"]["count"]:
-        found |= dict.fromkeys(("scene_flow", "zero_motion.scene_flow", "analysis.shares"), empty)
-    if m["analysis"]["fd"]["epe"] is None:
-        found["analysis.fd"] = empty
-    return found
+    reasons = null_reasons(m, table)
+    nulls = [path for path, value in flat(m).items() if value is None]
+    found = ((re.fullmatch(pattern, path), why) for path in nulls for pattern, why in reasons.items())
+    return {match[1]: why for match, why in found if match}
 
 # %% ../nbs/55_scores.ipynb #5500002c
-FACTS = "subject baseline evaluated_on setting source_frames logs cameras clips views comparable".split()
-FACTS += ["scored_with", "left_out", "videos"]
-RUN_FACTS = "train_seconds iters skipped_steps image_scale flux4d commit python torch machine gpu".split()
-RUN_FACTS += ["reconstruction"]
-FACT_REASONS = "lpips", "analysis.plateau", "runtime.reconstruction", "runtime.gpu", "runtime.commit"
+# entries of metrics.json that are no measurement, with their types; {...: x}: any key, (x, None): or null
+FACTS = dict.fromkeys(("subject", "baseline", "evaluated_on", "setting", "comparable"), str)
+FACTS |= dict.fromkeys(("source_frames", "clips", "views"), int)
+FACTS |= dict.fromkeys(("logs", "cameras", "videos"), [str])
+FACTS |= dict(scored_with=dict(lift_sensors=[int], depth_sensors=[int]), left_out={...: str})
+RUN_FACTS = dict.fromkeys(("flux4d", "python", "torch", "machine"), str)
+RUN_FACTS |= dict.fromkeys(("commit", "gpu"), (str, None))
+RUN_FACTS |= dict(train_seconds=float, iters=int, skipped_steps=int, image_scale=float)
+RUN_FACTS |= dict(reconstruction=(dict(lift=float, network=float, total=float, gaussians=int, repeats=int), None))
+PLATEAU = (dict(of=str, step=int, last_step=int, best=float, gain_last_third=float), None)
 
-
+# %% ../nbs/55_scores.ipynb #550000a7
 def facts_of(
     m: dict,  # content of a metrics.json
-) -> dict[str, Any]:  # FACTS, plateau, runtime (RUN_FACTS), reasons (of FACT_REASONS)
+) -> dict[str, Any]:  # FACTS, plateau, runtime (RUN_FACTS), no_lpips: why there is no LPIPS, or ""
     "What metrics say that is not measured."
-    return {k: m[k] for k in FACTS} | dict(
-        plateau=m["analysis"]["plateau"],
-        runtime={k: m["runtime"][k] for k in RUN_FACTS},
-        reasons={k: m["reasons"][k] for k in FACT_REASONS if k in m["reasons"]},
-    )
+    runtime = {k: m["runtime"][k] for k in RUN_FACTS}
+    beside = dict(plateau=m["analysis"]["plateau"], runtime=runtime, no_lpips=m["reasons"].get("lpips", ""))
+    return {k: m[k] for k in FACTS} | beside
 
 # %% ../nbs/55_scores.ipynb #5500002d
 BASELINE = "baseline "  # begins the scene names of baselines: a lift can be a baseline and the model's start
+TIME_ENTRIES = dict(
+    seconds_per_clip=MetricEntry("seconds", keep="mean"),
+    seconds_per_frame=MetricEntry("render_seconds", keep="mean"),
+    gaussians_per_clip=MetricEntry("gaussians", keep="mean"),
+)
+LPIPS_ENTRIES = {setting: MetricEntry("lpips", "full", "", setting, COUNTED) for setting in TARGET_SETTINGS}
 
 
-def mean_of(
+def baseline_block(
     table: pd.DataFrame,  # rows of all scenes
-    scene: str,  # its name
-    metric: str,  # seconds, render_seconds or gaussians
-) -> float:  # raises KeyError where nothing was measured
-    "A mean over clips or views."
-    rows = table[(table.scene == scene) & (table.metric == metric)]
-    return averages(rows, ["metric"])[(metric,)]["mean"]
-
-# %% ../nbs/55_scores.ipynb #5500002e
-def baseline_blocks(
-    table: pd.DataFrame,  # rows of all scenes
+    scene: str,  # a baseline's name in it
     source_frames: int,  # input frames of a clip
-) -> dict[str, dict]:  # {name: nvs, scene_flow, seconds_per_frame}
+) -> dict[str, Any]:  # nvs, scene_flow, seconds_per_frame
     "What was scored beside the model."
-    scenes = [s for s in table.scene.unique() if s.startswith(BASELINE)]
-    return {
-        s.removeprefix(BASELINE): dict(
-            nvs=image_block(table, s),
-            scene_flow=flow_block(table, s),
-            seconds_per_frame=mean_of(table, s, "seconds") / source_frames,
-        )
-        for s in scenes
-    }
+    nvs = scene_block(table, scene, VIEW_ENTRIES)["nvs"]
+    seconds = scene_block(table, scene, TIME_ENTRIES)["seconds_per_clip"]
+    return dict(nvs=nvs, scene_flow=flow_block(table, scene), seconds_per_frame=seconds and seconds / source_frames)
 
-# %% ../nbs/55_scores.ipynb #5500002f
-def lpips_block(
-    table: pd.DataFrame,  # rows of all scenes
-    missing: bool,  # LPIPS could not be had
-) -> dict:  # {setting: mean, std, count; None: could not be had}
-    "LPIPS of the model's full images."
-    found = averages(table[table.metric == "lpips"], ["setting"])
-    none = {k: NO_AVERAGE[k] for k in ("mean", "std", "count")}
-    block = {s: {k: found.get((s,), none)[k] for k in none} for s in TARGET_SETTINGS}
-    return dict.fromkeys(TARGET_SETTINGS) if missing else block
-
-# %% ../nbs/55_scores.ipynb #55000030
-def runtime_block(
-    table: pd.DataFrame,  # rows of all scenes
-    facts: dict,  # RUN_FACTS
-) -> dict:
-    "How long what took, on which machine."
-    return facts | dict(
-        seconds_per_clip=mean_of(table, "model", "seconds"),
-        seconds_per_frame=mean_of(table, "model", "render_seconds"),
-        gaussians_per_clip=mean_of(table, "model", "gaussians"),
-    )
-
-
+# %% ../nbs/55_scores.ipynb #55000031
 def analysis_block(
     table: pd.DataFrame,  # rows of all scenes
     flow: dict,  # `flow_block` of the model
@@ -449,25 +407,25 @@ def analysis_block(
     moving = moving_error(flow, still)
     return dict(shares=flow["shares"], fd=moving, shortfall=shortfall(table), plateau=plateau)
 
-# %% ../nbs/55_scores.ipynb #55000031
+# %% ../nbs/55_scores.ipynb #550000a9
 def metrics_from(
     table: pd.DataFrame,  # rows of all scenes
     facts: dict,  # see `facts_of`
 ) -> dict:  # content of metrics.json
     "All that is derived from a table of scores."
-    scenes = [s for s in MODEL_SCENES if ((table.scene == s) & (table.metric == "psnr")).any()]
-    blocks = {s: dict(nvs=image_block(table, s), sky_alpha=covered_sky(table, s)) for s in scenes}
+    scored = set(table[table.metric == "psnr"].scene)
+    views = {s: scene_block(table, s, VIEW_ENTRIES) for s in MODEL_SCENES if s == "model" or s in scored}
     flow, still = (flow_block(table, s) for s in ("model", "zero_motion"))
-    m = blocks.pop("model") | blocks | {k: facts[k] for k in FACTS}
-    m |= dict(
+    beside = [s for s in table.scene.unique() if s.startswith(BASELINE)]
+    lpips = scene_block(table, "model", LPIPS_ENTRIES)
+    m = views.pop("model") | views | {k: facts[k] for k in FACTS} | blocks_of_clip(table) | dict(
         scene_flow=flow,
         zero_motion=dict(scene_flow=still),
-        baselines=baseline_blocks(table, facts["source_frames"]),
-        lpips=lpips_block(table, "lpips" in facts["reasons"]),
-        per_clip=psnr_by_clip(table),
-        per_clip_flow=flow_by_clip(table),
+        baselines={s.removeprefix(BASELINE): baseline_block(table, s, facts["source_frames"]) for s in beside},
+        lpips=dict.fromkeys(TARGET_SETTINGS) if facts["no_lpips"] else lpips,
         worst=worst_frames(table),
         analysis=analysis_block(table, flow, still, facts["plateau"]),
-        runtime=runtime_block(table, facts["runtime"]),
+        runtime=facts["runtime"] | scene_block(table, "model", TIME_ENTRIES),
     )
-    return m | dict(reasons=reasons_of(m, table) | facts["reasons"])
+    no_lpips = {"lpips": facts["no_lpips"]} if facts["no_lpips"] else {}
+    return m | dict(reasons=reasons_of(m, table) | no_lpips)

@@ -13,7 +13,7 @@ from .train import Trainer, every
 from .flow_metrics import FlowScoreConfig
 from .flow_truth import clip_truth, score_flow
 from .score_clips import validation_scores
-from .scores import image_block
+from .scores import VIEW_ENTRIES, scene_block
 from .view_scores import EvalConfig
 
 # %% auto #0
@@ -25,7 +25,7 @@ def background_flow(
     loader: Loader,  # read: its first clip
     cfg: FlowScoreConfig,  # how flow is scored
 ) -> Callable:  # (ClipInputs -> Scene) -> m a frame; None without labels
-    "How far a reconstruction of the first clip moves what stands still; its truth is read and checked once."
+    "How far a reconstruction of the first clip moves what is static; its truth is read and checked once."
     clip = loader.clips[0]
     truth = lru_cache(1)(lambda: clip_truth(clip, cfg, loader.cfg.data.cameras))
 
@@ -47,7 +47,8 @@ def validation(
 
     def call(trainer: Trainer) -> dict:
         reconstruct = trainer.ema.module.eval().reconstruct
-        s = image_block(validation_scores(reconstruct, loader, eval_cfg), "model")["full"]
+        rows = validation_scores(reconstruct, loader, eval_cfg)
+        s = scene_block(rows, "model", VIEW_ENTRIES)["nvs"]["full"]
         found = {f"val_{k}": s[k]["psnr"]["mean"] for k in s if s[k]["count"]}
         score = np.mean(list(found.values()))
         if (bs := background(reconstruct)) is not None:

@@ -5,26 +5,17 @@
 # %% ../nbs/34_train.ipynb #dbee7c11
 from __future__ import annotations
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-import numpy as np
-import torch
-from torch import nn
 from fastcore.basics import patch
-from .bookkeeping import Mark, Skips, TrainedOn
+from .bookkeeping import Skips
 from .config import Config, config_to_dict
-from .files import DataError, WriteError
-from .image_velocity import render_weighted
+from .files import DataError
 from .interrupt import Interrupted, StopRequest, stop_signals
-from .loader import Batch, Loader
-from .losses import reconstruction_loss
-from .model import Flux4DBase, build_model
-from .optimiser import adamw, averaged_model, lr_at
-from .render import RenderConfig
+from .loader import Loader
+from .model import Flux4DBase
 from flux4d.resume import (
     new_tensors,
     other_clips,
@@ -35,25 +26,14 @@ from flux4d.resume import (
 )
 from .run import Run, provenance
 from .checkpoint import load_weights, prune_checkpoints, save_checkpoint
-from .scene import Scene
+from .train_step import TrainStep
 
 # %% auto #0
-__all__ = ['UNREADABLE', 'with_random_background', 'Trainer', 'every']
-
-# %% ../nbs/34_train.ipynb #3fd8f1a2
-def with_random_background(
-    cfg: Config,  # read: render, train
-    number: int,  # of the micro-step
-) -> RenderConfig:  # how supervised views are drawn
-    "The render's own background, or a colour of this micro-step, which follows from seed and number."
-    if not cfg.train.random_background:
-        return cfg.render
-    colour = np.random.default_rng([cfg.train.seed, 2, number]).random(3)
-    return replace(cfg.render, background=tuple(colour.tolist()))
+__all__ = ['Trainer', 'every']
 
 # %% ../nbs/34_train.ipynb #9ab52974
-class Trainer:
-    "Model, optimiser and averaged weights, and the steps they take."
+class Trainer(TrainStep):
+    "A run: steps that are recorded, saved and resumed."
 
     def __init__(
         self,
@@ -64,189 +44,16 @@ class Trainer:
         kind: type = Flux4DBase,  # class of the model
     ) -> None:
         "A fresh run at step 0."
-        self.cfg = cfg
-        self.loader = loader
-        self.run = run
+        super().__init__(cfg, loader, run, kind)
         self.index_hash = index_hash
-        self.device = loader.device
-        # what learns
-        self.model = build_model(cfg, kind).to(self.device)
-        self.ema = averaged_model(self.model, cfg.train)
-        self.opt = adamw(self.model, cfg.train, self.device)
+        self.source = {k: v for k, v in provenance(self.device).items() if k in ("flux4d", "commit", "machine")}
         # where the run is
-        self.step = 0  # steps taken
-        self.seconds = 0.0  # spent on them
-        self.started = 0.0  # of these, on the first step
         self.best = None  # best score of a validation
         self.saved_step = 0
         self.saved_at = time.perf_counter()
-        self.stop = StopRequest()
-        # what it has noted
-        self.trained_on = TrainedOn(loader.clips)
-        self.skips = Skips()
-        self.stage_losses = []  # (micro-step, loss) of every stage of the last step
-        self.source = {k: v for k, v in provenance(self.device).items() if k in ("flux4d", "commit")}
         # who is called after a step
         self.callbacks = []
         self.called = 0  # step whose callbacks have ended
-
-    @property
-    def skipped(self) -> int:
-        "Steps without an update."
-        return self.skips.total
-
-# %% ../nbs/34_train.ipynb #87f5f186
-@patch
-def losses(
-    self: Trainer,
-    batch: Batch,  # one micro-step's data
-    scene: Scene,  # of one stage
-) -> dict:  # scalars total, rgb, ssim, depth, vel, psnr
-    "Render the supervised views, compare (paper Eq. 3-5, supp. A.1)."
-    drawn = with_random_background(self.cfg, batch.number)
-    out, weight = render_weighted(scene, batch.views, batch.dt, self.cfg.flow, drawn)
-    return reconstruction_loss(
-        out, batch.views, scene.velocity, scene.gaussians.kind, self.cfg.loss, weight, scene.duration
-    )
-
-# %% ../nbs/34_train.ipynb #6c1c4141
-@patch
-def _leave_out(
-    self: Trainer,
-    why: str,  # a sentence
-) -> None:  # raises DataError when too many files went bad
-    "Note and say a clip that cannot be read."
-    self.trained_on.note_unread(why)
-    self.run.say(f"step {self.step + 1:6d}  a clip is left out: {why}")
-    bad = len(self.trained_on.unread)
-    if bad > self.cfg.train.max_unread:
-        raise DataError(f"training: {bad} files went bad while it ran, the last one: {why}") from None
-
-# %% ../nbs/34_train.ipynb #a32t0011
-UNREADABLE = DataError, OSError, EOFError, zlib.error  # what a file that goes bad raises
-
-
-@patch
-def _read(
-    self: Trainer,
-    micro: int,  # micro-step of the step
-) -> Batch | None:  # None where a file is bad
-    "The batch of a micro-step; notes what it was, or why there is none."
-    try:
-        batch = self.loader.batch(self.step, micro)
-    except WriteError:  # no fault of the data
-        raise
-    except UNREADABLE as e:
-        self._leave_out(str(e) or type(e).__name__)
-        return None
-    self.trained_on.note(batch.clip)
-    return batch
-
-# %% ../nbs/34_train.ipynb #99c6843f
-@patch
-def _culprit(self: Trainer) -> str:  # words for a sentence
-    "Clip and views of the first micro-step whose loss is not finite; of the first one where all losses are."
-    bad = [micro for micro, loss in self.stage_losses if not torch.isfinite(loss)]
-    i, pairs = self.loader.draw(self.step, bad[0] if bad else self.stage_losses[0][0])
-    views = " and ".join(f"frame {f} of {c}" for f, c in pairs)
-    return f"clip {self.loader.clips[i].id}, {views}"
-
-# %% ../nbs/34_train.ipynb #761f6e94
-@patch
-def _skip(
-    self: Trainer,
-    why: str,  # words for a sentence
-) -> None:  # raises DataError when too many follow each other
-    "Count and say a step without an update."
-    self.skips.add(self.step + 1, why)
-    self.run.say(f"step {self.step + 1:6d}  skipped: {why}")
-    if self.skips.in_a_row >= self.cfg.train.max_skipped:
-        raise DataError(
-            f"training: {self.skips.in_a_row} steps in a row were skipped, the first was {self.skips.first}; "
-            "look at its files with flux4d-check, lower train.lr, or raise train.max_skipped."
-        )
-
-# %% ../nbs/34_train.ipynb #a49d8b57
-@patch
-def _backward(
-    self: Trainer,
-    batch: Batch,  # one micro-step's data
-    micro: int,  # its number in the step
-) -> dict:  # scalars of the last stage, PSNR of the first, the clip's id
-    "Add one micro-step's gradient, stage by stage."
-    psnrs = []
-    for scene in self.model.stages(batch.inputs):
-        losses = self.losses(batch, scene)
-        (losses["total"] / self.cfg.train.grad_accum_steps).backward()
-        self.stage_losses.append((micro, losses["total"].detach()))
-        psnrs.append(losses["psnr"])
-    row = {k: v.detach() for k, v in losses.items()}
-    return row | dict(psnr_0=psnrs[0], clip=batch.clip.id)
-
-# %% ../nbs/34_train.ipynb #0ac9fc37
-@patch
-def gradients(
-    self: Trainer,
-) -> dict | None:  # scalars of the last micro-step's last stage, PSNR of its first, its clip's id
-    "Fill `.grad` with the mean gradient of the micro-steps, summed over stages; None: nothing could be read."
-    self.model.train()
-    self.opt.zero_grad(set_to_none=True)
-    self.stage_losses = []
-    row = None
-    for micro in range(self.cfg.train.grad_accum_steps):
-        batch = self._read(micro)
-        if batch is not None:
-            row = self._backward(batch, micro)
-    return row
-
-# %% ../nbs/34_train.ipynb #62baee01
-@patch
-@contextmanager
-def _undone_when_stopped(self: Trainer) -> Iterator[None]:
-    "A request to stop takes effect at once inside, and what was done inside is taken back."
-    buffers = [b.clone() for b in self.model.buffers()]  # running statistics, if the network has any
-    rng = torch.get_rng_state()
-    mark = Mark(self.trained_on)
-    try:
-        with self.stop.allowed():
-            yield
-    except Interrupted:
-        with torch.no_grad():
-            for own, kept in zip(self.model.buffers(), buffers):
-                own.copy_(kept)
-        torch.set_rng_state(rng)
-        mark.go_back()
-        raise
-
-# %% ../nbs/34_train.ipynb #12fb3f66
-@patch
-def _update(self: Trainer) -> None:
-    "Change the weights; this is never cut in two."
-    self.opt.step()
-    self.ema.update_parameters(self.model)
-    self.skips.end()
-
-# %% ../nbs/34_train.ipynb #62e17762
-@patch
-def train_step(
-    self: Trainer,
-) -> dict | None:  # scalars of the step, tensors where a copy would wait for the GPU
-    "Advance by one step; None: nothing could be read for it."
-    with self._undone_when_stopped():
-        row = self.gradients()
-    for group in self.opt.param_groups:
-        group["lr"] = lr_at(self.step, self.cfg.train, self.seconds, self.started)
-    if row is None:
-        self._skip("nothing could be read for it")
-    else:
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.train.grad_clip)
-        row["grad_norm"] = norm
-        if torch.isfinite(norm):
-            self._update()
-        else:
-            self._skip(f"its gradient is not finite, with {self._culprit()}")
-    self.step += 1
-    return row
 
 # %% ../nbs/34_train.ipynb #15e513b6
 @patch

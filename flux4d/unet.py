@@ -124,7 +124,7 @@ def interpolate_voxels(
     keys: Tensor,  # (V,) int64, ascending, as in `Voxels`
     features: Tensor,  # (V,C)
     points: Tensor,  # (N,3) ego0, m
-    cfg: VoxelConfig,
+    cfg: VoxelConfig,  # their grid
 ) -> Tensor:  # (N,C), 0 where no neighbour exists
     "Trilinear interpolation over the voxels present; differentiable with respect to the features."
     return mix_voxels(features, *neighbours(keys, points, cfg))
@@ -273,7 +273,7 @@ class VoxelNorm(nn.BatchNorm1d):
 # %% ../nbs/30_unet.ipynb #efc3f99c
 def make_norm(
     n: int,  # channels
-    cfg: UNetConfig,
+    cfg: UNetConfig,  # of the whole network
 ) -> nn.Module:  # (V,n) -> (V,n)
     "The normalisation that a configuration names."
     if cfg.norm == "layer":
@@ -291,7 +291,7 @@ class ConvBlock(nn.Module):
         n_in: int,  # channels in
         n_out: int,  # channels out
         key: str,  # neighbour table
-        cfg: UNetConfig,
+        cfg: UNetConfig,  # of the whole network
         kind: str = "same",  # see `SparseConv`
     ) -> None:
         "A convolution and its norm."
@@ -313,7 +313,7 @@ def _stack(
     n_in: int,  # channels in
     n_out: int,  # channels out
     level: int,  # 0 = finest
-    cfg: UNetConfig,
+    cfg: UNetConfig,  # of the whole network
 ) -> nn.Sequential:  # cfg.blocks blocks on the voxels of one level
     "The blocks of one level."
     return nn.Sequential(
@@ -327,7 +327,7 @@ class SparseUNet(nn.Module):
     def __init__(
         self,
         n_in: int,  # channels of the voxel features
-        cfg: UNetConfig = UNetConfig(),
+        cfg: UNetConfig = UNetConfig(),  # widths, blocks, norm
     ) -> None:
         "Build encoder, decoder and the strided layers between the levels."
         super().__init__()

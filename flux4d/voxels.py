@@ -60,7 +60,7 @@ class Voxels:
 # %% ../nbs/13_voxels.ipynb #415b8fa1
 def cell_of(
     points: np.ndarray,  # (N,3) ego0, m
-    cfg: VoxelConfig,
+    cfg: VoxelConfig,  # the grid
 ) -> tuple[np.ndarray, np.ndarray]:  # (N,3) int64 cell indices; (N,) bool, in the grid
     "floor((p - low)/size), and whether that is a cell of the grid."
     low = np.asarray(cfg.low, points.dtype)
@@ -73,7 +73,7 @@ def cell_of(
 def voxelise_np(
     points: np.ndarray,  # (N,3) ego0, m
     features: np.ndarray,  # (N,F) what to average
-    cfg: VoxelConfig,
+    cfg: VoxelConfig,  # the grid
 ) -> Voxels:  # of NumPy arrays
     "Group points by cell and average their features."
     at, inside = cell_of(points, cfg)
@@ -94,7 +94,7 @@ def voxelise_np(
 def voxel_report(
     points: np.ndarray,  # (N,3) ego0, m
     sky: np.ndarray,  # (N,) bool, background points
-    cfg: VoxelConfig,
+    cfg: VoxelConfig,  # the grid
 ) -> dict[str, Any]:  # valid_ratio, points by fate (they add up to N), voxels, points per voxel
     "Count the points in the grid and name the reason for each one outside."
     fate = {}
@@ -119,7 +119,7 @@ def voxel_report(
 def plot_bev(
     points: np.ndarray,  # (N,3) ego0, m
     sky: np.ndarray,  # (N,) bool, background points
-    cfg: VoxelConfig,
+    cfg: VoxelConfig,  # the grid
     window: float = 400.0,  # edge of the square shown, m
     path: Path | None = None,  # where to write bev_xy.png; None = only draw
 ) -> dict[str, Any]:  # the report

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flux4d import baselines, clip_data, cuboids, evaluate, motion_prior, score_clips, train, visibility
+from flux4d import baselines, clip_data, cuboids, evaluate, motion_prior, occupancy, score_clips, train, visibility
 from flux4d.ablation import NOTHING_LEARNED, ablation_row, circumstances, paper_tables, time_table
 from flux4d.baselines import BASELINES
 from flux4d.cache import LiftCache
@@ -287,7 +287,7 @@ def test_dead_and_double_names_are_gone(where, name):
 
 
 def test_one_height_above_ground_and_one_way_to_inputs():
-    assert baselines.height_above_ground is motion_prior.height_above_ground
+    assert baselines.height_above_ground is occupancy.height_above_ground
     assert inspect.getsource(visibility.project_sweep).count("unoccluded(") == 1  # one test of what is hidden
     source = "".join(inspect.getsource(m) for m in (train, score_clips, evaluate))
     assert not re.search(r"\binput_views\b", source)

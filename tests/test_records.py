@@ -10,7 +10,7 @@ import pytest
 from flux4d.figures import SOURCES, figure_faults, figures_in, is_printed_right, run_arithmetic, text_faults
 from flux4d.notebooks import read_notebooks
 from flux4d.records import kept_runs, repo_root, runs_of_record
-from flux4d.repo import pages_of_text
+from flux4d.made_texts import pages_of_text
 from flux4d.baselines import still
 from flux4d.cache import LiftCache
 from flux4d.city.logs import fixture_city

@@ -73,12 +73,13 @@ class Page(HTMLParser):
         self.text += data
 
 
-TAGS = set("html meta title style h1 h2 p table thead tbody tr th td ul li a img strong code".split())
+TAGS = set("html meta title style h1 h2 p table thead tbody tr th td ul li a img video strong code".split())
 ATTRIBUTES = {
     "html": {"lang"},
     "meta": {"charset", "http-equiv", "content"},
     "a": {"href"},
     "img": {"alt", "src"},
+    "video": {"controls", "loop", "muted", "preload", "src"},
     "th": {"style"},
     "td": {"style"},
 }
@@ -162,6 +163,10 @@ FILMS = [
     "https://example.org/a.webp",
     "file:///etc/hostname",
     "javascript:alert(1).webp",
+    "../../secret.mp4",
+    "videos/../../secret.mp4",
+    "https://example.org/a.mp4",
+    "javascript:alert(1).mp4",
     "notes.txt",
 ]
 
@@ -175,6 +180,12 @@ def test_a_film_lies_below_the_run(record, run, film):
     ):
         read_record(keep(run, record), whole=True)
     harmless(to_html(report_text(record), run))
+
+
+def test_a_film_is_played_by_the_page(record, run):
+    record["videos"] = ["videos/a film.mp4", 'videos/"onerror="alert(1).mp4']
+    page = harmless(to_html(report_text(record), run))
+    assert [a["src"] for t, a in page.tags if t == "video"] == ["videos/a%20film.mp4", "videos/%22onerror%3D%22alert%281%29.mp4"]
 
 
 def test_no_file_outside_is_embedded(record, run, tmp_path):
@@ -324,7 +335,7 @@ def test_an_older_record_can_be_compared(record, run, capsys):
 def test_tables_of_runs_show_names_as_text(tmp_path, record, name):
     "The README and the site have these tables."
     from markdown_it import MarkdownIt
-    from flux4d.repo import RUN_COLUMNS, run_row
+    from flux4d.result_tables import RUN_COLUMNS, run_row
     from flux4d.records import run_summary
 
     record["evaluated_on"] = record["runtime"]["machine"] = name

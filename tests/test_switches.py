@@ -17,7 +17,9 @@ from flux4d.gaussians import BACKGROUND, LIDAR
 from flux4d.gap_filling import InitConfig
 from flux4d.losses import LossConfig
 from flux4d.pandaset import PandaSet
-from flux4d.predictor import PredictorConfig, decode_velocity, motion_feature_count
+from flux4d.predictor import PredictorConfig
+from flux4d.decode import decode_velocity
+from flux4d.motion_inputs import motion_feature_count
 from flux4d.records import repo_root
 from flux4d.presets import PRESETS, preset_config, preset_table
 from flux4d.refine import Flux4D, FullConfig, RefineConfig, feedback
@@ -25,7 +27,7 @@ from flux4d.loader import Loader
 from flux4d.train import Trainer
 from flux4d.config import config_from_dict, merged
 from flux4d.run import Run
-from flux4d.motion_prior import MotionPriorConfig
+from flux4d.occupancy import MotionPriorConfig
 
 SMALL = dict(
     data=dict(image_scale=0.25, loader_threads=1),
@@ -118,11 +120,12 @@ def test_feedback_of_the_training_loss_follows_its_weights(clips, tmp_path):
 
 def test_no_prior_no_local_velocity_no_dead_zone():
     free = PredictorConfig(motion_prior=MotionPriorConfig(reach=0), local_velocity_cells=(), dead_zone=0.0)
-    assert motion_feature_count(free) == 0 and motion_feature_count(PredictorConfig()) == 16 + 8
+    assert motion_feature_count(free.motion_inputs) == 0
+    assert motion_feature_count(PredictorConfig().motion_inputs) == 16 + 8
     raw = 1e-3 * torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     ask = (raw, None, torch.zeros(50), torch.eye(4))
-    assert torch.equal(decode_velocity(*ask, free, use_dead_zone=True), decode_velocity(*ask, free))
-    assert (decode_velocity(*ask, replace(free, dead_zone=0.5), use_dead_zone=True) == 0).all()
+    assert torch.equal(decode_velocity(*ask, free.decoding, use_dead_zone=True), decode_velocity(*ask, free.decoding))
+    assert (decode_velocity(*ask, replace(free, dead_zone=0.5).decoding, use_dead_zone=True) == 0).all()
 
 
 def test_the_page_of_presets_is_todays():

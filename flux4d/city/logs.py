@@ -98,7 +98,7 @@ def write_images(
 def mover_or_none(
     caster: Raycaster,  # the street
     thing: np.ndarray,  # indices of things, -1 in the sky
-) -> np.ndarray:  # the same, -1 also for what stands
+) -> np.ndarray:  # the same, -1 also for what is static
     "Only movers keep their index."
     return np.where(thing < caster.street.standing, -1, thing)
 

@@ -432,7 +432,7 @@ def stop_sign() -> Mesh:  # its face towards -x
 # %% ../../nbs/05b_models.ipynb #11bd93ad
 @lru_cache(maxsize=None)
 def small_things() -> dict:  # name -> Mesh
-    "What stands at the kerb and is lower than a person or a little higher; built once."
+    "Static things at the kerb, lower than a person or a little higher; built once."
     return dict(bin=trash_bin(), hydrant=hydrant(), cone=traffic_cone(), sign=stop_sign())
 
 # %% ../../nbs/05b_models.ipynb #bd089469

@@ -219,7 +219,7 @@ def cast_standing(
     caster: Raycaster,  # the street
     rays: Rays,  # G groups of R
 ) -> Hits:  # N = G*R, in order
-    "Follow rays to what stands."
+    "Follow rays to what is static."
     o = np.repeat(rays.o, rays.d.shape[1], 0)
     d = rays.d.reshape(-1, 3)
     t, face, uv = nearest(caster.still, o, d)

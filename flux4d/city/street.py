@@ -44,7 +44,7 @@ class Motion:
     speed: tuple = ((0.0, 0.0),)  # knots: time s, speed m/s; constant outside them
 
     @property
-    def moves(self) -> bool:  # False for what stands throughout
+    def moves(self) -> bool:  # False for what is static throughout
         "Whether it ever has a speed."
         return any(v != 0 for _, v in self.speed)
 
@@ -106,7 +106,7 @@ def rate(
 # %% ../../nbs/05c_street.ipynb #72d2b2ac
 @dataclass
 class Thing:
-    "A solid that stands or moves in the street."
+    "A static or a moving solid of the street."
 
     mesh: Mesh  # own frame: x forward, z up, origin on the ground
     motion: Motion  # own frame to street
