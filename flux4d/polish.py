@@ -39,19 +39,19 @@ class PolishConfig:
     "How a scene is optimised on its input views."
 
     steps: PositiveInt = 80  # where neither steps nor seconds are asked for; each draws one view
-    colour_step: NonNegativeFloat = 0.05  # of a colour logit
-    opacity_step: NonNegativeFloat = 0.05  # of an opacity logit
-    scale_step: NonNegativeFloat = 0.01  # of a stored scale; of small scales the logarithm
-    rotation_step: NonNegativeFloat = 0.003  # of a quaternion's component
-    position_step: NonNegativeFloat = 0.02  # of a centre, in the Gaussian's own mean standard deviations
-    velocity_step: NonNegativeFloat = 0.02  # of a group's velocity, m/s
+    colour_step: NonNegativeFloat = 0.1  # of a colour logit
+    opacity_step: NonNegativeFloat = 0.1  # of an opacity logit
+    scale_step: NonNegativeFloat = 0.02  # of a stored scale; of small scales the logarithm
+    rotation_step: NonNegativeFloat = 0.006  # of a quaternion's component
+    position_step: NonNegativeFloat = 0.04  # of a centre, in the Gaussian's own mean standard deviations
+    velocity_step: NonNegativeFloat = 0.05  # of a group's velocity, m/s
     yaw_step: NonNegativeFloat = 0.002  # of a group's yaw rate, rad/s
-    place_step: NonNegativeFloat = 0.005  # of a group's place, m
-    acceleration_step: NonNegativeFloat = 0.0  # of a group's acceleration, m/s^2
+    acceleration_step: NonNegativeFloat = 0.05  # of a group's acceleration, m/s^2
+    own_step: NonNegativeFloat = 0.005  # of a grouped Gaussian's own velocity, on top of its group's, m/s
+    pull: NonNegativeFloat = 5e-4  # weight of the mean square of a Gaussian's change, counted in steps
+    motion_pull: NonNegativeFloat = 0.01  # the same of a group's motion
     warmup: PositiveInt = 5  # steps until the first full one
     final_step: Share = 0.05  # last step as a share of the largest, reached on a cosine
-    damping: NonNegativeFloat = 1e-15  # added to the size of a gradient; Gaussians that fill little change little
-    momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9  # of Adam
     least_speed: NonNegativeFloat = 0.5  # m/s, what is slower is at rest, and stays so
     group_cell: PositiveFloat = 0.5  # m, cells seen from above that touch are one group
     group_speed: PositiveFloat = 2.5  # m/s, unless their velocities differ by more
@@ -161,20 +161,18 @@ def motion_groups(
 class GroupMotion(NamedTuple):
     "What is changed of the motion of n groups, in the vehicle's frame."
 
-    place: Tensor  # (n,3) m
     velocity: Tensor  # (n,2) m/s, in the plane, at the middle of the input times
     yaw_rate: Tensor  # (n,) rad/s
     acceleration: Tensor  # (n,2) m/s^2, in the plane
 
 
 def group_motion(
-    numbers: Tensor,  # (n,8) in steps of the optimiser
-    cfg: PolishConfig,  # read: place_step, velocity_step, yaw_step, acceleration_step
+    numbers: Tensor,  # (n,5) in steps of the optimiser
+    cfg: PolishConfig,  # read: velocity_step, yaw_step, acceleration_step
 ) -> GroupMotion:
     "Steps of the optimiser as physical units."
-    place, velocity, yaw_rate, acceleration = numbers.split([3, 2, 1, 2], 1)
+    velocity, yaw_rate, acceleration = numbers.split([2, 1, 2], 1)
     return GroupMotion(
-        place=cfg.place_step * place,
         velocity=cfg.velocity_step * velocity,
         yaw_rate=cfg.yaw_step * yaw_rate[:, 0],
         acceleration=cfg.acceleration_step * acceleration,
@@ -184,10 +182,11 @@ def group_motion(
 def velocity_change(
     groups: MotionGroups,  # of M Gaussians
     motion: GroupMotion,  # of the groups
+    own: Tensor,  # (M,3) m/s, world, each Gaussian's own
     seconds: float,  # since the clip's start, when the groups have `motion.velocity`
     degree: int,  # of the scene's motion polynomial
 ) -> Tensor:  # (M,l+1,3) coefficients about the clip's start, m/s^(j+1), world
-    "The change of each Gaussian's velocity: that of its group, and the turn about its centre."
+    "The change of each Gaussian's velocity: that of its group, the turn about its centre, its own."
     arm = groups.arm
     turn = motion.yaw_rate[groups.group, None] * torch.stack([-arm[:, 1], arm[:, 0]], 1)
     velocity = motion.velocity[groups.group] + turn
@@ -197,7 +196,8 @@ def velocity_change(
         blocks = [velocity - seconds * acceleration, acceleration]
     blocks += [torch.zeros_like(velocity)] * (degree + 1 - len(blocks))
     planar = torch.stack(blocks, 1)
-    return planar @ groups.to_world[:, :2].T
+    first = torch.nn.functional.pad(own[:, None], (0, 0, 0, degree))
+    return planar @ groups.to_world[:, :2].T + first
 
 # %% ../nbs/52_polish.ipynb #52p00041
 def step_sizes(
@@ -268,8 +268,10 @@ class Polisher:
         self.raw = self.start.gaussians.flat()
         # what learns, counted in steps
         self.change = torch.zeros_like(self.raw, requires_grad=True)
-        self.motion = self.raw.new_zeros(self.groups.count, 8).requires_grad_()
-        self.optimiser = self._optimiser()
+        self.motion = self.raw.new_zeros(self.groups.count, 5).requires_grad_()
+        self.own = self.raw.new_zeros(len(self.groups.rows), 3).requires_grad_()
+        learned = [self.change, self.motion, self.own]
+        self.optimiser = torch.optim.Adam(learned, betas=(0.9, 0.99), eps=1e-15, fused=self.raw.is_cuda)
         # where it is
         self.step = 0
         self.rng = np.random.default_rng(cfg.seed)
@@ -277,24 +279,24 @@ class Polisher:
 
 # %% ../nbs/52_polish.ipynb #52p00053
 @patch
-def _optimiser(self: Polisher) -> torch.optim.Adam:
-    "Adam; a group's motion is never damped, for it fills many pixels."
-    parts = [dict(params=[self.change], eps=self.cfg.damping), dict(params=[self.motion], eps=1e-15)]
-    return torch.optim.Adam(parts, betas=(self.cfg.momentum, 0.99), fused=self.raw.is_cuda)
+def scene(self: Polisher) -> Scene:  # with the graph of what learns
+    "The scene as it is now."
+    raw, velocity = self.raw + self.sizes * self.change, self.start.velocity
+    if self.groups.count:
+        motion = group_motion(self.motion, self.cfg)
+        own = self.cfg.own_step * self.own
+        change = velocity_change(self.groups, motion, own, self.seconds, velocity.shape[1] - 1)
+        velocity = velocity.index_add(0, self.groups.rows, change)
+    return replace(self.start, gaussians=self.start.gaussians.with_flat(raw), velocity=velocity)
 
 
 @patch
-def scene(self: Polisher) -> Scene:  # with the graph of what learns
-    "The scene as it is now."
-    g = self.start.gaussians
-    raw, velocity = self.raw + self.sizes * self.change, self.start.velocity
+def pull(self: Polisher) -> Tensor:  # scalar
+    "Penalty on the distance from the start, counted in steps."
+    total = self.cfg.pull * self.change.square().mean()
     if self.groups.count:
-        rows, motion = self.groups.rows, group_motion(self.motion, self.cfg)
-        place = motion.place[self.groups.group] @ self.groups.to_world.T
-        raw = raw.index_add(0, rows, torch.nn.functional.pad(place, (0, raw.shape[1] - 3)))
-        degree = velocity.shape[1] - 1
-        velocity = velocity.index_add(0, rows, velocity_change(self.groups, motion, self.seconds, degree))
-    return replace(self.start, gaussians=g.with_flat(raw), velocity=velocity)
+        total = total + self.cfg.motion_pull * self.motion.square().mean()
+    return total
 
 # %% ../nbs/52_polish.ipynb #52p00054
 @patch
@@ -327,7 +329,7 @@ def advance(
     kind = now.gaussians.kind
     losses = reconstruction_loss(out, view, now.velocity, kind, self.cfg.loss, weight, now.duration)
     self.optimiser.zero_grad(set_to_none=True)
-    losses["total"].backward()
+    (losses["total"] + self.pull()).backward()
     for part in self.optimiser.param_groups:
         part["lr"] = step_rate(done, self.step, self.cfg)
     self.optimiser.step()
@@ -410,7 +412,8 @@ def polish(
         run_polish(polisher, seconds, steps, begin, bar)
     with torch.no_grad():
         polished = polisher.scene()
-    if not polished.gaussians.flat().isfinite().all():
+    finite = polished.gaussians.flat().isfinite().all()
+    if not (finite and (polished.velocity is None or polished.velocity.isfinite().all())):
         raise DataError("polish: ended in numbers that are not finite, the scene is as it was; take smaller steps.")
     self.gaussians, self.velocity = polished.gaussians, polished.velocity
     self.source = self.source | dict(polish_steps=polisher.step)
