@@ -365,7 +365,8 @@ def check_budget(
     "Refuse a budget that is none."
     if seconds is not None and steps is not None:
         raise DataError("polish: has both seconds and steps; leave one of the two out.")
-    if seconds is not None and not (isinstance(seconds, (int, float)) and 0 < seconds < math.inf):
+    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if seconds is not None and not (number and 0 < seconds < math.inf):
         raise DataError(f"seconds: is {seconds!r}; choose a number above 0.")
     if steps is not None and not (isinstance(steps, int) and not isinstance(steps, bool) and steps > 0):
         raise DataError(f"steps: is {steps!r}; choose a whole number above 0.")
