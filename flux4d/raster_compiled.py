@@ -378,7 +378,7 @@ def blend_tiles(
         ends[t] = end
         put_tile(total, x0, y0, picture)
 
-# %% ../nbs/20a_raster_compiled.ipynb #32b56af0
+# %% ../nbs/20a_raster_compiled.ipynb #2561f7ad
 MOMENTS = 6  # sums over pixels of pull times 1, dx, dy, dx^2, dx*dy, dy^2
 
 
@@ -457,7 +457,7 @@ def get_tile(
             for c in range(picture.shape[2]):
                 tile[c, (y - y0) * SIDE + x - x0] = picture[y, x, c]
 
-# %% ../nbs/20a_raster_compiled.ipynb #a14385a2
+# %% ../nbs/20a_raster_compiled.ipynb #41c6564f
 @compiled()
 def unblend_tiles(
     first: int,  # tile
@@ -499,7 +499,7 @@ def unblend_tiles(
                 sum_moments(sheet, pull, found, place[k])
                 sum_features(weight, g, found, place[k])
 
-# %% ../nbs/20a_raster_compiled.ipynb #e2fc261f
+# %% ../nbs/20a_raster_compiled.ipynb #8d141fc0
 @compiled()
 def drawn_until(
     end: np.ndarray,  # (AREA,) int32, entry that finished each pixel
@@ -556,7 +556,7 @@ def sum_entries(
         for c in range(d_f.shape[1]):
             d_f[i, c] = m[MOMENTS + c]
 
-# %% ../nbs/20a_raster_compiled.ipynb #91df78ce
+# %% ../nbs/20a_raster_compiled.ipynb #61fc5893
 def in_threads(
     kernel: Callable,  # called with first and one past the last, then `args`
     n: int,  # items to share
@@ -615,7 +615,7 @@ class CompiledBlend(torch.autograd.Function):
         gradients[2] /= opacity.clamp_min(1e-10)
         return *gradients, None, None
 
-# %% ../nbs/20a_raster_compiled.ipynb #d3f6b775
+# %% ../nbs/20a_raster_compiled.ipynb #96c6f2b9
 def rasterise_compiled(
     e: Ellipsoids,  # N Gaussians, world
     features: Tensor,  # (N,C) colours or anything else
