@@ -200,11 +200,11 @@ def encode(
     points = transform_points(to_ego, g.means.double())
     lifted_into = index.voxels.coords[index.voxels.voxel]
     point = point_features(g, points, index.seconds, lifted_into, self.voxel)
-    own = torch.cat([*point, index.motion, *([extra.float()] if self.n_extra else [])], 1)
-    features = voxel_features(own, point, index.seconds, index.voxels, self.cfg.bins)
+    channels = torch.cat([*point, index.motion, *([extra.float()] if self.n_extra else [])], 1)
+    features = voxel_features(channels, point, index.seconds, index.voxels, self.cfg.bins)
     voxels = self.unet(replace(index.voxels, features=features), self.voxel.shape, index.tables)
     around = mix_voxels(voxels, index.corners, index.weights)
-    return torch.cat([own, orientation(g.quats, to_ego), around], 1)
+    return torch.cat([channels, orientation(g.quats, to_ego), around], 1)
 
 # %% ../nbs/31_predictor.ipynb #e40559ce
 @patch
