@@ -27,10 +27,11 @@ from flux4d.splat_groups import (
 from .viewer import scene_actors
 
 # %% auto #0
-__all__ = ['QUICK_MOST', 'panel_picture', 'ScenePanel']
+__all__ = ['QUICK_MOST', 'QUICK_WIDTH', 'panel_picture', 'ScenePanel']
 
 # %% ../nbs/74b_panel.ipynb #28a71ae9
-QUICK_MOST = 100_000  # Gaussians that are drawn while controls move
+QUICK_MOST = 60_000  # Gaussians that are drawn while controls move
+QUICK_WIDTH = 2 / 3  # of the picture's width, then; the browser enlarges it
 
 
 @torch.no_grad()
@@ -113,7 +114,8 @@ def redraw(
     "Draw what the controls say."
     with self._lock:
         scene = self.shown_scene(quick)
-        view = scene.camera(self.camera.value, self.time.value).resized(width=self.picture_width)
+        width = round(self.picture_width * (QUICK_WIDTH if quick else 1))
+        view = scene.camera(self.camera.value, self.time.value).resized(width=width)
         file = io.BytesIO()
         Image.fromarray(panel_picture(scene, view, self.layer.value)).save(file, format="JPEG", quality=90)
         self.image.value = file.getvalue()
