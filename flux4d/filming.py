@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return p
 
-# %% ../nbs/71a_filming.ipynb #feb658a7
+# %% ../nbs/71a_filming.ipynb #2243103c
 def film_main(
     argv: list[str] | None = None,  # command line, None: the process's own
 ) -> int:  # 0, or 1 after an error
@@ -196,6 +196,7 @@ def film_main(
         print(e)
         return 1
     except OSError as e:
-        print(f"{e.filename or args.out}: cannot be read or written ({e.strerror}); check the path and its permissions.")
+        fault = f"cannot be read or written ({e.strerror})"
+        print(f"{e.filename or args.out}: {fault}; check the path and its permissions.")
         return 1
     return 0

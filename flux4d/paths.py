@@ -50,7 +50,7 @@ def _splines(keys: tuple[KeyFrame, ...]) -> _Splines:
         lens=PchipInterpolator(at, [key.K.ravel() for key in keys]),
     )
 
-# %% ../nbs/71_paths.ipynb #8d35fe3a
+# %% ../nbs/71_paths.ipynb #59a5d722
 @dataclass(frozen=True)
 class FilmPath:
     "A camera's way through a scene."
@@ -76,6 +76,7 @@ class FilmPath:
 
     @cached_property
     def _curves(self) -> _Splines:
+        "What runs through the key frames."
         return _splines(self.keys)
 
 # %% ../nbs/71_paths.ipynb #2af3138f
@@ -104,7 +105,7 @@ def moments(
     "When a film along the path has its frames."
     return np.arange(int(self.duration * fps + 1e-6) + 1) / fps
 
-# %% ../nbs/71_paths.ipynb #5f61c176
+# %% ../nbs/71_paths.ipynb #621e1413
 def path_through(
     scene: Scene,  # whose clock the views have
     views: Iterable[Cameras],  # at least one view each, of one size
@@ -128,7 +129,7 @@ def _one_by_one(views: Cameras) -> Iterator[Cameras]:
     "Each of several views alone."
     for k in range(len(views)):
         one = slice(k, k + 1)
-        yield Cameras(views.K[one], views.world_to_cam[one], views.t[one], views.height, views.width)
+        yield replace(views, K=views.K[one], world_to_cam=views.world_to_cam[one], t=views.t[one])
 
 # %% ../nbs/71_paths.ipynb #57248a9a
 def recorded_camera(

@@ -79,7 +79,8 @@ def eight_lines():
     "The program of 70_use, for a CPU and the city."
     page = next(nb for nb in read_notebooks(ROOT) if nb.path.name == "70_use.ipynb")
     code = re.search(r"## In eight lines\n\n```python\n(.*?)```", "\n".join(c["source"] for c in page.cells), re.S)[1]
-    for theirs, ours in {'device="cuda"': 'device="cpu"', "data/pandaset": str(fixture_city()), '"002"': '"001"'}.items():
+    here = {'device="cuda"': 'device="cpu"', "data/pandaset": str(fixture_city()), '"002"': '"001"'}
+    for theirs, ours in here.items():
         assert theirs in code
         code = code.replace(theirs, ours)
     if "polish" not in patched_methods("Scene"):
@@ -270,7 +271,8 @@ def test_times_outside_the_clip(scene):
 
 def test_what_a_clip_asks_for_is_what_is_read(checkpoint):
     log = flux4d.PandaSet(fixture_city())["001"]
-    for asked in (dict(lidar=3), dict(lidar=()), dict(cameras=()), dict(cameras="roof"), dict(start=-1), dict(start=1.5)):
+    odd = (dict(lidar=3), dict(lidar=()), dict(cameras=()), dict(cameras="roof"), dict(start=-1), dict(start=1.5))
+    for asked in odd:
         refused(lambda: log.clip(**asked), "")
     refused(lambda: flux4d.PandaSet(fixture_city())["999"], "choose one of 001")
     model = load_model(checkpoint)

@@ -18,14 +18,15 @@ import torch
 from PIL import Image
 from flux4d.city.logs import fixture_city
 from flux4d.files import DataError
+from flux4d.headless import HeadlessBrowser, find_browser
 from flux4d.html import CENTRE_BITS, as_stored, html_main, rounded
 from flux4d.model import build_model
 from flux4d.pandaset import PandaSet
 from flux4d.panel import ScenePanel
 from flux4d.presets import preset_config
 from flux4d.records import repo_root
-from flux4d.viewer import HeadlessBrowser, find_browser, in_ego0, load_viser, moving_rows
-from flux4d.viewer import splat_groups, thinned, view_main
+from flux4d.splat_groups import in_ego0, moving_rows, splat_groups, thinned
+from flux4d.viewer import load_viser, view_main
 
 ROOT = repo_root(Path(__file__).parent)
 SIZE = 800, 400  # px of the browser, 320 of it the viewer's controls
@@ -58,7 +59,8 @@ def browser_there():
     "Skip where a scene cannot be looked at."
     try:
         load_viser()
-        find_browser()
+        with HeadlessBrowser("about:blank"):
+            pass
     except DataError as e:
         pytest.skip(str(e))
 
@@ -209,6 +211,12 @@ def test_without_playwright_or_chromium(monkeypatch):
     monkeypatch.setitem(sys.modules, "playwright.sync_api", None)
     with pytest.raises(DataError, match="pip install playwright"):
         find_browser()
+
+
+def test_a_browser_that_does_not_start(monkeypatch, browser_there):
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/false")
+    with pytest.raises(DataError, match="does not start .*; install Chromium"):
+        HeadlessBrowser("about:blank")
 
 
 def test_a_taken_port_is_no_fault(scene):
