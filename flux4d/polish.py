@@ -7,10 +7,9 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 import numpy as np
 import torch
-from annotated_types import Interval
 from fastcore.basics import patch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from scipy.sparse import coo_array
@@ -19,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from .clip_data import InputViews
 from .files import DataError
-from .frames import rotate_vectors, se3_inverse, transform_points
+from .frames import rotate_vectors, transform_points
 from .gaussians import FLAT, LIDAR, Gaussians, velocity_at
 from .image_velocity import FlowConfig, render_velocity, velocity_weight
 from .losses import LossConfig, reconstruction_loss

@@ -21,7 +21,14 @@ from .motion_prior import FINE_PRIOR, MotionPrior
 from .unet import SparseUNet, UNetConfig, grid_position, mix_voxels, neighbours, voxelise
 from .motion_inputs import MotionInputs, motion_feature_count, motion_features, unpack_prior
 from .network_inputs import N_POINT, TimeBins, orientation, point_features, voxel_feature_count, voxel_features
-from .decode import AttributeBounds, MotionDecoding, decode_residual, decode_velocity, make_head, motion_head_width
+from flux4d.decode import (
+    AttributeBounds,
+    MotionDecoding,
+    decode_residual,
+    decode_velocity,
+    make_head,
+    motion_head_width,
+)
 
 # %% auto #0
 __all__ = ['PredictorConfig', 'GridIndex', 'returns_in_grid', 'make_grid_index', 'BasePredictor']

@@ -169,7 +169,10 @@ def test_seconds_are_wall_clock_time(made):
 
 BUDGETS = [
     (dict(seconds=1, steps=1), "has both seconds and steps; leave one of the two out"),
-    *((dict(seconds=s), "seconds: is .*; choose a number above 0") for s in (0, -1, float("nan"), float("inf"), "2", True)),
+    *(
+        (dict(seconds=s), "seconds: is .*; choose a number above 0")
+        for s in (0, -1, float("nan"), float("inf"), "2", True)
+    ),
     *((dict(steps=n), "steps: is .*; choose a whole number above 0") for n in (0, -3, 1.5, "8", True)),
 ]
 
