@@ -43,6 +43,7 @@ help:
 	@touch $@
 
 demo: export OMP_NUM_THREADS := 1
+demo: export NUMBA_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
 demo: $(DEMO)/metrics.json
 	@$(REPO) show $(DEMO)
 

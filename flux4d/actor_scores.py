@@ -12,7 +12,8 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from scipy.optimize import linear_sum_assignment
 from .actors import Actor, corners_above, iou_above
 from .clips import Clip
-from .cuboids import assign_points, box_times, load_cuboids, tracks
+from .cuboids import assign_points, load_cuboids
+from .box_motion import box_times, tracks
 from .flow_truth import in_view
 from .frames import se3
 from .scene import Scene

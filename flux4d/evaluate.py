@@ -6,12 +6,13 @@
 from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import torch
 from annotated_types import Interval
-from pydantic import NonNegativeInt
+from pydantic import NonNegativeFloat, NonNegativeInt
 from torch import nn
 from .baselines import BASELINES
 from .clips import TEST_SCENES, Clip, build_index, long_log_clips, select_clips
@@ -22,6 +23,7 @@ from .scores import MODEL_SCENES
 from .view_scores import EvalConfig
 from .pandaset import PandaSet
 from .parameters import asked_root, check_out_dir, scoring
+from .polish import PolishConfig
 from .presets import PRESETS, preset_config
 from .checkpoint import check_checkpoint, trained_frames
 from .weights import read_weights
@@ -33,8 +35,8 @@ from .scene import Scene
 from .settings import Device, Distinct, FilePath, LogId, Name, find_device, read_parameters, refuse_missing
 
 # %% auto #0
-__all__ = ['EvaluationParameters', 'check_subject', 'read_evaluation', 'Subject', 'subject_name', 'open_subject',
-           'reconstruction_of', 'spread_evenly', 'chains_of_clips', 'clips_for_testing', 'eval_clips_of',
+__all__ = ['EvaluationParameters', 'check_subject', 'check_polish', 'read_evaluation', 'Subject', 'subject_name', 'open_subject',
+           'reconstruction_of', 'polish_of', 'spread_evenly', 'chains_of_clips', 'clips_for_testing', 'eval_clips_of',
            'training_rows', 'judged_on', 'scenes_to_score', 'about_of', 'report_folder']
 
 # %% ../nbs/61_evaluate.ipynb #00c89b6c
@@ -45,6 +47,8 @@ class EvaluationParameters:
     checkpoint: FilePath = ""
     baseline: Literal[("", *METHODS)] = ""
     baselines: Distinct[Literal[METHODS]] = ("lift", "zero_motion", "nearest")
+    polish_steps: NonNegativeInt = 0
+    polish_seconds: NonNegativeFloat = 0.0
     data_root: FilePath = ""
     eval_logs: Distinct[LogId] = ()
     eval_starts: Distinct[NonNegativeInt] = ()
@@ -63,6 +67,7 @@ class EvaluationParameters:
     def __post_init__(self) -> None:
         "Refuse what contradicts itself."
         check_subject(self.checkpoint, self.baseline, self.preset)
+        check_polish(self)
 
 # %% ../nbs/61_evaluate.ipynb #3288e6ee
 def check_subject(
@@ -77,6 +82,17 @@ def check_subject(
         raise DataError(f"baseline: {baseline!r} is unknown; choose from {', '.join(METHODS)}.")
     if baseline == "static" and not checkpoint:
         raise DataError("baseline: 'static' needs the Gaussians of a checkpoint; name one, or take lift.")
+
+
+def check_polish(
+    p: EvaluationParameters,  # read: polish_steps, polish_seconds, baseline, checkpoint
+) -> None:  # raises DataError
+    "Refuse a polish of two lengths, and one of a baseline."
+    asked = [name for name in ("polish_steps", "polish_seconds") if getattr(p, name)]
+    if len(asked) > 1:
+        raise DataError("polish_steps, polish_seconds: are both set; leave one of the two 0.")
+    if asked and (p.baseline or not p.checkpoint):
+        raise DataError(f"{asked[0]}: a model is polished, and none is evaluated; name a checkpoint and no baseline.")
 
 # %% ../nbs/61_evaluate.ipynb #fb24f5a5
 def read_evaluation(
@@ -165,6 +181,16 @@ def reconstruction_of(
         return made.moving(torch.zeros_like(made.velocity))
 
     return static if s.baseline == "static" else s.model.reconstruct
+
+
+def polish_of(
+    p: EvaluationParameters,  # read: polish_steps, polish_seconds
+) -> Callable[[Scene], Scene] | None:  # changes a scene; None: nothing is polished
+    "The polish that is scored beside a model."
+    if not (p.polish_steps or p.polish_seconds):
+        return None
+    budget = dict(seconds=p.polish_seconds or None, steps=p.polish_steps or None)
+    return partial(Scene.polish, **budget, cfg=PolishConfig(), progress=False)
 
 # %% ../nbs/61_evaluate.ipynb #446557a8
 def spread_evenly(

@@ -18,7 +18,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 from .clips import Clip
 from .visibility import project_sweep
-from .cuboids import CuboidConfig, draw_points, dynamic_mask, flow_ground_truth
+from .box_motion import CuboidConfig, draw_points, dynamic_mask, flow_ground_truth
 from .frames import pixel_index, project, scale_intrinsics, se3_inverse
 from .gaussians import LIDAR
 from .files import DataError, atomic_write

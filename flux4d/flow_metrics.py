@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
-from .cuboids import BUCKET_OF, BUCKETS, CLASSES, META_OF, METAS, CuboidConfig
+from .cuboids import BUCKET_OF, BUCKETS, CLASSES, META_OF, METAS
+from .box_motion import CuboidConfig
 
 # %% auto #0
 __all__ = ['GROUPS', 'EDGES', 'EMPTY_REGION', 'epe', 'accurate', 'unit_vectors', 'theta_eps', 'three_way', 'normalised_error',

@@ -19,7 +19,8 @@ from .files import DataError, short_path
 from .pandaset import Log
 from .clips import Clip
 from .visibility import project_sweep
-from .cuboids import CLASSES, FlowTruth, class_ids, flow_ground_truth
+from .cuboids import CLASSES, class_ids
+from .box_motion import FlowTruth, flow_ground_truth
 from .label_check import check_labels
 from .scene import Scene
 from .flow_metrics import GROUPS, FlowSample, FlowScoreConfig, flow_rows, mean_row, truth_rows

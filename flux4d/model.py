@@ -151,6 +151,15 @@ def build_model(
 
 # %% ../nbs/32_model.ipynb #2449c6c2
 @patch
+def inputs(
+    self: Flux4DBase,
+    clip: Clip,  # its input frames are read from their files
+) -> ClipInputs:  # on the model's device
+    "All that a reconstruction of a clip may look at, as the model's configuration says."
+    return read_inputs(clip, self.cfg, self.device)
+
+
+@patch
 @torch.no_grad()
 def reconstruct(
     self: Flux4DBase,
@@ -158,10 +167,10 @@ def reconstruct(
 ) -> Scene:
     "The scene after the last stage, without gradients; the model is used in the mode it is in."
     if isinstance(inputs, Clip):
-        inputs = read_inputs(inputs, self.cfg, self.device)
+        inputs = self.inputs(inputs)
     for scene in self.stages(inputs):
         pass
-    return replace(scene, source=scene.source | dict(model=self.origin))
+    return replace(scene, source=scene.source | dict(model=self.origin), inputs=inputs)
 
 # %% ../nbs/32_model.ipynb #8f075cc1
 def model_class(

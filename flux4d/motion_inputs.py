@@ -4,6 +4,7 @@
 
 # %% ../nbs/30a_motion_inputs.ipynb #c0b4bdd3
 from __future__ import annotations
+from collections.abc import Callable
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,20 @@ class StreetGaussians(NamedTuple):
     velocity: Tensor  # (3,) of the box, m/s
 
 
+def _street_ground(uniform: Callable[..., Tensor], n: int) -> Tensor:  # (6,n,3) m
+    "Returns of a plain road, 1 m below the sensor, in six sweeps."
+    xy = uniform(6, n, 2) * torch.tensor([30.0, 24]) - torch.tensor([0.0, 12])
+    return torch.cat([xy, torch.full((6, n, 1), -1.0) + 0.02 * uniform(6, n, 1)], 2)
+
+
+def _street_box(uniform: Callable[..., Tensor], n: int, gen: torch.Generator) -> Tensor:  # (6,n,3) m
+    "Returns on the surface of a box around zero, in six sweeps."
+    side = uniform(6, n, 3)
+    face = torch.randint(3, (6, n), generator=gen)  # which coordinate is at an end
+    side.scatter_(2, face[..., None], side.gather(2, face[..., None]).round())
+    return (side - 0.5) * torch.tensor([4.0, 1.8, 1.5])
+
+# %% ../nbs/30a_motion_inputs.ipynb #57r33t02
 def street_gaussians(
     seed: int = 0,  # of all that is random
     velocity: Tensor | None = None,  # (3,) of the box, m/s; None = up to 8 m/s along each axis of the ground
@@ -45,13 +60,8 @@ def street_gaussians(
         velocity = torch.cat([uniform(2) * 16 - 8, torch.zeros(1)])
     start = torch.tensor([12.0, 0, 0]) + (uniform(3) - 0.5) * torch.tensor([8.0, 8, 0])
     seconds = torch.arange(6) * 0.2
-    xy = uniform(6, n_ground, 2) * torch.tensor([30.0, 24]) - torch.tensor([0.0, 12])
-    height = torch.full((6, n_ground, 1), -1.0) + 0.02 * uniform(6, n_ground, 1)  # a plain road below the sensor
-    ground = torch.cat([xy, height], 2)
-    side = uniform(6, n_box, 3)
-    face = torch.randint(3, (6, n_box), generator=gen)  # which coordinate is at an end: returns lie on the surface
-    side.scatter_(2, face[..., None], side.gather(2, face[..., None]).round())
-    box = (side - 0.5) * torch.tensor([4.0, 1.8, 1.5]) + start + velocity * seconds[:, None, None]
+    ground = _street_ground(uniform, n_ground)
+    box = _street_box(uniform, n_box, gen) + start + velocity * seconds[:, None, None]
     points = torch.cat([ground, box], 1).reshape(-1, 3)
     n = n_ground + n_box
     moving = (torch.arange(n) >= n_ground).repeat(6)

@@ -21,7 +21,14 @@ from .motion_prior import FINE_PRIOR, MotionPrior
 from .unet import SparseUNet, UNetConfig, grid_position, mix_voxels, neighbours, voxelise
 from .motion_inputs import MotionInputs, motion_feature_count, motion_features, unpack_prior
 from .network_inputs import N_POINT, TimeBins, orientation, point_features, voxel_feature_count, voxel_features
-from .decode import AttributeBounds, MotionDecoding, decode_residual, decode_velocity, make_head, motion_head_width
+from flux4d.decode import (
+    AttributeBounds,
+    MotionDecoding,
+    decode_residual,
+    decode_velocity,
+    make_head,
+    motion_head_width,
+)
 
 # %% auto #0
 __all__ = ['PredictorConfig', 'GridIndex', 'returns_in_grid', 'make_grid_index', 'BasePredictor']
@@ -200,11 +207,11 @@ def encode(
     points = transform_points(to_ego, g.means.double())
     lifted_into = index.voxels.coords[index.voxels.voxel]
     point = point_features(g, points, index.seconds, lifted_into, self.voxel)
-    own = torch.cat([*point, index.motion, *([extra.float()] if self.n_extra else [])], 1)
-    features = voxel_features(own, point, index.seconds, index.voxels, self.cfg.bins)
+    channels = torch.cat([*point, index.motion, *([extra.float()] if self.n_extra else [])], 1)
+    features = voxel_features(channels, point, index.seconds, index.voxels, self.cfg.bins)
     voxels = self.unet(replace(index.voxels, features=features), self.voxel.shape, index.tables)
     around = mix_voxels(voxels, index.corners, index.weights)
-    return torch.cat([own, orientation(g.quats, to_ego), around], 1)
+    return torch.cat([channels, orientation(g.quats, to_ego), around], 1)
 
 # %% ../nbs/31_predictor.ipynb #e40559ce
 @patch

@@ -401,12 +401,13 @@ def rasterise(
     features: Tensor,  # (N,C) colours or anything else
     camera: Pinhole,  # the view
     rules: DrawRules = DrawRules(),  # planes, and how narrow splats are treated
+    blend: type = Blend,  # the operation from splats to pixels
 ) -> Raster:
     "One camera's picture of the Gaussians, by the rules of gsplat's `rasterization`."
     s = project_gaussians(e, camera, rules)
     ones = torch.ones_like(s.depth)
     values = torch.cat([features.index_select(0, s.ids), s.depth[:, None], ones[:, None]], 1)
     on_cpu = [v.cpu() for v in (s.uv, s.conic, s.opacity, values)]
-    out = Blend.apply(*on_cpu, camera.width, camera.height).to(e.means.device)
+    out = blend.apply(*on_cpu, camera.width, camera.height).to(e.means.device)
     image, depth, alpha = out.reshape(camera.height, camera.width, -1).split([features.shape[1], 1, 1], -1)
     return Raster(image, (depth / alpha.clamp_min(1e-10))[..., 0], alpha[..., 0])

@@ -253,9 +253,10 @@ def record_files(
     pictures = check_pictures(run)
     needed = [run / "config.yaml", run / "metrics.json"]
     metrics = read_metrics(needed[1]) if needed[1].is_file() else {}
-    if metrics.get("runtime", {}).get("iters", 1):  # what trained nothing has no log of steps
-        needed.append(run / "metrics.jsonl")
     notebooks = sorted(run.glob("*.ipynb"))
+    evaluates = any(p.name.startswith("61_evaluate") for p in notebooks)  # a checkpoint of another run
+    if metrics.get("runtime", {}).get("iters", 1) and not evaluates:  # what trained nothing has no log of steps
+        needed.append(run / "metrics.jsonl")
     missing = [p.name for p in needed if not p.is_file()] + ["the executed notebook"] * (not notebooks)
     if missing:
         raise FileNotFoundError(

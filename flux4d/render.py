@@ -16,6 +16,7 @@ from .frames import TIME_SLACK
 from .gaussians import FLAT, Gaussians, LIDAR, advance
 from .lazy_methods import LazyMethods
 from .raster import DrawRules, Ellipsoids, Pinhole, rasterise
+from .raster_compiled import have_numba, rasterise_compiled
 
 # %% auto #0
 __all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'pick_backend', 'background_colour', 'lidar_depth', 'render',
@@ -26,8 +27,9 @@ __all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'pick_backend'
 class RenderConfig:
     "How Gaussians become pixels; supp. A.2 where it speaks, our choice elsewhere."
 
-    # "gsplat", "torch" (the twin), or "auto": gsplat for tensors on a GPU, else the twin
-    backend: Literal["auto", "gsplat", "torch"] = "auto"
+    # "gsplat", "compiled" (numba), "torch" (the readable one), or "auto": gsplat for tensors on a GPU,
+    # compiled elsewhere where numba is installed, else torch
+    backend: Literal["auto", "gsplat", "compiled", "torch"] = "auto"
     near: PositiveFloat = 0.1  # m, nothing nearer is drawn
     far: PositiveFloat = 10_000.0  # m, nothing farther is drawn; the sky lies at 1 to 3 km
     max_scale: PositiveFloat = 1.0  # m, largest standard deviation of a LiDAR Gaussian when drawn (supp. A.2)
@@ -85,20 +87,45 @@ def drawn_scales(
     return torch.where((g.kind == LIDAR)[:, None], g.scales.clamp_max(max_scale), g.scales)
 
 # %% ../nbs/21_render.ipynb #3fa633a4
+def _each_view(
+    draw: Callable,  # `rasterise` or `rasterise_compiled`
+    e: Ellipsoids,  # means (V,N,3) at each view's time, world, m; the rest of the N Gaussians
+    values: Tensor,  # (V,N,C) what each Gaussian shows to each view
+    views: Any,  # V views
+    cfg: RenderConfig,  # planes, widening, mode
+) -> tuple[Tensor, Tensor]:  # values (V,H,W,C), alpha (V,H,W)
+    "Pictures of a rasteriser that draws one view at a time."
+    rules = DrawRules(cfg.near, cfg.far, cfg.eps2d, cfg.antialiased)
+    K, world_to_cam = views.K.to(e.means), views.world_to_cam.to(e.means)
+    drawn = [
+        draw(e._replace(means=m), f, Pinhole(k, T, views.width, views.height), rules)
+        for m, f, k, T in zip(e.means, values, K, world_to_cam)
+    ]
+    return torch.stack([d.features for d in drawn]), torch.stack([d.alpha for d in drawn])
+
+
 def _with_torch(
     e: Ellipsoids,  # means (V,N,3) at each view's time, world, m; the rest of the N Gaussians
     values: Tensor,  # (V,N,C) what each Gaussian shows to each view
     views: Any,  # V views
     cfg: RenderConfig,  # planes, widening, mode
 ) -> tuple[Tensor, Tensor]:  # values (V,H,W,C), alpha (V,H,W)
-    "The twin's pictures."
-    rules = DrawRules(cfg.near, cfg.far, cfg.eps2d, cfg.antialiased)
-    K, world_to_cam = views.K.to(e.means), views.world_to_cam.to(e.means)
-    drawn = [
-        rasterise(e._replace(means=m), f, Pinhole(k, T, views.width, views.height), rules)
-        for m, f, k, T in zip(e.means, values, K, world_to_cam)
-    ]
-    return torch.stack([d.features for d in drawn]), torch.stack([d.alpha for d in drawn])
+    "Pictures of the plain-torch rasteriser."
+    return _each_view(rasterise, e, values, views, cfg)
+
+
+def _with_numba(
+    e: Ellipsoids,  # means (V,N,3) at each view's time, world, m; the rest of the N Gaussians
+    values: Tensor,  # (V,N,C) what each Gaussian shows to each view
+    views: Any,  # V views
+    cfg: RenderConfig,  # planes, widening, mode
+) -> tuple[Tensor, Tensor]:  # values (V,H,W,C), alpha (V,H,W)
+    "Pictures of the compiled rasteriser."
+    if not have_numba():
+        raise ImportError(
+            "numba is not installed: `pip install numba`, or set backend='torch' for the plain-torch rasteriser"
+        )
+    return _each_view(rasterise_compiled, e, values, views, cfg)
 
 # %% ../nbs/21_render.ipynb #1a901b5b
 def _gsplat_rasterization(
@@ -144,12 +171,13 @@ def _with_gsplat(
 
 # %% ../nbs/21_render.ipynb #4fda22ce
 def pick_backend(
-    backend: str,  # "auto", "gsplat" or "torch"
+    backend: str,  # "auto", "gsplat", "compiled" or "torch"
     device: torch.device,  # of the Gaussians
 ) -> Callable:  # the function that draws
     "The back end's function."
-    auto = _with_gsplat if device.type == "cuda" else _with_torch
-    table = dict(torch=_with_torch, gsplat=_with_gsplat, auto=auto)
+    on_cpu = _with_numba if have_numba() else _with_torch
+    auto = _with_gsplat if device.type == "cuda" else on_cpu
+    table = dict(torch=_with_torch, compiled=_with_numba, gsplat=_with_gsplat, auto=auto)
     if backend not in table:
         raise ValueError(f"unknown render backend {backend!r}: choose one of {', '.join(sorted(table))}")
     return table[backend]

@@ -93,7 +93,10 @@ def image_row(
 
 # %% ../nbs/56_report.ipynb #6fb70125
 ALSO = "lift", "zero_motion", "static"  # baselines that tables name otherwise: its lift, its motion removed
-TITLES = dict(motion_prior="motion prior alone, nothing learned")  # baselines with a title of their own
+TITLES = dict(
+    motion_prior="motion prior alone, nothing learned",
+    polished="polished on its input views (not feed-forward), its seconds on top of ours",
+)  # baselines with a title of their own
 
 
 def title_of(

@@ -26,7 +26,8 @@ __all__ = ['CSS', 'POLICY', 'PAGE', 'PLAYER', 'FILM_ENDINGS', 'PICTURES', 'BEGIN
            'stated', 'side_by_side', 'report_again', 'read_runs', 'report_main']
 
 # %% ../nbs/56a_report_pages.ipynb #39a1c0de
-CSS = """body{font:14px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em} img,video{max-width:100%;display:block}
+CSS = """body{font:14px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}
+img,video{max-width:100%;display:block}
 table{border-collapse:collapse;font-size:12px;margin:1em 0}
 td,th{border:1px solid #ccc;padding:2px 6px;text-align:right}
 td:first-child,th:first-child{text-align:left}"""

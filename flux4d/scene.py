@@ -73,6 +73,7 @@ class Scene(LazyMethods):
     cameras: dict[str, CameraPath] = field(default_factory=dict)  # recorded ones, by name
     source: dict[str, Any] = field(default_factory=dict)  # what it was made from: log, clip, model
     render_cfg: RenderConfig = field(default_factory=RenderConfig)  # how it is drawn
+    inputs: Any = None  # `ClipInputs` that it was reconstructed from, for a polish; None: not known
 
     def __len__(self) -> int:  # N
         "Number of Gaussians."

@@ -14,7 +14,7 @@ from torch import Tensor
 import flux4d
 from .files import DataError
 from .frames import ClipTime
-from .gaussians import Gaussians
+from .gaussians import BACKGROUND, LIDAR, Gaussians
 from .render import RenderConfig
 from .scene import CameraPath, Scene
 from .settings import find_device, read_settings
@@ -122,6 +122,8 @@ def _read_gaussians(
     n = len(_take(content, "gaussians.means", (None, 3)))
     found = {key: _take(content, f"gaussians.{key}", (n, *rest)) for key, rest in _SHAPES.items()}
     whole = {key: found[key].long() for key in WHOLE_NUMBERS}
+    if not ((whole["kind"] == LIDAR) | (whole["kind"] == BACKGROUND)).all():
+        raise DataError(f"has Gaussians of an unknown kind; {_AGAIN}.")
     return Gaussians(**{key: x.float() for key, x in found.items()} | whole)
 
 # %% ../nbs/22a_scene_file.ipynb #0acab5eb

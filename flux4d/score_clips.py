@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np
@@ -36,9 +37,10 @@ from .scores import BASELINE, MODEL_SCENES, TARGET_SETTINGS, metrics_from, score
 from .view_scores import EvalConfig, check_clip, moving_mask, sky_mask, view_rows
 
 # %% auto #0
-__all__ = ['METHODS', 'ALWAYS', 'one_clip_loader', 'read_ahead', 'forget', 'check_baselines', 'timed', 'ClipScenes',
-           'clip_scenes', 'distinct', 'RenderedTarget', 'target_views', 'view_masks', 'rendered_targets', 'Evaluation',
-           'picture_key', 'beside_photo', 'write_worst', 'evaluate', 'validation_scores']
+__all__ = ['METHODS', 'ALWAYS', 'POLISHED', 'one_clip_loader', 'read_ahead', 'forget', 'check_baselines', 'polished_copy',
+           'timed', 'ClipScenes', 'clip_scenes', 'distinct', 'RenderedTarget', 'target_views', 'view_masks',
+           'rendered_targets', 'Evaluation', 'picture_key', 'beside_photo', 'write_worst', 'evaluate',
+           'validation_scores']
 
 # %% ../nbs/55d_score_clips.ipynb #bd9253cf
 def one_clip_loader(
@@ -83,6 +85,20 @@ def check_baselines(
         raise DataError(f"baselines: {bad[0]!r} is unknown; choose from {', '.join(METHODS)}.")
     return tuple(dict.fromkeys((*names, *ALWAYS)))
 
+# %% ../nbs/55d_score_clips.ipynb #55d000b1
+POLISHED = "polished"  # beside baselines: the reconstruction after a polish on its input views, not feed-forward
+
+
+def polished_copy(
+    scene: Scene,  # a reconstruction, stays as it is
+    inputs: ClipInputs,  # that it was made from
+    polish: Callable[[Scene], Any],  # changes a scene that knows its inputs
+) -> Scene:
+    "A polished scene beside the one it came from."
+    own = replace(scene, inputs=inputs)
+    polish(own)
+    return own
+
 # %% ../nbs/55d_score_clips.ipynb #10be022f
 def timed(
     f: Callable,  # () -> anything
@@ -114,6 +130,7 @@ def clip_scenes(
     reconstruct: Callable[[ClipInputs], Scene],  # what is evaluated
     inputs: ClipInputs,  # of one clip
     baselines: tuple[str, ...] = (),  # of METHODS
+    polish: Callable[[Scene], Any] | None = None,  # changes a scene; None: nothing is polished
 ) -> ClipScenes:
     "Reconstruct a clip by every method."
     gpu = inputs.scene.device.type == "cuda"
@@ -123,6 +140,12 @@ def clip_scenes(
     spent = dict(model=seconds)
     for name in baselines:
         scenes[BASELINE + name], spent[BASELINE + name] = timed(lambda: methods[name](inputs), gpu)
+    if polish:
+        name = BASELINE + POLISHED
+        polish_model = partial(polished_copy, model, inputs, polish)
+        if gpu:
+            polish_model()  # once untimed: the first backward pass loads kernels
+        scenes[name], spent[name] = timed(polish_model, gpu)
     return ClipScenes(scenes, spent)
 
 # %% ../nbs/55d_score_clips.ipynb #27a7b792
@@ -209,6 +232,7 @@ class Evaluation:
     baselines: tuple[str, ...] = ()  # of METHODS, scored beside it; those of ALWAYS are added by `evaluate`
     cfg: EvalConfig = field(default_factory=EvalConfig)  # how to score; clips whose pictures are kept
     videos: int = 3  # clips of which a film is made
+    polish: Callable[[Scene], Any] | None = None  # see `clip_scenes`; what it makes is scored as POLISHED
     lpips: Callable | None = None  # (render, photo), (H,W,3) 0..1 -> float; None: not to be had
     tables: list[pd.DataFrame] = field(default_factory=list)  # rows, see `score_table`
     pictures: dict[tuple, np.ndarray] = field(default_factory=dict)  # by `picture_key`: (h,2w,3) uint8
@@ -243,7 +267,7 @@ def add(
     clip: Clip,  # that was scored
     rows: pd.DataFrame | list[dict],  # rows of the score table, their place still missing
     scene: str,  # its name in the table
-    **place,  # frame, camera, setting
+    **place: Any,  # frame, camera, setting
 ) -> None:
     "Put rows into the table."
     self.tables.append(pd.DataFrame(rows).assign(log=clip.log.id, clip=clip.id, scene=scene, **place))
@@ -338,7 +362,7 @@ def score_clip(
     inputs = self.loader.inputs(i)
     check_clip(clip, self.cfg.labels)
     read_ahead(self.loader, clip)
-    found = clip_scenes(self.reconstruct, inputs, self.baselines)
+    found = clip_scenes(self.reconstruct, inputs, self.baselines, self.polish)
     self.score_views(i, {name: found.scenes[name] for name in (*names, *found.baselines)})
     self.score_motion(i, {name: found.scenes[name] for name in ("model", "zero_motion", *found.baselines)})
     self.score_cost(i, found)

@@ -62,7 +62,9 @@ def halved(
         return x
     half = x.half()
     if half.isinf().any():
-        raise DataError(f"{what}: holds numbers beyond 65504, too large for half precision; write it in full precision.")
+        raise DataError(
+            f"{what}: holds numbers beyond 65504, too large for half precision; write it in full precision."
+        )
     return half
 
 # %% ../nbs/02h_tensor_file.ipynb #92bce5ed

@@ -46,7 +46,7 @@ class Trainer(TrainStep):
         "A fresh run at step 0."
         super().__init__(cfg, loader, run, kind)
         self.index_hash = index_hash
-        self.source = {k: v for k, v in provenance(self.device).items() if k in ("flux4d", "commit", "torch", "machine")}
+        self.source = {k: v for k, v in provenance(self.device).items() if k in ("flux4d", "commit", "machine")}
         # where the run is
         self.best = None  # best score of a validation
         self.saved_step = 0

@@ -15,7 +15,8 @@ from pydantic import NonNegativeInt, PositiveInt
 from .clips import Clip
 from .clip_data import Views
 from .files import short_path
-from .cuboids import CuboidConfig, class_ids, dynamic_mask, load_cuboids
+from .box_motion import CuboidConfig, dynamic_mask
+from .cuboids import class_ids, load_cuboids
 from .label_check import check_labels
 from .image_metrics import MetricConfig, depth_rmse, psnr, ssim_metric
 from .render import Rendered

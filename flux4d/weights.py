@@ -27,7 +27,6 @@ HISTORY = (  # parts of a checkpoint that say where weights come from
     "index_hash",
     "flux4d",
     "commit",
-    "torch",
     "machine",
 )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from flux4d.export import C0, OPENGL, PLY_COLUMNS, splats_of
+from flux4d.export import SH_C0, OPENGL, PLY_COLUMNS, SweepConfig, splats_of
 from flux4d.files import DataError
 from flux4d.frames import ClipTime, se3
 from flux4d.gaussians import BACKGROUND, LIDAR, gaussians_from, scale_inv
@@ -66,7 +66,7 @@ def test_a_ply_is_the_scene_at_its_moment(scene, tmp_path, seconds, background):
     assert {p.val_dtype for p in vertex.properties} == {"f4"}
     assert len(vertex) == int(kept.sum())
     assert np.array_equal(columns(vertex, "x y z"), scene.means_at(seconds / scene.duration)[kept].numpy())
-    assert np.allclose(0.5 + C0 * columns(vertex, "f_dc_0 f_dc_1 f_dc_2"), g.colours[kept], atol=1e-6)
+    assert np.allclose(0.5 + SH_C0 * columns(vertex, "f_dc_0 f_dc_1 f_dc_2"), g.colours[kept], atol=1e-6)
     assert np.array_equal(np.asarray(vertex["opacity"]), g.opacity_logits[kept].numpy())
     drawn = torch.where(g.kind[kept, None] == LIDAR, g.scales[kept].clamp_max(1.0), g.scales[kept])
     assert np.allclose(np.exp(columns(vertex, "scale_0 scale_1 scale_2")), drawn, rtol=1e-5)
@@ -92,7 +92,7 @@ def test_a_ply_renders_as_the_scene_does(scene, tmp_path):
         quats=tensors["quats"],
         log_scales=scale_inv(tensors["scales"].exp()),
         opacity_logits=tensors["opacity"][:, 0],
-        colour_logits=torch.logit(0.5 + C0 * tensors["f_dc"]),
+        colour_logits=torch.logit(0.5 + SH_C0 * tensors["f_dc"]),
     )
     view = scene.camera("front", 0.4)
     again = replace(scene, gaussians=g, velocity=None).render(view)
@@ -132,7 +132,7 @@ def test_a_compressed_ply_is_the_scene_rounded(scene, tmp_path):
     off, which = nearest(positions, splats.means)
     assert off.max() < 0.05 and len(set(which.tolist())) == len(positions)
     assert np.allclose(log_scales, splats.log_scales[which], atol=0.01)
-    assert np.allclose(colours, 0.5 + C0 * splats.f_dc[which], atol=0.01)
+    assert np.allclose(colours, 0.5 + SH_C0 * splats.f_dc[which], atol=0.01)
     assert np.allclose(opacities, torch.sigmoid(splats.opacity)[which], atol=0.01)
     assert "sh" not in [e.name for e in plyfile.PlyData.read(path).elements]
 
@@ -152,13 +152,14 @@ def test_gaussians_that_are_alike_are_compressed_too(scene, tmp_path, n):
 def test_a_splat_has_records_of_32_bytes(scene, tmp_path):
     content = scene.export_splat(tmp_path / "a.splat", 0.4).read_bytes()
     assert len(content) == 32 * len(scene)
-    records = np.frombuffer(content, np.dtype([("xyz", "<f4", 3), ("scale", "<f4", 3), ("rgba", "u1", 4), ("rot", "u1", 4)]))
+    layout = [("xyz", "<f4", 3), ("scale", "<f4", 3), ("rgba", "u1", 4), ("rot", "u1", 4)]
+    records = np.frombuffer(content, np.dtype(layout))
     splats = splats_of(scene, 0.4)
     off, which = nearest(records["xyz"], splats.means)
     assert off.max() == 0 and sorted(which.tolist()) == list(range(len(scene)))
     assert np.array_equal(records["xyz"], splats.means[which].numpy())
     assert np.allclose(records["scale"], splats.log_scales[which].exp(), rtol=1e-5)
-    rgba = torch.cat([0.5 + C0 * splats.f_dc, torch.sigmoid(splats.opacity)[:, None]], 1)[which]
+    rgba = torch.cat([0.5 + SH_C0 * splats.f_dc, torch.sigmoid(splats.opacity)[:, None]], 1)[which]
     assert abs(records["rgba"] / 255 - rgba.numpy()).max() < 1.01 / 255
     turns = (records["rot"].astype(float) - 128) / 128
     turns /= np.linalg.norm(turns, axis=1, keepdims=True)
@@ -185,7 +186,8 @@ def test_cameras_are_those_of_the_scene(scene, tmp_path):
     assert all(read[k] == 0 for k in ("k1", "k2", "p1", "p2"))
     for frame, pose in zip(read["frames"], front.poses, strict=True):
         assert np.allclose(np.array(frame["transform_matrix"]) @ OPENGL, pose)
-        assert (frame["fl_x"], frame["fl_y"], frame["cx"], frame["cy"], frame["w"], frame["h"]) == (60, 60, 40, 30, 80, 60)
+        lens = dict(fl_x=60, fl_y=60, cx=40, cy=30, w=80, h=60)
+        assert {name: frame[name] for name in lens} == lens
         with Image.open(tmp_path / frame["file_path"]) as picture:
             assert picture.size == (80, 60)
     one = read["frames"][3]
@@ -223,7 +225,8 @@ def test_optical_flow_is_that_of_a_plane(tmp_path):
     grows = 12.0 / (12.0 - driven) - 1
     valid = flow[..., 2] > 0
     assert flow.dtype == np.float32 and valid.mean() > 0.9
-    assert abs(flow[..., 0] - grows * u)[valid].max() < 0.75 and abs(flow[..., 1] - grows * v)[valid].max() < 0.75  # half a Gaussian
+    off = flow[..., :2] - grows * np.stack([u, v], -1)
+    assert abs(off[valid]).max() < 0.75  # px, half a Gaussian
 
 
 def test_scene_flow_counts_the_vehicle_as_argoverse_does(scene, tmp_path):
@@ -237,6 +240,33 @@ def test_scene_flow_counts_the_vehicle_as_argoverse_does(scene, tmp_path):
     assert np.allclose(world["flow_tx_m"], 0, atol=1e-4)
     for r in (rows, world):
         assert np.allclose(r["flow_ty_m"], np.where(moving, 0.4, 0.0), atol=1e-3)
+
+
+@pytest.mark.parametrize("ending", ["npy", "pcd"])
+def test_a_sweep_meets_a_wall_where_the_beams_do(tmp_path, ending):
+    scene = made_scene()
+    y, z = torch.meshgrid(torch.linspace(-30, 30, 240), torch.linspace(-8, 10, 90), indexing="ij")
+    wall = torch.stack([torch.full_like(y, 20.0), y, z], -1).reshape(-1, 3)
+    g = gaussians_from(wall, torch.full((len(wall),), 0.2), torch.rand(len(wall), 3), torch.zeros(len(wall)), 0)
+    g = replace(g, opacity_logits=torch.full((len(wall),), 4.0))
+    standing = replace(scene, gaussians=g, velocity=None)
+    cfg = SweepConfig(lowest=-10.0, highest=10.0, beams=8, azimuth_step=1.0)
+    path = standing.export_lidar(tmp_path / f"a.{ending}", 0.5, cfg)
+    if ending == "npy":
+        points = np.load(path)
+    else:
+        header, _, body = path.read_bytes().partition(b"DATA binary\n")
+        assert b"FIELDS x y z" in header
+        points = np.frombuffer(body, "<f4").reshape(-1, 3)
+    beam = points - np.array(cfg.origin)
+    azimuth = np.degrees(np.arctan2(beam[:, 1], beam[:, 0]))
+    elevation = np.degrees(np.arctan2(beam[:, 2], np.hypot(beam[:, 0], beam[:, 1])))
+    ahead = abs(azimuth) < 40
+    assert np.allclose(points[ahead, 0], 20.0 - 5.6 * 0.5, atol=0.05)  # the vehicle drove towards it
+    assert np.allclose(points[:, 0], 20.0 - 5.6 * 0.5, atol=1.0)  # seen at a flat angle
+    assert np.allclose(azimuth, azimuth.round(), atol=1e-3) and azimuth.min() < -45 < 45 < azimuth.max()
+    steps = (elevation + 10) / (20 / 7)
+    assert np.allclose(steps, steps.round(), atol=1e-3)
 
 
 # what cannot be done
@@ -256,6 +286,8 @@ FAULTS = [
     (lambda s, d: s.export_optical_flow(d / "a.npy", "front", 1.0, step=1.0), "seconds: is 2.0; choose a moment"),
     (lambda s, d: s.export_scene_flow(d / "a.npy", 9.0), "seconds: is 9.0; choose a moment"),
     (lambda s, d: s.export_cameras(d / "a.json", ["roof"]), "camera: 'roof' is not in this scene; choose from front."),
+    (lambda s, d: s.export_lidar(d / "a.txt"), "does not end in .pcd or .npy; name the file so."),
+    (lambda s, d: s.export_lidar(d / "a.npy", 9.0), "seconds: is 9.0; choose a moment"),
     (lambda s, d: s.export_cameras(d / "a.txt"), "does not end in .json; name the file so."),
     (lambda s, d: replace(s, cameras={}).export_scene_flow(d / "a.npy"), "camera: this scene has no recorded cameras"),
     (lambda s, d: replace(s, gaussians=s.gaussians[s.gaussians.kind == BACKGROUND], velocity=None).export_ply(

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from flux4d.city.logs import fixture_city
 from flux4d.clips import long_log_clips
-from flux4d.cuboids import CLASSES, CuboidConfig, flow_ground_truth
+from flux4d.cuboids import CLASSES
+from flux4d.box_motion import CuboidConfig, flow_ground_truth
 from flux4d.flow_metrics import FlowSample, FlowScoreConfig, flow_rows, truth_rows
 from flux4d.flow_truth import clip_truth, exact_flow
 from flux4d.files import DataError

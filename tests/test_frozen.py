@@ -54,6 +54,7 @@ SMALL = dict(
     voxel=dict(size=0.4),
     model=dict(degree=1, unet=dict(widths=[8, 16], blocks=1), hidden=16),
     refine=dict(unet=dict(widths=[8, 16], blocks=1)),
+    render=dict(backend="torch"),  # the stored values are the readable rasteriser's
     flow=dict(enabled=True),
     loss=dict(depth=0.1, berhu=8.0),
     train=dict(iters=3, warmup=1, log_every=1, eval_every=0, save_ckpt_every=0, supervise_inputs=False),

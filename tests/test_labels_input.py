@@ -10,7 +10,8 @@ import pytest
 from flux4d import cuboids
 from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
-from flux4d.cuboids import CLASSES, CuboidConfig, flow_ground_truth, load_cuboids, moves, same_track
+from flux4d.cuboids import CLASSES, load_cuboids
+from flux4d.box_motion import CuboidConfig, flow_ground_truth, moves, same_track
 from flux4d.label_check import check_labels
 from flux4d.view_scores import check_clip
 from flux4d.files import DataError

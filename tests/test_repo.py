@@ -126,6 +126,35 @@ def test_everything_has_docstring_and_annotations(path):
     assert list(undocumented(path)) == []
 
 
+def parameters_without_comment(path):
+    "Public functions' and methods' parameters that no comment explains, on their line or on the one above."
+    lines = path.read_text(encoding="utf-8").splitlines()
+    public = re.search(r"__all__ = \[(.*?)\]", "\n".join(lines), re.S)
+    names = set(re.findall(r"'(\w+)'", public[1])) if public else None
+
+    def bare(owner, f):
+        args = [*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs, *filter(None, (f.args.vararg, f.args.kwarg))]
+        for a in args:
+            above = lines[a.lineno - 2].strip()
+            said = "#" in lines[a.end_lineno - 1] or above.startswith("#") and not above.startswith("# %%")
+            if a.arg not in ("self", "cls") and not said:
+                yield f"{owner}{f.name}({a.arg})"
+
+    for n in tree(path).body:
+        if isinstance(n, ast.FunctionDef) and not n.name.startswith("_"):
+            if n.decorator_list or names is None or n.name in names:
+                yield from bare("", n)
+        if isinstance(n, ast.ClassDef) and not n.name.startswith("_"):
+            for f in n.body:
+                if isinstance(f, ast.FunctionDef) and (not f.name.startswith("_") or f.name == "__init__"):
+                    yield from bare(f"{n.name}.", f)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_every_public_parameter_is_explained(path):
+    assert list(parameters_without_comment(path)) == []
+
+
 def test_arrows_run_from_higher_to_lower_numbers():
     order = {m: i for i, m in enumerate(EXPORTING)}
     assert [
@@ -446,6 +475,7 @@ def test_packages_imported_are_declared():
         nbclient="papermill",
         nbformat="papermill",  # the last three come with these
         markdown_it="markdown-it-py",
+        imageio_ffmpeg="imageio-ffmpeg",
     )
     used = {
         a.split(".")[0]

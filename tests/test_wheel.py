@@ -1,0 +1,69 @@
+"The package as somebody installs it: a wheel in a fresh environment, used in an empty folder."
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+import pytest
+from flux4d.records import repo_root
+from test_use import eight_lines, small_checkpoint
+
+ROOT = repo_root(Path(__file__).parent)
+
+
+def run(command, folder, **env):
+    "Standard output of a command that knows nothing of this repository."
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("FLUX4D_")}
+    done = subprocess.run([str(word) for word in command], cwd=folder, capture_output=True, text=True, env=kept | env)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    "Built from what a source package holds; nothing is downloaded."
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    shutil.copytree(ROOT / "flux4d", source / "flux4d", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    run([*pip, "wheel", source, "--no-deps", "--no-build-isolation", "--no-index", "-w", folder / "out"], folder)
+    (built,) = (folder / "out").glob("flux4d-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    "A fresh environment with the wheel; what it needs comes from the running one."
+    home = tmp_path_factory.mktemp("fresh") / "env"
+    venv.create(home, with_pip=False, symlinks=True)
+    python = home / "bin/python"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
+    run([*pip, "install", "--no-deps", "--no-index", wheel], home)
+    packages = run([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], home).strip()
+    theirs = sorted({sysconfig.get_paths()[kind] for kind in ("purelib", "platlib")})
+    Path(packages, "running_environment.pth").write_text("\n".join(theirs) + "\n")
+    return home
+
+
+def test_the_eight_lines_from_a_wheel(installed, tmp_path):
+    small_checkpoint(tmp_path / "made")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "ckpt_best.pt").write_bytes((tmp_path / "made/ckpt_best.pt").read_bytes())
+    (empty / "program.py").write_text(eight_lines() + "print(flux4d.__file__)\n")
+    out = run([installed / "bin/python", "program.py"], empty)
+    assert Path(out.splitlines()[-1]).resolve().is_relative_to(installed.resolve())
+    assert {"a.scene", "a.ply", "a.mp4"} <= {p.name for p in empty.iterdir()}
+
+
+def test_commands_from_a_wheel(installed, tmp_path):
+    for command in ("flux4d-weights", "flux4d-check", "flux4d-city"):
+        assert "usage: " + command in run([installed / "bin" / command, "--help"], tmp_path)
+    loaded = "import sys, flux4d; print(sorted({'torch', 'sklearn', 'matplotlib'} & set(sys.modules)))"
+    assert run([installed / "bin/python", "-c", loaded], tmp_path).strip() == "[]"
+    assert not list(tmp_path.iterdir())
