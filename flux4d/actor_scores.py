@@ -68,7 +68,7 @@ class TrueActor(NamedTuple):
 
 # %% ../nbs/73b_actor_scores.ipynb #ec850c9f
 def returns_in_view(
-    clip: Clip,
+    clip: Clip,  # with labels
     frame: int,  # log frame id
 ) -> dict[str, int]:  # uuid -> returns of the 360-degree LiDAR that a camera of the clip sees
     "How well a sweep shows each labelled thing."
@@ -80,7 +80,7 @@ def returns_in_view(
 
 
 def true_actors(
-    clip: Clip,
+    clip: Clip,  # with labels
     min_moved: float = 0.5,  # m
 ) -> list[TrueActor]:  # in view of a camera at two input sweeps or more
     "The labelled things that move in a clip's input sweeps."
@@ -115,8 +115,8 @@ def _true_actor(uuid: str, moved: float, boxes: dict, frames: list, times: dict,
 
 # %% ../nbs/73b_actor_scores.ipynb #d3c9df9a
 def mean_iou(
-    actor: Actor,
-    true: TrueActor,
+    actor: Actor,  # of a reconstruction
+    true: TrueActor,  # a labelled thing of its clip
 ) -> float:  # 0..1
     "Overlap from above, each time at the moment when the sweep hit the thing."
     pairs = zip(actor.pose(true.seconds), true.pose)
@@ -137,8 +137,8 @@ def match_actors(
 
 # %% ../nbs/73b_actor_scores.ipynb #7f3174c5
 def pair_errors(
-    actor: Actor,
-    true: TrueActor,
+    actor: Actor,  # of a reconstruction
+    true: TrueActor,  # a labelled thing of its clip
 ) -> dict[str, float]:  # iou; place m; heading degrees; speed m/s
     "How far an actor is from the thing that it was matched with."
     off = actor.pose(true.seconds)[:, :2, 3] - true.pose[:, :2, 3]

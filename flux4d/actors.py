@@ -364,8 +364,8 @@ def iou_above(
 
 # %% ../nbs/73_actors.ipynb #db07d437
 def is_same_thing(
-    a: Candidate,
-    b: Candidate,
+    a: Candidate,  # one cluster with its box
+    b: Candidate,  # another one
     cfg: ActorConfig = ActorConfig(),  # read: join_speed, join_overlap, join_grow
 ) -> bool:
     "Whether two clusters move alike and lie in one box."
@@ -384,7 +384,7 @@ def _footprint(c: Candidate) -> float:
 
 
 def join_parts(
-    found: list[Candidate],
+    found: list[Candidate],  # clusters with their boxes
     eye: np.ndarray,  # (3,) where they were seen from, world, m
     cfg: ActorConfig = ActorConfig(),  # how alike
 ) -> list[Candidate]:
@@ -430,7 +430,7 @@ def gain_to_sweep(
 
 # %% ../nbs/73_actors.ipynb #a5c9cb72
 def motion_gain(
-    c: Candidate,
+    c: Candidate,  # a cluster with its path and box
     sweeps: dict[int, np.ndarray],  # from `lidar_by_sweep`
     sample: int = 400,  # members that are looked at, about
 ) -> float:  # m; 0 where no other sweep tells
@@ -508,7 +508,7 @@ def corners(
 
 # %% ../nbs/73_actors.ipynb #9359c9de
 def claimed_rows(
-    found: list[Candidate],
+    found: list[Candidate],  # clusters with their boxes
     scene: Scene,  # they were found in
     cfg: ActorConfig = ActorConfig(),  # read: inside_grow
 ) -> np.ndarray:  # (N,) int64, place in `found` of the candidate that a Gaussian belongs to, -1 = none
@@ -532,7 +532,7 @@ def claimed_rows(
 
 # %% ../nbs/73_actors.ipynb #39fccfd2
 def actor_of(
-    c: Candidate,
+    c: Candidate,  # a cluster with its path and box
     index: int,  # its number
     mask: np.ndarray,  # (N,) bool, its Gaussians
     scene: Scene,  # that it was found in
@@ -545,7 +545,7 @@ def actor_of(
 
 
 def is_possible(
-    c: Candidate,
+    c: Candidate,  # a cluster with its path and box
     cfg: ActorConfig = ActorConfig(),  # read: min_moved, min_height, max_size
 ) -> bool:
     "Whether a candidate goes somewhere and has a size that things on a road have."
@@ -570,7 +570,7 @@ def find_actors(
 # %% ../nbs/73_actors.ipynb #0236a25a
 def keep_actors(
     scene: Scene,  # that they belong to
-    found: list[Actor],
+    found: list[Actor],  # of this scene
 ) -> None:
     "Remember a scene's actors for as long as its tensors stay the same."
     scene.__dict__["_actors"] = _tensors_of(scene), found

@@ -26,7 +26,7 @@ __all__ = ['root_scene', 'pick_actor', 'travelled', 'MovingPart', 'motion_coeffi
 
 # %% ../nbs/73a_edits.ipynb #2ed3df49
 def root_scene(
-    scene: Scene,
+    scene: Scene,  # the one before the edit, or any
 ) -> Scene:
     "The scene that a scene was edited from; itself where it was not."
     return scene.__dict__.get("_root", scene)
@@ -101,7 +101,7 @@ class MovingPart(NamedTuple):
 
 # %% ../nbs/73a_edits.ipynb #fb82958a
 def motion_coefficients(
-    path: ActorPath,
+    path: ActorPath,  # of an actor's box
     like: Tensor,  # (M,l+1,3) coefficients whose degree, type and device are wanted
 ) -> Tensor:  # (l+1,3) about the clip's start, m/s^(j+1), world
     "The motion of an actor's box as a polynomial; with degree 0 its mean velocity."
@@ -113,7 +113,7 @@ def motion_coefficients(
 
 
 def moving_part(
-    actor: Actor,
+    actor: Actor,  # with the scene that it belongs to
     alike: float = 1.5,  # m/s, members whose velocity at their own time differs by more take the actor's
 ) -> MovingPart:
     "An actor's Gaussians; those that the scene leaves at rest move with it."
@@ -152,7 +152,7 @@ def edited_scene(
 
 def keep_rest(
     edited: Scene,  # made from `scene`
-    scene: Scene,
+    scene: Scene,  # the one before the edit, or any
     keep: Tensor,  # (N,) bool, the Gaussians of `scene` that stayed
     gone: list[Actor],  # whose Gaussians did not
     added: list[Actor] = (),  # of `edited`
@@ -242,7 +242,7 @@ def check_shift(
 
 
 def moved_actor(
-    actor: Actor,
+    actor: Actor,  # with the scene that it belongs to
     scene: Scene,  # that it is in now
     mask: Tensor,  # (N,) bool, its Gaussians there
     T: np.ndarray,  # (4,4) world to world
