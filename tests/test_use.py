@@ -83,8 +83,6 @@ def eight_lines():
     for theirs, ours in here.items():
         assert theirs in code
         code = code.replace(theirs, ours)
-    if "polish" not in patched_methods("Scene"):
-        code = code.replace("scene.polish(seconds=2)\n", "")
     return code
 
 
