@@ -8,13 +8,16 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 import numpy as np
 import torch
+from .records import one_line
 
 # %% auto #0
-__all__ = ['LEAST', 'Timing', 'timing_of', 'wait_for', 'seconds_of', 'PeakMemory', 'measure', 'Ceilings', 'tf32_products',
-           'product_rate', 'measure_ceilings', 'Work', 'least_seconds', 'tensor_bytes', 'growth_exponent']
+__all__ = ['LEAST', 'FAILURES', 'Timing', 'timing_of', 'wait_for', 'seconds_of', 'PeakMemory', 'measure', 'Ceilings',
+           'tf32_products', 'product_rate', 'measure_ceilings', 'Work', 'least_seconds', 'tensor_bytes',
+           'growth_exponent', 'Timings', 'growth_by_group', 'covered', 'Activity', 'device_activity']
 
 # %% ../nbs/09e_timing.ipynb #7d92f8a5
 class Timing(NamedTuple):
@@ -176,8 +179,8 @@ def tensor_bytes(
             total += tensor_bytes(*value)
         elif isinstance(value, dict):
             total += tensor_bytes(*value.values())
-        elif hasattr(value, "__dataclass_fields__"):
-            total += tensor_bytes(*vars(value).values())
+        elif is_dataclass(value):
+            total += tensor_bytes(*(getattr(value, field.name) for field in fields(value)))
     return total
 
 # %% ../nbs/09e_timing.ipynb #abb7b408
@@ -190,3 +193,108 @@ def growth_exponent(
     if len(x) < 2 or np.ptp(x) == 0:
         raise ValueError("growth_exponent: needs times of at least two sizes; measure a second one.")
     return float(np.polyfit(x, y, 1)[0])
+
+# %% ../nbs/09e_timing.ipynb #ad65d474
+FAILURES = RuntimeError, MemoryError, ValueError, OSError  # what costs a row; the first has a GPU's want of memory
+
+
+class Timings:
+    "What was measured so far."
+
+    def __init__(
+        self,
+        device: Any = "cpu",  # torch device
+        repeats: int = 20,  # calls of each, at most
+        seconds: float = math.inf,  # after which no further call of a row is measured
+        ceilings: Ceilings | None = None,  # of the machine; None: least times are not known
+    ) -> None:
+        "Nothing yet."
+        self.device = device
+        self.repeats = repeats
+        self.seconds = seconds
+        self.ceilings = ceilings
+        self.found = {}  # group -> name -> median, p10, p90, count and what else is known
+        self.left_out = {}  # group.name -> why
+
+    @contextmanager
+    def noted(
+        self,
+        at: str,  # a group, or group.name
+    ) -> Iterator[None]:
+        "What fails inside is noted, and costs no more."
+        try:
+            yield
+        except FAILURES as e:
+            self.left_out[at] = f"{type(e).__name__}: {one_line(str(e), 160)}"
+            if torch.device(self.device).type == "cuda":
+                torch.cuda.empty_cache()
+
+    def time(
+        self,
+        group: str,  # what is measured
+        name: Any,  # in which form, or at which size
+        f: Callable[[], Any],  # what is called
+        work: Work | None = None,  # what it cannot do without
+        warmup: int = 2,  # calls before
+        patience: float = 1.0,  # of `seconds`
+        per: int = 1,  # things of one kind that a call does
+        **facts: Any,  # plain values that are kept beside it, such as size=50_000
+    ) -> None:
+        "Measure a row."
+        with self.noted(f"{group}.{name}"):
+            found = measure(f, warmup, self.repeats, self.device, patience * self.seconds, per)
+            row = {k: v for k, v in found._asdict().items() if v is not None} | facts
+            if work and self.ceilings:
+                row |= dict(least=least_seconds(work, self.ceilings))
+            self.found.setdefault(group, {})[str(name)] = row
+
+# %% ../nbs/09e_timing.ipynb #af73cbc3
+def growth_by_group(
+    found: dict[str, dict[str, dict]],  # group -> name -> row, see `Timings`
+) -> dict[str, float]:  # exponent of each group whose rows have sizes
+    "How the medians grow."
+    grown = {}
+    for group, rows in found.items():
+        sized = [(row["size"], row["median"]) for row in rows.values() if row.get("size")]
+        if len(dict(sized)) > 1:
+            grown[group] = growth_exponent(*zip(*sized))
+    return grown
+
+# %% ../nbs/09e_timing.ipynb #64a1db0c
+def covered(
+    intervals: Sequence[tuple[float, float]],  # (start, end), in any order, overlapping or not
+) -> float:  # in their unit
+    "Length of the union of intervals."
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+class Activity(NamedTuple):
+    "What a GPU did during a call."
+
+    launches: float  # kernels, copies and fills
+    busy: float  # s with at least one of them
+    wall: float  # s that the call took, without profiler
+
+
+def device_activity(
+    f: Callable[[], Any],  # what is called
+    device: Any,  # a GPU
+    calls: int = 5,  # that are averaged
+) -> Activity:  # of one call
+    "Profile some calls on a GPU."
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    wall = measure(f, 2, calls, device).median
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        for _ in range(calls):
+            f()
+        wait_for(device)
+    on_device = [e for e in seen.events() if e.device_type == DeviceType.CUDA]
+    ran = [e for e in on_device if not getattr(e, "is_user_annotation", False)]
+    busy = covered([(e.time_range.start, e.time_range.end) for e in ran])  # microseconds
+    return Activity(len(ran) / calls, 1e-6 * busy / calls, wall)

@@ -4,13 +4,19 @@
 
 # %% ../nbs/09f_timing_tables.ipynb #8dadef22
 from __future__ import annotations
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 from .files import DataError
 from .records import is_number, literal, markdown_table
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+# matplotlib is imported where it is used: `flux4d-report --help` answers at once
+
 # %% auto #0
 __all__ = ['CIRCUMSTANCES', 'TimedRow', 'timed_row', 'timing_rows', 'milliseconds', 'timing_cells', 'timing_table',
-           'other_circumstances', 'verdict', 'compared_cells', 'compare_timings', 'hold_timings', 'timings_beside']
+           'other_circumstances', 'verdict', 'compared_cells', 'compare_timings', 'hold_timings', 'timings_beside',
+           'draw_growth', 'draw_parts']
 
 # %% ../nbs/09f_timing_tables.ipynb #ab0cfcd8
 class TimedRow(NamedTuple):
@@ -159,3 +165,50 @@ def timings_beside(
     "Every later run beside the first."
     (first, old), *others = records.items()
     return "\n\n".join(compare_timings(old, new, (first, name)) for name, new in others)
+
+# %% ../nbs/09f_timing_tables.ipynb #32a81b3d
+def draw_growth(
+    m: dict,  # metrics of a run
+    panels: dict[str, Sequence[str]],  # label of the size -> groups that have such sizes
+    title: str = "",  # of the picture
+) -> Figure:  # a panel for each size
+    "How times grow."
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(4.6 * len(panels), 4), layout="constrained")
+    for ax, (label, groups) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for group in groups:
+            rows = [row for row in m["timing"].get(group, {}).values() if row.get("size")]
+            x, y, low, high = ([row[k] for row in rows] for k in ("size", "median", "p10", "p90"))
+            spread = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
+            grown = m["growth"].get(group)
+            name = group.partition("_by_")[0].replace("_", " ")
+            said = name if grown is None else f"{name}: size^{grown:.2f}"
+            ax.errorbar(x, y, spread, fmt="o-", ms=4, capsize=2, label=said)
+        ax.set(xscale="log", yscale="log", xlabel=label, ylabel="time, s")
+        ax.grid(alpha=0.3, which="both")
+        if ax.has_data():
+            ax.legend(fontsize=9)
+    fig.suptitle(title)
+    return fig
+
+# %% ../nbs/09f_timing_tables.ipynb #2c467c9d
+def draw_parts(
+    bars: dict[str, dict[str, float]],  # name of a call -> part -> s, parts in their order
+    title: str = "",  # of the picture
+) -> Figure:  # one bar a call
+    "What calls are made of."
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(10, 1.2 + 0.9 * len(bars)), layout="constrained")
+    ax = fig.subplots()
+    parts = list(dict.fromkeys(part for bar in bars.values() for part in bar))
+    begin = dict.fromkeys(bars, 0.0)
+    for k, part in enumerate(parts):
+        widths = {name: 1e3 * bar.get(part, 0.0) for name, bar in bars.items()}
+        ax.barh(list(bars), list(widths.values()), left=list(begin.values()), color=f"C{k}", label=part)
+        begin = {name: begin[name] + widths[name] for name in bars}
+    ax.invert_yaxis()
+    ax.set(xlabel="time, ms", title=title)
+    ax.legend(ncols=min(len(parts), 5), loc="upper center", bbox_to_anchor=(0.5, -0.25), frameon=False)
+    return fig
