@@ -207,12 +207,14 @@ class Timings:
         repeats: int = 20,  # calls of each, at most
         seconds: float = math.inf,  # after which no further call of a row is measured
         ceilings: Ceilings | None = None,  # of the machine; None: least times are not known
+        warmup: int = 2,  # calls before
     ) -> None:
         "Nothing yet."
         self.device = device
         self.repeats = repeats
         self.seconds = seconds
         self.ceilings = ceilings
+        self.warmup = warmup
         self.found = {}  # group -> name -> median, p10, p90, count and what else is known
         self.left_out = {}  # group.name -> why
 
@@ -235,14 +237,15 @@ class Timings:
         name: Any,  # in which form, or at which size
         f: Callable[[], Any],  # what is called
         work: Work | None = None,  # what it cannot do without
-        warmup: int = 2,  # calls before
+        warmup: int | None = None,  # calls before; None: as always
         patience: float = 1.0,  # of `seconds`
         per: int = 1,  # things of one kind that a call does
         **facts: Any,  # plain values that are kept beside it, such as size=50_000
     ) -> None:
         "Measure a row."
         with self.noted(f"{group}.{name}"):
-            found = measure(f, warmup, self.repeats, self.device, patience * self.seconds, per)
+            before = self.warmup if warmup is None else warmup
+            found = measure(f, before, self.repeats, self.device, patience * self.seconds, per)
             row = {k: v for k, v in found._asdict().items() if v is not None} | facts
             if work and self.ceilings:
                 row |= dict(least=least_seconds(work, self.ceilings))

@@ -171,14 +171,17 @@ def draw_growth(
     m: dict,  # metrics of a run
     panels: dict[str, Sequence[str]],  # label of the size -> groups that have such sizes
     title: str = "",  # of the picture
-) -> Figure:  # a panel for each size
+) -> Figure:  # a panel for each size that was measured
     "How times grow."
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(4.6 * len(panels), 4), layout="constrained")
+    timing = m["timing"]
+    there = {label: [g for g in groups if g in timing] for label, groups in panels.items()}
+    panels = {label: groups for label, groups in there.items() if groups}
+    fig = Figure(figsize=(max(7.0, 4.6 * len(panels)), 4), layout="constrained")
     for ax, (label, groups) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for group in groups:
-            rows = [row for row in m["timing"].get(group, {}).values() if row.get("size")]
+            rows = [row for row in timing[group].values() if row.get("size")]
             x, y, low, high = ([row[k] for row in rows] for k in ("size", "median", "p10", "p90"))
             spread = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
             grown = m["growth"].get(group)
@@ -187,8 +190,7 @@ def draw_growth(
             ax.errorbar(x, y, spread, fmt="o-", ms=4, capsize=2, label=said)
         ax.set(xscale="log", yscale="log", xlabel=label, ylabel="time, s")
         ax.grid(alpha=0.3, which="both")
-        if ax.has_data():
-            ax.legend(fontsize=9)
+        ax.legend(fontsize=9)
     fig.suptitle(title)
     return fig
 
