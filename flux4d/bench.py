@@ -107,11 +107,13 @@ def spread_clips(
 def bench_config(
     preset: str,  # one of PRESETS
     image_scale: float,  # of the images
+    over: dict = {},  # nested fields that win over the preset's
     camera: str = "front_camera",  # that is read
 ) -> FullConfig:  # its steps leave the weights as they are, as good as
     "The configuration that is measured."
     kept = dict(train=dict(lr=1e-9, weight_decay=0.0, seed=0))
-    return preset_config(preset, merged(dict(data=dict(cameras=(camera,), image_scale=image_scale)), kept))
+    source = dict(data=dict(cameras=(camera,), image_scale=image_scale))
+    return preset_config(preset, merged(merged(source, kept), over))
 
 
 def base_of(
@@ -518,14 +520,16 @@ def reconstruct_many(
 def time_reconstructions(
     t: Timings,  # gets the rows
     m: Material,  # what is measured
+    stages: tuple[int, ...] = (0, 1, 2, 3),  # from memory
     workers: int = 8,  # threads that read
+    warmup: int = 2,  # calls before
 ) -> None:
-    "From memory with 0 to N stages, from files alone and side by side."
-    for stages in range(m.cfg.refine.steps + 1):
-        t.time("reconstruction", f"memory_n{stages}", lambda: reconstruct_from_memory(m, stages), stages=stages)
-    t.time("reconstruction", "files", fresh(lambda: m.model.reconstruct(m.clip)))
+    "From memory with some numbers of stages, from files alone and side by side."
+    for n in stages:
+        t.time("reconstruction", f"memory_n{n}", lambda: reconstruct_from_memory(m, n), warmup=warmup, stages=n)
+    t.time("reconstruction", "files", fresh(lambda: m.model.reconstruct(m.clip)), warmup=warmup)
     many, count = fresh(lambda: list(reconstruct_many(m, workers))), len(m.clips)
-    t.time("reconstruction", f"files_{workers}_workers", many, warmup=1, per=count, clips=count)
+    t.time("reconstruction", f"files_{workers}_workers", many, warmup=min(warmup, 1), per=count, clips=count)
 
 # %% ../nbs/80_bench.ipynb #0fa32549
 def time_polish(
@@ -556,6 +560,7 @@ def time_film(
 def time_evaluation(
     t: Timings,  # gets the rows
     m: Material,  # what is measured; its log has labels
+    warmup: int = 1,  # calls before
 ) -> None:
     "The scores of one clip."
     loader = one_clip_loader(m.clips[:1], m.cfg, m.loader.cache, m.device)
@@ -564,7 +569,7 @@ def time_evaluation(
         cfg = EvalConfig(save_renders=0)
         Evaluation(m.model.reconstruct, loader, m.folder / "scores", cfg=cfg, videos=0).score_clip(0)
 
-    t.time("evaluation", "clip", fresh(score), warmup=1)
+    t.time("evaluation", "clip", fresh(score), warmup=warmup)
 
 # %% ../nbs/80_bench.ipynb #ac260f74
 def time_data(

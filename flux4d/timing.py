@@ -77,7 +77,7 @@ class PeakMemory:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
 # %% ../nbs/09e_timing.ipynb #72b258a1
-LEAST = 3  # calls that are measured, however long they take
+LEAST = 3  # calls that are measured, however long they take, unless one is told otherwise
 
 
 def measure(
@@ -87,6 +87,7 @@ def measure(
     device: Any = "cpu",  # where it works
     seconds: float = math.inf,  # after which no further call is measured
     per: int = 1,  # things of one kind that a call does; times are of one of them
+    least: int = LEAST,  # calls that are measured, however long they take
     clock: Callable[[], float] = time.perf_counter,  # s
 ) -> Timing:
     "How long a call takes once it is warm."
@@ -94,7 +95,7 @@ def measure(
         f()
     peak = PeakMemory(device)
     spent = []
-    while len(spent) < repeats and (len(spent) < LEAST or sum(spent) < seconds):
+    while len(spent) < repeats and (len(spent) < least or sum(spent) < seconds):
         spent.append(seconds_of(f, device, clock))
     return timing_of([s / per for s in spent], peak())
 
@@ -208,6 +209,7 @@ class Timings:
         seconds: float = math.inf,  # after which no further call of a row is measured
         ceilings: Ceilings | None = None,  # of the machine; None: least times are not known
         warmup: int = 2,  # calls before
+        least: int = LEAST,  # calls that are measured, however long they take
     ) -> None:
         "Nothing yet."
         self.device = device
@@ -215,6 +217,7 @@ class Timings:
         self.seconds = seconds
         self.ceilings = ceilings
         self.warmup = warmup
+        self.least = least
         self.found = {}  # group -> name -> median, p10, p90, count and what else is known
         self.left_out = {}  # group.name -> why
 
@@ -237,15 +240,15 @@ class Timings:
         name: Any,  # in which form, or at which size
         f: Callable[[], Any],  # what is called
         work: Work | None = None,  # what it cannot do without
-        warmup: int | None = None,  # calls before; None: as always
+        warmup: int | None = None,  # calls before, fewer than always; None: as always
         patience: float = 1.0,  # of `seconds`
         per: int = 1,  # things of one kind that a call does
         **facts: Any,  # plain values that are kept beside it, such as size=50_000
     ) -> None:
         "Measure a row."
         with self.noted(f"{group}.{name}"):
-            before = self.warmup if warmup is None else warmup
-            found = measure(f, before, self.repeats, self.device, patience * self.seconds, per)
+            before = self.warmup if warmup is None else min(warmup, self.warmup)
+            found = measure(f, before, self.repeats, self.device, patience * self.seconds, per, self.least)
             row = {k: v for k, v in found._asdict().items() if v is not None} | facts
             if work and self.ceilings:
                 row |= dict(least=least_seconds(work, self.ceilings))
