@@ -21,7 +21,8 @@ from .files import DataError
 from .frames import rotate_vectors, transform_points
 from .gaussians import FLAT, LIDAR, Gaussians, velocity_at
 from .image_velocity import FlowConfig, render_velocity, velocity_weight
-from .losses import LossConfig, reconstruction_loss
+from .losses import LossConfig
+from .training_loss import reconstruction_loss
 from .model import ClipInputs
 from .render import RenderConfig
 from .scene import Scene

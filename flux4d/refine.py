@@ -16,7 +16,8 @@ from .clip_data import InputViews
 from .config import Config
 from .frames import mat_to_quat, quat_mul, rotate_vectors, se3_inverse, transform_points
 from .gaussians import FLAT, Gaussians
-from .losses import LossConfig, reconstruction_loss
+from .losses import LossConfig
+from .training_loss import reconstruction_loss
 from .model import ClipInputs, Flux4DBase
 from .predictor import BasePredictor, GridIndex, PredictorConfig
 from .decode import decode_residual, make_head
