@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,11 +40,22 @@ class Processes:
     addresses: tuple[tuple[str, int], ...] = ()  # host and process id, by rank
     parted: bool = False  # they have told each other that they end
     lost: int | None = None  # rank of one that ended without a word
+    watching: bool = False  # somebody notices that
 
     @property
     def first(self) -> bool:
         "Whether this is the process that writes, speaks and evaluates."
         return self.rank == 0
+
+    @property
+    def speaks(self) -> bool:
+        "Whether this process says the last sentence: the first one, or the second where the first is lost."
+        return self.first or (self.lost == 0 and self.rank == 1)
+
+    @property
+    def loss(self) -> str:
+        "The beginning of a sentence about a process that is lost; empty where none is."
+        return "" if self.lost is None else f"process {self.lost + 1} of {self.count} has ended; "
 
 
 ALONE = Processes()
@@ -104,11 +116,14 @@ def _exchanged(
         exchange()
     except RuntimeError:
         self.parted = True
+        for _ in range(20 * bool(self.watching)):  # the watch says which one a moment later
+            if self.lost is None:
+                time.sleep(0.05)
         raise Lost("another process of the run has ended") from None
 
 
 @patch
-def _all_words(
+def all_words(
     self: Processes,
     words: Any,  # anything that can be pickled
 ) -> list:  # of every process
@@ -144,7 +159,7 @@ def _part(
 ) -> None:  # raises Interrupted or DataError where this one was to go on
     "Tell each other why all end."
     self.parted = True
-    words = self._all_words("" if leaving is None else str(leaving) or type(leaving).__name__)
+    words = self.all_words("" if leaving is None else str(leaving) or type(leaving).__name__)
     if leaving is None:
         which = int(codes.argmax())
         raise (DataError if codes[which] == _FAILS else Interrupted)(words[which])
@@ -183,7 +198,7 @@ def same(
     if self.count == 1:
         return value
     self.meet()
-    return self._all_words(value)[0]
+    return self.all_words(value)[0]
 
 
 @patch
@@ -274,7 +289,7 @@ def chain_norms(
     if self.count == 1 or not norms:
         return
     self.meet()
-    found = self._all_words([norm_state(norm) for norm in norms])
+    found = self.all_words([norm_state(norm) for norm in norms])
     for k, norm in enumerate(norms):
         state = start[k].clone()
         for rank in range(self.count):
@@ -319,7 +334,7 @@ def wait_for_end(
 def _watch(
     self: Processes,
     ending: threading.Event,  # this process knows that it ends
-    sentence: Callable,  # () -> what to print when nothing else helps
+    hangs: str,  # the end of a sentence, for when nothing else helps
 ) -> None:
     "Ask this process to stop when another one has ended, and end it when it does not answer."
     host = self.addresses[self.rank][0]
@@ -330,7 +345,8 @@ def _watch(
     self.lost = rank
     os.kill(os.getpid(), signal.SIGTERM)
     if not ending.wait(GRACE):
-        print(sentence(), flush=True)
+        if self.speaks:
+            print(self.loss + hangs, flush=True)
         os._exit(1)
 
 # %% ../nbs/32b_processes.ipynb #54253d3a
@@ -338,12 +354,13 @@ def _watch(
 @contextmanager
 def watched(
     self: Processes,
-    sentence: Callable,  # () -> what to print when this process hangs after another was lost
+    hangs: str,  # the end of the sentence that is printed when this process does not answer
 ) -> Iterator[threading.Event]:  # to be set where the process knows that it ends
     "Inside, a request to stop and SIGTERM are answered, and the loss of another process is such a request."
     ending = threading.Event()
-    thread = threading.Thread(target=self._watch, args=(ending, sentence), daemon=True)
+    thread = threading.Thread(target=self._watch, args=(ending, hangs), daemon=True)
     if self.count > 1:
+        self.watching = True
         thread.start()
     try:
         yield ending
@@ -351,3 +368,4 @@ def watched(
         ending.set()
         if self.count > 1:
             thread.join()
+            self.watching = False
