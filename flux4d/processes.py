@@ -84,8 +84,10 @@ def join_processes(
     try:
         from accelerate import PartialState
     except ImportError:
-        raise DataError("accelerate: is not installed, and runs of several processes need it; pip install accelerate.") from None
-    state = PartialState(cpu=device == "cpu", timeout=NEVER)
+        raise DataError(
+            "accelerate: is not installed, and runs of several processes need it; pip install accelerate."
+        ) from None
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=NEVER)
     return group_processes(str(state.device))
 
 # %% ../nbs/32b_processes.ipynb #8eb5f07b
