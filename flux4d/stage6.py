@@ -331,9 +331,10 @@ def score_run(
 # %% ../nbs/60_stage6.ipynb #60aa0011
 def run_stage6(
     parameters: dict,  # of this notebook's first cell, by name; what is left out keeps its value there
+    processes: Processes | None = None,  # that share the run; None: those that a launcher started
 ) -> Path:  # the run's folder; raises DataError, Interrupted
-    "This notebook's run without its lessons, by as many processes as the launcher started."
-    processes = join_processes(str(parameters.get("device", "")))
+    "This notebook's run without its lessons."
+    processes = processes or join_processes(str(parameters.get("device", "")))
     with processes.together():
         refuse_unknown(parameters)
         given, cfg, eval_cfg = read_training(parameters)
@@ -381,12 +382,14 @@ def stage6_main(
     )
     p.add_argument("-p", nargs=2, metavar=("NAME", "VALUE"), action="append", default=[], help="one parameter")
     given = dict(p.parse_args(argv).p)
+    processes = ALONE
     try:
-        run_stage6(given)
-    except Interrupted:  # said already
-        return 1
-    except DataError as e:
-        print(e, flush=True)
+        processes = join_processes(given.get("device", ""))
+        run_stage6(given, processes)
+    except (DataError, Interrupted) as e:
+        said = isinstance(e, Interrupted) and processes.first  # the trainer said it
+        if processes.speaks and not said:
+            print(e, flush=True)
         return 1
     return 0
 

@@ -187,6 +187,18 @@ def _backward(
 
 # %% ../nbs/33e_train_step.ipynb #0ac9fc37
 @patch
+def _set_aside(
+    self: TrainStep,
+    sums: dict,  # weight -> sum of its gradients so far; changed
+) -> None:  # empties `.grad`
+    "Add the gradient of one micro-step to those before it."
+    for weight in self.model.parameters():
+        if weight.grad is not None:
+            sums[weight] = weight.grad if weight not in sums else sums[weight].add_(weight.grad)
+            weight.grad = None
+
+
+@patch
 def gradients(
     self: TrainStep,
 ) -> dict | None:  # last micro-step: scalars of its last stage, PSNR of its first, clip; None: nothing was read
@@ -196,10 +208,14 @@ def gradients(
     self.stage_losses = []
     self.unread = []
     row = None
+    sums = {}
     for micro in range(self.cfg.train.grad_accum_steps):
         batch = self._read(micro)
         if batch is not None:
             row = self._backward(batch, micro)
+            self._set_aside(sums)
+    for weight, grad in sums.items():
+        weight.grad = grad
     return row
 
 # %% ../nbs/33e_train_step.ipynb #33ee0002
