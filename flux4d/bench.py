@@ -418,8 +418,12 @@ class OneBatch:
         batch: Batch,  # of it
     ) -> None:
         "Keep the batch."
-        self.clips, self.cfg, self.device, self.draw = loader.clips, loader.cfg, loader.device, loader.draw
+        self.loader = loader
         self.kept = batch
+
+    def __getattr__(self, name: str) -> Any:
+        "All else is the loader's."
+        return getattr(self.loader, name)
 
     def batch(
         self,
@@ -428,9 +432,6 @@ class OneBatch:
     ) -> Batch:
         "The batch at hand."
         return self.kept
-
-    def rest(self) -> None:
-        "There is nothing to let go of."
 
 
 def time_steps(
@@ -445,7 +446,7 @@ def time_steps(
     numbers = itertools.count()
     t.time(group, "data", lambda: m.loader.batch(next(numbers)))
     m.loader.rest()
-    t.time(group, "whole", trainer.train_step, patience=6)
+    t.time(group, "whole", trainer.train_step, patience=10)
     m.loader.rest()
     batch = m.loader.batch(0)
     m.loader.rest()
@@ -521,13 +522,15 @@ def time_reconstructions(
     t: Timings,  # gets the rows
     m: Material,  # what is measured
     stages: tuple[int, ...] = (0, 1, 2, 3),  # from memory
-    workers: int = 8,  # threads that read
+    workers: int = 8,  # threads that read; 0: not measured
     warmup: int = 2,  # calls before
 ) -> None:
     "From memory with some numbers of stages, from files alone and side by side."
     for n in stages:
         t.time("reconstruction", f"memory_n{n}", lambda: reconstruct_from_memory(m, n), warmup=warmup, stages=n)
     t.time("reconstruction", "files", fresh(lambda: m.model.reconstruct(m.clip)), warmup=warmup)
+    if not workers:
+        return
     many, count = fresh(lambda: list(reconstruct_many(m, workers))), len(m.clips)
     t.time("reconstruction", f"files_{workers}_workers", many, warmup=min(warmup, 1), per=count, clips=count)
 
