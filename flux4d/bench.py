@@ -52,7 +52,7 @@ from .view_scores import EvalConfig
 from .voxels import Voxels, VoxelConfig
 
 # %% auto #0
-__all__ = ['PARTS', 'SHARES', 'BenchParameters', 'machine_name', 'spread_clips', 'bench_config', 'base_of', 'Material',
+__all__ = ['BENCH_PARTS', 'SHARES', 'BenchParameters', 'machine_name', 'spread_clips', 'bench_config', 'base_of', 'Material',
            'forget_files', 'fresh', 'nearest_rows', 'grid_points', 'time_lift', 'time_prior', 'time_voxels',
            'neighbour_pairs', 'unet_operations', 'random_voxels', 'time_unet', 'scene_of_size', 'with_gradient',
            'time_renders', 'some_views', 'time_render', 'OneBatch', 'time_steps', 'step_parts', 'time_step',
@@ -60,7 +60,7 @@ __all__ = ['PARTS', 'SHARES', 'BenchParameters', 'machine_name', 'spread_clips',
            'time_evaluation', 'time_data', 'gpu_activity', 'data_facts']
 
 # %% ../nbs/80_bench.ipynb #110abb3e
-PARTS = (
+BENCH_PARTS = (
     *("lift", "prior", "voxels", "unet", "render", "step"),
     *("reconstruction", "polish", "film", "evaluation", "data", "activity"),
 )
@@ -75,7 +75,7 @@ class BenchParameters:
     image_scale: Annotated[float, Interval(gt=0, le=1)] = 1.0
     sizes: Distinct[PositiveInt] = ()
     repeats: NonNegativeInt = 0
-    parts: Distinct[Literal[PARTS]] = ()
+    parts: Distinct[Literal[BENCH_PARTS]] = ()
     out_dir: FilePath = ""
     device: Device = ""
 

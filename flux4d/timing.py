@@ -15,9 +15,9 @@ import torch
 from .records import one_line
 
 # %% auto #0
-__all__ = ['LEAST', 'Timing', 'timing_of', 'wait_for', 'seconds_of', 'PeakMemory', 'measure', 'Ceilings', 'tf32_products',
+__all__ = ['LEAST_CALLS', 'Timing', 'timing_of', 'wait_for', 'seconds_of', 'PeakMemory', 'measure', 'Ceilings', 'tf32_products',
            'product_rate', 'measure_ceilings', 'Work', 'least_seconds', 'tensor_bytes', 'growth_exponent', 'Timings',
-           'growth_by_group', 'covered', 'Activity', 'device_activity']
+           'growth_by_group', 'union_length', 'Activity', 'device_activity']
 
 # %% ../nbs/09e_timing.ipynb #7d92f8a5
 class Timing(NamedTuple):
@@ -77,7 +77,7 @@ class PeakMemory:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
 # %% ../nbs/09e_timing.ipynb #72b258a1
-LEAST = 3  # calls that are measured, however long they take, unless one is told otherwise
+LEAST_CALLS = 3  # calls that are measured, however long they take, unless one is told otherwise
 
 
 def measure(
@@ -87,7 +87,7 @@ def measure(
     device: Any = "cpu",  # where it works
     seconds: float = math.inf,  # after which no further call is measured
     per: int = 1,  # things of one kind that a call does; times are of one of them
-    least: int = LEAST,  # calls that are measured, however long they take
+    least: int = LEAST_CALLS,  # calls that are measured, however long they take
     clock: Callable[[], float] = time.perf_counter,  # s
 ) -> Timing:
     "How long a call takes once it is warm."
@@ -206,7 +206,7 @@ class Timings:
         seconds: float = math.inf,  # after which no further call of a row is measured
         ceilings: Ceilings | None = None,  # of the machine; None: least times are not known
         warmup: int = 2,  # calls before
-        least: int = LEAST,  # calls that are measured, however long they take
+        least: int = LEAST_CALLS,  # calls that are measured, however long they take
     ) -> None:
         "Nothing yet."
         self.device = device
@@ -264,7 +264,7 @@ def growth_by_group(
     return grown
 
 # %% ../nbs/09e_timing.ipynb #64a1db0c
-def covered(
+def union_length(
     intervals: Sequence[tuple[float, float]],  # (start, end), in any order, overlapping or not
 ) -> float:  # in their unit
     "Length of the union of intervals."
@@ -299,5 +299,5 @@ def device_activity(
         wait_for(device)
     on_device = [e for e in seen.events() if e.device_type == DeviceType.CUDA]
     ran = [e for e in on_device if not getattr(e, "is_user_annotation", False)]
-    busy = covered([(e.time_range.start, e.time_range.end) for e in ran])  # microseconds
+    busy = union_length([(e.time_range.start, e.time_range.end) for e in ran])  # microseconds
     return Activity(len(ran) / calls, 1e-6 * busy / calls, wall)

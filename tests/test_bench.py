@@ -6,14 +6,14 @@ import json
 import math
 import pytest
 import torch
-from flux4d.bench import PARTS, machine_name, neighbour_pairs, scene_of_size, step_parts, unet_operations
+from flux4d.bench import BENCH_PARTS, machine_name, neighbour_pairs, scene_of_size, step_parts, unet_operations
 from flux4d.files import DataError
 from flux4d.frames import ClipTime
 from flux4d.gaussians import gaussians_from
 from flux4d.report_pages import report_main
 from flux4d.scaling import Costs, Machine, bench_runs, costs_of, limits_of, plan_for
 from flux4d.scene import Scene
-from flux4d.timing import Ceilings, Timings, Work, covered, growth_by_group, least_seconds, measure
+from flux4d.timing import Ceilings, Timings, Work, union_length, growth_by_group, least_seconds, measure
 from flux4d.timing_tables import compare_timings, timing_rows, timing_table
 from flux4d.unet import UNetConfig
 
@@ -147,7 +147,7 @@ def test_least_times_need_ceilings():
     t.time("copy", "a", lambda: None, work=Work(1.0))
     assert "least" not in t.found["copy"]["a"]
     assert least_seconds(Work(10.0, 50.0), Ceilings(copy=10.0, float32=5.0, tf32=100.0)) == 1.0
-    assert covered([(0, 1), (3, 4), (0.5, 3.5)]) == 4
+    assert union_length([(0, 1), (3, 4), (0.5, 3.5)]) == 4
 
 
 # what is measured
@@ -212,7 +212,7 @@ def test_a_machine_has_a_name_for_a_folder(machine, name):
 
 
 def test_parts_are_named_once():
-    assert len(set(PARTS)) == len(PARTS)
+    assert len(set(BENCH_PARTS)) == len(BENCH_PARTS)
 
 
 # larger data sets
