@@ -345,6 +345,7 @@ def run_stage6(
         loaders = open_loaders(job)
         trainer = make_trainer(job, loaders)
         rows = trainer.fit(progress=progress_bar if processes.first else iter)
+    processes.disconnect()
     if processes.first:
         check_bs_flow([row["bs_flow"] for row in rows if "bs_flow" in row])
         metrics, _ = score_run(job, loaders, trainer, rows)
