@@ -184,7 +184,7 @@ class Limit(NamedTuple):
 
 def limits_of(
     costs: Costs,  # of one log
-    machine: Machine = Machine(),
+    machine: Machine = Machine(),  # that is used up
 ) -> list[Limit]:  # in the order in which they are reached
     "What runs out, when, and what to do."
     one = plan_for(1, costs, machine)
@@ -208,7 +208,7 @@ def limits_of(
               "more GPUs with clips shared out by seed, step and rank"),
         Limit("a week of training, one machine", one.gpu_hours, hours * machine.gpus,
               "more machines by the same rule; the gradient they exchange stays as large as the weights"),
-    ]  # fmt: skip
+    ]
     return sorted(found, key=lambda limit: limit.logs)
 
 # %% ../nbs/80a_scaling.ipynb #13ff4162
