@@ -17,7 +17,7 @@ from .attribute_kernels import apply_change
 from .background import init_gaussians
 from .clips import Clip
 from .clip_data import InputViews, load_views
-from .config import Config, config_from_dict, config_to_dict, flattened, refuse_renamed
+from .config import Config, config_from_dict, config_to_dict, flattened, refuse_renamed, without_retired
 from .files import DataError
 from .gaussians import Gaussians
 from .clip_data import Returns, clip_returns
@@ -219,9 +219,10 @@ def load_model(
     device = find_device(str(device))
     name = Path(path).name
     weights = read_weights(path, device)
-    refuse_renamed(weights.config, name)
+    values = without_retired(weights.config)
+    refuse_renamed(values, name)
     kind = model_class(weights.kind, name)
-    cfg = config_from_dict(weights.config, kind.config_type)
+    cfg = config_from_dict(values, kind.config_type)
     if _asks_for_more(config_to_dict(cfg), weights.tensors):
         raise DataError(
             f"{name}: its configuration asks for a larger model than it has weights for; "
