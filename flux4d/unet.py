@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from annotated_types import MinLen
 from pydantic import PositiveInt
+from .attribute_kernels import fused_mix, kernels_change
 from .settings import Share
 from .voxels import VoxelConfig, Voxels
 
@@ -85,9 +86,11 @@ def pool_mean(
     x: Tensor,  # (M,F) features of points
     row: Tensor,  # (M,) int64, group of each point
     n: int,  # number of groups
+    count: Tensor | None = None,  # (n,) int64 points of each group; None = counted here
 ) -> Tensor:  # (n,F), 0 for an empty group
     "Mean of the features in each group."
-    return x.new_zeros(n, x.shape[1]).index_add(0, row, x) / count_rows(row, n).clamp_min(1)[:, None]
+    count = count_rows(row, n) if count is None else count
+    return x.new_zeros(n, x.shape[1]).index_add_(0, row, x) / count.clamp_min(1)[:, None]
 
 # %% ../nbs/30_unet.ipynb #ddb0231b
 def voxelise(
@@ -139,7 +142,10 @@ def mix_voxels(
     w: Tensor,  # (N,8) weights, from `neighbours`
 ) -> Tensor:  # (N,C), 0 where all weights are
     "Weighted sum of voxels for each point; differentiable with respect to the features."
-    return F.embedding_bag(row, features, mode="sum", per_sample_weights=w.to(features.dtype))
+    w = w.to(features.dtype)
+    if kernels_change(w) and features.dtype == torch.float32:
+        return fused_mix(features, row, w)
+    return F.embedding_bag(row, features, mode="sum", per_sample_weights=w)
 
 # %% ../nbs/30_unet.ipynb #c49d50e8
 def interpolate_voxels(
