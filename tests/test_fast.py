@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from flux4d import losses_fused, render as render_module, splat_kernels
-from flux4d.attribute_kernels import fused_feedback, fused_point, fused_residual, fused_sum
+from flux4d.attribute_kernels import fused_feedback, fused_mix, fused_point, fused_residual, fused_sum
 from flux4d.decode import AttributeBounds, decode_residual
 from flux4d.gaussians import Gaussians
 from flux4d.losses import LossConfig, image_terms
@@ -20,6 +20,7 @@ from flux4d.network_inputs import describe_points
 from flux4d.refine import Feedback, RefineConfig, feedback_features
 from flux4d.render import Cameras, RenderConfig, render
 from flux4d.training_loss import reconstruction_loss
+from flux4d.unet import mix_voxels
 from flux4d.voxels import VoxelConfig
 
 ROOT = Path(__file__).parents[1]
@@ -319,3 +320,18 @@ def test_feedback_is_read_as_by_tensor_operations():
     close(found.split(1, 1), wanted.split(1, 1))
     none = fused_feedback(torch.zeros(300, 14).to(DEVICE), 0 * filled.to(DEVICE), g.to(DEVICE), turn_and_move().to(DEVICE), 1.0)
     assert not none.any()
+
+
+@with_kernels
+@pytest.mark.parametrize("channels", [32, 5])
+def test_voxels_are_mixed_as_by_tensor_operations(channels):
+    gen = torch.Generator().manual_seed(9)
+    features, row = torch.randn(40, channels, generator=gen), torch.randint(0, 40, (70, 8), generator=gen)
+    w = torch.rand(70, 8, generator=gen) * (torch.rand(70, 8, generator=gen) < 0.6)
+    weights = torch.randn(70, channels, generator=gen)
+    found = []
+    for mix, device in ((fused_mix, DEVICE), (mix_voxels, "cpu")):
+        x = features.to(device).requires_grad_()
+        y = mix(x, row.to(device), w.to(device))
+        found.append((y.detach(), torch.autograd.grad((y * weights.to(device)).sum(), x)[0]))
+    close(*found)
