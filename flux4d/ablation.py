@@ -62,7 +62,7 @@ def differing_fields(
     b = flattened(b)
     return {name: (a.get(name), b.get(name)) for name in a | b if a.get(name) != b.get(name)}
 
-
+# %% ../nbs/62_ablation.ipynb #f714fc2d
 SWITCHES = dict(  # parameter of 60_stage6 -> field of the configuration
     num_refine="refine.steps",
     poly_degree="model.degree",
@@ -338,7 +338,7 @@ def difference(
     "What a change adds."
     return None if a is None or b is None else b - a
 
-
+# %% ../nbs/62_ablation.ipynb #639ee647
 def changes(
     rows: list[dict],  # paired runs
 ) -> list[dict]:  # one row a change whose two runs are there
@@ -421,7 +421,7 @@ def took_equally_long(
     seconds = a["train s"], b["train s"]
     return None not in seconds and max(seconds) <= (1 + slack) * min(seconds)
 
-
+# %% ../nbs/62_ablation.ipynb #9914a25e
 def near_in_time(
     rows: list[dict],  # any runs
     slack: float = 0.1,  # largest difference of training times, as a share
@@ -467,7 +467,7 @@ def group_report(
         parts += ["Change by one part", as_table(found, list(found[0]))]
     return parts
 
-
+# %% ../nbs/62_ablation.ipynb #fc97cbf2
 def ablation_report(
     folders: list[Path],  # finished runs
 ) -> str:  # markdown

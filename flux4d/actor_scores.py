@@ -122,7 +122,7 @@ def mean_iou(
     pairs = zip(actor.pose(true.seconds), true.pose)
     return float(np.mean([iou_above(corners_above(p, actor.size), corners_above(q, true.size)) for p, q in pairs]))
 
-
+# %% ../nbs/73b_actor_scores.ipynb #6a8e308d
 def match_actors(
     actors: list[Actor],  # of a reconstruction
     truth: list[TrueActor],  # of its clip

@@ -31,7 +31,7 @@ def root_scene(
     "The scene that a scene was edited from; itself where it was not."
     return scene.__dict__.get("_root", scene)
 
-
+# %% ../nbs/73a_edits.ipynb #eb70195b
 def pick_actor(
     scene: Scene,  # that is edited
     actor: Actor | int,  # one of `scene.actors`, or its number
@@ -240,7 +240,7 @@ def check_shift(
         remedy = f"choose from {-duration:.2f} to {duration:.2f}"
         raise DataError(f"seconds: is {seconds}, and the clip is {duration:.2f} s long; {remedy}.")
 
-
+# %% ../nbs/73a_edits.ipynb #f45fa71c
 def moved_actor(
     actor: Actor,  # with the scene that it belongs to
     scene: Scene,  # that it is in now
@@ -312,7 +312,7 @@ def pose_to_stand(
         raise DataError(f"{fault}; give a box-to-world matrix, such as actor.pose(0.5).")
     return given
 
-
+# %% ../nbs/73a_edits.ipynb #071450ad
 @patch
 def insert(
     self: Scene,

@@ -182,7 +182,7 @@ def reconstruction_of(
 
     return static if s.baseline == "static" else s.model.reconstruct
 
-
+# %% ../nbs/61_evaluate.ipynb #a4e6cf9f
 def polish_of(
     p: EvaluationParameters,  # read: polish_steps, polish_seconds
 ) -> Callable[[Scene], Scene] | None:  # changes a scene; None: nothing is polished
@@ -277,7 +277,7 @@ def scenes_to_score(
         return MODEL_SCENES
     return ("model",) if baseline in ("lift", "zero_motion") else ("model", "lift")
 
-
+# %% ../nbs/61_evaluate.ipynb #2305526f
 def about_of(
     s: Subject,  # what is evaluated
     clips: list[Clip],  # on these

@@ -38,7 +38,7 @@ class StoredSplats(NamedTuple):
     log_scales: Tensor  # (N,3) natural logarithm of m
     quats: Tensor  # (N,4) w,x,y,z, unit length
 
-
+# %% ../nbs/72_export.ipynb #2307cf25
 def check_seconds(
     scene: Scene,  # with its clock
     seconds: Any,  # s since the clip's start
@@ -236,7 +236,7 @@ def export_optical_flow(
     views = [self.camera(camera, check_seconds(self, s)) for s in (seconds, seconds + step)]
     return _save_array(path, optical_flow(self, *views).float().cpu().numpy())
 
-
+# %% ../nbs/72_export.ipynb #67d3511e
 def _save_array(path: str | Path, values: np.ndarray) -> Path:
     "Write an .npy file."
     path = Path(path)
@@ -378,7 +378,7 @@ def _frame_entry(name: str, k: int, pose: np.ndarray, seconds: float) -> dict:
         camera=name,
     )
 
-
+# %% ../nbs/72_export.ipynb #b81bc384
 def nerfstudio_transforms(
     scene: Scene,  # with recorded cameras
     cameras: list[str] | None = None,  # names; None: all

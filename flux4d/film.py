@@ -67,7 +67,7 @@ class Panel(NamedTuple):
     colours: str = ""  # matplotlib's name of the colour bar; "": no bar
     ends: tuple[str, str] = ("", "")  # values at the ends of the bar; without a bar the second is a note
 
-
+# %% ../nbs/26_film.ipynb #1ddd62c6
 def letter_height(
     height: int,  # px of a picture
 ) -> int:  # px
@@ -222,7 +222,7 @@ def paint_wheel(
     corner[:] = torch.where(radius.to(picture) <= 1, legend, corner)
     return picture
 
-
+# %% ../nbs/26_film.ipynb #653712fd
 def _velocity(frame: FrameData, width: int) -> Panel:
     "Image velocity as colours, with their wheel."
     colours = flow_colours(shrink(frame.out.features[0], width), frame.fastest)
@@ -265,7 +265,7 @@ def grid_columns(
     "How panels are laid out."
     return {1: 1, 2: 2, 3: 3, 4: 2}.get(count, 3)
 
-
+# %% ../nbs/26_film.ipynb #7c3fa204
 def tiled(
     pictures: list[Image.Image],  # of one size
     columns: int,  # pictures in a row
@@ -278,7 +278,7 @@ def tiled(
         page.paste(picture, (w * (k % columns), h * (k // columns)))
     return page
 
-
+# %% ../nbs/26_film.ipynb #7c3dd287
 def frame_picture(
     frame: FrameData,  # what is shown
     layers: Iterable[str] = tuple(LAYERS),  # names of LAYERS
@@ -338,7 +338,7 @@ def clip_frames(
         out = draw_frame(scene, view, layers, view_gaps(clip, view), flow)
         yield FrameData(out, view.images[0], fastest=flow.clip_px)
 
-
+# %% ../nbs/26_film.ipynb #721c2a5a
 def film_clip(
     path: str | Path,  # .mp4
     clip: Clip,  # whose pace the film has

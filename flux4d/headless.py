@@ -29,7 +29,7 @@ def find_browser() -> tuple[Any, str]:  # playwright's `sync_playwright`, Chromi
         raise DataError("Chromium: is not installed; run apt-get install chromium, or install Chrome.")
     return sync_playwright, found
 
-
+# %% ../nbs/73d_headless.ipynb #69610925
 def start_chromium(
     playwright: Any,  # a running playwright
     path: str,  # of Chromium

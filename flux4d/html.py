@@ -43,7 +43,7 @@ def rounded(
         raw = (raw + np.uint32(1 << (dropped - 1))) >> dropped << dropped
     return raw.astype(np.uint32).view(np.float32)
 
-
+# %% ../nbs/74a_html.ipynb #f5a6c60c
 def as_stored(
     scene: Scene,  # in ego0, at the widths that are drawn
     bits: int = CENTRE_BITS,  # of centres

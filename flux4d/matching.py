@@ -184,7 +184,7 @@ class InlierMean(NamedTuple):
     xy: Tensor  # (K,2) mean of the displacement itself and of one mean for each sweep with inliers, m
     sweeps: Tensor  # (K,) int64, sweeps with any such inlier
 
-
+# %% ../nbs/13b_matching.ipynb #09c5e037
 def inlier_mean(
     xy: Tensor,  # (K,2) displacement of each block, m
     inlier: Tensor,  # (K,) bool

@@ -96,7 +96,7 @@ def at(
     pose[:3, 3] = self._curves.position(own)
     return KeyFrame(s, pose, float(self._curves.seconds(own)), self._curves.lens(own).reshape(3, 3))
 
-
+# %% ../nbs/71_paths.ipynb #4722c825
 @patch
 def moments(
     self: FilmPath,
@@ -276,7 +276,7 @@ def _turned(pose: np.ndarray, centre: np.ndarray, up: np.ndarray, angle: float) 
     turn[:3, 3] = centre - turn[:3, :3] @ centre
     return turn @ pose
 
-
+# %% ../nbs/71_paths.ipynb #4b0a8d2d
 def orbit(
     scene: Scene,  # with recorded cameras
     camera: str | None = None,  # name of the camera that begins; None: the first

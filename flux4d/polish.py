@@ -134,7 +134,7 @@ class MotionGroups(NamedTuple):
     arm: Tensor  # (M,3) ego0, m, from the group's centre
     to_world: Tensor  # (3,3) axes of ego0 in the world
 
-
+# %% ../nbs/52_polish.ipynb #81dfdd04
 def motion_groups(
     scene: Scene,  # N Gaussians
     t: float,  # normalised time at which they are seen together
@@ -164,7 +164,7 @@ class GroupMotion(NamedTuple):
     yaw_rate: Tensor  # (n,) rad/s
     acceleration: Tensor  # (n,2) m/s^2, in the plane
 
-
+# %% ../nbs/52_polish.ipynb #5f26dc97
 def group_motion(
     numbers: Tensor,  # (n,5) in steps of the optimiser
     cfg: PolishConfig,  # read: velocity_step, yaw_step, acceleration_step
@@ -213,7 +213,7 @@ def step_sizes(
     sizes[:, FLAT["colour_logits"]] = cfg.colour_step
     return sizes
 
-
+# %% ../nbs/52_polish.ipynb #4c932606
 def step_rate(
     done: float,  # share of the steps or of the time, 0..1
     step: int,  # steps taken

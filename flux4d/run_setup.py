@@ -89,7 +89,7 @@ def frames_used(
     "The frames of clips."
     return {(clip.log.id, frame) for clip in clips for frame in clip.frames}
 
-
+# %% ../nbs/58_run_setup.ipynb #5c563525
 def keep_aside(
     clips: list[Clip],  # training clips
     most: int,  # clips to keep aside
@@ -119,7 +119,7 @@ def check_fixed_frame(
         fault = f"is {frame}, but the shortest training clip has frames 0 to {shortest - 1}"
         raise DataError(f"fixed_target_frame: {fault}; choose one of them.")
 
-
+# %% ../nbs/58_run_setup.ipynb #8568f6ea
 def first_frames(
     index: dict,  # clip index
     logs: tuple[str, ...],  # () = all

@@ -129,7 +129,7 @@ class ViewerPanel(NamedTuple):
         if picture is not None:
             self.legend.image = picture
 
-
+# %% ../nbs/74_viewer.ipynb #c86ea2f9
 def _add_time(viewer: Viewer) -> Any:  # the slider
     "Slider, play button and speed."
     gui = viewer.server.gui
@@ -211,7 +211,7 @@ def _add_screenshot(viewer: Viewer) -> None:
         Image.fromarray(viewer.screenshot(client=event.client)).save(file, format="PNG")
         event.client.send_file_download(f"flux4d_{viewer.seconds:.2f}s.png", file.getvalue())
 
-
+# %% ../nbs/74_viewer.ipynb #816ad755
 def add_panel(
     viewer: Viewer,  # whose methods the controls call
 ) -> ViewerPanel:
@@ -323,7 +323,7 @@ def _colour(
         if group.moves or not only_movers:
             self.nodes[name].rgbs = layer_colours(group, self.layer, self.seconds, self.eye)
 
-
+# %% ../nbs/74_viewer.ipynb #56643fae
 @patch
 def show(
     self: Viewer,
@@ -419,7 +419,7 @@ def play(
 
     threading.Thread(target=run, daemon=True).start()
 
-
+# %% ../nbs/74_viewer.ipynb #565b55ad
 @patch
 def pause(self: Viewer) -> None:
     "Stop time where it is."

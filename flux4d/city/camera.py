@@ -28,7 +28,7 @@ class RigCamera(NamedTuple):
     width: int  # px
     height: int  # px
 
-
+# %% ../../nbs/05g_camera.ipynb #d1cd3933
 def camera_at(
     caster: Raycaster,  # the street
     name: str,  # a camera of the rig
@@ -80,7 +80,7 @@ def smooth_normals(
     n = n[:, 0] * (1 - a - b) + n[:, 1] * a + n[:, 2] * b
     return n / np.linalg.norm(n, axis=1, keepdims=True).clip(1e-9)
 
-
+# %% ../../nbs/05g_camera.ipynb #a3cac49b
 def surface_axes(
     n: np.ndarray,  # (M,3) unit normals
 ) -> tuple:  # two (M,3) unit directions along the surface; on walls the second one is up

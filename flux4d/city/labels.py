@@ -88,7 +88,7 @@ def attributes(
     rider = "With Rider" if t.label == "Bicycle" else nothing
     return state, "-", -1, rider, "Walking" if person else nothing, "Adult" if person else nothing
 
-
+# %% ../../nbs/05h_labels.ipynb #66783560
 def box_row(
     t: Thing,  # labelled
     centre: np.ndarray,  # (3,) world, m

@@ -76,7 +76,7 @@ def sweep_table(
     sensor = np.zeros(len(x), np.int64)
     return pd.DataFrame(dict(x=x, y=y, z=z, i=s.intensity, t=t, d=sensor), pd.RangeIndex(len(x), name="index"))
 
-
+# %% ../../nbs/05i_logs.ipynb #305946f2
 def write_images(
     caster: Raycaster,  # the street
     log: Path,  # the log's folder
@@ -168,7 +168,7 @@ def ego_lists(
     times = stamps.tolist()
     return {"meta/timestamps": times, "lidar/timestamps": times, "lidar/poses": pose_records(T), "meta/gps": gps}
 
-
+# %% ../../nbs/05i_logs.ipynb #4aa4a18b
 def write_lists(
     caster: Raycaster,  # the street
     log: Path,  # the log's folder
@@ -237,7 +237,7 @@ def stored_parameters(
         place = f"{path.parent.name}/city.json"
         raise DataError(f"{place}: holds no parameters of a city; choose another folder or delete this one.") from e
 
-
+# %% ../../nbs/05i_logs.ipynb #b05f0158
 def begin_city(
     out: Path,  # the city's folder
     cfg: dict,  # parameters

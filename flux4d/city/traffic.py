@@ -200,7 +200,7 @@ def on_cross_street(
     start = (x + way * s.lay.lane / 2, y, way * np.pi / 2)
     return vehicle(s.g, Motion(start, speed=speed))
 
-
+# %% ../../nbs/05d_traffic.ipynb #dce68115
 def car_passing(
     s: Scenario,  # what to draw from
 ) -> Thing:
@@ -259,7 +259,7 @@ def person(
     motion = Motion((x, y, heading), speed=((0, u(0.9, 1.7)), (8, u(0.9, 1.7))))
     return labelled(mesh, motion, "Pedestrian", g, z)
 
-
+# %% ../../nbs/05d_traffic.ipynb #372ef4cd
 def walker_along(
     s: Scenario,  # what to draw from
 ) -> Thing:
@@ -305,7 +305,7 @@ def rider(
     mesh = cyclist(CLOTHES[g.integers(7)], CLOTHES[g.integers(7)], SKINS[g.integers(3)])
     return labelled(mesh, Motion(at, speed=((0, u(3, 6.5)), (8, u(3, 6.5)))), "Bicycle", g)
 
-
+# %% ../../nbs/05d_traffic.ipynb #d706c774
 def rider_main(
     s: Scenario,  # what to draw from
 ) -> Thing:
