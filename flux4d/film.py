@@ -106,7 +106,7 @@ class CaptionLayout(NamedTuple):
     first: int  # where the value at the bar's first end begins
     last: int  # where the value at the bar's last end, or the note, begins
 
-
+# %% ../nbs/26_film.ipynb #a397ee11
 def _caption_layout(
     panel: Panel,  # its texts
     width: int,  # px
@@ -240,6 +240,14 @@ LAYERS: dict[str, Callable[[FrameData, int], Panel]] = dict(
 OF_PHOTO = "photo", "error"  # layers that need a photo
 OF_VELOCITY = "speed", "velocity"  # layers that need image velocities
 
+# %% ../nbs/26_film.ipynb #d8becbc6
+def _layer_fault(name: str, shown: list[str], with_photo: bool) -> str | None:
+    "What is wrong with the name of a layer."
+    choice = ", ".join(shown)
+    if name in OF_PHOTO and not with_photo:
+        return f"{name!r} needs photos; call film_beside_photos, or choose from {choice}."
+    return None if name in LAYERS else f"{name!r} is none; choose from {choice}."
+
 
 def check_layers(
     layers: str | Iterable[str],  # one name, or some
@@ -248,14 +256,9 @@ def check_layers(
     "Refuse a layer that does not exist or cannot be shown."
     names = (layers,) if isinstance(layers, str) else tuple(layers)
     shown = [name for name in LAYERS if with_photo or name not in OF_PHOTO]
-    if not names:
-        raise DataError(f"layers: names none; choose from {', '.join(shown)}.")
-    for name in names:
-        if name in OF_PHOTO and not with_photo:
-            others = ", ".join(shown)
-            raise DataError(f"layers: {name!r} needs photos; call film_beside_photos, or choose from {others}.")
-        if name not in LAYERS:
-            raise DataError(f"layers: {name!r} is none; choose from {', '.join(shown)}.")
+    faults = [_layer_fault(name, shown, with_photo) for name in names] or [f"names none; choose from {', '.join(shown)}."]
+    for fault in filter(None, faults):
+        raise DataError(f"layers: {fault}")
     return names
 
 # %% ../nbs/26_film.ipynb #11b8b0fc
