@@ -86,7 +86,7 @@ def path_frames(
         note = f"{key.seconds:.2f} s"
         yield FrameData(out, None, fastest=fastest, step=f"in {STEP:g} s", rgb="colours", note=note)
 
-
+# %% ../nbs/71a_filming.ipynb #34945b18
 def check_moments(
     scene: Scene,  # with its clock
     seconds: Iterable[float],  # s of the scene

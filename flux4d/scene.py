@@ -162,7 +162,7 @@ def t_of(
         )
     return t
 
-
+# %% ../nbs/22_scene.ipynb #c0b94f28
 @patch
 def camera(
     self: Scene,

@@ -185,7 +185,7 @@ def motion_colours(
     share = (v.norm(dim=1, keepdim=True) / FULL_SPEED).clamp(0, 1).sqrt()
     return grey + share * (hue - grey)
 
-
+# %% ../nbs/73c_splat_groups.ipynb #fe3ef3cd
 def layer_colours(
     group: SplatGroup,  # n Gaussians
     layer: str,  # one of VIEWER_LAYERS

@@ -29,8 +29,8 @@ from ..files import DataError, atomic_write
 from ..frames import mat_to_quat, transform_points
 
 # %% auto #0
-__all__ = ['CITY_RANGES', 'PART', 'CITY_EXAMPLES', 'log_stamps', 'dump_table', 'pose_records', 'sweep_table', 'write_images',
-           'mover_or_none', 'write_frame', 'write_json', 'camera_lists', 'ego_lists', 'write_lists', 'caster_of',
+__all__ = ['CITY_RANGES', 'PART', 'CITY_EXAMPLES', 'log_stamps', 'dump_table', 'pose_records', 'sweep_table', 'mover_or_none',
+           'write_images', 'write_frame', 'write_json', 'camera_lists', 'ego_lists', 'write_lists', 'caster_of',
            'write_part', 'put_in_place', 'stored_parameters', 'begin_city', 'each_part', 'check_city_parameters',
            'shares_of', 'free_cores', 'make_city', 'fixture_city', 'city_parser', 'city_main']
 
@@ -77,6 +77,14 @@ def sweep_table(
     return pd.DataFrame(dict(x=x, y=y, z=z, i=s.intensity, t=t, d=sensor), pd.RangeIndex(len(x), name="index"))
 
 # %% ../../nbs/05i_logs.ipynb #305946f2
+def mover_or_none(
+    caster: Raycaster,  # the street
+    thing: np.ndarray,  # indices of things, -1 in the sky
+) -> np.ndarray:  # the same, -1 also for what is static
+    "Only movers keep their index."
+    return np.where(thing < caster.street.standing, -1, thing)
+
+# %% ../../nbs/05i_logs.ipynb #71737486
 def write_images(
     caster: Raycaster,  # the street
     log: Path,  # the log's folder
@@ -93,14 +101,6 @@ def write_images(
         Image.fromarray(image).save(log / f"camera/{c}/{name}.jpg", quality=92, subsampling=0)
         number = (mover_or_none(caster, thing) + 1).astype(np.uint16)  # 0 where nothing moves
         Image.fromarray(number).save(truth / c / f"{name}.png")
-
-
-def mover_or_none(
-    caster: Raycaster,  # the street
-    thing: np.ndarray,  # indices of things, -1 in the sky
-) -> np.ndarray:  # the same, -1 also for what is static
-    "Only movers keep their index."
-    return np.where(thing < caster.street.standing, -1, thing)
 
 # %% ../../nbs/05i_logs.ipynb #0285692d
 def write_frame(
@@ -133,7 +133,7 @@ def write_json(
     with atomic_write(path) as tmp:
         Path(tmp).write_text(json.dumps(value))
 
-
+# %% ../../nbs/05i_logs.ipynb #ad13b69f
 def camera_lists(
     caster: Raycaster,  # the street
     name: str,  # a camera of the rig
