@@ -287,7 +287,7 @@ def variant_line(
     paper = " / ".join(f"{x:g}" for x in PAPER_FIGURES[variant]) if variant in PAPER_FIGURES else None
     return dict(variant=variant) | {c: row.get(c) for c in MOVING} | {NOT_COMPARABLE: paper}
 
-
+# %% ../nbs/62_ablation.ipynb #be05b4e5
 def paper_tables(
     rows: list[dict],  # paired runs, from `ablation_row`
 ) -> str:  # markdown; a variant that was not run is a row of dashes

@@ -200,7 +200,7 @@ def recall_of(
     "The share that was found."
     return float(things.found.mean()) if len(things) else None
 
-
+# %% ../nbs/73b_actor_scores.ipynb #69e53687
 def actor_summary(
     rows: pd.DataFrame,  # of `score_actors`, one clip or many
 ) -> dict[str, float]:  # counts, recall, precision, medians of the errors

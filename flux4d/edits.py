@@ -82,7 +82,7 @@ def carried(
     T = torch.as_tensor(T, dtype=self.velocity.dtype, device=self.velocity.device)
     return self._replace(gaussians=self.gaussians.transform(T), velocity=rotate_vectors(T, self.velocity))
 
-
+# %% ../nbs/73a_edits.ipynb #6a95e70e
 @patch
 def later(
     self: MovingPart,
@@ -311,7 +311,7 @@ def is_pose(
     is_rotation = np.allclose(R @ R.T, np.eye(3), atol=1e-4) and np.linalg.det(R) > 0
     return is_rotation and np.allclose(given[3], [0, 0, 0, 1])
 
-
+# %% ../nbs/73a_edits.ipynb #d105bb04
 def pose_to_stand(
     at: Any,  # (4,4) box-to-world, or (3,) place of the middle of the box's bottom, world, m
     as_it_is: np.ndarray,  # (4,4) box-to-world where it keeps its place and heading from the ego vehicle

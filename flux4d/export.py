@@ -347,7 +347,7 @@ def _quarter_points(scene: Scene, vehicle: np.ndarray, seconds: float, yaw: floa
     hit = weight > 0.5
     return cfg.origin + beams[hit] * (depth / inside[:, 2])[hit, None]
 
-
+# %% ../nbs/72_export.ipynb #259f2160
 @torch.no_grad()
 def simulated_sweep(
     scene: Scene,  # with recorded cameras

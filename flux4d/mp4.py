@@ -120,7 +120,7 @@ def _is_whole(path: Path, frames: Iterator[np.ndarray], fps: float, name: Path) 
         return False
     return count_frames(path) == count
 
-
+# %% ../nbs/25a_mp4.ipynb #7c812a03
 def write_film(
     path: str | Path,  # .mp4; its folder is made
     frames: Iterable[Image.Image | np.ndarray],  # pictures of one size

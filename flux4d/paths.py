@@ -374,7 +374,7 @@ def tour(
     beside = lane_shift(scene, camera, over=0.5).backwards().slowed(2.0)
     return slow.then(swing).then(beside).then(birds_eye(scene, camera))
 
-
+# %% ../nbs/71_paths.ipynb #58147748
 PATHS: dict[str, Callable[..., FilmPath]] = dict(
     recorded=recorded_path,
     lane_shift=lane_shift,
@@ -400,7 +400,7 @@ def named_path(
     known = ", ".join([*PATHS, *scene.cameras])
     raise DataError(f"path: {name!r} is none; choose from {known}, or give a FilmPath.")
 
-
+# %% ../nbs/71_paths.ipynb #c2eb533c
 def path_of(
     scene: Scene,  # what is filmed
     path: Any,  # FilmPath, name of PATHS, name of a recorded camera, a list of them; None: as recorded

@@ -366,7 +366,7 @@ def is_positive(
     "Whether a value is a finite number above 0, and no truth value."
     return isinstance(x, kind) and not isinstance(x, bool) and 0 < x < math.inf
 
-
+# %% ../nbs/52_polish.ipynb #9ab5104e
 def check_budget(
     seconds: Any,  # as given
     steps: Any,  # as given
@@ -410,7 +410,7 @@ def check_finite(
     if not (scene.gaussians.flat().isfinite().all() and (not moves or scene.velocity.isfinite().all())):
         raise DataError("polish: ended in numbers that are not finite, the scene is as it was; take smaller steps.")
 
-
+# %% ../nbs/52_polish.ipynb #55036281
 @patch
 def polish(
     self: Scene,

@@ -206,7 +206,7 @@ class PixelPairs(NamedTuple):
     pixel: Tensor  # (P,) int32, number of the pixel among the rows
     alpha: Tensor  # (P,) strength, 0 below `ALPHA_MIN`
 
-
+# %% ../nbs/20_raster.ipynb #3296a27b
 def pixel_pairs(
     e: Ellipses,  # n splats, nearest first
     y0: int,  # first row

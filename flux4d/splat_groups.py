@@ -161,7 +161,7 @@ def check_layer(
     if layer not in VIEWER_LAYERS:
         raise DataError(f"layer: {layer!r} is unknown; choose from {', '.join(VIEWER_LAYERS)}.")
 
-
+# %% ../nbs/73c_splat_groups.ipynb #b2d141a1
 def distance_colours(
     distance: np.ndarray,  # (...) m
 ) -> np.ndarray:  # (...,3) 0..1

@@ -158,7 +158,7 @@ def car_ahead(
     kind = str(s.g.choice(("suv", "sedan", "hatch", "pickup", "van", "truck")))
     return vehicle(s.g, Motion(start, speed=pace), kind)
 
-
+# %% ../../nbs/05d_traffic.ipynb #19e3ede1
 def car_same_way(
     s: Scenario,  # what to draw from
 ) -> Thing:
@@ -225,7 +225,7 @@ def turning_side(
     "To which side the ego turns off."
     return np.sign(ego.path[1][1]) if len(ego.path) == 3 else 0
 
-
+# %% ../../nbs/05d_traffic.ipynb #a9fabdb9
 def car_beyond(
     s: Scenario,  # what to draw from; its ego turns
     way: int = 1,  # 1 as the ego will drive, -1 towards it
@@ -278,7 +278,7 @@ def walker_cross_street(
     x = s.lay.crossings[0] + s.side() * (s.lay.cross + s.g.uniform(1.9, 3.0))
     return person(s, x, s.side() * s.g.uniform(12, 70), way * np.pi / 2, s.lay.kerb)
 
-
+# %% ../../nbs/05d_traffic.ipynb #e15e96d6
 def walker_on_zebra(
     s: Scenario,  # what to draw from
 ) -> Thing:
