@@ -42,7 +42,7 @@ __all__ = ['S_MAX', 'A_MAX', 'LIGHT_MIN', 'LOG_MIN', 'SIDE', 'AREA', 'COLUMNS', 
            'exponents', 'strengths', 'take_light', 'is_dark', 'fetch', 'add_scaled', 'put_tile', 'mark_inside',
            'TileWork', 'tile_work', 'Drawn', 'blend_entries', 'blend_tiles', 'give_back', 'sum_moments', 'sum_features',
            'get_tile', 'drawn_until', 'dot_features', 'BackWork', 'back_work', 'undo_entries', 'unblend_tiles',
-           'sum_entries', 'in_threads', 'CompiledBlend', 'rasterise_compiled']
+           'add_places', 'sum_entries', 'in_threads', 'CompiledBlend', 'rasterise_compiled']
 
 # %% ../nbs/20a_raster_compiled.ipynb #0f87ab2f
 def have_numba() -> bool:
@@ -635,6 +635,20 @@ def unblend_tiles(
 
 # %% ../nbs/20a_raster_compiled.ipynb #8d141fc0
 @compiled()
+def add_places(
+    found: np.ndarray,  # (M,6+C) float32, from `unblend_tiles`
+    first: int,  # place
+    stop: int,  # one past the last place
+    m: np.ndarray,  # (6+C,) float64; filled with the sum
+) -> None:
+    "Sum of some rows, in their order."
+    m[:] = 0
+    for k in range(first, stop):
+        for c in range(len(m)):
+            m[c] += found[k, c]
+
+# %% ../nbs/20a_raster_compiled.ipynb #d298a170
+@compiled()
 def sum_entries(
     first: int,  # splat
     stop: int,  # one past the last splat
@@ -649,10 +663,7 @@ def sum_entries(
     "Gradients of some splats from what their tiles found."
     m = np.empty(found.shape[1])
     for i in range(first, stop):
-        m[:] = 0
-        for k in range(own[i], own[i + 1]):
-            for c in range(len(m)):
-                m[c] += found[k, c]
+        add_places(found, own[i], own[i + 1], m)
         A, B, C = e[i, 2], e[i, 3], e[i, 4]
         d_uv[i, 0] = A * m[1] + B * m[2]
         d_uv[i, 1] = B * m[1] + C * m[2]

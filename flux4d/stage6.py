@@ -232,7 +232,7 @@ def training_said(
     enough = "." if logged >= FEW else ", too few for a curve."
     return f"{step} steps, {step - skipped} with an update; {logged} logged{enough}"
 
-
+# %% ../nbs/60_stage6.ipynb #a200e976
 def validation_said(
     scores: list[float],  # dB, of each validation
 ) -> str:  # a sentence

@@ -32,7 +32,7 @@ from ..frames import mat_to_quat, transform_points
 __all__ = ['CITY_RANGES', 'PART', 'CITY_EXAMPLES', 'log_stamps', 'dump_table', 'pose_records', 'sweep_table', 'mover_or_none',
            'write_images', 'write_frame', 'write_json', 'camera_lists', 'ego_lists', 'write_lists', 'caster_of',
            'write_part', 'put_in_place', 'stored_parameters', 'begin_city', 'each_part', 'check_city_parameters',
-           'shares_of', 'free_cores', 'make_city', 'fixture_city', 'city_parser', 'city_main']
+           'shares_of', 'free_cores', 'write_logs', 'make_city', 'fixture_city', 'city_parser', 'city_main']
 
 # %% ../../nbs/05i_logs.ipynb #416b60b6
 def log_stamps(
@@ -320,6 +320,24 @@ def free_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 # %% ../../nbs/05i_logs.ipynb #0e4521bb
+def write_logs(
+    out: Path,  # the city's folder
+    ids: list,  # of all its logs
+    cfg: dict,  # its parameters
+    workers: int,  # processes
+    progress: Callable,  # wraps the parts as they are done
+) -> None:
+    "Write the logs that are not there, part by part; each is put in place when it is whole."
+    shares = shares_of([i for i in ids if not (out / i).is_dir()], cfg["frames"], workers)
+    left = [i for i, _ in shares]
+    parts = [(str(out), *share, cfg) for share in shares]
+    for i in progress(each_part(parts, workers), total=len(parts)):
+        left.remove(i)
+        if i not in left:
+            put_in_place(out, i)
+    shutil.rmtree(out / "_part", ignore_errors=True)
+
+# %% ../../nbs/05i_logs.ipynb #49242e8c
 def make_city(
     out: str | Path,  # folder to write; becomes a data root
     logs: int,  # how many, ids from "001" on
@@ -337,21 +355,11 @@ def make_city(
     check_city_parameters(logs=logs, frames=frames, scale=scale, seed=seed, workers=workers, step=step)
     if wrong := [c for c in cameras if c not in RIG]:
         raise DataError(f"{wrong[0]}: is not a camera of the rig; choose from {', '.join(RIG)}.")
-    out = Path(out)
     ids = [f"{i + 1:03d}" for i in range(logs)]
     cfg = dict(logs=logs, frames=frames, scale=scale, seed=seed, cameras=list(cameras), step=step)
-    if begin_city(out, cfg):
-        return ids
-    workers = workers or free_cores()
-    shares = shares_of([i for i in ids if not (out / i).is_dir()], frames, workers)
-    left = [i for i, _ in shares]
-    parts = [(str(out), *share, cfg) for share in shares]
-    for i in progress(each_part(parts, workers), total=len(parts)):
-        left.remove(i)
-        if i not in left:
-            put_in_place(out, i)
-    shutil.rmtree(out / "_part", ignore_errors=True)
-    write_json({**cfg, "complete": True}, out / "city.json")
+    if not begin_city(Path(out), cfg):
+        write_logs(Path(out), ids, cfg, workers or free_cores(), progress)
+        write_json({**cfg, "complete": True}, Path(out) / "city.json")
     return ids
 
 # %% ../../nbs/05i_logs.ipynb #1ad8fb3d

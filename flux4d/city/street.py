@@ -16,8 +16,8 @@ from .solids import Mesh, box, quads
 
 # %% auto #0
 __all__ = ['WALLS', 'STYLES', 'VEHICLE_LABELS', 'KERB_LABELS', 'arc', 'Motion', 'Thing', 'Layout', 'Edge', 'edges', 'houses',
-           'labelled', 'vehicle', 'parked', 'street_tree', 'greens', 'ground_and_blocks', 'distant_places', 'skyline',
-           'scenery']
+           'labelled', 'vehicle', 'parked', 'street_tree', 'small_thing', 'greens', 'ground_and_blocks',
+           'distant_places', 'skyline', 'scenery']
 
 # %% ../../nbs/05c_street.ipynb #4a8761e6
 def arc(
@@ -283,6 +283,16 @@ def street_tree(
 KERB_LABELS = {"bin": "Rolling Containers", "cone": "Cones", "sign": "Signs"}  # a hydrant has none
 
 
+def small_thing(
+    g: np.random.Generator,  # of the log
+    place: Motion,  # where it stands
+    lay: Layout,  # the street
+) -> Thing:
+    "A bin, a hydrant, a sign or a cone."
+    name = str(g.choice(["bin", "bin", "hydrant", "sign", "cone"]))
+    return labelled(small_things()[name], place, KERB_LABELS.get(name, ""), g, lay.kerb)
+
+# %% ../../nbs/05c_street.ipynb #5370f0ea
 def greens(
     g: np.random.Generator,  # of the log
     edge: Edge,  # where
@@ -303,9 +313,7 @@ def greens(
         elif g.random() < leafy:
             out.append(labelled(street_tree(g, hue), edge.at(s, 1.1, facing), "", g, lay.kerb))
         elif g.random() < 0.8:
-            name = str(g.choice(["bin", "bin", "hydrant", "sign", "cone"]))
-            label = KERB_LABELS.get(name, "")
-            out.append(labelled(small_things()[name], edge.at(s, 0.6, facing), label, g, lay.kerb))
+            out.append(small_thing(g, edge.at(s, 0.6, facing), lay))
         s += g.uniform(5.5, 10)
     return out
 
