@@ -256,8 +256,9 @@ def check_layers(
     "Refuse a layer that does not exist or cannot be shown."
     names = (layers,) if isinstance(layers, str) else tuple(layers)
     shown = [name for name in LAYERS if with_photo or name not in OF_PHOTO]
-    faults = [_layer_fault(name, shown, with_photo) for name in names] or [f"names none; choose from {', '.join(shown)}."]
-    for fault in filter(None, faults):
+    if not names:
+        raise DataError(f"layers: names none; choose from {', '.join(shown)}.")
+    for fault in filter(None, (_layer_fault(name, shown, with_photo) for name in names)):
         raise DataError(f"layers: {fault}")
     return names
 
