@@ -140,7 +140,7 @@ class Trained(NamedTuple):
     cfg: Config
     history: dict  # of its training, {} without a checkpoint
 
-
+# %% ../nbs/61_evaluate.ipynb #2bf9ff01
 def load_trained(
     checkpoint: str,  # path, "" = none
     device: str,  # where the model goes

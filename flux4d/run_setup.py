@@ -167,7 +167,7 @@ class RunClips(NamedTuple):
     evaluated: list[Clip]  # judged by
     left_out: dict[str, str]  # clip id -> why the data cannot give it
 
-
+# %% ../nbs/58_run_setup.ipynb #e29e4a1c
 def choose_clips(
     p: TrainingParameters,  # of the run
     cfg: FullConfig,  # read: data, loss
@@ -235,7 +235,7 @@ def open_run(
         run.write("meta.json", meta)
     return run
 
-
+# %% ../nbs/58_run_setup.ipynb #e2363ec5
 def resolved(
     cfg: FullConfig,  # everything
     eval_cfg: EvalConfig,  # how the run will be scored
