@@ -14,9 +14,9 @@ from .notebooks import Notebook, output_text, shown_source
 from .definitions import Argument, Definition, definitions
 
 # %% auto #0
-__all__ = ['FLAGS', 'PICTURE_TYPES', 'NEEDS_WIDTH', 'inline_html', 'argument_row', 'argument_table', 'definition_id',
+__all__ = ['FLAGS', 'PICTURE_TYPES', 'NEEDS_WIDTH', 'inline_html', 'argument_row', 'argument_table', 'fenced', 'definition_id',
            'definition_text', 'directives', 'only_imports', 'folded', 'source_text', 'ReadingPage', 'plain_html',
-           'picture_text', 'output_part', 'split_headings', 'paired', 'without_comments', 'code_text', 'notebook_page']
+           'picture_text', 'output_part', 'split_headings', 'beside', 'without_comments', 'code_text', 'notebook_page']
 
 # %% ../nbs/90b_reading_page.ipynb #9f148f35
 def inline_html(
@@ -52,7 +52,17 @@ def argument_table(
     heads = "".join(f"<th>{word}</th>" for word in head)
     return "\n".join(['<table class="arguments">', f"<thead><tr>{heads}</tr></thead>", "<tbody>", *rows, "</tbody></table>"])
 
-# %% ../nbs/90b_reading_page.ipynb #47a3c937
+# %% ../nbs/90b_reading_page.ipynb #36150a8c
+def fenced(
+    text: str,
+    language: str = "",  # of the text
+) -> str:
+    "A block of code; its fence is longer than any inside."
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
 def definition_id(
     module: str,  # such as lift
     name: str,  # such as lift_sweep
@@ -73,7 +83,7 @@ def definition_text(
     link = f'<a class="headerlink" href="#{anchor}" title="Link to this definition">#</a>'
     parts = [
         f'<div class="definition {d.kind}" id="{anchor}">',
-        f"```python\n{d.signature}\n```",
+        fenced(d.signature, "python"),
         f"<p>{about} {link}</p>",
         argument_table(d),
         *(definition_text(m, module) for m in d.members),
@@ -114,7 +124,7 @@ def folded(
     "Code that opens with a click."
     lines = source.count("\n") + 1
     summary = f"<summary>{title} <small>{lines} lines</small></summary>"
-    return f'<details class="code">{summary}\n\n```python\n{source}\n```\n\n</details>'
+    return f'<details class="code">{summary}\n\n{fenced(source, "python")}\n\n</details>'
 
 
 def source_text(
@@ -134,7 +144,7 @@ def source_text(
         parts += [definition_text(d, module) for d in exported]
         parts.append(folded("Code", source))
     else:
-        parts.append(f"```python\n{source}\n```")
+        parts.append(fenced(source, "python"))
     return "\n\n".join(parts)
 
 # %% ../nbs/90b_reading_page.ipynb #f5438808
@@ -190,7 +200,8 @@ def output_part(
     elif "text/markdown" in data:
         text = page.turn("".join(data["text/markdown"]))
     else:
-        text = output_text(output).replace("```\n", "```text\n", 1)
+        plain = output_text(output).removeprefix("```\n").removesuffix("\n```")
+        text = fenced(plain, "text") if plain else ""
     return f'<div class="output">\n\n{text}\n\n</div>' if text else ""
 
 # %% ../nbs/90b_reading_page.ipynb #826bce86
@@ -212,7 +223,7 @@ def split_headings(
     yield heading, "\n".join(body).strip()
 
 
-def paired(
+def beside(
     text: str,  # of a section
     codes: list[str],  # cells that follow it
 ) -> str:
@@ -256,7 +267,7 @@ def notebook_page(
     text, codes = "", []
 
     def flush() -> None:
-        page.parts.append(paired(text, codes))
+        page.parts.append(beside(text, codes))
         codes.clear()
 
     for cell in nb.cells:
