@@ -61,9 +61,11 @@ test: $(READY)
 	$(PYTHON) -m pytest -q -rs
 
 docs: $(READY_DOCS) $(READY)
+	@rm -rf _docs
 	$(REPO) pages build/pages
-	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build -q --strict -f docs/mkdocs.yml
-	@echo "the site is in _docs/"
+	$(PYTHON) -m sphinx -b html -q -W --keep-going -j $(WORKERS) -d build/doctrees -c docs/site build/pages _docs
+	$(REPO) site _docs
+	@echo "the site is in _docs/: open _docs/index.html"
 
 lab: $(READY)
 	$(PYTHON) -m jupyterlab nbs

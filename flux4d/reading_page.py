@@ -20,10 +20,11 @@ __all__ = ['FLAGS', 'PICTURE_TYPES', 'NEEDS_WIDTH', 'inline_html', 'argument_row
 
 # %% ../nbs/90b_reading_page.ipynb #9f148f35
 def inline_html(
-    text: str,  # a comment or a docstring, with `code` in it
+    text: str,  # a comment or a docstring, with `code` and links to notebooks in it
 ) -> str:
     "A line of text as HTML."
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+    return re.sub(r"\[([^\]]+)\]\((\w+)\.ipynb\)", r'<a href="\2.html">\1</a>', text)
 
 
 def argument_row(

@@ -226,8 +226,8 @@ def gallery_page(
         shown = []
         for name, section in page.captions.items():
             words = re.sub(r"[\[\]`$*_\\]", "", section)
-            picture = f'<a href="{page.stem}.html"><img src="{name}" alt="{html.escape(words)}" loading="lazy"></a>'
-            shown.append(f"<figure>{picture}<figcaption>{html.escape(words)}</figcaption></figure>")
+            picture = f"[![{words}]({name})]({page.stem}.md)"
+            shown.append(f"<figure>\n\n{picture}\n\n<figcaption>{html.escape(words)}</figcaption></figure>")
         if shown:
-            parts.append(f"## {page.stem}\n\n" + "\n".join(['<div class="gallery">', *shown, "</div>"]))
+            parts += [f"## {page.stem}", '<div class="gallery">', *shown, "</div>"]
     return "\n\n".join(parts) + "\n"

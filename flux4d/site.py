@@ -42,7 +42,8 @@ def site_link(
     "A link of the site."
     path, _, heading = link.partition("#")
     is_page = path.startswith("docs/") and path.endswith(".md") or path in RENAMED_PAGES
-    if not (is_page or path.endswith((".ipynb", *PICTURE_ENDINGS)) and path.startswith(("nbs/", "docs/"))):
+    is_page |= path.startswith("nbs/") and path.endswith(".ipynb")
+    if not (is_page or path.endswith(PICTURE_ENDINGS)):
         return repo + link
     name = page_name(path)
     return f"{name}#{page_anchor(heading)}" if heading else name

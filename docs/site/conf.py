@@ -40,6 +40,7 @@ html_show_sourcelink = False
 html_permalinks_icon = "#"
 html_domain_indices = False
 html_last_updated_fmt = None
+html_context = {"default_mode": "auto"}
 pygments_style = "friendly"
 html_sidebars = {"index": [], "**": ["sidebar-nav-bs"]}
 html_theme_options = {
