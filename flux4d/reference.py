@@ -21,7 +21,8 @@ from .reading_page import ReadingPage, definition_id, directives, fenced, inline
 
 # %% auto #0
 __all__ = ['Defined', 'defined_names', 'names_used', 'name_row', 'api_page', 'command_help', 'stage_parameters', 'command_page',
-           'config_groups', 'field_comments', 'preset_values', 'group_section', 'configuration_page', 'gallery_page']
+           'config_groups', 'field_comments', 'preset_values', 'group_section', 'configuration_page', 'gallery_figure',
+           'gallery_page']
 
 # %% ../nbs/90c_reference.ipynb #966fd1d1
 class Defined(NamedTuple):
@@ -213,7 +214,17 @@ def configuration_page(
     ]
     return "\n\n".join(parts) + "\n"
 
-# %% ../nbs/90c_reference.ipynb #ff0f509f
+# %% ../nbs/90c_reference.ipynb #e27a2ee6
+def gallery_figure(
+    page: ReadingPage,
+    name: str,  # of one of its pictures
+) -> str:  # Markdown and HTML
+    "A picture with a link to the notebook that made it."
+    words = re.sub(r"[\[\]`$*_\\]", "", page.captions[name])
+    caption = f"<figcaption>{page.stem}: {html.escape(words)}</figcaption>"
+    return f"<figure>\n\n[![{words}]({name})]({page.stem}.md)\n\n{caption}</figure>"
+
+
 def gallery_page(
     pages: list[ReadingPage],  # in reading order
 ) -> str:  # Markdown and HTML
@@ -222,12 +233,8 @@ def gallery_page(
         "# Gallery",
         "What the stages make of PandaSet log 002, in their order; each picture stands in the notebook that made it.",
     ]
-    for page in pages:
-        shown = []
-        for name, section in page.captions.items():
-            words = re.sub(r"[\[\]`$*_\\]", "", section)
-            picture = f"[![{words}]({name})]({page.stem}.md)"
-            shown.append(f"<figure>\n\n{picture}\n\n<figcaption>{html.escape(words)}</figcaption></figure>")
-        if shown:
-            parts += [f"## {page.stem}", '<div class="gallery">', *shown, "</div>"]
+    for digit, title in NOTEBOOK_PARTS.items():
+        own = [page for page in pages if page.stem[0] == digit and page.captions]
+        shown = [gallery_figure(page, name) for page in own for name in page.captions]
+        parts += [f"## {digit} {title}", '<div class="gallery">', *shown, "</div>"] if shown else []
     return "\n\n".join(parts) + "\n"

@@ -101,9 +101,12 @@ def source_url(
 
 def text_page(
     text: str,  # markdown
+    turn: Callable[[str], str],  # a text with its links turned
 ) -> str:
     "A page of text as the site shows it."
-    return without_comments(re.sub(r"<!-- site: ([\s\S]*?) -->", r"\1", text))
+    parts = re.split(r"<!-- site: ([\s\S]*?) -->", text)
+    parts[::2] = [without_comments(turn(part)) for part in parts[::2]]
+    return "".join(parts)
 
 
 LINK_WITH_TEXT = re.compile(r"!?\[([^\]]*)\]\((?!\w+:|#)([^)\s]+)\)")
@@ -149,7 +152,8 @@ def pages_and_pictures(
         made |= reading[-1].pictures
     for path in pages_of_text(root):
         folder = str(path.parent.relative_to(root))
-        made[page_name(str(path.relative_to(root)))] = text_page(turner(root, folder)(path.read_text(encoding="utf-8")))
+        text = text_page(path.read_text(encoding="utf-8"), turner(root, folder))
+        made[page_name(str(path.relative_to(root)))] = text
     for path in [*(nb.path for nb in notebooks), *pages_of_text(root)]:
         for picture in pictures_of(path.read_text(encoding="utf-8"), path.parent):
             made[page_name(str(picture.relative_to(root.resolve())))] = picture.read_bytes()
