@@ -26,6 +26,7 @@ from .clip_data import Returns, clip_returns
 from .lift import clip_data
 from .model import ClipInputs, Flux4DBase, grid_index_of, lift_scene
 from .predictor import GridIndex
+from .processes import ALONE, Processes
 from .scene import Scene
 
 # %% auto #0
@@ -42,6 +43,7 @@ class Loader:
         cache: LiftCache,  # lifted clips on disk
         device: Any = "cpu",  # where tensors end up
         target_sensors: tuple[int, ...] | None = None,  # LiDARs of the targets' depth; None: the lift's own
+        processes: Processes = ALONE,  # of the run; each loads its own micro-steps
     ) -> None:
         "Prepare the stores; nothing is read yet."
         if not clips:
@@ -53,10 +55,17 @@ class Loader:
         self.cfg = cfg
         self.cache = cache
         self.device = device
+        self.processes = processes
         self.clip_of_frame = {(c.log.id, f): c for c in clips for f in c.frames}
         self.target_sensors = cfg.init.lidar_sensors if target_sensors is None else tuple(target_sensors)
-        self.pool = ThreadPoolExecutor(cfg.data.loader_threads)
+        self.pool = ThreadPoolExecutor(cfg.data.loader_threads, initializer=self._use_device)
         self.ahead = {}  # micro-step -> its batch, being loaded
+
+    def _use_device(self) -> None:
+        "What a loader's thread starts on a GPU runs on this process's own."
+        device = torch.device(self.device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
 
     @cached_property
     def frame(self) -> Callable:  # (log id, camera, log frame id) -> one view; images as bytes, time not set
@@ -197,16 +206,31 @@ def inputs(
     i = self.clips.index(clip) if isinstance(clip, Clip) else clip
     return LoadedInputs(self.clips[i], self.lifted(i), self.cfg, self, i)
 
+# %% ../nbs/33_loader.ipynb #33aa0001
+@patch(as_prop=True)
+def micro_steps(self: Loader) -> int:
+    "Micro-steps of a step, of all processes together."
+    return self.cfg.train.grad_accum_steps * self.processes.count
+
+
+@patch
+def among_all(
+    self: Loader,
+    micro: int,  # micro-step of this process
+) -> int:  # its number in the step, counted over all processes
+    "The place of a micro-step."
+    return self.processes.rank * self.cfg.train.grad_accum_steps + micro
+
 # %% ../nbs/33_loader.ipynb #4bd7b9b5
 @patch
 def draw(
     self: Loader,
     step: int,  # training step, from 0
-    micro: int = 0,  # micro-step within it
+    micro: int = 0,  # micro-step within it, counted over all processes
 ) -> tuple[int, list[tuple[int, str]]]:  # clip number; (log frame id, camera) of each view
     "Which clip and which views a micro-step trains on: a pure function of seed, step and micro-step."
     tc = self.cfg.train
-    k = step * tc.grad_accum_steps + micro
+    k = step * self.micro_steps + micro
     order = np.random.default_rng([tc.seed, 0, k // len(self.clips)]).permutation(len(self.clips))
     i = int(order[k % len(self.clips)])
     clip = self.clips[i]
@@ -239,7 +263,7 @@ class Batch:
 def batch(
     self: Loader,
     step: int,  # training step
-    micro: int = 0,  # micro-step
+    micro: int = 0,  # micro-step of this process
 ) -> Batch:
     "The micro-step's batch; the next `prefetch` of them start to load."
     n = self.cfg.train.grad_accum_steps
@@ -255,14 +279,15 @@ def batch(
 def _load(
     self: Loader,
     step: int,  # training step
-    micro: int,  # micro-step
+    micro: int,  # micro-step of this process
 ) -> Batch:
     "Load one batch, with its place in the grid."
+    micro = self.among_all(micro)
     i, pairs = self.draw(step, micro)
     inputs = self.inputs(i)
     inputs.index  # made here, in the loader's thread
     views = self.views(inputs.clip, pairs)
-    number = step * self.cfg.train.grad_accum_steps + micro
+    number = step * self.micro_steps + micro
     return Batch(inputs, views, view_gaps(inputs.clip, views), number)
 
 # %% ../nbs/33_loader.ipynb #72116256

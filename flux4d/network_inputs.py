@@ -10,7 +10,7 @@ from torch import Tensor
 from .frames import quat_to_mat
 from .gaussians import Gaussians
 from .voxels import VoxelConfig, Voxels
-from .unet import count_rows, grid_position, pool_mean
+from .unet import constants, count_rows, grid_position, pool_mean
 
 # %% auto #0
 __all__ = ['N_POINT', 'N_BIN', 'PointFeatures', 'point_features', 'orientation', 'TimeBins', 'TimeInBin', 'time_in_bin',
@@ -41,7 +41,7 @@ def point_features(
     "Raw attributes and place in the grid, scaled to order one."
     at, _ = grid_position(points, voxel)
     found = PointFeatures(
-        position=2 * at / at.new_tensor(voxel.shape) - 1,
+        position=2 * at / constants(voxel.shape, at) - 1,
         scale=g.log_scales + 2.5,
         opacity=g.opacity_logits[:, None] / 4,
         colour=2 * g.colours - 1,

@@ -20,7 +20,7 @@ from .scene import Scene
 from .train import Trainer
 from .gaussians import LIDAR
 from .image_velocity import render_weighted, save_weight_map
-from .losses import reconstruction_loss
+from .training_loss import reconstruction_loss
 from .image_metrics import psnr, ssim_metric
 
 # %% auto #0

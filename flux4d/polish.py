@@ -21,7 +21,8 @@ from .files import DataError
 from .frames import rotate_vectors, transform_points
 from .gaussians import FLAT, LIDAR, Gaussians, velocity_at
 from .image_velocity import FlowConfig, render_velocity, velocity_weight
-from .losses import LossConfig, reconstruction_loss
+from .losses import LossConfig
+from .training_loss import reconstruction_loss
 from .model import ClipInputs
 from .render import RenderConfig
 from .scene import Scene
@@ -46,9 +47,9 @@ class PolishConfig:
     velocity_step: NonNegativeFloat = 0.05  # of a group's velocity, m/s
     yaw_step: NonNegativeFloat = 0.002  # of a group's yaw rate, rad/s
     acceleration_step: NonNegativeFloat = 0.05  # of a group's acceleration, m/s^2
-    own_step: NonNegativeFloat = 0.005  # of a grouped Gaussian's own velocity, on top of its group's, m/s
-    pull: NonNegativeFloat = 5e-4  # weight of the mean square of a Gaussian's change, counted in steps
-    motion_pull: NonNegativeFloat = 0.01  # the same of a group's motion
+    own_step: NonNegativeFloat = 0.0015  # of a grouped Gaussian's own velocity, on top of its group's, m/s
+    pull: NonNegativeFloat = 8e-4  # weight of the mean square of a Gaussian's change, counted in steps
+    motion_pull: NonNegativeFloat = 0.003  # the same of a group's motion
     warmup: PositiveInt = 5  # steps until the first full one
     final_step: Share = 0.05  # last step as a share of the largest, reached on a cosine
     least_speed: NonNegativeFloat = 0.5  # m/s, what is slower is at rest, and stays so

@@ -5,6 +5,7 @@
 # %% ../nbs/31_predictor.ipynb #daf524eb
 from __future__ import annotations
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
@@ -117,6 +118,16 @@ class GridIndex:
     prior: MotionPrior | None  # of the M Gaussians; None = no prior
     tables: dict = field(default_factory=dict)  # of the U-Net's layers, filled by the first passes
 
+    @cached_property
+    def to_ego(self) -> Tensor:  # (4,4) float64 world-to-ego0
+        "The inverse of `to_world`."
+        return se3_inverse(self.to_world)
+
+    @cached_property
+    def cells(self) -> Tensor:  # (M,3) int64
+        "The cell that each of the M Gaussians was lifted into."
+        return self.voxels.coords[self.voxels.voxel]
+
 # %% ../nbs/31_predictor.ipynb #2c89c552
 def returns_in_grid(
     returns: Returns,  # world, on the device of `to_world`
@@ -203,15 +214,13 @@ def encode(
     extra: Tensor | None,  # (M,n_extra)
 ) -> Tensor:  # (M,C) what each head sees of a point
     "A point's own features, its orientation, and the U-Net's features around it."
-    to_ego = se3_inverse(index.to_world)
-    points = transform_points(to_ego, g.means.double())
-    lifted_into = index.voxels.coords[index.voxels.voxel]
-    point = point_features(g, points, index.seconds, lifted_into, self.voxel)
+    points = transform_points(index.to_ego, g.means.double())
+    point = point_features(g, points, index.seconds, index.cells, self.voxel)
     channels = torch.cat([*point, index.motion, *([extra.float()] if self.n_extra else [])], 1)
     features = voxel_features(channels, point, index.seconds, index.voxels, self.cfg.bins)
     voxels = self.unet(replace(index.voxels, features=features), self.voxel.shape, index.tables)
     around = mix_voxels(voxels, index.corners, index.weights)
-    return torch.cat([channels, orientation(g.quats, to_ego), around], 1)
+    return torch.cat([channels, orientation(g.quats, index.to_ego), around], 1)
 
 # %% ../nbs/31_predictor.ipynb #e40559ce
 @patch

@@ -9,23 +9,26 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 import numpy as np
 from .clips import Clip, ClipConfig, build_index, select_clips
 from .index_files import load_index
 from .config import config_to_dict
 from .files import DataError
 from .log_files import scaled_size
-from .view_scores import EvalConfig
+from .view_scores import EvalConfig, check_clip
 from .pandaset import PandaSet
 from .parameters import TrainingParameters, asked_root
+from .processes import ALONE, Processes
 from .refine import FullConfig
 from .run import Run, newest_run, refuse_foreign, refuse_held
 from .settings import refuse_missing
 from .resume import read_resumable
 
 # %% auto #0
-__all__ = ['find_data', 'index_config', 'make_index', 'check_images', 'frames_used', 'keep_aside', 'check_fixed_frame',
-           'first_frames', 'split_clips', 'next_run', 'resume_point', 'open_run', 'resolved']
+__all__ = ['SMALL_CITY', 'find_data', 'index_config', 'make_index', 'check_images', 'frames_used', 'keep_aside',
+           'check_fixed_frame', 'first_frames', 'split_clips', 'RunClips', 'choose_clips', 'next_run', 'resume_point',
+           'open_run', 'resolved']
 
 # %% ../nbs/58_run_setup.ipynb #b8656bfb
 def find_data(
@@ -150,6 +153,38 @@ def split_clips(
     check_fixed_frame(train, p.fixed_target_frame)
     evaluated = chosen("test", p.eval_logs, p.max_eval_clips, starts=p.eval_starts or None)
     return *keep_aside(train, aside), evaluated
+
+# %% ../nbs/58_run_setup.ipynb #58aa0001
+SMALL_CITY = dict(out="data/city_small", logs=2, frames=40, scale=0.125, seed=0)  # where no data is at hand
+
+
+class RunClips(NamedTuple):
+    "What a run trains on, watches itself on and is judged by."
+
+    index: dict  # that the clips are entries of
+    train: list[Clip]  # trained on
+    watched: list[Clip]  # training clips kept aside
+    evaluated: list[Clip]  # judged by
+    left_out: dict[str, str]  # clip id -> why the data cannot give it
+
+
+def choose_clips(
+    p: TrainingParameters,  # of the run
+    cfg: FullConfig,  # read: data, loss
+    eval_cfg: EvalConfig,  # read: metric, labels
+    processes: Processes = ALONE,  # that share the run
+) -> RunClips:  # raises DataError
+    "Find the data and choose the clips; labels of other frames are noticed before the first step."
+    with processes.first_then_others():
+        root = find_data(p.data_root, SMALL_CITY)
+    index = make_index(root, p)
+    aside = p.val_clips if p.eval_every and p.iters else 0
+    train, watched, evaluated = split_clips(root, index, p, cfg, aside)
+    check_images(evaluated[0], cfg, eval_cfg)
+    for clip in [*evaluated, *(watched or train[:1])]:
+        check_clip(clip, eval_cfg.labels)
+    left_out = {o["clip_id"]: o["reason"] for o in index["meta"]["left_out"]}
+    return RunClips(index, train, watched, evaluated, left_out)
 
 # %% ../nbs/58_run_setup.ipynb #83a72738
 def next_run(

@@ -4,21 +4,65 @@
 
 # %% ../nbs/60_stage6.ipynb #39eb9c91
 from __future__ import annotations
+import argparse
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from functools import lru_cache
+from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
-from .loader import Loader
+from tqdm.auto import tqdm
+from .cache import LiftCache, fill_cache
+from .checkpoint import trained_frames
+from .clips import left_out_lines
+from .file_damage import refuse_damaged
+from .files import DataError
+from .index_files import index_hash
+from .interrupt import Interrupted
+from .loader import Loader, files_of
+from .parameters import TrainingParameters, read_training
+from .processes import ALONE, Processes, SilentRun, join_processes
+from .refine import Flux4D, FullConfig
+from .report import summary_table
+from .report_pages import write_report
+from .run import Run, provenance
+from .run_facts import About, frames_of, training_overlap
+from .run_setup import RunClips, choose_clips, find_data, make_index, open_run, resolved, resume_point
 from .train import Trainer, every
 from .flow_metrics import FlowScoreConfig
-from .flow_truth import clip_truth, score_flow
-from .score_clips import validation_scores
+from .flow_truth import check_bs_flow, clip_truth, score_flow
+from flux4d.score_clips import (
+    Evaluation,
+    check_baselines,
+    evaluate,
+    forget,
+    one_clip_loader,
+    validation_scores,
+)
 from .scores import VIEW_ENTRIES, scene_block
 from .view_scores import EvalConfig
 
 # %% auto #0
-__all__ = ['FEW', 'CURVES', 'SMOOTH', 'background_flow', 'validation', 'training_said', 'validation_said', 'curves_say',
-           'rows_due', 'draw_curves']
+__all__ = ['FEW', 'CURVES', 'SMOOTH', 'clips_said', 'background_flow', 'validation', 'Job', 'begin_run', 'run_meta',
+           'progress_bar', 'Loaders', 'open_loaders', 'make_trainer', 'training_said', 'validation_said', 'curves_say',
+           'rows_due', 'draw_curves', 'score_run', 'run_stage6', 'refuse_unknown', 'stage6_main']
+
+# %% ../nbs/60_stage6.ipynb #11f29fd1
+def clips_said(
+    clips: RunClips,  # of a run
+) -> list[str]:  # lines
+    "Which clips a run trains on, watches itself on and is judged by, and whether these overlap."
+
+    def of_logs(some: list) -> str:
+        return f"{len(some)} of logs {', '.join(sorted({clip.log.id for clip in some})) or 'none'}"
+
+    overlap = training_overlap(frames_of(clips.train), clips.evaluated)
+    return [
+        f"training clips: {of_logs(clips.train)}; kept aside for validation: {of_logs(clips.watched)}",
+        f"evaluation clips: {of_logs(clips.evaluated)}; they are {overlap}",
+    ]
 
 # %% ../nbs/60_stage6.ipynb #7d5b39ab
 def background_flow(
@@ -63,6 +107,114 @@ def validation(
         return found | trainer.keep_best(score)
 
     return every(loader.cfg.train.eval_every, call)
+
+# %% ../nbs/60_stage6.ipynb #fa1bd978
+@dataclass
+class Job:
+    "A run that is ready to train."
+
+    given: TrainingParameters  # of the run
+    cfg: FullConfig  # everything
+    eval_cfg: EvalConfig  # how it is scored
+    clips: RunClips  # that it uses
+    checkpoint: Path | None  # that it goes on from
+    run: Run  # its folder
+    processes: Processes = ALONE  # that share it
+
+    @property
+    def device(self) -> str:
+        "Where this process works."
+        return self.processes.device or self.given.device
+
+
+def begin_run(
+    given: TrainingParameters,  # of the run
+    cfg: FullConfig,  # everything
+    eval_cfg: EvalConfig,  # how it is scored
+    clips: RunClips,  # that it uses
+    processes: Processes = ALONE,  # that share it
+) -> Job:  # raises DataError before anything is written
+    "Open every file once and the run's folder."
+    p = given
+    check_baselines(p.baselines)
+    start = resume_point(p.resume_from, p.out_dir, p.resume_optimizer, p.overwrite) if processes.first else None
+    checkpoint, folder, goes_on = processes.same(start)
+    if not processes.first:
+        return Job(given, cfg, eval_cfg, clips, checkpoint, SilentRun(folder), processes)
+    used = files_of([*clips.train, *clips.watched, *clips.evaluated], cfg.data.cameras)
+    refuse_damaged(used, progress=progress_bar)
+    meta = run_meta(given, cfg, clips, processes)
+    run = open_run(folder, resolved(cfg, eval_cfg, clips.index), meta, p.overwrite, goes_on)
+    return Job(given, cfg, eval_cfg, clips, checkpoint, run, processes)
+
+
+def run_meta(
+    given: TrainingParameters,  # of the run
+    cfg: FullConfig,  # everything
+    clips: RunClips,  # that it uses
+    processes: Processes = ALONE,  # that share it
+) -> dict:  # plain values
+    "What meta.json says from the start."
+    return dict(
+        preset=given.preset,
+        left_out=clips.left_out,
+        clip_ids=[clip.id for clip in clips.evaluated],
+        val_clips=[clip.id for clip in clips.watched],
+        use_depth=cfg.loss.use_depth,
+        lidar_sensors=cfg.init.lidar_sensors,
+        save_ckpt_every=given.save_ckpt_every,
+        resume_from=given.resume_from,
+        resume_optimizer=given.resume_optimizer,
+        **(dict(processes=processes.count) if processes.count > 1 else {}),
+        **provenance(processes.device or given.device),
+    )
+
+
+def progress_bar(items):
+    "A bar that writes a line every ten seconds at most."
+    return tqdm(items, leave=False, mininterval=10)
+
+# %% ../nbs/60_stage6.ipynb #6b2602da
+@dataclass
+class Loaders:
+    "Where a run's clips come from."
+
+    cache: LiftCache  # lifted clips on disk
+    train: Loader  # training clips
+    held: Loader  # clips kept aside; the first training clip where there are none
+
+
+def open_loaders(
+    job: Job,  # of the run
+) -> Loaders:
+    "Lift ahead where that is asked for, and open the clips."
+    p, cfg, clips = job.given, job.cfg, job.clips
+    cache = LiftCache(job.run.folder.parent / "lift_cache", "cpu" if p.lift_workers else job.device)
+    with job.processes.first_then_others():
+        if p.lift_workers and job.processes.first:
+            names = list(cfg.data.cameras)
+            fill_cache(cache, clips.train, cfg.init, cfg.background, names, p.image_scale, p.seed, p.lift_workers)
+    train = Loader(clips.train, cfg, cache, job.device, processes=job.processes)
+    sensors = job.eval_cfg.depth_sensors
+    held = Loader(clips.watched or clips.train[:1], cfg, cache, job.device, target_sensors=sensors)
+    return Loaders(cache, train, held)
+
+
+def make_trainer(
+    job: Job,  # of the run
+    loaders: Loaders,  # of its clips
+) -> Trainer:  # at the step where training starts or goes on
+    "The model and all that a checkpoint brings."
+    trainer = Trainer(job.cfg, loaders.train, job.run, index_hash(job.clips.index), Flux4D)
+    if job.checkpoint:
+        trainer.resume(job.checkpoint, job.given.resume_optimizer)
+    else:
+        job.run.rewind(0)
+    if job.given.resume_from == "last":
+        job.run.say(f"the run is {job.run.folder}")
+    quick = replace(job.eval_cfg, save_renders=0)
+    trainer.callbacks = [validation(loaders.held, quick)] if job.clips.watched else []
+    return trainer
 
 # %% ../nbs/60_stage6.ipynb #95788475
 FEW = 3  # fewer points make no curve
@@ -144,3 +296,103 @@ def draw_curves(
         ax.legend(fontsize=8, frameon=False)
     fig.suptitle(title, fontsize=10)
     return fig
+
+# %% ../nbs/60_stage6.ipynb #488fe3d9
+def score_run(
+    job: Job,  # of the run
+    loaders: Loaders,  # emptied, to make room
+    trainer: Trainer,  # after its last step
+    rows: list[dict],  # that it logged
+) -> tuple[dict, Evaluation]:  # checked metrics; how they were found
+    "Score the averaged weights on the evaluation clips and write the report."
+    p, clips, folder = job.given, job.clips, job.run.folder
+    forget(loaders.train)
+    forget(loaders.held)
+    final = one_clip_loader(clips.evaluated, job.cfg, loaders.cache, job.device, job.eval_cfg.depth_sensors)
+    model = trainer.ema.module.eval()
+    about = About(
+        f"{folder.name}, {trainer.step} steps" if p.out_dir else f"a model after {trainer.step} steps",
+        training_overlap(trained_frames(trainer.state()), clips.evaluated),  # by the steps that the weights took
+        model=model,
+        steps=trainer.step,
+        seconds=trainer.seconds,
+        skipped=trainer.skipped,
+        rows=rows,
+        left_out=clips.left_out,
+    )
+    how = Evaluation(
+        model.reconstruct, final, folder, check_baselines(p.baselines), job.eval_cfg, videos=p.save_renders
+    )
+    with trainer.after_training():
+        metrics = evaluate(about, how, progress=progress_bar)
+        write_report(job.run, metrics)
+    return metrics, how
+
+# %% ../nbs/60_stage6.ipynb #60aa0011
+def run_stage6(
+    parameters: dict,  # of this notebook's first cell, by name; what is left out keeps its value there
+    processes: Processes | None = None,  # that share the run; None: those that a launcher started
+) -> Path:  # the run's folder; raises DataError, Interrupted
+    "This notebook's run without its lessons."
+    processes = processes or join_processes(str(parameters.get("device", "")))
+    with processes.together():
+        refuse_unknown(parameters)
+        given, cfg, eval_cfg = read_training(parameters)
+        clips = choose_clips(given, cfg, eval_cfg, processes)
+        job = begin_run(given, cfg, eval_cfg, clips, processes)
+        for line in (*left_out_lines(clips.index), *clips_said(clips)) if processes.first else ():
+            print(line, flush=True)
+        loaders = open_loaders(job)
+        trainer = make_trainer(job, loaders)
+        rows = trainer.fit(progress=progress_bar if processes.first else iter)
+    if processes.first:
+        check_bs_flow([row["bs_flow"] for row in rows if "bs_flow" in row])
+        metrics, _ = score_run(job, loaders, trainer, rows)
+        print(*curves_say(rows, trainer.step, trainer.skipped), summary_table(metrics), sep="\n")
+        print(f"the run is in {job.run.folder}", flush=True)
+    return job.run.folder
+
+
+def refuse_unknown(
+    parameters: dict,  # by name
+) -> None:  # raises DataError
+    "Refuse a name that is no parameter."
+    known = [f.name for f in fields(TrainingParameters)]
+    for name in parameters:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            remedy = f"did you mean {near[0]}?" if near else "60_stage6 lists them in its first cell."
+            raise DataError(f"{name}: is no parameter of a run; {remedy}")
+
+# %% ../nbs/60_stage6.ipynb #60aa0013
+_EXAMPLE = """example:
+  python -m flux4d.stage6 -p data_root data/pandaset -p out_dir papermill_runs/run_001 -p iters 30000
+  accelerate launch --multi_gpu --num_processes 2 -m flux4d.stage6 -p data_root data/pandaset -p iters 30000"""
+
+
+def stage6_main(
+    argv: list[str] | None = None,  # command line, None: the process's own
+) -> int:  # 0, or 1 after an error or an interruption
+    "Command `python -m flux4d.stage6`: train and evaluate, in as many processes as a launcher started."
+    p = argparse.ArgumentParser(
+        "python -m flux4d.stage6",
+        description="Train and evaluate; the parameters are those of 60_stage6.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("-p", nargs=2, metavar=("NAME", "VALUE"), action="append", default=[], help="one parameter")
+    given = dict(p.parse_args(argv).p)
+    processes = ALONE
+    try:
+        processes = join_processes(given.get("device", ""))
+        run_stage6(given, processes)
+    except (DataError, Interrupted) as e:
+        said = isinstance(e, Interrupted) and processes.first  # the trainer said it
+        if processes.speaks and not said:
+            print(e, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__" and getattr(__spec__, "name", "") == "flux4d.stage6":
+    sys.exit(stage6_main())

@@ -106,11 +106,13 @@ def save(
     self: Trainer,
     aliases: tuple[str, ...] = ("ckpt_last.pt",),  # links to point at it
 ) -> Path:  # ckpt_step_XXXXXX.pt
-    "Save a checkpoint of the current step, and note in meta.json what it was trained on."
-    self._begin()
-    self.run.note(**self.trained_on.meta())
-    path = save_checkpoint(self.run.folder / f"ckpt_step_{self.step:06d}.pt", self.state(), aliases)
-    prune_checkpoints(self.run.folder, self.step, self.cfg.train.keep_ckpts)
+    "Save a checkpoint of the current step, and note in meta.json what it was trained on; the first process does."
+    path = self.run.folder / f"ckpt_step_{self.step:06d}.pt"
+    if self.processes.first:
+        self._begin()
+        self.run.note(**self.trained_on.meta())
+        save_checkpoint(path, self.state(), aliases)
+        prune_checkpoints(self.run.folder, self.step, self.cfg.train.keep_ckpts)
     self.saved_step = self.step
     self.saved_at = time.perf_counter()
     return path
@@ -245,9 +247,9 @@ def log(
 # %% ../nbs/34_train.ipynb #b49b94b7
 @patch
 def _call_back(self: Trainer) -> None:
-    "Validate, or whatever else follows the step."
+    "Validate, or whatever else follows the step; the first process does, and the others wait when they next meet."
     with self.stop.allowed():
-        for call in self.callbacks:
+        for call in self.callbacks if self.processes.first else ():
             if row := call(self):
                 self.run.record(dict(step=self.step, **row))
     self.called = self.step
@@ -259,6 +261,19 @@ def _owes_callbacks(self: Trainer) -> bool:
     rows = [r for r in self.run.rows() if r["step"] == self.step and "lr" not in r]
     return bool(self.callbacks) and self.called < self.step and not rows
 
+# %% ../nbs/34_train.ipynb #34aa0001
+@patch
+def _row_of_last(
+    self: Trainer,
+    row: dict | None,  # of this process
+) -> dict | None:  # of the last process that could read, as one process logs its last micro-step
+    "What is logged of a step."
+    if self.processes.count == 1:
+        return row
+    self.processes.meet()
+    values = {k: v if isinstance(v, str) else float(v) for k, v in (row or {}).items()}
+    return next((found for found in reversed(self.processes.all_words(values)) if "clip" in found), None)
+
 # %% ../nbs/34_train.ipynb #52357b53
 @patch
 def _keep(
@@ -268,7 +283,7 @@ def _keep(
     "Log, save and call back after a step, where that is due."
     tc = self.cfg.train
     if self.step % tc.log_every == 0 or self.step == 1 or self.done:
-        self.log(row)
+        self.log(self._row_of_last(row))
     with self.stop.allowed():
         every(tc.save_ckpt_every, Trainer.save_quietly)(self)  # a long validation cannot lose the step
     self._call_back()
@@ -302,28 +317,39 @@ def _steps(
     progress: Callable,  # wraps the range of steps
 ) -> None:
     "The steps of `fit`."
-    clock = time.perf_counter() - self.seconds
-    if self._owes_callbacks():
+    self.clock = time.perf_counter() - self.seconds
+    if self.processes.first and self._owes_callbacks():
         self._call_back()
     for _ in progress(range(self.step, until)):
         if self.done:
             break
         row = self.train_step()
-        self.seconds = time.perf_counter() - clock
+        alone = self.processes.count == 1
+        self.seconds = time.perf_counter() - self.clock if alone else self.seconds_of_all
         if self.step == 1:
             self.started = self.seconds
         self._keep(row)
     if self.done:
         self._end()
+    self.processes.meet()  # the others stay until the first has saved
 
 # %% ../nbs/34_train.ipynb #d809023a
 @patch
+def _how_to_go_on(self: Trainer) -> str:  # half a sentence
+    "What to do after an interruption."
+    saved = (self.run.folder / "ckpt_last.pt").exists()
+    return f"go on with -p resume_from last -p out_dir {self.run.folder}" if saved else "start again"
+
+
+@patch
 def _farewell(self: Trainer) -> str:  # a sentence
     "Save where training was interrupted, and say how to go on."
-    line = "interrupted before the first step; start again"
-    if self.step:
-        how = f"-p resume_from last -p out_dir {self.run.folder}"
-        line = f"interrupted at step {self.step}, saved as {self.save().name}; go on with {how}"
+    line = "interrupted before the first step"
+    if self.step and self.processes.first:
+        line = f"interrupted at step {self.step}, saved as {self.save().name}"
+    elif self.step:
+        line = f"interrupted at step {self.step}"
+    line = f"{self.processes.loss}{line}; {self._how_to_go_on()}"
     self.run.say(line)
     return line
 
@@ -338,12 +364,19 @@ def fit(
     self._begin()
     self.stop = StopRequest()
     self.saved_at = time.perf_counter()
+    hangs = f"this one does not answer; {self._how_to_go_on()}"
     try:
-        with stop_signals(self.stop):
+        with stop_signals(self.stop), self.processes.watched(hangs) as ending:
             try:
                 self._steps(self.cfg.train.iters if until is None else until, progress)
-            except Interrupted:
+            except Interrupted as e:
+                ending.set()
+                self.processes.leave(e)
                 raise Interrupted(self._farewell()) from None
+            except BaseException as e:
+                ending.set()
+                self.processes.leave(e)
+                raise
     finally:
         self.loader.rest()
     self.run.note(**self.trained_on.meta())
@@ -354,8 +387,7 @@ def fit(
 @contextmanager
 def after_training(self: Trainer) -> Iterator[None]:  # raises Interrupted
     "Inside, an interrupt or SIGTERM ends in a sentence that says how to go on; training is saved already."
-    saved = (self.run.folder / "ckpt_last.pt").exists()
-    how = f"go on with -p resume_from last -p out_dir {self.run.folder}" if saved else "start again"
+    how = self._how_to_go_on()
 
     def asked(number: int, frame: Any) -> None:
         raise Interrupted(f"interrupted after step {self.step}, the last one; {how}")

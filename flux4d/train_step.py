@@ -4,6 +4,7 @@
 
 # %% ../nbs/33e_train_step.ipynb #fd350e44
 from __future__ import annotations
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +19,10 @@ from .files import DataError, WriteError
 from .image_velocity import render_weighted
 from .interrupt import Interrupted, StopRequest
 from .loader import Batch, Loader
-from .losses import reconstruction_loss
+from .training_loss import reconstruction_loss
 from .model import Flux4DBase, build_model
 from .optimiser import adamw, averaged_model, lr_at
+from .processes import norm_state, running_norms
 from .render import RenderConfig
 from .run import Run
 from .scene import Scene
@@ -55,6 +57,7 @@ class TrainStep:
         self.loader = loader
         self.run = run
         self.device = loader.device
+        self.processes = loader.processes
         # what learns
         self.model = build_model(cfg, kind).to(self.device)
         self.ema = averaged_model(self.model, cfg.train)
@@ -63,11 +66,15 @@ class TrainStep:
         self.step = 0  # steps taken
         self.seconds = 0.0  # spent on them
         self.started = 0.0  # of these, on the first step
+        self.clock = time.perf_counter()  # when the first step would have begun
         self.stop = StopRequest()
         # what it has noted
         self.trained_on = TrainedOn(loader.clips)
         self.skips = Skips()
         self.stage_losses = []  # (micro-step, loss) of every stage of the last step
+        self.unread = []  # of the last step's micro-steps: why one could not be read, "" where it could
+        self.seconds_of_all = 0.0  # spent, by the slowest clock of all processes
+        self.last_norm = 0.0  # of the gradient, where several processes compare it
 
     @property
     def skipped(self) -> int:
@@ -116,19 +123,35 @@ def _read(
     except WriteError:  # no fault of the data
         raise
     except UNREADABLE as e:
-        self._leave_out(str(e) or type(e).__name__)
+        self.unread.append(str(e) or type(e).__name__)
+        self._leave_out(self.unread[-1])
         return None
+    self.unread.append("")
     self.trained_on.note(batch.clip)
     return batch
 
 # %% ../nbs/33e_train_step.ipynb #99c6843f
 @patch
-def _culprit(self: TrainStep) -> str:  # words for a sentence
+def _own_culprit(self: TrainStep) -> tuple[bool, str]:  # whether a loss is not finite; words for a sentence
     "Clip and views of the first micro-step whose loss is not finite; of the first one where all losses are."
+    if not self.stage_losses:
+        return False, ""
     bad = [micro for micro, loss in self.stage_losses if not torch.isfinite(loss)]
-    i, pairs = self.loader.draw(self.step, bad[0] if bad else self.stage_losses[0][0])
+    micro = bad[0] if bad else self.stage_losses[0][0]
+    i, pairs = self.loader.draw(self.step, self.loader.among_all(micro))
     views = " and ".join(f"frame {f} of {c}" for f, c in pairs)
-    return f"clip {self.loader.clips[i].id}, {views}"
+    return bool(bad), f"clip {self.loader.clips[i].id}, {views}"
+
+
+@patch
+def _culprit(self: TrainStep) -> str:  # words for a sentence
+    "The culprit of any process; all processes skip the same step."
+    own = self._own_culprit()
+    if self.processes.count == 1:
+        return own[1]
+    self.processes.meet()
+    found = self.processes.all_words(own)
+    return next((words for bad, words in found if bad), max(words for _, words in found))
 
 # %% ../nbs/33e_train_step.ipynb #761f6e94
 @patch
@@ -156,7 +179,7 @@ def _backward(
     psnrs = []
     for scene in self.model.stages(batch.inputs):
         losses = self.losses(batch, scene)
-        (losses["total"] / self.cfg.train.grad_accum_steps).backward()
+        (losses["total"] / self.loader.micro_steps).backward()
         self.stage_losses.append((micro, losses["total"].detach()))
         psnrs.append(losses["psnr"])
     row = {k: v.detach() for k, v in losses.items()}
@@ -164,31 +187,109 @@ def _backward(
 
 # %% ../nbs/33e_train_step.ipynb #0ac9fc37
 @patch
+def _set_aside(
+    self: TrainStep,
+    sums: dict,  # weight -> sum of its gradients so far; changed
+) -> None:  # empties `.grad`
+    "Add the gradient of one micro-step to those before it."
+    for weight in self.model.parameters():
+        if weight.grad is not None:
+            sums[weight] = weight.grad if weight not in sums else sums[weight].add_(weight.grad)
+            weight.grad = None
+
+
+@patch
 def gradients(
     self: TrainStep,
-) -> dict | None:  # scalars of the last micro-step's last stage, PSNR of its first, its clip's id
-    "Fill `.grad` with the mean gradient of the micro-steps, summed over stages; None: nothing could be read."
+) -> dict | None:  # last micro-step: scalars of its last stage, PSNR of its first, clip; None: nothing was read
+    "Fill `.grad` with this process's part of the mean gradient of the micro-steps, summed over stages."
     self.model.train()
     self.opt.zero_grad(set_to_none=True)
     self.stage_losses = []
+    self.unread = []
     row = None
+    sums = {}
     for micro in range(self.cfg.train.grad_accum_steps):
         batch = self._read(micro)
         if batch is not None:
             row = self._backward(batch, micro)
+            self._set_aside(sums)
+    for weight, grad in sums.items():
+        weight.grad = grad
     return row
+
+# %% ../nbs/33e_train_step.ipynb #33ee0002
+@patch
+def _note_others(
+    self: TrainStep,
+    some_unread: bool,  # some micro-step of some process could not be read
+) -> None:  # raises DataError when too many files went bad
+    "Note what the other processes were trained on, in the order of micro-steps."
+    n = len(self.unread)
+    of_all = self.processes.all_words(self.unread) if some_unread else [[""] * n] * self.processes.count
+    pending = self.trained_on.pending
+    own = pending[-n:]
+    del pending[-n:]
+    for rank, unread in enumerate(of_all):
+        if rank == self.processes.rank:
+            pending += own
+            continue
+        for micro, why in enumerate(unread):
+            if why:
+                self._leave_out(why)
+            else:
+                self.trained_on.note(self.loader.clips[self.loader.draw(self.step, rank * n + micro)[0]])
+
+
+@patch
+def _refuse_drift(
+    self: TrainStep,
+    norms: torch.Tensor,  # of the last gradient, of each process
+) -> None:  # raises DataError
+    "Processes that have taken other updates train other models, which nobody would notice."
+    finite = norms[norms.isfinite()]
+    same = len(finite) in (0, len(norms)) and (not len(finite) or finite.max() <= 1.001 * finite.min() + 1e-12)
+    if not same:
+        found = " and ".join(f"{x:.6g}" for x in norms.tolist())
+        raise DataError(
+            f"training: the gradients of step {self.step} have the norms {found} in its processes, which have drifted "
+            "apart; go on with resume_from=last, on GPUs of one kind."
+        )
+
+# %% ../nbs/33e_train_step.ipynb #33ee0003
+@patch
+def _join(
+    self: TrainStep,
+    row: dict | None,  # scalars of this process; None: it could read nothing
+) -> dict | None:  # {} where only others could read; None: nobody could
+    "Meet the other processes and sum gradients; alone, nothing is to be done."
+    if self.processes.count == 1:
+        return row
+    weights = list(self.model.parameters())
+    unread = sum(bool(why) for why in self.unread)
+    missing = sum(w.grad is None for w in weights)
+    stopped = Interrupted() if self.stop.asked else None
+    spent = time.perf_counter() - self.clock
+    met = self.processes.meet(unread, missing, spent, self.last_norm, leaving=stopped)
+    if stopped:
+        raise stopped
+    self._refuse_drift(met[:, 3])
+    self.seconds_of_all = float(met[:, 2].max())
+    self._note_others(bool(met[:, 0].any()))
+    self.processes.sum_gradients(weights, bool(met[:, 1].any()))
+    nothing = met[:, 0].sum() == self.loader.micro_steps
+    return None if nothing else row or {}
 
 # %% ../nbs/33e_train_step.ipynb #62baee01
 @patch
 @contextmanager
 def _undone_when_stopped(self: TrainStep) -> Iterator[None]:
-    "A request to stop takes effect at once inside, and what was done inside is taken back."
+    "What was done inside is taken back when the step is not finished."
     buffers = [b.clone() for b in self.model.buffers()]  # running statistics, if the network has any
     rng = torch.get_rng_state()
     mark = Mark(self.trained_on)
     try:
-        with self.stop.allowed():
-            yield
+        yield
     except Interrupted:
         with torch.no_grad():
             for own, kept in zip(self.model.buffers(), buffers):
@@ -211,8 +312,13 @@ def train_step(
     self: TrainStep,
 ) -> dict | None:  # scalars of the step, tensors where a copy would wait for the GPU
     "Advance by one step; None: nothing could be read for it."
+    norms = running_norms(self.model) if self.processes.count > 1 else []
+    seen = [norm_state(norm) for norm in norms]
     with self._undone_when_stopped():
-        row = self.gradients()
+        with self.stop.allowed():
+            row = self.gradients()
+        row = self._join(row)
+        self.processes.chain_norms(norms, seen)
     for group in self.opt.param_groups:
         group["lr"] = lr_at(self.step, self.cfg.train, self.seconds, self.started)
     if row is None:
@@ -224,5 +330,7 @@ def train_step(
             self._update()
         else:
             self._skip(f"its gradient is not finite, with {self._culprit()}")
+        if self.processes.count > 1:
+            self.last_norm = float(norm)
     self.step += 1
     return row

@@ -9,6 +9,7 @@ import time
 import warnings
 from copy import copy
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
@@ -27,10 +28,28 @@ with warnings.catch_warnings():
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # spconv's containers are never traced
 
 # %% auto #0
-__all__ = ['AGAIN', 'TABLE_SIDES', 'PRECISIONS', 'REFUSED', 'grid_position', 'cell_key', 'count_rows', 'pool_mean', 'voxelise',
-           'trilinear_corners', 'neighbours', 'mix_voxels', 'interpolate_voxels', 'SparseConv', 'exchange_sides',
-           'kept_tables', 'pick_precision', 'Kernels', 'use_precision', 'UNetConfig', 'VoxelNorm', 'make_norm',
-           'ConvBlock', 'SparseUNet', 'relative_rms', 'device_gap']
+__all__ = ['AGAIN', 'TABLE_SIDES', 'PRECISIONS', 'REFUSED', 'constants', 'grid_position', 'cell_key', 'count_rows', 'pool_mean',
+           'voxelise', 'trilinear_corners', 'neighbours', 'mix_voxels', 'interpolate_voxels', 'SparseConv',
+           'exchange_sides', 'kept_tables', 'pick_precision', 'Kernels', 'use_precision', 'UNetConfig', 'VoxelNorm',
+           'make_norm', 'ConvBlock', 'SparseUNet', 'relative_rms', 'device_gap']
+
+# %% ../nbs/30_unet.ipynb #8688fd12
+@lru_cache
+def _sent_once(
+    values: tuple,  # numbers
+    dtype: torch.dtype,  # of the tensor
+    device: torch.device,  # where it is
+) -> Tensor:  # (len(values),)
+    "A tensor of a few numbers."
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def constants(
+    values: tuple,  # numbers that stay the same for the process, as those of a grid do
+    like: Tensor,  # whose type and device they get
+) -> Tensor:  # (len(values),), not to be written to
+    "Numbers as a tensor, without waiting for the GPU."
+    return _sent_once(tuple(values), like.dtype, like.device)
 
 # %% ../nbs/30_unet.ipynb #02f5821b
 def grid_position(
@@ -38,9 +57,9 @@ def grid_position(
     cfg: VoxelConfig,  # read: low, size, shape
 ) -> tuple[Tensor, Tensor]:  # (N,3) position in cells from the lower corner; (N,) bool, in the grid
     "(p - low)/size, and whether that lies in the grid."
-    at = (points - points.new_tensor(cfg.low)) / points.new_full((3,), cfg.size)
+    at = (points - constants(cfg.low, points)) / points.new_full((3,), cfg.size)
     cell = at.detach().floor()
-    return at, ((cell >= 0) & (cell < cell.new_tensor(cfg.shape))).all(1)
+    return at, ((cell >= 0) & (cell < constants(cfg.shape, cell))).all(1)
 
 # %% ../nbs/30_unet.ipynb #db72344f
 def cell_key(
@@ -93,7 +112,8 @@ def trilinear_corners(
     at = grid_position(points, cfg)[0].detach() - 0.5
     low = at.floor()
     f = (at - low)[:, None]
-    bits = torch.tensor([[i >> 2 & 1, i >> 1 & 1, i & 1] for i in range(8)], device=points.device)
+    i = torch.arange(8, device=points.device)[:, None]
+    bits = i >> torch.arange(2, -1, -1, device=points.device) & 1
     return low.long()[:, None] + bits, torch.where(bits.bool(), f, 1 - f).prod(-1)
 
 # %% ../nbs/30_unet.ipynb #4c62c2b4
@@ -106,7 +126,7 @@ def neighbours(
     cell, w = trilinear_corners(points, cfg)
     key = cell_key(cell, cfg)
     row = torch.searchsorted(keys, key).clamp_max(len(keys) - 1)
-    there = (keys[row] == key) & ((cell >= 0) & (cell < cell.new_tensor(cfg.shape))).all(-1)
+    there = (keys[row] == key) & ((cell >= 0) & (cell < constants(cfg.shape, cell))).all(-1)
     w = torch.where(there, w, 0.0)
     return row, w / w.sum(1, keepdim=True).clamp_min(1e-6)
 
