@@ -51,7 +51,8 @@ def argument_table(
     if not rows:
         return ""
     heads = "".join(f"<th>{word}</th>" for word in head)
-    return "\n".join(['<table class="arguments">', f"<thead><tr>{heads}</tr></thead>", "<tbody>", *rows, "</tbody></table>"])
+    opened = ['<table class="arguments">', f"<thead><tr>{heads}</tr></thead>", "<tbody>"]
+    return "\n".join([*opened, *rows, "</tbody></table>"])
 
 # %% ../nbs/90b_reading_page.ipynb #36150a8c
 def fenced(
@@ -234,7 +235,8 @@ def beside(
         return text
     if not text:
         return f'<div class="show">\n\n{shown}\n\n</div>'
-    kind = "stack" if NEEDS_WIDTH.search(text) else "pair"
+    only_folds = all(code.startswith(folded("Imports", "")[:40]) for code in codes if code)
+    kind = "stack" if NEEDS_WIDTH.search(text) or only_folds else "pair"
     return (
         f'<div class="{kind}"><div class="say">\n\n{text}\n\n</div>'
         f'<div class="show">\n\n{shown}\n\n</div></div>'

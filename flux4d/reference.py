@@ -207,7 +207,8 @@ def configuration_page(
     first = next(iter(presets.values()))
     parts = [
         "# Configuration, field by field",
-        "Every value of a run that can be chosen. In Python: `preset_config(\"default\", dict(init=dict(scale_factor=1.0)))`; "
+        "Every value of a run that can be chosen. In Python: "
+        "`preset_config(\"default\", dict(init=dict(scale_factor=1.0)))`; "
         "on the command line of a stage notebook: `-y \"{overrides: {init: {scale_factor: 1.0}}}\"`. "
         "Only fields in which presets differ: [presets](presets.md).",
         *(group_section(at, cfg, names, flat) for at, cfg in config_groups(first)),

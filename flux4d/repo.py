@@ -19,7 +19,7 @@ from .site import write_site
 from .site_check import site_faults
 
 # %% auto #0
-__all__ = ['EXPORT', 'CLEAN', 'REPO_EXAMPLES', 'NEEDS_PATH', 'COMMANDS', 'differing', 'run_nbdev', 'generated_faults',
+__all__ = ['EXPORT', 'CLEAN', 'REPO_EXAMPLES', 'A_RUN', 'NEEDS_PATH', 'COMMANDS', 'differing', 'run_nbdev', 'generated_faults',
            'mend_figures', 'repo_command', 'repo_main']
 
 # %% ../nbs/92_repo.ipynb #26a93b60
@@ -78,7 +78,8 @@ REPO_EXAMPLES = """examples:
   flux4d-repo show papermill_runs/run_001            print what a run measured and the names of its pictures
   flux4d-repo pages build/pages                      write the pages of the site
   flux4d-repo site _docs                             does every link of the built site lead somewhere?"""
-NEEDS_PATH = {"show": "a run's folder", "record": "a run's folder", "pages": "the folder to write", "site": "its folder"}
+A_RUN = "a run's folder"
+NEEDS_PATH = {"show": A_RUN, "record": A_RUN, "pages": "the folder to write", "site": "its folder"}
 COMMANDS = "check", "readme", "pages", "site", "figures", "show", "record"
 
 # %% ../nbs/92_repo.ipynb #92a462d1
@@ -133,8 +134,8 @@ def repo_main(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     ap.add_argument("command", choices=COMMANDS)
-    folder = "show, record: a run's folder; pages: the folder to write, new or written by this command before; site: "
-    folder += "the folder of the built site"
+    folder = "show, record: a run's folder; pages: the folder to write, new or written by this command before; "
+    folder += "site: the folder of the built site"
     ap.add_argument("path", nargs="?", type=Path, help=folder)
     stale = "figures: replace stale figures in the notebooks and in the README"
     ap.add_argument("--write", action="store_true", help=stale)

@@ -160,7 +160,7 @@ def pages_and_pictures(
     return made | {"gallery.md": gallery_page(reading)}
 
 # %% ../nbs/91c_site.ipynb #5d0c71b2
-def presets_of_package() -> tuple[dict[str, Any], dict[str, dict]]:  # by name: configuration, and its fields by dotted name
+def presets_of_package() -> tuple[dict[str, Any], dict[str, dict]]:  # by name: configuration, fields by dotted name
     "The presets; imports the model, and so takes seconds."
     from flux4d.config import config_to_dict, flattened
     from flux4d.presets import PRESETS, preset_config

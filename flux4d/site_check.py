@@ -165,9 +165,10 @@ def site_faults(
     root: Path,  # the repository
 ) -> list[str]:  # one sentence a fault
     "What is wrong with the built site."
-    pages = [p for p in sorted(site.resolve().rglob("*.html")) if not set(p.relative_to(site.resolve()).parts) & set(NOT_READ)]
+    top = site.resolve()
+    pages = [p for p in sorted(top.rglob("*.html")) if not set(p.relative_to(top).parts) & set(NOT_READ)]
     if not pages:
         return [f"{site}: has no pages; run make docs first."]
     read_built.cache_clear()
     host = source_url(root)
-    return [f"{p.relative_to(site.resolve())}: {fault}." for p in pages for fault in page_faults(p, root, host)]
+    return [f"{p.relative_to(top)}: {fault}." for p in pages for fault in page_faults(p, root, host)]

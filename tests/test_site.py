@@ -1,6 +1,7 @@
 """The site: its pages as they are written from the notebooks, and, where it was built, as a browser shows them offline.
 
-`make docs` builds it; `FLUX4D_SITE=_docs pytest tests/test_site.py` then looks at eight pages in three widths, light and dark."""
+`make docs` builds it; `FLUX4D_SITE=_docs pytest tests/test_site.py` then looks at eight pages in three widths, light
+and dark."""
 
 import json
 import os
@@ -222,7 +223,8 @@ CUT_OFF = """() => [...document.querySelectorAll("article *")].filter(e => {
     return hidden && e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0 && style.position != "absolute";
 }).map(e => e.tagName + "." + e.className)"""
 BROKEN = "() => [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
-FLAT = "() => [...document.querySelectorAll('math')].filter(m => m.checkVisibility() && !m.getBoundingClientRect().height).length"
+FLAT = """() => [...document.querySelectorAll("math")]
+    .filter(m => m.checkVisibility() && !m.getBoundingClientRect().height).length"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
