@@ -9,8 +9,8 @@ from typing import NamedTuple
 from .notebooks import NOTEBOOK_PARTS, Notebook
 
 # %% auto #0
-__all__ = ['CHAPTERS', 'LAST', 'TITLES', 'LISTS', 'ABOUT', 'part_page', 'notebook_line', 'part_text', 'Entry', 'site_tree',
-           'list_pages']
+__all__ = ['CHAPTERS', 'LAST', 'CHAPTER_TITLES', 'LISTS', 'ABOUT', 'part_page', 'notebook_line', 'part_text', 'PageEntry',
+           'site_tree', 'list_pages']
 
 # %% ../nbs/90d_chapters.ipynb #7e392540
 CHAPTERS = {  # page -> pages below it
@@ -23,7 +23,7 @@ CHAPTERS = {  # page -> pages below it
     "project": ("notebooks", "coverage", "repository", "contributing", "changelog"),
 }
 LAST = "project"  # takes the pages that no chapter names
-TITLES = {  # page -> its name in the navigation, where the page's own title is long
+CHAPTER_TITLES = {  # page -> its name in the navigation, where the page's own title is long
     "index": "Home",
     "method": "Read the method",
     "run": "Run it",
@@ -79,8 +79,8 @@ def part_text(
         parts += ["## Off the reading path", "\n".join(map(notebook_line, beside_it))]
     return "\n\n".join(parts) + "\n"
 
-# %% ../nbs/90d_chapters.ipynb #eb0e661c
-class Entry(NamedTuple):
+# %% ../nbs/90d_chapters.ipynb #f400ed49
+class PageEntry(NamedTuple):
     "A page in the navigation."
 
     title: str  # empty: the page's own
@@ -90,7 +90,7 @@ class Entry(NamedTuple):
 def site_tree(
     notebooks: list[Notebook],
     pages: set[str],  # all pages of the site but parts
-) -> dict[str, list[Entry]]:  # page -> what hangs on it
+) -> dict[str, list[PageEntry]]:  # page -> what hangs on it
     "The order of the site."
     digits = sorted({nb.path.name[0] for nb in notebooks})
     by_page = {nb.path.stem: nb for nb in notebooks}
@@ -101,11 +101,11 @@ def site_tree(
         tree.setdefault(part_page(stem[0]), []).append(stem)
     tree[LAST] += sorted(pages - named - set(by_page))
 
-    def entry(page: str) -> Entry:
+    def entry(page: str) -> PageEntry:
         "The page's name in the navigation."
-        if page in TITLES or page not in by_page:
-            return Entry(TITLES.get(page, ""), page)
-        return Entry(f"{page.partition('_')[0]} {by_page[page].title}", page)
+        if page in CHAPTER_TITLES or page not in by_page:
+            return PageEntry(CHAPTER_TITLES.get(page, ""), page)
+        return PageEntry(f"{page.partition('_')[0]} {by_page[page].title}", page)
 
     return {page: [entry(child) for child in children] for page, children in tree.items() if children}
 
@@ -118,6 +118,6 @@ def list_pages(
     for digit in sorted({nb.path.name[0] for nb in notebooks}):
         made[part_page(digit)] = part_text(digit, [nb for nb in notebooks if nb.path.name[0] == digit])
     for page, (title, said) in LISTS.items():
-        lines = [f"- [{TITLES.get(child, child)}]({child}.md): {ABOUT[child]}" for child in CHAPTERS[page]]
+        lines = [f"- [{CHAPTER_TITLES.get(child, child)}]({child}.md): {ABOUT[child]}" for child in CHAPTERS[page]]
         made[page] = f"# {title}\n\n{said}\n\n" + "\n".join(lines) + "\n"
     return made

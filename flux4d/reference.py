@@ -52,15 +52,17 @@ def defined_names(
 
 def names_used(
     nb: Notebook,
-    names: dict[str, Defined],  # of the package, by name
-) -> list[str]:  # its own, and those that it imports
-    "Names that mean a definition of the package on a notebook's page."
-    words = set()
+    defined: list[Defined],  # of the package
+) -> dict[str, str]:  # name -> anchor of its definition
+    "What names mean on a notebook's page: those that it imports, and its own."
+    anchors = {(d.module, d.definition.name): definition_id(d.module, d.definition.name) for d in defined}
+    found = {}
     for cell in nb.cells:
         if cell["cell_type"] == "code":
-            for block in re.findall(r"from flux4d[\w.]* import (\([^)]*\)|[^\n]*)", cell["source"]):
-                words |= set(re.findall(r"\w+", block))
-    return sorted(name for name, d in names.items() if name in words or d.page == nb.path.stem)
+            for module, block in re.findall(r"from flux4d\.([\w.]+) import (\([^)]*\)|[^\n]*)", cell["source"]):
+                places = [(module, word) for word in re.findall(r"\w+", block)]
+                found |= {place[1]: anchors[place] for place in places if place in anchors}
+    return found | {name: anchor for (module, name), anchor in anchors.items() if module == nb.module}
 
 # %% ../nbs/90c_reference.ipynb #e707ddcd
 def name_row(

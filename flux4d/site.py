@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, Callable
 from .notebooks import Notebook, page_anchor, read_notebooks, relink
-from .reading_page import notebook_page, without_comments
+from .reading_page import definition_id, notebook_page, without_comments
 from .reference import api_page, command_page, configuration_page, defined_names, gallery_page, names_used
 from .chapters import list_pages, site_tree
 from .made_texts import pages_of_text, rebased
@@ -187,11 +187,12 @@ def generator_lists(
     pages: set[str],  # names without ending
 ) -> dict[str, str]:  # file name -> JSON
     "What a generator cannot know from the pages: their order, and where names are defined."
-    names = {d.definition.name: d for d in defined_names(notebooks)}
-    known = {
-        name: dict(url=d.url, module=d.module, page=d.page, kind=d.definition.kind) for name, d in names.items()
-    }
-    used = {nb.path.stem: names_used(nb, names) for nb in notebooks}
+    defined, known = defined_names(notebooks), {}
+    for d in defined:
+        said = " ".join(d.definition.doc.split())
+        anchor = definition_id(d.module, d.definition.name)
+        known[anchor] = dict(url=d.url, page=d.page, kind=d.definition.kind, doc=said)
+    used = {nb.path.stem: names_used(nb, defined) for nb in notebooks}
     return {
         "tree.json": json.dumps(site_tree(notebooks, pages)),
         "names.json": json.dumps(dict(names=known, used=used)),

@@ -58,7 +58,7 @@ def test_no_page_names_what_only_tools_need(pages):
     for name, text in texts(pages).items():
         code_apart = re.sub(r"(`{3,})[\s\S]*?\n\1|`[^`]*`", "", text)
         assert "<!--" not in code_apart, name
-        assert "#| " not in code_apart, name
+        assert not re.search(r"^#\| ", code_apart, re.M), name
 
 
 def test_html_in_pages_is_closed(pages):
@@ -79,17 +79,16 @@ def test_every_picture_is_written_and_has_words(pages):
 
 
 def test_a_name_is_defined_once_and_its_comments_are_shown(pages):
-    names = [d.definition.name for d in defined_names(NOTEBOOKS)]
-    assert len(names) == len(set(names))
+    places = [d.url for d in defined_names(NOTEBOOKS)]
+    assert len(places) == len(set(places))
     text = (pages / "10_lift.md").read_text()
     assert 'id="flux4d.lift.lift_sweep"' in text
     assert "<td>rendered standard deviation per mean neighbour distance</td>" in text
 
 
 def test_names_on_a_page_are_its_own_or_imported():
-    names = {d.definition.name: d for d in defined_names(NOTEBOOKS)}
     lift = next(nb for nb in NOTEBOOKS if nb.path.stem == "10_lift")
-    used = names_used(lift, names)
+    used = names_used(lift, defined_names(NOTEBOOKS))
     assert {"lift_sweep", "project", "Gaussians"} <= set(used)
     assert "Trainer" not in used
 
@@ -201,7 +200,7 @@ def test_the_built_site_is_whole(built):
 
 def test_names_are_found_by_the_search(built):
     index = (built / "searchindex.js").read_text(encoding="utf-8")
-    assert '"lift_sweep"' in index and "install" in index
+    assert '"lift_sweep"' in index and "instal" in index  # words are stored by their stem
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +243,8 @@ def test_pages_in_a_browser_without_a_network(built, browser, width, scheme):
         assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, name
         assert page.evaluate(CUT_OFF) == [], name
         assert page.evaluate(FLAT) == 0, name
-        if name == "14_motion_prior":
+        if name == "50_refine":
+            page.evaluate("document.fonts.ready")
             assert page.evaluate("document.fonts.check('16px \"STIX Two Math\"')")
     context.close()
 

@@ -3,6 +3,7 @@
 Sphinx is kept by many and needs nothing from the network. Formulas become MathML when the site is built (math-core), drawn with
 the font STIX Two Math (from ziamath), so that no script is needed to read them."""
 
+import html
 import json
 import re
 import shutil
@@ -84,9 +85,8 @@ def note_names(app, doctree):
     "Tell the search of the site where names are defined."
     page = app.env.docname
     python = app.env.get_domain("py")
-    for name, known in app.names["names"].items():
+    for anchor, known in app.names["names"].items():
         if known["page"] == page:
-            anchor = known["url"].partition("#")[2]
             kind = {"constant": "data", "property": "property", "class": "class"}.get(known["kind"], "function")
             python.note_object(anchor, kind, anchor, location=doctree)
 
@@ -102,25 +102,25 @@ def link_names(app, page, template, context, doctree):
     "Lead every name of the package to its definition."
     if "body" not in context or page not in app.names["used"]:
         return
-    names, used = app.names["names"], set(app.names["used"][page])
+    names, used = app.names["names"], app.names["used"][page]
 
     def target(name):
+        "The opening of a link to a name; what the name means shows when the pointer rests on it."
         if name not in used:
             return None
-        known = names[name]
-        here = known["url"].partition("#")
-        return "#" + here[2] if known["page"] == page else known["url"]
+        known = names[used[name]]
+        url = f"#{used[name]}" if known["page"] == page else known["url"]
+        said = html.escape(known["doc"].split(". ")[0][:200], quote=True)
+        return f'<a class="name" href="{url}" title="{said}">'
 
     def span(m):
-        url = target(m["name"])
-        whole = m[0]
-        if m["before"] or not url:
-            return whole
-        return f'<a class="name" href="{url}">{whole}</a>'
+        link = target(m["name"])
+        return m[0] if m["before"] or not link else f"{link}{m[0]}</a>"
 
     def code(m):
-        url = target(m[1])
-        return f'<a class="name" href="{url}">{m[0]}</a>' if url else m[0]
+        inside_a_link = m.string.rfind("<a ", 0, m.start()) > m.string.rfind("</a>", 0, m.start())
+        link = None if inside_a_link else target(m[1])
+        return f"{link}{m[0]}</a>" if link else m[0]
 
     body = SPAN.sub(span, context["body"])
     context["body"] = CELL.sub(code, CODE.sub(code, body))
