@@ -16,7 +16,7 @@ from .definitions import Argument, Definition, definitions
 # %% auto #0
 __all__ = ['FLAGS', 'PICTURE_TYPES', 'NEEDS_WIDTH', 'inline_html', 'argument_row', 'argument_table', 'fenced', 'definition_id',
            'definition_text', 'directives', 'only_imports', 'folded', 'source_text', 'ReadingPage', 'plain_html',
-           'picture_text', 'output_part', 'split_headings', 'beside', 'without_comments', 'code_text', 'notebook_page']
+           'without_comments', 'picture_text', 'output_part', 'split_headings', 'beside', 'code_text', 'notebook_page']
 
 # %% ../nbs/90b_reading_page.ipynb #9f148f35
 def inline_html(
@@ -173,6 +173,13 @@ def plain_html(
     return "\n".join(line.strip() for line in text.splitlines() if line.strip())
 
 
+def without_comments(
+    text: str,  # markdown
+) -> str:
+    "A text without what is meant for tools."
+    return re.sub(r"<!--[\s\S]*?-->\n?", "", text)
+
+
 def picture_text(
     page: ReadingPage,
     data: dict,  # media types of an output
@@ -200,7 +207,7 @@ def output_part(
     elif "text/html" in data:
         text = plain_html("".join(data["text/html"]))
     elif "text/markdown" in data:
-        text = page.turn("".join(data["text/markdown"]))
+        text = without_comments(page.turn("".join(data["text/markdown"])))
     else:
         plain = output_text(output).removeprefix("```\n").removesuffix("\n```")
         text = fenced(plain, "text") if plain else ""
@@ -241,13 +248,6 @@ def beside(
         f'<div class="{kind}"><div class="say">\n\n{text}\n\n</div>'
         f'<div class="show">\n\n{shown}\n\n</div></div>'
     )
-
-
-def without_comments(
-    text: str,  # markdown
-) -> str:
-    "A text without what is meant for tools."
-    return re.sub(r"<!--[\s\S]*?-->\n?", "", text)
 
 # %% ../nbs/90b_reading_page.ipynb #a4a0a0dc
 def code_text(

@@ -56,13 +56,13 @@ def names_used(
 ) -> dict[str, str]:  # name -> anchor of its definition
     "What names mean on a notebook's page: those that it imports, and its own."
     anchors = {(d.module, d.definition.name): definition_id(d.module, d.definition.name) for d in defined}
-    found = {}
+    own, found = nb.module, {}
     for cell in nb.cells:
         if cell["cell_type"] == "code":
             for module, block in re.findall(r"from flux4d\.([\w.]+) import (\([^)]*\)|[^\n]*)", cell["source"]):
                 places = [(module, word) for word in re.findall(r"\w+", block)]
                 found |= {place[1]: anchors[place] for place in places if place in anchors}
-    return found | {name: anchor for (module, name), anchor in anchors.items() if module == nb.module}
+    return found | {name: anchor for (module, name), anchor in anchors.items() if module == own}
 
 # %% ../nbs/90c_reference.ipynb #e707ddcd
 def name_row(
