@@ -18,7 +18,7 @@ from pydantic import NonNegativeInt
 from .records import repo_root
 from .files import DataError
 from .settings import Distinct, LogId, Seed, read_parameters
-from .config import flattened, merged
+from .config import RETIRED, flattened, merged
 
 # %% auto #0
 __all__ = ['ABLATIONS', 'NO_VELOCITY_TERM', 'ABLATION_TABLES', 'PAPER_FIGURES', 'SWITCHES', 'FIELDS', 'WHEN', 'NVS_METRICS',
@@ -198,9 +198,11 @@ def pace(
 # %% ../nbs/62_ablation.ipynb #30244fa1
 BUDGET = "runtime.iters", "train.iters", "train.minutes", "train.warmup"  # steps taken, and what decides their number
 NO_EFFECT = (  # fields that change no result
-    "data.keep_frames",
-    "data.keep_clips",
+    *RETIRED,
+    "data.host_gb",
+    "data.device_gb",
     "data.loader_threads",
+    "data.loader_processes",
     "train.prefetch",
     "train.log_every",
     "train.save_ckpt_every",

@@ -52,7 +52,7 @@ from .view_scores import EvalConfig
 from .voxels import Voxels, VoxelConfig
 
 # %% auto #0
-__all__ = ['PARTS', 'SHARES', 'BenchParameters', 'machine_name', 'spread_clips', 'bench_config', 'base_of', 'Material',
+__all__ = ['BENCH_PARTS', 'SHARES', 'BenchParameters', 'machine_name', 'spread_clips', 'bench_config', 'base_of', 'Material',
            'forget_files', 'fresh', 'nearest_rows', 'grid_points', 'time_lift', 'time_prior', 'time_voxels',
            'neighbour_pairs', 'unet_operations', 'random_voxels', 'time_unet', 'scene_of_size', 'with_gradient',
            'time_renders', 'some_views', 'time_render', 'OneBatch', 'time_steps', 'step_parts', 'time_step',
@@ -60,7 +60,7 @@ __all__ = ['PARTS', 'SHARES', 'BenchParameters', 'machine_name', 'spread_clips',
            'time_evaluation', 'time_data', 'gpu_activity', 'data_facts']
 
 # %% ../nbs/80_bench.ipynb #110abb3e
-PARTS = (
+BENCH_PARTS = (
     *("lift", "prior", "voxels", "unet", "render", "step"),
     *("reconstruction", "polish", "film", "evaluation", "data", "activity"),
 )
@@ -75,7 +75,7 @@ class BenchParameters:
     image_scale: Annotated[float, Interval(gt=0, le=1)] = 1.0
     sizes: Distinct[PositiveInt] = ()
     repeats: NonNegativeInt = 0
-    parts: Distinct[Literal[PARTS]] = ()
+    parts: Distinct[Literal[BENCH_PARTS]] = ()
     out_dir: FilePath = ""
     device: Device = ""
 
@@ -107,11 +107,13 @@ def spread_clips(
 def bench_config(
     preset: str,  # one of PRESETS
     image_scale: float,  # of the images
+    over: dict = {},  # nested fields that win over the preset's
     camera: str = "front_camera",  # that is read
 ) -> FullConfig:  # its steps leave the weights as they are, as good as
     "The configuration that is measured."
     kept = dict(train=dict(lr=1e-9, weight_decay=0.0, seed=0))
-    return preset_config(preset, merged(dict(data=dict(cameras=(camera,), image_scale=image_scale)), kept))
+    source = dict(data=dict(cameras=(camera,), image_scale=image_scale))
+    return preset_config(preset, merged(merged(source, kept), over))
 
 
 def base_of(
@@ -416,8 +418,12 @@ class OneBatch:
         batch: Batch,  # of it
     ) -> None:
         "Keep the batch."
-        self.clips, self.cfg, self.device, self.draw = loader.clips, loader.cfg, loader.device, loader.draw
+        self.loader = loader
         self.kept = batch
+
+    def __getattr__(self, name: str) -> Any:
+        "All else is the loader's."
+        return getattr(self.loader, name)
 
     def batch(
         self,
@@ -426,9 +432,6 @@ class OneBatch:
     ) -> Batch:
         "The batch at hand."
         return self.kept
-
-    def rest(self) -> None:
-        "There is nothing to let go of."
 
 
 def time_steps(
@@ -443,7 +446,7 @@ def time_steps(
     numbers = itertools.count()
     t.time(group, "data", lambda: m.loader.batch(next(numbers)))
     m.loader.rest()
-    t.time(group, "whole", trainer.train_step, patience=6)
+    t.time(group, "whole", trainer.train_step, patience=10)
     m.loader.rest()
     batch = m.loader.batch(0)
     m.loader.rest()
@@ -518,14 +521,18 @@ def reconstruct_many(
 def time_reconstructions(
     t: Timings,  # gets the rows
     m: Material,  # what is measured
-    workers: int = 8,  # threads that read
+    stages: tuple[int, ...] = (0, 1, 2, 3),  # from memory
+    workers: int = 8,  # threads that read; 0: not measured
+    warmup: int = 2,  # calls before
 ) -> None:
-    "From memory with 0 to N stages, from files alone and side by side."
-    for stages in range(m.cfg.refine.steps + 1):
-        t.time("reconstruction", f"memory_n{stages}", lambda: reconstruct_from_memory(m, stages), stages=stages)
-    t.time("reconstruction", "files", fresh(lambda: m.model.reconstruct(m.clip)))
+    "From memory with some numbers of stages, from files alone and side by side."
+    for n in stages:
+        t.time("reconstruction", f"memory_n{n}", lambda: reconstruct_from_memory(m, n), warmup=warmup, stages=n)
+    t.time("reconstruction", "files", fresh(lambda: m.model.reconstruct(m.clip)), warmup=warmup)
+    if not workers:
+        return
     many, count = fresh(lambda: list(reconstruct_many(m, workers))), len(m.clips)
-    t.time("reconstruction", f"files_{workers}_workers", many, warmup=1, per=count, clips=count)
+    t.time("reconstruction", f"files_{workers}_workers", many, warmup=min(warmup, 1), per=count, clips=count)
 
 # %% ../nbs/80_bench.ipynb #0fa32549
 def time_polish(
@@ -556,6 +563,7 @@ def time_film(
 def time_evaluation(
     t: Timings,  # gets the rows
     m: Material,  # what is measured; its log has labels
+    warmup: int = 1,  # calls before
 ) -> None:
     "The scores of one clip."
     loader = one_clip_loader(m.clips[:1], m.cfg, m.loader.cache, m.device)
@@ -564,7 +572,7 @@ def time_evaluation(
         cfg = EvalConfig(save_renders=0)
         Evaluation(m.model.reconstruct, loader, m.folder / "scores", cfg=cfg, videos=0).score_clip(0)
 
-    t.time("evaluation", "clip", fresh(score), warmup=1)
+    t.time("evaluation", "clip", fresh(score), warmup=warmup)
 
 # %% ../nbs/80_bench.ipynb #ac260f74
 def time_data(

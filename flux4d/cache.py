@@ -30,7 +30,8 @@ from .gap_filling import InitConfig
 from .background import BackgroundConfig, init_gaussians
 
 # %% auto #0
-__all__ = ['pack', 'sound', 'unpack', 'save_arrays', 'load_arrays', 'data_identity', 'cache_key', 'LiftCache', 'fill_cache']
+__all__ = ['pack', 'sound', 'unpack', 'save_arrays', 'load_arrays', 'data_identity', 'cache_key', 'LiftCache', 'end_with_parent',
+           'fill_cache']
 
 # %% ../nbs/12a_cache.ipynb #d03d82d1
 _WIDTH = dict(
@@ -263,7 +264,7 @@ def get(
     return g
 
 # %% ../nbs/12a_cache.ipynb #81a1605b
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     "End this worker when the process that started it is gone, even if it was killed."
 
     def watch() -> None:
@@ -296,7 +297,7 @@ def fill_cache(
     jobs = [(c, lift_cfg, bg_cfg, cameras, image_scale, seed) for c in clip_list]
     if not workers:
         return [len(cache.get(*j)) for j in jobs]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         done = list(pool.map(_get, [cache] * len(jobs), jobs))
     for text in dict.fromkeys(t for _, texts in done for t in texts):
         warnings.warn(text)

@@ -229,6 +229,7 @@ PARTS = dict(  # what a checkpoint holds, and of which type
 # %% ../nbs/09b_checkpoint.ipynb #d45baa58
 OPTIONAL_PARTS = dict(  # what it may hold
     started=(int, float),
+    waited=(int, float),
     best=(int, float, type(None)),
     in_a_row=int,
     first_skip=str,

@@ -21,8 +21,8 @@ from .settings import Distinct, Name, Seed, Share, Some, read_settings
 from .voxels import VoxelConfig
 
 # %% auto #0
-__all__ = ['PRIOR_RENAMED', 'RENAMED', 'DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'has_field', 'refuse_renamed',
-           'config_from_dict', 'merged', 'flattened', 'changed_fields']
+__all__ = ['PRIOR_RENAMED', 'RENAMED', 'RETIRED', 'DataConfig', 'TrainConfig', 'Config', 'config_to_dict', 'has_field',
+           'refuse_renamed', 'without_retired', 'config_from_dict', 'merged', 'flattened', 'changed_fields']
 
 # %% ../nbs/31a_config.ipynb #eed09649
 @dataclass
@@ -34,9 +34,11 @@ class DataConfig:
     settings: Distinct[Literal[TRAIN_SETTINGS]] = ()
     # 1.0 = full resolution; nothing else ever resizes an image
     image_scale: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    keep_frames: NonNegativeInt = 1200  # decoded frames kept in memory; one full-HD frame is 14 MB
-    keep_clips: NonNegativeInt = 200  # lifted clips kept in memory; one is about 20 MB
+    host_gb: PositiveFloat = 16.0  # decoded frames (14 MB each in full HD) and lifted clips (20 MB or more) in host memory
+    device_gb: PositiveFloat = 8.0  # of these on the GPU; what was not used for longest has to leave
     loader_threads: Annotated[int, Interval(ge=1, le=256)] = 4  # threads that decode ahead of the step
+    # processes that decode and lift for them, for many logs; 0: the threads do it
+    loader_processes: Annotated[int, Interval(ge=0, le=256)] = 0
 
 # %% ../nbs/31a_config.ipynb #fd13f09e
 @dataclass
@@ -124,6 +126,10 @@ RENAMED = {  # dotted field of an earlier version -> its name of today; groups b
     for prior in ("motion_prior", "fine_prior")
     for old, new in PRIOR_RENAMED.items()
 }
+RETIRED = {  # dotted field of an earlier version that changed no result -> what there is today
+    "data.keep_frames": "data.host_gb and data.device_gb, budgets of memory in 1e9 bytes",
+    "data.keep_clips": "data.host_gb and data.device_gb, budgets of memory in 1e9 bytes",
+}
 
 # %% ../nbs/31a_config.ipynb #c77ba34e
 def has_field(
@@ -149,6 +155,24 @@ def refuse_renamed(
                 f"{name or 'config'}: has {old!r}, a field of an earlier version of flux4d that is {new!r} now; "
                 "rename it, or take a configuration or checkpoint of this version."
             )
+    for old, new in RETIRED.items():
+        if has_field(values, old):
+            raise DataError(
+                f"{name or 'config'}: has {old!r}, a field of an earlier version of flux4d; "
+                f"leave it out, or set {new}."
+            )
+
+
+def without_retired(
+    values: dict,  # nested plain values that a file of an earlier version holds
+) -> dict:  # the same without fields that changed no result
+    "A checkpoint's configuration as this version reads it."
+    out = dict(values)
+    for name in RETIRED:
+        group, _, field_name = name.partition(".")
+        if has_field(out, name):
+            out[group] = {k: v for k, v in out[group].items() if k != field_name}
+    return out
 
 # %% ../nbs/31a_config.ipynb #23b2c17c
 def config_from_dict(

@@ -5,10 +5,9 @@
 # %% ../nbs/33_loader.ipynb #877bca1c
 from __future__ import annotations
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -28,11 +27,20 @@ from .model import ClipInputs, Flux4DBase, grid_index_of, lift_scene
 from .predictor import GridIndex
 from .processes import ALONE, Processes
 from .scene import Scene
+from .store import Store
+from .workers import Workers
 
 # %% auto #0
-__all__ = ['Loader', 'LoadedInputs', 'Batch', 'files_of', 'seconds_now', 'time_reconstruction']
+__all__ = ['without_tables', 'Loader', 'LoadedInputs', 'Batch', 'files_of', 'seconds_now', 'time_reconstruction']
 
 # %% ../nbs/33_loader.ipynb #e06f54ad
+def without_tables(
+    value: Any,  # that a store holds
+) -> Any:  # a grid index without the network's tables, which the next pass makes again
+    "What of a value is worth moving to host memory."
+    return replace(value, tables={}) if isinstance(value, GridIndex) else value
+
+
 class Loader:
     "Batches by step number; decoded frames and lifted clips stay in memory, the next ones load in threads."
 
@@ -44,6 +52,7 @@ class Loader:
         device: Any = "cpu",  # where tensors end up
         target_sensors: tuple[int, ...] | None = None,  # LiDARs of the targets' depth; None: the lift's own
         processes: Processes = ALONE,  # of the run; each loads its own micro-steps
+        beside: Loader | None = None,  # of the same configuration; its store and its processes serve this one too
     ) -> None:
         "Prepare the stores; nothing is read yet."
         if not clips:
@@ -58,6 +67,10 @@ class Loader:
         self.processes = processes
         self.clip_of_frame = {(c.log.id, f): c for c in clips for f in c.frames}
         self.target_sensors = cfg.init.lidar_sensors if target_sensors is None else tuple(target_sensors)
+        data = cfg.data
+        budgets = 1e9 * data.device_gb, 1e9 * data.host_gb
+        self.store = beside.store if beside else Store(device, *budgets, without_tables)
+        self.workers = beside.workers if beside else Workers(data.loader_processes)
         self.pool = ThreadPoolExecutor(cfg.data.loader_threads, initializer=self._use_device)
         self.ahead = {}  # micro-step -> its batch, being loaded
 
@@ -67,25 +80,41 @@ class Loader:
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
 
-    @cached_property
-    def frame(self) -> Callable:  # (log id, camera, log frame id) -> one view; images as bytes, time not set
-        "Decoded frames; the last ones stay in memory."
-        return lru_cache(self.cfg.data.keep_frames)(self._frame)
+    def frame(
+        self,
+        log_id: str,  # log
+        camera: str,  # camera name
+        frame: int,  # log frame id
+    ) -> Views:  # one view on the device; images as bytes, time not set
+        "A decoded frame."
+        at = log_id, camera, frame
+        return self.store.get(("frame", self.target_sensors, *at), partial(self._frame, *at))
 
-    @cached_property
-    def input_depth(self) -> Callable:  # (log id, camera, log frame id) -> (1,H,W) m
-        "Depth by the lift's own LiDARs; the last ones stay in memory."
-        return lru_cache(self.cfg.data.keep_frames)(self._input_depth)
+    def input_depth(
+        self,
+        log_id: str,  # log
+        camera: str,  # camera name
+        frame: int,  # log frame id
+    ) -> Tensor:  # (1,H,W) m, 0 = no visible return; on the device
+        "Depth by the lift's own LiDARs."
+        at = log_id, camera, frame
+        if set(self.cfg.init.lidar_sensors) == set(self.target_sensors):
+            return self.frame(*at).depth
+        return self.store.get(("depth", *at), partial(self._input_depth, *at))
 
-    @cached_property
-    def lifted(self) -> Callable:  # clip number -> Scene, at rest
-        "Lifted clips; the last ones stay in memory."
-        return lru_cache(self.cfg.data.keep_clips)(self._lifted)
+    def lifted(
+        self,
+        i: int,  # clip number
+    ) -> Scene:  # at rest, on the device
+        "A lifted clip."
+        return self.store.get(("lift", self.clips[i].id), partial(self._lifted, i))
 
-    @cached_property
-    def index(self) -> Callable:  # clip number -> GridIndex
-        "Grid indices of lifted clips; the last ones stay in memory."
-        return lru_cache(self.cfg.data.keep_clips)(self._index)
+    def index(
+        self,
+        i: int,  # clip number
+    ) -> GridIndex:  # on the device
+        "A lifted clip's place in the grid."
+        return self.store.get(("index", self.clips[i].id), partial(self._index, i))
 
 # %% ../nbs/33_loader.ipynb #b28d9de9
 @patch
@@ -94,12 +123,10 @@ def _frame(
     log_id: str,  # log
     camera: str,  # camera name
     frame: int,  # log frame id
-) -> Views:  # one view on the device; images as bytes, time not yet set
+) -> Views:  # one view on the CPU; images as bytes, time not yet set
     "Decode one frame of one camera."
     clip = self.clip_of_frame[log_id, frame]
-    scale = self.cfg.data.image_scale
-    view = load_views(clip, [frame], (camera,), scale, lidar_sensors=self.target_sensors)
-    return replace(view, images=(view.images * 255).round().byte()).to(self.device)
+    return self.workers.frame(clip, frame, camera, self.cfg.data.image_scale, self.target_sensors)
 
 # %% ../nbs/33_loader.ipynb #866f5616
 @patch
@@ -108,28 +135,25 @@ def _input_depth(
     log_id: str,  # log
     camera: str,  # camera name
     frame: int,  # log frame id
-) -> Tensor:  # (1,H,W) m, 0 = no visible return; on the device
+) -> Tensor:  # (1,H,W) m, 0 = no visible return; on the CPU
     "Depth of one frame by the returns that the lift uses."
     sensors = self.cfg.init.lidar_sensors
-    if set(sensors) == set(self.target_sensors):
-        return self.frame(log_id, camera, frame).depth
     clip = self.clip_of_frame[log_id, frame]
     view = load_views(clip, [frame], (camera,), self.cfg.data.image_scale, lidar_sensors=sensors)
-    return view.depth.to(self.device)
+    return view.depth
 
 # %% ../nbs/33_loader.ipynb #61922c92
 @patch
 def _lifted(
     self: Loader,
     i: int,  # clip number
-) -> Scene:  # at rest, on the device
+) -> Scene:  # at rest, on the CPU
     "Lift one clip, through the cache."
     cfg = self.cfg
     clip = self.clips[i]
-    gaussians = self.cache.get(
-        clip, cfg.init, cfg.background, cfg.data.cameras, cfg.data.image_scale, cfg.train.seed
-    )
-    return lift_scene(clip, gaussians.to(self.device), cfg)
+    how = clip, cfg.init, cfg.background, cfg.data.cameras, cfg.data.image_scale, cfg.train.seed
+    self.workers.lift(self.cache, how)
+    return lift_scene(clip, self.cache.get(*how), cfg)
 
 # %% ../nbs/33_loader.ipynb #9e527b8c
 @patch

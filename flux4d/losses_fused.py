@@ -4,15 +4,13 @@
 
 # %% ../nbs/23a_losses_fused.ipynb #81b66303
 from __future__ import annotations
-import warnings
-from collections.abc import Callable
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from .losses import ImageTerms, LossConfig, gaussian_window
+from .splat_kernels import kernel, kernels_work
 
 try:
     import triton
@@ -21,16 +19,8 @@ except ImportError:  # without a GPU there is none; `23_losses` then does the wo
     triton = None
 
 # %% auto #0
-__all__ = ['ROW_BLOCK', 'TILE', 'kernel', 'row_moments', 'column_similarity', 'spread_columns', 'spread_rows', 'depth_errors',
-           'row_grid', 'column_grid', 'FusedColour', 'FusedDepth', 'window_on', 'fused_image_terms', 'kernels_work',
-           'can_fuse']
-
-# %% ../nbs/23a_losses_fused.ipynb #9a04aad7
-def kernel(
-    f: Callable,  # a Triton kernel
-) -> Callable:  # compiled at its first call
-    "Make a function a kernel where Triton is installed."
-    return f if triton is None else triton.jit(f)
+__all__ = ['ROW_BLOCK', 'TILE', 'row_moments', 'column_similarity', 'spread_columns', 'spread_rows', 'depth_errors', 'row_grid',
+           'column_grid', 'FusedColour', 'FusedDepth', 'window_on', 'fused_image_terms', 'can_fuse']
 
 # %% ../nbs/23a_losses_fused.ipynb #319719ee
 @kernel
@@ -343,35 +333,17 @@ def fused_image_terms(
     l1, similarity, mse = FusedColour.apply(rgb, images, weight, taps)
     depth = rgb.new_zeros(())
     if cfg.use_depth and views.depth is not None:
-        farthest, bend = (1e30 if x is None else x for x in (cfg.max_depth, cfg.berhu))
+        farthest, bend = (1e15 if x is None else x for x in (cfg.max_depth, cfg.berhu))
         measured = views.depth.to(rgb).contiguous()
         depth = FusedDepth.apply(rendered.depth.contiguous(), measured, farthest, bend)
     return ImageTerms(l1, similarity, depth, mse)
 
 # %% ../nbs/23a_losses_fused.ipynb #790f0139
-@lru_cache
-def kernels_work(
-    device: torch.device,  # a GPU
-) -> bool:
-    "Whether the kernels compile and run there."
-    x = torch.zeros(1, 12, 12, 3, device=device, requires_grad=True)
-    try:
-        with torch.enable_grad():
-            terms = fused_image_terms(SimpleNamespace(rgb=x), SimpleNamespace(images=x.detach(), depth=None), LossConfig())
-            torch.autograd.grad(terms.ssim, x)
-    except Exception as e:  # whatever a compiler says
-        warnings.warn(f"The fused losses cannot be compiled here and the plain ones are used: {type(e).__name__}: {e}")
-        return False
-    return True
-
-
 def can_fuse(
     x: Tensor,  # (V,H,W,C) rendered
     y: Tensor,  # (V,H,W,C) views
     window: int = 11,  # px, side of SSIM's window
 ) -> bool:
     "Whether `fused_image_terms` can take these images."
-    if triton is None or not x.is_cuda or not y.is_cuda:
-        return False
     plain = y.requires_grad or {x.dtype, y.dtype} != {torch.float32} or min(x.shape[1:3]) < window
-    return not plain and kernels_work(x.device)
+    return not plain and x.device == y.device and kernels_work(x.device)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from fastcore.basics import patch
+from .attribute_kernels import apply_change
 from .background import init_gaussians
 from .clips import Clip
 from .clip_data import InputViews, load_views
-from .config import Config, config_from_dict, config_to_dict, flattened, refuse_renamed
+from .config import Config, config_from_dict, config_to_dict, flattened, refuse_renamed, without_retired
 from .files import DataError
 from .gaussians import Gaussians
 from .clip_data import Returns, clip_returns
@@ -137,7 +138,7 @@ class Flux4DBase(nn.Module):
         "G = G_init + dG, and V."
         lift = inputs.scene
         residual, velocity = self.base(lift.gaussians, inputs.index)
-        yield replace(lift, gaussians=lift.gaussians.add(residual), velocity=velocity)
+        yield replace(lift, gaussians=apply_change(lift.gaussians, residual), velocity=velocity)
 
 # %% ../nbs/32_model.ipynb #93e91ef0
 def build_model(
@@ -218,9 +219,10 @@ def load_model(
     device = find_device(str(device))
     name = Path(path).name
     weights = read_weights(path, device)
-    refuse_renamed(weights.config, name)
+    values = without_retired(weights.config)
+    refuse_renamed(values, name)
     kind = model_class(weights.kind, name)
-    cfg = config_from_dict(weights.config, kind.config_type)
+    cfg = config_from_dict(values, kind.config_type)
     if _asks_for_more(config_to_dict(cfg), weights.tensors):
         raise DataError(
             f"{name}: its configuration asks for a larger model than it has weights for; "

@@ -7,14 +7,15 @@ from __future__ import annotations
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .frames import quat_to_mat
+from .attribute_kernels import fused_point, kernels_change
+from .frames import quat_to_mat, transform_points
 from .gaussians import Gaussians
 from .voxels import VoxelConfig, Voxels
 from .unet import constants, count_rows, grid_position, pool_mean
 
 # %% auto #0
-__all__ = ['N_POINT', 'N_BIN', 'PointFeatures', 'point_features', 'orientation', 'TimeBins', 'TimeInBin', 'time_in_bin',
-           'binned_features', 'voxel_features', 'voxel_feature_count']
+__all__ = ['N_POINT', 'N_BIN', 'PointFeatures', 'point_features', 'orientation', 'describe_points', 'TimeBins', 'TimeInBin',
+           'time_in_bin', 'binned_features', 'voxel_features', 'voxel_feature_count']
 
 # %% ../nbs/30b_network_inputs.ipynb #d030d7a3
 class PointFeatures(NamedTuple):
@@ -57,6 +58,22 @@ def orientation(
 ) -> Tensor:  # (M,9) float32, rotation matrix in ego0
     "Orientation without the sign of the quaternion."
     return (to_ego[:3, :3].to(quats.dtype) @ quat_to_mat(quats)).reshape(-1, 9).float()
+
+# %% ../nbs/30b_network_inputs.ipynb #831b7bcf
+def describe_points(
+    g: Gaussians,  # M Gaussians in the grid, world
+    seconds: Tensor,  # (M,) since the clip's start
+    cell: Tensor,  # (M,3) int64, the voxel each was lifted into
+    to_ego: Tensor,  # (4,4) float64, world-to-ego0
+    voxel: VoxelConfig,  # the grid
+) -> tuple[PointFeatures, Tensor]:  # of the M Gaussians; (M,9) float32, rotation matrix in ego0
+    "A point's own features and its orientation."
+    if kernels_change(g.means, g.quats, g.log_scales, g.opacity_logits, g.colour_logits):
+        grid = constants((*voxel.low, *voxel.shape, voxel.size), to_ego)
+        channels, turn = fused_point(g, seconds, cell, to_ego, grid)
+        return PointFeatures(*channels.split([3, 3, 1, 3, 1, 3], 1)), turn
+    points = transform_points(to_ego, g.means.double())
+    return point_features(g, points, seconds, cell, voxel), orientation(g.quats, to_ego)
 
 # %% ../nbs/30b_network_inputs.ipynb #d09daa9c
 class TimeBins(NamedTuple):

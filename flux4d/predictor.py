@@ -21,7 +21,7 @@ from .occupancy import MotionPriorConfig, SweepPoints
 from .motion_prior import FINE_PRIOR, MotionPrior
 from .unet import SparseUNet, UNetConfig, grid_position, mix_voxels, neighbours, voxelise
 from .motion_inputs import MotionInputs, motion_feature_count, motion_features, unpack_prior
-from .network_inputs import N_POINT, TimeBins, orientation, point_features, voxel_feature_count, voxel_features
+from .network_inputs import N_POINT, TimeBins, describe_points, voxel_feature_count, voxel_features
 from flux4d.decode import (
     AttributeBounds,
     MotionDecoding,
@@ -214,13 +214,12 @@ def encode(
     extra: Tensor | None,  # (M,n_extra)
 ) -> Tensor:  # (M,C) what each head sees of a point
     "A point's own features, its orientation, and the U-Net's features around it."
-    points = transform_points(index.to_ego, g.means.double())
-    point = point_features(g, points, index.seconds, index.cells, self.voxel)
+    point, turn = describe_points(g, index.seconds, index.cells, index.to_ego, self.voxel)
     channels = torch.cat([*point, index.motion, *([extra.float()] if self.n_extra else [])], 1)
     features = voxel_features(channels, point, index.seconds, index.voxels, self.cfg.bins)
     voxels = self.unet(replace(index.voxels, features=features), self.voxel.shape, index.tables)
     around = mix_voxels(voxels, index.corners, index.weights)
-    return torch.cat([channels, orientation(g.quats, index.to_ego), around], 1)
+    return torch.cat([channels, turn, around], 1)
 
 # %% ../nbs/31_predictor.ipynb #e40559ce
 @patch

@@ -190,6 +190,14 @@ def together(self: Processes) -> Iterator[None]:
         self.leave(e)
         raise
 
+
+@patch
+def disconnect(self: Processes) -> None:
+    "After the last exchange: the others may end while the first one evaluates."
+    if self.count > 1:
+        self.parted = True
+        dist.destroy_process_group()
+
 # %% ../nbs/32b_processes.ipynb #988ff7cf
 @patch
 def same(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 import torch
 from .clips import Clip
-from .config import Config, changed_fields, config_to_dict, flattened, refuse_renamed
+from .config import Config, changed_fields, config_to_dict, flattened, refuse_renamed, without_retired
 from .model import model_class
 from .checkpoint import PARTS, check_checkpoint, check_numbers, load_checkpoint
 
@@ -25,6 +25,7 @@ def read_resumable(
     state = load_checkpoint(path, device)
     name = Path(path).name
     check_checkpoint(state, name, tuple(PARTS) if optimizer else ("kind", "model", "ema", "config", "step"))
+    state["config"] = without_retired(state["config"])
     refuse_renamed(state["config"], name)
     model_class(state["kind"], name)
     if optimizer:

@@ -49,11 +49,9 @@ def one_clip_loader(
     cache: LiftCache,  # lifted clips on disk
     device: Any = "cpu",  # where tensors end up
     depth_sensors: tuple[int, ...] = EvalConfig.depth_sensors,  # LiDARs that target views take their depth from
-) -> Loader:  # its stores have room for one clip
+) -> Loader:  # to be emptied by `forget` after each clip
     "A loader for going through clips once; depth is scored with fixed sensors, whatever the lift used."
-    most = max((len(c.frames) for c in clips), default=1) * len(cfg.data.cameras)
-    small = replace(cfg, data=replace(cfg.data, keep_clips=1, keep_frames=most))
-    return Loader(clips, small, cache, device, target_sensors=depth_sensors)
+    return Loader(clips, cfg, cache, device, target_sensors=depth_sensors)
 
 # %% ../nbs/55d_score_clips.ipynb #abd98262
 def read_ahead(
@@ -69,8 +67,7 @@ def forget(
     loader: Loader,  # whose stores are emptied
 ) -> None:
     "Let go of all decoded frames and lifted clips."
-    for store in (loader.frame, loader.input_depth, loader.lifted, loader.index):
-        store.cache_clear()
+    loader.store.clear()
 
 # %% ../nbs/55d_score_clips.ipynb #82b58763
 METHODS = *BASELINES, "static"

@@ -189,14 +189,16 @@ def open_loaders(
 ) -> Loaders:
     "Lift ahead where that is asked for, and open the clips."
     p, cfg, clips = job.given, job.cfg, job.clips
-    cache = LiftCache(job.run.folder.parent / "lift_cache", "cpu" if p.lift_workers else job.device)
+    elsewhere = p.lift_workers or cfg.data.loader_processes  # in processes that have no GPU
+    cache = LiftCache(job.run.folder.parent / "lift_cache", "cpu" if elsewhere else job.device)
     with job.processes.first_then_others():
         if p.lift_workers and job.processes.first:
             names = list(cfg.data.cameras)
             fill_cache(cache, clips.train, cfg.init, cfg.background, names, p.image_scale, p.seed, p.lift_workers)
     train = Loader(clips.train, cfg, cache, job.device, processes=job.processes)
     sensors = job.eval_cfg.depth_sensors
-    held = Loader(clips.watched or clips.train[:1], cfg, cache, job.device, target_sensors=sensors)
+    watched = clips.watched or clips.train[:1]
+    held = Loader(watched, cfg, cache, job.device, target_sensors=sensors, beside=train)
     return Loaders(cache, train, held)
 
 
@@ -345,6 +347,7 @@ def run_stage6(
         loaders = open_loaders(job)
         trainer = make_trainer(job, loaders)
         rows = trainer.fit(progress=progress_bar if processes.first else iter)
+    processes.disconnect()
     if processes.first:
         check_bs_flow([row["bs_flow"] for row in rows if "bs_flow" in row])
         metrics, _ = score_run(job, loaders, trainer, rows)

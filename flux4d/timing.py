@@ -15,9 +15,9 @@ import torch
 from .records import one_line
 
 # %% auto #0
-__all__ = ['LEAST', 'FAILURES', 'Timing', 'timing_of', 'wait_for', 'seconds_of', 'PeakMemory', 'measure', 'Ceilings',
-           'tf32_products', 'product_rate', 'measure_ceilings', 'Work', 'least_seconds', 'tensor_bytes',
-           'growth_exponent', 'Timings', 'growth_by_group', 'covered', 'Activity', 'device_activity']
+__all__ = ['LEAST_CALLS', 'Timing', 'timing_of', 'wait_for', 'seconds_of', 'PeakMemory', 'measure', 'Ceilings', 'tf32_products',
+           'product_rate', 'measure_ceilings', 'Work', 'least_seconds', 'tensor_bytes', 'growth_exponent', 'Timings',
+           'growth_by_group', 'union_length', 'Activity', 'device_activity']
 
 # %% ../nbs/09e_timing.ipynb #7d92f8a5
 class Timing(NamedTuple):
@@ -77,7 +77,7 @@ class PeakMemory:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
 # %% ../nbs/09e_timing.ipynb #72b258a1
-LEAST = 3  # calls that are measured, however long they take
+LEAST_CALLS = 3  # calls that are measured, however long they take, unless one is told otherwise
 
 
 def measure(
@@ -87,6 +87,7 @@ def measure(
     device: Any = "cpu",  # where it works
     seconds: float = math.inf,  # after which no further call is measured
     per: int = 1,  # things of one kind that a call does; times are of one of them
+    least: int = LEAST_CALLS,  # calls that are measured, however long they take
     clock: Callable[[], float] = time.perf_counter,  # s
 ) -> Timing:
     "How long a call takes once it is warm."
@@ -94,7 +95,7 @@ def measure(
         f()
     peak = PeakMemory(device)
     spent = []
-    while len(spent) < repeats and (len(spent) < LEAST or sum(spent) < seconds):
+    while len(spent) < repeats and (len(spent) < least or sum(spent) < seconds):
         spent.append(seconds_of(f, device, clock))
     return timing_of([s / per for s in spent], peak())
 
@@ -195,9 +196,6 @@ def growth_exponent(
     return float(np.polyfit(x, y, 1)[0])
 
 # %% ../nbs/09e_timing.ipynb #ad65d474
-FAILURES = RuntimeError, MemoryError, ValueError, OSError  # what costs a row; the first has a GPU's want of memory
-
-
 class Timings:
     "What was measured so far."
 
@@ -208,6 +206,7 @@ class Timings:
         seconds: float = math.inf,  # after which no further call of a row is measured
         ceilings: Ceilings | None = None,  # of the machine; None: least times are not known
         warmup: int = 2,  # calls before
+        least: int = LEAST_CALLS,  # calls that are measured, however long they take
     ) -> None:
         "Nothing yet."
         self.device = device
@@ -215,6 +214,7 @@ class Timings:
         self.seconds = seconds
         self.ceilings = ceilings
         self.warmup = warmup
+        self.least = least
         self.found = {}  # group -> name -> median, p10, p90, count and what else is known
         self.left_out = {}  # group.name -> why
 
@@ -226,7 +226,7 @@ class Timings:
         "What fails inside is noted, and costs no more."
         try:
             yield
-        except FAILURES as e:
+        except Exception as e:  # whatever it is, the other rows are wanted
             self.left_out[at] = f"{type(e).__name__}: {one_line(str(e), 160)}"
             if torch.device(self.device).type == "cuda":
                 torch.cuda.empty_cache()
@@ -237,15 +237,15 @@ class Timings:
         name: Any,  # in which form, or at which size
         f: Callable[[], Any],  # what is called
         work: Work | None = None,  # what it cannot do without
-        warmup: int | None = None,  # calls before; None: as always
+        warmup: int | None = None,  # calls before, fewer than always; None: as always
         patience: float = 1.0,  # of `seconds`
         per: int = 1,  # things of one kind that a call does
         **facts: Any,  # plain values that are kept beside it, such as size=50_000
     ) -> None:
         "Measure a row."
         with self.noted(f"{group}.{name}"):
-            before = self.warmup if warmup is None else warmup
-            found = measure(f, before, self.repeats, self.device, patience * self.seconds, per)
+            before = self.warmup if warmup is None else min(warmup, self.warmup)
+            found = measure(f, before, self.repeats, self.device, patience * self.seconds, per, self.least)
             row = {k: v for k, v in found._asdict().items() if v is not None} | facts
             if work and self.ceilings:
                 row |= dict(least=least_seconds(work, self.ceilings))
@@ -264,7 +264,7 @@ def growth_by_group(
     return grown
 
 # %% ../nbs/09e_timing.ipynb #64a1db0c
-def covered(
+def union_length(
     intervals: Sequence[tuple[float, float]],  # (start, end), in any order, overlapping or not
 ) -> float:  # in their unit
     "Length of the union of intervals."
@@ -299,5 +299,5 @@ def device_activity(
         wait_for(device)
     on_device = [e for e in seen.events() if e.device_type == DeviceType.CUDA]
     ran = [e for e in on_device if not getattr(e, "is_user_annotation", False)]
-    busy = covered([(e.time_range.start, e.time_range.end) for e in ran])  # microseconds
+    busy = union_length([(e.time_range.start, e.time_range.end) for e in ran])  # microseconds
     return Activity(len(ran) / calls, 1e-6 * busy / calls, wall)

@@ -74,6 +74,7 @@ def _counted(self: Trainer) -> dict:  # plain values
         step=self.step,
         seconds=self.seconds,
         started=self.started,
+        waited=self.waited,
         best=self.best,
         called=self.called,
         skipped=self.skips.total,
@@ -140,6 +141,7 @@ def _restore(
     self.step = state["step"]
     self.seconds = float(state["seconds"])
     self.started = float(state.get("started", 0.0))
+    self.waited = float(state.get("waited", 0.0))
     self.best = None if state.get("best") is None else float(state["best"])
     self.called = int(state.get("called", state["step"]))
     self.saved_step = self.step
@@ -234,7 +236,7 @@ def log(
 ) -> None:
     "One console line and one record of a step."
     row = {k: v if isinstance(v, str) else float(v) for k, v in (found or {}).items()}
-    counts = dict(skipped=self.skips.total, seconds=round(self.seconds, 2))
+    counts = dict(skipped=self.skips.total, seconds=round(self.seconds, 2), waited=round(self.waited, 2))
     if self.trained_on.unread:
         counts["unread"] = sum(self.trained_on.unread.values())
     lr = self.opt.param_groups[0]["lr"]
@@ -308,6 +310,10 @@ def _end(self: Trainer) -> None:  # raises DataError where no step had an update
         )
     if self.step != self.saved_step:
         self.save()
+    steady = self.seconds - self.started
+    if self.step > 1 and steady > 0:
+        share = f"{self.waited:.1f} of {steady:.1f} s, {self.waited / steady:.1%}"
+        self.run.say(f"steps after the first waited for data {share}")
 
 # %% ../nbs/34_train.ipynb #a452655b
 @patch

@@ -66,6 +66,7 @@ class TrainStep:
         self.step = 0  # steps taken
         self.seconds = 0.0  # spent on them
         self.started = 0.0  # of these, on the first step
+        self.waited = 0.0  # s, of the steps after the first, for data
         self.clock = time.perf_counter()  # when the first step would have begun
         self.stop = StopRequest()
         # what it has noted
@@ -118,6 +119,7 @@ def _read(
     micro: int,  # micro-step of the step
 ) -> Batch | None:  # None where a file is bad
     "The batch of a micro-step; notes what it was, or why there is none."
+    asked = time.perf_counter()
     try:
         batch = self.loader.batch(self.step, micro)
     except WriteError:  # no fault of the data
@@ -126,6 +128,8 @@ def _read(
         self.unread.append(str(e) or type(e).__name__)
         self._leave_out(self.unread[-1])
         return None
+    if self.step:
+        self.waited += time.perf_counter() - asked
     self.unread.append("")
     self.trained_on.note(batch.clip)
     return batch

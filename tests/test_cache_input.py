@@ -268,9 +268,9 @@ def test_workers_lift_elsewhere_and_warn_here_once(clip, kept, tmp_path, monkeyp
 FOREVER = """
 import multiprocessing, os, sys, time
 from concurrent.futures import ProcessPoolExecutor
-from flux4d.cache import _end_with_parent
+from flux4d.cache import end_with_parent
 if __name__ == "__main__":
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         print(pool.submit(os.getpid).result(), flush=True)
         pool.submit(time.sleep, 600).result()
 """

@@ -49,7 +49,7 @@ def work(folder: str) -> None:
     while True:
         for f in (Path(folder) / "cache").glob("*.npz"):
             f.unlink()
-        trainer.loader.lifted.cache_clear()
+        trainer.loader.store.clear()
         trainer.fit(trainer.step + 3)
 
 

@@ -28,7 +28,7 @@ from flux4d.run import Run
 from flux4d.train import Trainer
 from flux4d.unet import UNetConfig
 
-PRELOAD = ["flux4d.train", "flux4d.refine", "flux4d.city.logs", "flux4d.clips", "flux4d.cache"]
+PRELOAD = ["torch._dynamo", "flux4d.train", "flux4d.refine", "flux4d.city.logs", "flux4d.clips", "flux4d.cache"]
 
 
 def small_config(norm: str = "clip", **train: object) -> FullConfig:
@@ -49,7 +49,7 @@ def small_trainer(folder: Path, cfg: FullConfig, processes: Processes = ALONE) -
     root = fixture_city()
     clips = [Clip(PandaSet(root)[r["scene_id"]], r) for r in select_clips(build_index(root, ClipConfig()))]
     run = Run(folder, goes_on=True) if processes.first else SilentRun(folder)
-    loader = Loader(clips, cfg, LiftCache(folder.parent / "cache"), processes=processes)
+    loader = Loader(clips, cfg, LiftCache(folder.parents[1] / "lifts"), processes=processes)
     trainer = Trainer(cfg, loader, run, kind=Flux4D)
     if (folder / "ckpt_last.pt").exists():
         trainer.resume(folder / "ckpt_last.pt")
@@ -189,14 +189,11 @@ def asked(rank: int, trainer: Trainer) -> None:
 
 
 @pytest.mark.parametrize("rank", (0, 1))
-def test_a_request_to_stop_one_process_stops_both(tmp_path, unbroken, rank):
+def test_a_request_to_stop_one_process_stops_both(tmp_path, rank):
     said = in_two(tmp_path / "run", small_config(), partial(asked, rank))
     how = f"go on with -p resume_from last -p out_dir {tmp_path / 'run'}"
     assert said[0] == f"Interrupted: interrupted at step 2, saved as ckpt_step_000002.pt; {how}"
     assert said[1].startswith("Interrupted: interrupted at step 2; ")
-    if rank:
-        assert in_two(tmp_path / "run", small_config()) == ["ended at step 5"] * 2
-        assert gap(tmp_path / "run", unbroken) == 0 and rows(tmp_path / "run") == rows(unbroken)
 
 
 def cannot_read(trainer: Trainer) -> None:
@@ -244,18 +241,6 @@ def test_both_skip_a_step_that_one_spoils(tmp_path):
     i, pairs = alone.loader.draw(1, 1)
     said = (tmp_path / "run/train.log").read_text()
     assert f"its gradient is not finite, with clip {alone.loader.clips[i].id}, frame {pairs[0][0]} of" in said
-
-
-def breaks(trainer: Trainer) -> None:
-    "The second process runs out of memory."
-    sound = trainer.losses
-
-    def losses(*args: object) -> dict:
-        if trainer.step == 1 and trainer.processes.rank == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return sound(*args)
-
-    trainer.losses = losses
 
 
 def slow_to_validate(trainer: Trainer) -> None:
@@ -335,5 +320,3 @@ def test_the_command_in_two_processes(tmp_path):
     assert done.stdout.count("the run is in") == 1 and done.stdout.count("step      2  total") == 1
     meta = json.loads(Path(out, "meta.json").read_text())
     assert meta["processes"] == 2 and json.loads(Path(out, "metrics.json").read_text())
-    bad = subprocess.run(command(TWO, "-p", "iterz", "2"), env=env, capture_output=True, text=True, timeout=600)
-    assert bad.returncode and bad.stdout == "iterz: is no parameter of a run; did you mean iters?\n"

@@ -18,6 +18,7 @@ from flux4d.ablation import AblationParameters
 from flux4d.actor_scores import ActorScoreConfig
 from flux4d.actors import ActorConfig
 from flux4d.baselines import NSFPConfig
+from flux4d.bench import BenchParameters
 from flux4d.clips import ClipConfig, build_index
 from flux4d.evaluate import EvaluationParameters, eval_clips_of, read_evaluation
 from flux4d.flow import FlowParameters
@@ -31,7 +32,7 @@ from flux4d.refine import FullConfig
 from flux4d.settings import read_parameters, read_settings
 from flux4d.parameters import TrainingParameters, make_config, read_training
 from flux4d.run_setup import check_images, make_index, split_clips
-from flux4d.config import RENAMED, config_from_dict, config_to_dict
+from flux4d.config import RENAMED, config_from_dict, config_to_dict, without_retired
 
 ROOT = repo_root(Path(__file__).parent)
 NOTEBOOKS = {
@@ -40,6 +41,7 @@ NOTEBOOKS = {
     "62_ablation": AblationParameters,
     "40_flow": FlowParameters,
     "35_overfit": OverfitParameters,
+    "80_bench": BenchParameters,
 }
 GATES = {TrainingParameters: read_training, EvaluationParameters: read_evaluation}
 CONFIGS = FullConfig, EvalConfig, ClipConfig, NSFPConfig
@@ -432,7 +434,7 @@ def with_names_of_today(values):
             at = at.get(group, {})
         if name in at:
             at[new.split(".")[-1]] = at.pop(name)
-    return values
+    return without_retired(values)
 
 
 @pytest.mark.parametrize("run", sorted(p.parent.name for p in ROOT.glob("papermill_runs/*/config.yaml")))
