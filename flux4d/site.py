@@ -202,14 +202,15 @@ def generator_lists(
 def write_site(
     root: Path,  # the repository
     out: Path,  # folder for the pages: new, empty, or written by this function before
-    reference: bool = True,  # also the pages that are made from the package
+    reference: bool | None = None,  # also the pages that are made from the package; None: where there is one
 ) -> list[Path]:  # the files written
     "All pages, pictures and lists of the site."
     remove_pages(out)
     out.mkdir(parents=True, exist_ok=True)
     notebooks = read_notebooks(root)
     made = pages_and_pictures(root, notebooks)
-    made |= reference_pages(root, notebooks) if reference else {}
+    is_package = (root / "pyproject.toml").is_file()
+    made |= reference_pages(root, notebooks) if (is_package if reference is None else reference) else {}
     lists = {f"{page}.md": text for page, text in list_pages(notebooks).items()}
     pages = {Path(name).stem for name in {**made, **lists} if name.endswith(".md")}
     made |= lists | generator_lists(notebooks, pages)
