@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from annotated_types import Interval
 from pydantic import NonNegativeFloat
+from .attribute_kernels import apply_change, fused_feedback, kernels_change
 from .clip_data import InputViews
 from .config import Config
 from .frames import mat_to_quat, quat_mul, rotate_vectors, se3_inverse, transform_points
@@ -119,14 +120,15 @@ def feedback(
         )
     g = scene.gaussians
     with torch.enable_grad():
-        raw = g.flat().detach().requires_grad_()
+        raw = {name: getattr(g, name).detach().requires_grad_() for name in FLAT}
         nothing = g.means.new_zeros(len(g), 1).requires_grad_()  # a channel that is zero everywhere
-        fresh = replace(scene, gaussians=g.with_flat(raw), velocity=scene.velocity.detach())
+        fresh = replace(scene, gaussians=replace(g, **raw), velocity=scene.velocity.detach())
         out = fresh.render(inputs, features=nothing)
         slopes = feedback_slopes(out, inputs, cfg, loss)
         slopes = *slopes, torch.ones_like(out.features)
-        grad, filled = torch.autograd.grad((out.rgb, out.depth, out.features), (raw, nothing), slopes)
-    return Feedback(grad, filled[:, 0])
+        pictures = out.rgb, out.depth, out.features
+        *grad, filled = torch.autograd.grad(pictures, (*raw.values(), nothing), slopes)
+    return Feedback(torch.cat([d.reshape(len(g), -1) for d in grad], 1), filled[:, 0])
 
 # %% ../nbs/50_refine.ipynb #9005a661
 N_FEEDBACK = 15  # channels of `feedback_features`
@@ -141,6 +143,8 @@ def feedback_features(
     "The gradient as a network can read it."
     if cfg.normalisation == "plain":
         return plain_features(fb, to_ego)
+    if kernels_change(fb.grad, g.quats, g.log_scales, g.colour_logits):
+        return fused_feedback(fb.grad, fb.filled, g, to_ego, cfg.floor)
     per_pixel = fb.grad / (fb.filled + cfg.floor)[:, None]
     enough = fb.filled > cfg.floor
     parts = [torch.asinh(x / rms_over(x, enough)) for x in in_residual_terms(per_pixel, g, to_ego)]
@@ -275,4 +279,4 @@ def refined(
     scene = replace(scene, gaussians=g, velocity=scene.velocity.detach())
     found = feedback(scene, inputs.views, cfg, self.cfg.loss)
     features = feedback_features(found, g, inputs.index.to_ego, cfg)
-    return replace(scene, gaussians=g.add(self.refiner(g, inputs.index, features)))
+    return replace(scene, gaussians=apply_change(g, self.refiner(g, inputs.index, features)))

@@ -10,12 +10,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from flux4d import losses_fused, render as render_module, splat_kernels
+from flux4d.attribute_kernels import fused_feedback, fused_mix, fused_point, fused_residual, fused_sum
+from flux4d.decode import AttributeBounds, decode_residual
 from flux4d.gaussians import Gaussians
 from flux4d.losses import LossConfig, image_terms
 from flux4d.losses_fused import can_fuse, fused_image_terms
 from flux4d.splat_kernels import kernels_work
+from flux4d.network_inputs import describe_points
+from flux4d.refine import Feedback, RefineConfig, feedback_features
 from flux4d.render import Cameras, RenderConfig, render
 from flux4d.training_loss import reconstruction_loss
+from flux4d.unet import mix_voxels
+from flux4d.voxels import VoxelConfig
 
 ROOT = Path(__file__).parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -233,3 +239,99 @@ def test_a_render_with_kernels_is_one_without(monkeypatch):
         assert ((a - b).abs() <= 1e-4 * b.abs() + 1e-4).float().mean() > 0.999
     for a, b in zip(found[0][1], found[1][1]):
         assert (a - b).norm() < 1e-3 * b.norm()
+
+
+BOUNDS = AttributeBounds()
+
+
+def close(found, wanted, tolerance=1e-5):
+    "Whether two results agree within a share of the largest entry; one of them may be on the GPU."
+    for a, b in zip(found, wanted, strict=True):
+        assert a.shape == b.shape and (a.cpu() - b.cpu()).abs().max() <= tolerance * b.abs().max()
+
+
+def turn_and_move():
+    "A pose, float64."
+    gen = torch.Generator().manual_seed(3)
+    pose = torch.eye(4, dtype=torch.float64)
+    pose[:3, :3] = torch.linalg.qr(torch.randn(3, 3, generator=gen, dtype=torch.float64))[0]
+    pose[:3, 3] = torch.tensor([3.0, -2, 1])
+    return pose
+
+
+@with_kernels
+def test_changes_are_decoded_as_by_tensor_operations():
+    g, *_ = gaussians(device="cpu")
+    g = g.map(torch.Tensor.detach)
+    gen = torch.Generator().manual_seed(4)
+    raw = 5 * torch.randn(300, 14, generator=gen) * torch.rand(300, 1, generator=gen) ** 6
+    weights = torch.randn(300, 14, generator=gen)
+    found = []
+    for decode, device in ((fused_residual, DEVICE), (decode_residual, "cpu")):
+        x = raw.to(device).requires_grad_()
+        change = decode(x, g.to(device), turn_and_move().to(device), BOUNDS)
+        found.append((change.detach(), torch.autograd.grad((change * weights.to(device)).sum(), x)[0]))
+    close(*found)
+    nothing = fused_residual(torch.zeros(300, 14, device=DEVICE), g.to(DEVICE), turn_and_move().to(DEVICE), BOUNDS)
+    assert not nothing.any()
+
+
+@with_kernels
+def test_changes_are_applied_as_by_tensor_operations():
+    g, *_ = gaussians(device="cpu")
+    g = g.map(torch.Tensor.detach)
+    change = torch.randn(300, 14, generator=torch.Generator().manual_seed(5))
+    change[:100, 3:7] = 0
+    weights = torch.randn(300, 14, generator=torch.Generator().manual_seed(6))
+    found = []
+    for add, device in ((fused_sum, DEVICE), (Gaussians.add, "cpu")):
+        x = change.to(device).requires_grad_()
+        flat = add(g.to(device), x).flat()
+        found.append((flat.detach(), torch.autograd.grad((flat * weights.to(device)).sum(), x)[0]))
+    close(*found)
+    same = fused_sum(g.to(DEVICE), torch.zeros(300, 14, device=DEVICE))
+    assert torch.equal(same.flat().cpu(), g.flat())  # bit for bit
+
+
+@with_kernels
+def test_points_are_described_as_by_tensor_operations():
+    g, *_ = gaussians(device="cpu")
+    g = g.map(torch.Tensor.detach)
+    gen = torch.Generator().manual_seed(7)
+    seconds, voxel = torch.rand(300, generator=gen), VoxelConfig()
+    cells = torch.randint(0, 100, (300, 3), generator=gen)
+    wanted = describe_points(g, seconds, cells, turn_and_move(), voxel)
+    around = [x.to(DEVICE) for x in (seconds, cells, turn_and_move())]
+    grid = torch.tensor([*voxel.low, *voxel.shape, voxel.size], dtype=torch.float64, device=DEVICE)
+    channels, turn = fused_point(g.to(DEVICE), *around, grid)
+    close((*channels.split([3, 3, 1, 3, 1, 3], 1), turn), (*wanted[0], wanted[1]))
+
+
+@with_kernels
+def test_feedback_is_read_as_by_tensor_operations():
+    g, *_ = gaussians(device="cpu")
+    g = g.map(torch.Tensor.detach)
+    gen = torch.Generator().manual_seed(8)
+    grad = torch.randn(300, 14, generator=gen) * 10 ** torch.linspace(-3, 3, 14)
+    filled = 50 * torch.rand(300, generator=gen) ** 3
+    filled[:20] = 0
+    wanted = feedback_features(Feedback(grad, filled), g, turn_and_move(), RefineConfig())
+    found = fused_feedback(*(x.to(DEVICE) for x in (grad, filled)), g.to(DEVICE), turn_and_move().to(DEVICE), 1.0)
+    close(found.split(1, 1), wanted.split(1, 1))
+    none = fused_feedback(torch.zeros(300, 14).to(DEVICE), 0 * filled.to(DEVICE), g.to(DEVICE), turn_and_move().to(DEVICE), 1.0)
+    assert not none.any()
+
+
+@with_kernels
+@pytest.mark.parametrize("channels", [32, 5])
+def test_voxels_are_mixed_as_by_tensor_operations(channels):
+    gen = torch.Generator().manual_seed(9)
+    features, row = torch.randn(40, channels, generator=gen), torch.randint(0, 40, (70, 8), generator=gen)
+    w = torch.rand(70, 8, generator=gen) * (torch.rand(70, 8, generator=gen) < 0.6)
+    weights = torch.randn(70, channels, generator=gen)
+    found = []
+    for mix, device in ((fused_mix, DEVICE), (mix_voxels, "cpu")):
+        x = features.to(device).requires_grad_()
+        y = mix(x, row.to(device), w.to(device))
+        found.append((y.detach(), torch.autograd.grad((y * weights.to(device)).sum(), x)[0]))
+    close(*found)
