@@ -191,11 +191,11 @@ def limits_of(
     hours = machine.train_hours
     found = [
         Limit("host memory: decoded frames", one.frames, machine.host_bytes / 2,
-              "keep the newest up to a budget in bytes; read the others ahead, see the cores below"),
+              "keep the newest up to a budget in bytes; read the others ahead, see the cores above"),
         Limit("host memory: lifted clips", one.lifts, machine.host_bytes / 2,
               "keep them on disk; keep the grid index beside the lift, or make it on the GPU"),
         Limit("disk: logs and lifted clips", one.disk + one.lifts, machine.disk_bytes,
-              "do not keep lifts: lift in the reader's workers, which costs the cores below"),
+              "do not keep lifts: lift in the reader's workers, which costs the cores above"),
         Limit("disk: logs alone", one.disk, machine.disk_bytes,
               "shards in an object store, streamed in the order of a seeded permutation of shards"),
         Limit("files of one file system", one.files, machine.files,
