@@ -29,7 +29,7 @@ from .report import summary_table
 from .report_pages import write_report
 from .run import Run, provenance
 from .run_facts import About, frames_of, training_overlap
-from .run_setup import RunClips, choose_clips, find_data, make_index, open_run, resolved, resume_point
+from .run_setup import RunClips, choose_clips, open_run, resolved, resume_point
 from .train import Trainer, every
 from .flow_metrics import FlowScoreConfig
 from .flow_truth import check_bs_flow, clip_truth, score_flow
