@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from .attribute_kernels import fused_residual, kernels_change
 from .frames import quat_mul, rotate_vectors
 from .gaussians import FLAT, Gaussians
 from .motion_prior import MotionPrior
@@ -61,7 +62,9 @@ def decode_residual(
     to_world: Tensor,  # (4,4) ego0-to-world
     bounds: AttributeBounds,  # of the change
 ) -> Tensor:  # (M,14) dG, world
-    "Bounded residual of the raw attributes."
+    "Bounded residual of the raw attributes; on a GPU by one kernel."
+    if raw.dtype == torch.float32 and kernels_change(g.quats, g.log_scales):
+        return fused_residual(raw, g, to_world, bounds)
     T = to_world.to(raw.dtype)
     part = {name: raw[:, columns] for name, columns in FLAT.items()}
     shift = bounded(part["means"], bounds.position) * g.scales.mean(1, keepdim=True)

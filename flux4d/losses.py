@@ -5,7 +5,7 @@
 # %% ../nbs/23_losses.ipynb #505f87e1
 from __future__ import annotations
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +14,7 @@ from .gaussians import LIDAR
 
 # %% auto #0
 __all__ = ['LossConfig', 'gaussian_window', 'blur', 'ssim_map', 'ssim', 'mean_where', 'rgb_loss', 'depth_loss', 'speed_unit',
-           'velocity_loss', 'psnr_of_mse', 'reconstruction_loss']
+           'velocity_loss', 'psnr_of_mse', 'ImageTerms', 'image_terms']
 
 # %% ../nbs/23_losses.ipynb #fe29baaf
 @dataclass
@@ -190,26 +190,31 @@ def psnr_of_mse(
     "Peak signal-to-noise ratio, peak 1; capped at 120 dB, so that equal images have a finite score."
     return -10 * torch.log10(mse.clamp_min(1e-12))
 
-# %% ../nbs/23_losses.ipynb #c90b060c
-def reconstruction_loss(
+# %% ../nbs/23_losses.ipynb #ca8801b8
+class ImageTerms(NamedTuple):
+    "How rendered pictures differ from their views; scalars."
+
+    rgb: Tensor  # L1 on RGB, 0..1
+    ssim: Tensor  # mean SSIM, -1..1
+    depth: Tensor  # error over the pixels with a return, m; 0 without depth
+    mse: Tensor  # mean squared error of the colours, without gradient
+
+
+def image_terms(
     rendered: Any,  # rgb (V,H,W,3), depth (V,H,W) m
     views: Any,  # images (V,H,W,3) 0..1, depth (V,H,W) m with 0 = none, or None
-    velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world; None = static
-    kind: Tensor,  # (N,) LIDAR or BACKGROUND
-    cfg: LossConfig,  # weights
+    cfg: LossConfig,  # read: ssim_window, ssim_sigma, use_depth, max_depth, berhu
     weight: Tensor | None = None,  # (V,H,W) factor of the colour term only (supp. A.1)
-    duration: float | None = None,  # length of the clip, s; needed where `velocity_unit` is "clip"
-) -> dict[str, Tensor]:  # scalars: total, rgb, ssim (1 - SSIM), depth (m), vel (speed), psnr (dB, detached)
-    "The training loss (Eq. 3), its unweighted terms (Eq. 4, 5), and the PSNR."
-    terms = dict(rgb=rgb_loss(rendered.rgb, views.images, weight))
-    terms["ssim"] = 1 - ssim(rendered.rgb, views.images, cfg.ssim_window, cfg.ssim_sigma)
-    terms["depth"] = terms["vel"] = rendered.rgb.new_zeros(())
+) -> ImageTerms:
+    "The unweighted terms of Eq. 4, and the squared error that PSNR is made of."
+    depth = rendered.rgb.new_zeros(())
     if cfg.use_depth and views.depth is not None:
-        terms["depth"] = depth_loss(rendered.depth, views.depth, cfg.max_depth, cfg.berhu)
-    if velocity is not None:
-        terms["vel"] = velocity_loss(velocity, kind, speed_unit(cfg, duration))
-    reconstruction = cfg.rgb * terms["rgb"] + cfg.ssim * terms["ssim"] + cfg.depth * terms["depth"]
-    total = reconstruction + cfg.velocity * terms["vel"]
+        depth = depth_loss(rendered.depth, views.depth, cfg.max_depth, cfg.berhu)
     with torch.no_grad():
         mse = (rendered.rgb.clamp(0, 1) - views.images).square().mean()
-    return dict(total=total, **terms, psnr=psnr_of_mse(mse))
+    return ImageTerms(
+        rgb=rgb_loss(rendered.rgb, views.images, weight),
+        ssim=ssim(rendered.rgb, views.images, cfg.ssim_window, cfg.ssim_sigma),
+        depth=depth,
+        mse=mse,
+    )

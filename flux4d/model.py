@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from fastcore.basics import patch
+from .attribute_kernels import apply_change
 from .background import init_gaussians
 from .clips import Clip
 from .clip_data import InputViews, load_views
@@ -137,7 +138,7 @@ class Flux4DBase(nn.Module):
         "G = G_init + dG, and V."
         lift = inputs.scene
         residual, velocity = self.base(lift.gaussians, inputs.index)
-        yield replace(lift, gaussians=lift.gaussians.add(residual), velocity=velocity)
+        yield replace(lift, gaussians=apply_change(lift.gaussians, residual), velocity=velocity)
 
 # %% ../nbs/32_model.ipynb #93e91ef0
 def build_model(

@@ -7,14 +7,15 @@ from __future__ import annotations
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .frames import quat_to_mat
+from .attribute_kernels import fused_point, kernels_change
+from .frames import quat_to_mat, transform_points
 from .gaussians import Gaussians
 from .voxels import VoxelConfig, Voxels
-from .unet import count_rows, grid_position, pool_mean
+from .unet import constants, count_rows, grid_position, pool_mean
 
 # %% auto #0
-__all__ = ['N_POINT', 'N_BIN', 'PointFeatures', 'point_features', 'orientation', 'TimeBins', 'TimeInBin', 'time_in_bin',
-           'binned_features', 'voxel_features', 'voxel_feature_count']
+__all__ = ['N_POINT', 'N_BIN', 'PointFeatures', 'point_features', 'orientation', 'describe_points', 'TimeBins', 'TimeInBin',
+           'time_in_bin', 'TimeSlots', 'time_slots', 'binned_features', 'voxel_features', 'voxel_feature_count']
 
 # %% ../nbs/30b_network_inputs.ipynb #d030d7a3
 class PointFeatures(NamedTuple):
@@ -41,7 +42,7 @@ def point_features(
     "Raw attributes and place in the grid, scaled to order one."
     at, _ = grid_position(points, voxel)
     found = PointFeatures(
-        position=2 * at / at.new_tensor(voxel.shape) - 1,
+        position=2 * at / constants(voxel.shape, at) - 1,
         scale=g.log_scales + 2.5,
         opacity=g.opacity_logits[:, None] / 4,
         colour=2 * g.colours - 1,
@@ -57,6 +58,22 @@ def orientation(
 ) -> Tensor:  # (M,9) float32, rotation matrix in ego0
     "Orientation without the sign of the quaternion."
     return (to_ego[:3, :3].to(quats.dtype) @ quat_to_mat(quats)).reshape(-1, 9).float()
+
+# %% ../nbs/30b_network_inputs.ipynb #831b7bcf
+def describe_points(
+    g: Gaussians,  # M Gaussians in the grid, world
+    seconds: Tensor,  # (M,) since the clip's start
+    cell: Tensor,  # (M,3) int64, the voxel each was lifted into
+    to_ego: Tensor,  # (4,4) float64, world-to-ego0
+    voxel: VoxelConfig,  # the grid
+) -> tuple[PointFeatures, Tensor]:  # of the M Gaussians; (M,9) float32, rotation matrix in ego0
+    "A point's own features and its orientation."
+    if kernels_change(g.means, g.quats, g.log_scales, g.opacity_logits, g.colour_logits):
+        grid = constants((*voxel.low, *voxel.shape, voxel.size), to_ego)
+        channels, turn = fused_point(g, seconds, cell, to_ego, grid)
+        return PointFeatures(*channels.split([3, 3, 1, 3, 1, 3], 1)), turn
+    points = transform_points(to_ego, g.means.double())
+    return point_features(g, points, seconds, cell, voxel), orientation(g.quats, to_ego)
 
 # %% ../nbs/30b_network_inputs.ipynb #d09daa9c
 class TimeBins(NamedTuple):
@@ -87,20 +104,44 @@ def time_in_bin(
 N_BIN = 8  # channels of a time bin
 
 
+class TimeSlots(NamedTuple):
+    "What only voxels and capture times decide, of M points in n voxels: the same in every step."
+
+    slot: Tensor  # (M,) int64 bin of each voxel that the point falls into
+    place: Tensor  # (M,1) place in the bin
+    count: Tensor  # (n*bins,) int64 points of each bin
+    log_count: Tensor  # (n*bins,1)
+    spread: Tensor  # (n,1) standard deviation of time in each voxel, s
+
+
+def time_slots(
+    seconds: Tensor,  # (M,) since the clip's start
+    voxel: Tensor,  # (M,) int64, voxel of each point
+    n: int,  # voxels
+    bins: TimeBins,  # the bins
+) -> TimeSlots:
+    "Sort points by voxel and time bin."
+    time = time_in_bin(seconds, bins)
+    slot = voxel * bins.count + time.number
+    count = count_rows(slot, n * bins.count)
+    s = seconds[:, None]
+    spread = pool_mean((s - pool_mean(s, voxel, n)[voxel]) ** 2, voxel, n).sqrt()
+    return TimeSlots(slot, time.place[:, None], count, count[:, None].log1p(), spread)
+
+
 def binned_features(
     point: PointFeatures,  # of M points, whose colour and offset are averaged
     seconds: Tensor,  # (M,) since the clip's start
     voxel: Tensor,  # (M,) int64, voxel of each point
     n: int,  # voxels
     bins: TimeBins,  # the bins
+    slots: TimeSlots | None = None,  # of the same points; None = found here
 ) -> Tensor:  # (n,8*bins)
     "Per voxel and time bin: log count, mean colour, mean offset, mean time in the bin; zeros where empty."
-    time = time_in_bin(seconds, bins)
-    slot = voxel * bins.count + time.number
-    slots = n * bins.count
-    mean = pool_mean(torch.cat([point.colour, point.offset, time.place[:, None]], 1), slot, slots)
-    count = count_rows(slot, slots)[:, None].log1p()
-    return torch.cat([count, mean], 1).reshape(n, -1)
+    slots = time_slots(seconds, voxel, n, bins) if slots is None else slots
+    binned = torch.cat([point.colour, point.offset, slots.place], 1)
+    mean = pool_mean(binned, slots.slot, n * bins.count, slots.count)
+    return torch.cat([slots.log_count, mean], 1).reshape(n, -1)
 
 # %% ../nbs/30b_network_inputs.ipynb #d8e32929
 def voxel_features(
@@ -109,14 +150,13 @@ def voxel_features(
     seconds: Tensor,  # (M,) since the clip's start
     v: Voxels,  # the points' voxels, every point inside
     bins: TimeBins,  # the bins
+    slots: TimeSlots | None = None,  # of the same points; None = found here
 ) -> Tensor:  # (V,C+2+8*bins)
     "What the U-Net sees of each voxel: means, spread of time, count, time bins."
-    s = seconds[:, None]
-    mean_time = pool_mean(s, v.voxel, len(v))
-    spread = pool_mean((s - mean_time[v.voxel]) ** 2, v.voxel, len(v)).sqrt()
-    mean = pool_mean(channels, v.voxel, len(v))
-    binned = binned_features(point, seconds, v.voxel, len(v), bins)
-    return torch.cat([mean, 4 * spread, v.count[:, None].log1p() / 3, binned], 1)
+    slots = time_slots(seconds, v.voxel, len(v), bins) if slots is None else slots
+    mean = pool_mean(channels, v.voxel, len(v), v.count)
+    binned = binned_features(point, seconds, v.voxel, len(v), bins, slots)
+    return torch.cat([mean, 4 * slots.spread, v.count[:, None].log1p() / 3, binned], 1)
 
 
 def voxel_feature_count(

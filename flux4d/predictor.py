@@ -5,6 +5,7 @@
 # %% ../nbs/31_predictor.ipynb #daf524eb
 from __future__ import annotations
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from .occupancy import MotionPriorConfig, SweepPoints
 from .motion_prior import FINE_PRIOR, MotionPrior
 from .unet import SparseUNet, UNetConfig, grid_position, mix_voxels, neighbours, voxelise
 from .motion_inputs import MotionInputs, motion_feature_count, motion_features, unpack_prior
-from .network_inputs import N_POINT, TimeBins, orientation, point_features, voxel_feature_count, voxel_features
+from .network_inputs import N_POINT, TimeBins, TimeSlots, describe_points, time_slots, voxel_feature_count, voxel_features
 from flux4d.decode import (
     AttributeBounds,
     MotionDecoding,
@@ -116,6 +117,26 @@ class GridIndex:
     motion: Tensor  # (M,F) channels of `motion_features`
     prior: MotionPrior | None  # of the M Gaussians; None = no prior
     tables: dict = field(default_factory=dict)  # of the U-Net's layers, filled by the first passes
+    kept: dict = field(default_factory=dict)  # of `slots`, by bins
+
+    @cached_property
+    def to_ego(self) -> Tensor:  # (4,4) float64 world-to-ego0
+        "The inverse of `to_world`."
+        return se3_inverse(self.to_world)
+
+    def slots(
+        self,
+        bins: TimeBins,  # of a predictor
+    ) -> TimeSlots:  # of the M Gaussians
+        "The Gaussians by voxel and time bin, sorted once for all passes."
+        if bins not in self.kept:
+            self.kept[bins] = time_slots(self.seconds, self.voxels.voxel, len(self.voxels), bins)
+        return self.kept[bins]
+
+    @cached_property
+    def cells(self) -> Tensor:  # (M,3) int64
+        "The cell that each of the M Gaussians was lifted into."
+        return self.voxels.coords[self.voxels.voxel]
 
 # %% ../nbs/31_predictor.ipynb #2c89c552
 def returns_in_grid(
@@ -203,15 +224,13 @@ def encode(
     extra: Tensor | None,  # (M,n_extra)
 ) -> Tensor:  # (M,C) what each head sees of a point
     "A point's own features, its orientation, and the U-Net's features around it."
-    to_ego = se3_inverse(index.to_world)
-    points = transform_points(to_ego, g.means.double())
-    lifted_into = index.voxels.coords[index.voxels.voxel]
-    point = point_features(g, points, index.seconds, lifted_into, self.voxel)
+    point, turn = describe_points(g, index.seconds, index.cells, index.to_ego, self.voxel)
     channels = torch.cat([*point, index.motion, *([extra.float()] if self.n_extra else [])], 1)
-    features = voxel_features(channels, point, index.seconds, index.voxels, self.cfg.bins)
+    slots = index.slots(self.cfg.bins)
+    features = voxel_features(channels, point, index.seconds, index.voxels, self.cfg.bins, slots)
     voxels = self.unet(replace(index.voxels, features=features), self.voxel.shape, index.tables)
     around = mix_voxels(voxels, index.corners, index.weights)
-    return torch.cat([channels, orientation(g.quats, to_ego), around], 1)
+    return torch.cat([channels, turn, around], 1)
 
 # %% ../nbs/31_predictor.ipynb #e40559ce
 @patch

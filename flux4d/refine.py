@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from annotated_types import Interval
 from pydantic import NonNegativeFloat
+from .attribute_kernels import apply_change, fused_feedback, kernels_change
 from .clip_data import InputViews
 from .config import Config
 from .frames import mat_to_quat, quat_mul, rotate_vectors, se3_inverse, transform_points
 from .gaussians import FLAT, Gaussians
-from .losses import LossConfig, reconstruction_loss
+from .losses import LossConfig
+from .training_loss import reconstruction_loss
 from .model import ClipInputs, Flux4DBase
 from .predictor import BasePredictor, GridIndex, PredictorConfig
 from .decode import decode_residual, make_head
@@ -26,8 +28,8 @@ from .unet import UNetConfig
 from .voxels import VoxelConfig
 
 # %% auto #0
-__all__ = ['N_FEEDBACK', 'RefineConfig', 'FullConfig', 'feedback_error', 'Feedback', 'feedback', 'feedback_features',
-           'in_residual_terms', 'rms_over', 'plain_features', 'Refiner', 'far_features', 'Flux4D']
+__all__ = ['N_FEEDBACK', 'RefineConfig', 'FullConfig', 'feedback_error', 'feedback_slopes', 'Feedback', 'feedback',
+           'feedback_features', 'in_residual_terms', 'rms_over', 'plain_features', 'Refiner', 'far_features', 'Flux4D']
 
 # %% ../nbs/50_refine.ipynb #6d44b00e
 @dataclass
@@ -77,6 +79,25 @@ def feedback_error(
     colour = cfg.rgb * 0.5 * (out.rgb - inputs.images).square().sum()
     return colour + cfg.depth * torch.where(measured, relative, 0.0).sum()
 
+# %% ../nbs/50_refine.ipynb #57a0497c
+def feedback_slopes(
+    out: Rendered,  # the input views as rendered
+    inputs: InputViews,  # the input views
+    cfg: RefineConfig,  # read: error, rgb, depth
+    loss: LossConfig = LossConfig(),  # read where `error` is "training"
+) -> tuple[Tensor, Tensor]:  # (V,H,W,3) by colour, (V,H,W) by depth
+    "Gradient of `feedback_error` by the pictures."
+    rgb, depth = out.rgb.detach(), out.depth.detach()
+    if cfg.error == "training":
+        pictures = rgb.requires_grad_(), depth.requires_grad_()
+        with torch.enable_grad():
+            error = feedback_error(out._replace(rgb=rgb, depth=depth), inputs, cfg, loss)
+        found = torch.autograd.grad(error, pictures, allow_unused=True)
+        return tuple(torch.zeros_like(p) if d is None else d for p, d in zip(pictures, found))
+    off = depth - inputs.depth
+    of_depth = cfg.depth * off.sign() / inputs.depth.clamp_min(1e-6)
+    return cfg.rgb * (rgb - inputs.images), torch.where(inputs.depth > 0, of_depth, 0.0)
+
 # %% ../nbs/50_refine.ipynb #1e47fc7a
 class Feedback(NamedTuple):
     "What the input views say of each Gaussian."
@@ -99,13 +120,15 @@ def feedback(
         )
     g = scene.gaussians
     with torch.enable_grad():
-        raw = g.flat().detach().requires_grad_()
+        raw = {name: getattr(g, name).detach().requires_grad_() for name in FLAT}
         nothing = g.means.new_zeros(len(g), 1).requires_grad_()  # a channel that is zero everywhere
-        fresh = replace(scene, gaussians=g.with_flat(raw), velocity=scene.velocity.detach())
+        fresh = replace(scene, gaussians=replace(g, **raw), velocity=scene.velocity.detach())
         out = fresh.render(inputs, features=nothing)
-        error = feedback_error(out, inputs, cfg, loss)
-        grad, filled = torch.autograd.grad(error + out.features.sum(), (raw, nothing))
-    return Feedback(grad, filled[:, 0])
+        slopes = feedback_slopes(out, inputs, cfg, loss)
+        slopes = *slopes, torch.ones_like(out.features)
+        pictures = out.rgb, out.depth, out.features
+        *grad, filled = torch.autograd.grad(pictures, (*raw.values(), nothing), slopes)
+    return Feedback(torch.cat([d.reshape(len(g), -1) for d in grad], 1), filled[:, 0])
 
 # %% ../nbs/50_refine.ipynb #9005a661
 N_FEEDBACK = 15  # channels of `feedback_features`
@@ -120,6 +143,8 @@ def feedback_features(
     "The gradient as a network can read it."
     if cfg.normalisation == "plain":
         return plain_features(fb, to_ego)
+    if kernels_change(fb.grad, g.quats, g.log_scales, g.colour_logits):
+        return fused_feedback(fb.grad, fb.filled, g, to_ego, cfg.floor)
     per_pixel = fb.grad / (fb.filled + cfg.floor)[:, None]
     enough = fb.filled > cfg.floor
     parts = [torch.asinh(x / rms_over(x, enough)) for x in in_residual_terms(per_pixel, g, to_ego)]
@@ -137,8 +162,8 @@ def in_residual_terms(
     T = to_ego.to(grad)
     part = {k: grad[:, s] for k, s in FLAT.items()}
     centre = rotate_vectors(T, part["means"]) * g.scales.mean(1, keepdim=True)
-    inverse = g.unit_quats * grad.new_tensor([1.0, -1, -1, -1])
-    turn = quat_mul(part["quats"], inverse)
+    real, vector = g.unit_quats.split([1, 3], 1)
+    turn = quat_mul(part["quats"], torch.cat([real, -vector], 1))
     turn = torch.cat([turn[:, :1], rotate_vectors(T, turn[:, 1:])], 1)
     return [centre, turn, part["log_scales"], part["opacity_logits"]]
 
@@ -197,10 +222,10 @@ class Refiner(nn.Module):
 # %% ../nbs/50_refine.ipynb #e76323c4
 def far_features(
     g: Gaussians,  # (B) background Gaussians, world
-    index: GridIndex,  # read: to_world
+    index: GridIndex,  # read: to_ego
 ) -> Tensor:  # (B,11) of order one
     "A far Gaussian's own features: direction, size in the image, opacity, colour, time."
-    p = transform_points(se3_inverse(index.to_world), g.means.double()).to(g.means.dtype)
+    p = transform_points(index.to_ego, g.means.double()).to(g.means.dtype)
     r = p.norm(dim=1, keepdim=True)
     return torch.cat(
         [
@@ -253,5 +278,5 @@ def refined(
     g = scene.gaussians.map(Tensor.detach)
     scene = replace(scene, gaussians=g, velocity=scene.velocity.detach())
     found = feedback(scene, inputs.views, cfg, self.cfg.loss)
-    features = feedback_features(found, g, se3_inverse(inputs.index.to_world), cfg)
-    return replace(scene, gaussians=g.add(self.refiner(g, inputs.index, features)))
+    features = feedback_features(found, g, inputs.index.to_ego, cfg)
+    return replace(scene, gaussians=apply_change(g, self.refiner(g, inputs.index, features)))

@@ -17,10 +17,11 @@ from .gaussians import FLAT, Gaussians, LIDAR, advance
 from .lazy_methods import LazyMethods
 from .raster import DrawRules, Ellipsoids, Pinhole, rasterise
 from .raster_compiled import have_numba, rasterise_compiled
+from .splat_kernels import Placement, finish_pictures, kernels_work, place_splats
 
 # %% auto #0
-__all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'pick_backend', 'background_colour', 'lidar_depth', 'render',
-           'compare_backends']
+__all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'tile_size_for', 'pick_backend', 'background_colour',
+           'lidar_depth', 'place_plain', 'finish_plain', 'kernels_take', 'render', 'compare_backends']
 
 # %% ../nbs/21_render.ipynb #e542d582
 @dataclass
@@ -144,6 +145,15 @@ def _gsplat_rasterization(
         ) from e
     return rasterization
 
+# %% ../nbs/21_render.ipynb #46085644
+def tile_size_for(
+    e: Ellipsoids,  # what is drawn
+    values: Tensor,  # and what it shows
+) -> int:  # px
+    "Side of gsplat's tiles: small ones where a gradient is wanted."
+    back = torch.is_grad_enabled() and any(x.requires_grad for x in (*e, values))
+    return 8 if back else 16
+
 # %% ../nbs/21_render.ipynb #21341fb3
 def _with_gsplat(
     e: Ellipsoids,  # means (V,N,3) at each view's time, world, m; the rest of the N Gaussians
@@ -151,9 +161,11 @@ def _with_gsplat(
     views: Any,  # V views
     cfg: RenderConfig,  # planes, widening, mode
 ) -> tuple[Tensor, Tensor]:  # values (V,H,W,C), alpha (V,H,W)
-    "gsplat's pictures."
+    "gsplat's pictures; the Gaussians may be copied for each view already, as by `place_splats`."
     rasterization = _gsplat_rasterization(e.means.device)
-    quats, scales, opacities = (v.expand(len(e.means), *v.shape) for v in e[1:])
+    quats, scales, opacities = e[1:]
+    if opacities.dim() == 1:
+        quats, scales, opacities = (v.expand(len(e.means), *v.shape) for v in e[1:])
     cameras = views.world_to_cam.to(e.means)[:, None], views.K.to(e.means)[:, None]
     image, alpha, _ = rasterization(
         *(e.means, quats, scales, opacities, values),
@@ -164,6 +176,7 @@ def _with_gsplat(
         far_plane=cfg.far,
         eps2d=cfg.eps2d,
         packed=False,
+        tile_size=tile_size_for(e, values),
         render_mode="RGB",
         rasterize_mode="antialiased" if cfg.antialiased else "classic",
     )
@@ -189,7 +202,9 @@ def background_colour(
 ) -> Tensor:  # (3,) 0..1, without gradient
     "What shows through where nothing is drawn."
     if cfg.background is not None:
-        return g.means.new_tensor(cfg.background)
+        on_gpu = g.means.is_cuda
+        colour = torch.tensor(cfg.background, dtype=g.means.dtype, pin_memory=on_gpu)
+        return colour.to(g.means.device, non_blocking=on_gpu)  # without waiting for the GPU
     is_lidar = (g.kind == LIDAR).to(g.means)[:, None]
     return (g.colours.detach() * is_lidar).sum(0) / is_lidar.sum().clamp_min(1)
 
@@ -226,6 +241,62 @@ def _channels(
     parts = [each_view(g.colours), each_view(is_lidar[:, None]), (z * is_lidar)[..., None]]
     return torch.cat(parts + ([] if features is None else [each_view(features)]), -1)
 
+# %% ../nbs/21_render.ipynb #a523010e
+def place_plain(
+    g: Gaussians,  # N Gaussians, world
+    velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world; None = nothing moves
+    duration: float,  # length of the clip, s
+    views: Any,  # V views
+    cfg: RenderConfig,  # read: max_scale
+    features: Tensor | None,  # (N,F) or (V,N,F)
+) -> tuple[Ellipsoids, Tensor]:  # means (V,N,3), the rest of the N Gaussians; values (V,N,5+F)
+    "What the rasteriser takes."
+    slack = getattr(views, "slack", TIME_SLACK)
+    means = advance(g.means, velocity, g.t, views.t, duration, slack)
+    values = _channels(g, means, views.world_to_cam.to(means), features)
+    return Ellipsoids(means, g.unit_quats, drawn_scales(g, cfg.max_scale), g.opacities), values
+
+
+def finish_plain(
+    image: Tensor,  # (V,H,W,5+F) colour, weight of LiDAR Gaussians, their weighted depth, features
+    alpha: Tensor,  # (V,H,W)
+    background: Tensor,  # (3,)
+    reach: int,  # px, see `lidar_depth`
+) -> tuple[Tensor, Tensor, Tensor]:  # rgb (V,H,W,3), depth (V,H,W) m, features (V,H,W,F)
+    "Pictures of what the rasteriser drew."
+    colour, weight, weighted, blended = image.split([3, 1, 1, image.shape[-1] - 5], -1)
+    rgb = colour + (1 - alpha)[..., None] * background
+    return rgb, lidar_depth(weighted[..., 0], weight[..., 0], reach), blended
+
+# %% ../nbs/21_render.ipynb #969cdf3f
+def kernels_take(
+    g: Gaussians,  # N Gaussians
+    velocity: Tensor | None,  # (N,l+1,3)
+    features: Tensor | None,  # (N,F) or (V,N,F)
+    views: Any,  # V views
+) -> bool:
+    "Whether the kernels of `20b_splat_kernels` can take these."
+    raw = [g.means, g.quats, g.log_scales, g.opacity_logits, g.colour_logits]
+    raw += [x for x in (velocity, features) if x is not None]
+    fixed = g.t, views.t, views.world_to_cam
+    some = len(g) > 0 and (features is None or features.shape[-1] > 0)
+    plain = any(x.dtype != torch.float32 for x in raw) or any(x.requires_grad for x in fixed)
+    return some and not plain and kernels_work(g.means.device)
+
+
+def _place_fused(
+    g: Gaussians,  # N Gaussians on a GPU, world
+    velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world; None = nothing moves
+    duration: float,  # length of the clip, s
+    views: Any,  # V views
+    cfg: RenderConfig,  # read: max_scale
+    features: Tensor | None,  # (N,F) or (V,N,F)
+) -> tuple[Ellipsoids, Tensor]:  # of each view: V copies of the N Gaussians; values (V,N,5+F)
+    "What `place_plain` gives, copied for each view."
+    times, cameras = views.t.to(g.means), views.world_to_cam.to(g.means)
+    placed = place_splats(g, velocity, features, Placement(g.t, g.kind, times, cameras, duration, cfg.max_scale))
+    return Ellipsoids(*placed[:4]), placed[4]
+
 # %% ../nbs/21_render.ipynb #bd9fdecc
 def render(
     g: Gaussians,  # N Gaussians, world
@@ -238,15 +309,13 @@ def render(
     "Draw the scene as each view sees it at its own time."
     with torch.autocast(g.means.device.type, enabled=False):
         velocity, features = (v if v is None else v.to(g.means.dtype) for v in (velocity, features))
-        slack = getattr(views, "slack", TIME_SLACK)
-        means = advance(g.means, velocity, g.t, views.t, duration, slack)
-        values = _channels(g, means, views.world_to_cam.to(means), features)
-        e = Ellipsoids(means, g.unit_quats, drawn_scales(g, cfg.max_scale), g.opacities)
-        image, alpha = pick_backend(cfg.backend, means.device)(e, values, views, cfg)
-        colour, weight, weighted, blended = image.split([3, 1, 1, image.shape[-1] - 5], -1)
-        rgb = colour + (1 - alpha)[..., None] * background_colour(g, cfg)
+        draw = pick_backend(cfg.backend, g.means.device)
+        fused = draw is _with_gsplat and kernels_take(g, velocity, features, views)
+        place, finish = (_place_fused, finish_pictures) if fused else (place_plain, finish_plain)
+        e, values = place(g, velocity, duration, views, cfg, features)
+        image, alpha = draw(e, values, views, cfg)
         reach = round(cfg.depth_reach * views.width / 1920)
-        depth = lidar_depth(weighted[..., 0], weight[..., 0], reach)
+        rgb, depth, blended = finish(image, alpha, background_colour(g, cfg), reach)
         return Rendered(rgb, depth, alpha, None if features is None else blended)
 
 # %% ../nbs/21_render.ipynb #6de67195

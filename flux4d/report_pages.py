@@ -14,6 +14,7 @@ from urllib.parse import unquote
 from .files import DataError, atomic_write
 from .records import as_sentence, is_number, measured, one_line, read_metrics
 from .report import report_text
+from .timing_tables import hold_timings, timings_beside
 
 if TYPE_CHECKING:
     from flux4d.run import Run
@@ -277,7 +278,7 @@ def stated(
     x = m.get("runtime", {}).get(name)
     return f"{x:.4g}" if isinstance(x, (int, float)) else str(x or "-")
 
-
+# %% ../nbs/56a_report_pages.ipynb #19167c0a
 def side_by_side(
     records: dict[str, dict],  # metrics by run
 ) -> str:  # lines of text, one a quantity, one column a run
@@ -329,7 +330,7 @@ def read_runs(
 def report_main(
     argv: list[str] | None = None,  # words of the command line; sys.argv when None
 ) -> int:  # exit status
-    "Compare the metrics.json of several runs, mean and count, side by side; or write the first one's report anew."
+    "Compare the metrics.json of runs, mean and count or timings, side by side; or write the first one's report anew."
     style = dict(epilog=REPORT_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap = argparse.ArgumentParser(prog="flux4d-report", description=report_main.__doc__, **style)
     ap.add_argument("run", nargs="+", help="a run's folder, or its metrics.json")
@@ -342,7 +343,7 @@ def report_main(
             (_, m), *others = records.items()
             print(*(p.name for p in report_again(folder, m, dict(others))))
         else:
-            print(side_by_side(records))
+            print(timings_beside(records) if hold_timings(records) else side_by_side(records))
         return 0
     except (DataError, OSError) as e:
         print(as_sentence(e), file=sys.stderr)

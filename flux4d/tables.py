@@ -137,7 +137,8 @@ def _pandas_column(values: Any) -> Any:
     "What pandas makes a column of; Arrow is not needed."
     pd = need_pandas()
     if isinstance(values, Text):
-        kind = pd.StringDtype("python", na_value=np.nan) if values.nan else pd.StringDtype("python")
+        # kept as this pandas keeps text: by Arrow where that is installed
+        kind = pd.StringDtype(na_value=np.nan) if values.nan else pd.StringDtype()
         return pd.array(values.items, dtype=kind)
     if isinstance(values, Category):
         names = _pandas_index(Index(values.names, None))

@@ -20,7 +20,7 @@ from .files import DataError, WriteError
 from .image_velocity import render_weighted
 from .interrupt import Interrupted, NoMemory, StopRequest
 from .loader import Batch, Loader
-from .losses import reconstruction_loss
+from .training_loss import reconstruction_loss
 from .model import Flux4DBase, build_model
 from .optimiser import adamw, averaged_model, lr_at
 from .processes import norm_state, running_norms

@@ -18,6 +18,7 @@ from flux4d.ablation import AblationParameters
 from flux4d.actor_scores import ActorScoreConfig
 from flux4d.actors import ActorConfig
 from flux4d.baselines import NSFPConfig
+from flux4d.bench import BenchParameters
 from flux4d.clips import ClipConfig, build_index
 from flux4d.evaluate import EvaluationParameters, eval_clips_of, read_evaluation
 from flux4d.flow import FlowParameters
@@ -40,6 +41,7 @@ NOTEBOOKS = {
     "62_ablation": AblationParameters,
     "40_flow": FlowParameters,
     "35_overfit": OverfitParameters,
+    "80_bench": BenchParameters,
 }
 GATES = {TrainingParameters: read_training, EvaluationParameters: read_evaluation}
 CONFIGS = FullConfig, EvalConfig, ClipConfig, NSFPConfig
