@@ -6,7 +6,7 @@
 from __future__ import annotations
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import lru_cache
@@ -171,7 +171,9 @@ def run_meta(
     )
 
 
-def progress_bar(items):
+def progress_bar(
+    items: Iterable,  # to go through
+) -> Iterable:  # the same
     "A bar that writes a line every ten seconds at most."
     return tqdm(items, leave=False, mininterval=10)
 
