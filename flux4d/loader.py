@@ -36,9 +36,9 @@ __all__ = ['without_tables', 'Loader', 'LoadedInputs', 'Batch', 'files_of', 'sec
 # %% ../nbs/33_loader.ipynb #e06f54ad
 def without_tables(
     value: Any,  # that a store holds
-) -> Any:  # a grid index without the network's tables, which the next pass makes again
+) -> Any:  # a grid index without the network's tables and slots, which the next pass makes again
     "What of a value is worth moving to host memory."
-    return replace(value, tables={}) if isinstance(value, GridIndex) else value
+    return replace(value, tables={}, kept={}) if isinstance(value, GridIndex) else value
 
 
 class Loader:

@@ -61,7 +61,7 @@ class Processes:
 ALONE = Processes()
 
 # %% ../nbs/32b_processes.ipynb #e5e723f6
-NEVER = timedelta(days=365)  # nobody is given up for being slow: the first process may evaluate for an hour
+NEVER = timedelta(days=365)  # a slow process is waited for: the first one may evaluate for an hour
 
 
 def group_processes(
