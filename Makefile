@@ -1,7 +1,7 @@
 # The two commands of a newcomer are `make demo` and `make test`. What they need is made once: .venv, packages, made-up logs.
 #   make demo   train and evaluate on made-up logs, print the numbers and where the pictures are
 #   make test   modules in step with notebooks, code style, notebooks run, README current, pytest     FLAGS="gpu data" runs those cells too
-#   make docs   the site, in _docs/           make lab     JupyterLab on the notebooks
+#   make docs   the site, in _docs/           make lab     JupyterLab on the notebooks     LAB="--no-browser --port 9000" is passed on
 #   make export modules from notebooks        make readme  README.md from nbs/00_index.ipynb, tables
 #   make record RUN=name   add a run's small files to git      make clean   remove what was made, except .venv and runs
 # PYTHON=/path/to/python uses that interpreter as it is and makes no .venv. TORCH="torch==2.13.0 --index-url ..." chooses the build.
@@ -61,12 +61,14 @@ test: $(READY)
 	$(PYTHON) -m pytest -q -rs
 
 docs: $(READY_DOCS) $(READY)
+	@rm -rf _docs
 	$(REPO) pages build/pages
-	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build -q --strict -f docs/mkdocs.yml
-	@echo "the site is in _docs/"
+	$(PYTHON) -m sphinx -b html -q -W --keep-going -j $(WORKERS) -d build/doctrees -c docs/site build/pages _docs
+	$(REPO) site _docs
+	@echo "the site is in _docs/: open _docs/index.html"
 
 lab: $(READY)
-	$(PYTHON) -m jupyterlab nbs
+	JUPYTER_CONFIG_PATH=$(CURDIR)/docs/lab $(PYTHON) -m jupyterlab nbs $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
 export: $(READY)
 	$(PYTHON) -c "from nbdev.doclinks import nbdev_export; nbdev_export(path=None)"

@@ -51,7 +51,8 @@ def save_checkpoint(
 ) -> Path:  # the file
     "Write a checkpoint atomically and point its aliases at it."
     path = Path(path)
-    with atomic_write(path) as tmp:
+    earlier = path.with_name("ckpt_last.pt").exists()
+    with atomic_write(path, "go on with resume_from=last" if earlier else "start again") as tmp:
         torch.save(state, tmp)
     for alias in aliases:
         _point(path.with_name(alias), path)

@@ -400,12 +400,13 @@ def _publish(tmp: str, path: Path) -> None:
 @contextlib.contextmanager
 def atomic_write(
     path: str | Path,  # the file to write; its folder is made
+    then: str = "start again",  # what to do after the remedy, where it cannot be written
 ) -> Iterator[Path]:  # a temporary path in the same folder, to write to; raises WriteError
     "Write a file completely or not at all."
     path = Path(path)
     fd = tmp = None
     try:
-        with writing(path):
+        with writing(path, then):
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_unfinished(path.parent, glob.escape(path.name))
             fd, tmp = _temporary(path)

@@ -130,7 +130,7 @@ def _fit_numbers(fit: BoxFit, cfg: CuboidConfig) -> dict:
         fill=float(np.median(spans)) if len(spans) else None,
     )
 
-
+# %% ../nbs/05k_label_check.ipynb #5d3f3b09
 def _judge(found: dict, fit: BoxFit, frame: int, cfg: CuboidConfig) -> tuple[str, str] | None:
     "What is wrong with the boxes, and the remedy; None when nothing is."
     enough = found["boxes"] >= cfg.min_boxes

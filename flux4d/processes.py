@@ -25,8 +25,8 @@ from .interrupt import Interrupted, StopRequest, stop_signals
 from .run import Run
 
 # %% auto #0
-__all__ = ['ALONE', 'NEVER', 'GRACE', 'Processes', 'group_processes', 'join_processes', 'Lost', 'SilentRun', 'running_norms',
-           'norm_state', 'wait_for_end']
+__all__ = ['ALONE', 'NEVER', 'GRACE', 'Processes', 'group_processes', 'join_processes', 'Lost', 'words_of', 'SilentRun',
+           'running_norms', 'norm_state', 'wait_for_end']
 
 # %% ../nbs/32b_processes.ipynb #929e76ee
 @dataclass(eq=False)
@@ -135,6 +135,15 @@ def all_words(
     return out
 
 # %% ../nbs/32b_processes.ipynb #a692eed3
+def words_of(
+    leaving: BaseException | None,  # why a process leaves
+) -> str:  # empty for a plain request to stop
+    "What the others are told."
+    if leaving is None or isinstance(leaving, (Interrupted, KeyboardInterrupt)):
+        return str(leaving or "")
+    return str(leaving) or type(leaving).__name__
+
+
 @patch
 def meet(
     self: Processes,
@@ -161,7 +170,7 @@ def _part(
 ) -> None:  # raises Interrupted or DataError where this one was to go on
     "Tell each other why all end."
     self.parted = True
-    words = self.all_words("" if leaving is None else str(leaving) or type(leaving).__name__)
+    words = self.all_words(words_of(leaving))
     if leaving is None:
         which = int(codes.argmax())
         raise (DataError if codes[which] == _FAILS else Interrupted)(words[which])

@@ -16,9 +16,10 @@ from .figures import figure_faults
 from .records import as_sentence, record_files, repo_root, show_run
 from .made_texts import link_faults, made_faults, readme_text, write_made
 from .site import write_site
+from .site_check import site_faults
 
 # %% auto #0
-__all__ = ['EXPORT', 'CLEAN', 'REPO_EXAMPLES', 'NEEDS_PATH', 'COMMANDS', 'differing', 'run_nbdev', 'generated_faults',
+__all__ = ['EXPORT', 'CLEAN', 'REPO_EXAMPLES', 'A_RUN', 'NEEDS_PATH', 'COMMANDS', 'differing', 'run_nbdev', 'generated_faults',
            'mend_figures', 'repo_command', 'repo_main']
 
 # %% ../nbs/92_repo.ipynb #26a93b60
@@ -75,9 +76,11 @@ REPO_EXAMPLES = """examples:
   flux4d-repo check                                  is everything made from the notebooks as they are?
   flux4d-repo figures --write                        put right the figures of runs in the notebooks' prose
   flux4d-repo show papermill_runs/run_001            print what a run measured and the names of its pictures
-  flux4d-repo pages build/pages                      write the pages of the site"""
-NEEDS_PATH = {"show": "a run's folder", "record": "a run's folder", "pages": "the folder to write"}
-COMMANDS = "check", "readme", "pages", "figures", "show", "record"
+  flux4d-repo pages build/pages                      write the pages of the site
+  flux4d-repo site _docs                             does every link of the built site lead somewhere?"""
+A_RUN = "a run's folder"
+NEEDS_PATH = {"show": A_RUN, "record": A_RUN, "pages": "the folder to write", "site": "its folder"}
+COMMANDS = "check", "readme", "pages", "site", "figures", "show", "record"
 
 # %% ../nbs/92_repo.ipynb #92a462d1
 def mend_figures(
@@ -100,7 +103,7 @@ def repo_command(
 ) -> list[str]:  # faults, one sentence each
     "Run one command; what it has to say beside faults goes to standard output."
     if command in NEEDS_PATH and path is None:
-        such = "build/pages" if command == "pages" else "papermill_runs/run_001"
+        such = {"pages": "build/pages", "site": "_docs"}.get(command, "papermill_runs/run_001")
         return [f"flux4d-repo {command}: needs {NEEDS_PATH[command]}, such as {such}."]
     if command == "show":
         print(show_run(path))
@@ -108,6 +111,8 @@ def repo_command(
         print(*record_files(path))
     elif command == "pages":
         write_site(repo_root(), path)
+    elif command == "site":
+        return site_faults(path, repo_root())
     elif command == "readme":
         write_made(repo_root())
     elif command == "figures":
@@ -129,7 +134,8 @@ def repo_main(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     ap.add_argument("command", choices=COMMANDS)
-    folder = "show, record: a run's folder; pages: the folder to write, new or written by this command before"
+    folder = "show, record: a run's folder; pages: the folder to write, new or written by this command before; "
+    folder += "site: the folder of the built site"
     ap.add_argument("path", nargs="?", type=Path, help=folder)
     stale = "figures: replace stale figures in the notebooks and in the README"
     ap.add_argument("--write", action="store_true", help=stale)

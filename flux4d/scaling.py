@@ -85,10 +85,11 @@ def costs_of(
 
 def bench_runs(
     root: Path,  # the repository
-) -> list[Path]:  # folders of papermill_runs with timings, those of GPUs first
-    "Runs of 80_bench."
-    found = [p for p in sorted((root / "papermill_runs").glob("bench_*/metrics.json")) if "timing" in read_metrics(p)]
-    return [p.parent for p in sorted(found, key=lambda p: read_metrics(p).get("runtime", {}).get("gpu") is None)]
+) -> list[Path]:  # folders of papermill_runs, those of GPUs first
+    "Runs of 80_bench on a real log; a made-up one says little of a data set."
+    found = {p.parent: read_metrics(p) for p in sorted((root / "papermill_runs").glob("bench_*/metrics.json"))}
+    real = [p for p, m in found.items() if "timing" in m and not m.get("data", {}).get("made_up")]
+    return sorted(real, key=lambda p: found[p].get("runtime", {}).get("gpu") is None)
 
 # %% ../nbs/80a_scaling.ipynb #133287f0
 PAPER_STEPS, PAPER_LOGS = 30_000, 103

@@ -98,9 +98,9 @@ def test_pages_replace_pages(small_repo, said):
     assert said(repo_main, "pages", "build/pages") == (0, "")
     (small_repo / "nbs/01_frames.ipynb").rename(small_repo / "nbs/02_other.ipynb")
     assert said(repo_main, "pages", "build/pages") == (0, "")
-    assert sorted(p.name for p in (small_repo / "build/pages").glob("*.ipynb")) == [
-        "02_other.ipynb",
-        "index.ipynb",
+    assert sorted(p.name for p in (small_repo / "build/pages").glob("0*.md")) == [
+        "00_index.md",
+        "02_other.md",
     ]  # none of the old ones is left
 
 
@@ -111,14 +111,14 @@ def test_pages_leave_what_somebody_put_there(small_repo, said, change):
     if change == "add":
         (out / "notes.md").write_text("mine")
     if change == "edit":
-        (out / "index.ipynb").write_text("mine")
+        (out / "00_index.md").write_text("mine")
     if change == "link":
         (out / "data").symlink_to(small_repo / "nbs")
     if change == "folder":
         (out / "data").mkdir()
         (out / "data/x").write_text("mine")
     if change == "mark":
-        (out / ".made_by_flux4d_repo").write_text('["index.ipynb"]')  # not what the command writes
+        (out / ".made_by_flux4d_repo").write_text('["00_index.md"]')  # not what the command writes
     before = content(small_repo)
     code, text = said(repo_main, "pages", out)
     assert code == 1 and "did not write" in sentence(text)

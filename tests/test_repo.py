@@ -420,7 +420,7 @@ def test_what_runs_produce_is_ignored():
             "flux4d/lift.py",
             "README.md",
             ".ci/run",
-            "docs/mkdocs.yml",
+            "docs/site/conf.py",
         )
         == []
     )

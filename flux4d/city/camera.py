@@ -15,7 +15,7 @@ from ..frames import intrinsics_matrix, pose_to_mat, scale_intrinsics
 
 # %% auto #0
 __all__ = ['MORE', 'RigCamera', 'camera_at', 'pixel_directions', 'sky', 'smooth_normals', 'surface_axes', 'surface_points',
-           'unblocked', 'sunlit', 'sky_left', 'mirror', 'textured', 'shade', 'edge_pixels', 'trace_pixels',
+           'unblocked', 'sunlit', 'sky_left', 'mirror', 'textured', 'light_at', 'shade', 'edge_pixels', 'trace_pixels',
            'photograph']
 
 # %% ../../nbs/05g_camera.ipynb #344b6056
@@ -28,7 +28,7 @@ class RigCamera(NamedTuple):
     width: int  # px
     height: int  # px
 
-
+# %% ../../nbs/05g_camera.ipynb #d1cd3933
 def camera_at(
     caster: Raycaster,  # the street
     name: str,  # a camera of the rig
@@ -80,7 +80,7 @@ def smooth_normals(
     n = n[:, 0] * (1 - a - b) + n[:, 1] * a + n[:, 2] * b
     return n / np.linalg.norm(n, axis=1, keepdims=True).clip(1e-9)
 
-
+# %% ../../nbs/05g_camera.ipynb #a3cac49b
 def surface_axes(
     n: np.ndarray,  # (M,3) unit normals
 ) -> tuple:  # two (M,3) unit directions along the surface; on walls the second one is up
@@ -206,6 +206,21 @@ def textured(
     return c
 
 # %% ../../nbs/05g_camera.ipynb #8e415864
+def light_at(
+    caster: Raycaster,  # the street
+    x: np.ndarray,  # (M,3) float32 points, street, m
+    n: np.ndarray,  # (M,3) their unit normals
+    tau: float,  # s since the log's start
+) -> np.ndarray:  # (M,3) light that falls on them
+    "Sun where none is in the way, and what is left of the sky."
+    lay = caster.street.layout
+    facing = (n @ rgb(*lay.sun)).clip(0)
+    lit = facing * sunlit(caster, x + n * np.float32(0.02), tau, facing > 0)
+    dome = np.float32(0.78 - 0.14 * lay.light) * (0.62 + 0.38 * n[:, 2]) * sky_left(caster, x, tau)
+    from_sun = (np.float32(1.15 * lay.light) * lit)[:, None] * rgb(1.08, 1.0, 0.88)
+    return dome[:, None] * rgb(0.95, 1.0, 1.08) + from_sun
+
+# %% ../../nbs/05g_camera.ipynb #fabe1e84
 def shade(
     caster: Raycaster,  # the street
     h: Hits,  # M of them on something
@@ -218,16 +233,11 @@ def shade(
     order = np.argsort(caster.material[h.face], kind="stable")
     h = h.pick(order)
     d = d[order]
-    lay = caster.street.layout
     material = caster.material[h.face]
     s, n = surface_points(caster, h, d, pixel)
     c = textured(caster, s, material)
     x = (o + h.t[:, None] * d).astype(np.float32)
-    facing = (n @ rgb(*lay.sun)).clip(0)
-    lit = facing * sunlit(caster, x + n * np.float32(0.02), tau, facing > 0)
-    dome = np.float32(0.78 - 0.14 * lay.light) * (0.62 + 0.38 * n[:, 2]) * sky_left(caster, x, tau)
-    from_sun = (np.float32(1.15 * lay.light) * lit)[:, None] * rgb(1.08, 1.0, 0.88)
-    c = c.clip(0, 1) ** 2 * (dome[:, None] * rgb(0.95, 1.0, 1.08) + from_sun)
+    c = c.clip(0, 1) ** 2 * light_at(caster, x, n, tau)
     c = mirror(c, d, n, material)
     haze = 1 - np.exp(-h.t.astype(np.float32) / 1100)
     out = np.empty_like(c)

@@ -10,7 +10,7 @@ from .rays import CAMERA_HEADING, RIG, SCANNER, SWEEP, Raycaster, TrueSweep, ego
 from .street import Thing
 
 # %% auto #0
-__all__ = ['SEEN_BY', 'CUBOID_COLUMNS', 'box_time', 'camera_used', 'attributes', 'box_row', 'boxes']
+__all__ = ['SEEN_BY', 'CUBOID_COLUMNS', 'box_time', 'camera_used', 'attributes', 'box_row', 'label_time', 'boxes']
 
 # %% ../../nbs/05h_labels.ipynb #de93b2eb
 def box_time(
@@ -88,7 +88,7 @@ def attributes(
     rider = "With Rider" if t.label == "Bicycle" else nothing
     return state, "-", -1, rider, "Walking" if person else nothing, "Adult" if person else nothing
 
-
+# %% ../../nbs/05h_labels.ipynb #66783560
 def box_row(
     t: Thing,  # labelled
     centre: np.ndarray,  # (3,) world, m
@@ -103,6 +103,18 @@ def box_row(
     return *where, *attributes(t, when)
 
 # %% ../../nbs/05h_labels.ipynb #9e2c804b
+def label_time(
+    caster: Raycaster,  # the street
+    i: int,  # a thing
+    own: np.ndarray,  # (R,) s, when its returns were taken
+    tau: float,  # s, the sweep's stamp since the log's start
+) -> float:  # s
+    "The moment for which a box is right: that of its middle return, or when the beams pass it."
+    if len(own):
+        return np.sort(own)[len(own) // 2]
+    return box_time(caster, i, tau) if caster.street.things[i].motion.moves else tau
+
+# %% ../../nbs/05h_labels.ipynb #8345d2b7
 def boxes(
     caster: Raycaster,  # the street
     s: TrueSweep,  # the sweep of the same stamp
@@ -118,14 +130,10 @@ def boxes(
         if not t.label:
             continue
         a, b = np.searchsorted(s.thing, [i, i + 1], sorter=order)
-        own = np.sort(s.tau[order[a:b]])
-        if len(own):
-            when = own[len(own) // 2]
-        else:
-            when = box_time(caster, i, tau) if t.motion.moves else tau
+        when = label_time(caster, i, s.tau[order[a:b]], tau)
         x, y, h = caster.poses(i, np.array([when]))[0]
         centre = np.array([x, y, t.z + t.size[2] / 2])
-        if not len(own) and np.hypot(*(centre - ego[:3, 3])[:2]) > reach:
+        if a == b and np.hypot(*(centre - ego[:3, 3])[:2]) > reach:
             continue
         in_world = W[:3, :3] @ centre + W[:3, 3]
         heading = h + np.arctan2(W[1, 0], W[0, 0])

@@ -29,10 +29,10 @@ from ..files import DataError, atomic_write
 from ..frames import mat_to_quat, transform_points
 
 # %% auto #0
-__all__ = ['CITY_RANGES', 'PART', 'CITY_EXAMPLES', 'log_stamps', 'dump_table', 'pose_records', 'sweep_table', 'write_images',
-           'mover_or_none', 'write_frame', 'write_json', 'camera_lists', 'ego_lists', 'write_lists', 'caster_of',
+__all__ = ['CITY_RANGES', 'PART', 'CITY_EXAMPLES', 'log_stamps', 'dump_table', 'pose_records', 'sweep_table', 'mover_or_none',
+           'write_images', 'write_frame', 'write_json', 'camera_lists', 'ego_lists', 'write_lists', 'caster_of',
            'write_part', 'put_in_place', 'stored_parameters', 'begin_city', 'each_part', 'check_city_parameters',
-           'shares_of', 'free_cores', 'make_city', 'fixture_city', 'city_parser', 'city_main']
+           'shares_of', 'free_cores', 'write_logs', 'make_city', 'fixture_city', 'city_parser', 'city_main']
 
 # %% ../../nbs/05i_logs.ipynb #416b60b6
 def log_stamps(
@@ -76,7 +76,15 @@ def sweep_table(
     sensor = np.zeros(len(x), np.int64)
     return pd.DataFrame(dict(x=x, y=y, z=z, i=s.intensity, t=t, d=sensor), pd.RangeIndex(len(x), name="index"))
 
+# %% ../../nbs/05i_logs.ipynb #305946f2
+def mover_or_none(
+    caster: Raycaster,  # the street
+    thing: np.ndarray,  # indices of things, -1 in the sky
+) -> np.ndarray:  # the same, -1 also for what is static
+    "Only movers keep their index."
+    return np.where(thing < caster.street.standing, -1, thing)
 
+# %% ../../nbs/05i_logs.ipynb #71737486
 def write_images(
     caster: Raycaster,  # the street
     log: Path,  # the log's folder
@@ -93,14 +101,6 @@ def write_images(
         Image.fromarray(image).save(log / f"camera/{c}/{name}.jpg", quality=92, subsampling=0)
         number = (mover_or_none(caster, thing) + 1).astype(np.uint16)  # 0 where nothing moves
         Image.fromarray(number).save(truth / c / f"{name}.png")
-
-
-def mover_or_none(
-    caster: Raycaster,  # the street
-    thing: np.ndarray,  # indices of things, -1 in the sky
-) -> np.ndarray:  # the same, -1 also for what is static
-    "Only movers keep their index."
-    return np.where(thing < caster.street.standing, -1, thing)
 
 # %% ../../nbs/05i_logs.ipynb #0285692d
 def write_frame(
@@ -133,7 +133,7 @@ def write_json(
     with atomic_write(path) as tmp:
         Path(tmp).write_text(json.dumps(value))
 
-
+# %% ../../nbs/05i_logs.ipynb #ad13b69f
 def camera_lists(
     caster: Raycaster,  # the street
     name: str,  # a camera of the rig
@@ -168,7 +168,7 @@ def ego_lists(
     times = stamps.tolist()
     return {"meta/timestamps": times, "lidar/timestamps": times, "lidar/poses": pose_records(T), "meta/gps": gps}
 
-
+# %% ../../nbs/05i_logs.ipynb #4aa4a18b
 def write_lists(
     caster: Raycaster,  # the street
     log: Path,  # the log's folder
@@ -237,7 +237,7 @@ def stored_parameters(
         place = f"{path.parent.name}/city.json"
         raise DataError(f"{place}: holds no parameters of a city; choose another folder or delete this one.") from e
 
-
+# %% ../../nbs/05i_logs.ipynb #b05f0158
 def begin_city(
     out: Path,  # the city's folder
     cfg: dict,  # parameters
@@ -320,6 +320,24 @@ def free_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 # %% ../../nbs/05i_logs.ipynb #0e4521bb
+def write_logs(
+    out: Path,  # the city's folder
+    ids: list,  # of all its logs
+    cfg: dict,  # its parameters
+    workers: int,  # processes
+    progress: Callable,  # wraps the parts as they are done
+) -> None:
+    "Write the logs that are not there, part by part; each is put in place when it is whole."
+    shares = shares_of([i for i in ids if not (out / i).is_dir()], cfg["frames"], workers)
+    left = [i for i, _ in shares]
+    parts = [(str(out), *share, cfg) for share in shares]
+    for i in progress(each_part(parts, workers), total=len(parts)):
+        left.remove(i)
+        if i not in left:
+            put_in_place(out, i)
+    shutil.rmtree(out / "_part", ignore_errors=True)
+
+# %% ../../nbs/05i_logs.ipynb #49242e8c
 def make_city(
     out: str | Path,  # folder to write; becomes a data root
     logs: int,  # how many, ids from "001" on
@@ -337,21 +355,11 @@ def make_city(
     check_city_parameters(logs=logs, frames=frames, scale=scale, seed=seed, workers=workers, step=step)
     if wrong := [c for c in cameras if c not in RIG]:
         raise DataError(f"{wrong[0]}: is not a camera of the rig; choose from {', '.join(RIG)}.")
-    out = Path(out)
     ids = [f"{i + 1:03d}" for i in range(logs)]
     cfg = dict(logs=logs, frames=frames, scale=scale, seed=seed, cameras=list(cameras), step=step)
-    if begin_city(out, cfg):
-        return ids
-    workers = workers or free_cores()
-    shares = shares_of([i for i in ids if not (out / i).is_dir()], frames, workers)
-    left = [i for i, _ in shares]
-    parts = [(str(out), *share, cfg) for share in shares]
-    for i in progress(each_part(parts, workers), total=len(parts)):
-        left.remove(i)
-        if i not in left:
-            put_in_place(out, i)
-    shutil.rmtree(out / "_part", ignore_errors=True)
-    write_json({**cfg, "complete": True}, out / "city.json")
+    if not begin_city(Path(out), cfg):
+        write_logs(Path(out), ids, cfg, workers or free_cores(), progress)
+        write_json({**cfg, "complete": True}, Path(out) / "city.json")
     return ids
 
 # %% ../../nbs/05i_logs.ipynb #1ad8fb3d

@@ -1,0 +1,32 @@
+// A switch that unfolds all code of a page, remembered from page to page.
+document.addEventListener("DOMContentLoaded", () => {
+  const folds = document.querySelectorAll("details.code");
+  const key = "flux4d-unfolded";
+  let stored = null;
+  try { stored = localStorage.getItem(key); } catch { /* no storage: the switch works for this page */ }
+  let unfolded = stored === "yes";
+  const show = () => folds.forEach((fold) => { fold.open = unfolded; });
+  const title = document.querySelector("article h1");
+  if (folds.length && title) {
+    const button = document.createElement("button");
+    button.className = "unfold";
+    const say = () => { button.textContent = unfolded ? "Fold all code" : "Unfold all code"; };
+    button.addEventListener("click", () => {
+      unfolded = !unfolded;
+      try { localStorage.setItem(key, unfolded ? "yes" : "no"); } catch { /* as above */ }
+      show();
+      say();
+    });
+    say();
+    title.after(button);
+    if (unfolded) show();
+  }
+  // a link to a definition or into a fold opens what hides it
+  const reveal = () => {
+    const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    for (let e = target; e; e = e.parentElement) if (e.tagName === "DETAILS") e.open = true;
+    if (target) target.scrollIntoView();
+  };
+  addEventListener("hashchange", reveal);
+  reveal();
+});

@@ -1,0 +1,268 @@
+"""The site: its pages as they are written from the notebooks, and, where it was built, as a browser shows them offline.
+
+`make docs` builds it; `FLUX4D_SITE=_docs pytest tests/test_site.py` then looks at eight pages in three widths, light
+and dark."""
+
+import json
+import os
+import re
+from pathlib import Path
+import pytest
+from flux4d.definitions import definitions
+from flux4d.files import DataError
+from flux4d.headless import find_browser
+from flux4d.notebooks import Notebook, read_notebooks
+from flux4d.reading_page import notebook_page, source_text
+from flux4d.reference import defined_names, names_used
+from flux4d.records import repo_root
+from flux4d.site import page_name, site_link, write_site
+from flux4d.site_check import built_page, raw_words, site_faults
+
+ROOT = repo_root(Path(__file__).parent)
+NOTEBOOKS = read_notebooks(ROOT)
+PAGES = "index", "10_lift", "14_motion_prior", "50_refine", "api", "configuration", "gallery", "command_help"
+WIDTHS = 390, 1280, 1920
+
+
+# pages as they are written
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    "The pages of this repository, without those that import the model."
+    out = tmp_path_factory.mktemp("site") / "pages"
+    write_site(ROOT, out, reference=False)
+    return out
+
+
+def texts(pages):
+    return {p.name: p.read_text(encoding="utf-8") for p in pages.glob("*.md")}
+
+
+def test_every_notebook_and_text_has_a_page(pages):
+    have = {p.name for p in pages.iterdir()}
+    assert {f"{nb.path.stem}.md" for nb in NOTEBOOKS} <= have
+    assert {page_name(f"docs/{p.name}") for p in (ROOT / "docs").glob("*.md")} <= have
+    assert {"index.md", "runs.md", "gallery.md", "reference.md", "project.md", "tree.json", "names.json"} <= have
+
+
+def test_every_page_hangs_in_the_tree_once(pages):
+    tree = json.loads((pages / "tree.json").read_text())
+    hung = [page for children in tree.values() for _, page in children]
+    made_by_package = {"api", "command_help", "configuration"}
+    assert sorted(set(hung)) == sorted(hung)
+    assert {p.stem for p in pages.glob("*.md")} - {"index"} == set(hung) - made_by_package
+
+
+def test_no_page_names_what_only_tools_need(pages):
+    for name, text in texts(pages).items():
+        code_apart = re.sub(r"(`{3,})[\s\S]*?\n\1|`[^`]*`", "", text)
+        assert "<!--" not in code_apart, name
+        assert not re.search(r"^#\| ", code_apart, re.M), name
+
+
+def test_html_in_pages_is_closed(pages):
+    "Each kind of element is opened as often as it is closed, outside code."
+    for name, text in texts(pages).items():
+        code_apart = re.sub(r"^(`{3,})[\s\S]*?^\1|`[^`\n]*`", "", text, flags=re.M)
+        for tag in ("div", "details", "table", "figure"):
+            opened, closed = len(re.findall(rf"<{tag}\b", code_apart)), code_apart.count(f"</{tag}>")
+            assert opened == closed, (name, tag, opened, closed)
+
+
+def test_every_picture_is_written_and_has_words(pages):
+    for name, text in texts(pages).items():
+        code_apart = re.sub(r"^(`{3,})[\s\S]*?^\1|`[^`\n]*`", "", text, flags=re.M)
+        for words, picture in re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", code_apart):
+            assert words.strip(), (name, picture)
+            assert (pages / picture).is_file(), (name, picture)
+
+
+def test_a_name_is_defined_once_and_its_comments_are_shown(pages):
+    places = [d.url for d in defined_names(NOTEBOOKS)]
+    assert len(places) == len(set(places))
+    text = (pages / "10_lift.md").read_text()
+    assert 'id="flux4d.lift.lift_sweep"' in text
+    assert "<td>rendered standard deviation per mean neighbour distance</td>" in text
+
+
+def test_names_on_a_page_are_its_own_or_imported():
+    lift = next(nb for nb in NOTEBOOKS if nb.path.stem == "10_lift")
+    used = names_used(lift, defined_names(NOTEBOOKS))
+    assert {"lift_sweep", "project", "Gaussians"} <= set(used)
+    assert "Trainer" not in used
+
+
+# odd cells
+
+
+@pytest.mark.parametrize(
+    "source, kinds",
+    [
+        ("def f(a, *, b=1, **kw): ...", ["function"]),
+        ("async def f() -> None: ...", ["function"]),
+        ("A, B = 1, 2", ["constant", "constant"]),
+        ("x = 1\n_A = 2\n_f = 3", []),
+        ("class C:\n    def __init__(self, a: int = 1):  # m\n        pass", ["class"]),
+        ("@patch(as_prop=True)\ndef size(self: Scene) -> int:  # px\n    'How large.'", ["property"]),
+        ("", []),
+    ],
+)
+def test_definitions_of_odd_cells(source, kinds):
+    assert [d.kind for d in definitions(source)] == kinds
+
+
+def cell(source, *outputs):
+    return dict(cell_type="code", source=source, outputs=list(outputs), metadata={})
+
+
+def test_code_that_holds_a_fence_stays_inside_its_own():
+    text = source_text(cell('s = """\n```\ninside\n```\n"""'), None)
+    assert text.startswith("````python\n") and text.endswith("\n````")
+
+
+def test_hostile_outputs_stay_outputs():
+    "Text of an output is text: neither its markup nor its formulas are read."
+    said = dict(output_type="stream", text=["```\n<script>1</script> $x$\n```"])
+    page = notebook_page(Notebook(Path("01_a.ipynb"), [cell("1", said)]), str)
+    assert re.search(r"````text\n```\n<script>1</script> \$x\$\n```\n````", page.parts[0])
+
+
+def test_links_of_lessons_to_files_that_never_were_become_text(pages):
+    assert "](01_add" not in re.sub(r"^(`{3,})[\s\S]*?^\1", "", (pages / "91b_made_texts.md").read_text(), flags=re.M)
+
+
+@pytest.mark.parametrize(
+    "link, want",
+    [
+        ("nbs/10_lift.ipynb", "10_lift.md"),
+        ("docs/glossary.md", "glossary.md"),
+        ("docs/data.md#coordinates", "data.md#coordinates"),
+        ("papermill_runs/README.md", "runs.md"),
+        ("papermill_runs/a/report.md", "https://x.org/papermill_runs/a/report.md"),
+        ("papermill_runs/a/pairs.jpg", "papermill_runs-a-pairs.jpg"),
+        ("flux4d/lift.py", "https://x.org/flux4d/lift.py"),
+    ],
+)
+def test_links_lead_to_pages_or_to_the_repository(link, want):
+    assert site_link(link, "https://x.org/") == want
+
+
+# the checker finds what it is for
+
+
+@pytest.mark.parametrize(
+    "html, said",
+    [
+        ('<a href="gone.html">x</a>', "links to gone.html"),
+        ('<a href="#gone">x</a>', "no such anchor"),
+        ('<img src="gone.png" alt="a">', "gone.png, which is not there"),
+        ('<img src="page.html">', "without alternative text"),
+        ('<link rel="stylesheet" href="https://fonts.org/a.css">', "from the network"),
+        ('<script src="//cdn.org/a.js"></script>', "from the network"),
+        (r"<p>where $\frac{a}{b}$ is</p>", "a formula as it was typed"),
+        (r"<p>where \mathbf v is</p>", "a formula as it was typed"),
+        ("<p>see [it](a.md#b)</p>", "a link as it was typed"),
+        ("<p>```python</p>", "a fence of code"),
+    ],
+)
+def test_planted_faults_are_found(tmp_path, html, said):
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\ngit_url = https://x.org/r\nbranch = main\n")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/page.html").write_text(f"<h1>A</h1>{html}")
+    (fault,) = site_faults(tmp_path / "site", tmp_path)
+    assert fault.startswith("page.html: ") and said in fault
+
+
+@pytest.mark.parametrize(
+    "html", [r"<pre>$\frac$ [a](b.md)</pre>", "<code>```</code>", r"<math><mi>\sigma</mi></math>", "<p>5 $ and 6 $</p>"]
+)
+def test_code_and_formulas_are_no_faults(html):
+    assert raw_words(built_page(html)) == []
+
+
+# the built site
+
+
+@pytest.fixture(scope="module")
+def built():
+    "The site that `make docs` built."
+    named = os.environ.get("FLUX4D_SITE")
+    if not named:
+        pytest.skip("FLUX4D_SITE names no built site: make docs, then FLUX4D_SITE=_docs pytest tests/test_site.py")
+    return (ROOT / named).resolve()
+
+
+def test_the_built_site_is_whole(built):
+    assert site_faults(built, ROOT) == []
+    assert {f"{nb.path.stem}.html" for nb in NOTEBOOKS} <= {p.name for p in built.iterdir()}
+
+
+def test_names_are_found_by_the_search(built):
+    index = (built / "searchindex.js").read_text(encoding="utf-8")
+    assert '"lift_sweep"' in index and "instal" in index  # words are stored by their stem
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "Chromium, driven by playwright."
+    try:
+        sync_playwright, path = find_browser()
+    except DataError as e:
+        pytest.skip(str(e))
+    with sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+CUT_OFF = """() => [...document.querySelectorAll("article *")].filter(e => {
+    const style = getComputedStyle(e);
+    const hidden = ["hidden", "clip"].includes(style.overflowX);
+    return hidden && e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0 && style.position != "absolute";
+}).map(e => e.tagName + "." + e.className)"""
+BROKEN = "() => [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
+FLAT = """() => [...document.querySelectorAll("math")]
+    .filter(m => m.checkVisibility() && !m.getBoundingClientRect().height).length"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_pages_in_a_browser_without_a_network(built, browser, width, scheme):
+    "No script error, no missing picture, nothing wider than the screen, nothing cut off, formulas drawn in their font."
+    context = browser.new_context(viewport=dict(width=width, height=900), color_scheme=scheme, offline=True)
+    page, said = context.new_page(), []
+    page.on("pageerror", lambda e: said.append(str(e)))
+    page.on("console", lambda m: said.append(m.text) if m.type == "error" else None)
+    page.on("requestfailed", lambda r: said.append(f"not loaded: {r.url}"))
+    for name in PAGES:
+        page.goto(f"file://{built}/{name}.html")
+        page.wait_for_load_state("networkidle")
+        assert said == [], name
+        assert page.evaluate(BROKEN) == [], name
+        assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, name
+        assert page.evaluate(CUT_OFF) == [], name
+        assert page.evaluate(FLAT) == 0, name
+        if name == "50_refine":
+            page.evaluate("document.fonts.ready")
+            assert page.evaluate("document.fonts.check('16px \"STIX Two Math\"')")
+    context.close()
+
+
+def test_folds_open_by_the_button_and_stay_open(built, browser):
+    page = browser.new_context(offline=True).new_page()
+    page.goto(f"file://{built}/10_lift.html")
+    folds = "document.querySelectorAll('details.code').length"
+    unfolded = "document.querySelectorAll('details.code[open]').length"
+    assert page.evaluate(folds) > 5 and page.evaluate(unfolded) == 0
+    page.click("button.unfold")
+    assert page.evaluate(unfolded) == page.evaluate(folds)
+    page.reload()
+    assert page.evaluate(unfolded) == page.evaluate(folds)
+
+
+def test_the_search_finds_a_function(built, browser):
+    page = browser.new_context(offline=True).new_page()
+    page.goto(f"file://{built}/search.html?q=lift_sweep")
+    page.wait_for_selector("ul.search li a")
+    assert "10_lift.html" in page.eval_on_selector("ul.search li a", "a => a.href")
