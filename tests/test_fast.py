@@ -231,7 +231,8 @@ def test_pictures_are_finished_as_by_tensor_operations(channels, reach):
 def test_a_render_with_kernels_is_one_without(monkeypatch):
     g, raw, velocity = gaussians(n=2000)
     views = three_cameras()
-    views = Cameras(torch.tensor([[30.0, 0, 60], [0, 30, 40], [0, 0, 1]]).cuda().repeat(3, 1, 1), views.world_to_cam, views.t, 80, 120)
+    K = torch.tensor([[30.0, 0, 60], [0, 30, 40], [0, 0, 1]]).cuda().repeat(3, 1, 1)
+    views = Cameras(K, views.world_to_cam, views.t, 80, 120)
     extra = torch.ones(2000, 1, device=DEVICE)
     found = []
     for fused in (True, False):
@@ -322,7 +323,8 @@ def test_feedback_is_read_as_by_tensor_operations():
     wanted = feedback_features(Feedback(grad, filled), g, turn_and_move(), RefineConfig())
     found = fused_feedback(*(x.to(DEVICE) for x in (grad, filled)), g.to(DEVICE), turn_and_move().to(DEVICE), 1.0)
     close(found.split(1, 1), wanted.split(1, 1))
-    none = fused_feedback(torch.zeros(300, 14).to(DEVICE), 0 * filled.to(DEVICE), g.to(DEVICE), turn_and_move().to(DEVICE), 1.0)
+    zero = torch.zeros(300, 14, device=DEVICE), torch.zeros(300, device=DEVICE)
+    none = fused_feedback(*zero, g.to(DEVICE), turn_and_move().to(DEVICE), 1.0)
     assert not none.any()
 
 
@@ -350,7 +352,8 @@ def test_a_convolution_on_known_voxels_gives_spconv_what_its_layers_do(monkeypat
 
     def table(name, n_in, n_out, subm):
         made = {k: f"{name}.{k}" for k in ("pair_fwd", "pair_bwd", "masks")}
-        made |= {f"{k}_{side}_splits": f"{name}.{k}.{side}" for k in ("pair_mask", "mask_argsort") for side in ("fwd", "bwd")}
+        sides = [(k, side) for k in ("pair_mask", "mask_argsort") for side in ("fwd", "bwd")]
+        made |= {f"{k}_{side}_splits": f"{name}.{k}.{side}" for k, side in sides}
         size = 3 if subm else 2
         how = dict(is_subm=subm, algo=ConvAlgo.MaskImplicitGemm, ksize=[size] * 3, stride=[1 if subm else 2] * 3)
         shapes = dict(spatial_shape=[8] * 3, out_spatial_shape=[8 if subm else 4] * 3)
@@ -360,7 +363,8 @@ def test_a_convolution_on_known_voxels_gives_spconv_what_its_layers_do(monkeypat
     calls = []
 
     def record(features, weight, *rest):
-        calls.append((tuple(features.shape), tuple(weight.shape), *(x for x in rest if not isinstance(x, unet.CUDAKernelTimer))))
+        rest = [x for x in rest if not isinstance(x, unet.CUDAKernelTimer)]
+        calls.append((tuple(features.shape), tuple(weight.shape), *rest))
         rows = next(x for x in calls[-1][2:] if isinstance(x, int) and not isinstance(x, bool))
         return torch.zeros(rows, weight.shape[0])
 
@@ -368,20 +372,23 @@ def test_a_convolution_on_known_voxels_gives_spconv_what_its_layers_do(monkeypat
     monkeypatch.setattr(unet.spconv_ops, "implicit_gemm", lambda *a, **k: (record(*a), None, None))
     level = table("level", 50, 50, True)
     down = table("down", 50, 20, False)
-    x = SparseConvTensor(torch.zeros(50, 4), torch.zeros(50, 4).int(), [8] * 3, 1, indice_dict=dict(level=level, down=down))
-    tables = unet.kept_tables(x)
-    layers = [unet.SparseConv(4, 6, "level"), unet.SparseConv(4, 6, "down", "down"), unet.SparseConv(6, 4, "down", "up")]
+    both = dict(level=level, down=down)
+    x, at = torch.zeros(50, 4), torch.zeros(50, 4).int()
+    tables = unet.kept_tables(SparseConvTensor(x, at, [8] * 3, 1, indice_dict=both))
+    sizes = (4, 6, "level"), (4, 6, "down", "down"), (6, 4, "down", "up")
+    layers = [unet.SparseConv(*size) for size in sizes]
     for training in (True, False):
         calls.clear()
         with torch.set_grad_enabled(training):
             for layer in layers:
                 n, shape = (20, [4] * 3) if layer.kind == "up" else (50, [8] * 3)
-                given = SparseConvTensor(torch.zeros(n, layer.in_channels), torch.zeros(n, 4).int(), shape, 1, indice_dict=tables)
+                x, at = torch.zeros(n, layer.in_channels), torch.zeros(n, 4).int()
+                given = SparseConvTensor(x, at, shape, 1, indice_dict=tables)
                 layer.algo = ConvAlgo.MaskImplicitGemm
                 layer.inverse = layer.kind != "same"
                 layer.indice_key = layer.key + unet.AGAIN * (layer.kind == "down")
                 layer._conv_forward(training, given, layer.weight, None)
-                layer.again(given.features, tables)
+                layer.again(x, tables)
         assert len(calls) == 6
         for by_layer, by_table in zip(calls[::2], calls[1::2]):
             assert by_layer[: len(by_table)] == by_table
