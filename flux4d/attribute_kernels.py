@@ -568,7 +568,7 @@ def mix_kernel(
     at = mixed_ptr + i[:, None] * C + c
     total = tl.zeros([BLOCK, WIDTH], tl.float32)
     if BACK:
-        total = tl.load(at, mask=both, other=0.0)
+        total += tl.load(at, mask=both, other=0.0)
     for k in tl.static_range(8):
         row = tl.load(row_ptr + i * 8 + k, mask=here, other=0)
         weight = tl.load(weight_ptr + i * 8 + k, mask=here, other=0.0)
@@ -578,7 +578,7 @@ def mix_kernel(
             tl.atomic_add(voxel, weight[:, None] * total, mask=used)
         else:
             total += weight[:, None] * tl.load(voxel, mask=used, other=0.0)
-    if not BACK:
+    if BACK == 0:
         tl.store(at, total, mask=both)
 
 # %% ../nbs/20c_attribute_kernels.ipynb #37d517a8

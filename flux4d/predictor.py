@@ -21,7 +21,8 @@ from .occupancy import MotionPriorConfig, SweepPoints
 from .motion_prior import FINE_PRIOR, MotionPrior
 from .unet import SparseUNet, UNetConfig, grid_position, mix_voxels, neighbours, voxelise
 from .motion_inputs import MotionInputs, motion_feature_count, motion_features, unpack_prior
-from .network_inputs import N_POINT, TimeBins, TimeSlots, describe_points, time_slots, voxel_feature_count, voxel_features
+from .network_inputs import N_POINT, TimeBins, TimeSlots, describe_points, time_slots
+from .network_inputs import voxel_feature_count, voxel_features
 from flux4d.decode import (
     AttributeBounds,
     MotionDecoding,
