@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
-from PIL import Image
 from scipy.spatial.transform import Rotation
 from .city.logs import dump_table, pose_records, write_json
 from .columns import need_pandas
@@ -310,7 +309,8 @@ def convert_drive(
             write_json(content, part / f"{name}.json")
         turns = zip(frames.numbers, zip(frames.start, frames.end))
         for k, (f, turn) in enumerate(tqdm(turns, log.name, len(frames.numbers), disable=not progress)):
-            _write_scan(drive / f"velodyne_points/data/{f:010d}.bin", part / f"lidar/{k:02d}.pkl.gz", path, calibration, turn)
+            scan = drive / f"velodyne_points/data/{f:010d}.bin"
+            _write_scan(scan, part / f"lidar/{k:02d}.pkl.gz", path, calibration, turn)
             _write_image(drive / f"image_02/data/{f:010d}.png", part / f"camera/front_camera/{k:02d}.jpg", quality)
         os.replace(part, log)
     return log
