@@ -43,8 +43,10 @@ class ActorConfig:
     min_gaussians: PositiveInt = 12  # of a cluster
     min_sweeps: PositiveInt = 3  # sweeps in which a cluster is seen
     min_gain: NonNegativeFloat = 0.05  # m by which moving has to bring the sweeps closer together than resting
+    gain_rate: NonNegativeFloat = 0.0015  # m of `min_gain` for every metre of distance, where that is more
     ego_gain: NonNegativeFloat = 0.15  # m, the same for what goes along with the ego vehicle
     flat_gain: NonNegativeFloat = 0.4  # m, the same for what is flatter than `min_height`
+    flat_length: NonNegativeFloat = 1.0  # m that something so flat is long or wide at least
     min_share: Share = 0.5  # of what moving changes is to the better
     min_moved: NonNegativeFloat = 0.5  # m that an actor goes from the first sweep to the last
     max_size: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (25.0, 3.2, 5.0)  # length, width, height, m
@@ -266,7 +268,8 @@ def kind_of_size(
         return "person"  # or two side by side, or one under a tree
     if height > 2.2 and width > 1.0 or width > 2.3 and length > 1.2:
         return "large"
-    if speed > 8 or width > 1.2 or length > 2.3:
+    wide = width > 0.95 or length > 2.05  # for a cycle
+    if speed > 8 or width > 1.2 or length > 2.3 or speed > 3 and wide:
         return "vehicle"
     return "cycle" if speed > 3 or length > 1.1 else "person"
 
@@ -633,12 +636,16 @@ def is_moving(
     c: Candidate,  # a cluster with its path and box
     scene: Scene,  # that it was found in
     sweeps: dict[int, np.ndarray],  # from `lidar_by_sweep`
-    cfg: ActorConfig = ActorConfig(),  # read: min_gain, ego_gain, flat_gain, min_share, min_height
+    cfg: ActorConfig = ActorConfig(),  # read: min_gain, gain_rate, ego_gain, flat_gain, flat_length, min_share
 ) -> bool:
     "Whether the sweeps say that a candidate moves; of what looks like a false motion more is asked."
+    flat = c.size[2] <= cfg.min_height  # a ring of beams on a vehicle that the others miss
+    if flat and max(c.seen.size[:2]) < cfg.flat_length:
+        return False
     ego = ego_velocity(scene, c.path.middle)
     along = ego is not None and np.linalg.norm((c.path.velocity - ego)[:2]) < 0.5
-    least = max(cfg.min_gain, along * cfg.ego_gain, (c.size[2] <= cfg.min_height) * cfg.flat_gain)
+    distance = np.linalg.norm((c.path.place - scene.ego0[:3, 3])[:2])
+    least = max(cfg.min_gain, cfg.gain_rate * distance, along * cfg.ego_gain, flat * cfg.flat_gain)
     gain = motion_gain(c, scene, sweeps)
     return gain.metres > least and gain.share > cfg.min_share
 
