@@ -214,3 +214,26 @@ def test_labels_are_not_needed(tmp_path, scene):
     model = build_model(config_from_dict({"model": {"degree": 1}})).eval()
     bare = model.reconstruct(PandaSet(tmp_path)["001"].clip(0, ("front_camera",)))
     assert [len(a) for a in bare.actors] == [len(a) for a in scene.actors]
+
+
+# what a scene leaves at rest
+
+
+def test_a_small_thing_left_at_rest_is_followed_through_the_sweeps(scene):
+    "Its Gaussians lose their velocity, and the sweeps still say how it moves."
+    small = [a for a in scene.actors if a.size[0] < 2 and not a.at_rest]
+    found = 0
+    for actor in small:
+        velocity = scene.velocity.clone()
+        velocity[actor.mask] = 0
+        again = [b for b in scene.moving(velocity).actors if (b.mask & actor.mask).sum() > 0.3 * len(actor)]
+        if again:
+            moment = actor.path.middle
+            off = again[0].path.place_at(moment) - actor.path.place_at(moment)
+            assert again[0].at_rest and np.linalg.norm(off[:2]) < 1 and abs(again[0].speed - actor.speed) < 1
+            found += 1
+    assert small and found
+
+
+def test_a_scene_at_rest_has_no_actors(scene):
+    assert scene.moving(None).actors == [] and scene.static().actors == []
