@@ -689,6 +689,8 @@ def find_candidates(
 ) -> tuple[list[Candidate], int]:  # and how many of them, at the end, the scene leaves at rest
     "Things that move: by the scene's motion, then by the sweeps where the scene knows of none."
     moving = moving_gaussians(scene, cfg.min_speed)
+    if not len(moving.rows):
+        return [], 0
     eye = seen_from(scene, moving.middle)
     sweeps = lidar_by_sweep(scene)
 
@@ -697,8 +699,6 @@ def find_candidates(
         return [c for c in named if is_possible(c, cfg) and is_moving(c, scene, sweeps, cfg)]
 
     found = confirmed(join_parts(split_clusters(moving, scene, eye, cfg), eye, cfg))
-    if scene.velocity is None:
-        return found, 0
     free = claimed_rows(found, scene, cfg) < 0
     trails = [fit_box(cluster, eye, cfg) for cluster in trail_clusters(scene, free, moving, cfg.trails)]
     small = confirmed([c for c in trails if is_small(c, cfg.trails)])
