@@ -6,19 +6,20 @@
 from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from .files import DataError, short_path
 from .frames import mat_to_quat, quat_to_mat, se3
-from .log_files import CAMERAS, Sweep, read_intrinsics, read_poses, read_stamps, read_sweep
+from .log_files import Sweep, read_intrinsics, read_poses, read_stamps, read_sweep
 from .pandaset import Camera, Log
+from .rig import CameraRig, Rig, poses_at
 
 # %% auto #0
-__all__ = ['RULES', 'Rule', 'Limits', 'Finding', 'finding', 'first_finding', 'readable', 'sweep_centre', 'share_at_one_point',
-           'storage_step', 'near_height', 'SweepNumbers', 'sweep_numbers', 'CameraNumbers', 'LogNumbers',
-           'known_cameras', 'numbers_of', 'scaled_positions', 'reread_quaternions']
+__all__ = ['RULES', 'CAMERA_HEADINGS', 'Rule', 'Limits', 'Finding', 'finding', 'first_finding', 'readable', 'sweep_centre',
+           'share_at_one_point', 'storage_step', 'near_height', 'SweepNumbers', 'surround', 'sweep_numbers',
+           'CameraNumbers', 'LogNumbers', 'known_cameras', 'numbers_of', 'scaled_positions', 'reread_quaternions']
 
 # %% ../nbs/07a_log_numbers.ipynb #2055df69
 class Rule(NamedTuple):
@@ -215,6 +216,17 @@ class SweepNumbers(NamedTuple):
     same: float  # share of these at their most frequent point
     grain: float  # m, step of the numbers that they are kept in
     height: float  # m, median z of those near the centre, NaN without any
+    surround: float = 1.0  # share of the directions around the centre in which there are returns, in steps of 5 deg
+
+# %% ../nbs/07a_log_numbers.ipynb #5e2ec052
+def surround(
+    points: np.ndarray,  # (M,3) returns, m
+    centre: np.ndarray,  # (2,) among them, m
+) -> float:  # share of all directions, in steps of 5 deg
+    "In how many directions around a place there are returns."
+    to = points[:, :2] - centre
+    step = np.floor(np.degrees(np.arctan2(to[:, 1], to[:, 0])) / 5)
+    return len(np.unique(step)) / 72
 
 # %% ../nbs/07a_log_numbers.ipynb #a9532e71
 def sweep_numbers(
@@ -236,6 +248,7 @@ def sweep_numbers(
         same=share_at_one_point(sample),
         grain=storage_step(sample),
         height=near_height(sample, centre),
+        surround=surround(sample, centre),
     )
 
 # %% ../nbs/07a_log_numbers.ipynb #fbe0384e
@@ -276,6 +289,7 @@ class CameraNumbers:
     K: np.ndarray | None  # (3,3) pinhole matrix, px
     poses: np.ndarray | None  # (F,4,4) camera-to-world
     stamps: np.ndarray | None  # (F,) epoch s
+    heading: float | None = None  # deg left of forward that it looks, None when nobody says
 
 # %% ../nbs/07a_log_numbers.ipynb #03cef58e
 @dataclass(frozen=True)
@@ -287,6 +301,10 @@ class LogNumbers:
     poses: np.ndarray | None  # (F,4,4) LiDAR-to-world
     cameras: dict[str, CameraNumbers]  # by name
     sweeps: list[SweepNumbers | None]  # F
+    turn: float = np.nan  # s, of one turn of the LiDAR, NaN when nobody knows
+    sweep_files: tuple[Path, ...] = ()  # F, of the sweeps; (): as PandaSet names them
+    images: dict[str, tuple[Path, ...]] = field(default_factory=dict)  # F each, by camera
+    rig: Rig = Rig()  # what the log's files leave unsaid
 
     @property
     def step(self) -> float:  # s, NaN when nobody knows
@@ -302,6 +320,8 @@ class LogNumbers:
 
     def sweep_file(self, frame: int) -> Path:  # lidar/NN.pkl.gz
         "The file of a sweep."
+        if frame < len(self.sweep_files):
+            return self.sweep_files[frame]
         return self.folder / f"lidar/{frame:02d}.pkl.gz"
 
     @property
@@ -314,7 +334,17 @@ def known_cameras(
     log: Log,  # the log
 ) -> list[str]:  # names, front camera first
     "Cameras of names that are read; none is no error here."
-    return [name for name in CAMERAS if (log.folder / "camera" / name).is_dir()]
+    return log.cameras
+
+# %% ../nbs/07a_log_numbers.ipynb #5e2ec051
+CAMERA_HEADINGS = dict(  # deg left of forward
+    front_camera=0,
+    front_left_camera=55,
+    front_right_camera=-55,
+    left_camera=90,
+    right_camera=-90,
+    back_camera=180,
+)
 
 # %% ../nbs/07a_log_numbers.ipynb #7ca878bb
 def _camera_numbers(log: Log, name: str, count: int | None) -> CameraNumbers:
@@ -327,7 +357,9 @@ def _camera_numbers(log: Log, name: str, count: int | None) -> CameraNumbers:
         size = Camera(name, K, poses, stamps, folder).size
     except DataError:
         size = None
-    return CameraNumbers(name=name, folder=folder, size=size, K=K, poses=poses, stamps=stamps)
+    heading = log.rig.cameras.get(name, CameraRig()).heading
+    heading = CAMERA_HEADINGS.get(name) if heading is None else heading
+    return CameraNumbers(name=name, folder=folder, size=size, K=K, poses=poses, stamps=stamps, heading=heading)
 
 # %% ../nbs/07a_log_numbers.ipynb #979a556e
 def numbers_of(
@@ -337,12 +369,23 @@ def numbers_of(
     lidar = log.folder / "lidar"
     stamps = _read_or_none(read_stamps, lidar / "timestamps.json")
     count = None if stamps is None else len(stamps)
+    poses = _read_or_none(read_poses, lidar / "poses.json", count)
+    turn = np.nan if stamps is None else log.turn
+    if stamps is not None and log.rig.after_stamp:
+        ends = log.lidar_stamps
+        stamps, poses = ends, None if poses is None else poses_at(poses, stamps, ends)
+    frames = range(count or 0)
+    posed = range(0 if poses is None else len(poses))
     return LogNumbers(
         folder=log.folder,
         stamps=stamps,
-        poses=_read_or_none(read_poses, lidar / "poses.json", count),
+        poses=poses,
         cameras={name: _camera_numbers(log, name, count) for name in known_cameras(log)},
-        sweeps=[_frame_numbers(log, frame) for frame in range(count or 0)],
+        sweeps=[_frame_numbers(log, frame) for frame in frames],
+        turn=turn,
+        sweep_files=tuple(log.sweep_path(frame) for frame in frames),
+        images={name: tuple(log.image_path(name, frame) for frame in posed) for name in known_cameras(log)},
+        rig=log.rig,
     )
 
 # %% ../nbs/07a_log_numbers.ipynb #b36c6768
