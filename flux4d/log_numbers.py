@@ -68,6 +68,14 @@ RULES = dict(
     repeated_image=Rule("fault", "does each frame have an image of its own?"),
     image_sizes=Rule("fault", "do all cameras give images of one size?"),
     unknown_camera=Rule("fault", "does every camera folder have a name that is read?"),
+    # unlike PandaSet, and read all the same
+    other_axes=Rule("note", "does the LiDAR have x right, y forward, z up?"),
+    other_stamps=Rule("note", "do stamps give the ends of sweeps, and returns times of their own?"),
+    other_names=Rule("note", "do files count from 00 as the stamps do?"),
+    other_lens=Rule("note", "are the images a pinhole camera's?"),
+    other_rate=Rule("note", "are there about ten frames a second?"),
+    cropped=Rule("note", "do the returns surround the vehicle?"),
+    far_origin=Rule("note", "is the world's origin near?"),
 )
 
 # %% ../nbs/07a_log_numbers.ipynb #9523d003

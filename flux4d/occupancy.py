@@ -98,7 +98,10 @@ def at_gap(
         return self
     penalty = self.zero_motion_penalty * self.reach / reach
     neighbours = max(1, min(self.neighbour_sweeps, sweeps - 1))
-    return replace(self, reach=reach, zero_motion_penalty=penalty, neighbour_sweeps=neighbours)
+    confirm = min(self.min_inliers, max(2, -(-sweeps // 2)))  # half of the sweeps, as 3 of 6
+    return replace(
+        self, reach=reach, zero_motion_penalty=penalty, neighbour_sweeps=neighbours, min_inliers=confirm
+    )
 
 # %% ../nbs/13a_occupancy.ipynb #b476b8a8
 class SweepPoints(NamedTuple):

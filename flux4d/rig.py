@@ -18,8 +18,8 @@ from .frames import se3
 from .settings import read_settings
 
 # %% auto #0
-__all__ = ['TURN', 'RIG_FILE', 'axes_matrix', 'CameraRig', 'Rig', 'read_rig', 'rig_bytes', 'poses_at', 'need_cv2', 'Lens',
-           'lens_of_camera']
+__all__ = ['TURN', 'RIG_FILE', 'axes_matrix', 'axes_words', 'CameraRig', 'Rig', 'read_rig', 'rig_bytes', 'poses_at', 'need_cv2',
+           'Lens', 'lens_of_camera']
 
 # %% ../nbs/02i_rig.ipynb #c24a4c93
 _DIRECTIONS = dict(  # on the vehicle: x forward, y left, z up
@@ -41,6 +41,13 @@ def axes_matrix(
     if round(np.linalg.det(axes)) != 1:
         raise DataError(f"lidar_axes: {words!r} are not the axes of a right-handed frame; correct one of the three.")
     return axes
+
+
+def axes_words(
+    axes: np.ndarray,  # (3,3) as from `axes_matrix`
+) -> str:  # such as "right forward up"
+    "The words for the axes of a sensor."
+    return " ".join(next(word for word, at in _DIRECTIONS.items() if np.allclose(at, row)) for row in axes)
 
 # %% ../nbs/02i_rig.ipynb #65f2d4c5
 @dataclass(frozen=True)
