@@ -234,5 +234,5 @@ def check_image_sizes(
     first = next(iter(sizes.values()))
     odd = next(name for name, size in sizes.items() if size != first)
     listed = ", ".join(f"{name} {width}x{height}" for name, (width, height) in sizes.items())
-    remedy = "use cameras of one size together, or scale images and intrinsics"
+    remedy = "each size is lifted and rendered by itself, and a polish takes cameras of one size"
     yield finding("image_sizes", numbers.folder / "camera" / odd, f"has images of another size ({listed})", remedy)

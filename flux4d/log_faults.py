@@ -111,9 +111,4 @@ def check_log(
             _check_images(log, name, range(len(stamps)), found)
     if stamps is not None:
         _check_sweeps(log, stamps, found)
-    if images and log.cameras and not found:
-        try:
-            log.image_size()
-        except DataError as e:
-            found.append(str(e))
     return found

@@ -332,6 +332,18 @@ def image_size(
             report_fault(self.folder / "camera" / name, what, remedy)
     return width, height
 
+# %% ../nbs/03_pandaset.ipynb #5e2ec0a1
+@patch
+def by_size(
+    self: Log,
+    cameras: list[str] | tuple[str, ...] | None = None,  # names, None: all there are
+) -> list[list[str]]:  # names whose images have one size, in the order given
+    "Cameras that fit into one array."
+    groups = {}
+    for name in self.cameras if cameras is None else cameras:
+        groups.setdefault(self.camera(name).size, []).append(name)
+    return list(groups.values())
+
 # %% ../nbs/03_pandaset.ipynb #6736631a
 def _version(path: Path) -> tuple[int, int] | None:
     "What changes when a file changes: its time and its size."

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from annotated_types import Interval
 from pydantic import NonNegativeFloat
-from .clip_data import InputViews
+from .clip_data import InputViews, ViewGroups, size_groups
 from .config import Config
 from .frames import mat_to_quat, quat_mul, rotate_vectors, se3_inverse, transform_points
 from .gaussians import FLAT, Gaussians
@@ -87,24 +87,28 @@ class Feedback(NamedTuple):
 # %% ../nbs/50_refine.ipynb #76161818
 def feedback(
     scene: Scene,  # N Gaussians
-    inputs: InputViews,  # raises TypeError for any other views
+    inputs: InputViews | ViewGroups,  # raises TypeError for any other views
     cfg: RefineConfig,  # read: error, rgb, depth
     loss: LossConfig = LossConfig(),  # read where `error` is "training"
 ) -> Feedback:  # without graph
     "Gradient of the input views' error; works under no_grad too."
-    if not isinstance(inputs, InputViews):
-        raise TypeError(
-            f"feedback comes from InputViews only, got {type(inputs).__name__}: "
-            "a reconstruction never sees its targets."
-        )
+    groups = size_groups(inputs)
+    for views in groups:
+        if not isinstance(views, InputViews):
+            raise TypeError(
+                f"feedback comes from InputViews only, got {type(views).__name__}: "
+                "a reconstruction never sees its targets."
+            )
     g = scene.gaussians
     with torch.enable_grad():
         raw = g.flat().detach().requires_grad_()
         nothing = g.means.new_zeros(len(g), 1).requires_grad_()  # a channel that is zero everywhere
         fresh = replace(scene, gaussians=g.with_flat(raw), velocity=scene.velocity.detach())
-        out = fresh.render(inputs, features=nothing)
-        error = feedback_error(out, inputs, cfg, loss)
-        grad, filled = torch.autograd.grad(error + out.features.sum(), (raw, nothing))
+        total = 0.0
+        for views in groups:
+            out = fresh.render(views, features=nothing)
+            total = total + (feedback_error(out, views, cfg, loss) + out.features.sum())
+        grad, filled = torch.autograd.grad(total, (raw, nothing))
     return Feedback(grad, filled[:, 0])
 
 # %% ../nbs/50_refine.ipynb #9005a661
