@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import NamedTuple
 import numpy as np
 from .clips import TIME_UNITS, time_unit
-from .log_numbers import CameraNumbers, Finding, Limits, LogNumbers, finding, first_finding, readable
+from .log_numbers import CameraNumbers, Finding, Limits, LogNumbers
+from .log_numbers import finding, first_finding, is_cropped_cloud, readable
 
 # %% auto #0
 __all__ = ['check_steps', 'in_seconds', 'ClockPair', 'clock_cause', 'camera_offsets', 'check_camera_clock', 'ReturnTimes',
@@ -254,15 +255,10 @@ def _long_span(numbers: LogNumbers, times: ReturnTimes, limits: Limits) -> Findi
     return finding("return_span", numbers.sweep_file(times.frames[k]), what, cause)
 
 # %% ../nbs/07c_check_clocks.ipynb #a5a81620
-def _covers_little(numbers: LogNumbers) -> bool:
-    "Do the returns surround the LiDAR so little that a part of a turn is all there is?"
-    return float(np.median([numbers.sweeps[k].surround for k in numbers.read_frames])) < 0.5
-
-
 def _no_span(numbers: LogNumbers, times: ReturnTimes, limits: Limits) -> Finding | None:
     "One stamp for all returns of a sweep."
     usual = np.median(times.span)
-    unknown = numbers.rig.return_times == "none" or _covers_little(numbers)
+    unknown = numbers.rig.return_times == "none" or is_cropped_cloud(numbers, limits)
     if usual >= limits.span_min or unknown:
         return None
     turn = turn_length(numbers)

@@ -5,16 +5,15 @@
 # %% ../nbs/07h_check_rig.ipynb #11d6707b
 from __future__ import annotations
 from collections.abc import Iterator
-import numpy as np
 from .clips import ClipConfig, at_rate
 from .frames import far_origin
-from .log_numbers import Finding, Limits, LogNumbers, finding, readable
+from .log_numbers import Finding, Limits, LogNumbers, covered_share, finding, is_cropped_cloud, readable
 from .pandaset import vehicle_axes
 from .rig import RIG_FILE, axes_words
 
 # %% auto #0
 __all__ = ['PANDASET_AXES', 'RIG_CHECKS', 'check_axes', 'check_moments', 'check_files', 'check_rate', 'check_surround',
-           'surround_of_pose', 'check_origin']
+           'check_origin']
 
 # %% ../nbs/07h_check_rig.ipynb #fac758f7
 PANDASET_AXES = "right forward up"
@@ -98,25 +97,10 @@ def check_surround(
     limits: Limits,  # what is usual
 ) -> Iterator[Finding]:  # at most one note
     "Do the returns surround the vehicle?"
-    if numbers.poses is None:
-        return
-    full = [k for k in numbers.read_frames if numbers.sweeps[k].count >= limits.min_returns]
-    if not full:
-        return
-    share = float(np.median([surround_of_pose(numbers, k) for k in full]))
-    if share < 0.6:
-        what = f"has returns in only {share:.0%} of the directions around the LiDAR"
+    if is_cropped_cloud(numbers, limits):
+        what = f"has returns in only {covered_share(numbers, limits):.0%} of the directions around the LiDAR"
         cause = "the cloud is cropped, so motion is found and labels are judged only there"
         yield finding("cropped", numbers.folder / "lidar", what, cause)
-
-
-def surround_of_pose(
-    numbers: LogNumbers,  # a log with LiDAR poses
-    frame: int,  # whose sweep could be read
-) -> float:  # share of all directions
-    "In how many directions around its LiDAR's pose a sweep has returns."
-    to = numbers.sweeps[frame].sample[:, :2] - numbers.poses[frame, :2, 3]
-    return len(np.unique(np.floor(np.degrees(np.arctan2(to[:, 1], to[:, 0])) / 5))) / 72
 
 # %% ../nbs/07h_check_rig.ipynb #8273da5e
 def check_origin(

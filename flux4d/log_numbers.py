@@ -19,7 +19,8 @@ from .rig import CameraRig, Rig, poses_at
 # %% auto #0
 __all__ = ['RULES', 'CAMERA_HEADINGS', 'Rule', 'Limits', 'Finding', 'finding', 'first_finding', 'readable', 'sweep_centre',
            'share_at_one_point', 'storage_step', 'near_height', 'SweepNumbers', 'surround', 'sweep_numbers',
-           'CameraNumbers', 'LogNumbers', 'known_cameras', 'numbers_of', 'scaled_positions', 'reread_quaternions']
+           'CameraNumbers', 'LogNumbers', 'known_cameras', 'numbers_of', 'covered_share', 'is_cropped_cloud',
+           'scaled_positions', 'reread_quaternions']
 
 # %% ../nbs/07a_log_numbers.ipynb #2055df69
 class Rule(NamedTuple):
@@ -106,6 +107,8 @@ class Limits:
     centre_height: float = 4.0  # m, the LiDAR's pose to the median height of near returns; sound: 1.6
     track_difference: float = 0.5  # share of their motion in which centres and poses differ; sound: .05
     min_returns: int = 1000  # a sweep of fewer returns has no centre
+    covered: float = 0.6  # share of the directions around the LiDAR with returns; sound: 1, of an image's wedge .2
+    near_wedge: float = 25.0  # m, the nearest return of a wedge; sound: 8
     moved: float = 3.0  # m, a vehicle that moved less shows nothing about directions
     centre_moved: float = 8.0  # m, the centre of a standing vehicle's sweeps wanders less
     up: float = 0.7  # cosine of a sensor's up to the vehicle's; sound: 1.00
@@ -224,17 +227,15 @@ class SweepNumbers(NamedTuple):
     same: float  # share of these at their most frequent point
     grain: float  # m, step of the numbers that they are kept in
     height: float  # m, median z of those near the centre, NaN without any
-    surround: float = 1.0  # share of the directions around the centre in which there are returns, in steps of 5 deg
 
 # %% ../nbs/07a_log_numbers.ipynb #5e2ec052
 def surround(
     points: np.ndarray,  # (M,3) returns, m
-    centre: np.ndarray,  # (2,) among them, m
+    centre: np.ndarray,  # (2,) where the LiDAR stood, m
 ) -> float:  # share of all directions, in steps of 5 deg
     "In how many directions around a place there are returns."
     to = points[:, :2] - centre
-    step = np.floor(np.degrees(np.arctan2(to[:, 1], to[:, 0])) / 5)
-    return len(np.unique(step)) / 72
+    return len(np.unique(np.floor(np.degrees(np.arctan2(to[:, 1], to[:, 0])) / 5))) / 72
 
 # %% ../nbs/07a_log_numbers.ipynb #a9532e71
 def sweep_numbers(
@@ -256,7 +257,6 @@ def sweep_numbers(
         same=share_at_one_point(sample),
         grain=storage_step(sample),
         height=near_height(sample, centre),
-        surround=surround(sample, centre),
     )
 
 # %% ../nbs/07a_log_numbers.ipynb #fbe0384e
@@ -395,6 +395,29 @@ def numbers_of(
         images={name: tuple(log.image_path(name, frame) for frame in posed) for name in known_cameras(log)},
         rig=log.rig,
     )
+
+# %% ../nbs/07a_log_numbers.ipynb #5e2ec054
+def covered_share(
+    numbers: LogNumbers,  # a log
+    limits: Limits,  # read: min_returns
+) -> float:  # share of all directions around the LiDAR; 1 where nobody knows
+    "In how many directions a LiDAR has returns."
+    if numbers.poses is None:
+        return 1.0
+    full = [k for k in numbers.read_frames if numbers.sweeps[k].count >= limits.min_returns]
+    return float(np.median([surround(numbers.sweeps[k].sample, numbers.poses[k, :2, 3]) for k in full] or [1.0]))
+
+
+def is_cropped_cloud(
+    numbers: LogNumbers,  # a log
+    limits: Limits,  # read: covered, near_wedge, min_returns
+) -> bool:
+    "Do the returns lie in a wedge that begins at the LiDAR?"
+    if covered_share(numbers, limits) >= limits.covered:
+        return False
+    full = [k for k in numbers.read_frames if numbers.sweeps[k].count >= limits.min_returns]
+    away = [np.linalg.norm(numbers.sweeps[k].sample - numbers.poses[k, :3, 3], axis=1).min() for k in full]
+    return float(np.median(away)) < limits.near_wedge
 
 # %% ../nbs/07a_log_numbers.ipynb #b36c6768
 def scaled_positions(
