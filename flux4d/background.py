@@ -25,7 +25,7 @@ from .gap_filling import Blocks, InitConfig, block_sides, clip_blocks, even_opac
 __all__ = ['BackgroundConfig', 'pixels_at', 'photometric_cost', 'shared_cost', 'shrunk_images', 'far_depth',
            'elevation_in_camera', 'field_top', 'above_field', 'column_depth', 'depth_above', 'far_field',
            'bounding_box', 'draw_hemisphere', 'first_colour', 'drawn_points', 'hemisphere', 'draw_ball', 'inside_ball',
-           'near_field', 'background', 'init_data', 'init_gaussians']
+           'near_field', 'background', 'init_data', 'clip_groups', 'init_groups', 'init_gaussians']
 
 # %% ../nbs/12_background.ipynb #380a93b9
 @dataclass(frozen=True)
@@ -404,6 +404,37 @@ def init_data(
     bg = background(data, g, blocks, lift_cfg, bg_cfg, seed)
     return cat([g, *ball] + ([] if bg is None else [bg])) if ball or bg is not None else g
 
+# %% ../nbs/12_background.ipynb #5e2ec0a6
+def clip_groups(
+    clip: Clip,  # the clip
+    lidar_sensors: tuple[int, ...] = (0,),  # as for `clip_data`
+    cameras: list[str] | None = None,  # names, None: the clip's
+    image_scale: float = 1.0,  # 1.0 = full resolution
+) -> list[ClipData]:  # one for each size of images
+    "Read what a lift needs, cameras of one size together."
+    groups = clip.log.by_size(clip.cameras if cameras is None else cameras)
+    return [clip_data(clip, lidar_sensors, group, image_scale) for group in groups]
+
+
+def init_groups(
+    groups: list[ClipData],  # of one clip, one for each size of images
+    lift_cfg: InitConfig = InitConfig(),  # returns and gaps
+    bg_cfg: BackgroundConfig = BackgroundConfig(),  # sky and far field
+    seed: int = 0,  # of rotations and hemisphere
+) -> Gaussians:  # kinds LIDAR, then BACKGROUND; world, on the data's device
+    "Everything a reconstruction starts from, of cameras of any size."
+    if len(groups) == 1:
+        return init_data(groups[0], lift_cfg, bg_cfg, seed)
+    taken = torch.zeros_like(groups[0].stamps, dtype=torch.bool)
+    parts = []
+    for data in groups:
+        rest = replace(data, taken=taken)
+        parts.append(init_data(rest, lift_cfg, bg_cfg, seed))
+        taken = taken | rest.projected.visible.any(1)
+    g = cat(parts)
+    order = (g.kind == BACKGROUND).to(torch.uint8).argsort(stable=True)
+    return g[order]
+
 # %% ../nbs/12_background.ipynb #a72957f3
 def init_gaussians(
     clip: Clip,  # the clip
@@ -415,6 +446,5 @@ def init_gaussians(
     device: Any = "cpu",  # where it is lifted
 ) -> Gaussians:  # kinds LIDAR, then BACKGROUND; world, on the device
     "Everything a reconstruction starts from, of a clip on disk."
-    return init_data(
-        clip_data(clip, lift_cfg.lidar_sensors, cameras, image_scale).to(device), lift_cfg, bg_cfg, seed
-    )
+    groups = clip_groups(clip, lift_cfg.lidar_sensors, cameras, image_scale)
+    return init_groups([data.to(device) for data in groups], lift_cfg, bg_cfg, seed)
