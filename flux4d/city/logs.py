@@ -290,24 +290,6 @@ def write_lists(
     if described := rig_description(record, cfg["cameras"]):
         (log / "rig.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
 
-# %% ../../nbs/05i_logs.ipynb #4aa4a18b
-def write_lists(
-    caster: Raycaster,  # the street
-    log: Path,  # the log's folder
-    truth: Path,  # folder of the log's truth
-    stamps: np.ndarray,  # (F,) epoch s
-    cfg: dict,  # scale, cameras
-) -> None:
-    "Poses, stamps, intrinsics, GPS and the names of the movers."
-    lists = ego_lists(caster, stamps)
-    for c in cfg["cameras"]:
-        lists |= camera_lists(caster, c, stamps, cfg["scale"])
-    for name, value in lists.items():
-        write_json(value, log / f"{name}.json")
-    things = enumerate(caster.street.things)
-    movers = {i: dict(uuid=t.uuid, label=t.label) for i, t in things if t.motion.moves}
-    write_json(movers, truth / "objects.json")
-
 # %% ../../nbs/05i_logs.ipynb #988c12c9
 @lru_cache(maxsize=1)
 def caster_of(
