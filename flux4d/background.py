@@ -5,7 +5,7 @@
 # %% ../nbs/12_background.ipynb #4655f01e
 from __future__ import annotations
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 import numpy as np
 import torch

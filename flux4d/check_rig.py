@@ -5,6 +5,7 @@
 # %% ../nbs/07h_check_rig.ipynb #11d6707b
 from __future__ import annotations
 from collections.abc import Iterator
+import numpy as np
 from .clips import ClipConfig, at_rate
 from .frames import far_origin
 from .log_numbers import Finding, Limits, LogNumbers, covered_share, finding, is_cropped_cloud, readable
