@@ -27,8 +27,8 @@ __all__ = ['ATTRIBUTE_BLOCK', 'bend', 'bend_slope', 'log1p', 'rotated', 'rotated
 # %% ../nbs/20c_attribute_kernels.ipynb #c5753a18
 @kernel
 def bend(
-    x,  # block of raw numbers
-    bound,  # largest magnitude
+    x: Any,  # block of raw numbers
+    bound: Any,  # largest magnitude
 ):
     "bound tanh(x / bound)."
     u = x / bound
@@ -41,8 +41,8 @@ def bend(
 
 @kernel
 def bend_slope(
-    y,  # block of bounded numbers, from `bend`
-    bound,  # largest magnitude
+    y: Any,  # block of bounded numbers, from `bend`
+    bound: Any,  # largest magnitude
 ):
     "Slope of `bend` where it has given y."
     return 1.0 - (y / bound) * (y / bound)
@@ -50,7 +50,7 @@ def bend_slope(
 
 @kernel
 def log1p(
-    x,  # block of numbers of at least 0
+    x: Any,  # block of numbers of at least 0
 ):
     "log(1 + x), to the last digits; see `softplus`."
     u = 1.0 + x
@@ -59,10 +59,10 @@ def log1p(
 # %% ../nbs/20c_attribute_kernels.ipynb #a8a875c9
 @kernel
 def rotated(
-    turn_ptr,  # (3,3) rotation
-    x,  # blocks of a vector's coordinates
-    y,
-    z,
+    turn_ptr: Any,  # (3,3) rotation
+    x: Any,  # blocks of a vector's coordinates
+    y: Any,  # second coordinates
+    z: Any,  # third coordinates
 ):
     "R v."
     a = tl.load(turn_ptr) * x + tl.load(turn_ptr + 1) * y + tl.load(turn_ptr + 2) * z
@@ -73,10 +73,10 @@ def rotated(
 
 @kernel
 def rotated_back(
-    turn_ptr,  # (3,3) rotation
-    x,  # blocks of a vector's coordinates
-    y,
-    z,
+    turn_ptr: Any,  # (3,3) rotation
+    x: Any,  # blocks of a vector's coordinates
+    y: Any,  # second coordinates
+    z: Any,  # third coordinates
 ):
     "The transpose of R times v."
     a = tl.load(turn_ptr) * x + tl.load(turn_ptr + 3) * y + tl.load(turn_ptr + 6) * z
@@ -87,14 +87,14 @@ def rotated_back(
 
 @kernel
 def product(
-    aw,  # blocks of a quaternion's components
-    ax,
-    ay,
-    az,
-    bw,  # and of another's
-    bx,
-    by,
-    bz,
+    aw: Any,  # blocks of a quaternion's components
+    ax: Any,  # its second component
+    ay: Any,  # its third
+    az: Any,  # its fourth
+    bw: Any,  # and of another's
+    bx: Any,  # its second component
+    by: Any,  # its third
+    bz: Any,  # its fourth
 ):
     "Hamilton product a b."
     w = aw * bw - ax * bx - ay * by - az * bz
@@ -106,9 +106,9 @@ def product(
 
 @kernel
 def mean_scale(
-    scales_ptr,  # (N,3) stored scales
-    at,  # block of places of the first of three
-    here,  # block of bool, what is there
+    scales_ptr: Any,  # (N,3) stored scales
+    at: Any,  # block of places of the first of three
+    here: Any,  # block of bool, what is there
 ):
     "Mean standard deviation of Gaussians, m."
     total = softplus(tl.load(scales_ptr + at, mask=here, other=0.0))
@@ -119,20 +119,20 @@ def mean_scale(
 # %% ../nbs/20c_attribute_kernels.ipynb #a82650e4
 @kernel
 def residual_kernel(
-    raw_ptr,  # (M,14) output of a head
-    quats_ptr,  # (M,4)
-    scales_ptr,  # (M,3) stored scales
-    turn_ptr,  # (3,3) ego0-to-world
-    d_ptr,  # (M,14) gradient of the change, read where BACK
-    out_ptr,  # out: (M,14) the change; where BACK the gradient of the raw numbers
-    n,  # M
-    quats_stride,
-    scales_stride,
-    of_position,  # bounds
-    of_quat,
-    of_scale,
-    of_opacity,
-    of_colour,
+    raw_ptr: Any,  # (M,14) output of a head
+    quats_ptr: Any,  # (M,4)
+    scales_ptr: Any,  # (M,3) stored scales
+    turn_ptr: Any,  # (3,3) ego0-to-world
+    d_ptr: Any,  # (M,14) gradient of the change, read where BACK
+    out_ptr: Any,  # out: (M,14) the change; where BACK the gradient of the raw numbers
+    n: Any,  # M
+    quats_stride: Any,  # numbers from a row to the next
+    scales_stride: Any,  # numbers from a row to the next
+    of_position: Any,  # bounds
+    of_quat: Any,  # bound of a quaternion's component
+    of_scale: Any,  # bound of a stored scale
+    of_opacity: Any,  # bound of an opacity's logit
+    of_colour: Any,  # bound of a colour's logit
     BACK: tl.constexpr,  # whether the gradient is wanted
     BLOCK: tl.constexpr,  # Gaussians of a program
 ):
@@ -214,7 +214,10 @@ class FusedResidual(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple:
+    def backward(
+        ctx: Any,  # what was saved
+        d: Tensor,  # gradient of the result
+    ) -> tuple:  # of the arguments
         "The same with slopes."
         return _residual(ctx.saved_tensors, d.contiguous(), ctx.bounds, True), None, None, None, None
 
@@ -247,23 +250,23 @@ def fused_residual(
 # %% ../nbs/20c_attribute_kernels.ipynb #29c2d2b1
 @kernel
 def sum_kernel(
-    means_ptr,  # (N,3) raw numbers, each with a stride of its own
-    quats_ptr,  # (N,4)
-    scales_ptr,  # (N,3)
-    opacities_ptr,  # (N,)
-    colours_ptr,  # (N,3)
-    change_ptr,  # (N,14)
-    out_means_ptr,  # out: the sums
-    out_quats_ptr,
-    out_scales_ptr,
-    out_opacities_ptr,
-    out_colours_ptr,
-    n,  # N
-    means_stride,
-    quats_stride,
-    scales_stride,
-    opacities_stride,
-    colours_stride,
+    means_ptr: Any,  # (N,3) raw numbers, each with a stride of its own
+    quats_ptr: Any,  # (N,4)
+    scales_ptr: Any,  # (N,3)
+    opacities_ptr: Any,  # (N,)
+    colours_ptr: Any,  # (N,3)
+    change_ptr: Any,  # (N,14)
+    out_means_ptr: Any,  # out: the sums
+    out_quats_ptr: Any,  # of quaternions
+    out_scales_ptr: Any,  # of stored scales
+    out_opacities_ptr: Any,  # of opacities
+    out_colours_ptr: Any,  # of colours
+    n: Any,  # N
+    means_stride: Any,  # numbers from a row to the next
+    quats_stride: Any,  # numbers from a row to the next
+    scales_stride: Any,  # numbers from a row to the next
+    opacities_stride: Any,  # numbers from a row to the next
+    colours_stride: Any,  # numbers from a row to the next
     BLOCK: tl.constexpr,  # Gaussians of a program
 ):
     "Raw numbers and their change."
@@ -293,16 +296,16 @@ def sum_kernel(
 
 @kernel
 def sum_grad_kernel(
-    quats_ptr,  # (N,4)
-    change_ptr,  # (N,14)
-    d_means_ptr,  # gradients of the sums
-    d_quats_ptr,
-    d_scales_ptr,
-    d_opacities_ptr,
-    d_colours_ptr,
-    out_ptr,  # out: (N,14) gradient of the change
-    n,  # N
-    quats_stride,
+    quats_ptr: Any,  # (N,4)
+    change_ptr: Any,  # (N,14)
+    d_means_ptr: Any,  # gradients of the sums
+    d_quats_ptr: Any,  # of quaternions
+    d_scales_ptr: Any,  # of stored scales
+    d_opacities_ptr: Any,  # of opacities
+    d_colours_ptr: Any,  # of colours
+    out_ptr: Any,  # out: (N,14) gradient of the change
+    n: Any,  # N
+    quats_stride: Any,  # numbers from a row to the next
     BLOCK: tl.constexpr,  # Gaussians of a program
 ):
     "Gradient of the change."
@@ -348,7 +351,10 @@ class FusedSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *slopes: Tensor) -> tuple:
+    def backward(
+        ctx: Any,  # what was saved
+        *slopes: Tensor,  # gradients of the results
+    ) -> tuple:  # of the arguments
         "One program for 128 Gaussians."
         change, quats = ctx.saved_tensors
         slopes = [d.contiguous() for d in slopes]
@@ -370,23 +376,23 @@ def fused_sum(
 # %% ../nbs/20c_attribute_kernels.ipynb #e5ad645c
 @kernel
 def point_kernel(
-    means_ptr,  # (M,3) raw numbers, world, each with a stride of its own
-    quats_ptr,  # (M,4)
-    scales_ptr,  # (M,3)
-    opacities_ptr,  # (M,)
-    colours_ptr,  # (M,3)
-    seconds_ptr,  # (M,) since the clip's start
-    cells_ptr,  # (M,3) int64, voxel each was lifted into
-    to_ego_ptr,  # (4,4) float64 world-to-ego0
-    grid_ptr,  # (7,) float64 lower corner, cells along each axis, edge of a voxel
-    out_ptr,  # out: (M,14)
-    turn_ptr,  # out: (M,9)
-    n,  # M
-    means_stride,
-    quats_stride,
-    scales_stride,
-    opacities_stride,
-    colours_stride,
+    means_ptr: Any,  # (M,3) raw numbers, world, each with a stride of its own
+    quats_ptr: Any,  # (M,4)
+    scales_ptr: Any,  # (M,3)
+    opacities_ptr: Any,  # (M,)
+    colours_ptr: Any,  # (M,3)
+    seconds_ptr: Any,  # (M,) since the clip's start
+    cells_ptr: Any,  # (M,3) int64, voxel each was lifted into
+    to_ego_ptr: Any,  # (4,4) float64 world-to-ego0
+    grid_ptr: Any,  # (7,) float64 lower corner, cells along each axis, edge of a voxel
+    out_ptr: Any,  # out: (M,14)
+    turn_ptr: Any,  # out: (M,9)
+    n: Any,  # M
+    means_stride: Any,  # numbers from a row to the next
+    quats_stride: Any,  # numbers from a row to the next
+    scales_stride: Any,  # numbers from a row to the next
+    opacities_stride: Any,  # numbers from a row to the next
+    colours_stride: Any,  # numbers from a row to the next
     BLOCK: tl.constexpr,  # Gaussians of a program
 ):
     "Channels of points, and rotation matrices in ego0."
@@ -453,19 +459,19 @@ def fused_point(
 # %% ../nbs/20c_attribute_kernels.ipynb #2609fdf3
 @kernel
 def feedback_kernel(
-    grad_ptr,  # (N,14) gradient of the raw numbers
-    filled_ptr,  # (N,) px
-    quats_ptr,  # (N,4) raw numbers, each with a stride of its own
-    scales_ptr,  # (N,3)
-    colours_ptr,  # (N,3)
-    turn_ptr,  # (3,3) world-to-ego0
-    out_ptr,  # out: (N,15)
-    sums_ptr,  # out: (5,programs) of squares of centre, turn, scales, opacity; of Gaussians that fill enough
-    n,  # N
-    quats_stride,
-    scales_stride,
-    colours_stride,
-    floor,  # px
+    grad_ptr: Any,  # (N,14) gradient of the raw numbers
+    filled_ptr: Any,  # (N,) px
+    quats_ptr: Any,  # (N,4) raw numbers, each with a stride of its own
+    scales_ptr: Any,  # (N,3)
+    colours_ptr: Any,  # (N,3)
+    turn_ptr: Any,  # (3,3) world-to-ego0
+    out_ptr: Any,  # out: (N,15)
+    sums_ptr: Any,  # out: (5,programs) of squares of centre, turn, scales, opacity; of Gaussians that fill enough
+    n: Any,  # N
+    quats_stride: Any,  # numbers from a row to the next
+    scales_stride: Any,  # numbers from a row to the next
+    colours_stride: Any,  # numbers from a row to the next
+    floor: Any,  # px
     BLOCK: tl.constexpr,  # Gaussians of a program
 ):
     "The gradient per filled pixel in the terms of a change, and how large it is."
@@ -550,11 +556,11 @@ def fused_feedback(
 # %% ../nbs/20c_attribute_kernels.ipynb #a4e6099f
 @kernel
 def mix_kernel(
-    features_ptr,  # (V,C) of voxels; where BACK out: their gradient, zero at first
-    row_ptr,  # (N,8) int64 voxels around each point
-    weight_ptr,  # (N,8)
-    mixed_ptr,  # out: (N,C) of points; where BACK their gradient
-    n,  # N
+    features_ptr: Any,  # (V,C) of voxels; where BACK out: their gradient, zero at first
+    row_ptr: Any,  # (N,8) int64 voxels around each point
+    weight_ptr: Any,  # (N,8)
+    mixed_ptr: Any,  # out: (N,C) of points; where BACK their gradient
+    n: Any,  # N
     C: tl.constexpr,  # channels
     WIDTH: tl.constexpr,  # the next power of two
     BACK: tl.constexpr,  # whether the gradient is wanted
@@ -599,7 +605,10 @@ class FusedMix(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple:
+    def backward(
+        ctx: Any,  # what was saved
+        d: Tensor,  # gradient of the result
+    ) -> tuple:  # of the arguments
         "The same, back."
         row, w = ctx.saved_tensors
         of_features = d.new_zeros(ctx.voxels, d.shape[1])

@@ -34,7 +34,7 @@ def kernel(
 
 @kernel
 def one_kernel(
-    x_ptr,  # out: one number
+    x_ptr: Any,  # out: one number
 ):
     "Write a one."
     tl.store(x_ptr, 1.0)
@@ -58,7 +58,7 @@ def kernels_work(
 # %% ../nbs/20b_splat_kernels.ipynb #122c90b0
 @kernel
 def softplus(
-    x,  # block of stored scales
+    x: Any,  # block of stored scales
 ):
     "log(1 + exp(x)), to the last digits."
     e = tl.exp(-tl.abs(x))
@@ -69,7 +69,7 @@ def softplus(
 
 @kernel
 def sigmoid(
-    x,  # block of logits
+    x: Any,  # block of logits
 ):
     "1 / (1 + exp(-x))."
     return 1.0 / (1.0 + tl.exp(-x))
@@ -77,8 +77,8 @@ def sigmoid(
 
 @kernel
 def way(
-    now,  # block of the points' own times, s
-    then,  # the view's time, s
+    now: Any,  # block of the points' own times, s
+    then: Any,  # the view's time, s
     J: tl.constexpr,  # order of the coefficient
 ):
     "Metres per unit of a velocity coefficient, from one time to another."
@@ -92,30 +92,30 @@ def way(
 # %% ../nbs/20b_splat_kernels.ipynb #cd041c42
 @kernel
 def splat_kernel(
-    means_ptr,  # (N,3) raw numbers, each with a stride of its own
-    quats_ptr,  # (N,4)
-    scales_ptr,  # (N,3)
-    opacities_ptr,  # (N,)
-    colours_ptr,  # (N,3)
-    velocity_ptr,  # (N,ORDERS,3) m/s^(j+1); not read where ORDERS is 0
-    t_ptr,  # (N,) own time, normalised
-    kind_ptr,  # (N,)
-    moments_ptr,  # (V,) of the views, normalised
-    cameras_ptr,  # (V,4,4) world-to-camera
-    out_means_ptr,  # out: (V,N,3)
-    out_quats_ptr,  # out: (V,N,4)
-    out_scales_ptr,  # out: (V,N,3)
-    out_opacities_ptr,  # out: (V,N)
-    out_values_ptr,  # out: (V,N,CHANNELS), the first five
-    n,  # N
-    means_stride,
-    quats_stride,
-    scales_stride,
-    opacities_stride,
-    colours_stride,
-    duration,  # s
-    max_scale,  # m, of LiDAR Gaussians
-    lidar,  # their kind
+    means_ptr: Any,  # (N,3) raw numbers, each with a stride of its own
+    quats_ptr: Any,  # (N,4)
+    scales_ptr: Any,  # (N,3)
+    opacities_ptr: Any,  # (N,)
+    colours_ptr: Any,  # (N,3)
+    velocity_ptr: Any,  # (N,ORDERS,3) m/s^(j+1); not read where ORDERS is 0
+    t_ptr: Any,  # (N,) own time, normalised
+    kind_ptr: Any,  # (N,)
+    moments_ptr: Any,  # (V,) of the views, normalised
+    cameras_ptr: Any,  # (V,4,4) world-to-camera
+    out_means_ptr: Any,  # out: (V,N,3)
+    out_quats_ptr: Any,  # out: (V,N,4)
+    out_scales_ptr: Any,  # out: (V,N,3)
+    out_opacities_ptr: Any,  # out: (V,N)
+    out_values_ptr: Any,  # out: (V,N,CHANNELS), the first five
+    n: Any,  # N
+    means_stride: Any,  # numbers from a row to the next
+    quats_stride: Any,  # numbers from a row to the next
+    scales_stride: Any,  # numbers from a row to the next
+    opacities_stride: Any,  # numbers from a row to the next
+    colours_stride: Any,  # numbers from a row to the next
+    duration: Any,  # s
+    max_scale: Any,  # m, of LiDAR Gaussians
+    lidar: Any,  # their kind
     ORDERS: tl.constexpr,  # velocity coefficients; 0 = nothing moves
     CHANNELS: tl.constexpr,  # numbers that are drawn
     BLOCK: tl.constexpr,  # Gaussians of a program
@@ -156,34 +156,34 @@ def splat_kernel(
 # %% ../nbs/20b_splat_kernels.ipynb #e8a99608
 @kernel
 def splat_grad_kernel(
-    quats_ptr,  # (N,4) raw numbers, each with a stride of its own
-    scales_ptr,  # (N,3)
-    opacities_ptr,  # (N,)
-    colours_ptr,  # (N,3)
-    t_ptr,  # (N,) own time, normalised
-    kind_ptr,  # (N,)
-    moments_ptr,  # (V,) of the views, normalised
-    cameras_ptr,  # (V,4,4) world-to-camera
-    d_means_ptr,  # (V,N,3) gradients of what the views got
-    d_quats_ptr,  # (V,N,4)
-    d_scales_ptr,  # (V,N,3)
-    d_opacities_ptr,  # (V,N)
-    d_values_ptr,  # (V,N,CHANNELS)
-    out_means_ptr,  # out: (N,3) gradients of the raw numbers
-    out_quats_ptr,  # out: (N,4)
-    out_scales_ptr,  # out: (N,3)
-    out_opacities_ptr,  # out: (N,)
-    out_colours_ptr,  # out: (N,3)
-    out_velocity_ptr,  # out: (N,ORDERS,3); not written where ORDERS is 0
-    n,  # N
-    views,  # V
-    quats_stride,
-    scales_stride,
-    opacities_stride,
-    colours_stride,
-    duration,  # s
-    max_scale,  # m, of LiDAR Gaussians
-    lidar,  # their kind
+    quats_ptr: Any,  # (N,4) raw numbers, each with a stride of its own
+    scales_ptr: Any,  # (N,3)
+    opacities_ptr: Any,  # (N,)
+    colours_ptr: Any,  # (N,3)
+    t_ptr: Any,  # (N,) own time, normalised
+    kind_ptr: Any,  # (N,)
+    moments_ptr: Any,  # (V,) of the views, normalised
+    cameras_ptr: Any,  # (V,4,4) world-to-camera
+    d_means_ptr: Any,  # (V,N,3) gradients of what the views got
+    d_quats_ptr: Any,  # (V,N,4)
+    d_scales_ptr: Any,  # (V,N,3)
+    d_opacities_ptr: Any,  # (V,N)
+    d_values_ptr: Any,  # (V,N,CHANNELS)
+    out_means_ptr: Any,  # out: (N,3) gradients of the raw numbers
+    out_quats_ptr: Any,  # out: (N,4)
+    out_scales_ptr: Any,  # out: (N,3)
+    out_opacities_ptr: Any,  # out: (N,)
+    out_colours_ptr: Any,  # out: (N,3)
+    out_velocity_ptr: Any,  # out: (N,ORDERS,3); not written where ORDERS is 0
+    n: Any,  # N
+    views: Any,  # V
+    quats_stride: Any,  # numbers from a row to the next
+    scales_stride: Any,  # numbers from a row to the next
+    opacities_stride: Any,  # numbers from a row to the next
+    colours_stride: Any,  # numbers from a row to the next
+    duration: Any,  # s
+    max_scale: Any,  # m, of LiDAR Gaussians
+    lidar: Any,  # their kind
     ORDERS: tl.constexpr,  # velocity coefficients whose gradient is wanted
     CHANNELS: tl.constexpr,  # numbers that are drawn
     BLOCK: tl.constexpr,  # Gaussians of a program
@@ -294,7 +294,10 @@ class PlaceSplats(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *slopes: Tensor) -> tuple:
+    def backward(
+        ctx: Any,  # what was saved
+        *slopes: Tensor,  # gradients of the results
+    ) -> tuple:  # of the arguments
         "One program for 128 Gaussians."
         raw = ctx.saved_tensors
         at = ctx.at
@@ -326,9 +329,9 @@ def place_splats(
 # %% ../nbs/20b_splat_kernels.ipynb #13396f00
 @kernel
 def row_sum_kernel(
-    image_ptr,  # (R,width,CHANNELS) as drawn, R rows of all views
-    sums_ptr,  # out: (2,R,width) of channels 3 and 4
-    width,  # px
+    image_ptr: Any,  # (R,width,CHANNELS) as drawn, R rows of all views
+    sums_ptr: Any,  # out: (2,R,width) of channels 3 and 4
+    width: Any,  # px
     CHANNELS: tl.constexpr,  # that were drawn
     REACH: tl.constexpr,  # px to each side
     BLOCK: tl.constexpr,  # pixels of a program
@@ -350,15 +353,15 @@ def row_sum_kernel(
 # %% ../nbs/20b_splat_kernels.ipynb #35807173
 @kernel
 def picture_kernel(
-    image_ptr,  # (V,height,width,CHANNELS) as drawn
-    alpha_ptr,  # (V,height,width)
-    background_ptr,  # (3,)
-    sums_ptr,  # (2,V,height,width) from `row_sum_kernel`
-    rgb_ptr,  # out: (V,height,width,3)
-    depth_ptr,  # out: (V,height,width)
-    height,  # px
-    width,  # px
-    share,  # 1 over the pixels of the square
+    image_ptr: Any,  # (V,height,width,CHANNELS) as drawn
+    alpha_ptr: Any,  # (V,height,width)
+    background_ptr: Any,  # (3,)
+    sums_ptr: Any,  # (2,V,height,width) from `row_sum_kernel`
+    rgb_ptr: Any,  # out: (V,height,width,3)
+    depth_ptr: Any,  # out: (V,height,width)
+    height: Any,  # px
+    width: Any,  # px
+    share: Any,  # 1 over the pixels of the square
     CHANNELS: tl.constexpr,  # that were drawn
     REACH: tl.constexpr,  # px to each side
     ROWS: tl.constexpr,  # rows of a program
@@ -390,14 +393,14 @@ def picture_kernel(
 # %% ../nbs/20b_splat_kernels.ipynb #ef06c326
 @kernel
 def picture_grad_kernel(
-    image_ptr,  # (P,CHANNELS) as drawn, P pixels of all views
-    background_ptr,  # (3,)
-    d_rgb_ptr,  # (P,3) gradients
-    d_depth_ptr,  # (P,)
-    d_features_ptr,  # (P,CHANNELS-5); not read where there are none
-    d_image_ptr,  # out: (P,CHANNELS)
-    d_alpha_ptr,  # out: (P,)
-    pixels,  # P
+    image_ptr: Any,  # (P,CHANNELS) as drawn, P pixels of all views
+    background_ptr: Any,  # (3,)
+    d_rgb_ptr: Any,  # (P,3) gradients
+    d_depth_ptr: Any,  # (P,)
+    d_features_ptr: Any,  # (P,CHANNELS-5); not read where there are none
+    d_image_ptr: Any,  # out: (P,CHANNELS)
+    d_alpha_ptr: Any,  # out: (P,)
+    pixels: Any,  # P
     CHANNELS: tl.constexpr,  # that were drawn
     BLOCK: tl.constexpr,  # pixels of a program
 ):
@@ -450,7 +453,12 @@ class FinishPictures(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_rgb: Tensor, d_depth: Tensor, d_features: Tensor | None = None) -> tuple:
+    def backward(
+        ctx: Any,  # what was saved
+        d_rgb: Tensor,  # (V,H,W,3) gradient of colour
+        d_depth: Tensor,  # (V,H,W) of depth
+        d_features: Tensor | None = None,  # (V,H,W,F) of features
+    ) -> tuple:  # of the arguments
         "Pixel by pixel."
         image, background = ctx.saved_tensors
         C = image.shape[-1]
