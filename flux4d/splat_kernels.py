@@ -34,8 +34,8 @@ def kernel(
 
 @kernel
 def one_kernel(
-    x_ptr: Any,  # out: one number
-):
+    x_ptr: tl.tensor,  # out: one number
+) -> None:
     "Write a one."
     tl.store(x_ptr, 1.0)
 
@@ -58,8 +58,8 @@ def kernels_work(
 # %% ../nbs/20b_splat_kernels.ipynb #122c90b0
 @kernel
 def softplus(
-    x: Any,  # block of stored scales
-):
+    x: tl.tensor,  # block of stored scales
+) -> tl.tensor:
     "log(1 + exp(x)), to the last digits."
     e = tl.exp(-tl.abs(x))
     u = 1.0 + e
@@ -69,18 +69,18 @@ def softplus(
 
 @kernel
 def sigmoid(
-    x: Any,  # block of logits
-):
+    x: tl.tensor,  # block of logits
+) -> tl.tensor:
     "1 / (1 + exp(-x))."
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @kernel
 def way(
-    now: Any,  # block of the points' own times, s
-    then: Any,  # the view's time, s
+    now: tl.tensor,  # block of the points' own times, s
+    then: tl.tensor,  # the view's time, s
     J: tl.constexpr,  # order of the coefficient
-):
+) -> tl.tensor:
     "Metres per unit of a velocity coefficient, from one time to another."
     before = now
     after = then
@@ -92,34 +92,34 @@ def way(
 # %% ../nbs/20b_splat_kernels.ipynb #cd041c42
 @kernel
 def splat_kernel(
-    means_ptr: Any,  # (N,3) raw numbers, each with a stride of its own
-    quats_ptr: Any,  # (N,4)
-    scales_ptr: Any,  # (N,3)
-    opacities_ptr: Any,  # (N,)
-    colours_ptr: Any,  # (N,3)
-    velocity_ptr: Any,  # (N,ORDERS,3) m/s^(j+1); not read where ORDERS is 0
-    t_ptr: Any,  # (N,) own time, normalised
-    kind_ptr: Any,  # (N,)
-    moments_ptr: Any,  # (V,) of the views, normalised
-    cameras_ptr: Any,  # (V,4,4) world-to-camera
-    out_means_ptr: Any,  # out: (V,N,3)
-    out_quats_ptr: Any,  # out: (V,N,4)
-    out_scales_ptr: Any,  # out: (V,N,3)
-    out_opacities_ptr: Any,  # out: (V,N)
-    out_values_ptr: Any,  # out: (V,N,CHANNELS), the first five
-    n: Any,  # N
-    means_stride: Any,  # numbers from a row to the next
-    quats_stride: Any,  # numbers from a row to the next
-    scales_stride: Any,  # numbers from a row to the next
-    opacities_stride: Any,  # numbers from a row to the next
-    colours_stride: Any,  # numbers from a row to the next
-    duration: Any,  # s
-    max_scale: Any,  # m, of LiDAR Gaussians
-    lidar: Any,  # their kind
+    means_ptr: tl.tensor,  # (N,3) raw numbers, each with a stride of its own
+    quats_ptr: tl.tensor,  # (N,4)
+    scales_ptr: tl.tensor,  # (N,3)
+    opacities_ptr: tl.tensor,  # (N,)
+    colours_ptr: tl.tensor,  # (N,3)
+    velocity_ptr: tl.tensor,  # (N,ORDERS,3) m/s^(j+1); not read where ORDERS is 0
+    t_ptr: tl.tensor,  # (N,) own time, normalised
+    kind_ptr: tl.tensor,  # (N,)
+    moments_ptr: tl.tensor,  # (V,) of the views, normalised
+    cameras_ptr: tl.tensor,  # (V,4,4) world-to-camera
+    out_means_ptr: tl.tensor,  # out: (V,N,3)
+    out_quats_ptr: tl.tensor,  # out: (V,N,4)
+    out_scales_ptr: tl.tensor,  # out: (V,N,3)
+    out_opacities_ptr: tl.tensor,  # out: (V,N)
+    out_values_ptr: tl.tensor,  # out: (V,N,CHANNELS), the first five
+    n: tl.tensor,  # N
+    means_stride: tl.tensor,  # numbers from a row to the next
+    quats_stride: tl.tensor,  # numbers from a row to the next
+    scales_stride: tl.tensor,  # numbers from a row to the next
+    opacities_stride: tl.tensor,  # numbers from a row to the next
+    colours_stride: tl.tensor,  # numbers from a row to the next
+    duration: tl.tensor,  # s
+    max_scale: tl.tensor,  # m, of LiDAR Gaussians
+    lidar: tl.tensor,  # their kind
     ORDERS: tl.constexpr,  # velocity coefficients; 0 = nothing moves
     CHANNELS: tl.constexpr,  # numbers that are drawn
     BLOCK: tl.constexpr,  # Gaussians of a program
-):
+) -> None:
     "Gaussians as a view sees them."
     view = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -156,38 +156,38 @@ def splat_kernel(
 # %% ../nbs/20b_splat_kernels.ipynb #e8a99608
 @kernel
 def splat_grad_kernel(
-    quats_ptr: Any,  # (N,4) raw numbers, each with a stride of its own
-    scales_ptr: Any,  # (N,3)
-    opacities_ptr: Any,  # (N,)
-    colours_ptr: Any,  # (N,3)
-    t_ptr: Any,  # (N,) own time, normalised
-    kind_ptr: Any,  # (N,)
-    moments_ptr: Any,  # (V,) of the views, normalised
-    cameras_ptr: Any,  # (V,4,4) world-to-camera
-    d_means_ptr: Any,  # (V,N,3) gradients of what the views got
-    d_quats_ptr: Any,  # (V,N,4)
-    d_scales_ptr: Any,  # (V,N,3)
-    d_opacities_ptr: Any,  # (V,N)
-    d_values_ptr: Any,  # (V,N,CHANNELS)
-    out_means_ptr: Any,  # out: (N,3) gradients of the raw numbers
-    out_quats_ptr: Any,  # out: (N,4)
-    out_scales_ptr: Any,  # out: (N,3)
-    out_opacities_ptr: Any,  # out: (N,)
-    out_colours_ptr: Any,  # out: (N,3)
-    out_velocity_ptr: Any,  # out: (N,ORDERS,3); not written where ORDERS is 0
-    n: Any,  # N
-    views: Any,  # V
-    quats_stride: Any,  # numbers from a row to the next
-    scales_stride: Any,  # numbers from a row to the next
-    opacities_stride: Any,  # numbers from a row to the next
-    colours_stride: Any,  # numbers from a row to the next
-    duration: Any,  # s
-    max_scale: Any,  # m, of LiDAR Gaussians
-    lidar: Any,  # their kind
+    quats_ptr: tl.tensor,  # (N,4) raw numbers, each with a stride of its own
+    scales_ptr: tl.tensor,  # (N,3)
+    opacities_ptr: tl.tensor,  # (N,)
+    colours_ptr: tl.tensor,  # (N,3)
+    t_ptr: tl.tensor,  # (N,) own time, normalised
+    kind_ptr: tl.tensor,  # (N,)
+    moments_ptr: tl.tensor,  # (V,) of the views, normalised
+    cameras_ptr: tl.tensor,  # (V,4,4) world-to-camera
+    d_means_ptr: tl.tensor,  # (V,N,3) gradients of what the views got
+    d_quats_ptr: tl.tensor,  # (V,N,4)
+    d_scales_ptr: tl.tensor,  # (V,N,3)
+    d_opacities_ptr: tl.tensor,  # (V,N)
+    d_values_ptr: tl.tensor,  # (V,N,CHANNELS)
+    out_means_ptr: tl.tensor,  # out: (N,3) gradients of the raw numbers
+    out_quats_ptr: tl.tensor,  # out: (N,4)
+    out_scales_ptr: tl.tensor,  # out: (N,3)
+    out_opacities_ptr: tl.tensor,  # out: (N,)
+    out_colours_ptr: tl.tensor,  # out: (N,3)
+    out_velocity_ptr: tl.tensor,  # out: (N,ORDERS,3); not written where ORDERS is 0
+    n: tl.tensor,  # N
+    views: tl.tensor,  # V
+    quats_stride: tl.tensor,  # numbers from a row to the next
+    scales_stride: tl.tensor,  # numbers from a row to the next
+    opacities_stride: tl.tensor,  # numbers from a row to the next
+    colours_stride: tl.tensor,  # numbers from a row to the next
+    duration: tl.tensor,  # s
+    max_scale: tl.tensor,  # m, of LiDAR Gaussians
+    lidar: tl.tensor,  # their kind
     ORDERS: tl.constexpr,  # velocity coefficients whose gradient is wanted
     CHANNELS: tl.constexpr,  # numbers that are drawn
     BLOCK: tl.constexpr,  # Gaussians of a program
-):
+) -> None:
     "Gradients of raw numbers, from those of every view."
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     c = tl.arange(0, 4)[None, :]
@@ -329,13 +329,13 @@ def place_splats(
 # %% ../nbs/20b_splat_kernels.ipynb #13396f00
 @kernel
 def row_sum_kernel(
-    image_ptr: Any,  # (R,width,CHANNELS) as drawn, R rows of all views
-    sums_ptr: Any,  # out: (2,R,width) of channels 3 and 4
-    width: Any,  # px
+    image_ptr: tl.tensor,  # (R,width,CHANNELS) as drawn, R rows of all views
+    sums_ptr: tl.tensor,  # out: (2,R,width) of channels 3 and 4
+    width: tl.tensor,  # px
     CHANNELS: tl.constexpr,  # that were drawn
     REACH: tl.constexpr,  # px to each side
     BLOCK: tl.constexpr,  # pixels of a program
-):
+) -> None:
     "Sum weight and weighted depth over a stretch of the row around each pixel."
     row = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -353,20 +353,20 @@ def row_sum_kernel(
 # %% ../nbs/20b_splat_kernels.ipynb #35807173
 @kernel
 def picture_kernel(
-    image_ptr: Any,  # (V,height,width,CHANNELS) as drawn
-    alpha_ptr: Any,  # (V,height,width)
-    background_ptr: Any,  # (3,)
-    sums_ptr: Any,  # (2,V,height,width) from `row_sum_kernel`
-    rgb_ptr: Any,  # out: (V,height,width,3)
-    depth_ptr: Any,  # out: (V,height,width)
-    height: Any,  # px
-    width: Any,  # px
-    share: Any,  # 1 over the pixels of the square
+    image_ptr: tl.tensor,  # (V,height,width,CHANNELS) as drawn
+    alpha_ptr: tl.tensor,  # (V,height,width)
+    background_ptr: tl.tensor,  # (3,)
+    sums_ptr: tl.tensor,  # (2,V,height,width) from `row_sum_kernel`
+    rgb_ptr: tl.tensor,  # out: (V,height,width,3)
+    depth_ptr: tl.tensor,  # out: (V,height,width)
+    height: tl.tensor,  # px
+    width: tl.tensor,  # px
+    share: tl.tensor,  # 1 over the pixels of the square
     CHANNELS: tl.constexpr,  # that were drawn
     REACH: tl.constexpr,  # px to each side
     ROWS: tl.constexpr,  # rows of a program
     BLOCK: tl.constexpr,  # pixels of a program in each row
-):
+) -> None:
     "Colour over the background, and expected depth."
     view = tl.program_id(0).to(tl.int64)
     plane = tl.num_programs(0).to(tl.int64) * height * width
@@ -393,17 +393,17 @@ def picture_kernel(
 # %% ../nbs/20b_splat_kernels.ipynb #ef06c326
 @kernel
 def picture_grad_kernel(
-    image_ptr: Any,  # (P,CHANNELS) as drawn, P pixels of all views
-    background_ptr: Any,  # (3,)
-    d_rgb_ptr: Any,  # (P,3) gradients
-    d_depth_ptr: Any,  # (P,)
-    d_features_ptr: Any,  # (P,CHANNELS-5); not read where there are none
-    d_image_ptr: Any,  # out: (P,CHANNELS)
-    d_alpha_ptr: Any,  # out: (P,)
-    pixels: Any,  # P
+    image_ptr: tl.tensor,  # (P,CHANNELS) as drawn, P pixels of all views
+    background_ptr: tl.tensor,  # (3,)
+    d_rgb_ptr: tl.tensor,  # (P,3) gradients
+    d_depth_ptr: tl.tensor,  # (P,)
+    d_features_ptr: tl.tensor,  # (P,CHANNELS-5); not read where there are none
+    d_image_ptr: tl.tensor,  # out: (P,CHANNELS)
+    d_alpha_ptr: tl.tensor,  # out: (P,)
+    pixels: tl.tensor,  # P
     CHANNELS: tl.constexpr,  # that were drawn
     BLOCK: tl.constexpr,  # pixels of a program
-):
+) -> None:
     "Gradients of what was drawn."
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = at < pixels
