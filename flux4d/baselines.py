@@ -187,8 +187,8 @@ class FlowFit(NamedTuple):
 def fit_loss(
     field: FlowField,  # to be judged
     points: Tensor,  # (K,3) m, of the source
-    to_target: DistanceMap,
-    to_source: DistanceMap | None,  # None: the way back is not asked for
+    to_target: DistanceMap,  # of the cloud that is to be met
+    to_source: DistanceMap | None,  # of the cloud itself; None: the way back is not asked for
 ) -> Tensor:  # scalar, m
     "Mean distance of moved points to the target, and of points moved back to the source."
     moved = points + field(points)

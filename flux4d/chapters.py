@@ -19,7 +19,7 @@ CHAPTERS = {  # page -> pages below it
     "run": ("commands", "presets"),
     "own_data": ("data",),
     "reference": ("api", "command_help", "configuration"),
-    "runs": ("gallery",),
+    "runs": ("gallery", "scene"),
     "project": ("notebooks", "coverage", "repository", "contributing", "changelog"),
 }
 LAST = "project"  # takes the pages that no chapter names
@@ -36,6 +36,7 @@ CHAPTER_TITLES = {  # page -> its name in the navigation, where the page's own t
     "command_help": "Commands, in full",
     "commands": "Commands, in the order of work",
     "coverage": "What the development log demands",
+    "scene": "A scene to walk through",
 }
 LISTS = {  # pages that do nothing but lead to others -> title and introduction
     "reference": ("Reference", "What is looked up: names, commands, and values that can be chosen."),

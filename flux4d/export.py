@@ -406,7 +406,7 @@ def nerfstudio_transforms(
     "Recorded cameras in nerfstudio's words."
     frames = []
     for name in scene.cameras if cameras is None else cameras:
-        path = recorded_path(scene, name)
+        path = recorded_path(scene, name, whole=True)
         for k, key in enumerate(path.keys):
             fl_x, fl_y, cx, cy = (float(key.K[i, j]) for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
             lens = dict(fl_x=fl_x, fl_y=fl_y, cx=cx, cy=cy, w=path.width, h=path.height)

@@ -235,7 +235,10 @@ def _misnamed_file(path: Path, there: list[Path]) -> Misnamed | None:
             continue
         both_jpeg = {ending.lower(), kind.lower()} <= {"jpg", "jpeg"}
         if kind.lower() == ending.lower() or both_jpeg:
-            return Misnamed(f"{quoted(p.name)} is there", f"rename it to {path.name}")
+            remedy = f"rename it to {path.name}"
+            if other.isdecimal() and other != stem:
+                remedy += ", or write 'numbering: order' in rig.yaml"
+            return Misnamed(f"{quoted(p.name)} is there", remedy)
         if ending.startswith(kind) or kind.startswith(ending) or _alike(kind, ending):
             return Misnamed(f"{quoted(p.name)} is there", f"convert it to {path.name}")
     return None
@@ -262,7 +265,7 @@ def find_misnamed(
     if renamed := _misnamed_file(path, there):
         return renamed
     if other := _numbered_otherwise(path, there):
-        return Misnamed(other, "number them from 0 as the stamps count")
+        return Misnamed(other, "number them from 0 as the stamps count, or write 'numbering: order' in rig.yaml")
     return _unnumbered_files(path, there)
 
 # %% ../nbs/02a_files.ipynb #80bc990e

@@ -21,7 +21,7 @@ class Interrupted(Exception):
         "Show the sentence alone."
         return [str(self)]
 
-# %% ../nbs/32a_interrupt.ipynb #32aa0001
+
 class NoMemory(Interrupted):
     "A step did not fit in memory and was not taken; the message says what to lower."
 

@@ -5,13 +5,15 @@
 # %% ../nbs/07i_kitti.ipynb #7bf2ad18
 from __future__ import annotations
 import argparse
+import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
-from PIL import Image
+from scipy.optimize import minimize_scalar
+from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 from .city.logs import dump_table, pose_records, write_json
 from .columns import need_pandas
@@ -21,7 +23,8 @@ from .log_files import GET_AGAIN, open_image
 
 # %% auto #0
 __all__ = ['find_drives', 'drive_name', 'Calibration', 'read_calibration', 'read_kitti_stamps', 'VehiclePath', 'read_path',
-           'return_times', 'compensated', 'read_scan', 'DriveFrames', 'drive_frames', 'convert_drive', 'convert_main']
+           'return_times', 'compensated', 'read_scan', 'upright_misfit', 'turned_about', 'Turn', 'fitted_heading',
+           'DriveFrames', 'drive_frames', 'convert_drive', 'convert_main']
 
 # %% ../nbs/07i_kitti.ipynb #9c8376a6
 def find_drives(
@@ -227,6 +230,59 @@ def read_scan(
         report_fault(path, f"has {(~np.isfinite(rows).all(1)).sum()} returns that are NaN or infinite", GET_AGAIN)
     return rows
 
+# %% ../nbs/07i_kitti.ipynb #9e2d1443
+def upright_misfit(
+    one: np.ndarray,  # (N,3) returns of a sweep, world, m
+    other: np.ndarray,  # (M,3) of another sweep
+    k: int = 10,  # neighbours that make a plane
+) -> float:  # m, median distance of returns to upright planes of the other sweep; inf when there are fewer than 30
+    "How far two sweeps are from meeting."
+    near, rows = cKDTree(other).query(one, k)
+    patch = other[rows]
+    middle = patch.mean(1)
+    spread, axes = np.linalg.eigh((patch - middle[:, None]).swapaxes(1, 2) @ (patch - middle[:, None]) / k)
+    normal = axes[:, :, 0]
+    flat = (near[:, -1] < 1.0) & (spread[:, 0] < 0.03**2) & (np.abs(normal[:, 2]) < 0.3)
+    distance = np.abs(((one - middle) * normal).sum(1))[flat]
+    return float(np.median(distance)) if len(distance) >= 30 else np.inf
+
+# %% ../nbs/07i_kitti.ipynb #3fc29006
+def turned_about(
+    calibration: Calibration,  # as read
+    degrees: float,  # counter-clockwise seen from above
+) -> Calibration:
+    "The same with the scanner, and the cameras with it, turned against the IMU."
+    turn = se3(Rotation.from_euler("Z", degrees, degrees=True).as_matrix(), np.zeros(3))
+    return calibration._replace(scanner_from_imu=turn @ calibration.scanner_from_imu)
+
+
+class Turn(NamedTuple):
+    "Returns of one sweep, thinned."
+
+    points: np.ndarray  # (N,3) in the scanner's frame, m
+    times: np.ndarray  # (N,) epoch s
+
+
+def fitted_heading(
+    pairs: list[tuple[Turn, Turn]],  # sweeps some metres apart
+    path: VehiclePath,  # of the IMU
+    calibration: Calibration,  # as read
+    most: float = 2.0,  # deg, largest correction
+    gain: float = 0.1,  # share by which the distance must fall
+) -> float:  # deg, 0 where the sweeps meet best, or as well, as calibrated
+    "The angle between IMU and scanner at which upright planes meet."
+
+    def misfit(degrees: float) -> float:
+        c = turned_about(calibration, degrees)
+        world = [[compensated(t.points, t.times, path, c) for t in pair] for pair in pairs]
+        return float(np.mean([upright_misfit(*pair) for pair in world]))
+
+    start = misfit(0.0)
+    if not np.isfinite(start):
+        return 0.0
+    found = minimize_scalar(misfit, bounds=(-most, most), method="bounded", options=dict(xatol=0.02, maxiter=20))
+    return round(float(found.x), 2) if found.fun < (1 - gain) * start else 0.0
+
 # %% ../nbs/07i_kitti.ipynb #4caea921
 class DriveFrames(NamedTuple):
     "The frames of a drive that have everything, and their stamps."
@@ -287,11 +343,27 @@ def _write_image(source: Path, target: Path, quality: int) -> None:
     with atomic_write(target) as tmp:
         pixels.save(tmp, format="JPEG", quality=quality, subsampling=0)
 
-# %% ../nbs/07i_kitti.ipynb #2335c709
+# %% ../nbs/07i_kitti.ipynb #86c54e8d
+def _drive_heading(drive: Path, frames: DriveFrames, path: VehiclePath, calibration: Calibration) -> float:
+    "The correction of the heading, deg, from up to three pairs of sweeps that are four frames apart."
+    last = len(frames.numbers) - 5
+    if last < 0:
+        return 0.0
+
+    def turn(k: int) -> Turn:
+        points = read_scan(drive / f"velodyne_points/data/{frames.numbers[k]:010d}.bin")[:, :3]
+        points = points[:: max(1, len(points) // 30_000)]
+        return Turn(points, return_times(points, frames.start[k], frames.end[k]))
+
+    firsts = np.unique(np.linspace(0, last, 3).round().astype(int))
+    return fitted_heading([(turn(k), turn(k + 4)) for k in firsts], path, calibration)
+
+# %% ../nbs/07i_kitti.ipynb #a8bf4187
 def convert_drive(
     drive: str | Path,  # folder of one drive of KITTI raw
     out: str | Path,  # data root to write into
     quality: int = 95,  # of the JPEGs, 1..100
+    fit: bool = True,  # fit the heading of the IMU
     progress: bool = False,  # show a bar
 ) -> Path:  # the log's folder; raises DataError
     "Write one drive as a log; the folder appears when it is complete."
@@ -303,19 +375,23 @@ def convert_drive(
     calibration = read_calibration(drive.resolve().parent)
     frames = drive_frames(drive)
     path = read_path(drive, frames.numbers)
+    heading = _drive_heading(drive, frames, path, calibration) if fit else 0.0
+    calibration = turned_about(calibration, heading)
     part = log.with_name(f"_{log.name}_part")
     with writing(part):
         shutil.rmtree(part, ignore_errors=True)
         for name, content in _log_lists(path, calibration, frames).items():
             write_json(content, part / f"{name}.json")
+        write_json(dict(source=drive.name, frames=frames.numbers, heading_deg=heading), part / "meta/converted.json")
         turns = zip(frames.numbers, zip(frames.start, frames.end))
         for k, (f, turn) in enumerate(tqdm(turns, log.name, len(frames.numbers), disable=not progress)):
-            _write_scan(drive / f"velodyne_points/data/{f:010d}.bin", part / f"lidar/{k:02d}.pkl.gz", path, calibration, turn)
+            scan = drive / f"velodyne_points/data/{f:010d}.bin"
+            _write_scan(scan, part / f"lidar/{k:02d}.pkl.gz", path, calibration, turn)
             _write_image(drive / f"image_02/data/{f:010d}.png", part / f"camera/front_camera/{k:02d}.jpg", quality)
         os.replace(part, log)
     return log
 
-# %% ../nbs/07i_kitti.ipynb #3b916fae
+# %% ../nbs/07i_kitti.ipynb #74c665b8
 _CONVERT_EXAMPLE = """Each drive becomes a log in PandaSet's layout; go on with flux4d-check and flux4d-index.
 
 example:
@@ -334,18 +410,21 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("format", choices=("kitti",), help="kitti: drives of KITTI raw, synced and rectified, with GPS/IMU")
     p.add_argument("source", help="a drive, a day's folder, or a folder of days")
     p.add_argument("out", help="data root to write into; made if it is not there")
+    p.add_argument("--as-calibrated", action="store_true", help="keep the IMU's heading as the calibration has it")
     p.add_argument("--quality", type=int, default=95, help="of the JPEGs, 1 to 100, default 95")
     return p
 
-# %% ../nbs/07i_kitti.ipynb #b93763bd
+# %% ../nbs/07i_kitti.ipynb #8f516ce9
 def _say(log: Path, drive: Path) -> None:
     "One line about a log that was written."
     frames = drive_frames(drive)
     gaps = f", {len(frames.left_out)} frames without all files left out" if frames.left_out else ""
     seconds = frames.end[-1] - frames.end[0]
-    print(f"{log}: {len(frames.numbers)} frames, {seconds:.1f} s{gaps}")
+    heading = json.loads((log / "meta/converted.json").read_text())["heading_deg"]
+    turned = f", scanner turned against the IMU by {heading:g} degrees" if heading else ""
+    print(f"{log}: {len(frames.numbers)} frames, {seconds:.1f} s{gaps}{turned}")
 
-# %% ../nbs/07i_kitti.ipynb #97265f0c
+# %% ../nbs/07i_kitti.ipynb #3115d164
 def convert_main(
     argv: list[str] | None = None,  # command line, None: the process's own
 ) -> int:  # 0, or 1 after an error
@@ -356,7 +435,7 @@ def convert_main(
         p.error(f"--quality is {args.quality}; choose 1 to 100")
     try:
         for drive in find_drives(args.source):
-            _say(convert_drive(drive, args.out, args.quality, progress=True), drive)
+            _say(convert_drive(drive, args.out, args.quality, not args.as_calibrated, progress=True), drive)
     except DataError as e:
         print(e)
         return 1

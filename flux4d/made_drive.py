@@ -14,13 +14,14 @@ from .city.street import Motion
 from .frames import intrinsics_matrix, scale_intrinsics, se3, se3_inverse, transform_points
 
 # %% auto #0
-__all__ = ['EARTH', 'PLACE', 'KITTI_SIZE', 'Mounting', 'calibration_texts', 'imu_pose', 'geographic', 'gps_rows', 'DriveSweep',
-           'drive_sweep', 'drive_image', 'make_drive']
+__all__ = ['EARTH', 'PLACE', 'KITTI_SIZE', 'HIGHEST_BEAM', 'Mounting', 'calibration_texts', 'imu_pose', 'geographic', 'gps_rows',
+           'DriveSweep', 'drive_sweep', 'drive_image', 'make_drive']
 
 # %% ../nbs/07h_made_drive.ipynb #f831e95a
 EARTH = 6378137.0  # m, the radius that KITTI's own tools use
 PLACE = 49.0, 8.4  # deg, latitude and longitude of the street's origin
 KITTI_SIZE = 1242, 375  # px, width and height of a rectified image
+HIGHEST_BEAM = 2.5  # deg above the scanner's plane; the camera sees 13 degrees up
 _FORWARD = np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1.0]])  # x forward, y left, z up in the city's LiDAR axes
 
 
@@ -148,8 +149,9 @@ def drive_sweep(
     s = sweep(caster, tau, step)
     scanner_to_street = ego_pose(caster.street.ego, s.tau) @ m.scanner
     own = transform_points(se3_inverse(scanner_to_street), s.points[:, None])[:, 0]
+    low = own[:, 2] < np.tan(np.radians(HIGHEST_BEAM)) * np.hypot(own[:, 0], own[:, 1])
     rows = np.column_stack([own, s.intensity / 255]).astype(np.float32)
-    return DriveSweep(rows, s.points, s.tau, s.dynamic)
+    return DriveSweep(rows[low], s.points[low], s.tau[low], s.dynamic[low])
 
 # %% ../nbs/07h_made_drive.ipynb #8c7e640b
 def drive_image(

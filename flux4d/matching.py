@@ -12,8 +12,9 @@ from torch import Tensor
 from .occupancy import BevGrid, ConsensusRule, Occupancy
 
 # %% auto #0
-__all__ = ['BlockMap', 'index_blocks', 'sum_around', 'HitCounts', 'soft_occupancy', 'count_hits', 'MatchScores', 'match_scores',
-           'Displacement', 'best_displacement', 'blocks_met', 'InlierMean', 'inlier_mean', 'Consensus', 'consensus']
+__all__ = ['MOST_PAIRS', 'BlockMap', 'index_blocks', 'sum_around', 'HitCounts', 'soft_occupancy', 'count_hits', 'MatchScores',
+           'match_scores', 'Displacement', 'best_displacement', 'blocks_met', 'InlierMean', 'inlier_mean', 'Consensus',
+           'consensus']
 
 # %% ../nbs/13b_matching.ipynb #00dedd18
 class BlockMap(NamedTuple):
@@ -80,6 +81,9 @@ def soft_occupancy(
     return torch.maximum(occupied, 0.5 * F.max_pool2d(occupied, 3, 1, 1))
 
 # %% ../nbs/13b_matching.ipynb #0703c895
+MOST_PAIRS = 2**26  # of a cell and a displacement that are looked up at once
+
+
 def count_hits(
     maps: Occupancy,  # of S sweeps
     cells: Tensor,  # (P,3) int64 sweep, x and y of the occupied cells
@@ -102,7 +106,8 @@ def count_hits(
         other = sweep[p] + gap
         at = place[p]
         seen = observed[other, at].float()
-        hits.index_add_(0, block_of_cell[p], soft[other[:, None], at[:, None] + gap * displacement])
+        for q in torch.arange(len(p), device=p.device).split(max(1, MOST_PAIRS // len(d) ** 2)):
+            hits.index_add_(0, block_of_cell[p[q]], soft[other[q, None], at[q, None] + gap * displacement])
         compared.index_add_(0, block_of_cell[p], torch.ones_like(seen)[:, None])
         zero.index_add_(0, block_of_cell[p], torch.stack([seen * soft[other, at], seen], 1))
     return HitCounts(hits, compared, zero[:, :1], zero[:, 1:])

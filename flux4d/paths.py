@@ -162,12 +162,18 @@ def recorded_camera(
 def recorded_path(
     scene: Scene,  # with recorded cameras
     camera: str | None = None,  # name; None: the first
+    whole: bool = False,  # from the first image on, which can be a little earlier than the clip's start
 ) -> FilmPath:
-    "Where a camera was while it recorded, at the clip's own pace."
+    "Where a camera was while it recorded, at the clip's own pace, from the clip's start on."
     path = recorded_camera(scene, camera)[1]
     seconds = np.asarray(path.t) * scene.duration
     keys = [KeyFrame(float(s - seconds[0]), pose, float(s), path.K) for s, pose in zip(seconds, path.poses)]
-    return FilmPath(tuple(keys), path.height, path.width)
+    recorded = FilmPath(tuple(keys), path.height, path.width)
+    if whole or not seconds[0] < 0 < seconds[-1]:
+        return recorded
+    moments = np.linspace(0.0, seconds[-1], len(keys))
+    later = [recorded.at(s - seconds[0])._replace(at=float(s), seconds=float(s)) for s in moments]
+    return FilmPath(tuple(later), path.height, path.width)
 
 # %% ../nbs/71_paths.ipynb #95529fd5
 def smooth_step(

@@ -16,7 +16,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from tqdm import tqdm
-from .clip_data import InputViews
+from .clip_data import InputViews, ViewGroups
 from .files import DataError
 from .frames import rotate_vectors, transform_points
 from .gaussians import FLAT, LIDAR, Gaussians, velocity_at
@@ -252,6 +252,9 @@ class Polisher:
         cfg: PolishConfig = PolishConfig(),  # how
     ) -> None:
         "No change yet."
+        if isinstance(views, ViewGroups):
+            remedy = "choose cameras of one size, as in log.clip(0, cameras=('front_camera',))"
+            raise DataError(f"polish: works on images of one size, and the cameras of this clip differ; {remedy}.")
         if not isinstance(views, InputViews):
             raise TypeError(f"polish works on InputViews only, got {type(views).__name__}: it never sees a target.")
         self.cfg = cfg

@@ -61,7 +61,7 @@ class Processes:
 ALONE = Processes()
 
 # %% ../nbs/32b_processes.ipynb #e5e723f6
-NEVER = timedelta(days=365)  # nobody is given up for being slow: the first process may evaluate for an hour
+NEVER = timedelta(days=365)  # a slow process is waited for: the first one may evaluate for an hour
 
 
 def group_processes(
@@ -242,24 +242,40 @@ class SilentRun(Run):
         self.folder = Path(folder)
         self.rewound = True
 
-    def say(self, line: str) -> None:
+    def say(
+        self,
+        line: str,  # one console line
+    ) -> None:
         "The first process says it."
 
-    def record(self, row: dict) -> None:
+    def record(
+        self,
+        row: dict,  # one logged step
+    ) -> None:
         "The first process records it."
 
     def rows(self) -> list[dict]:
         "None are its own."
         return []
 
-    def rewind(self, step: int) -> None:
+    def rewind(
+        self,
+        step: int,  # steps that stand
+    ) -> None:
         "The first process does it."
 
-    def write(self, name: str, content: Any) -> Path:  # where the first process writes it
+    def write(
+        self,
+        name: str,  # file name in the folder
+        content: Any,  # of it
+    ) -> Path:  # where the first process writes it
         "The first process writes it."
         return self.folder / name
 
-    def note(self, **values: Any) -> Path:  # where the first process writes it
+    def note(
+        self,
+        **values: Any,  # JSON-ready
+    ) -> Path:  # where the first process writes it
         "The first process notes it."
         return self.folder / "meta.json"
 

@@ -181,9 +181,10 @@ def target_views(
     "The target views of a clip in every camera, interpolation first."
     for setting in TARGET_SETTINGS:
         frames = getattr(clip, f"{setting}_frames")
-        pairs = [(frame, camera) for frame in frames for camera in loader.cfg.data.cameras]
-        for start in range(0, len(pairs), most):
-            yield setting, loader.views(clip, pairs[start : start + most])
+        for cameras in clip.log.by_size(loader.cfg.data.cameras):
+            pairs = [(frame, camera) for frame in frames for camera in cameras]
+            for start in range(0, len(pairs), most):
+                yield setting, loader.views(clip, pairs[start : start + most])
 
 # %% ../nbs/55d_score_clips.ipynb #730e82b6
 def view_masks(

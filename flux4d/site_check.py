@@ -41,6 +41,8 @@ class BuiltPage(HTMLParser):
         found = dict(attrs)
         if found.get("id"):
             self.anchors.add(found["id"])
+        if found.get("data-src"):  # loaded when a reader asks for it
+            self.loaded.append(found["data-src"])
         if tag == "a" and found.get("href"):
             self.links.append(found["href"])
         if tag in ("script", "img", "video", "source", "iframe") and found.get("src"):

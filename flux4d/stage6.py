@@ -6,7 +6,7 @@
 from __future__ import annotations
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import lru_cache
@@ -30,7 +30,7 @@ from .report import summary_table
 from .report_pages import write_report
 from .run import Run, provenance
 from .run_facts import About, frames_of, training_overlap
-from .run_setup import RunClips, choose_clips, find_data, make_index, open_run, resolved, resume_point
+from .run_setup import RunClips, choose_clips, open_run, resolved, resume_point
 from .train import Trainer, every
 from .flow_metrics import FlowScoreConfig
 from .flow_truth import check_bs_flow, clip_truth, score_flow
@@ -171,7 +171,9 @@ def run_meta(
     )
 
 
-def progress_bar(items):
+def progress_bar(
+    items: Iterable,  # to go through
+) -> Iterable:  # the same
     "A bar that writes a line every ten seconds at most."
     return tqdm(items, leave=False, mininterval=10)
 

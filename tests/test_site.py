@@ -261,6 +261,17 @@ def test_folds_open_by_the_button_and_stay_open(built, browser):
     assert page.evaluate(unfolded) == page.evaluate(folds)
 
 
+def test_a_scene_is_loaded_on_a_click(built, browser):
+    page, said = browser.new_context(offline=True).new_page(), []
+    page.on("requestfailed", lambda r: said.append(r.url))
+    page.goto(f"file://{built}/scene.html")
+    assert page.evaluate("document.querySelectorAll('iframe').length") == 0
+    page.click("div.scene button")
+    page.wait_for_selector("div.scene iframe")
+    page.frames[1].wait_for_selector("canvas", timeout=60_000)
+    assert said == []
+
+
 def test_the_search_finds_a_function(built, browser):
     page = browser.new_context(offline=True).new_page()
     page.goto(f"file://{built}/search.html?q=lift_sweep")

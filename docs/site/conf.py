@@ -17,6 +17,7 @@ from sphinx.util import logging
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from flux4d import __version__ as release  # noqa: E402
+from flux4d.site import write_city_scene  # noqa: E402
 
 project = "Flux4D in notebooks"
 author = "the Flux4D-in-notebooks authors"
@@ -150,11 +151,14 @@ def block_formula(translator, node):
     formula(translator, node, block=True)
 
 
-def add_font(app, exception):
-    "Put the font of formulas beside the style sheet."
+def add_files(app, exception):
+    "Put the font of formulas beside the style sheet, and a scene that a reader can turn."
     if not exception:
+        static = Path(app.outdir) / "_static"
         fonts = Path(find_spec("ziamath").origin).parent / "fonts"
-        shutil.copy(fonts / "STIXTwoMath-Regular.ttf", Path(app.outdir) / "_static")
+        shutil.copy(fonts / "STIXTwoMath-Regular.ttf", static)
+        if app.builder.name == "html":
+            write_city_scene(static / "scene.html")
 
 
 def setup(app):
@@ -165,4 +169,4 @@ def setup(app):
     app.connect("source-read", add_tree)
     app.connect("doctree-read", note_names)
     app.connect("html-page-context", link_names)
-    app.connect("build-finished", add_font)
+    app.connect("build-finished", add_files)

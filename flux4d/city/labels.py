@@ -16,16 +16,17 @@ __all__ = ['SEEN_BY', 'CUBOID_COLUMNS', 'box_time', 'camera_used', 'attributes',
 def box_time(
     caster: Raycaster,  # the street
     i: int,  # a thing
-    tau: float,  # s, the sweep's stamp since the log's start
+    tau: float,  # s, the sweep's end since the log's start
+    turn: float = SWEEP,  # s, of one turn of the scanner
 ) -> float:  # s, when the beam passes the thing's middle
     "Solve for the moment the scanner points at a thing."
-    when = np.array([tau - SWEEP / 2])
+    when = np.array([tau - turn / 2])
     for _ in range(4):
         T = ego_pose(caster.street.ego, when)[0]
         q = caster.poses(i, when)[0]
         x, y, _ = T[:3, :3].T @ (np.r_[q[:2], 0] - T[:3, 3]) - SCANNER["at"]
         azimuth = np.arctan2(x, y)
-        when = np.array([tau + (np.angle(np.exp(1j * azimuth)) / (2 * np.pi) - 0.5) * SWEEP])
+        when = np.array([tau + (np.angle(np.exp(1j * azimuth)) / (2 * np.pi) - 0.5) * turn])
     return float(when[0])
 
 # %% ../../nbs/05h_labels.ipynb #335e1c3a
@@ -108,11 +109,12 @@ def label_time(
     i: int,  # a thing
     own: np.ndarray,  # (R,) s, when its returns were taken
     tau: float,  # s, the sweep's stamp since the log's start
+    turn: float = SWEEP,  # s, of one turn of the scanner
 ) -> float:  # s
     "The moment for which a box is right: that of its middle return, or when the beams pass it."
     if len(own):
         return np.sort(own)[len(own) // 2]
-    return box_time(caster, i, tau) if caster.street.things[i].motion.moves else tau
+    return box_time(caster, i, tau, turn) if caster.street.things[i].motion.moves else tau
 
 # %% ../../nbs/05h_labels.ipynb #8345d2b7
 def boxes(
@@ -120,6 +122,7 @@ def boxes(
     s: TrueSweep,  # the sweep of the same stamp
     tau: float,  # s, the sweep's stamp since the log's start
     reach: float = 100.0,  # m; farther ones are boxed only if the sweep hit them
+    turn: float = SWEEP,  # s, of one turn of the scanner
 ) -> pd.DataFrame:  # PandaSet's cuboid columns, world frame
     "The label file of one frame."
     W = caster.street.world
@@ -130,7 +133,7 @@ def boxes(
         if not t.label:
             continue
         a, b = np.searchsorted(s.thing, [i, i + 1], sorter=order)
-        when = label_time(caster, i, s.tau[order[a:b]], tau)
+        when = label_time(caster, i, s.tau[order[a:b]], tau, turn)
         x, y, h = caster.poses(i, np.array([when]))[0]
         centre = np.array([x, y, t.z + t.size[2] / 2])
         if a == b and np.hypot(*(centre - ego[:3, 3])[:2]) > reach:

@@ -21,6 +21,15 @@ document.addEventListener("DOMContentLoaded", () => {
     title.after(button);
     if (unfolded) show();
   }
+  // a scene is loaded when it is asked for
+  document.querySelectorAll("div.scene").forEach((place) => {
+    place.querySelector("button").addEventListener("click", () => {
+      const frame = document.createElement("iframe");
+      frame.src = place.dataset.src;
+      frame.title = "A scene that can be turned";
+      place.replaceChildren(frame);
+    });
+  });
   // a link to a definition or into a fold opens what hides it
   const reveal = () => {
     const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
