@@ -27,9 +27,9 @@ __all__ = ['ATTRIBUTE_BLOCK', 'bend', 'bend_slope', 'log1p', 'rotated', 'rotated
 # %% ../nbs/20c_attribute_kernels.ipynb #c5753a18
 @kernel
 def bend(
-    x,  # block of raw numbers
-    bound,  # largest magnitude
-):
+    x: tl.tensor,  # block of raw numbers
+    bound: tl.tensor,  # largest magnitude
+) -> tl.tensor:
     "bound tanh(x / bound)."
     u = x / bound
     e = tl.exp(-2.0 * tl.abs(u))
@@ -41,17 +41,17 @@ def bend(
 
 @kernel
 def bend_slope(
-    y,  # block of bounded numbers, from `bend`
-    bound,  # largest magnitude
-):
+    y: tl.tensor,  # block of bounded numbers, from `bend`
+    bound: tl.tensor,  # largest magnitude
+) -> tl.tensor:
     "Slope of `bend` where it has given y."
     return 1.0 - (y / bound) * (y / bound)
 
 
 @kernel
 def log1p(
-    x,  # block of numbers of at least 0
-):
+    x: tl.tensor,  # block of numbers of at least 0
+) -> tl.tensor:
     "log(1 + x), to the last digits; see `softplus`."
     u = 1.0 + x
     return tl.where(u == 1.0, x, tl.log(u) * x / tl.where(u == 1.0, 1.0, u - 1.0))
@@ -59,11 +59,11 @@ def log1p(
 # %% ../nbs/20c_attribute_kernels.ipynb #a8a875c9
 @kernel
 def rotated(
-    turn_ptr,  # (3,3) rotation
-    x,  # blocks of a vector's coordinates
-    y,
-    z,
-):
+    turn_ptr: tl.tensor,  # (3,3) rotation
+    x: tl.tensor,  # blocks of a vector's coordinates
+    y: tl.tensor,  # second coordinates
+    z: tl.tensor,  # third coordinates
+) -> tl.tensor:
     "R v."
     a = tl.load(turn_ptr) * x + tl.load(turn_ptr + 1) * y + tl.load(turn_ptr + 2) * z
     b = tl.load(turn_ptr + 3) * x + tl.load(turn_ptr + 4) * y + tl.load(turn_ptr + 5) * z
@@ -73,11 +73,11 @@ def rotated(
 
 @kernel
 def rotated_back(
-    turn_ptr,  # (3,3) rotation
-    x,  # blocks of a vector's coordinates
-    y,
-    z,
-):
+    turn_ptr: tl.tensor,  # (3,3) rotation
+    x: tl.tensor,  # blocks of a vector's coordinates
+    y: tl.tensor,  # second coordinates
+    z: tl.tensor,  # third coordinates
+) -> tl.tensor:
     "The transpose of R times v."
     a = tl.load(turn_ptr) * x + tl.load(turn_ptr + 3) * y + tl.load(turn_ptr + 6) * z
     b = tl.load(turn_ptr + 1) * x + tl.load(turn_ptr + 4) * y + tl.load(turn_ptr + 7) * z
@@ -87,15 +87,15 @@ def rotated_back(
 
 @kernel
 def product(
-    aw,  # blocks of a quaternion's components
-    ax,
-    ay,
-    az,
-    bw,  # and of another's
-    bx,
-    by,
-    bz,
-):
+    aw: tl.tensor,  # blocks of a quaternion's components
+    ax: tl.tensor,  # its second component
+    ay: tl.tensor,  # its third
+    az: tl.tensor,  # its fourth
+    bw: tl.tensor,  # and of another's
+    bx: tl.tensor,  # its second component
+    by: tl.tensor,  # its third
+    bz: tl.tensor,  # its fourth
+) -> tl.tensor:
     "Hamilton product a b."
     w = aw * bw - ax * bx - ay * by - az * bz
     x = aw * bx + ax * bw + ay * bz - az * by
@@ -106,10 +106,10 @@ def product(
 
 @kernel
 def mean_scale(
-    scales_ptr,  # (N,3) stored scales
-    at,  # block of places of the first of three
-    here,  # block of bool, what is there
-):
+    scales_ptr: tl.tensor,  # (N,3) stored scales
+    at: tl.tensor,  # block of places of the first of three
+    here: tl.tensor,  # block of bool, what is there
+) -> tl.tensor:
     "Mean standard deviation of Gaussians, m."
     total = softplus(tl.load(scales_ptr + at, mask=here, other=0.0))
     total += softplus(tl.load(scales_ptr + at + 1, mask=here, other=0.0))
@@ -119,23 +119,23 @@ def mean_scale(
 # %% ../nbs/20c_attribute_kernels.ipynb #a82650e4
 @kernel
 def residual_kernel(
-    raw_ptr,  # (M,14) output of a head
-    quats_ptr,  # (M,4)
-    scales_ptr,  # (M,3) stored scales
-    turn_ptr,  # (3,3) ego0-to-world
-    d_ptr,  # (M,14) gradient of the change, read where BACK
-    out_ptr,  # out: (M,14) the change; where BACK the gradient of the raw numbers
-    n,  # M
-    quats_stride,
-    scales_stride,
-    of_position,  # bounds
-    of_quat,
-    of_scale,
-    of_opacity,
-    of_colour,
+    raw_ptr: tl.tensor,  # (M,14) output of a head
+    quats_ptr: tl.tensor,  # (M,4)
+    scales_ptr: tl.tensor,  # (M,3) stored scales
+    turn_ptr: tl.tensor,  # (3,3) ego0-to-world
+    d_ptr: tl.tensor,  # (M,14) gradient of the change, read where BACK
+    out_ptr: tl.tensor,  # out: (M,14) the change; where BACK the gradient of the raw numbers
+    n: tl.tensor,  # M
+    quats_stride: tl.tensor,  # numbers from a row to the next
+    scales_stride: tl.tensor,  # numbers from a row to the next
+    of_position: tl.tensor,  # bounds
+    of_quat: tl.tensor,  # bound of a quaternion's component
+    of_scale: tl.tensor,  # bound of a stored scale
+    of_opacity: tl.tensor,  # bound of an opacity's logit
+    of_colour: tl.tensor,  # bound of a colour's logit
     BACK: tl.constexpr,  # whether the gradient is wanted
     BLOCK: tl.constexpr,  # Gaussians of a program
-):
+) -> None:
     "Bounded changes of Gaussians, or the gradient by what they are made of."
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = i < n
@@ -214,7 +214,10 @@ class FusedResidual(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple:
+    def backward(
+        ctx: Any,  # what was saved
+        d: Tensor,  # gradient of the result
+    ) -> tuple:  # of the arguments
         "The same with slopes."
         return _residual(ctx.saved_tensors, d.contiguous(), ctx.bounds, True), None, None, None, None
 
@@ -247,25 +250,25 @@ def fused_residual(
 # %% ../nbs/20c_attribute_kernels.ipynb #29c2d2b1
 @kernel
 def sum_kernel(
-    means_ptr,  # (N,3) raw numbers, each with a stride of its own
-    quats_ptr,  # (N,4)
-    scales_ptr,  # (N,3)
-    opacities_ptr,  # (N,)
-    colours_ptr,  # (N,3)
-    change_ptr,  # (N,14)
-    out_means_ptr,  # out: the sums
-    out_quats_ptr,
-    out_scales_ptr,
-    out_opacities_ptr,
-    out_colours_ptr,
-    n,  # N
-    means_stride,
-    quats_stride,
-    scales_stride,
-    opacities_stride,
-    colours_stride,
+    means_ptr: tl.tensor,  # (N,3) raw numbers, each with a stride of its own
+    quats_ptr: tl.tensor,  # (N,4)
+    scales_ptr: tl.tensor,  # (N,3)
+    opacities_ptr: tl.tensor,  # (N,)
+    colours_ptr: tl.tensor,  # (N,3)
+    change_ptr: tl.tensor,  # (N,14)
+    out_means_ptr: tl.tensor,  # out: the sums
+    out_quats_ptr: tl.tensor,  # of quaternions
+    out_scales_ptr: tl.tensor,  # of stored scales
+    out_opacities_ptr: tl.tensor,  # of opacities
+    out_colours_ptr: tl.tensor,  # of colours
+    n: tl.tensor,  # N
+    means_stride: tl.tensor,  # numbers from a row to the next
+    quats_stride: tl.tensor,  # numbers from a row to the next
+    scales_stride: tl.tensor,  # numbers from a row to the next
+    opacities_stride: tl.tensor,  # numbers from a row to the next
+    colours_stride: tl.tensor,  # numbers from a row to the next
     BLOCK: tl.constexpr,  # Gaussians of a program
-):
+) -> None:
     "Raw numbers and their change."
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = i < n
@@ -293,18 +296,18 @@ def sum_kernel(
 
 @kernel
 def sum_grad_kernel(
-    quats_ptr,  # (N,4)
-    change_ptr,  # (N,14)
-    d_means_ptr,  # gradients of the sums
-    d_quats_ptr,
-    d_scales_ptr,
-    d_opacities_ptr,
-    d_colours_ptr,
-    out_ptr,  # out: (N,14) gradient of the change
-    n,  # N
-    quats_stride,
+    quats_ptr: tl.tensor,  # (N,4)
+    change_ptr: tl.tensor,  # (N,14)
+    d_means_ptr: tl.tensor,  # gradients of the sums
+    d_quats_ptr: tl.tensor,  # of quaternions
+    d_scales_ptr: tl.tensor,  # of stored scales
+    d_opacities_ptr: tl.tensor,  # of opacities
+    d_colours_ptr: tl.tensor,  # of colours
+    out_ptr: tl.tensor,  # out: (N,14) gradient of the change
+    n: tl.tensor,  # N
+    quats_stride: tl.tensor,  # numbers from a row to the next
     BLOCK: tl.constexpr,  # Gaussians of a program
-):
+) -> None:
     "Gradient of the change."
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = i < n
@@ -348,7 +351,10 @@ class FusedSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *slopes: Tensor) -> tuple:
+    def backward(
+        ctx: Any,  # what was saved
+        *slopes: Tensor,  # gradients of the results
+    ) -> tuple:  # of the arguments
         "One program for 128 Gaussians."
         change, quats = ctx.saved_tensors
         slopes = [d.contiguous() for d in slopes]
@@ -370,25 +376,25 @@ def fused_sum(
 # %% ../nbs/20c_attribute_kernels.ipynb #e5ad645c
 @kernel
 def point_kernel(
-    means_ptr,  # (M,3) raw numbers, world, each with a stride of its own
-    quats_ptr,  # (M,4)
-    scales_ptr,  # (M,3)
-    opacities_ptr,  # (M,)
-    colours_ptr,  # (M,3)
-    seconds_ptr,  # (M,) since the clip's start
-    cells_ptr,  # (M,3) int64, voxel each was lifted into
-    to_ego_ptr,  # (4,4) float64 world-to-ego0
-    grid_ptr,  # (7,) float64 lower corner, cells along each axis, edge of a voxel
-    out_ptr,  # out: (M,14)
-    turn_ptr,  # out: (M,9)
-    n,  # M
-    means_stride,
-    quats_stride,
-    scales_stride,
-    opacities_stride,
-    colours_stride,
+    means_ptr: tl.tensor,  # (M,3) raw numbers, world, each with a stride of its own
+    quats_ptr: tl.tensor,  # (M,4)
+    scales_ptr: tl.tensor,  # (M,3)
+    opacities_ptr: tl.tensor,  # (M,)
+    colours_ptr: tl.tensor,  # (M,3)
+    seconds_ptr: tl.tensor,  # (M,) since the clip's start
+    cells_ptr: tl.tensor,  # (M,3) int64, voxel each was lifted into
+    to_ego_ptr: tl.tensor,  # (4,4) float64 world-to-ego0
+    grid_ptr: tl.tensor,  # (7,) float64 lower corner, cells along each axis, edge of a voxel
+    out_ptr: tl.tensor,  # out: (M,14)
+    turn_ptr: tl.tensor,  # out: (M,9)
+    n: tl.tensor,  # M
+    means_stride: tl.tensor,  # numbers from a row to the next
+    quats_stride: tl.tensor,  # numbers from a row to the next
+    scales_stride: tl.tensor,  # numbers from a row to the next
+    opacities_stride: tl.tensor,  # numbers from a row to the next
+    colours_stride: tl.tensor,  # numbers from a row to the next
     BLOCK: tl.constexpr,  # Gaussians of a program
-):
+) -> None:
     "Channels of points, and rotation matrices in ego0."
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = i < n
@@ -453,21 +459,21 @@ def fused_point(
 # %% ../nbs/20c_attribute_kernels.ipynb #2609fdf3
 @kernel
 def feedback_kernel(
-    grad_ptr,  # (N,14) gradient of the raw numbers
-    filled_ptr,  # (N,) px
-    quats_ptr,  # (N,4) raw numbers, each with a stride of its own
-    scales_ptr,  # (N,3)
-    colours_ptr,  # (N,3)
-    turn_ptr,  # (3,3) world-to-ego0
-    out_ptr,  # out: (N,15)
-    sums_ptr,  # out: (5,programs) of squares of centre, turn, scales, opacity; of Gaussians that fill enough
-    n,  # N
-    quats_stride,
-    scales_stride,
-    colours_stride,
-    floor,  # px
+    grad_ptr: tl.tensor,  # (N,14) gradient of the raw numbers
+    filled_ptr: tl.tensor,  # (N,) px
+    quats_ptr: tl.tensor,  # (N,4) raw numbers, each with a stride of its own
+    scales_ptr: tl.tensor,  # (N,3)
+    colours_ptr: tl.tensor,  # (N,3)
+    turn_ptr: tl.tensor,  # (3,3) world-to-ego0
+    out_ptr: tl.tensor,  # out: (N,15)
+    sums_ptr: tl.tensor,  # out: (5,programs) of squares of centre, turn, scales, opacity; of Gaussians that fill enough
+    n: tl.tensor,  # N
+    quats_stride: tl.tensor,  # numbers from a row to the next
+    scales_stride: tl.tensor,  # numbers from a row to the next
+    colours_stride: tl.tensor,  # numbers from a row to the next
+    floor: tl.tensor,  # px
     BLOCK: tl.constexpr,  # Gaussians of a program
-):
+) -> None:
     "The gradient per filled pixel in the terms of a change, and how large it is."
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = i < n
@@ -550,16 +556,16 @@ def fused_feedback(
 # %% ../nbs/20c_attribute_kernels.ipynb #a4e6099f
 @kernel
 def mix_kernel(
-    features_ptr,  # (V,C) of voxels; where BACK out: their gradient, zero at first
-    row_ptr,  # (N,8) int64 voxels around each point
-    weight_ptr,  # (N,8)
-    mixed_ptr,  # out: (N,C) of points; where BACK their gradient
-    n,  # N
+    features_ptr: tl.tensor,  # (V,C) of voxels; where BACK out: their gradient, zero at first
+    row_ptr: tl.tensor,  # (N,8) int64 voxels around each point
+    weight_ptr: tl.tensor,  # (N,8)
+    mixed_ptr: tl.tensor,  # out: (N,C) of points; where BACK their gradient
+    n: tl.tensor,  # N
     C: tl.constexpr,  # channels
     WIDTH: tl.constexpr,  # the next power of two
     BACK: tl.constexpr,  # whether the gradient is wanted
     BLOCK: tl.constexpr,  # points of a program
-):
+) -> None:
     "Weighted sums of eight voxels, or their gradient."
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     c = tl.arange(0, WIDTH)[None, :]
@@ -599,7 +605,10 @@ class FusedMix(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple:
+    def backward(
+        ctx: Any,  # what was saved
+        d: Tensor,  # gradient of the result
+    ) -> tuple:  # of the arguments
         "The same, back."
         row, w = ctx.saved_tensors
         of_features = d.new_zeros(ctx.voxels, d.shape[1])

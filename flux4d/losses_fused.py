@@ -25,18 +25,18 @@ __all__ = ['ROW_BLOCK', 'TILE', 'row_moments', 'column_similarity', 'spread_colu
 # %% ../nbs/23a_losses_fused.ipynb #319719ee
 @kernel
 def row_moments(
-    x_ptr,  # (R,n) rendered colours, R rows of all views
-    y_ptr,  # (R,n) those of the views
-    weight_ptr,  # (R,n/step) factor of each pixel; read where WEIGHTED
-    taps_ptr,  # (TAPS,) window
-    moments_ptr,  # out: (4,R,m) x, y, x^2 + y^2 and xy blurred along the row; m = n - (TAPS - 1) step
-    sums_ptr,  # out: (2,R,blocks) sums of weight |x - y| and of (clamp(x) - y)^2
-    n,  # numbers in a row
-    step,  # numbers from a pixel to the next
+    x_ptr: tl.tensor,  # (R,n) rendered colours, R rows of all views
+    y_ptr: tl.tensor,  # (R,n) those of the views
+    weight_ptr: tl.tensor,  # (R,n/step) factor of each pixel; read where WEIGHTED
+    taps_ptr: tl.tensor,  # (TAPS,) window
+    moments_ptr: tl.tensor,  # out: (4,R,m) x, y, x^2 + y^2 and xy blurred along the row; m = n - (TAPS - 1) step
+    sums_ptr: tl.tensor,  # out: (2,R,blocks) sums of weight |x - y| and of (clamp(x) - y)^2
+    n: tl.tensor,  # numbers in a row
+    step: tl.tensor,  # numbers from a pixel to the next
     TAPS: tl.constexpr,  # of the window
     WEIGHTED: tl.constexpr,  # whether pixels have a factor
     BLOCK: tl.constexpr,  # numbers of a program
-):
+) -> None:
     "Blur the four moments along a row, and sum the errors of the row."
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
@@ -74,17 +74,17 @@ def row_moments(
 # %% ../nbs/23a_losses_fused.ipynb #888f1c12
 @kernel
 def column_similarity(
-    moments_ptr,  # (4,V,H,m) from `row_moments`
-    taps_ptr,  # (TAPS,) window
-    slopes_ptr,  # out where SLOPES: (3,V,h,m) dS/d of the means of x, x^2 + y^2 and xy; h = H - TAPS + 1
-    sums_ptr,  # out: one sum of S for each program
-    height,  # H
-    m,  # numbers in a row
+    moments_ptr: tl.tensor,  # (4,V,H,m) from `row_moments`
+    taps_ptr: tl.tensor,  # (TAPS,) window
+    slopes_ptr: tl.tensor,  # out where SLOPES: (3,V,h,m) dS/d of the means of x, x^2 + y^2 and xy; h = H - TAPS + 1
+    sums_ptr: tl.tensor,  # out: one sum of S for each program
+    height: tl.tensor,  # H
+    m: tl.tensor,  # numbers in a row
     TAPS: tl.constexpr,  # of the window
     SLOPES: tl.constexpr,  # whether a gradient is wanted
     ROWS: tl.constexpr,  # rows of a program
     BLOCK: tl.constexpr,  # numbers of a program in each row
-):
+) -> None:
     "Blur the moments along the columns, form S and its slopes, and sum S."
     view = tl.program_id(0).to(tl.int64)
     plane = tl.num_programs(0).to(tl.int64) * height * m
@@ -123,15 +123,15 @@ def column_similarity(
 # %% ../nbs/23a_losses_fused.ipynb #3258e3a5
 @kernel
 def spread_columns(
-    slopes_ptr,  # (3V,h,m) from `column_similarity`; h = H - TAPS + 1
-    taps_ptr,  # (TAPS,) window
-    spread_ptr,  # out: (3V,H,m)
-    height,  # H
-    m,  # numbers in a row
+    slopes_ptr: tl.tensor,  # (3V,h,m) from `column_similarity`; h = H - TAPS + 1
+    taps_ptr: tl.tensor,  # (TAPS,) window
+    spread_ptr: tl.tensor,  # out: (3V,H,m)
+    height: tl.tensor,  # H
+    m: tl.tensor,  # numbers in a row
     TAPS: tl.constexpr,  # of the window
     ROWS: tl.constexpr,  # rows of a program
     BLOCK: tl.constexpr,  # numbers of a program in each row
-):
+) -> None:
     "Spread each slope along its column over the rows that its window covers."
     plane = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -147,19 +147,19 @@ def spread_columns(
 # %% ../nbs/23a_losses_fused.ipynb #71752c84
 @kernel
 def spread_rows(
-    x_ptr,  # (R,n) rendered colours, R rows of all views
-    y_ptr,  # (R,n) those of the views
-    weight_ptr,  # (R,n/step) factor of each pixel; read where WEIGHTED
-    taps_ptr,  # (TAPS,) window
-    spread_ptr,  # (3,R,m) from `spread_columns`
-    factors_ptr,  # (2,) gradient of the loss by the sum of weight |x - y| and by the sum of S
-    grad_ptr,  # out: (R,n) gradient of the loss by x
-    n,  # numbers in a row
-    step,  # numbers from a pixel to the next
+    x_ptr: tl.tensor,  # (R,n) rendered colours, R rows of all views
+    y_ptr: tl.tensor,  # (R,n) those of the views
+    weight_ptr: tl.tensor,  # (R,n/step) factor of each pixel; read where WEIGHTED
+    taps_ptr: tl.tensor,  # (TAPS,) window
+    spread_ptr: tl.tensor,  # (3,R,m) from `spread_columns`
+    factors_ptr: tl.tensor,  # (2,) gradient of the loss by the sum of weight |x - y| and by the sum of S
+    grad_ptr: tl.tensor,  # out: (R,n) gradient of the loss by x
+    n: tl.tensor,  # numbers in a row
+    step: tl.tensor,  # numbers from a pixel to the next
     TAPS: tl.constexpr,  # of the window
     WEIGHTED: tl.constexpr,  # whether pixels have a factor
     BLOCK: tl.constexpr,  # numbers of a program
-):
+) -> None:
     "Spread the slopes along the rows, and add the gradients of SSIM and L1."
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
@@ -188,15 +188,15 @@ def spread_rows(
 # %% ../nbs/23a_losses_fused.ipynb #7f079da8
 @kernel
 def depth_errors(
-    x_ptr,  # (n,) rendered depth, m
-    y_ptr,  # (n,) projected LiDAR depth, m, 0 = none
-    sums_ptr,  # out: (2,blocks) sums of the error and of the pixels that count
-    grad_ptr,  # out: (n,) derivative of each pixel's error by its depth
-    n,  # pixels
-    farthest,  # m, returns beyond do not count
-    bend,  # m, errors beyond count by their square
+    x_ptr: tl.tensor,  # (n,) rendered depth, m
+    y_ptr: tl.tensor,  # (n,) projected LiDAR depth, m, 0 = none
+    sums_ptr: tl.tensor,  # out: (2,blocks) sums of the error and of the pixels that count
+    grad_ptr: tl.tensor,  # out: (n,) derivative of each pixel's error by its depth
+    n: tl.tensor,  # pixels
+    farthest: tl.tensor,  # m, returns beyond do not count
+    bend: tl.tensor,  # m, errors beyond count by their square
     BLOCK: tl.constexpr,  # pixels of a program
-):
+) -> None:
     "L1 or the reverse Huber loss over the pixels that have a return, and its slope."
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + j, mask=j < n, other=0.0)
@@ -265,7 +265,12 @@ class FusedColour(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_l1: Tensor, d_ssim: Tensor, _: Tensor) -> tuple:
+    def backward(
+        ctx: Any,  # what was saved
+        d_l1: Tensor,  # gradient of L1
+        d_ssim: Tensor,  # of SSIM
+        _: Tensor,  # the squared error has none
+    ) -> tuple:  # of the arguments
         "Columns, then rows."
         x, y, weight, taps, slopes = ctx.saved_tensors
         _, V, h, m = slopes.shape
@@ -303,7 +308,10 @@ class FusedDepth(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple:
+    def backward(
+        ctx: Any,  # what was saved
+        d: Tensor,  # gradient of the result
+    ) -> tuple:  # of the arguments
         "The slopes, shared out over the pixels that count."
         slope, count = ctx.saved_tensors
         return slope * (d / count), None, None, None

@@ -15,7 +15,7 @@ from pydantic import NonNegativeFloat
 from .attribute_kernels import apply_change, fused_feedback, kernels_change
 from .clip_data import InputViews, ViewGroups, size_groups
 from .config import Config
-from .frames import mat_to_quat, quat_mul, rotate_vectors, se3_inverse, transform_points
+from .frames import mat_to_quat, quat_mul, rotate_vectors, transform_points
 from .gaussians import FLAT, Gaussians
 from .losses import LossConfig
 from .training_loss import reconstruction_loss

@@ -34,8 +34,8 @@ def kernel(
 
 @kernel
 def one_kernel(
-    x_ptr,  # out: one number
-):
+    x_ptr: tl.tensor,  # out: one number
+) -> None:
     "Write a one."
     tl.store(x_ptr, 1.0)
 
@@ -58,8 +58,8 @@ def kernels_work(
 # %% ../nbs/20b_splat_kernels.ipynb #122c90b0
 @kernel
 def softplus(
-    x,  # block of stored scales
-):
+    x: tl.tensor,  # block of stored scales
+) -> tl.tensor:
     "log(1 + exp(x)), to the last digits."
     e = tl.exp(-tl.abs(x))
     u = 1.0 + e
@@ -69,18 +69,18 @@ def softplus(
 
 @kernel
 def sigmoid(
-    x,  # block of logits
-):
+    x: tl.tensor,  # block of logits
+) -> tl.tensor:
     "1 / (1 + exp(-x))."
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @kernel
 def way(
-    now,  # block of the points' own times, s
-    then,  # the view's time, s
+    now: tl.tensor,  # block of the points' own times, s
+    then: tl.tensor,  # the view's time, s
     J: tl.constexpr,  # order of the coefficient
-):
+) -> tl.tensor:
     "Metres per unit of a velocity coefficient, from one time to another."
     before = now
     after = then
@@ -92,34 +92,34 @@ def way(
 # %% ../nbs/20b_splat_kernels.ipynb #cd041c42
 @kernel
 def splat_kernel(
-    means_ptr,  # (N,3) raw numbers, each with a stride of its own
-    quats_ptr,  # (N,4)
-    scales_ptr,  # (N,3)
-    opacities_ptr,  # (N,)
-    colours_ptr,  # (N,3)
-    velocity_ptr,  # (N,ORDERS,3) m/s^(j+1); not read where ORDERS is 0
-    t_ptr,  # (N,) own time, normalised
-    kind_ptr,  # (N,)
-    moments_ptr,  # (V,) of the views, normalised
-    cameras_ptr,  # (V,4,4) world-to-camera
-    out_means_ptr,  # out: (V,N,3)
-    out_quats_ptr,  # out: (V,N,4)
-    out_scales_ptr,  # out: (V,N,3)
-    out_opacities_ptr,  # out: (V,N)
-    out_values_ptr,  # out: (V,N,CHANNELS), the first five
-    n,  # N
-    means_stride,
-    quats_stride,
-    scales_stride,
-    opacities_stride,
-    colours_stride,
-    duration,  # s
-    max_scale,  # m, of LiDAR Gaussians
-    lidar,  # their kind
+    means_ptr: tl.tensor,  # (N,3) raw numbers, each with a stride of its own
+    quats_ptr: tl.tensor,  # (N,4)
+    scales_ptr: tl.tensor,  # (N,3)
+    opacities_ptr: tl.tensor,  # (N,)
+    colours_ptr: tl.tensor,  # (N,3)
+    velocity_ptr: tl.tensor,  # (N,ORDERS,3) m/s^(j+1); not read where ORDERS is 0
+    t_ptr: tl.tensor,  # (N,) own time, normalised
+    kind_ptr: tl.tensor,  # (N,)
+    moments_ptr: tl.tensor,  # (V,) of the views, normalised
+    cameras_ptr: tl.tensor,  # (V,4,4) world-to-camera
+    out_means_ptr: tl.tensor,  # out: (V,N,3)
+    out_quats_ptr: tl.tensor,  # out: (V,N,4)
+    out_scales_ptr: tl.tensor,  # out: (V,N,3)
+    out_opacities_ptr: tl.tensor,  # out: (V,N)
+    out_values_ptr: tl.tensor,  # out: (V,N,CHANNELS), the first five
+    n: tl.tensor,  # N
+    means_stride: tl.tensor,  # numbers from a row to the next
+    quats_stride: tl.tensor,  # numbers from a row to the next
+    scales_stride: tl.tensor,  # numbers from a row to the next
+    opacities_stride: tl.tensor,  # numbers from a row to the next
+    colours_stride: tl.tensor,  # numbers from a row to the next
+    duration: tl.tensor,  # s
+    max_scale: tl.tensor,  # m, of LiDAR Gaussians
+    lidar: tl.tensor,  # their kind
     ORDERS: tl.constexpr,  # velocity coefficients; 0 = nothing moves
     CHANNELS: tl.constexpr,  # numbers that are drawn
     BLOCK: tl.constexpr,  # Gaussians of a program
-):
+) -> None:
     "Gaussians as a view sees them."
     view = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -156,38 +156,38 @@ def splat_kernel(
 # %% ../nbs/20b_splat_kernels.ipynb #e8a99608
 @kernel
 def splat_grad_kernel(
-    quats_ptr,  # (N,4) raw numbers, each with a stride of its own
-    scales_ptr,  # (N,3)
-    opacities_ptr,  # (N,)
-    colours_ptr,  # (N,3)
-    t_ptr,  # (N,) own time, normalised
-    kind_ptr,  # (N,)
-    moments_ptr,  # (V,) of the views, normalised
-    cameras_ptr,  # (V,4,4) world-to-camera
-    d_means_ptr,  # (V,N,3) gradients of what the views got
-    d_quats_ptr,  # (V,N,4)
-    d_scales_ptr,  # (V,N,3)
-    d_opacities_ptr,  # (V,N)
-    d_values_ptr,  # (V,N,CHANNELS)
-    out_means_ptr,  # out: (N,3) gradients of the raw numbers
-    out_quats_ptr,  # out: (N,4)
-    out_scales_ptr,  # out: (N,3)
-    out_opacities_ptr,  # out: (N,)
-    out_colours_ptr,  # out: (N,3)
-    out_velocity_ptr,  # out: (N,ORDERS,3); not written where ORDERS is 0
-    n,  # N
-    views,  # V
-    quats_stride,
-    scales_stride,
-    opacities_stride,
-    colours_stride,
-    duration,  # s
-    max_scale,  # m, of LiDAR Gaussians
-    lidar,  # their kind
+    quats_ptr: tl.tensor,  # (N,4) raw numbers, each with a stride of its own
+    scales_ptr: tl.tensor,  # (N,3)
+    opacities_ptr: tl.tensor,  # (N,)
+    colours_ptr: tl.tensor,  # (N,3)
+    t_ptr: tl.tensor,  # (N,) own time, normalised
+    kind_ptr: tl.tensor,  # (N,)
+    moments_ptr: tl.tensor,  # (V,) of the views, normalised
+    cameras_ptr: tl.tensor,  # (V,4,4) world-to-camera
+    d_means_ptr: tl.tensor,  # (V,N,3) gradients of what the views got
+    d_quats_ptr: tl.tensor,  # (V,N,4)
+    d_scales_ptr: tl.tensor,  # (V,N,3)
+    d_opacities_ptr: tl.tensor,  # (V,N)
+    d_values_ptr: tl.tensor,  # (V,N,CHANNELS)
+    out_means_ptr: tl.tensor,  # out: (N,3) gradients of the raw numbers
+    out_quats_ptr: tl.tensor,  # out: (N,4)
+    out_scales_ptr: tl.tensor,  # out: (N,3)
+    out_opacities_ptr: tl.tensor,  # out: (N,)
+    out_colours_ptr: tl.tensor,  # out: (N,3)
+    out_velocity_ptr: tl.tensor,  # out: (N,ORDERS,3); not written where ORDERS is 0
+    n: tl.tensor,  # N
+    views: tl.tensor,  # V
+    quats_stride: tl.tensor,  # numbers from a row to the next
+    scales_stride: tl.tensor,  # numbers from a row to the next
+    opacities_stride: tl.tensor,  # numbers from a row to the next
+    colours_stride: tl.tensor,  # numbers from a row to the next
+    duration: tl.tensor,  # s
+    max_scale: tl.tensor,  # m, of LiDAR Gaussians
+    lidar: tl.tensor,  # their kind
     ORDERS: tl.constexpr,  # velocity coefficients whose gradient is wanted
     CHANNELS: tl.constexpr,  # numbers that are drawn
     BLOCK: tl.constexpr,  # Gaussians of a program
-):
+) -> None:
     "Gradients of raw numbers, from those of every view."
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     c = tl.arange(0, 4)[None, :]
@@ -294,7 +294,10 @@ class PlaceSplats(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *slopes: Tensor) -> tuple:
+    def backward(
+        ctx: Any,  # what was saved
+        *slopes: Tensor,  # gradients of the results
+    ) -> tuple:  # of the arguments
         "One program for 128 Gaussians."
         raw = ctx.saved_tensors
         at = ctx.at
@@ -326,13 +329,13 @@ def place_splats(
 # %% ../nbs/20b_splat_kernels.ipynb #13396f00
 @kernel
 def row_sum_kernel(
-    image_ptr,  # (R,width,CHANNELS) as drawn, R rows of all views
-    sums_ptr,  # out: (2,R,width) of channels 3 and 4
-    width,  # px
+    image_ptr: tl.tensor,  # (R,width,CHANNELS) as drawn, R rows of all views
+    sums_ptr: tl.tensor,  # out: (2,R,width) of channels 3 and 4
+    width: tl.tensor,  # px
     CHANNELS: tl.constexpr,  # that were drawn
     REACH: tl.constexpr,  # px to each side
     BLOCK: tl.constexpr,  # pixels of a program
-):
+) -> None:
     "Sum weight and weighted depth over a stretch of the row around each pixel."
     row = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -350,20 +353,20 @@ def row_sum_kernel(
 # %% ../nbs/20b_splat_kernels.ipynb #35807173
 @kernel
 def picture_kernel(
-    image_ptr,  # (V,height,width,CHANNELS) as drawn
-    alpha_ptr,  # (V,height,width)
-    background_ptr,  # (3,)
-    sums_ptr,  # (2,V,height,width) from `row_sum_kernel`
-    rgb_ptr,  # out: (V,height,width,3)
-    depth_ptr,  # out: (V,height,width)
-    height,  # px
-    width,  # px
-    share,  # 1 over the pixels of the square
+    image_ptr: tl.tensor,  # (V,height,width,CHANNELS) as drawn
+    alpha_ptr: tl.tensor,  # (V,height,width)
+    background_ptr: tl.tensor,  # (3,)
+    sums_ptr: tl.tensor,  # (2,V,height,width) from `row_sum_kernel`
+    rgb_ptr: tl.tensor,  # out: (V,height,width,3)
+    depth_ptr: tl.tensor,  # out: (V,height,width)
+    height: tl.tensor,  # px
+    width: tl.tensor,  # px
+    share: tl.tensor,  # 1 over the pixels of the square
     CHANNELS: tl.constexpr,  # that were drawn
     REACH: tl.constexpr,  # px to each side
     ROWS: tl.constexpr,  # rows of a program
     BLOCK: tl.constexpr,  # pixels of a program in each row
-):
+) -> None:
     "Colour over the background, and expected depth."
     view = tl.program_id(0).to(tl.int64)
     plane = tl.num_programs(0).to(tl.int64) * height * width
@@ -390,17 +393,17 @@ def picture_kernel(
 # %% ../nbs/20b_splat_kernels.ipynb #ef06c326
 @kernel
 def picture_grad_kernel(
-    image_ptr,  # (P,CHANNELS) as drawn, P pixels of all views
-    background_ptr,  # (3,)
-    d_rgb_ptr,  # (P,3) gradients
-    d_depth_ptr,  # (P,)
-    d_features_ptr,  # (P,CHANNELS-5); not read where there are none
-    d_image_ptr,  # out: (P,CHANNELS)
-    d_alpha_ptr,  # out: (P,)
-    pixels,  # P
+    image_ptr: tl.tensor,  # (P,CHANNELS) as drawn, P pixels of all views
+    background_ptr: tl.tensor,  # (3,)
+    d_rgb_ptr: tl.tensor,  # (P,3) gradients
+    d_depth_ptr: tl.tensor,  # (P,)
+    d_features_ptr: tl.tensor,  # (P,CHANNELS-5); not read where there are none
+    d_image_ptr: tl.tensor,  # out: (P,CHANNELS)
+    d_alpha_ptr: tl.tensor,  # out: (P,)
+    pixels: tl.tensor,  # P
     CHANNELS: tl.constexpr,  # that were drawn
     BLOCK: tl.constexpr,  # pixels of a program
-):
+) -> None:
     "Gradients of what was drawn."
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = at < pixels
@@ -450,7 +453,12 @@ class FinishPictures(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_rgb: Tensor, d_depth: Tensor, d_features: Tensor | None = None) -> tuple:
+    def backward(
+        ctx: Any,  # what was saved
+        d_rgb: Tensor,  # (V,H,W,3) gradient of colour
+        d_depth: Tensor,  # (V,H,W) of depth
+        d_features: Tensor | None = None,  # (V,H,W,F) of features
+    ) -> tuple:  # of the arguments
         "Pixel by pixel."
         image, background = ctx.saved_tensors
         C = image.shape[-1]
