@@ -62,7 +62,7 @@ def differing_fields(
     b = flattened(b)
     return {name: (a.get(name), b.get(name)) for name in a | b if a.get(name) != b.get(name)}
 
-
+# %% ../nbs/62_ablation.ipynb #f714fc2d
 SWITCHES = dict(  # parameter of 60_stage6 -> field of the configuration
     num_refine="refine.steps",
     poly_degree="model.degree",
@@ -289,7 +289,7 @@ def variant_line(
     paper = " / ".join(f"{x:g}" for x in PAPER_FIGURES[variant]) if variant in PAPER_FIGURES else None
     return dict(variant=variant) | {c: row.get(c) for c in MOVING} | {NOT_COMPARABLE: paper}
 
-
+# %% ../nbs/62_ablation.ipynb #be05b4e5
 def paper_tables(
     rows: list[dict],  # paired runs, from `ablation_row`
 ) -> str:  # markdown; a variant that was not run is a row of dashes
@@ -340,7 +340,7 @@ def difference(
     "What a change adds."
     return None if a is None or b is None else b - a
 
-
+# %% ../nbs/62_ablation.ipynb #639ee647
 def changes(
     rows: list[dict],  # paired runs
 ) -> list[dict]:  # one row a change whose two runs are there
@@ -423,7 +423,7 @@ def took_equally_long(
     seconds = a["train s"], b["train s"]
     return None not in seconds and max(seconds) <= (1 + slack) * min(seconds)
 
-
+# %% ../nbs/62_ablation.ipynb #9914a25e
 def near_in_time(
     rows: list[dict],  # any runs
     slack: float = 0.1,  # largest difference of training times, as a share
@@ -469,7 +469,7 @@ def group_report(
         parts += ["Change by one part", as_table(found, list(found[0]))]
     return parts
 
-
+# %% ../nbs/62_ablation.ipynb #fc97cbf2
 def ablation_report(
     folders: list[Path],  # finished runs
 ) -> str:  # markdown

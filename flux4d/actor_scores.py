@@ -12,7 +12,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from scipy.optimize import linear_sum_assignment
 from .actors import Actor, corners_above, iou_above
 from .clips import Clip
-from .cuboids import assign_points, load_cuboids
+from .cuboids import Boxes, assign_points, load_cuboids
 from .box_motion import box_times, tracks
 from .flow_truth import in_view
 from .frames import se3
@@ -20,8 +20,8 @@ from .scene import Scene
 from .settings import Device, Name, Share
 
 # %% auto #0
-__all__ = ['ActorScoreParameters', 'ActorScoreConfig', 'TrueActor', 'returns_in_view', 'true_actors', 'mean_iou', 'match_actors',
-           'pair_errors', 'score_actors', 'actor_summary']
+__all__ = ['ActorScoreParameters', 'ActorScoreConfig', 'TrueActor', 'returns_in_view', 'distance_moved', 'true_actors',
+           'mean_iou', 'match_actors', 'pair_errors', 'score_actors', 'recall_of', 'actor_summary']
 
 # %% ../nbs/73b_actor_scores.ipynb #e8abc6ae
 @dataclass(frozen=True)
@@ -78,40 +78,45 @@ def returns_in_view(
     places, counts = np.unique(owner[owner >= 0], return_counts=True)
     return {boxes.uuid[i]: int(n) for i, n in zip(places, counts)}
 
+# %% ../nbs/73b_actor_scores.ipynb #72bc1221
+def distance_moved(
+    boxes: dict[int, Boxes],  # frame -> the box of one thing
+) -> float:  # m
+    "From a thing's first box to its last."
+    ends = [boxes[f].centre[0] for f in (min(boxes), max(boxes))]
+    return float(np.linalg.norm(ends[1] - ends[0]))
 
+# %% ../nbs/73b_actor_scores.ipynb #69375d9b
+def _true_actor(uuid: str, boxes: dict, frames: list, times: dict, shown: dict) -> TrueActor:
+    "One labelled thing, its boxes with x forward."
+    forward = se3(np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]]), np.zeros(3))  # a label's length runs along y
+    width, length, height = boxes[frames[0]].size[0]
+    return TrueActor(
+        uuid=uuid,
+        label=str(boxes[frames[0]].label[0]),
+        moved=distance_moved(boxes),
+        seconds=np.array([times[f][uuid] for f in frames]),
+        pose=np.stack([boxes[f].pose()[0] @ forward for f in frames]),
+        size=np.array([length, width, height]),
+        returns=np.array([shown[f][uuid] for f in frames]),
+    )
+
+# %% ../nbs/73b_actor_scores.ipynb #a9ee61f8
 def true_actors(
     clip: Clip,  # with labels
     min_moved: float = 0.5,  # m
 ) -> list[TrueActor]:  # in view of a camera at two input sweeps or more
     "The labelled things that move in a clip's input sweeps."
-    shown = {f: returns_in_view(clip, f) for f in clip.input_frames}
     start = clip.time.start
+    shown = {f: returns_in_view(clip, f) for f in clip.input_frames}
     times = {f: dict(zip(load_cuboids(clip.log, f).uuid, box_times(clip.log, f) - start)) for f in clip.input_frames}
     found = []
     for uuid, boxes in tracks(clip.log, clip.input_frames).items():
         frames = [f for f in boxes if shown[f].get(uuid) and np.isfinite(times[f][uuid])]
-        whole = [boxes[f].centre[0] for f in sorted(boxes)]
-        moved = float(np.linalg.norm(whole[-1] - whole[0]))
         other_sensor = any((b.sensor_id == 1).any() for b in boxes.values())
-        if moved > min_moved and len(frames) > 1 and not other_sensor:
-            found.append(_true_actor(uuid, moved, boxes, frames, times, shown))
+        if distance_moved(boxes) > min_moved and len(frames) > 1 and not other_sensor:
+            found.append(_true_actor(uuid, boxes, frames, times, shown))
     return found
-
-
-def _true_actor(uuid: str, moved: float, boxes: dict, frames: list, times: dict, shown: dict) -> TrueActor:
-    "One labelled thing, its boxes with x forward."
-    forward = se3(np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]]), np.zeros(3))  # a label's length runs along y
-    pose = np.stack([boxes[f].pose()[0] @ forward for f in frames])
-    width, length, height = boxes[frames[0]].size[0]
-    return TrueActor(
-        uuid=uuid,
-        label=str(boxes[frames[0]].label[0]),
-        moved=moved,
-        seconds=np.array([times[f][uuid] for f in frames]),
-        pose=pose,
-        size=np.array([length, width, height]),
-        returns=np.array([shown[f][uuid] for f in frames]),
-    )
 
 # %% ../nbs/73b_actor_scores.ipynb #d3c9df9a
 def mean_iou(
@@ -122,7 +127,7 @@ def mean_iou(
     pairs = zip(actor.pose(true.seconds), true.pose)
     return float(np.mean([iou_above(corners_above(p, actor.size), corners_above(q, true.size)) for p, q in pairs]))
 
-
+# %% ../nbs/73b_actor_scores.ipynb #6a8e308d
 def match_actors(
     actors: list[Actor],  # of a reconstruction
     truth: list[TrueActor],  # of its clip
@@ -153,6 +158,26 @@ def pair_errors(
     )
 
 # %% ../nbs/73b_actor_scores.ipynb #acbe0cf5
+def _thing_row(thing: TrueActor, actor: Actor | None, cfg: ActorScoreConfig) -> dict:
+    "What is known of one labelled thing; `actor` is the one that it was matched with."
+    row = dict(
+        label=thing.label,
+        moved=thing.moved,
+        returns=int(thing.returns.sum()),
+        shown=thing.is_shown(cfg.min_returns, cfg.min_sweeps),
+        shown_5=thing.is_shown(5, cfg.min_sweeps),
+        found=actor is not None,
+    )
+    if actor is None:
+        return row | dict(actor=None)
+    return row | dict(actor=actor.index, gaussians=len(actor)) | pair_errors(actor, thing)
+
+
+def _actor_row(actor: Actor) -> dict:
+    "What is known of an actor that is no labelled thing."
+    return dict(label="", moved=actor.path.moved, found=False, actor=actor.index, gaussians=len(actor))
+
+# %% ../nbs/73b_actor_scores.ipynb #f844f176
 def score_actors(
     scene: Scene,  # a reconstruction
     clip: Clip,  # of this clip
@@ -160,47 +185,42 @@ def score_actors(
 ) -> pd.DataFrame:  # a row per thing and per actor without one: label, shown, shown_5, found, actor, Gaussians, errors
     "A reconstruction's actors beside the labelled things."
     truth, actors = true_actors(clip, cfg.min_moved), scene.actors
-    pairs = {j: i for i, j in match_actors(actors, truth, cfg)}
-    rows = []
-    for j, thing in enumerate(truth):
-        row = dict(label=thing.label, moved=thing.moved, found=j in pairs, actor=None)
-        row |= dict(returns=int(thing.returns.sum()))
-        row |= dict(shown=thing.is_shown(cfg.min_returns, cfg.min_sweeps), shown_5=thing.is_shown(5, cfg.min_sweeps))
-        if j in pairs:
-            actor = actors[pairs[j]]
-            row |= dict(actor=actor.index, gaussians=len(actor)) | pair_errors(actor, thing)
-        rows.append(row)
-    for i in sorted(set(range(len(actors))) - set(pairs.values())):
-        alone = actors[i]
-        rows.append(dict(label="", moved=alone.path.moved, found=False, actor=alone.index, gaussians=len(alone)))
+    pairs = match_actors(actors, truth, cfg)
+    actor_of_thing = {j: actors[i] for i, j in pairs}
+    matched = {i for i, _ in pairs}
+    rows = [_thing_row(thing, actor_of_thing.get(j), cfg) for j, thing in enumerate(truth)]
+    rows += [_actor_row(actor) for i, actor in enumerate(actors) if i not in matched]
     columns = "label moved returns shown shown_5 found actor gaussians iou place heading speed".split()
     return pd.DataFrame(rows, columns=columns).assign(clip=clip.id)
 
 # %% ../nbs/73b_actor_scores.ipynb #258f77d1
+def recall_of(
+    things: pd.DataFrame,  # rows of things, with `found`
+) -> float | None:  # None without things
+    "The share that was found."
+    return float(things.found.mean()) if len(things) else None
+
+# %% ../nbs/73b_actor_scores.ipynb #69e53687
 def actor_summary(
     rows: pd.DataFrame,  # of `score_actors`, one clip or many
 ) -> dict[str, float]:  # counts, recall, precision, medians of the errors
     "Recall over the things that are shown; precision over all actors."
     things, alone = rows[rows.label != ""], rows[rows.label == ""]
     right = things[things.found]
-
-    def recall(chosen: pd.DataFrame) -> float | None:
-        return float(chosen.found.mean()) if len(chosen) else None
-
     shown, shown_5 = things[things.shown == True], things[things.shown_5 == True]  # noqa: E712
-    predicted = len(right) + len(alone)
+    actors = len(right) + len(alone)
     return dict(
         clips=int(rows["clip"].nunique()),
         things=len(shown),
         found=int(shown.found.sum()),
-        recall=recall(shown),
-        actors=predicted,
+        recall=recall_of(shown),
+        actors=actors,
         right=len(right),
-        precision=len(right) / predicted if predicted else None,
+        precision=len(right) / actors if actors else None,
         things_5=len(shown_5),
-        recall_5=recall(shown_5),
+        recall_5=recall_of(shown_5),
         things_any=len(things),
-        recall_any=recall(things),
+        recall_any=recall_of(things),
         iou=float(right.iou.median()),
         place_m=float(right.place.median()),
         heading_deg=float(right.heading.median()),

@@ -9,20 +9,23 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from fastcore.basics import patch
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from scipy.spatial import cKDTree
 from torch import Tensor
-from .frames import rotate_vectors, se3, se3_inverse, transform_points
+from tqdm import tqdm
+from .frames import project, rotate_vectors, se3, se3_inverse, transform_points
 from .gaussians import LIDAR, advance, velocity_at
 from .scene import Scene
 from .settings import Share
+from .trails import TrailConfig, find_trails, warped_distance
 
 # %% auto #0
 __all__ = ['LEAST', 'TALLEST', 'ActorConfig', 'MovingGaussians', 'moving_gaussians', 'cluster_features', 'cluster_moving',
            'ActorPath', 'cluster_path', 'Extent', 'kind_of_size', 'completed', 'Candidate', 'seen_from', 'fit_box',
-           'corners_above', 'area_above', 'common_area', 'iou_above', 'is_same_thing', 'join_parts', 'lidar_by_sweep',
-           'gain_to_sweep', 'motion_gain', 'Actor', 'claimed_rows', 'actor_of', 'is_possible', 'find_actors',
-           'keep_actors']
+           'corners_above', 'area_above', 'common_area', 'iou_above', 'is_same_thing', 'seen_corners', 'join_parts',
+           'lidar_by_sweep', 'gain_to_sweep', 'MotionGain', 'in_pictures', 'motion_gain', 'Actor', 'claimed_rows',
+           'actor_of', 'split_clusters', 'is_possible', 'ego_velocity', 'is_moving', 'trail_clusters', 'is_small',
+           'find_candidates', 'find_actors', 'keep_actors']
 
 # %% ../nbs/73_actors.ipynb #2f1e5835
 @dataclass(frozen=True)
@@ -39,15 +42,22 @@ class ActorConfig:
     min_samples: PositiveInt = 6  # Gaussians in the radius, itself included, that make a core point
     min_gaussians: PositiveInt = 12  # of a cluster
     min_sweeps: PositiveInt = 3  # sweeps in which a cluster is seen
-    min_gain: NonNegativeFloat = 0.1  # m by which moving has to bring the sweeps closer together than resting
+    min_gain: NonNegativeFloat = 0.05  # m by which moving has to bring the sweeps closer together than resting
+    gain_rate: NonNegativeFloat = 0.0015  # m of `min_gain` for every metre of distance, where that is more
+    ego_gain: NonNegativeFloat = 0.15  # m, the same for what goes along with the ego vehicle
+    flat_gain: NonNegativeFloat = 0.4  # m, the same for what is flatter than `min_height`
+    flat_length: NonNegativeFloat = 1.0  # m that something so flat is long or wide at least
+    min_share: Share = 0.5  # of what moving changes is to the better
     min_moved: NonNegativeFloat = 0.5  # m that an actor goes from the first sweep to the last
-    max_size: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (25.0, 4.5, 5.0)  # length, width, height, m
-    min_height: NonNegativeFloat = 0.3  # m, what is flatter is no thing
+    max_size: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (25.0, 3.2, 5.0)  # length, width, height, m
+    halvings: NonNegativeInt = 2  # of DBSCAN's radius, for a cluster that is too wide to be one thing
+    min_height: NonNegativeFloat = 0.3  # m, what is flatter has to move for sure
     trim: Share = 0.02  # share of a cluster beyond each side of its box
     join_speed: NonNegativeFloat = 1.5  # m/s, overlapping clusters that differ by less are one actor
-    join_overlap: Share = 0.3  # share of the smaller box inside the larger one, grown, that makes them one
+    join_overlap: Share = 0.3  # share of what was seen of the smaller inside the larger box, grown
     join_grow: NonNegativeFloat = 0.4  # m by which a vehicle's box is grown on each side for that
     inside_grow: NonNegativeFloat = 0.15  # m, Gaussians inside the seen part grown by this belong to the actor
+    trails: TrailConfig = TrailConfig()  # small things that the scene leaves at rest
 
 # %% ../nbs/73_actors.ipynb #c2a2faac
 class MovingGaussians(NamedTuple):
@@ -103,10 +113,9 @@ def cluster_features(
     place = transform_points(to_ego, moving.place)
     velocity = rotate_vectors(to_ego, moving.velocity)
     distance = np.linalg.norm(place[:, :2], axis=1)
-    beyond = np.maximum(distance - cfg.near, 0)
     rate = cfg.growth / cfg.reach
-    shrink = 1 / (1 + rate * beyond)  # a distance there counts as so much less
-    warped = np.minimum(distance, cfg.near) + (np.log1p(rate * beyond) / rate if rate else beyond)
+    shrink = 1 / (1 + rate * np.maximum(distance - cfg.near, 0))  # a distance there counts as so much less
+    warped = warped_distance(distance, cfg.near, rate)
     along = place[:, :2] * (warped / np.maximum(distance, 1e-6))[:, None]
     rest = np.c_[cfg.height_weight * place[:, 2], cfg.velocity_seconds * velocity[:, :2]]
     return np.c_[along, rest * shrink[:, None]]
@@ -255,9 +264,12 @@ def kind_of_size(
 ) -> str:  # a key of LEAST
     "What a thing can be, by what was seen of it and its speed."
     length, width, height = seen.size
-    if height > 2.3 and width > 1.2 or width > 2.3 and length > 1.2:
+    if speed < 2.5 and height > 1.5 and max(length, width) < 1.5:
+        return "person"  # or two side by side, or one under a tree
+    if height > 2.2 and width > 1.0 or width > 2.3 and length > 1.2:
         return "large"
-    if speed > 8 or width > 1.2 or length > 2.3:
+    wide = width > 0.95 or length > 2.05  # for a cycle
+    if speed > 8 or width > 1.2 or length > 2.3 or speed > 3 and wide:
         return "vehicle"
     return "cycle" if speed > 3 or length > 1.1 else "person"
 
@@ -309,7 +321,11 @@ def fit_box(
     eye = path.in_box(eye[None], np.array([path.middle]))[0]
     speed = float(np.linalg.norm(path.velocity[:2]))
     kind = kind_of_size(seen, speed)
-    seen.high[2] = min(seen.high[2], seen.low[2] + TALLEST[kind])
+    top = seen.low[2] + TALLEST[kind]
+    if seen.high[2] > top:  # a wall or a tree behind it is no part of it
+        below = x[x[:, 2] < top, :2]
+        seen.low[:2], seen.high[:2] = np.quantile(below, [cfg.trim, 1 - cfg.trim], axis=0)
+        seen.high[2] = top
     whole = completed(seen, eye, LEAST[kind])
     origin = np.append((whole.low + whole.high)[:2] / 2, whole.low[2])
     return Candidate(members, replace(path, origin=origin), Extent(seen.low - origin, seen.high - origin), whole.size)
@@ -374,8 +390,18 @@ def is_same_thing(
     large, small = sorted((a, b), key=_footprint, reverse=True)
     grow = cfg.join_grow if large.size[0] > 3 else 0.0
     around = corners_above(large.path.pose(large.path.middle), large.size[:2] + 2 * grow)
-    own = corners_above(small.path.pose(small.path.middle), small.size)
+    own = seen_corners(small)
     return common_area(around, own) > cfg.join_overlap * area_above(own)
+
+
+def seen_corners(
+    c: Candidate,  # a cluster with its box
+) -> np.ndarray:  # (4,2) world, m, counter-clockwise
+    "What was seen of a thing, from above, at the middle time."
+    pose = c.path.pose(c.path.middle)
+    middle = (c.seen.low + c.seen.high)[:2] / 2
+    pose[:2, 3] += pose[:2, :2] @ middle
+    return corners_above(pose, c.seen.size)
 
 
 def _footprint(c: Candidate) -> float:
@@ -429,11 +455,32 @@ def gain_to_sweep(
     return np.minimum(tree.query(resting)[0], cap) - np.minimum(tree.query(moving)[0], cap)
 
 # %% ../nbs/73_actors.ipynb #a5c9cb72
+class MotionGain(NamedTuple):
+    "How much better a motion explains the sweeps than rest does."
+
+    metres: float  # by which Gaussians come closer to those of the other sweeps, mean
+    share: float  # -1..1, the sum of what gets closer less what gets farther, over the sum of both
+
+
+def in_pictures(
+    scene: Scene,  # with recorded cameras; without any, everything is
+    points: np.ndarray,  # (M,3) world, m
+    seconds: float,  # since the clip's start
+) -> np.ndarray:  # (M,) bool
+    "What a camera has in its picture."
+    seen = np.full(len(points), not scene.cameras)
+    for camera in scene.cameras.values():
+        uv, z = project(camera.K, se3_inverse(camera.pose_at(seconds / scene.duration)), points)
+        seen |= (z > 0) & ((uv >= 0) & (uv < [camera.width, camera.height])).all(1)
+    return seen
+
+
 def motion_gain(
     c: Candidate,  # a cluster with its path and box
+    scene: Scene,  # that it was found in
     sweeps: dict[int, np.ndarray],  # from `lidar_by_sweep`
     sample: int = 400,  # members that are looked at, about
-) -> float:  # m; 0 where no other sweep tells
+) -> MotionGain:  # zeros where no other sweep tells
     "By how much closer, from above, its motion brings a candidate's members to the other sweeps than rest does."
     m = c.members
     height = m.means[:, 2]
@@ -444,11 +491,14 @@ def motion_gain(
     for frame in np.unique(m.frame):
         other = m.part(m.frame != frame)
         when = np.median(c.members.seconds[c.members.frame == frame])
-        step = c.path.place_at(when) - c.path.place_at(other.seconds)
-        rest = other.means[:, :2]
-        gains.append(gain_to_sweep(rest + step[:, :2], rest, sweeps[int(frame)], floor))
+        moved = other.means + c.path.place_at(when) - c.path.place_at(other.seconds)
+        both = in_pictures(scene, other.means, when) & in_pictures(scene, moved, when)
+        gains.append(gain_to_sweep(moved[both, :2], other.means[both, :2], sweeps[int(frame)], floor))
     gains = np.concatenate(gains)
-    return float(gains.mean()) if len(gains) else 0.0
+    if not len(gains):
+        return MotionGain(0.0, 0.0)
+    return MotionGain(float(gains.mean()), float(gains.sum() / max(np.abs(gains).sum(), 1e-9)))
+
 
 # %% ../nbs/73_actors.ipynb #3854c444
 @dataclass(eq=False)
@@ -462,6 +512,7 @@ class Actor:
     seconds: np.ndarray  # (F,) when it was seen, mean of each sweep, since the clip's start
     frames: list[int]  # F log frame ids of these sweeps
     scene: Scene = field(repr=False)  # that it belongs to
+    at_rest: bool = False  # the scene leaves its Gaussians at rest; its motion was seen in the sweeps
 
     def __len__(self) -> int:
         "How many Gaussians it has."
@@ -530,7 +581,7 @@ def claimed_rows(
         owner[near[((x >= low) & (x <= c.seen.high + grow)).all(1)]] = k
     return owner
 
-# %% ../nbs/73_actors.ipynb #39fccfd2
+# %% ../nbs/73_actors.ipynb #7d1e02ae
 def actor_of(
     c: Candidate,  # a cluster with its path and box
     index: int,  # its number
@@ -543,13 +594,115 @@ def actor_of(
     mask = torch.from_numpy(mask).to(scene.device)
     return Actor(index, mask, c.path, c.size, seconds, frames.tolist(), scene)
 
+# %% ../nbs/73_actors.ipynb #39fccfd2
+def split_clusters(
+    moving: MovingGaussians,  # M of them
+    scene: Scene,  # that they are of
+    eye: np.ndarray,  # (3,) where they were seen from, world, m
+    cfg: ActorConfig = ActorConfig(),  # how to cluster
+) -> list[Candidate]:
+    "Clusters with their boxes; one that is too wide to be one thing is clustered again with half the radius."
+    found = []
+    for cluster in cluster_moving(moving, scene.ego0, cfg):
+        c = fit_box(cluster, eye, cfg)
+        if c.seen.size[1] <= cfg.max_size[1] or not cfg.halvings:
+            found.append(c)
+        else:
+            finer = replace(cfg, reach=cfg.reach / 2, growth=cfg.growth / 2, halvings=cfg.halvings - 1)
+            found += split_clusters(cluster, scene, eye, finer)
+    return found
+
 
 def is_possible(
     c: Candidate,  # a cluster with its path and box
-    cfg: ActorConfig = ActorConfig(),  # read: min_moved, min_height, max_size
+    cfg: ActorConfig = ActorConfig(),  # read: min_moved, max_size
 ) -> bool:
     "Whether a candidate goes somewhere and has a size that things on a road have."
-    return c.path.moved > cfg.min_moved and c.size[2] > cfg.min_height and bool((c.size <= cfg.max_size).all())
+    return c.path.moved > cfg.min_moved and bool((c.size <= cfg.max_size).all())
+
+
+def ego_velocity(
+    scene: Scene,  # a reconstruction
+    seconds: float,  # since the clip's start
+) -> np.ndarray | None:  # (3,) world, m/s; None where there is no camera
+    "How the ego vehicle moves, by its first camera."
+    for camera in scene.cameras.values():
+        before, after = (camera.pose_at((seconds + s) / scene.duration)[:3, 3] for s in (-0.25, 0.25))
+        return (after - before) / 0.5
+    return None
+
+
+def is_moving(
+    c: Candidate,  # a cluster with its path and box
+    scene: Scene,  # that it was found in
+    sweeps: dict[int, np.ndarray],  # from `lidar_by_sweep`
+    cfg: ActorConfig = ActorConfig(),  # read: min_gain, gain_rate, ego_gain, flat_gain, flat_length, min_share
+) -> bool:
+    "Whether the sweeps say that a candidate moves; of what looks like a false motion more is asked."
+    flat = c.size[2] <= cfg.min_height  # a ring of beams on a vehicle that the others miss
+    if flat and max(c.seen.size[:2]) < cfg.flat_length:
+        return False
+    ego = ego_velocity(scene, c.path.middle)
+    along = ego is not None and np.linalg.norm((c.path.velocity - ego)[:2]) < 0.5
+    distance = np.linalg.norm((c.path.place - scene.ego0[:3, 3])[:2])
+    least = max(cfg.min_gain, cfg.gain_rate * distance, along * cfg.ego_gain, flat * cfg.flat_gain)
+    gain = motion_gain(c, scene, sweeps)
+    return gain.metres > least and gain.share > cfg.min_share
+
+
+# %% ../nbs/73_actors.ipynb #7d1e02ac
+def trail_clusters(
+    scene: Scene,  # a reconstruction
+    free: np.ndarray,  # (N,) bool, Gaussians that belong to no actor yet
+    span: MovingGaussians,  # read: middle, reach
+    cfg: TrailConfig = TrailConfig(),  # how
+) -> list[MovingGaussians]:  # with the velocity that the sweeps say
+    "Gaussians of small things that the scene leaves at rest."
+    g = scene.gaussians
+    rows = np.flatnonzero((g.kind == LIDAR).cpu().numpy())
+    means = g.means[rows].double().cpu().numpy()
+    seconds = (g.t[rows].double() * scene.duration).cpu().numpy()
+    frame = g.frame[rows].cpu().numpy()
+    found = []
+    for trail in find_trails(means, seconds, frame, scene.ego0, free[rows], cfg):
+        k = trail.rows
+        velocity = np.tile(trail.velocity, (len(k), 1))
+        place = means[k] + velocity * (span.middle - seconds[k])[:, None]
+        motion = place, velocity, np.zeros_like(velocity)
+        found.append(MovingGaussians(rows[k], means[k], seconds[k], frame[k], *motion, span.middle, span.reach))
+    return found
+
+
+def is_small(
+    c: Candidate,  # a cluster with its path and box
+    cfg: TrailConfig = TrailConfig(),  # read: max_length, min_top
+) -> bool:
+    "Whether a candidate can be a person, on foot or on a cycle."
+    length, width, height = c.seen.size
+    kind = kind_of_size(c.seen, float(np.linalg.norm(c.path.velocity[:2])))
+    return kind in ("person", "cycle") and length < cfg.max_length and width < 1.2 and height > cfg.min_top
+
+# %% ../nbs/73_actors.ipynb #7d1e02ad
+def find_candidates(
+    scene: Scene,  # a reconstruction
+    cfg: ActorConfig = ActorConfig(),  # how
+) -> tuple[list[Candidate], int]:  # and how many of them, at the end, the scene leaves at rest
+    "Things that move: by the scene's motion, then by the sweeps where the scene knows of none."
+    moving = moving_gaussians(scene, cfg.min_speed)
+    if not len(moving.rows):
+        return [], 0
+    eye = seen_from(scene, moving.middle)
+    sweeps = lidar_by_sweep(scene)
+
+    def confirmed(candidates: list[Candidate]) -> list[Candidate]:
+        named = tqdm(candidates, desc="actors", unit="cluster", delay=2, leave=False)
+        return [c for c in named if is_possible(c, cfg) and is_moving(c, scene, sweeps, cfg)]
+
+    found = confirmed(join_parts(split_clusters(moving, scene, eye, cfg), eye, cfg))
+    free = claimed_rows(found, scene, cfg) < 0
+    trails = [fit_box(cluster, eye, cfg) for cluster in trail_clusters(scene, free, moving, cfg.trails)]
+    small = confirmed([c for c in trails if is_small(c, cfg.trails)])
+    return found + small, len(small)
 
 
 def find_actors(
@@ -557,15 +710,11 @@ def find_actors(
     cfg: ActorConfig = ActorConfig(),  # how
 ) -> list[Actor]:  # most Gaussians first
     "What moves in a scene."
-    moving = moving_gaussians(scene, cfg.min_speed)
-    eye = seen_from(scene, moving.middle)
-    found = [fit_box(cluster, eye, cfg) for cluster in cluster_moving(moving, scene.ego0, cfg)]
-    found = join_parts(found, eye, cfg)
-    sweeps = lidar_by_sweep(scene)
-    found = [c for c in found if is_possible(c, cfg) and motion_gain(c, sweeps) > cfg.min_gain]
+    found, at_rest = find_candidates(scene, cfg)
     owner = claimed_rows(found, scene, cfg)
     order = np.argsort([-(owner == k).sum() for k in range(len(found))], kind="stable")
-    return [actor_of(found[k], index, owner == k, scene) for index, k in enumerate(order)]
+    actors = [actor_of(found[k], index, owner == k, scene) for index, k in enumerate(order)]
+    return [replace(a, at_rest=bool(k >= len(found) - at_rest)) for a, k in zip(actors, order)]
 
 # %% ../nbs/73_actors.ipynb #0236a25a
 def keep_actors(

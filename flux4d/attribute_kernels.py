@@ -21,8 +21,8 @@ except ImportError:  # without a GPU there is none; tensor operations then do th
 # %% auto #0
 __all__ = ['ATTRIBUTE_BLOCK', 'bend', 'bend_slope', 'log1p', 'rotated', 'rotated_back', 'product', 'mean_scale',
            'residual_kernel', 'FusedResidual', 'fused_residual', 'sum_kernel', 'sum_grad_kernel', 'FusedSum',
-           'fused_sum', 'point_kernel', 'fused_point', 'feedback_kernel', 'fused_feedback', 'kernels_change',
-           'apply_change']
+           'fused_sum', 'point_kernel', 'fused_point', 'feedback_kernel', 'fused_feedback', 'mix_kernel', 'FusedMix',
+           'fused_mix', 'kernels_change', 'apply_change']
 
 # %% ../nbs/20c_attribute_kernels.ipynb #c5753a18
 @kernel
@@ -546,6 +546,89 @@ def fused_feedback(
         start += columns
     out[:, :11].asinh_()
     return out
+
+# %% ../nbs/20c_attribute_kernels.ipynb #a4e6099f
+@kernel
+def mix_kernel(
+    features_ptr,  # (V,C) of voxels; where BACK out: their gradient, zero at first
+    row_ptr,  # (N,8) int64 voxels around each point
+    weight_ptr,  # (N,8)
+    mixed_ptr,  # out: (N,C) of points; where BACK their gradient
+    n,  # N
+    C: tl.constexpr,  # channels
+    WIDTH: tl.constexpr,  # the next power of two
+    BACK: tl.constexpr,  # whether the gradient is wanted
+    BLOCK: tl.constexpr,  # points of a program
+):
+    "Weighted sums of eight voxels, or their gradient."
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    c = tl.arange(0, WIDTH)[None, :]
+    here = i < n
+    both = here[:, None] & (c < C)
+    at = mixed_ptr + i[:, None] * C + c
+    total = tl.zeros([BLOCK, WIDTH], tl.float32)
+    if BACK:
+        total += tl.load(at, mask=both, other=0.0)
+    for k in tl.static_range(8):
+        row = tl.load(row_ptr + i * 8 + k, mask=here, other=0)
+        weight = tl.load(weight_ptr + i * 8 + k, mask=here, other=0.0)
+        voxel = features_ptr + row[:, None] * C + c
+        used = both & (weight[:, None] != 0)
+        if BACK:
+            tl.atomic_add(voxel, weight[:, None] * total, mask=used)
+        else:
+            total += weight[:, None] * tl.load(voxel, mask=used, other=0.0)
+    if BACK == 0:
+        tl.store(at, total, mask=both)
+
+# %% ../nbs/20c_attribute_kernels.ipynb #37d517a8
+class FusedMix(torch.autograd.Function):
+    "Weighted sums of voxels; only their features have a gradient."
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # what the gradient needs
+        features: Tensor,  # (V,C)
+        row: Tensor,  # (N,8) int64
+        w: Tensor,  # (N,8)
+    ) -> Tensor:  # (N,C)
+        "One program for 32 points."
+        ctx.save_for_backward(row, w)
+        ctx.voxels = len(features)
+        return _mix(features, row, w, features.new_empty(len(row), features.shape[1]), False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple:
+        "The same, back."
+        row, w = ctx.saved_tensors
+        of_features = d.new_zeros(ctx.voxels, d.shape[1])
+        _mix(of_features, row, w, d.contiguous(), True)
+        return of_features, None, None
+
+
+def _mix(
+    features: Tensor,  # (V,C) of voxels, or their gradient
+    row: Tensor,  # (N,8) int64
+    w: Tensor,  # (N,8)
+    mixed: Tensor,  # (N,C) of points, or their gradient
+    back: bool,  # whether the gradient is wanted
+) -> Tensor:  # `mixed`
+    "Call the kernel."
+    N, C = mixed.shape
+    if N:
+        how = N, C, triton.next_power_of_2(C), back, 32
+        mix_kernel[(triton.cdiv(N, 32),)](features, row, w, mixed, *how)
+    return mixed
+
+
+def fused_mix(
+    features: Tensor,  # (V,C) float32
+    row: Tensor,  # (N,8) int64 rows
+    w: Tensor,  # (N,8) float32 weights
+) -> Tensor:  # (N,C)
+    "What `mix_voxels` gives."
+    return FusedMix.apply(features.contiguous(), row.contiguous(), w.contiguous())
 
 # %% ../nbs/20c_attribute_kernels.ipynb #a546c159
 def kernels_change(

@@ -4,7 +4,8 @@
 
 # %% ../nbs/12_background.ipynb #4655f01e
 from __future__ import annotations
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 import numpy as np
 import torch
@@ -12,18 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from annotated_types import Interval
 from pydantic import PositiveFloat, PositiveInt
-from .frames import project, pixel_index, se3_inverse
-from .gaussians import Gaussians, gaussians_from, cat, BACKGROUND, LIDAR
+from .frames import project, pixel_index, se3_inverse, transform_points
+from .gaussians import Gaussians, gaussians_from, cat, opacity_inv, BACKGROUND, LIDAR
 from .clips import Clip
-from .clip_data import ClipData, clip_data
+from .clip_data import ClipData, clip_data, image_numbers
 from .settings import OpenShare, Share
 from .lift import checked_cap, lift_returns, no_visible_return, sound_stamps
 from .gap_filling import Blocks, InitConfig, block_sides, clip_blocks, even_opacity, fill_gaps
 
 # %% auto #0
-__all__ = ['BackgroundConfig', 'pixels_at', 'photometric_cost', 'shared_cost', 'far_depth', 'far_field', 'bounding_box',
-           'draw_hemisphere', 'first_colour', 'drawn_points', 'hemisphere', 'draw_ball', 'inside_ball', 'near_field',
-           'background', 'init_data', 'init_gaussians']
+__all__ = ['BackgroundConfig', 'pixels_at', 'photometric_cost', 'shared_cost', 'shrunk_images', 'far_depth',
+           'elevation_in_camera', 'field_top', 'above_field', 'column_depth', 'depth_above', 'far_field',
+           'bounding_box', 'draw_hemisphere', 'first_colour', 'drawn_points', 'hemisphere', 'draw_ball', 'inside_ball',
+           'near_field', 'background', 'init_data', 'clip_groups', 'init_groups', 'init_gaussians']
 
 # %% ../nbs/12_background.ipynb #380a93b9
 @dataclass(frozen=True)
@@ -41,6 +43,12 @@ class BackgroundConfig:
     depth_candidates: tuple[PositiveFloat, ...] = (300.0, 150.0, 100.0, 75.0, 60.0, 48.0, 40.0, 32.0, 26.0, 20.0)
     gain: Share = 0.02  # grid: a nearer depth must lower the photometric cost by this much, 0..1
     cost_cell: PositiveInt = 64  # grid: px of an image 1920 wide, side of the cells whose blocks share their cost
+    # grid: what stands above the LiDAR's highest beam continues upwards; depths tried there, per depth of the
+    # returns below; () = the same depths as elsewhere
+    above_factors: tuple[PositiveFloat, ...] = (0.6, 0.7, 0.8, 0.9, 1.1, 1.25, 1.5, 2.0)
+    above_gain: Share = 0.005  # grid: another depth must lower the photometric cost there by this much, 0..1
+    above_cell: PositiveFloat = 1.9  # deg, grid: side of the cells whose blocks share their cost there
+    above_opacity: OpenShare = 0.35  # grid: of blocks there, whose depth is less sure: more layers are averaged
     scale_factor: PositiveFloat = 0.5  # hemisphere: rendered standard deviation per mean spacing of the points
     opacity: OpenShare = 0.5  # grid: six input images overlap, so each may be half transparent
     # hemisphere: one layer, scattered at random; 0.5 is the paper's opacity of every Gaussian (supp. A.2)
@@ -78,7 +86,7 @@ def photometric_cost(
     images: Tensor,  # (V,h,w,3) its images, shrunk `k` times
     k: int,  # px
     b: Blocks,  # B blocks
-    depth: float,  # m, where they are put
+    depth: float | Tensor,  # m, where they are put; (B,1) when each has its own
 ) -> Tensor:  # (B,) mean colour difference over the other images that see them, 0..0.2; 0 where none does
     "How differently the other images see the blocks, if that is their depth."
     V = len(images)
@@ -114,6 +122,15 @@ def shared_cost(
     return (cost + total[:, :-1] / total[:, -1:]) / 2
 
 # %% ../nbs/12_background.ipynb #ab615450
+def shrunk_images(
+    data: ClipData,  # V images of h x w px
+    k: int,  # px
+) -> Tensor:  # (V,h/k,w/k,3) float32, 0..1
+    "The images, each square of k by k pixels averaged."
+    images = data.images.view(-1, *data.images.shape[2:]).permute(0, 3, 1, 2).float() / 255
+    return F.avg_pool2d(images, k).permute(0, 2, 3, 1).contiguous()
+
+
 def far_depth(
     data: ClipData,  # images and cameras
     b: Blocks,  # B blocks that no return supports
@@ -125,27 +142,103 @@ def far_depth(
     far = b.z.new_full(b.z.shape, cfg.distance)
     if not cfg.depth_candidates or not len(b.z):
         return far
-    images = data.images.view(-1, h, w, 3).permute(0, 3, 1, 2).float() / 255
-    small = F.avg_pool2d(images, k).permute(0, 2, 3, 1).contiguous()
+    small = shrunk_images(data, k)
     depths = (cfg.distance, *cfg.depth_candidates)
     cost = torch.stack([photometric_cost(data, small, k, b, d) for d in depths], 1)
     cost = shared_cost(cost, b, max(1, cfg.cost_cell * w / 1920), (len(small), h, w))
     best, which = cost.min(1)
     return torch.where(cost[:, 0] - best > cfg.gain, cost.new_tensor(depths)[which], far)
 
+# %% ../nbs/12_background.ipynb #12ab0002
+def elevation_in_camera(
+    x: Tensor,  # (...,3) camera axes: x right, y down, z forward
+) -> Tensor:  # (...) deg
+    "Angle above the camera's horizontal plane."
+    return torch.rad2deg(torch.atan2(-x[..., 1], torch.hypot(x[..., 0], x[..., 2])))
+
+
+def field_top(
+    data: ClipData,  # sweeps and cameras
+    share: float = 0.999,  # of the returns that lie below it
+    nearest: float = 10.0,  # m, nearer returns say little: the LiDAR stands elsewhere than the camera
+) -> Tensor:  # (C,) deg, in the axes of each camera; infinite without such returns
+    "Where the LiDAR's field ends."
+    tops = []
+    for pose in data.pose.unbind(1):  # (F,4,4)
+        x = transform_points(se3_inverse(pose), data.points)
+        e = elevation_in_camera(x)[x.norm(dim=-1) > nearest]  # padding is NaN, which is not farther than anything
+        tops.append(e.kthvalue(math.ceil(share * len(e))).values if len(e) else e.new_tensor(math.inf))
+    return torch.stack(tops)
+
+# %% ../nbs/12_background.ipynb #12ab0003
+def above_field(
+    data: ClipData,  # sweeps and cameras
+    b: Blocks,  # B blocks
+) -> Tensor:  # (B,) bool
+    "Which blocks no beam could have met."
+    K = data.K.flatten(0, 1)[b.image]
+    ray = torch.stack([(b.uv[:, i] - K[:, i, 2]) / K[:, i, i] for i in (0, 1)] + [torch.ones_like(K[:, 0, 0])], 1)
+    return elevation_in_camera(ray) > field_top(data)[b.image % data.shutter.shape[1]]
+
+# %% ../nbs/12_background.ipynb #12ab0006
+def column_depth(
+    data: ClipData,  # sweeps and cameras
+    b: Blocks,  # B blocks
+    aside: float = 0.75,  # deg, how far to either side returns count
+    below: float = 1.2,  # deg, how far below the highest one
+    cell: float = 0.3,  # deg, width of a column
+) -> Tensor:  # (B,) m, NaN where the columns around a block hold no return
+    "Depth of the highest returns in the columns around each block of its image."
+    seen, V = data.projected, data.shutter.numel()
+    focal = data.K[..., 0, 0].flatten().float()
+    px = math.radians(cell) * focal
+    columns = int(data.images.shape[3] / (math.radians(cell) * data.focal)) + 1
+    image = image_numbers(data).expand_as(seen.z)[seen.visible]
+    (u, v), z = seen.uv[seen.visible].unbind(-1), seen.z[seen.visible]
+    column = image * columns + (u / px[image]).long()
+    reach = round(aside / cell)
+    highest = v.new_full((V * columns,), math.inf).scatter_reduce_(0, column, v, "amin").view(V, columns)
+    highest = -F.max_pool1d(-highest, 2 * reach + 1, 1, reach).flatten()
+    counts = (v < highest[column] + math.radians(below) * focal[image]).float()
+    sums = z.new_zeros(2, V * columns).index_add_(1, column, torch.stack([counts * z.log(), counts]))
+    around = F.avg_pool1d(sums.view(2 * V, columns), 2 * reach + 1, 1, reach).view(2, -1)
+    return (around[0] / around[1]).exp()[b.image * columns + (b.uv[:, 0] / px[b.image]).long().clamp_max(columns - 1)]
+
+# %% ../nbs/12_background.ipynb #12ab0008
+def depth_above(
+    data: ClipData,  # images, sweeps and cameras
+    b: Blocks,  # B blocks above the LiDAR's field
+    cfg: BackgroundConfig,  # read: distance, above_factors, above_gain, above_cell
+    k: int = 4,  # px, side of the smallest blocks
+) -> Tensor:  # (B,) m
+    "The depth of the highest returns below, or one at which the input images agree clearly better."
+    base = column_depth(data, b).to(b.z).nan_to_num(cfg.distance).clamp_max(cfg.distance)
+    factors = base.new_tensor((1.0, *cfg.above_factors))
+    depths = torch.cat([base[:, None] * factors, torch.full_like(base[:, None], cfg.distance)], 1)
+    small = shrunk_images(data, k)
+    cost = torch.stack([photometric_cost(data, small, k, b, d[:, None]) for d in depths.unbind(1)], 1)
+    cell = max(1.0, math.radians(cfg.above_cell) * data.focal)
+    cost = shared_cost(cost, b, cell, (len(small), *data.images.shape[2:4]))
+    best, which = cost.min(1)
+    return torch.where(cost[:, 0] - best > cfg.above_gain, depths.gather(1, which[:, None])[:, 0], base)
+
 # %% ../nbs/12_background.ipynb #9a0e76f1
 def far_field(
     data: ClipData,  # the clip
     blocks: Blocks,  # of its images
     lift: InitConfig,  # read: fill, fill_blocks, fill_scale
-    cfg: BackgroundConfig,  # read: distance, depth_candidates, gain, cost_cell, opacity
+    cfg: BackgroundConfig,  # read: distance, depth_candidates, gain, cost_cell, opacity, above_*
 ) -> Gaussians:  # kind BACKGROUND, world
     "Unsupported blocks as far Gaussians that project to their block."
     b = blocks.part(blocks.z == 0) if lift.fill else blocks
-    z = far_depth(data, b, cfg, block_sides(data.images.shape[3], lift.fill_blocks)[-1])
+    k = block_sides(data.images.shape[3], lift.fill_blocks)[-1]
+    z = far_depth(data, b, cfg, k)
+    rows = above_field(data, b).nonzero()[:, 0] if cfg.above_factors else []
+    if len(rows):
+        z[rows] = depth_above(data, Blocks(*(a[rows] for a in b)), cfg, k)
     means = data.pose[..., :3, 3].reshape(-1, 3)[b.image] + z[:, None] * b.ray
     scale = lift.fill_scale * b.side * z / data.K[..., 0, 0].flatten()[b.image].float()
-    return gaussians_from(
+    g = gaussians_from(
         means.float(),
         scale,
         b.colour,
@@ -154,6 +247,9 @@ def far_field(
         kind=BACKGROUND,
         opacity=cfg.opacity,
     )
+    if len(rows):
+        g.opacity_logits[rows] = opacity_inv(z.new_tensor(cfg.above_opacity))
+    return g
 
 # %% ../nbs/12_background.ipynb #3afe7cfe
 def bounding_box(
@@ -291,7 +387,7 @@ def background(
     if cfg.mode == "hemisphere":
         return hemisphere(data, lidar, cfg, seed)
     g = far_field(data, blocks, lift, cfg)
-    return even_opacity(g, data, cfg.opacity) if lift.fill_even else g
+    return even_opacity(g, data, g.opacities) if lift.fill_even else g
 
 # %% ../nbs/12_background.ipynb #4743381a
 def init_data(
@@ -308,6 +404,37 @@ def init_data(
     bg = background(data, g, blocks, lift_cfg, bg_cfg, seed)
     return cat([g, *ball] + ([] if bg is None else [bg])) if ball or bg is not None else g
 
+# %% ../nbs/12_background.ipynb #5e2ec0a6
+def clip_groups(
+    clip: Clip,  # the clip
+    lidar_sensors: tuple[int, ...] = (0,),  # as for `clip_data`
+    cameras: list[str] | None = None,  # names, None: the clip's
+    image_scale: float = 1.0,  # 1.0 = full resolution
+) -> list[ClipData]:  # one for each size of images
+    "Read what a lift needs, cameras of one size together."
+    groups = clip.log.by_size(clip.cameras if cameras is None else cameras)
+    return [clip_data(clip, lidar_sensors, group, image_scale) for group in groups]
+
+
+def init_groups(
+    groups: list[ClipData],  # of one clip, one for each size of images
+    lift_cfg: InitConfig = InitConfig(),  # returns and gaps
+    bg_cfg: BackgroundConfig = BackgroundConfig(),  # sky and far field
+    seed: int = 0,  # of rotations and hemisphere
+) -> Gaussians:  # kinds LIDAR, then BACKGROUND; world, on the data's device
+    "Everything a reconstruction starts from, of cameras of any size."
+    if len(groups) == 1:
+        return init_data(groups[0], lift_cfg, bg_cfg, seed)
+    taken = torch.zeros_like(groups[0].stamps, dtype=torch.bool)
+    parts = []
+    for data in groups:
+        rest = replace(data, taken=taken)
+        parts.append(init_data(rest, lift_cfg, bg_cfg, seed))
+        taken = taken | rest.projected.visible.any(1)
+    g = cat(parts)
+    order = (g.kind == BACKGROUND).to(torch.uint8).argsort(stable=True)
+    return g[order]
+
 # %% ../nbs/12_background.ipynb #a72957f3
 def init_gaussians(
     clip: Clip,  # the clip
@@ -319,6 +446,5 @@ def init_gaussians(
     device: Any = "cpu",  # where it is lifted
 ) -> Gaussians:  # kinds LIDAR, then BACKGROUND; world, on the device
     "Everything a reconstruction starts from, of a clip on disk."
-    return init_data(
-        clip_data(clip, lift_cfg.lidar_sensors, cameras, image_scale).to(device), lift_cfg, bg_cfg, seed
-    )
+    groups = clip_groups(clip, lift_cfg.lidar_sensors, cameras, image_scale)
+    return init_groups([data.to(device) for data in groups], lift_cfg, bg_cfg, seed)

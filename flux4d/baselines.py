@@ -25,7 +25,7 @@ from .scene import Scene
 
 # %% auto #0
 __all__ = ['BASELINES', 'still', 'sweep_pairs', 'nearest_sweep', 'NSFPConfig', 'spread_along', 'DistanceMap', 'is_above',
-           'flow_net', 'FlowField', 'FlowFit', 'fit_flow', 'nsfp', 'motion_prior_alone']
+           'flow_net', 'FlowField', 'FlowFit', 'fit_loss', 'fit_flow', 'nsfp', 'motion_prior_alone']
 
 # %% ../nbs/54_baselines.ipynb #fd04a31d
 def still(
@@ -184,6 +184,18 @@ class FlowFit(NamedTuple):
     distance: float  # least mean distance, m
 
 # %% ../nbs/54_baselines.ipynb #2c572caf
+def fit_loss(
+    field: FlowField,  # to be judged
+    points: Tensor,  # (K,3) m, of the source
+    to_target: DistanceMap,  # of the cloud that is to be met
+    to_source: DistanceMap | None,  # of the cloud itself; None: the way back is not asked for
+) -> Tensor:  # scalar, m
+    "Mean distance of moved points to the target, and of points moved back to the source."
+    moved = points + field(points)
+    loss = to_target(moved).mean()
+    return loss if to_source is None else loss + to_source(moved + field.home(moved)).mean()
+
+# %% ../nbs/54_baselines.ipynb #6a65f7c2
 @torch.enable_grad()
 def fit_flow(
     source: Tensor,  # (N,3) m
@@ -196,13 +208,10 @@ def fit_flow(
     field = FlowField(source.mean(0), cfg)
     optimiser = torch.optim.Adam(field.parameters(), cfg.lr)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(cfg.seed))
-    p = source[order[: cfg.points].to(source.device)]
+    points = source[order[: cfg.points].to(source.device)]
     best, kept, steps, since = float("inf"), None, 0, 0
     while steps < cfg.iterations and since < cfg.patience:
-        moved = p + field(p)
-        loss = to_target(moved).mean()
-        if to_source:
-            loss = loss + to_source(moved + field.home(moved)).mean()
+        loss = fit_loss(field, points, to_target, to_source)
         steps, since = steps + 1, since + 1
         if loss.item() < best - cfg.better:
             best, since = loss.item(), 0

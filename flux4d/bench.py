@@ -229,7 +229,7 @@ def time_lift(
 
     t.time("lift", "from_memory", from_memory, Work(tensor_bytes(m.data, from_memory())))
 
-
+# %% ../nbs/80_bench.ipynb #b69ff7d9
 def time_prior(
     t: Timings,  # gets the rows
     m: Material,  # what is measured
@@ -276,7 +276,7 @@ def neighbour_pairs(
     shifts = [(i * n[1] + j) * n[2] + k for i in around for j in around for k in around]
     return sum(int(torch.isin(keys + shift, keys).sum()) for shift in shifts)
 
-
+# %% ../nbs/80_bench.ipynb #1870d48a
 def unet_operations(
     coords: Tensor,  # (V,3) int64 occupied cells
     n_in: int,  # channels of their features
@@ -305,7 +305,7 @@ def random_voxels(
     features = torch.randn(len(made), n_in, generator=draw, device=coords.device)
     return replace(made, features=features)
 
-
+# %% ../nbs/80_bench.ipynb #313686b2
 def time_unet(
     t: Timings,  # gets the rows
     m: Material,  # what is measured
@@ -346,7 +346,7 @@ def scene_of_size(
     moved = replace(g, means=torch.where(again, g.means + shift, g.means))
     return replace(scene, gaussians=moved, velocity=scene.velocity[rows])
 
-
+# %% ../nbs/80_bench.ipynb #0249d594
 def with_gradient(
     scene: Scene,  # N Gaussians
     views: Any,  # V views
@@ -377,7 +377,7 @@ def time_renders(
     work = Work(2 * gaussians + 15 * pixels)  # pictures and their gradients, attributes and theirs
     t.time(f"render_backward_by_{by}", size, with_gradient(scene, views), work, size=size)
 
-
+# %% ../nbs/80_bench.ipynb #993f7a54
 def some_views(
     views: Any,  # input views
     count: int,  # of them
@@ -433,7 +433,7 @@ class OneBatch:
         "The batch at hand."
         return self.kept
 
-
+# %% ../nbs/80_bench.ipynb #d382f6b2
 def time_steps(
     t: Timings,  # gets the rows
     m: Material,  # what is measured
@@ -502,7 +502,7 @@ def reconstruct_from_memory(
     finally:
         m.model.cfg = whole
 
-
+# %% ../nbs/80_bench.ipynb #fe40030b
 def reconstruct_many(
     m: Material,  # read: clips, model
     workers: int,  # threads that read
@@ -517,7 +517,7 @@ def reconstruct_many(
     with ThreadPoolExecutor(workers) as pool:
         yield from map(m.model.reconstruct, pool.map(read, m.clips))
 
-
+# %% ../nbs/80_bench.ipynb #213d7aef
 def time_reconstructions(
     t: Timings,  # gets the rows
     m: Material,  # what is measured
@@ -544,7 +544,7 @@ def time_polish(
     t.time("polish", "set_up", lambda: Polisher(m.scene, m.inputs.views))
     t.time("polish", "step", lambda: polisher.advance(0.5))
 
-
+# %% ../nbs/80_bench.ipynb #4bca1387
 def time_film(
     t: Timings,  # gets the rows
     m: Material,  # what is measured
@@ -559,7 +559,7 @@ def time_film(
     path = m.folder / "film.mp4"
     t.time("film", "frame_written", lambda: m.scene.film(path, fps=fps), per=len(moments), warmup=1)
 
-
+# %% ../nbs/80_bench.ipynb #b5dba2ca
 def time_evaluation(
     t: Timings,  # gets the rows
     m: Material,  # what is measured; its log has labels
@@ -599,7 +599,7 @@ def time_data(
     t.time("data", "batch_from_memory", lambda: m.loader.batch(next(numbers)))
     m.loader.rest()
 
-
+# %% ../nbs/80_bench.ipynb #8a25f248
 def gpu_activity(
     m: Material,  # on a GPU
     t: Timings,  # notes what fails

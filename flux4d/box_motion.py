@@ -144,7 +144,7 @@ class LabelRow(NamedTuple):
     bucket: str
     meta: str  # meta-class
 
-
+# %% ../nbs/05j_box_motion.ipynb #7ed6bb87
 def label_table(
     log: Log,  # the log
     frames: list[int] | None = None,  # frame ids in the log; None = all that have labels
@@ -243,7 +243,7 @@ def _box_steps(log: Log, frame: int, boxes: Boxes, sensors: tuple, cfg: CuboidCo
         step[i], known[i] = then.pose() @ se3_inverse(boxes.pose()[i]), True
     return step, known
 
-
+# %% ../nbs/05j_box_motion.ipynb #df9d6f67
 def flow_ground_truth(
     log: Log,  # the log
     frame: int,  # frame id in the LOG

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from numpy.lib import format as npy
-from . import frames, gaussians, files, unpickle, columns, tables, log_files, pandaset
+from . import frames, gaussians, files, unpickle, columns, tables, log_files, pandaset, rig
 from . import clips, visibility, clip_data, lift, gap_filling, background
 from .files import atomic_write, remove_unfinished, short_path
 from .gaussians import BACKGROUND, LIDAR, Gaussians
 from .clips import Clip
 from .gap_filling import InitConfig
 from .background import BackgroundConfig, init_gaussians
+from .rig import rig_bytes
 
 # %% auto #0
 __all__ = ['pack', 'sound', 'unpack', 'save_arrays', 'load_arrays', 'data_identity', 'cache_key', 'LiftCache', 'end_with_parent',
@@ -125,7 +126,7 @@ def load_arrays(
 
 # %% ../nbs/12a_cache.ipynb #db7e99a1
 _MODULES = (
-    *(frames, gaussians, files, unpickle, columns, tables, log_files, pandaset),  # reading
+    *(frames, gaussians, files, unpickle, columns, tables, log_files, rig, pandaset),  # reading
     *(clips, visibility, clip_data, lift, gap_filling, background),  # lifting
 )
 _CODE = hashlib.sha256(b"".join(Path(m.__file__).read_bytes() for m in _MODULES)).hexdigest()
@@ -147,7 +148,8 @@ def data_identity(
     lists = ["lidar/timestamps", "lidar/poses"] + [
         f"camera/{c}/{k}" for c in cameras for k in ("timestamps", "poses", "intrinsics")
     ]
-    hashed = hashlib.sha256(b"".join(content(log.folder / f"{n}.json") for n in lists)).hexdigest()
+    contents = [content(log.folder / f"{n}.json") for n in lists] + [rig_bytes(log.folder)]
+    hashed = hashlib.sha256(b"".join(contents)).hexdigest()
     return [hashed] + [
         stat(p)
         for f in clip.input_frames

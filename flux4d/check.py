@@ -14,6 +14,7 @@ from .check_clocks import check_camera_clock, check_return_clock, check_steps, i
 from .check_images import check_camera_names, check_distortion, check_image_sizes, check_lens, check_repeats
 from .check_lidar import check_motion, check_reach
 from .check_mounting import check_camera_axes, check_view
+from .check_rig import RIG_CHECKS
 from .check_world import INVERTED_POSES, check_lidar_axes, check_world_points, repaired_poses
 from .files import DataError
 from .frames import se3_inverse
@@ -48,9 +49,13 @@ CONSEQUENCES = dict(  # what a fault brings with it
     camera_clock=("shaky_camera",),
     jump=("loose_camera", "shaky_camera", "camera_axes", "lidar_axes", "world_points", "reverse"),
     rough_motion=("shaky_camera",),
-    world_points=("nothing_in_view",),
-    range=("nothing_in_view",),
-    one_place=("nothing_in_view",),
+    world_points=("nothing_in_view", "cropped", "far_origin"),
+    range=("nothing_in_view", "cropped"),
+    one_place=("nothing_in_view", "cropped"),
+    lidar_axes=("other_axes",),
+    camera_axes=("other_axes",),
+    camera_distance=("far_origin",),
+    time_unit=("other_rate",),
     principal_point=("nothing_in_view",),
 )
 
@@ -104,7 +109,7 @@ def implausible_numbers(
         return found  # nothing can be said about directions
     found += check_lidar_axes(_sensor_to_world(numbers, found), limits)
     found += _ask(CAMERA_CHECKS, repaired_poses(numbers, limits), limits)
-    return without_consequences(found)
+    return without_consequences(found + _ask(RIG_CHECKS, numbers, limits))
 
 # %% ../nbs/08_check.ipynb #d469fe36
 def _json_fault(path: Path) -> str | None:

@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import NamedTuple
 import numpy as np
 from .clips import TIME_UNITS, time_unit
-from .log_numbers import CameraNumbers, Finding, Limits, LogNumbers, finding, first_finding, readable
+from .log_numbers import CameraNumbers, Finding, Limits, LogNumbers
+from .log_numbers import finding, first_finding, is_cropped_cloud, readable
 
 # %% auto #0
 __all__ = ['check_steps', 'in_seconds', 'ClockPair', 'clock_cause', 'camera_offsets', 'check_camera_clock', 'ReturnTimes',
-           'return_times', 'check_return_clock']
+           'turn_length', 'return_times', 'check_return_clock']
 
 # %% ../nbs/07c_check_clocks.ipynb #e4e1a2b3
 def _wrong_unit(numbers: LogNumbers, limits: Limits) -> Finding | None:
@@ -186,7 +187,7 @@ class ReturnTimes(NamedTuple):
     frames: list[int]  # frame ids of the S sweeps that could be read
     time: np.ndarray  # (S,) median time, s
     late: np.ndarray  # (S,) periods after the sweep's stamp
-    span: np.ndarray  # (S,) periods from the first return to the last
+    span: np.ndarray  # (S,) turns from the first return to the last
 
     @property
     def usual(self) -> float:  # periods
@@ -199,6 +200,13 @@ class ReturnTimes(NamedTuple):
         return np.abs(self.late - np.median(self.late))
 
 # %% ../nbs/07c_check_clocks.ipynb #c38b6cb6
+def turn_length(
+    numbers: LogNumbers,  # a log
+) -> float:  # s
+    "Of one turn of the LiDAR; a frame's where nobody knows."
+    return numbers.turn if numbers.turn > 0 else numbers.step
+
+
 def return_times(
     numbers: LogNumbers,  # a log, stamps in seconds
 ) -> ReturnTimes | None:  # None without sweeps or without a usual step
@@ -207,7 +215,7 @@ def return_times(
     if not frames or not numbers.step > 0:
         return None
     time = np.array([numbers.sweeps[k].time for k in frames])
-    span = np.array([numbers.sweeps[k].span for k in frames]) / numbers.step
+    span = np.array([numbers.sweeps[k].span for k in frames]) / turn_length(numbers)
     return ReturnTimes(frames, time, (time - numbers.stamps[frames]) / numbers.step, span)
 
 # %% ../nbs/07c_check_clocks.ipynb #27334f9e
@@ -240,18 +248,23 @@ def _long_span(numbers: LogNumbers, times: ReturnTimes, limits: Limits) -> Findi
     k = int(times.span.argmax())
     if times.span[k] <= limits.span_max:
         return None
-    what = f"has returns over {readable(times.span[k] * numbers.step)} s, a frame lasts {numbers.step:.3g} s"
-    cause = "several sweeps are in one file, or times count in another unit from their stamp"
+    turn = turn_length(numbers)
+    what = f"has returns over {readable(times.span[k] * turn)} s, a turn lasts {turn:.3g} s"
+    cause = "several sweeps are in one file, or times count in another unit from their stamp, or a turn is longer: "
+    cause += "say so in rig.yaml"
     return finding("return_span", numbers.sweep_file(times.frames[k]), what, cause)
 
 # %% ../nbs/07c_check_clocks.ipynb #a5a81620
 def _no_span(numbers: LogNumbers, times: ReturnTimes, limits: Limits) -> Finding | None:
     "One stamp for all returns of a sweep."
     usual = np.median(times.span)
-    if usual >= limits.span_min:
+    unknown = numbers.rig.return_times == "none" or is_cropped_cloud(numbers, limits)
+    if usual >= limits.span_min or unknown:
         return None
-    what = f"has returns over only {usual * numbers.step:.3g} s, a frame lasts {numbers.step:.3g} s"
-    cause = "the time of each return was lost, and what moves is blurred by up to a frame's way"
+    turn = turn_length(numbers)
+    what = f"has returns over only {usual * turn:.3g} s, a turn lasts {turn:.3g} s"
+    cause = "the time of each return was lost, and what moves is blurred by up to a turn's way, "
+    cause += "write 'return_times: none' in rig.yaml"
     return finding("no_return_times", numbers.sweep_file(times.frames[0]), what, cause)
 
 

@@ -5,7 +5,7 @@
 # %% ../nbs/07f_check_images.ipynb #f7dfb69a
 from __future__ import annotations
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -174,7 +174,8 @@ def check_distortion(
         path = cam.folder / "intrinsics.json"
         if model := lens_model(path):
             remedy = "undistort the images and leave fx, fy, cx, cy of the undistorted ones"
-            yield finding("distortion", path, f"describes a lens with {model}, which is not modelled", remedy)
+            remedy += ", or state the lens in rig.yaml"
+            yield finding("distortion", path, f"describes a lens with {model}, which is not read from there", remedy)
 
 # %% ../nbs/07f_check_images.ipynb #701a000f
 def _same_file(a: Path, b: Path) -> bool:
@@ -183,11 +184,10 @@ def _same_file(a: Path, b: Path) -> bool:
 
 # %% ../nbs/07f_check_images.ipynb #1ad6d796
 def repeated_images(
-    folder: Path,  # of one camera
+    paths: Sequence[Path],  # (F,) of one camera
     moved: np.ndarray,  # (F-1,) whether the vehicle moved from each frame to the next
 ) -> list[Path]:  # images that are those of the frame before; [] when all are
     "Images that are there twice."
-    paths = [folder / f"{k:02d}.jpg" for k in range(len(moved) + 1)]
     pairs = [(paths[k], paths[k + 1]) for k in np.flatnonzero(moved).tolist()]
     there = [pair for pair in pairs if pair[0].is_file() and pair[1].is_file()]
     same = [after for before, after in there if _same_file(before, after)]
@@ -203,7 +203,7 @@ def check_repeats(
         return
     moved = np.linalg.norm(np.diff(numbers.poses[:, :3, 3], axis=0), axis=1) > 0.1  # m
     for cam in numbers.cameras.values():
-        if same := repeated_images(cam.folder, moved):
+        if same := repeated_images(numbers.images[cam.name], moved):
             what = "is the image of the frame before, and the vehicle moved"
             cause = "this frame is there twice or its image was lost, get the file again or cut the log there"
             yield finding("repeated_image", same[0], what, cause)
@@ -217,9 +217,10 @@ def check_camera_names(
     folder = numbers.folder / "camera"
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     for path in found:
-        if path.is_dir() and path.name[0] not in "._" and path.name not in CAMERAS:
+        if path.is_dir() and path.name[0] not in "._" and path.name not in numbers.cameras:
             remedy = f"rename the folder to one of {', '.join(CAMERAS)}"
-            yield finding("unknown_camera", path, "has a name that is not read", remedy)
+            remedy += ", or list it under 'cameras' in rig.yaml"
+            yield finding("unknown_camera", path, "has a name that is read only when it is asked for", remedy)
 
 # %% ../nbs/07f_check_images.ipynb #a713bc10
 def check_image_sizes(
@@ -233,5 +234,5 @@ def check_image_sizes(
     first = next(iter(sizes.values()))
     odd = next(name for name, size in sizes.items() if size != first)
     listed = ", ".join(f"{name} {width}x{height}" for name, (width, height) in sizes.items())
-    remedy = "use cameras of one size together, or scale images and intrinsics"
+    remedy = "each size is lifted and rendered by itself, and a polish takes cameras of one size"
     yield finding("image_sizes", numbers.folder / "camera" / odd, f"has images of another size ({listed})", remedy)

@@ -13,24 +13,14 @@ from .check_lidar import lidar_motion
 from .check_world import camera_upright, cameras_agree_with_lidar, cosine_along, travel_direction
 from .frames import pixel_index, project, se3, se3_inverse
 from flux4d.log_numbers import (
-    CameraNumbers, Finding, Limits, LogNumbers, finding, first_finding, readable, reread_quaternions, scaled_positions,
+    CAMERA_HEADINGS, CameraNumbers, Finding, Limits, LogNumbers, finding, first_finding,
+    readable, reread_quaternions, scaled_positions,
 )
 
 # %% auto #0
-__all__ = ['CAMERA_HEADINGS', 'CAMERA_REPAIRS', 'Directions', 'camera_directions', 'lidar_positions_at', 'Mounting',
-           'mounting_of', 'CameraRepair', 'axes_repair', 'BestRepair', 'best_repair', 'MountedCamera',
-           'camera_looking_there', 'mounted_cameras', 'check_camera_axes', 'InView', 'share_in_view', 'mean_in_view',
-           'check_view']
-
-# %% ../nbs/07g_check_mounting.ipynb #7c4fa451
-CAMERA_HEADINGS = dict(  # deg left of forward
-    front_camera=0,
-    front_left_camera=55,
-    front_right_camera=-55,
-    left_camera=90,
-    right_camera=-90,
-    back_camera=180,
-)
+__all__ = ['CAMERA_REPAIRS', 'Directions', 'camera_directions', 'lidar_positions_at', 'Mounting', 'mounting_of', 'CameraRepair',
+           'axes_repair', 'BestRepair', 'best_repair', 'MountedCamera', 'camera_looking_there', 'mounted_cameras',
+           'check_camera_axes', 'InView', 'share_in_view', 'mean_in_view', 'check_view']
 
 # %% ../nbs/07g_check_mounting.ipynb #699174b1
 class Directions(NamedTuple):
@@ -41,17 +31,17 @@ class Directions(NamedTuple):
 
 # %% ../nbs/07g_check_mounting.ipynb #5c727408
 def camera_directions(
-    name: str,  # camera
+    heading: float | None,  # deg left of forward, where it should look
     poses: np.ndarray,  # (F,4,4) camera-to-world
     up: np.ndarray,  # (F,3) the vehicle's up, world
     way: np.ndarray | None,  # (F,3) where it drives, world
 ) -> Directions:  # mean cosines
-    "Is a camera upright, and does it look where its name says?"
+    "Is a camera upright, and does it look where it should?"
     upright = camera_upright(poses, up)
-    if way is None or name not in CAMERA_HEADINGS:
+    if way is None or heading is None:
         return Directions(upright, 1.0)
     left = np.cross(up, way)
-    angle = np.radians(CAMERA_HEADINGS[name])
+    angle = np.radians(heading)
     promised = np.cos(angle) * way + np.sin(angle) * left
     return Directions(upright, cosine_along(poses[:, :3, 2], promised))
 
@@ -129,7 +119,7 @@ def mounting_of(
     place = np.einsum("fji,fj->fi", R, off)
     up, way = _vehicle_up(numbers, limits), travel_direction(numbers, limits)
     return Mounting(
-        directions=camera_directions(cam.name, poses, up, way),
+        directions=camera_directions(cam.heading, poses, up, way),
         distance=float(np.median(np.linalg.norm(off, axis=1))),
         wander=np.linalg.norm(place - np.median(place, axis=0), axis=1),
         angle=_angles_to_usual(np.einsum("fji,fjk->fik", R, poses[:, :3, :3])),
@@ -298,7 +288,7 @@ def camera_looking_there(
     if way is None:
         return None
     up = _vehicle_up(numbers, limits)
-    forward = {name: camera_directions(name, cam.poses, up, way).forward for name in CAMERA_HEADINGS}
+    forward = {name: camera_directions(angle, cam.poses, up, way).forward for name, angle in CAMERA_HEADINGS.items()}
     best = max(forward, key=forward.get)
     return best if forward[best] > 0.9 else None
 

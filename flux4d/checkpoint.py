@@ -5,9 +5,12 @@
 # %% ../nbs/09b_checkpoint.ipynb #9fd80794
 from __future__ import annotations
 import os
+import pickle
 import pickletools
 import shutil
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +54,8 @@ def save_checkpoint(
 ) -> Path:  # the file
     "Write a checkpoint atomically and point its aliases at it."
     path = Path(path)
-    with atomic_write(path) as tmp:
+    earlier = path.with_name("ckpt_last.pt").exists()
+    with atomic_write(path, "go on with resume_from=last" if earlier else "start again") as tmp:
         torch.save(state, tmp)
     for alias in aliases:
         _point(path.with_name(alias), path)
@@ -186,16 +190,38 @@ def _read_state(path: Path, device: Any) -> dict | None:
     return state if whole and all(map(_has_its_numbers, _tensors(state))) else None
 
 # %% ../nbs/09b_checkpoint.ipynb #b789672c
+_DAMAGE = (  # what zipfile, pickle and torch raise for a damaged file
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def _is_want_of_memory(e: Exception) -> bool:
+    "Whether torch found no room, which says nothing about the file."
+    return isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e)
+
+
 def load_checkpoint(
     path: str | Path,  # a checkpoint or a link to one
     device: Any = "cpu",  # where its tensors go
-) -> dict:  # what `save_checkpoint` was given; raises DataError when it is missing, truncated or not ours
+) -> dict:  # what `save_checkpoint` was given; raises DataError when it is missing, damaged or not ours
     "Read a checkpoint without running code from it."
     path = Path(path)
     if not path.is_file():
         raise DataError(
-            f"{path.name}: no such checkpoint in {path.parent.name or '.'}; "
-            "check resume_from or the checkpoint parameter."
+            f"{path.name}: no such checkpoint in {path.parent.name or '.'}; check the path."
         )
     if is_tensor_file(path):
         raise DataError(
@@ -203,7 +229,9 @@ def load_checkpoint(
         )
     try:
         state = _read_state(path, device)
-    except Exception:  # zipfile, pickle and torch raise whatever a damaged file leads them to
+    except _DAMAGE as e:
+        if isinstance(e, PermissionError) or _is_want_of_memory(e):
+            raise
         state = None
     if state is None:
         raise DataError(

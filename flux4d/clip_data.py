@@ -22,7 +22,8 @@ from .visibility import project_sweep, splat_depth, unoccluded
 
 # %% auto #0
 __all__ = ['ClipData', 'stacked', 'padded_sweeps', 'clip_data', 'Returns', 'clip_returns', 'toy_data', 'image_numbers',
-           'ProjectedReturns', 'project_returns', 'Views', 'InputViews', 'TargetViews', 'check_frames', 'load_views']
+           'ProjectedReturns', 'project_returns', 'Views', 'InputViews', 'TargetViews', 'ViewGroups', 'size_groups',
+           'check_frames', 'load_views']
 
 # %% ../nbs/07_clip_data.ipynb #f94547ad
 @dataclass
@@ -42,6 +43,7 @@ class ClipData:
     id: str  # of the clip, for messages
     log: str = ""  # id of its log, for messages
     period: float = 0.0  # s from one sweep of the log to the next, 0 = unknown
+    taken: Tensor | None = None  # (F,N) bool, returns that cameras of another size have made Gaussians of
 
     def to(
         self,
@@ -298,6 +300,46 @@ def __getitem__(
     j = torch.as_tensor(rows, device=self.t.device)
     return self._map(lambda x: x[j], [self.camera[r] for r in rows])
 
+# %% ../nbs/07_clip_data.ipynb #5e2ec0a4
+class ViewGroups:
+    "Views of cameras of different sizes, one `Views` for each size."
+
+    def __init__(
+        self,
+        groups: list[Views],  # each of one size
+    ) -> None:
+        "Hold them in their order."
+        self.groups = groups
+
+    def __len__(self) -> int:  # V
+        "How many views."
+        return sum(map(len, self.groups))
+
+    def __getitem__(
+        self,
+        i: int,  # which view, counted through the groups
+    ) -> Views:  # with V = 1
+        "One view."
+        for group in self.groups:
+            if i < len(group):
+                return group[i]
+            i -= len(group)
+        raise IndexError(i)
+
+    def to(
+        self,
+        device: str | torch.device,  # where to
+    ) -> ViewGroups:
+        "Move to a device."
+        return ViewGroups([group.to(device) for group in self.groups])
+
+
+def size_groups(
+    views: Views | ViewGroups,  # any views
+) -> list[Views]:  # each of one size
+    "Views by size, in their order."
+    return views.groups if isinstance(views, ViewGroups) else [views]
+
 # %% ../nbs/07_clip_data.ipynb #11527d02
 def check_frames(
     clip: Clip,  # the clip
@@ -322,12 +364,15 @@ def load_views(
     kind: type[Views] = TargetViews,  # type of the result; `InputViews` takes input frames only
     with_depth: bool = True,  # project the sweeps too; without, depth is 0
     lidar_sensors: tuple[int, ...] = (0,),  # sensors that give depth
-) -> Views:  # one view per frame and camera, frames first
+) -> Views | ViewGroups:  # one view per frame and camera, frames first; groups where cameras differ in size
     "Load images, cameras and depth of some frames of a clip."
     import torch
 
     named = check_frames(clip, frames, kind)
-    clip.log.image_size(clip.cameras if cameras is None else cameras)
+    groups = clip.log.by_size(clip.cameras if cameras is None else cameras)
+    if len(groups) > 1:
+        how = dict(image_scale=image_scale, kind=kind, with_depth=with_depth, lidar_sensors=lidar_sensors)
+        return ViewGroups([load_views(clip, frames, group, **how) for group in groups])
     rows = []
     for f in frames:
         points = clip.log.sweep(f, lidar_sensors).points if with_depth else np.zeros((0, 3))

@@ -6,7 +6,8 @@
 from __future__ import annotations
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Iterator, Literal, NamedTuple
 import numpy as np
@@ -16,13 +17,14 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from .frames import ClipTime
 from .files import DataError, counts_otherwise, missing_text, report_fault, short_path
 from .pandaset import PandaSet, Log
+from .rig import rig_bytes
 from .settings import Name, Some, read_value
 
 # %% auto #0
-__all__ = ['TEST_SCENES', 'CLIP_PRESETS', 'TRAIN_SETTINGS', 'TIME_UNITS', 'SANE_STEP', 'COORD', 'ClipConfig', 'CutRule',
-           'cutting_rules', 'Cut', 'cut', 'time_unit', 'usual_step', 'check_time_unit', 'irregular_step', 'clip_entry',
-           'fingerprint', 'build_index', 'tiny_index', 'left_out_lines', 'select_clips', 'is_name', 'is_path',
-           'same_stamps', 'Clip', 'long_log_clips']
+__all__ = ['TEST_SCENES', 'CLIP_PRESETS', 'TRAIN_SETTINGS', 'USUAL_FPS', 'COUNTS', 'TIME_UNITS', 'SANE_STEP', 'COORD',
+           'ClipConfig', 'at_rate', 'CutRule', 'cutting_rules', 'Cut', 'cut', 'time_unit', 'usual_step',
+           'check_time_unit', 'irregular_step', 'clip_entry', 'fingerprint', 'build_index', 'tiny_index',
+           'left_out_lines', 'select_clips', 'is_name', 'is_path', 'same_stamps', 'Clip', 'long_log_clips']
 
 # %% ../nbs/04_clips.ipynb #e82b7df0
 TEST_SCENES = ("001", "011", "016", "065", "084", "090", "106", "115", "123", "158")
@@ -32,7 +34,7 @@ TRAIN_SETTINGS = "train_interpolation", "train_future", "debug", "long_log"  # k
 
 @dataclass(frozen=True)
 class ClipConfig:
-    "How logs are cut into clips."
+    "How logs are cut into clips; counts are frames of a log of ten a second, see `at_rate`."
 
     # "paper": the paper's three settings; "debug": equal pieces of every log; "long_log": every log whole, as a
     # chain of interpolation clips
@@ -50,7 +52,9 @@ class ClipConfig:
     future_len: PositiveInt = 16  # frames of a clip for future prediction
     future_stride: PositiveInt = 11  # frames from one to the next, which shares 5
     eval_stride: PositiveInt = 20  # frames from one evaluation clip to the next, which share none
-    fps: NonNegativeFloat = 10.0  # turns the debug preset's seconds into frames, 0: the measured rate
+    # frames a second, by which seconds become frames; 0: the log's mean rate. As it stands, a log whose own rate is
+    # far from it is cut by its own
+    fps: NonNegativeFloat = 10.0
     debug_len_s: PositiveFloat = 1.5  # s, length of a debug clip
     debug_stride_s: PositiveFloat = 1.5  # s, from one debug clip to the next
     # a clip with a longer step than this many usual steps of its log is left out
@@ -63,6 +67,40 @@ class ClipConfig:
         for f in ("cameras", "input_frames"):
             if not getattr(self, f):
                 raise DataError(f"{f}: is empty; name at least one.")
+
+# %% ../nbs/04_clips.ipynb #5e2ec072
+USUAL_FPS = 10.0  # frames a second, of the counts in `ClipConfig`
+COUNTS = "input_frames", "interp_len", "interp_stride", "future_len", "future_stride", "eval_stride"
+
+
+def _faster(cfg: ClipConfig, times: int) -> dict:
+    "Counts of a log that is a whole number of times as fast."
+    ends = dict(interp_len=(cfg.interp_len - 1) * times + 1, future_len=(cfg.future_len - 1) * times + 1)
+    strides = {name: getattr(cfg, name) * times for name in ("interp_stride", "future_stride", "eval_stride")}
+    return dict(input_frames=tuple(f * times for f in cfg.input_frames), **ends, **strides)
+
+
+def _slower(cfg: ClipConfig, share: float) -> dict:
+    "Counts of a log that has this share of the frames."
+    last = max(2, round(max(cfg.input_frames) * share) // 2 * 2)
+    length = max(last + 2, round((cfg.future_len - 1) * share) + 1)
+    strides = {name: max(1, round(getattr(cfg, name) * share)) for name in ("interp_stride", "future_stride")}
+    apart = max(length, round(cfg.eval_stride * share))
+    inputs = tuple(range(0, last + 1, 2))
+    return dict(input_frames=inputs, interp_len=last + 1, future_len=length, eval_stride=apart, **strides)
+
+
+def at_rate(
+    cfg: ClipConfig,  # how logs of ten frames a second are cut
+    fps: float,  # frames a second of a log
+) -> ClipConfig:  # the same where the rate is near ten, or a count was chosen
+    "How a log of this rate is cut: by the same seconds."
+    usual = ClipConfig()
+    chosen = any(getattr(cfg, name) != getattr(usual, name) for name in COUNTS)
+    share = fps / USUAL_FPS
+    if chosen or 0.75 <= share < 1.5:
+        return cfg
+    return replace(cfg, **(_faster(cfg, round(share)) if share > 1 else _slower(cfg, share)))
 
 # %% ../nbs/04_clips.ipynb #0eb001d6
 class CutRule(NamedTuple):
@@ -275,36 +313,41 @@ def fingerprint(
     log: Log,  # the log
     cameras: tuple[str, ...],  # the index's cameras
 ) -> str:  # 16 hex digits
-    "Hash of the stamps, poses and intrinsics an index is built from."
+    "Hash of the stamps, poses, intrinsics and the rig an index is built from."
     names = ["lidar/timestamps", "lidar/poses"] + [
         f"camera/{c}/{k}" for c in cameras for k in ("timestamps", "poses", "intrinsics")
     ]
     h = hashlib.sha1()
     for p in (log.folder / f"{n}.json" for n in names):
         h.update(p.read_bytes() if p.is_file() else b"missing")
+    h.update(rig_bytes(log.folder))
     return h.hexdigest()[:16]
 
 # %% ../nbs/04_clips.ipynb #2934dd47
 def _missing(log: Log, cameras: tuple[str, ...]) -> dict[int, str]:
     "Frame id -> the file it lacks and what lies beside it, from one listing per folder."
     lost = {}
-    for folder, name in [("lidar", "{:02d}.pkl.gz")] + [(f"camera/{c}", "{:02d}.jpg") for c in cameras]:
-        there = {p.name for p in (log.folder / folder).iterdir()}
-        first = log.folder / folder / name.format(0)
+    for path_of in (log.sweep_path, *(partial(log.image_path, c) for c in cameras)):
+        first = path_of(0)
+        folder = first.parent.relative_to(log.folder).as_posix()
+        there = {p.name for p in first.parent.iterdir()}
         if counts_otherwise(first):  # what looks like frame 1 is another
             for f in log.frame_ids:
                 lost.setdefault(f, f"{folder}/{first.name} {missing_text(first)}")
         for f in log.frame_ids:
-            if name.format(f) not in there:
-                lost.setdefault(
-                    f, f"{folder}/{name.format(f)} {missing_text(log.folder / folder / name.format(f))}"
-                )
+            path = path_of(f)
+            if path.name not in there:
+                lost.setdefault(f, f"{folder}/{path.name} {missing_text(path)}")
     return lost
 
 # %% ../nbs/04_clips.ipynb #cb0992ce
 def _frame_rate(stamps: list[float], cfg: ClipConfig) -> float:
-    "Frames per second: as asked for, or as measured."
+    "Frames per second: as asked for, or as measured where nothing or 0 was asked for and the log is another's."
     measured = (len(stamps) - 1) / (stamps[-1] - stamps[0]) if len(stamps) > 1 else 10.0
+    step = usual_step(stamps)
+    foreign = step > 0 and not 0.75 <= 1 / (step * USUAL_FPS) < 1.5
+    if cfg.fps == USUAL_FPS and foreign:
+        return round(1 / step, 3)
     return cfg.fps or measured
 
 # %% ../nbs/04_clips.ipynb #da8e6305
@@ -320,6 +363,7 @@ def _cut_log(log: Log, cfg: ClipConfig) -> tuple[list[dict], list[dict]]:
     lists = _log_lists(log, cfg)
     lost = _missing(log, cfg.cameras)
     fps = _frame_rate(lists.stamps, cfg)
+    cfg = at_rate(cfg, fps)
     clips = []
     left_out = []
     scored = set()
@@ -571,19 +615,21 @@ def clip(
     start: int = 0,  # log frame id of its first frame
     cameras: tuple[str, ...] | None = None,  # that a reconstruction reads; None: as its model says
     lidar: tuple[int, ...] | None = None,  # sensors that it reads, 0 all around, 1 forward; None: as its model says
-) -> Clip:  # 16 frames, of which 0, 2, .., 10 are input; raises DataError where the log has no such clip
+) -> Clip:  # 1.5 s: 16 frames at 10 Hz, of which 0, 2, .., 10 are input; DataError where there is no such clip
     "A clip of any log from any frame on, cut as evaluation clips are; no index is needed."
     cameras = None if cameras is None else read_value(Some[Name], cameras, "cameras")
     lidar = None if lidar is None else read_value(Some[Literal[0, 1]], lidar, "lidar")
     start = int(start) if hasattr(start, "__index__") else read_value(int, start, "start")
     cfg = ClipConfig(cameras=tuple(self.cameras) if cameras is None else cameras)
+    fps = _frame_rate(self.lidar_stamps, cfg)
+    cfg = at_rate(cfg, fps)
     last = len(self.frame_ids) - cfg.future_len
     if not 0 <= start <= last:
         whole = f"choose a frame from 0 to {last}" if last >= 0 else "choose a longer log"
         raise DataError(f"start: is {start}; log {self.id} has no {cfg.future_len} frames from there: {whole}.")
     piece = Cut("eval_future", "test", list(range(start, start + cfg.future_len)), stride=1)
     lists = _log_lists(self, cfg)
-    entry = clip_entry(self.id, piece, lists, cfg.fps, cfg)
+    entry = clip_entry(self.id, piece, lists, fps, cfg)
     if fault := _fault_of(piece, lists.stamps, _missing(self, cfg.cameras), cfg.max_step_ratio):
         raise DataError(f"{entry['clip_id']}: {fault}; choose another start.")
     clip = Clip(self, entry)

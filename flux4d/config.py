@@ -34,8 +34,8 @@ class DataConfig:
     settings: Distinct[Literal[TRAIN_SETTINGS]] = ()
     # 1.0 = full resolution; nothing else ever resizes an image
     image_scale: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    host_gb: PositiveFloat = 16.0  # decoded frames (14 MB each in full HD) and lifted clips (20 MB or more) in host memory
-    device_gb: PositiveFloat = 8.0  # of these on the GPU; what was not used for longest has to leave
+    host_gb: PositiveFloat = 16.0  # 1e9 bytes of host memory for decoded frames (14 MB each) and lifted clips
+    device_gb: PositiveFloat = 8.0  # 1e9 bytes of the GPU's memory for what of these was used last
     loader_threads: Annotated[int, Interval(ge=1, le=256)] = 4  # threads that decode ahead of the step
     # processes that decode and lift for them, for many logs; 0: the threads do it
     loader_processes: Annotated[int, Interval(ge=0, le=256)] = 0

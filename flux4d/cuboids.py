@@ -242,7 +242,7 @@ def _street_parts() -> tuple[dict, np.ndarray, np.ndarray]:  # returns in the bo
     ground = np.c_[rng.uniform((-15, 8), (15, 50), (600, 2)), np.full(600, -0.05)]
     return inner, ground, rng.uniform(-0.01, 0.01, (12, 3))
 
-
+# %% ../nbs/05_cuboids.ipynb #8bfa10d6
 def street_returns(
     f: float,  # frame, may lie between two
 ) -> dict[str, np.ndarray]:  # uuid, "" for the ground -> (N,3) world, m
@@ -269,7 +269,7 @@ def _street_labels(k: int, late: float) -> Any:
         rows.append((b.uuid, b.label, yaw, *c, *b.size, motion, -1))
     return need_pandas().DataFrame(rows, columns=[*_NEEDED, "attributes.object_motion", "cuboids.sensor_id"])
 
-
+# %% ../nbs/05_cuboids.ipynb #451ed665
 def fabricate_street(
     root: str | Path,  # where to put the log "001"
     frames: int = 12,  # how many

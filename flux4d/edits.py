@@ -21,8 +21,8 @@ from .render import background_colour
 from .scene import Scene
 
 # %% auto #0
-__all__ = ['root_scene', 'pick_actor', 'travelled', 'MovingPart', 'motion_coefficients', 'moving_part', 'edited_scene',
-           'keep_rest', 'check_shift', 'moved_actor', 'pose_to_stand']
+__all__ = ['root_scene', 'pick_actor', 'travelled', 'MovingPart', 'motion_coefficients', 'moving_part', 'same_degree',
+           'edited_scene', 'keep_rest', 'check_shift', 'moved_actor', 'is_pose', 'pose_to_stand']
 
 # %% ../nbs/73a_edits.ipynb #2ed3df49
 def root_scene(
@@ -31,7 +31,7 @@ def root_scene(
     "The scene that a scene was edited from; itself where it was not."
     return scene.__dict__.get("_root", scene)
 
-
+# %% ../nbs/73a_edits.ipynb #eb70195b
 def pick_actor(
     scene: Scene,  # that is edited
     actor: Actor | int,  # one of `scene.actors`, or its number
@@ -72,32 +72,38 @@ class MovingPart(NamedTuple):
         "A copy on another device."
         return MovingPart(*(x.to(device) for x in self))
 
-    def carried(
-        self,
-        T: np.ndarray,  # (4,4) world to world
-    ) -> MovingPart:
-        "The same elsewhere."
-        T = torch.as_tensor(T, dtype=self.velocity.dtype, device=self.velocity.device)
-        return self._replace(gaussians=self.gaussians.transform(T), velocity=rotate_vectors(T, self.velocity))
+# %% ../nbs/73a_edits.ipynb #d8555e6f
+@patch
+def carried(
+    self: MovingPart,
+    T: np.ndarray,  # (4,4) world to world
+) -> MovingPart:
+    "The same elsewhere."
+    T = torch.as_tensor(T, dtype=self.velocity.dtype, device=self.velocity.device)
+    return self._replace(gaussians=self.gaussians.transform(T), velocity=rotate_vectors(T, self.velocity))
 
-    def later(
-        self,
-        by: float,  # s
-    ) -> MovingPart:
-        "The same later: what is at a place at a time is there so many seconds after it."
-        velocity = from_clip_start(self.velocity, torch.full_like(self.seconds, by))
-        return self._replace(seconds=self.seconds + by, velocity=velocity)
+# %% ../nbs/73a_edits.ipynb #6a95e70e
+@patch
+def later(
+    self: MovingPart,
+    by: float,  # s
+) -> MovingPart:
+    "The same later: what is at a place at a time is there so many seconds after it."
+    velocity = from_clip_start(self.velocity, torch.full_like(self.seconds, by))
+    return self._replace(seconds=self.seconds + by, velocity=velocity)
 
-    def on_clock(
-        self,
-        duration: float,  # s, length of the clip it becomes part of
-    ) -> MovingPart:
-        "The same with each own time inside a clip or within its slack, and the place where it is then."
-        slack = TIME_SLACK * duration
-        inside = self.seconds.clamp(-slack, duration + slack)
-        means = self.gaussians.means + travelled(self.velocity, self.seconds, inside)
-        gaussians = replace(self.gaussians, means=means, t=inside / duration)
-        return MovingPart(gaussians, inside, self.velocity)
+# %% ../nbs/73a_edits.ipynb #381fee1a
+@patch
+def on_clock(
+    self: MovingPart,
+    duration: float,  # s, length of the clip it becomes part of
+) -> MovingPart:
+    "The same with each own time inside a clip or within its slack, and the place where it is then."
+    slack = TIME_SLACK * duration
+    inside = self.seconds.clamp(-slack, duration + slack)
+    means = self.gaussians.means + travelled(self.velocity, self.seconds, inside)
+    gaussians = replace(self.gaussians, means=means, t=inside / duration)
+    return MovingPart(gaussians, inside, self.velocity)
 
 # %% ../nbs/73a_edits.ipynb #fb82958a
 def motion_coefficients(
@@ -111,7 +117,7 @@ def motion_coefficients(
     coefficients = torch.as_tensor(np.stack(coefficients), dtype=like.dtype, device=like.device)
     return F.pad(coefficients, (0, 0, 0, like.shape[1] - len(coefficients)))
 
-
+# %% ../nbs/73a_edits.ipynb #e5f02fdd
 def moving_part(
     actor: Actor,  # with the scene that it belongs to
     alike: float = 1.5,  # m/s, members whose velocity at their own time differs by more take the actor's
@@ -126,6 +132,14 @@ def moving_part(
     return MovingPart(g, seconds, torch.where(apart[:, None, None] > alike, common, velocity))
 
 # %% ../nbs/73a_edits.ipynb #b9f2fcda
+def same_degree(
+    velocities: list[Tensor],  # (M_i,l_i+1,3) coefficients, m/s^(j+1)
+) -> Tensor:  # (sum of M_i,l+1,3), l the largest degree among them
+    "Motions one below another; what a motion has no term for is 0."
+    terms = max(v.shape[1] for v in velocities)
+    return torch.cat([F.pad(v, (0, 0, 0, terms - v.shape[1])) for v in velocities])
+
+# %% ../nbs/73a_edits.ipynb #0e9fdb6f
 def edited_scene(
     scene: Scene,  # that is edited
     keep: Tensor,  # (N,) bool, its Gaussians that stay as they are
@@ -133,15 +147,12 @@ def edited_scene(
     did: str,  # for its `source`
 ) -> Scene:
     "A scene made from another; what shows through where nothing is keeps its colour."
-    degree = max([scene.velocity.shape[1], *(p.velocity.shape[1] for p in parts)])
     parts = [p.on_clock(scene.duration) for p in parts]
-    velocities = scene.velocity[keep], *(p.velocity for p in parts)
-    velocity = [F.pad(v, (0, 0, 0, degree - v.shape[1])) for v in velocities]
     behind = tuple(background_colour(scene.gaussians, scene.render_cfg).tolist())
     edited = replace(
         scene,
         gaussians=cat([scene.gaussians[keep], *(p.gaussians for p in parts)]),
-        velocity=torch.cat(velocity),
+        velocity=same_degree([scene.velocity[keep], *(p.velocity for p in parts)]),
         source=scene.source | dict(edits=[*scene.source.get("edits", []), did]),
         render_cfg=replace(scene.render_cfg, background=behind),
         **{f.name: None for f in fields(scene) if f.name == "inputs"},  # its images show what was taken out
@@ -149,7 +160,7 @@ def edited_scene(
     edited.__dict__["_root"] = root_scene(scene)
     return edited
 
-
+# %% ../nbs/73a_edits.ipynb #7036d774
 def keep_rest(
     edited: Scene,  # made from `scene`
     scene: Scene,  # the one before the edit, or any
@@ -183,7 +194,7 @@ def without(
     numbers = ", ".join(str(a.index) for a in gone)
     return keep_rest(edited_scene(self, keep, [], f"without actor {numbers}"), self, keep, gone)
 
-
+# %% ../nbs/73a_edits.ipynb #93d37de1
 @patch
 def static(self: Scene) -> Scene:
     "The scene without its actors, everything else at rest."
@@ -195,7 +206,7 @@ def static(self: Scene) -> Scene:
     keep_actors(found, [])
     return found
 
-# %% ../nbs/73a_edits.ipynb #9df0ebfd
+# %% ../nbs/73a_edits.ipynb #fe766386
 @patch
 def alone(self: Actor) -> Scene:
     "A scene that holds this actor and nothing else."
@@ -203,7 +214,19 @@ def alone(self: Actor) -> Scene:
     scene = edited_scene(self.scene, self.mask, [], f"actor {self.index} alone")
     return keep_rest(scene, self.scene, self.mask, rest)
 
+# %% ../nbs/73a_edits.ipynb #9df0ebfd
+def _hull_mask(
+    uv: np.ndarray,  # (8,2) px
+    shape: tuple[int, int],  # height, width, px
+    grow: int,  # px
+) -> np.ndarray:  # (H,W) bool
+    "Pixels inside the convex hull of points or within so many pixels of it."
+    hull = ConvexHull(uv)
+    row, column = np.mgrid[: shape[0], : shape[1]] + 0.5
+    normal, offset = hull.equations[:, :2], hull.equations[:, 2]
+    return np.all([a * column + b * row + c <= grow for (a, b), c in zip(normal, offset)], axis=0)
 
+# %% ../nbs/73a_edits.ipynb #7c7c9749
 @patch
 def silhouette(
     self: Actor,
@@ -218,18 +241,6 @@ def silhouette(
         mask |= _hull_mask(uv, mask.shape, grow) if (z > 0.1).all() else (z > 0.1).any()
     return found
 
-
-def _hull_mask(
-    uv: np.ndarray,  # (8,2) px
-    shape: tuple[int, int],  # height, width, px
-    grow: int,  # px
-) -> np.ndarray:  # (H,W) bool
-    "Pixels inside the convex hull of points or within so many pixels of it."
-    hull = ConvexHull(uv)
-    row, column = np.mgrid[: shape[0], : shape[1]] + 0.5
-    normal, offset = hull.equations[:, :2], hull.equations[:, 2]
-    return np.all([a * column + b * row + c <= grow for (a, b), c in zip(normal, offset)], axis=0)
-
 # %% ../nbs/73a_edits.ipynb #838c8de8
 def check_shift(
     seconds: float,  # s
@@ -240,7 +251,7 @@ def check_shift(
         remedy = f"choose from {-duration:.2f} to {duration:.2f}"
         raise DataError(f"seconds: is {seconds}, and the clip is {duration:.2f} s long; {remedy}.")
 
-
+# %% ../nbs/73a_edits.ipynb #f45fa71c
 def moved_actor(
     actor: Actor,  # with the scene that it belongs to
     scene: Scene,  # that it is in now
@@ -262,6 +273,16 @@ def moved_actor(
     return replace(actor, mask=mask, path=path, seconds=actor.seconds + later, scene=scene)
 
 # %% ../nbs/73a_edits.ipynb #521de992
+def _with_part(scene: Scene, keep: Tensor, actor: Actor, T: np.ndarray, later: float, did: str) -> Scene:
+    "A scene with an actor's Gaussians added, moved in space and time; it replaces the actor of its number."
+    part = moving_part(actor).to(scene.device).carried(T).later(later)
+    edited = edited_scene(scene, keep, [part], did)
+    mask = torch.arange(len(edited), device=edited.device) >= int(keep.sum())
+    added = moved_actor(actor, edited, mask, T, later)
+    gone = [a for a in scene.actors if a.index == actor.index]
+    return keep_rest(edited, scene, keep, gone, [added])
+
+# %% ../nbs/73a_edits.ipynb #8e9fbcb6
 @patch
 def move(
     self: Scene,
@@ -281,17 +302,16 @@ def move(
     did = f"actor {chosen.index} moved left {left} m, forward {forward} m, later {seconds} s"
     return _with_part(self, ~chosen.mask, chosen, T, seconds, did)
 
-
-def _with_part(scene: Scene, keep: Tensor, actor: Actor, T: np.ndarray, later: float, did: str) -> Scene:
-    "A scene with an actor's Gaussians added, moved in space and time; it replaces the actor of its number."
-    part = moving_part(actor).to(scene.device).carried(T).later(later)
-    edited = edited_scene(scene, keep, [part], did)
-    mask = torch.arange(len(edited), device=edited.device) >= int(keep.sum())
-    added = moved_actor(actor, edited, mask, T, later)
-    gone = [a for a in scene.actors if a.index == actor.index]
-    return keep_rest(edited, scene, keep, gone, [added])
-
 # %% ../nbs/73a_edits.ipynb #0554c5b1
+def is_pose(
+    given: np.ndarray,  # (4,4)
+) -> bool:
+    "Whether a matrix is a rotation and a place."
+    R = given[:3, :3]
+    is_rotation = np.allclose(R @ R.T, np.eye(3), atol=1e-4) and np.linalg.det(R) > 0
+    return is_rotation and np.allclose(given[3], [0, 0, 0, 1])
+
+# %% ../nbs/73a_edits.ipynb #d105bb04
 def pose_to_stand(
     at: Any,  # (4,4) box-to-world, or (3,) place of the middle of the box's bottom, world, m
     as_it_is: np.ndarray,  # (4,4) box-to-world where it keeps its place and heading from the ego vehicle
@@ -305,14 +325,12 @@ def pose_to_stand(
         pose = as_it_is.copy()
         pose[:3, 3] = given
         return pose
-    R = given[:3, :3]
-    is_rotation = np.allclose(R @ R.T, np.eye(3), atol=1e-4) and np.linalg.det(R) > 0
-    if not is_rotation or not np.allclose(given[3], [0, 0, 0, 1]):
+    if not is_pose(given):
         fault = "at: is no pose, its axes are not a rotation"
         raise DataError(f"{fault}; give a box-to-world matrix, such as actor.pose(0.5).")
     return given
 
-
+# %% ../nbs/73a_edits.ipynb #071450ad
 @patch
 def insert(
     self: Scene,

@@ -35,9 +35,10 @@ from .scene import Scene
 from .settings import Device, Distinct, FilePath, LogId, Name, find_device, read_parameters, refuse_missing
 
 # %% auto #0
-__all__ = ['EvaluationParameters', 'check_subject', 'check_polish', 'read_evaluation', 'Subject', 'subject_name', 'open_subject',
-           'reconstruction_of', 'polish_of', 'spread_evenly', 'chains_of_clips', 'clips_for_testing', 'eval_clips_of',
-           'training_rows', 'judged_on', 'scenes_to_score', 'about_of', 'report_folder']
+__all__ = ['EvaluationParameters', 'check_subject', 'check_polish', 'read_evaluation', 'Subject', 'subject_name', 'Trained',
+           'load_trained', 'open_subject', 'reconstruction_of', 'polish_of', 'spread_evenly', 'chains_of_clips',
+           'clips_for_testing', 'eval_clips_of', 'training_rows', 'judged_on', 'scenes_to_score', 'about_of',
+           'report_folder']
 
 # %% ../nbs/61_evaluate.ipynb #00c89b6c
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def check_subject(
     if baseline == "static" and not checkpoint:
         raise DataError("baseline: 'static' needs the Gaussians of a checkpoint; name one, or take lift.")
 
-
+# %% ../nbs/61_evaluate.ipynb #3316479c
 def check_polish(
     p: EvaluationParameters,  # read: polish_steps, polish_seconds, baseline, checkpoint
 ) -> None:  # raises DataError
@@ -132,6 +133,29 @@ def subject_name(
     return " of ".join(part for part in (baseline, of_checkpoint) if part)
 
 # %% ../nbs/61_evaluate.ipynb #e69e344c
+class Trained(NamedTuple):
+    "A checkpoint, or what stands for none."
+
+    model: nn.Module | None
+    cfg: Config
+    history: dict  # of its training, {} without a checkpoint
+
+# %% ../nbs/61_evaluate.ipynb #2bf9ff01
+def load_trained(
+    checkpoint: str,  # path, "" = none
+    device: str,  # where the model goes
+    preset: str,  # configuration where there is no checkpoint; "" = default
+) -> Trained:  # raises DataError
+    "A checkpoint's model and configuration, or a preset's configuration alone."
+    if not checkpoint:
+        return Trained(None, preset_config(preset or "default"), {})
+    model = load_model(checkpoint, device)
+    history = read_weights(checkpoint).history
+    counted = tuple(key for key in ("step", "seconds", "skipped") if key in history)
+    check_checkpoint(history, Path(checkpoint).name, counted)
+    return Trained(model, model.cfg, history)
+
+# %% ../nbs/61_evaluate.ipynb #7e24f0f9
 def open_subject(
     checkpoint: str,  # path, "" = none
     baseline: str = "",  # one of METHODS, "" = the model, without a checkpoint the lift
@@ -143,29 +167,18 @@ def open_subject(
     "Load what shall be evaluated; its configuration comes with it."
     check_subject(checkpoint, baseline, preset)
     baseline = baseline or ("" if checkpoint else "lift")
-    model, cfg = None, preset_config(preset or "default")
-    state = {}
-    if checkpoint:
-        model = load_model(checkpoint, device)
-        cfg = model.cfg
-        state = read_weights(checkpoint).history
-    counted = tuple(key for key in ("step", "seconds", "skipped") if key in state)
-    check_checkpoint(state, Path(checkpoint).name, counted)
-    data = replace(
-        cfg.data,
-        cameras=cameras or cfg.data.cameras,
-        image_scale=image_scale or cfg.data.image_scale,
-    )
+    model, cfg, history = load_trained(checkpoint, device, preset)
+    data = replace(cfg.data, cameras=cameras or cfg.data.cameras, image_scale=image_scale or cfg.data.image_scale)
     return Subject(
         name=subject_name(checkpoint, baseline),
         baseline=baseline,
         model=model,
         cfg=replace(cfg, data=data),
         folder=Path(checkpoint).resolve().parent if checkpoint else None,
-        steps=state.get("step", 0),
-        seconds=state.get("seconds", 0),
-        skipped=state.get("skipped", 0),
-        trained=trained_frames(state) if checkpoint else None,
+        steps=history.get("step", 0),
+        seconds=history.get("seconds", 0),
+        skipped=history.get("skipped", 0),
+        trained=trained_frames(history) if checkpoint else None,
     )
 
 # %% ../nbs/61_evaluate.ipynb #75011310
@@ -182,7 +195,7 @@ def reconstruction_of(
 
     return static if s.baseline == "static" else s.model.reconstruct
 
-
+# %% ../nbs/61_evaluate.ipynb #a4e6cf9f
 def polish_of(
     p: EvaluationParameters,  # read: polish_steps, polish_seconds
 ) -> Callable[[Scene], Scene] | None:  # changes a scene; None: nothing is polished
@@ -203,7 +216,7 @@ def spread_evenly(
     chosen = np.unique(np.linspace(0, len(items) - 1, limit).round().astype(int))
     return [items[i] for i in chosen]
 
-
+# %% ../nbs/61_evaluate.ipynb #e590e397
 def chains_of_clips(
     data: PandaSet,  # data root
     cameras: tuple[str, ...],  # names
@@ -233,7 +246,7 @@ def clips_for_testing(
     chosen = select_clips(index, **kind, starts=starts or None, limit=limit or None)
     return [Clip(data[record["scene_id"]], record) for record in chosen]
 
-
+# %% ../nbs/61_evaluate.ipynb #615b717c
 def eval_clips_of(
     root: Path,  # data root
     cameras: tuple[str, ...],  # names
@@ -277,7 +290,7 @@ def scenes_to_score(
         return MODEL_SCENES
     return ("model",) if baseline in ("lift", "zero_motion") else ("model", "lift")
 
-
+# %% ../nbs/61_evaluate.ipynb #2305526f
 def about_of(
     s: Subject,  # what is evaluated
     clips: list[Clip],  # on these

@@ -22,8 +22,9 @@ from .render import Cameras, drawn_scales
 from .scene import Scene
 
 # %% auto #0
-__all__ = ['SH_C0', 'PLY_COLUMNS', 'FLOW_COLUMNS', 'DYNAMIC', 'OPENGL', 'StoredSplats', 'check_seconds', 'splats_of', 'ply_bytes',
-           'optical_flow', 'vehicle_pose', 'SweepConfig', 'simulated_sweep', 'pcd_bytes', 'nerfstudio_transforms']
+__all__ = ['SH_C0', 'PLY_COLUMNS', 'FLOW_COLUMNS', 'DYNAMIC', 'OPENGL', 'StoredSplats', 'check_seconds', 'check_splats',
+           'splats_of', 'ply_bytes', 'optical_flow', 'vehicle_pose', 'flow_table', 'SweepConfig', 'simulated_sweep',
+           'pcd_bytes', 'nerfstudio_transforms']
 
 # %% ../nbs/72_export.ipynb #295e16db
 SH_C0 = 0.5 / np.sqrt(np.pi)  # spherical harmonics of degree 0
@@ -38,7 +39,7 @@ class StoredSplats(NamedTuple):
     log_scales: Tensor  # (N,3) natural logarithm of m
     quats: Tensor  # (N,4) w,x,y,z, unit length
 
-
+# %% ../nbs/72_export.ipynb #2307cf25
 def check_seconds(
     scene: Scene,  # with its clock
     seconds: Any,  # s since the clip's start
@@ -51,6 +52,16 @@ def check_seconds(
     return float(seconds)
 
 # %% ../nbs/72_export.ipynb #d64bc7c4
+def check_splats(
+    splats: StoredSplats,  # to be written
+) -> None:  # raises DataError
+    "Refuse Gaussians that a viewer could not show."
+    bad = sum(int((~v.isfinite()).sum()) for v in splats)
+    if bad or not len(splats.means):
+        fault = f"holds {bad} values that are not finite" if bad else "has no Gaussian to export"
+        raise DataError(f"scene: {fault}; reconstruct it again, or export its background too.")
+
+# %% ../nbs/72_export.ipynb #6f118f4d
 @torch.no_grad()
 def splats_of(
     scene: Scene,  # any scene
@@ -62,18 +73,15 @@ def splats_of(
     kept = torch.ones(len(g), dtype=torch.bool, device=scene.device) if background else g.kind == LIDAR
     means = scene.means_at(check_seconds(scene, seconds) / scene.duration)[kept]
     g = g[kept]
-    values = (
-        means,
-        (g.colours - 0.5) / SH_C0,
-        g.opacity_logits,
-        drawn_scales(g, scene.render_cfg.max_scale).log(),
-        g.unit_quats,
+    values = dict(
+        means=means,
+        f_dc=(g.colours - 0.5) / SH_C0,
+        opacity=g.opacity_logits,
+        log_scales=drawn_scales(g, scene.render_cfg.max_scale).log(),
+        quats=g.unit_quats,
     )
-    splats = StoredSplats(*(v.float().cpu() for v in values))
-    bad = sum(int((~v.isfinite()).sum()) for v in splats)
-    if bad or not len(means):
-        fault = f"holds {bad} values that are not finite" if bad else "has no Gaussian to export"
-        raise DataError(f"scene: {fault}; reconstruct it again, or export its background too.")
+    splats = StoredSplats(**{name: v.float().cpu() for name, v in values.items()})
+    check_splats(splats)
     return splats
 
 # %% ../nbs/72_export.ipynb #5bca2e76
@@ -118,7 +126,7 @@ def _write(path: str | Path, content: bytes, ending: str) -> Path:
         unfinished.write_bytes(content)
     return path
 
-
+# %% ../nbs/72_export.ipynb #da06763d
 @patch
 def export_ply(
     self: Scene,
@@ -131,7 +139,7 @@ def export_ply(
     splats = splats_of(self, seconds, background)
     return _write(path, _packed(splats, "ply_compressed") if compressed else ply_bytes(splats), ".ply")
 
-
+# %% ../nbs/72_export.ipynb #7c6211ca
 @patch
 def export_splat(
     self: Scene,
@@ -207,7 +215,7 @@ def _pixels(scene: Scene, view: Cameras) -> tuple[Tensor, Tensor]:
     uvw = x @ view.K[0].to(at).T
     return uvw[:, :2] / uvw[:, 2:].clamp_min(1e-6), x[:, 2]
 
-
+# %% ../nbs/72_export.ipynb #c2807615
 @torch.no_grad()
 def optical_flow(
     scene: Scene,  # any scene
@@ -236,7 +244,7 @@ def export_optical_flow(
     views = [self.camera(camera, check_seconds(self, s)) for s in (seconds, seconds + step)]
     return _save_array(path, optical_flow(self, *views).float().cpu().numpy())
 
-
+# %% ../nbs/72_export.ipynb #67d3511e
 def _save_array(path: str | Path, values: np.ndarray) -> Path:
     "Write an .npy file."
     path = Path(path)
@@ -262,6 +270,19 @@ FLOW_COLUMNS = [(name, "<f4") for name in ("x", "y", "z", "flow_tx_m", "flow_ty_
 DYNAMIC = 0.05  # m a step, from which Argoverse 2 calls a point dynamic
 
 
+def flow_table(
+    place: np.ndarray,  # (N,3) m
+    flow: np.ndarray,  # (N,3) m a step
+    dynamic: np.ndarray,  # (N,) bool
+) -> np.ndarray:  # (N,) structured: x y z flow_tx_m flow_ty_m flow_tz_m is_dynamic
+    "Points and their displacements under Argoverse's names."
+    rows = np.empty(len(place), [*FLOW_COLUMNS, ("is_dynamic", "?")])
+    for (name, _), values in zip(FLOW_COLUMNS, np.concatenate([place, flow], 1).T):
+        rows[name] = values
+    rows["is_dynamic"] = dynamic
+    return rows
+
+# %% ../nbs/72_export.ipynb #f89ea0db
 @patch
 @torch.no_grad()
 def export_scene_flow(
@@ -278,11 +299,7 @@ def export_scene_flow(
     to_now, to_later = (se3_inverse(vehicle_pose(self, s)) for s in times)
     place = transform_points(to_now, now)
     flow = transform_points(to_now if world else to_later, later) - place
-    rows = np.empty(len(now), [*FLOW_COLUMNS, ("is_dynamic", "?")])
-    for (name, _), values in zip(FLOW_COLUMNS, np.concatenate([place, flow], 1).T):
-        rows[name] = values
-    rows["is_dynamic"] = np.linalg.norm(later - now, axis=1) >= DYNAMIC
-    return _save_array(path, rows)
+    return _save_array(path, flow_table(place, flow, np.linalg.norm(later - now, axis=1) >= DYNAMIC))
 
 # %% ../nbs/72_export.ipynb #df4a5f58
 class SweepConfig(NamedTuple):
@@ -294,7 +311,7 @@ class SweepConfig(NamedTuple):
     azimuth_step: float = 0.2  # degrees
     origin: tuple[float, float, float] = (0.757, 0.0, 1.847)  # m, in the vehicle's axes; PandaSet's is the default
 
-
+# %% ../nbs/72_export.ipynb #e83718c7
 def _quarter(yaw: float, cfg: SweepConfig) -> tuple[np.ndarray, np.ndarray]:
     "Beams of the 90 degrees about a direction (B,3), and the axes of a camera that looks there (3,3); vehicle frame."
     azimuths = np.radians(yaw + np.arange(-45.0, 45.0, cfg.azimuth_step))
@@ -316,7 +333,21 @@ def _quarter_view(scene: Scene, pose: np.ndarray, seconds: float, cfg: SweepConf
     as_tensor = [torch.as_tensor(np.asarray(x)[None], dtype=torch.float32) for x in numbers]
     return Cameras(*as_tensor, height, width).to(scene.device)
 
+# %% ../nbs/72_export.ipynb #d906164c
+def _quarter_points(scene: Scene, vehicle: np.ndarray, seconds: float, yaw: float, cfg: SweepConfig) -> np.ndarray:
+    "Where the beams of the 90 degrees about a direction end: (B,3) in the vehicle's axes, m."
+    beams, axes = _quarter(yaw, cfg)
+    view = _quarter_view(scene, vehicle @ se3(axes, np.array(cfg.origin)), seconds, cfg)
+    is_lidar = (scene.gaussians.kind == LIDAR).float()[:, None]
+    out = scene.render(view, features=is_lidar)
+    inside = beams @ axes  # in the camera's axes
+    uv = inside / inside[:, 2:] @ view.K[0].double().cpu().numpy().T
+    columns, rows = np.floor(uv[:, :2]).astype(int).T
+    depth, weight = (x.cpu().numpy()[rows, columns] for x in (out.depth[0], out.features[0, ..., 0]))
+    hit = weight > 0.5
+    return cfg.origin + beams[hit] * (depth / inside[:, 2])[hit, None]
 
+# %% ../nbs/72_export.ipynb #259f2160
 @torch.no_grad()
 def simulated_sweep(
     scene: Scene,  # with recorded cameras
@@ -325,18 +356,7 @@ def simulated_sweep(
 ) -> np.ndarray:  # (N,3) float32, the vehicle's axes, m
     "Where the beams of a LiDAR on the vehicle meet the scene."
     vehicle = vehicle_pose(scene, check_seconds(scene, seconds))
-    is_lidar = (scene.gaussians.kind == LIDAR).float()[:, None]
-    found = []
-    for yaw in (0.0, 90.0, 180.0, 270.0):
-        beams, axes = _quarter(yaw, cfg)
-        view = _quarter_view(scene, vehicle @ se3(axes, np.array(cfg.origin)), seconds, cfg)
-        out = scene.render(view, features=is_lidar)
-        inside = beams @ axes  # in the camera's axes
-        uv = inside / inside[:, 2:] @ view.K[0].double().cpu().numpy().T
-        columns, rows = np.floor(uv[:, :2]).astype(int).T
-        depth, weight = (x.cpu().numpy()[rows, columns] for x in (out.depth[0], out.features[0, ..., 0]))
-        hit = weight > 0.5
-        found.append(cfg.origin + beams[hit] * (depth / inside[:, 2])[hit, None])
+    found = [_quarter_points(scene, vehicle, seconds, yaw, cfg) for yaw in (0.0, 90.0, 180.0, 270.0)]
     return np.concatenate(found).astype(np.float32)
 
 # %% ../nbs/72_export.ipynb #67abcacd
@@ -349,7 +369,7 @@ def pcd_bytes(
     header += [f"WIDTH {n}", "HEIGHT 1", "VIEWPOINT 0 0 0 1 0 0 0", f"POINTS {n}", "DATA binary", ""]
     return "\n".join(header).encode() + points.astype("<f4").tobytes()
 
-
+# %% ../nbs/72_export.ipynb #a6818810
 @patch
 def export_lidar(
     self: Scene,
@@ -378,7 +398,7 @@ def _frame_entry(name: str, k: int, pose: np.ndarray, seconds: float) -> dict:
         camera=name,
     )
 
-
+# %% ../nbs/72_export.ipynb #b81bc384
 def nerfstudio_transforms(
     scene: Scene,  # with recorded cameras
     cameras: list[str] | None = None,  # names; None: all
@@ -386,7 +406,7 @@ def nerfstudio_transforms(
     "Recorded cameras in nerfstudio's words."
     frames = []
     for name in scene.cameras if cameras is None else cameras:
-        path = recorded_path(scene, name)
+        path = recorded_path(scene, name, whole=True)
         for k, key in enumerate(path.keys):
             fl_x, fl_y, cx, cy = (float(key.K[i, j]) for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
             lens = dict(fl_x=fl_x, fl_y=fl_y, cx=cx, cy=cy, w=path.width, h=path.height)

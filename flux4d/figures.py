@@ -214,7 +214,7 @@ class SourceEntry:
     figure: str  # as printed
     source: str  # arithmetic over runs, or a dash and a reason
 
-
+# %% ../nbs/91_figures.ipynb #4c9964c4
 def source_entries(
     marker: re.Match,  # of SOURCES
 ) -> tuple[list[SourceEntry], list[str]]:  # figures with their sources; comparisons that have to hold

@@ -235,7 +235,10 @@ def _misnamed_file(path: Path, there: list[Path]) -> Misnamed | None:
             continue
         both_jpeg = {ending.lower(), kind.lower()} <= {"jpg", "jpeg"}
         if kind.lower() == ending.lower() or both_jpeg:
-            return Misnamed(f"{quoted(p.name)} is there", f"rename it to {path.name}")
+            remedy = f"rename it to {path.name}"
+            if other.isdecimal() and other != stem:
+                remedy += ", or write 'numbering: order' in rig.yaml"
+            return Misnamed(f"{quoted(p.name)} is there", remedy)
         if ending.startswith(kind) or kind.startswith(ending) or _alike(kind, ending):
             return Misnamed(f"{quoted(p.name)} is there", f"convert it to {path.name}")
     return None
@@ -262,7 +265,7 @@ def find_misnamed(
     if renamed := _misnamed_file(path, there):
         return renamed
     if other := _numbered_otherwise(path, there):
-        return Misnamed(other, "number them from 0 as the stamps count")
+        return Misnamed(other, "number them from 0 as the stamps count, or write 'numbering: order' in rig.yaml")
     return _unnumbered_files(path, there)
 
 # %% ../nbs/02a_files.ipynb #80bc990e
@@ -400,12 +403,13 @@ def _publish(tmp: str, path: Path) -> None:
 @contextlib.contextmanager
 def atomic_write(
     path: str | Path,  # the file to write; its folder is made
+    then: str = "start again",  # what to do after the remedy, where it cannot be written
 ) -> Iterator[Path]:  # a temporary path in the same folder, to write to; raises WriteError
     "Write a file completely or not at all."
     path = Path(path)
     fd = tmp = None
     try:
-        with writing(path):
+        with writing(path, then):
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_unfinished(path.parent, glob.escape(path.name))
             fd, tmp = _temporary(path)

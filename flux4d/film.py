@@ -67,7 +67,7 @@ class Panel(NamedTuple):
     colours: str = ""  # matplotlib's name of the colour bar; "": no bar
     ends: tuple[str, str] = ("", "")  # values at the ends of the bar; without a bar the second is a note
 
-
+# %% ../nbs/26_film.ipynb #1ddd62c6
 def letter_height(
     height: int,  # px of a picture
 ) -> int:  # px
@@ -106,7 +106,7 @@ class CaptionLayout(NamedTuple):
     first: int  # where the value at the bar's first end begins
     last: int  # where the value at the bar's last end, or the note, begins
 
-
+# %% ../nbs/26_film.ipynb #a397ee11
 def _caption_layout(
     panel: Panel,  # its texts
     width: int,  # px
@@ -222,7 +222,7 @@ def paint_wheel(
     corner[:] = torch.where(radius.to(picture) <= 1, legend, corner)
     return picture
 
-
+# %% ../nbs/26_film.ipynb #653712fd
 def _velocity(frame: FrameData, width: int) -> Panel:
     "Image velocity as colours, with their wheel."
     colours = flow_colours(shrink(frame.out.features[0], width), frame.fastest)
@@ -240,6 +240,14 @@ LAYERS: dict[str, Callable[[FrameData, int], Panel]] = dict(
 OF_PHOTO = "photo", "error"  # layers that need a photo
 OF_VELOCITY = "speed", "velocity"  # layers that need image velocities
 
+# %% ../nbs/26_film.ipynb #d8becbc6
+def _layer_fault(name: str, shown: list[str], with_photo: bool) -> str | None:
+    "What is wrong with the name of a layer."
+    choice = ", ".join(shown)
+    if name in OF_PHOTO and not with_photo:
+        return f"{name!r} needs photos; call film_beside_photos, or choose from {choice}."
+    return None if name in LAYERS else f"{name!r} is none; choose from {choice}."
+
 
 def check_layers(
     layers: str | Iterable[str],  # one name, or some
@@ -250,12 +258,8 @@ def check_layers(
     shown = [name for name in LAYERS if with_photo or name not in OF_PHOTO]
     if not names:
         raise DataError(f"layers: names none; choose from {', '.join(shown)}.")
-    for name in names:
-        if name in OF_PHOTO and not with_photo:
-            others = ", ".join(shown)
-            raise DataError(f"layers: {name!r} needs photos; call film_beside_photos, or choose from {others}.")
-        if name not in LAYERS:
-            raise DataError(f"layers: {name!r} is none; choose from {', '.join(shown)}.")
+    for fault in filter(None, (_layer_fault(name, shown, with_photo) for name in names)):
+        raise DataError(f"layers: {fault}")
     return names
 
 # %% ../nbs/26_film.ipynb #11b8b0fc
@@ -265,7 +269,7 @@ def grid_columns(
     "How panels are laid out."
     return {1: 1, 2: 2, 3: 3, 4: 2}.get(count, 3)
 
-
+# %% ../nbs/26_film.ipynb #7c3fa204
 def tiled(
     pictures: list[Image.Image],  # of one size
     columns: int,  # pictures in a row
@@ -278,7 +282,7 @@ def tiled(
         page.paste(picture, (w * (k % columns), h * (k // columns)))
     return page
 
-
+# %% ../nbs/26_film.ipynb #7c3dd287
 def frame_picture(
     frame: FrameData,  # what is shown
     layers: Iterable[str] = tuple(LAYERS),  # names of LAYERS
@@ -338,7 +342,7 @@ def clip_frames(
         out = draw_frame(scene, view, layers, view_gaps(clip, view), flow)
         yield FrameData(out, view.images[0], fastest=flow.clip_px)
 
-
+# %% ../nbs/26_film.ipynb #721c2a5a
 def film_clip(
     path: str | Path,  # .mp4
     clip: Clip,  # whose pace the film has

@@ -31,7 +31,7 @@ class PictureSize(NamedTuple):
     width: int
     height: int
 
-
+# %% ../nbs/71a_filming.ipynb #5c78e3e3
 def panel_size(
     size: Any,  # width in px, (width, height), or None: as the path's, at most `most` px for the whole frame
     path: FilmPath,  # its cameras' size
@@ -51,7 +51,7 @@ def panel_size(
         raise DataError(f"size: {whole}; choose at most {LARGEST // columns} px, or fewer layers.")
     return PictureSize(int(width), int(height))
 
-
+# %% ../nbs/71a_filming.ipynb #7401c983
 def view_at(
     key: KeyFrame,  # of a path
     path: FilmPath,  # its cameras' size
@@ -86,7 +86,7 @@ def path_frames(
         note = f"{key.seconds:.2f} s"
         yield FrameData(out, None, fastest=fastest, step=f"in {STEP:g} s", rgb="colours", note=note)
 
-
+# %% ../nbs/71a_filming.ipynb #34945b18
 def check_moments(
     scene: Scene,  # with its clock
     seconds: Iterable[float],  # s of the scene

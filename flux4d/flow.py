@@ -33,7 +33,7 @@ from .image_velocity import FlowConfig, clip_gaps, colour_wheel, flow_colours, r
 __all__ = ['FlowParameters', 'open_clip', 'frame_list', 'frame_camera', 'TrueMotion', 'true_motion', 'true_velocity',
            'ImageTruth', 'true_image_flow', 'GateConfig', 'compare_moving', 'measure_fixed', 'pooled', 'gate_a',
            'what_training_adds', 'measure_per_frame', 'gate_b', 'turbo_colours', 'speed_pictures', 'frame_pictures',
-           'save_pictures', 'FlowShots', 'measured_fixed', 'measured_per_frame', 'draw_flow', 'run_flow']
+           'save_pictures', 'FlowShots', 'measured_fixed', 'measured_per_frame', 'draw_moment', 'draw_flow', 'run_flow']
 
 # %% ../nbs/40_flow.ipynb #bccd3f72
 @dataclass(frozen=True)
@@ -419,6 +419,23 @@ def measured_per_frame(
     return [measure_per_frame(v_r, valid, mask)]
 
 # %% ../nbs/40_flow.ipynb #4b1c64e5
+def draw_moment(
+    scene: Scene,  # of the clip
+    clip: Clip,  # its clip
+    shots: FlowShots,  # how to draw
+    k: int,  # place of the frame in the clip
+    fixed: bool,  # True: from the pose of the reference frame; False: from its own
+) -> tuple[Cameras, Rendered, Tensor, Tensor, float]:  # view, picture, (H,W,2) px, (H,W) valid, s to the next frame
+    "A frame of a clip with its image velocity."
+    gap = clip_gaps(clip, shots.camera)[k]
+    frame = clip.frames[k]
+    stand = clip.frames[shots.frame_ref] if fixed else frame
+    view = frame_camera(clip, shots.camera, frame, stand, shots.scale, scene.device)
+    with torch.no_grad():
+        out, v_r, valid = render_velocity(scene, view, gap, flow=shots.flow)
+    return view, out, v_r[0], valid[0], float(gap)
+
+# %% ../nbs/40_flow.ipynb #c53f044f
 def draw_flow(
     scene: Scene,  # of the clip
     clip: Clip,  # its clip
@@ -429,20 +446,15 @@ def draw_flow(
     "Draw a clip's frames, write their pictures, measure the gate of the mode."
     for old in folder.glob("*.jpg") if folder else ():
         old.unlink()
+    measure = measured_fixed if fixed else measured_per_frame
     rows = []
     before = None
-    gaps = clip_gaps(clip, shots.camera)
     for k in shots.frames:
-        frame = clip.frames[k]
-        stand = clip.frames[shots.frame_ref] if fixed else frame
-        cam = frame_camera(clip, shots.camera, frame, stand, shots.scale, scene.device)
-        with torch.no_grad():
-            out, v_r, valid = render_velocity(scene, cam, gaps[k], flow=shots.flow)
+        view, out, v_r, valid, gap = draw_moment(scene, clip, shots, k, fixed)
         if folder:
-            save_pictures(folder, k, frame_pictures(out, v_r[0], shots.flow, before))
+            save_pictures(folder, k, frame_pictures(out, v_r, shots.flow, before))
             before = out.rgb[0] if fixed else None
-        measure = measured_fixed if fixed else measured_per_frame
-        rows += measure(clip, frame, cam, float(gaps[k]), v_r[0], valid[0], shots)
+        rows += measure(clip, clip.frames[k], view, gap, v_r, valid, shots)
     if not rows:
         return None
     return gate_a(rows, shots.gates) if fixed else gate_b(rows, shots.gates)

@@ -230,7 +230,7 @@ def flow_rows(
     binned = bin_rows("bin_error", epe(s.pred, s.gt), s, cfg)
     return pd.concat([plain.astype(dict(value=float)), binned], ignore_index=True)[list(plain)]
 
-
+# %% ../nbs/53_flow_metrics.ipynb #ffbca1bc
 def truth_rows(
     s: FlowSample,  # one frame; its prediction is not read
     cfg: FlowScoreConfig = FlowScoreConfig(),  # read: near

@@ -10,6 +10,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 import numpy as np
+from fastcore.basics import patch
 from PIL import Image
 from .files import DataError
 
@@ -29,7 +30,7 @@ def find_browser() -> tuple[Any, str]:  # playwright's `sync_playwright`, Chromi
         raise DataError("Chromium: is not installed; run apt-get install chromium, or install Chrome.")
     return sync_playwright, found
 
-
+# %% ../nbs/73d_headless.ipynb #69610925
 def start_chromium(
     playwright: Any,  # a running playwright
     path: str,  # of Chromium
@@ -66,30 +67,44 @@ class HeadlessBrowser:
         except DataError:
             self._playwright.stop()
             raise
-        width, height = size
-        context = self._browser.new_context(viewport=dict(width=width, height=height), offline=offline)
+        viewport = dict(zip(("width", "height"), size))
+        context = self._browser.new_context(viewport=viewport, offline=offline)
         context.set_default_timeout(120_000)
         self.page = context.new_page()
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(address)
 
-    def do(
-        self,
-        action: Any,  # function of the playwright page, run in the browser's thread
-    ) -> Any:  # what it returns
-        "Do something with the page."
-        return self._thread.submit(action, self.page).result()
+# %% ../nbs/73d_headless.ipynb #4b66b6df
+@patch
+def do(
+    self: HeadlessBrowser,
+    action: Any,  # function of the playwright page, run in the browser's thread
+) -> Any:  # what it returns
+    "Do something with the page."
+    return self._thread.submit(action, self.page).result()
 
-    def picture(self) -> np.ndarray:  # (H,W,3) uint8
-        "What the page shows, its controls included."
-        png = self.do(lambda page: page.screenshot())
-        return np.array(Image.open(io.BytesIO(png)).convert("RGB"))
+# %% ../nbs/73d_headless.ipynb #fbc58d3b
+@patch
+def picture(self: HeadlessBrowser) -> np.ndarray:  # (H,W,3) uint8
+    "What the page shows, its controls included."
+    png = self.do(lambda page: page.screenshot())
+    return np.array(Image.open(io.BytesIO(png)).convert("RGB"))
 
-    def __enter__(self) -> HeadlessBrowser:
-        "Itself; closed at the end of the `with` block."
-        return self
+# %% ../nbs/73d_headless.ipynb #ee909b54
+@patch
+def close(self: HeadlessBrowser) -> None:
+    "Close the browser."
+    self._thread.submit(lambda: (self._browser.close(), self._playwright.stop())).result()
+    self._thread.shutdown()
 
-    def __exit__(self, *error: Any) -> None:
-        "Close the browser."
-        self._thread.submit(lambda: (self._browser.close(), self._playwright.stop())).result()
-        self._thread.shutdown()
+
+@patch
+def __enter__(self: HeadlessBrowser) -> HeadlessBrowser:
+    "Itself; closed at the end of the `with` block."
+    return self
+
+
+@patch
+def __exit__(self: HeadlessBrowser, *error: Any) -> None:
+    "Close the browser."
+    self.close()

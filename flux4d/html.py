@@ -43,7 +43,7 @@ def rounded(
         raw = (raw + np.uint32(1 << (dropped - 1))) >> dropped << dropped
     return raw.astype(np.uint32).view(np.float32)
 
-
+# %% ../nbs/74a_html.ipynb #f5a6c60c
 def as_stored(
     scene: Scene,  # in ego0, at the widths that are drawn
     bits: int = CENTRE_BITS,  # of centres
@@ -93,7 +93,7 @@ def step_times(
         )
     return np.linspace(0, duration, round(rate * duration) + 1)
 
-
+# %% ../nbs/74a_html.ipynb #def69542
 def _rounded_group(group: SplatGroup, seconds: float) -> dict[str, np.ndarray]:
     "What the page gets of a group at a time."
     return dict(
@@ -114,7 +114,7 @@ def _add_steps(server: Any, group: SplatGroup, times: np.ndarray) -> list[Any]: 
         for k, seconds in enumerate(times)
     ]
 
-
+# %% ../nbs/74a_html.ipynb #caae3881
 def recording_page(
     server: Any,  # a viser server without a scene
     groups: list[SplatGroup],  # what it shows

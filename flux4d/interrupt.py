@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 # %% auto #0
-__all__ = ['Interrupted', 'StopRequest', 'stop_signals']
+__all__ = ['Interrupted', 'NoMemory', 'StopRequest', 'stop_signals']
 
 # %% ../nbs/32a_interrupt.ipynb #a32t0013
 class Interrupted(Exception):
@@ -20,6 +20,10 @@ class Interrupted(Exception):
     def _render_traceback_(self) -> list[str]:  # what a notebook shows
         "Show the sentence alone."
         return [str(self)]
+
+
+class NoMemory(Interrupted):
+    "A step did not fit in memory and was not taken; the message says what to lower."
 
 # %% ../nbs/32a_interrupt.ipynb #0bccd29f
 class StopRequest:

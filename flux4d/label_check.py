@@ -17,7 +17,7 @@ from .pandaset import Log
 from .files import report_fault
 
 # %% auto #0
-__all__ = ['hidden', 'BoxFit', 'box_fit', 'check_labels']
+__all__ = ['FULL_SWEEP', 'hidden', 'is_cropped', 'looked_at', 'BoxFit', 'box_fit', 'check_labels']
 
 # %% ../nbs/05k_label_check.ipynb #fdd89572
 def hidden(
@@ -36,6 +36,36 @@ def hidden(
     before = (cone & (r[:, None] < d - reach)).sum(0)
     beyond = (cone & (r[:, None] > d + reach)).sum(0)
     return (before > 0) & (before >= beyond)
+
+# %% ../nbs/05k_label_check.ipynb #5e2ec061
+FULL_SWEEP = 2000  # returns; fewer say nothing about where a LiDAR looked
+_SECTOR = 5.0  # deg
+
+
+def _sector(
+    x: np.ndarray,  # (N,3) places, world, m
+    origin: np.ndarray,  # (3,) where the beams start, world, m
+) -> np.ndarray:  # (N,) number of the direction
+    "The direction of places around the LiDAR."
+    return np.floor(np.degrees(np.arctan2(x[:, 1] - origin[1], x[:, 0] - origin[0])) / _SECTOR)
+
+
+def is_cropped(
+    points: np.ndarray,  # (N,3) returns, world, m
+    origin: np.ndarray,  # (3,) where the beams start, world, m
+) -> bool:
+    "Does a full sweep cover less than half of all directions, as one does that is cropped to an image?"
+    return len(points) > FULL_SWEEP and len(np.unique(_sector(points, origin))) < 180 / _SECTOR
+
+
+def looked_at(
+    boxes: Boxes,  # M boxes
+    points: np.ndarray,  # (N,3) returns, world, m
+    origin: np.ndarray,  # (3,) where the beams start, world, m
+) -> np.ndarray:  # (M,) bool
+    "Boxes in a direction in which there is any return, in a cloud that is cropped; else all."
+    there = np.unique(_sector(points, origin))
+    return np.isin(_sector(boxes.centre, origin), there) | (not is_cropped(points, origin))
 
 # %% ../nbs/05k_label_check.ipynb #d4807fd4
 class BoxFit(NamedTuple):
@@ -71,7 +101,8 @@ def box_fit(
     sweep = log.sweep(frame, sensors)
     scanner = log.lidar_poses[frame][:3, 3]
     near = np.linalg.norm((boxes.centre - scanner)[:, :2], axis=1) < cfg.near
-    b = boxes[is_dynamic(log, k, cfg) & near & np.isin(boxes.sensor_id, (-1, *sensors))]
+    there = near & looked_at(boxes, sweep.points, scanner)
+    b = boxes[is_dynamic(log, k, cfg) & there & np.isin(boxes.sensor_id, (-1, *sensors))]
     b.centre[:, 2] += 0.075
     b.size[:, 2] -= 0.15  # copies: lift the floor by 15 cm
     mine = (b.sensor_id == -1) | (b.sensor_id == sweep.sensor[:, None])
@@ -130,7 +161,7 @@ def _fit_numbers(fit: BoxFit, cfg: CuboidConfig) -> dict:
         fill=float(np.median(spans)) if len(spans) else None,
     )
 
-
+# %% ../nbs/05k_label_check.ipynb #5d3f3b09
 def _judge(found: dict, fit: BoxFit, frame: int, cfg: CuboidConfig) -> tuple[str, str] | None:
     "What is wrong with the boxes, and the remedy; None when nothing is."
     enough = found["boxes"] >= cfg.min_boxes

@@ -114,7 +114,7 @@ def thin_sweeps(
         sweeps.append(torch.cat(by_sensor or [rows[:0]]))
     rows = pad_sequence(sweeps, True, math.nan)
     sensor = rows[..., 4].nan_to_num(-1).to(torch.int8)
-    return replace(data, points=rows[..., :3], stamps=rows[..., 3], sensor=sensor)
+    return replace(data, points=rows[..., :3], stamps=rows[..., 3], sensor=sensor, taken=None)
 
 # %% ../nbs/10_lift.ipynb #bad9c2dd
 def nearest_return(
@@ -383,6 +383,8 @@ def lift_returns(
     if cfg.voxel_downsample is not None:
         data = thin_sweeps(data, cfg.voxel_downsample)
     colour, usable = colour_returns(data, cfg.late, cfg.late_after)
+    if data.taken is not None:
+        usable = usable & ~data.taken[:, None]
     f, n = usable.any(1).nonzero(as_tuple=True)
     c = usable[f, :, n].int().argmax(1)  # the first camera that sees it
     scale = cfg.scale_factor * knn_distance(data, f, n, cfg.knn, cfg.neighbours == "clip")

@@ -14,15 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from .background import init_data
+from .background import clip_groups, init_groups
 from .cache import LiftCache
 from .clips import Clip
-from .clip_data import InputViews, TargetViews, Views, check_frames, load_views
+from .clip_data import InputViews, TargetViews, ViewGroups, Views, check_frames, load_views
 from .config import Config
 from .files import DataError
 from .image_velocity import view_gaps
 from .clip_data import Returns, clip_returns
-from .lift import clip_data
 from .model import ClipInputs, Flux4DBase, grid_index_of, lift_scene
 from .predictor import GridIndex
 from .processes import ALONE, Processes
@@ -36,9 +35,9 @@ __all__ = ['without_tables', 'Loader', 'LoadedInputs', 'Batch', 'files_of', 'sec
 # %% ../nbs/33_loader.ipynb #e06f54ad
 def without_tables(
     value: Any,  # that a store holds
-) -> Any:  # a grid index without the network's tables, which the next pass makes again
+) -> Any:  # a grid index without the network's tables and slots, which the next pass makes again
     "What of a value is worth moving to host memory."
-    return replace(value, tables={}) if isinstance(value, GridIndex) else value
+    return replace(value, tables={}, kept={}) if isinstance(value, GridIndex) else value
 
 
 class Loader:
@@ -180,9 +179,12 @@ def views(
     clip: Clip,  # whose clock the views are timed by
     pairs: list[tuple[int, str]],  # (log frame id, camera) of each view
     kind: type = TargetViews,  # InputViews or TargetViews
-) -> Views:  # on the device; raises ValueError for frames that such views of the clip must not show
+) -> Views | ViewGroups:  # on the device; raises ValueError for frames that such views of the clip must not show
     "Some views of a clip as one batch."
     named = check_frames(clip, [f for f, _ in pairs], kind)
+    groups = clip.log.by_size(dict.fromkeys(c for _, c in pairs))
+    if len(groups) > 1:
+        return ViewGroups([self.views(clip, [p for p in pairs if p[1] in group], kind) for group in groups])
     read = [self.frame(clip.log.id, c, f) for f, c in pairs]
     if issubclass(kind, InputViews):
         depth = [self.input_depth(clip.log.id, c, f) for f, c in pairs]
@@ -261,7 +263,9 @@ def draw(
     frames = clip.target_frames + (clip.input_frames if tc.supervise_inputs else [])
     if tc.fixed_target_frame is not None:
         frames = [clip.frames[tc.fixed_target_frame]]
-    pairs = [(f, c) for f in frames for c in self.cfg.data.cameras]
+    groups = clip.log.by_size(self.cfg.data.cameras)  # a batch has images of one size
+    cameras = groups[np.random.default_rng([tc.seed, 2, step, micro]).integers(len(groups))]
+    pairs = [(f, c) for f in frames for c in cameras]
     picks = np.random.default_rng([tc.seed, 1, step, micro]).choice(
         len(pairs), min(tc.views_per_step, len(pairs)), replace=False
     )
@@ -356,13 +360,14 @@ def time_reconstruction(
     cfg = loader.cfg
     clip = loader.clips[0]
     device = loader.device
-    data = clip_data(clip, cfg.init.lidar_sensors, cfg.data.cameras, cfg.data.image_scale).to(device)
+    read = clip_groups(clip, cfg.init.lidar_sensors, cfg.data.cameras, cfg.data.image_scale)
+    groups = [data.to(device) for data in read]
     returns = loader.returns(clip)
     loader.inputs(0).views  # decoded before the clock starts
     spent = []
     for _ in range(repeats + 3):
         start = seconds_now(device)
-        gaussians = init_data(replace(data), cfg.init, cfg.background, cfg.train.seed)
+        gaussians = init_groups([replace(data) for data in groups], cfg.init, cfg.background, cfg.train.seed)
         lifted = seconds_now(device)
         inputs = LoadedInputs(clip, lift_scene(clip, gaussians, cfg), cfg, loader, 0)
         inputs.index = grid_index_of(inputs.scene, returns, cfg)

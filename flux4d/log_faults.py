@@ -5,7 +5,7 @@
 # %% ../nbs/03a_log_faults.ipynb #5e150f72
 from __future__ import annotations
 import numpy as np
-from .files import DataError, report_fault
+from .files import DataError, quoted, report_fault
 from .tables import safe_load_pickle
 from .log_files import GET_AGAIN, CAMERAS, read_image, read_intrinsics, read_poses, read_stamps, read_sweep
 from .pandaset import Log
@@ -29,12 +29,14 @@ def _check_lidar_lists(log: Log, found: list[str]) -> np.ndarray | None:
 # %% ../nbs/03a_log_faults.ipynb #fd1fca40
 def _check_camera_names(log: Log, found: list[str]) -> None:
     "Camera folders that are not read, and a log without any camera."
-    rename = f"rename the folder to one of {', '.join(CAMERAS)}"
+    rename = f"rename the folder to one of {', '.join(CAMERAS)}, or list it under 'cameras' in rig.yaml"
     for name in log.unknown_cameras:
         folder = log.folder / "camera" / name
-        report_fault(folder, "is not one of PandaSet's cameras and is not read", rename, found)
+        what = f"is not one of PandaSet's cameras and is read only by its own name, as in --cameras {quoted(name)}"
+        report_fault(folder, what, rename, found)
     if not log.cameras and not log.unknown_cameras:
-        report_fault(log.folder / "camera", "has no camera of PandaSet's names", "get the log again", found)
+        remedy = "give each camera a folder there, as docs/format.md shows"
+        report_fault(log.folder / "camera", "has no camera", remedy, found)
 
 # %% ../nbs/03a_log_faults.ipynb #ee21bd6d
 def _check_camera(log: Log, name: str, stamps: np.ndarray | None, found: list[str]) -> None:
@@ -82,12 +84,24 @@ def _check_sweeps(log: Log, stamps: np.ndarray, found: list[str]) -> None:
         except DataError as e:
             found.append(str(e))
 
+# %% ../nbs/03a_log_faults.ipynb #5e2ec041
+def _unreadable_layout(log: Log) -> str | None:
+    "Why nothing else can be said: a `rig.yaml` with a fault, or files that it cannot put in order."
+    try:
+        log.sweep_path(0), log.cuboid_path(0)
+        for name in log.cameras:
+            log.image_path(name, 0)
+    except DataError as e:
+        return str(e)
+
 # %% ../nbs/03a_log_faults.ipynb #898b9e25
 def check_log(
     log: Log,  # the log to check
     images: bool = True,  # decode every image too
 ) -> list[str]:  # one sentence per fault, empty when the log is sound
     "Every fault of a log, in one pass."
+    if wrong := _unreadable_layout(log):
+        return [wrong]
     found = []
     stamps = _check_lidar_lists(log, found)
     _check_camera_names(log, found)
@@ -97,9 +111,4 @@ def check_log(
             _check_images(log, name, range(len(stamps)), found)
     if stamps is not None:
         _check_sweeps(log, stamps, found)
-    if images and log.cameras and not found:
-        try:
-            log.image_size()
-        except DataError as e:
-            found.append(str(e))
     return found

@@ -19,7 +19,7 @@ from .tables import Table, load_table
 
 # %% auto #0
 __all__ = ['GET_AGAIN', 'MAX_PIXELS', 'CAMERAS', 'read_stamps', 'read_poses', 'read_intrinsics', 'Sweep', 'read_sweep',
-           'scaled_size', 'open_image', 'read_image', 'fabricate_log']
+           'scaled_size', 'open_image', 'read_image', 'reduce_image', 'fabricate_log']
 
 # %% ../nbs/02f_log_files.ipynb #6162841e
 GET_AGAIN = "get the file again"  # the remedy for damage
@@ -151,7 +151,7 @@ def _check_pinhole(
         report_fault(path, what, copy, found)
     if bent := _distortion(item):
         what = f"has lens distortion ({bent}), and images are read as from a pinhole camera"
-        report_fault(path, what, "undistort the images and leave it out", found)
+        report_fault(path, what, "undistort the images and leave it out, or state the lens in rig.yaml", found)
 
 # %% ../nbs/02f_log_files.ipynb #bca933f7
 def read_intrinsics(
@@ -292,18 +292,30 @@ def open_image(
         raise DataError(f"{short_path(path)}: is truncated or not a JPEG; get the file again.") from None
 
 # %% ../nbs/02f_log_files.ipynb #5fc1d447
+def _reduced(im: Image.Image, scale: float) -> np.ndarray:
+    "Pixels of an image, reduced by a box filter."
+    if scale == 1:
+        return np.array(im)
+    w, h = scaled_size(*im.size, scale)
+    covered = (0, 0, min(w / scale, im.width), min(h / scale, im.height))
+    return np.array(im.resize((w, h), Image.Resampling.BOX, box=covered))
+
+
 def read_image(
     path: str | Path,  # a JPEG or PNG
     scale: float = 1.0,  # image scale, 1.0 = full resolution
 ) -> np.ndarray:  # (H,W,3) uint8
     "Decode an image and reduce it by a box filter."
     with open_image(path) as im:
-        im = im.convert("RGB")
-    if scale == 1:
-        return np.array(im)
-    w, h = scaled_size(*im.size, scale)
-    covered = (0, 0, min(w / scale, im.width), min(h / scale, im.height))
-    return np.array(im.resize((w, h), Image.Resampling.BOX, box=covered))
+        return _reduced(im.convert("RGB"), scale)
+
+
+def reduce_image(
+    image: np.ndarray,  # (H,W,3) uint8
+    scale: float,  # image scale, 1.0 = full resolution
+) -> np.ndarray:  # uint8
+    "Reduce a decoded image by a box filter."
+    return _reduced(Image.fromarray(image), scale)
 
 # %% ../nbs/02f_log_files.ipynb #58aa4f93
 CAMERAS = (

@@ -6,19 +6,21 @@
 from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from .files import DataError, short_path
 from .frames import mat_to_quat, quat_to_mat, se3
-from .log_files import CAMERAS, Sweep, read_intrinsics, read_poses, read_stamps, read_sweep
+from .log_files import Sweep, read_intrinsics, read_poses, read_stamps, read_sweep
 from .pandaset import Camera, Log
+from .rig import CameraRig, Rig, poses_at
 
 # %% auto #0
-__all__ = ['RULES', 'Rule', 'Limits', 'Finding', 'finding', 'first_finding', 'readable', 'sweep_centre', 'share_at_one_point',
-           'storage_step', 'near_height', 'SweepNumbers', 'sweep_numbers', 'CameraNumbers', 'LogNumbers',
-           'known_cameras', 'numbers_of', 'scaled_positions', 'reread_quaternions']
+__all__ = ['RULES', 'CAMERA_HEADINGS', 'Rule', 'Limits', 'Finding', 'finding', 'first_finding', 'readable', 'sweep_centre',
+           'share_at_one_point', 'storage_step', 'near_height', 'SweepNumbers', 'surround', 'sweep_numbers',
+           'CameraNumbers', 'LogNumbers', 'known_cameras', 'numbers_of', 'covered_share', 'is_cropped_cloud',
+           'scaled_positions', 'reread_quaternions']
 
 # %% ../nbs/07a_log_numbers.ipynb #2055df69
 class Rule(NamedTuple):
@@ -65,8 +67,16 @@ RULES = dict(
     nothing_in_view=Rule("fault", "does the camera see returns where the LiDAR has some?"),
     # files of the cameras
     repeated_image=Rule("fault", "does each frame have an image of its own?"),
-    image_sizes=Rule("fault", "do all cameras give images of one size?"),
+    image_sizes=Rule("note", "do all cameras give images of one size?"),
     unknown_camera=Rule("fault", "does every camera folder have a name that is read?"),
+    # unlike PandaSet, and read all the same
+    other_axes=Rule("note", "does the LiDAR have x right, y forward, z up?"),
+    other_stamps=Rule("note", "do stamps give the ends of sweeps, and returns times of their own?"),
+    other_names=Rule("note", "do files count from 00 as the stamps do?"),
+    other_lens=Rule("note", "are the images a pinhole camera's?"),
+    other_rate=Rule("note", "are there about ten frames a second?"),
+    cropped=Rule("note", "do the returns surround the vehicle?"),
+    far_origin=Rule("note", "is the world's origin near?"),
 )
 
 # %% ../nbs/07a_log_numbers.ipynb #9523d003
@@ -97,6 +107,8 @@ class Limits:
     centre_height: float = 4.0  # m, the LiDAR's pose to the median height of near returns; sound: 1.6
     track_difference: float = 0.5  # share of their motion in which centres and poses differ; sound: .05
     min_returns: int = 1000  # a sweep of fewer returns has no centre
+    covered: float = 0.6  # share of the directions around the LiDAR with returns; sound: 1, of an image's wedge .2
+    near_wedge: float = 25.0  # m, the nearest return of a wedge; sound: 8
     moved: float = 3.0  # m, a vehicle that moved less shows nothing about directions
     centre_moved: float = 8.0  # m, the centre of a standing vehicle's sweeps wanders less
     up: float = 0.7  # cosine of a sensor's up to the vehicle's; sound: 1.00
@@ -216,6 +228,15 @@ class SweepNumbers(NamedTuple):
     grain: float  # m, step of the numbers that they are kept in
     height: float  # m, median z of those near the centre, NaN without any
 
+# %% ../nbs/07a_log_numbers.ipynb #5e2ec052
+def surround(
+    points: np.ndarray,  # (M,3) returns, m
+    centre: np.ndarray,  # (2,) where the LiDAR stood, m
+) -> float:  # share of all directions, in steps of 5 deg
+    "In how many directions around a place there are returns."
+    to = points[:, :2] - centre
+    return len(np.unique(np.floor(np.degrees(np.arctan2(to[:, 1], to[:, 0])) / 5))) / 72
+
 # %% ../nbs/07a_log_numbers.ipynb #a9532e71
 def sweep_numbers(
     sweep: Sweep,  # finite returns
@@ -276,6 +297,7 @@ class CameraNumbers:
     K: np.ndarray | None  # (3,3) pinhole matrix, px
     poses: np.ndarray | None  # (F,4,4) camera-to-world
     stamps: np.ndarray | None  # (F,) epoch s
+    heading: float | None = None  # deg left of forward that it looks, None when nobody says
 
 # %% ../nbs/07a_log_numbers.ipynb #03cef58e
 @dataclass(frozen=True)
@@ -287,6 +309,10 @@ class LogNumbers:
     poses: np.ndarray | None  # (F,4,4) LiDAR-to-world
     cameras: dict[str, CameraNumbers]  # by name
     sweeps: list[SweepNumbers | None]  # F
+    turn: float = np.nan  # s, of one turn of the LiDAR, NaN when nobody knows
+    sweep_files: tuple[Path, ...] = ()  # F, of the sweeps; (): as PandaSet names them
+    images: dict[str, tuple[Path, ...]] = field(default_factory=dict)  # F each, by camera
+    rig: Rig = Rig()  # what the log's files leave unsaid
 
     @property
     def step(self) -> float:  # s, NaN when nobody knows
@@ -302,6 +328,8 @@ class LogNumbers:
 
     def sweep_file(self, frame: int) -> Path:  # lidar/NN.pkl.gz
         "The file of a sweep."
+        if frame < len(self.sweep_files):
+            return self.sweep_files[frame]
         return self.folder / f"lidar/{frame:02d}.pkl.gz"
 
     @property
@@ -314,7 +342,17 @@ def known_cameras(
     log: Log,  # the log
 ) -> list[str]:  # names, front camera first
     "Cameras of names that are read; none is no error here."
-    return [name for name in CAMERAS if (log.folder / "camera" / name).is_dir()]
+    return log.cameras
+
+# %% ../nbs/07a_log_numbers.ipynb #5e2ec051
+CAMERA_HEADINGS = dict(  # deg left of forward
+    front_camera=0,
+    front_left_camera=55,
+    front_right_camera=-55,
+    left_camera=90,
+    right_camera=-90,
+    back_camera=180,
+)
 
 # %% ../nbs/07a_log_numbers.ipynb #7ca878bb
 def _camera_numbers(log: Log, name: str, count: int | None) -> CameraNumbers:
@@ -327,7 +365,9 @@ def _camera_numbers(log: Log, name: str, count: int | None) -> CameraNumbers:
         size = Camera(name, K, poses, stamps, folder).size
     except DataError:
         size = None
-    return CameraNumbers(name=name, folder=folder, size=size, K=K, poses=poses, stamps=stamps)
+    heading = log.rig.cameras.get(name, CameraRig()).heading
+    heading = CAMERA_HEADINGS.get(name) if heading is None else heading
+    return CameraNumbers(name=name, folder=folder, size=size, K=K, poses=poses, stamps=stamps, heading=heading)
 
 # %% ../nbs/07a_log_numbers.ipynb #979a556e
 def numbers_of(
@@ -337,13 +377,47 @@ def numbers_of(
     lidar = log.folder / "lidar"
     stamps = _read_or_none(read_stamps, lidar / "timestamps.json")
     count = None if stamps is None else len(stamps)
+    poses = _read_or_none(read_poses, lidar / "poses.json", count)
+    turn = np.nan if stamps is None else log.turn
+    if stamps is not None and log.rig.after_stamp:
+        ends = log.lidar_stamps
+        stamps, poses = ends, None if poses is None else poses_at(poses, stamps, ends)
+    frames = range(count or 0)
+    posed = range(0 if poses is None else len(poses))
     return LogNumbers(
         folder=log.folder,
         stamps=stamps,
-        poses=_read_or_none(read_poses, lidar / "poses.json", count),
+        poses=poses,
         cameras={name: _camera_numbers(log, name, count) for name in known_cameras(log)},
-        sweeps=[_frame_numbers(log, frame) for frame in range(count or 0)],
+        sweeps=[_frame_numbers(log, frame) for frame in frames],
+        turn=turn,
+        sweep_files=tuple(log.sweep_path(frame) for frame in frames),
+        images={name: tuple(log.image_path(name, frame) for frame in posed) for name in known_cameras(log)},
+        rig=log.rig,
     )
+
+# %% ../nbs/07a_log_numbers.ipynb #5e2ec054
+def covered_share(
+    numbers: LogNumbers,  # a log
+    limits: Limits,  # read: min_returns
+) -> float:  # share of all directions around the LiDAR; 1 where nobody knows
+    "In how many directions a LiDAR has returns."
+    if numbers.poses is None:
+        return 1.0
+    full = [k for k in numbers.read_frames if numbers.sweeps[k].count >= limits.min_returns]
+    return float(np.median([surround(numbers.sweeps[k].sample, numbers.poses[k, :2, 3]) for k in full] or [1.0]))
+
+
+def is_cropped_cloud(
+    numbers: LogNumbers,  # a log
+    limits: Limits,  # read: covered, near_wedge, min_returns
+) -> bool:
+    "Do the returns lie in a wedge that begins at the LiDAR?"
+    if covered_share(numbers, limits) >= limits.covered:
+        return False
+    full = [k for k in numbers.read_frames if numbers.sweeps[k].count >= limits.min_returns]
+    away = [np.linalg.norm(numbers.sweeps[k].sample - numbers.poses[k, :3, 3], axis=1).min() for k in full]
+    return float(np.median(away)) < limits.near_wedge
 
 # %% ../nbs/07a_log_numbers.ipynb #b36c6768
 def scaled_positions(

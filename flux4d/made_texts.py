@@ -35,7 +35,7 @@ def rebased(
     target = os.path.normpath(os.path.join(here, path))
     return os.path.relpath(target, there or ".") + mark + anchor
 
-
+# %% ../nbs/91b_made_texts.ipynb #dad1e16f
 def rebase(
     text: str,  # markdown
     here: str,  # folder of the text, relative to the root
@@ -54,7 +54,7 @@ def notebooks_from_root(
     "The table of notebooks, links as seen from the root."
     return rebase(notebooks_table(root), "nbs", "")
 
-
+# %% ../nbs/91b_made_texts.ipynb #c448d407
 def presets_today(
     root: Path,  # not looked at
 ) -> str:  # markdown

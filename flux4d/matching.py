@@ -12,8 +12,9 @@ from torch import Tensor
 from .occupancy import BevGrid, ConsensusRule, Occupancy
 
 # %% auto #0
-__all__ = ['BlockMap', 'index_blocks', 'sum_around', 'HitCounts', 'count_hits', 'MatchScores', 'match_scores', 'Displacement',
-           'best_displacement', 'blocks_met', 'InlierMean', 'inlier_mean', 'Consensus', 'consensus']
+__all__ = ['MOST_PAIRS', 'BlockMap', 'index_blocks', 'sum_around', 'HitCounts', 'soft_occupancy', 'count_hits', 'MatchScores',
+           'match_scores', 'Displacement', 'best_displacement', 'blocks_met', 'InlierMean', 'inlier_mean', 'Consensus',
+           'consensus']
 
 # %% ../nbs/13b_matching.ipynb #00dedd18
 class BlockMap(NamedTuple):
@@ -72,6 +73,17 @@ class HitCounts(NamedTuple):
     zero_compared: Tensor  # (K,1) cells that were compared for it
 
 # %% ../nbs/13b_matching.ipynb #5ae345be
+def soft_occupancy(
+    maps: Occupancy,  # of S sweeps
+) -> Tensor:  # (S,rows,columns) 1 where occupied, a half beside it, else 0
+    "What landing on a cell is worth."
+    occupied = maps.occupied.float()
+    return torch.maximum(occupied, 0.5 * F.max_pool2d(occupied, 3, 1, 1))
+
+# %% ../nbs/13b_matching.ipynb #0703c895
+MOST_PAIRS = 2**26  # of a cell and a displacement that are looked up at once
+
+
 def count_hits(
     maps: Occupancy,  # of S sweeps
     cells: Tensor,  # (P,3) int64 sweep, x and y of the occupied cells
@@ -82,8 +94,7 @@ def count_hits(
 ) -> HitCounts:  # of the blocks by themselves, D = (2 reach + 1)^2
     "Move the cells of each block by every displacement into the sweeps before and after."
     S, _, columns = maps.occupied.shape
-    occupied = maps.occupied.float()
-    soft = torch.maximum(occupied, 0.5 * F.max_pool2d(occupied, 3, 1, 1)).flatten(1)
+    soft = soft_occupancy(maps).flatten(1)
     observed = maps.observed.flatten(1)
     sweep = cells[:, 0]
     place = cells[:, 1] * columns + cells[:, 2]
@@ -95,7 +106,8 @@ def count_hits(
         other = sweep[p] + gap
         at = place[p]
         seen = observed[other, at].float()
-        hits.index_add_(0, block_of_cell[p], soft[other[:, None], at[:, None] + gap * displacement])
+        for q in torch.arange(len(p), device=p.device).split(max(1, MOST_PAIRS // len(d) ** 2)):
+            hits.index_add_(0, block_of_cell[p[q]], soft[other[q, None], at[q, None] + gap * displacement])
         compared.index_add_(0, block_of_cell[p], torch.ones_like(seen)[:, None])
         zero.index_add_(0, block_of_cell[p], torch.stack([seen * soft[other, at], seen], 1))
     return HitCounts(hits, compared, zero[:, :1], zero[:, 1:])
@@ -184,7 +196,7 @@ class InlierMean(NamedTuple):
     xy: Tensor  # (K,2) mean of the displacement itself and of one mean for each sweep with inliers, m
     sweeps: Tensor  # (K,) int64, sweeps with any such inlier
 
-
+# %% ../nbs/13b_matching.ipynb #09c5e037
 def inlier_mean(
     xy: Tensor,  # (K,2) displacement of each block, m
     inlier: Tensor,  # (K,) bool

@@ -128,6 +128,7 @@ def estimate_block_motion(
     "Match the sweeps, keep what others confirm, and refine it."
     frames, sweep = torch.unique(returns.frame, return_inverse=True)
     times = sweep_times(returns.seconds, sweep, len(frames))
+    cfg = cfg.at_gap(float(mean_gap(times)), len(frames))
     bev = bev_grid(grid, cfg)
     maps = occupancy_maps(
         returns.points, height, sweep, len(frames), bev, cfg.height, cfg.observed_radius

@@ -56,7 +56,7 @@ def _encoder(path: Path, width: int, height: int, fps: float) -> Generator:
     encoder.send(None)
     return encoder
 
-
+# %% ../nbs/25a_mp4.ipynb #2aa0af54
 def _first_frame(frames: Iterator[np.ndarray], name: Path) -> np.ndarray:
     "The frame that says how large a film is; raises DataError."
     first = next(frames, None)
@@ -67,7 +67,7 @@ def _first_frame(frames: Iterator[np.ndarray], name: Path) -> np.ndarray:
         report_fault(name, f"would be {width}x{height} px", f"choose a size below {LARGEST} px or fewer layers")
     return first
 
-
+# %% ../nbs/25a_mp4.ipynb #6e5cb8bf
 def _encode(
     path: Path,  # where ffmpeg writes
     frames: Iterator[np.ndarray],  # (h,w,3) uint8, at least one
@@ -100,7 +100,7 @@ def count_frames(
     except (RuntimeError, OSError, IndexError, TypeError):
         return -1
 
-
+# %% ../nbs/25a_mp4.ipynb #b8e25688
 def check_rate(
     fps: Any,  # frames a second
 ) -> float:  # the same; raises DataError
@@ -109,7 +109,18 @@ def check_rate(
         raise DataError(f"fps: is {fps}; choose a rate above 0 and up to 240 frames a second.")
     return float(fps)
 
+# %% ../nbs/25a_mp4.ipynb #7b394012
+def _is_whole(path: Path, frames: Iterator[np.ndarray], fps: float, name: Path) -> bool:
+    "Encode, and count what came out; False where ffmpeg broke off."
+    try:
+        count = _encode(path, frames, fps, name)
+    except OSError as e:
+        if isinstance(e, DataError) or e.errno:
+            raise
+        return False
+    return count_frames(path) == count
 
+# %% ../nbs/25a_mp4.ipynb #7c812a03
 def write_film(
     path: str | Path,  # .mp4; its folder is made
     frames: Iterable[Image.Image | np.ndarray],  # pictures of one size
@@ -123,14 +134,7 @@ def write_film(
     fps = check_rate(fps)
     bar = tqdm(frames, desc=path.name, unit="frame", total=total, disable=total is None)
     with atomic_write(path) as unfinished:
-        try:
-            count = _encode(unfinished, map(even_pixels, bar), fps, path)
-            whole = count_frames(unfinished) == count
-        except OSError as e:
-            if isinstance(e, DataError) or e.errno:
-                raise
-            whole = False
-        if not whole:
+        if not _is_whole(unfinished, map(even_pixels, bar), fps, path):
             report_fault(path, "could not be encoded completely", "free some space and make it again")
     return path
 
@@ -144,7 +148,7 @@ class Film(NamedTuple):
     pixels: str  # such as yuv420p
     frames: Iterator[np.ndarray]  # (h,w,3) uint8, one at a time
 
-
+# %% ../nbs/25a_mp4.ipynb #0b2af7f6
 def read_film(
     path: str | Path,  # .mp4
 ) -> Film:  # raises DataError

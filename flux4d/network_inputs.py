@@ -15,7 +15,7 @@ from .unet import constants, count_rows, grid_position, pool_mean
 
 # %% auto #0
 __all__ = ['N_POINT', 'N_BIN', 'PointFeatures', 'point_features', 'orientation', 'describe_points', 'TimeBins', 'TimeInBin',
-           'time_in_bin', 'binned_features', 'voxel_features', 'voxel_feature_count']
+           'time_in_bin', 'TimeSlots', 'time_slots', 'binned_features', 'voxel_features', 'voxel_feature_count']
 
 # %% ../nbs/30b_network_inputs.ipynb #d030d7a3
 class PointFeatures(NamedTuple):
@@ -104,20 +104,44 @@ def time_in_bin(
 N_BIN = 8  # channels of a time bin
 
 
+class TimeSlots(NamedTuple):
+    "What only voxels and capture times decide, of M points in n voxels: the same in every step."
+
+    slot: Tensor  # (M,) int64 bin of each voxel that the point falls into
+    place: Tensor  # (M,1) place in the bin
+    count: Tensor  # (n*bins,) int64 points of each bin
+    log_count: Tensor  # (n*bins,1)
+    spread: Tensor  # (n,1) standard deviation of time in each voxel, s
+
+
+def time_slots(
+    seconds: Tensor,  # (M,) since the clip's start
+    voxel: Tensor,  # (M,) int64, voxel of each point
+    n: int,  # voxels
+    bins: TimeBins,  # the bins
+) -> TimeSlots:
+    "Sort points by voxel and time bin."
+    time = time_in_bin(seconds, bins)
+    slot = voxel * bins.count + time.number
+    count = count_rows(slot, n * bins.count)
+    s = seconds[:, None]
+    spread = pool_mean((s - pool_mean(s, voxel, n)[voxel]) ** 2, voxel, n).sqrt()
+    return TimeSlots(slot, time.place[:, None], count, count[:, None].log1p(), spread)
+
+
 def binned_features(
     point: PointFeatures,  # of M points, whose colour and offset are averaged
     seconds: Tensor,  # (M,) since the clip's start
     voxel: Tensor,  # (M,) int64, voxel of each point
     n: int,  # voxels
     bins: TimeBins,  # the bins
+    slots: TimeSlots | None = None,  # of the same points; None = found here
 ) -> Tensor:  # (n,8*bins)
     "Per voxel and time bin: log count, mean colour, mean offset, mean time in the bin; zeros where empty."
-    time = time_in_bin(seconds, bins)
-    slot = voxel * bins.count + time.number
-    slots = n * bins.count
-    mean = pool_mean(torch.cat([point.colour, point.offset, time.place[:, None]], 1), slot, slots)
-    count = count_rows(slot, slots)[:, None].log1p()
-    return torch.cat([count, mean], 1).reshape(n, -1)
+    slots = time_slots(seconds, voxel, n, bins) if slots is None else slots
+    binned = torch.cat([point.colour, point.offset, slots.place], 1)
+    mean = pool_mean(binned, slots.slot, n * bins.count, slots.count)
+    return torch.cat([slots.log_count, mean], 1).reshape(n, -1)
 
 # %% ../nbs/30b_network_inputs.ipynb #d8e32929
 def voxel_features(
@@ -126,14 +150,13 @@ def voxel_features(
     seconds: Tensor,  # (M,) since the clip's start
     v: Voxels,  # the points' voxels, every point inside
     bins: TimeBins,  # the bins
+    slots: TimeSlots | None = None,  # of the same points; None = found here
 ) -> Tensor:  # (V,C+2+8*bins)
     "What the U-Net sees of each voxel: means, spread of time, count, time bins."
-    s = seconds[:, None]
-    mean_time = pool_mean(s, v.voxel, len(v))
-    spread = pool_mean((s - mean_time[v.voxel]) ** 2, v.voxel, len(v)).sqrt()
-    mean = pool_mean(channels, v.voxel, len(v))
-    binned = binned_features(point, seconds, v.voxel, len(v), bins)
-    return torch.cat([mean, 4 * spread, v.count[:, None].log1p() / 3, binned], 1)
+    slots = time_slots(seconds, v.voxel, len(v), bins) if slots is None else slots
+    mean = pool_mean(channels, v.voxel, len(v), v.count)
+    binned = binned_features(point, seconds, v.voxel, len(v), bins, slots)
+    return torch.cat([mean, 4 * slots.spread, v.count[:, None].log1p() / 3, binned], 1)
 
 
 def voxel_feature_count(

@@ -4,18 +4,19 @@
 
 # %% ../nbs/13a_occupancy.ipynb #171ae346
 from __future__ import annotations
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from .settings import Share
 from .voxels import VoxelConfig
 
 # %% auto #0
-__all__ = ['ConsensusRule', 'MotionPriorConfig', 'SweepPoints', 'low_points', 'height_above_ground', 'BevGrid', 'bev_grid',
-           'Occupancy', 'occupancy_maps', 'StreetSweeps', 'street_sweeps']
+__all__ = ['USUAL_GAP', 'MOST_REACH', 'ConsensusRule', 'MotionPriorConfig', 'SweepPoints', 'low_points', 'height_above_ground',
+           'BevGrid', 'bev_grid', 'Occupancy', 'occupancy_maps', 'StreetSweeps', 'street_sweeps']
 
 # %% ../nbs/13a_occupancy.ipynb #32d2c078
 class ConsensusRule(NamedTuple):
@@ -30,11 +31,16 @@ class ConsensusRule(NamedTuple):
     neighbour_sweeps: int  # sweeps on each side in which inliers are looked for
 
 # %% ../nbs/13a_occupancy.ipynb #24c9c4fe
+USUAL_GAP = 0.2  # s, between input frames, of the settings below
+MOST_REACH = 64  # cells that are searched each way, at most
+
+
 @dataclass(frozen=True)
 class MotionPriorConfig:
     "How sweeps are matched, which matches are trusted, and how trusted ones are refined."
 
-    reach: NonNegativeInt = 16  # cells, largest displacement along an axis between two input frames; 0 = no prior
+    # cells, largest displacement along an axis between input frames 0.2 s apart, see `at_gap`; 0 = no prior
+    reach: NonNegativeInt = 16
     cell: PositiveFloat = 0.25  # m, edge of a BEV cell
     block: PositiveInt = 4  # cells, edge of a block, which is matched together with its eight neighbours
     neighbour_sweeps: PositiveInt = 3  # sweeps on each side with which a sweep is compared
@@ -44,7 +50,8 @@ class MotionPriorConfig:
     ground_share: Share = 0.2  # of a cell's points that may lie below its ground, as reflections do
     # m, a sweep counts for zero motion only where it has any point this near
     observed_radius: NonNegativeFloat = 0.75
-    zero_motion_penalty: NonNegativeFloat = 0.08  # 1/m, score by which a longer displacement must be better
+    # 1/m, score by which a longer displacement must be better, at the same spacing
+    zero_motion_penalty: NonNegativeFloat = 0.08
     margin: NonNegativeFloat = 0.3  # this and the next five: see `ConsensusRule`
     min_cells: NonNegativeInt = 4
     confirmed_margin: NonNegativeFloat = 0.15
@@ -77,6 +84,24 @@ class MotionPriorConfig:
             rounds=self.consensus_rounds,
             neighbour_sweeps=self.neighbour_sweeps,
         )
+
+# %% ../nbs/13a_occupancy.ipynb #5e2ec082
+@patch
+def at_gap(
+    self: MotionPriorConfig,
+    gap: float,  # s, between input frames
+    sweeps: int,  # how many input frames there are
+) -> MotionPriorConfig:  # the same where they are about 0.2 s apart
+    "Search the same speeds, at another spacing of the input frames."
+    reach = min(MOST_REACH, max(1, round(self.reach * gap / USUAL_GAP)))
+    if not self.reach or reach == self.reach:
+        return self
+    penalty = self.zero_motion_penalty * self.reach / reach
+    neighbours = max(1, min(self.neighbour_sweeps, sweeps - 1))
+    confirm = min(self.min_inliers, max(2, -(-sweeps // 2)))  # half of the sweeps, as 3 of 6
+    return replace(
+        self, reach=reach, zero_motion_penalty=penalty, neighbour_sweeps=neighbours, min_inliers=confirm
+    )
 
 # %% ../nbs/13a_occupancy.ipynb #b476b8a8
 class SweepPoints(NamedTuple):

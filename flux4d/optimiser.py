@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .config import TrainConfig
 
 # %% auto #0
-__all__ = ['lr_at', 'averaged_model', 'adamw']
+__all__ = ['lr_at', 'AveragedWeights', 'averaged_model', 'adamw']
 
 # %% ../nbs/33c_optimiser.ipynb #7a79514f
 def lr_at(
@@ -33,13 +33,42 @@ def lr_at(
     x = min(1.0, max(spent, (step - cfg.warmup) / max(1, cfg.iters - cfg.warmup)))
     return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * (1 + math.cos(math.pi * x)) / 2)
 
+# %% ../nbs/33c_optimiser.ipynb #25c9eec9
+class AveragedWeights(AveragedModel):
+    "PyTorch's moving average, without waiting for the GPU."
+
+    def __init__(
+        self,
+        model: nn.Module,  # what is trained
+        decay: float,  # share of the average that stays
+    ) -> None:
+        "A copy of the weights."
+        super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        self.decay = decay
+        self.begun = False  # whether the average is known to hold something
+
+    def update_parameters(
+        self,
+        model: nn.Module,  # after a step
+    ) -> None:
+        "Move the average towards the weights."
+        own, new = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
+        same = all(a.is_floating_point() and a.dtype == b.dtype and a.device == b.device for a, b in zip(own, new))
+        if not (self.begun and same):
+            super().update_parameters(model)
+            self.begun = True
+            return
+        with torch.no_grad():
+            torch._foreach_lerp_(own, new, 1 - self.decay)
+            self.n_averaged += 1
+
 # %% ../nbs/33c_optimiser.ipynb #da9e059a
 def averaged_model(
     model: nn.Module,  # what is trained
     cfg: TrainConfig,  # read: ema
 ) -> AveragedModel:  # its exponential moving average, which is evaluated
     "Averaged weights, and running statistics if the network has any."
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
+    return AveragedWeights(model, cfg.ema)
 
 # %% ../nbs/33c_optimiser.ipynb #c63bf9da
 def adamw(

@@ -6,17 +6,19 @@
 from __future__ import annotations
 import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from .frames import far_origin, rotate_vectors, se3_inverse
 from .files import DataError, listing, quoted, report_fault
 from .log_files import CAMERAS, Sweep, open_image, read_image, read_intrinsics, read_poses
-from .log_files import read_stamps, read_sweep
+from .log_files import read_stamps, read_sweep, reduce_image
+from .rig import RIG_FILE, CameraRig, Lens, Rig, axes_matrix, lens_of_camera, poses_at, read_rig
 
 # %% auto #0
-__all__ = ['RIG_REMEDY', 'find_pandaset', 'PandaSet', 'Camera', 'Log', 'vehicle_axes', 'rig_fault']
+__all__ = ['IMAGE_ENDINGS', 'RIG_REMEDY', 'find_pandaset', 'PandaSet', 'image_files', 'Camera', 'Log', 'vehicle_axes',
+           'rig_fault']
 
 # %% ../nbs/03_pandaset.ipynb #75aeabfc
 def find_pandaset() -> Path | None:  # the data root, None when there is none
@@ -56,6 +58,16 @@ class PandaSet:
         return Log(self.root, log_id)
 
 # %% ../nbs/03_pandaset.ipynb #fb51a92f
+IMAGE_ENDINGS = ".jpg", ".jpeg", ".png"
+
+
+def image_files(
+    folder: Path,  # of a camera
+) -> list[Path]:  # sorted by name
+    "The images of a camera."
+    return [path for path in listing(folder) if path.suffix.lower() in IMAGE_ENDINGS]
+
+
 @dataclass(frozen=True)
 class Camera:
     "One camera of one log at full resolution."
@@ -65,11 +77,12 @@ class Camera:
     poses: np.ndarray  # (F,4,4) float64 camera-to-world, counted from the log's origin
     stamps: np.ndarray  # (F,) float64 epoch s
     folder: Path  # where its images are
+    lens: Lens | None = None  # what `K` and the images are straightened from; None: the files' own
 
     @functools.cached_property
     def size(self) -> tuple[int, int]:  # width, height, px
         "Image size, read from the header of the first image there is."
-        path = next(iter(listing(self.folder, "*.jpg")), self.folder / "00.jpg")
+        path = next(iter(image_files(self.folder)), self.folder / "00.jpg")
         with open_image(path) as im:
             return im.size
 
@@ -97,6 +110,7 @@ class Log:
         self.id = log_id
         self.folder = self.root / log_id
         self._cameras = {}  # opened so far
+        self._files = {}  # by folder, in the order of the frames, where the rig counts by order
         if not self.folder.is_dir():
             report_fault(self.folder, "is not there", "check the data root and the log's id")
 
@@ -105,14 +119,32 @@ class Log:
         return f"Log({self.id})"
 
     @functools.cached_property
-    def lidar_stamps(self) -> np.ndarray:  # (F,) float64 epoch s, the end of each sweep
-        "Stamps of the sweeps."
+    def rig(self) -> Rig:
+        "What the other files leave unsaid."
+        return read_rig(self.folder)
+
+    @functools.cached_property
+    def _file_stamps(self) -> np.ndarray:  # (F,) float64 epoch s
+        "Stamps of the sweeps as the file has them."
         return read_stamps(self.folder / "lidar/timestamps.json")
 
     @functools.cached_property
-    def _world_poses(self) -> np.ndarray:  # (F,4,4) float64
-        "Poses of the LiDAR as the file has them."
-        return read_poses(self.folder / "lidar/poses.json", len(self.lidar_stamps))
+    def turn(self) -> float:  # s
+        "Of one turn of the LiDAR."
+        steps = np.diff(self._file_stamps)
+        return self.rig.turn_of(float(np.median(steps)) if len(steps) else 0.0)
+
+    @functools.cached_property
+    def lidar_stamps(self) -> np.ndarray:  # (F,) float64 epoch s, the end of each sweep
+        "Stamps of the sweeps."
+        after = self.rig.after_stamp
+        return self._file_stamps + after * self.turn if after else self._file_stamps
+
+    @functools.cached_property
+    def _world_poses(self) -> np.ndarray:  # (F,4,4) float64, at the end of each sweep
+        "Poses of the LiDAR in the coordinates of the file."
+        poses = read_poses(self.folder / "lidar/poses.json", len(self._file_stamps))
+        return poses_at(poses, self._file_stamps, self.lidar_stamps) if self.rig.after_stamp else poses
 
     @functools.cached_property
     def origin(self) -> np.ndarray:  # (3,) float64, world, m
@@ -162,16 +194,55 @@ def frame_ids(self: Log) -> list[int]:  # 0..F-1
 
 @patch(as_prop=True)
 def cameras(self: Log) -> list[str]:  # names, front camera first
-    "Cameras that have a folder."
-    return [name for name in CAMERAS if (self.folder / "camera" / name).is_dir()]
+    "Cameras of PandaSet's names, and those that the rig names, that have a folder."
+    names = dict.fromkeys((*CAMERAS, *self.rig.cameras))
+    return [name for name in names if (self.folder / "camera" / name).is_dir()]
 
 # %% ../nbs/03_pandaset.ipynb #b8610d56
 @patch(as_prop=True)
 def unknown_cameras(self: Log) -> list[str]:  # names
-    "Folders with a camera's lists whose names are not PandaSet's; they are not read."
+    "Folders with a camera's lists whose names neither PandaSet nor the rig has; they are read by name only."
     lists = "timestamps.json", "poses.json", "intrinsics.json"
-    folders = [p for p in listing(self.folder / "camera") if p.name not in CAMERAS]
+    folders = [p for p in listing(self.folder / "camera") if p.name not in self.cameras]
     return [p.name for p in folders if any((p / name).is_file() for name in lists)]
+
+# %% ../nbs/03_pandaset.ipynb #5e2ec032
+def _in_order(path: Path) -> tuple:
+    "Sorts files by the number that their name begins with, others by name."
+    stem = path.name.partition(".")[0]
+    return (not stem.isdecimal(), int(stem) if stem.isdecimal() else 0, path.name)
+
+
+@patch
+def _ordered_files(
+    self: Log,
+    folder: str,  # in the log
+) -> list[Path]:  # one for each entry of the lists; raises DataError
+    "The files of a folder, one a frame."
+    if folder not in self._files:
+        there = listing(self.folder / folder, "*.pkl.gz") or image_files(self.folder / folder)
+        frames = len(self._file_stamps)
+        if there and len(there) != frames:
+            what = f"has {len(there)} files where lidar/timestamps.json has {frames} stamps"
+            remedy = f"give each frame its file, or leave 'numbering: order' out of {RIG_FILE}"
+            report_fault(self.folder / folder, what, remedy)
+        self._files[folder] = sorted(there, key=_in_order)
+    return self._files[folder]
+
+
+@patch
+def _frame_file(
+    self: Log,
+    folder: str,  # in the log
+    frame: int,  # frame id in the log
+    ending: str,  # of PandaSet's names
+) -> Path:
+    "The file of a frame."
+    usual = self.folder / folder / f"{frame:02d}{ending}"
+    if self.rig.numbering == "number":
+        return usual
+    files = self._ordered_files(folder)
+    return files[frame] if frame < len(files) else usual
 
 # %% ../nbs/03_pandaset.ipynb #6cd27917
 @patch
@@ -180,17 +251,17 @@ def sweep_path(
     frame: int,  # frame id in the log
 ) -> Path:  # lidar/NN.pkl.gz
     "File of a frame's LiDAR sweep."
-    return self.folder / f"lidar/{frame:02d}.pkl.gz"
+    return self._frame_file("lidar", frame, ".pkl.gz")
 
 # %% ../nbs/03_pandaset.ipynb #464c5aad
 @patch
 def image_path(
     self: Log,
-    camera: str,  # one of `CAMERAS`
+    camera: str,  # its name
     frame: int,  # frame id in the log
 ) -> Path:  # camera/<name>/NN.jpg
     "File of a frame's image."
-    return self.folder / f"camera/{camera}/{frame:02d}.jpg"
+    return self._frame_file(f"camera/{camera}", frame, ".jpg")
 
 # %% ../nbs/03_pandaset.ipynb #a34551d5
 @patch
@@ -199,7 +270,7 @@ def cuboid_path(
     frame: int,  # frame id in the log
 ) -> Path:  # annotations/cuboids/NN.pkl.gz
     "File of a frame's labels."
-    return self.folder / f"annotations/cuboids/{frame:02d}.pkl.gz"
+    return self._frame_file("annotations/cuboids", frame, ".pkl.gz")
 
 
 @patch(as_prop=True)
@@ -212,16 +283,21 @@ def _report_no_camera(log: Log, name: str) -> None:
     "Say that a log lacks a camera, and which it has."
     also = ""
     if odd := log.unknown_cameras:
-        names = ", ".join(CAMERAS)
-        also = f" (its folder {quoted(odd[0])} has no name of PandaSet's: rename it to one of {names})"
-    remedy = f"choose from {', '.join(log.cameras) or 'another log'}"
+        also = f" (its folder {quoted(odd[0])} has no name of PandaSet's: ask for it by this name)"
+    remedy = f"choose from {quoted(', '.join(log.cameras + log.unknown_cameras)) or 'another log'}"
     report_fault(log.folder / "camera" / name, "is a camera this log does not have" + also, remedy)
 
 # %% ../nbs/03_pandaset.ipynb #f7980e72
+def _straightened(camera: Camera, about: CameraRig) -> Camera:
+    "The pinhole camera that a lens is read as."
+    lens = lens_of_camera(about, camera.K, camera.size)
+    return replace(camera, K=lens.K_straight, lens=lens)
+
+
 @patch
 def camera(
     self: Log,
-    name: str = "front_camera",  # one of `CAMERAS`
+    name: str = "front_camera",  # its name
 ) -> Camera:  # intrinsics, poses and stamps of every frame
     "Open one camera."
     if name not in self._cameras:
@@ -229,13 +305,15 @@ def camera(
         if not folder.is_dir():
             _report_no_camera(self, name)
         n = len(self.lidar_stamps)
-        self._cameras[name] = Camera(
+        camera = Camera(
             name=name,
             poses=self.from_world_poses(read_poses(folder / "poses.json", n)),
             K=read_intrinsics(folder / "intrinsics.json"),
             stamps=read_stamps(folder / "timestamps.json", n),
             folder=folder,
         )
+        about = self.rig.cameras.get(name, CameraRig())
+        self._cameras[name] = camera if about.lens == "pinhole" else _straightened(camera, about)
     return self._cameras[name]
 
 # %% ../nbs/03_pandaset.ipynb #3fc05051
@@ -254,6 +332,18 @@ def image_size(
             report_fault(self.folder / "camera" / name, what, remedy)
     return width, height
 
+# %% ../nbs/03_pandaset.ipynb #5e2ec0a1
+@patch
+def by_size(
+    self: Log,
+    cameras: list[str] | tuple[str, ...] | None = None,  # names, None: all there are
+) -> list[list[str]]:  # names whose images have one size, in the order given
+    "Cameras that fit into one array."
+    groups = {}
+    for name in self.cameras if cameras is None else cameras:
+        groups.setdefault(self.camera(name).size, []).append(name)
+    return list(groups.values())
+
 # %% ../nbs/03_pandaset.ipynb #6736631a
 def _version(path: Path) -> tuple[int, int] | None:
     "What changes when a file changes: its time and its size."
@@ -270,21 +360,27 @@ def _recent_sweep(path: str, version: tuple | None) -> Sweep:
 
 # %% ../nbs/03_pandaset.ipynb #98805cdd
 @functools.lru_cache(maxsize=8)
-def _recent_image(path: str, version: tuple | None, scale: float) -> np.ndarray:
-    "Recently decoded images, forgotten when the file changes."
-    return read_image(path, scale)
+def _recent_image(path: str, version: tuple | None, scale: float, lens: Lens | None) -> np.ndarray:
+    "Recently decoded images, straightened where their lens bends, forgotten when the file changes."
+    if lens is None:
+        return read_image(path, scale)
+    image = read_image(path)
+    if image.shape[1::-1] != lens.size:
+        report_fault(path, "differs in size from the camera's first image", "get the file again")
+    return reduce_image(lens.straighten(image), scale)
 
 # %% ../nbs/03_pandaset.ipynb #f5283257
 @patch
 def image(
     self: Log,
-    camera: str,  # one of `CAMERAS`
+    camera: str,  # its name
     frame: int,  # frame id in the log
     scale: float = 1.0,  # image scale, 1.0 = full resolution
 ) -> np.ndarray:  # (H,W,3) uint8
     "One image."
     path = self.image_path(camera, frame)
-    return _recent_image(str(path), _version(path), scale).copy()
+    lens = self.camera(camera).lens if self.rig.cameras else None
+    return _recent_image(str(path), _version(path), scale, lens).copy()
 
 # %% ../nbs/03_pandaset.ipynb #6c2f5730
 @patch
@@ -298,6 +394,8 @@ def sweep(
     whole = _recent_sweep(str(path), _version(path))
     chosen = whole[np.isin(whole.sensor, sensors)]
     chosen.points -= self.origin
+    if self.rig.return_times == "none":
+        chosen.stamps = np.full(len(chosen), self.lidar_stamps[frame] - self.turn / 2)
     return chosen
 
 # %% ../nbs/03_pandaset.ipynb #88a7b798
@@ -331,6 +429,15 @@ def vehicle_axes(
 RIG_REMEDY = "give camera poses x right, y down, z forward, and a LiDAR whose axes are the vehicle's"
 
 
+def _drives_across(log: Log, axes: np.ndarray, least: float = 5.0) -> bool:
+    "Does a vehicle of these axes move across its forward, in a drive of `least` metres or more?"
+    steps = np.diff(log.lidar_poses[:, :3, 3], axis=0)
+    vehicle_to_world = log.lidar_poses[:-1, :3, :3] @ axes
+    own_steps = np.einsum("fji,fj->fi", vehicle_to_world, steps)
+    distance = np.linalg.norm(own_steps, axis=1).sum()
+    return bool(distance > least and np.abs(own_steps[:, 0]).sum() < 0.5 * distance)
+
+
 def rig_fault(
     log: Log,  # the log
     axes: np.ndarray,  # (3,3) of its vehicle, as `vehicle_axes` found them
@@ -343,19 +450,21 @@ def rig_fault(
     angle = np.degrees(np.arccos(cosines)).max()
     if angle > off:
         return f"stands {angle:.0f} degrees off every axis of the LiDAR"
-    steps = np.diff(log.lidar_poses[:, :3, 3], axis=0)
-    vehicle_to_world = log.lidar_poses[:-1, :3, :3] @ axes
-    own_steps = np.einsum("fji,fj->fi", vehicle_to_world, steps)
-    distance = np.linalg.norm(own_steps, axis=1).sum()
-    if distance > least and np.abs(own_steps[:, 0]).sum() < 0.5 * distance:
+    if _drives_across(log, axes, least):
         return "looks across the direction in which the vehicle moves"
 
 # %% ../nbs/03_pandaset.ipynb #182230d1
-_PANDASET_AXES = np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1.0]])  # forward, left, up in LiDAR axes, as documented
+_PANDASET_AXES = axes_matrix("right forward up")  # as documented
 
 
 def _found_axes(log: Log) -> np.ndarray:
-    "The vehicle's axes in the LiDAR's, from the front camera where there is one; refuses an odd rig."
+    "The vehicle's axes in the LiDAR's: stated, or from the front camera where there is one; refuses an odd rig."
+    if words := log.rig.lidar_axes:
+        axes = axes_matrix(words)
+        if _drives_across(log, axes):
+            fault = f"says lidar_axes {words!r}, by which the vehicle drives sideways"
+            report_fault(log.folder / RIG_FILE, fault, "say where x, y and z of lidar/poses.json point")
+        return axes
     if "front_camera" not in log.cameras:
         return _PANDASET_AXES
     axes = vehicle_axes(log.lidar_poses[0], log.camera("front_camera").poses[0])

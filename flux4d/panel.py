@@ -29,11 +29,10 @@ from flux4d.splat_groups import (
 from .viewer import scene_actors
 
 # %% auto #0
-__all__ = ['QUICK_MOST', 'QUICK_WIDTH', 'panel_picture', 'ScenePanel']
+__all__ = ['QUICK_MOST', 'panel_picture', 'ScenePanel']
 
 # %% ../nbs/74b_panel.ipynb #28a71ae9
 QUICK_MOST = 60_000  # Gaussians that are drawn while controls move
-QUICK_WIDTH = 2 / 3  # of the picture's width, then; the browser enlarges it
 
 
 @torch.no_grad()
@@ -72,7 +71,7 @@ class ScenePanel(widgets.VBox):
         self._lock, self._timer, self._parts = threading.RLock(), None, {}
         self.drawn = 0  # redraws so far
         self._controls()
-        super().__init__([self.time, widgets.HBox([self.camera, self.layer]), self.switches, self.image])
+        super().__init__([self.time, widgets.HBox([self.camera, self.layer]), self.image, self.switches])
         self.redraw(quick=False)
 
     def _controls(self) -> None:
@@ -81,7 +80,8 @@ class ScenePanel(widgets.VBox):
         self.time = widgets.FloatSlider(0.0, min=0.0, max=self.scene.duration, step=0.01, description="s", layout=wide)
         self.camera = widgets.Dropdown(options=list(self.scene.cameras), description="camera")
         self.layer = widgets.Dropdown(options=VIEWER_LAYERS, description="layer")
-        boxes = [widgets.Checkbox(True, description=name, indent=False) for name in self.rows]
+        narrow = widgets.Layout(width="auto", margin="0 12px 0 0")  # several in a row
+        boxes = [widgets.Checkbox(True, description=name, indent=False, layout=narrow) for name in self.rows]
         self.switches = widgets.Box(boxes, layout=widgets.Layout(flex_flow="row wrap", width=wide.width))
         self.image = widgets.Image(format="jpeg", width=self.picture_width)
         for control in (self.time, self.camera, self.layer, *boxes):
@@ -116,8 +116,7 @@ def redraw(
     "Draw what the controls say."
     with self._lock:
         scene = self.shown_scene(quick)
-        width = round(self.picture_width * (QUICK_WIDTH if quick else 1))
-        view = scene.camera(self.camera.value, self.time.value).resized(width=width)
+        view = scene.camera(self.camera.value, self.time.value).resized(width=self.picture_width)
         file = io.BytesIO()
         Image.fromarray(panel_picture(scene, view, self.layer.value)).save(file, format="JPEG", quality=90)
         self.image.value = file.getvalue()

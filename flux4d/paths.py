@@ -6,7 +6,7 @@
 from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from typing import Any, NamedTuple
 import numpy as np
 from scipy.interpolate import CubicSpline, PchipInterpolator
@@ -17,8 +17,9 @@ from .render import Cameras
 from .scene import Scene
 
 # %% auto #0
-__all__ = ['PATHS', 'KeyFrame', 'FilmPath', 'path_through', 'recorded_camera', 'recorded_path', 'smooth_step', 'lane_shift',
-           'frozen', 'slow_motion', 'fixed_camera', 'orbit', 'birds_eye', 'tour', 'path_of']
+__all__ = ['PATHS', 'KeyFrame', 'check_keys', 'FilmPath', 'key_frame', 'path_through', 'recorded_camera', 'recorded_path',
+           'smooth_step', 'lane_shift', 'frozen', 'slow_motion', 'fixed_camera', 'orbit', 'birds_eye', 'tour',
+           'named_path', 'path_of']
 
 # %% ../nbs/71_paths.ipynb #fec197c5
 class KeyFrame(NamedTuple):
@@ -38,7 +39,7 @@ class _Splines(NamedTuple):
     seconds: Callable  # -> (...) s
     lens: Callable  # -> (...,9) entries of K, px
 
-
+# %% ../nbs/71_paths.ipynb #019c7792
 def _splines(keys: tuple[KeyFrame, ...]) -> _Splines:
     "Smooth curves through at least two key frames."
     at = np.array([key.at for key in keys])
@@ -51,6 +52,19 @@ def _splines(keys: tuple[KeyFrame, ...]) -> _Splines:
     )
 
 # %% ../nbs/71_paths.ipynb #59a5d722
+def check_keys(
+    keys: tuple[KeyFrame, ...],  # of a path
+) -> None:  # raises DataError
+    "Refuse a path without key frames, or one whose film runs backwards."
+    at = [key.at for key in keys]
+    if not at:
+        raise DataError("path: has no key frame; give at least one.")
+    if not all(np.isfinite([key.at, key.seconds, *key.pose.ravel(), *key.K.ravel()]).all() for key in keys):
+        raise DataError("path: a key frame holds a value that is not finite; correct it.")
+    if any(b <= a for a, b in zip(at, at[1:])):
+        raise DataError("path: its key frames are not in the order of the film; sort them by `at`.")
+
+# %% ../nbs/71_paths.ipynb #4d5d0060
 @dataclass(frozen=True)
 class FilmPath:
     "A camera's way through a scene."
@@ -60,14 +74,8 @@ class FilmPath:
     width: int  # px
 
     def __post_init__(self) -> None:
-        "Refuse a path without key frames, or one whose film runs backwards."
-        at = [key.at for key in self.keys]
-        if not at:
-            raise DataError("path: has no key frame; give at least one.")
-        if not all(np.isfinite([key.at, key.seconds, *key.pose.ravel(), *key.K.ravel()]).all() for key in self.keys):
-            raise DataError("path: a key frame holds a value that is not finite; correct it.")
-        if any(b <= a for a, b in zip(at, at[1:])):
-            raise DataError("path: its key frames are not in the order of the film; sort them by `at`.")
+        "Refuse key frames that are none."
+        check_keys(self.keys)
 
     @property
     def duration(self) -> float:  # s
@@ -96,7 +104,7 @@ def at(
     pose[:3, 3] = self._curves.position(own)
     return KeyFrame(s, pose, float(self._curves.seconds(own)), self._curves.lens(own).reshape(3, 3))
 
-
+# %% ../nbs/71_paths.ipynb #4722c825
 @patch
 def moments(
     self: FilmPath,
@@ -106,6 +114,23 @@ def moments(
     return np.arange(int(self.duration * fps + 1e-6) + 1) / fps
 
 # %% ../nbs/71_paths.ipynb #621e1413
+def _one_by_one(views: Cameras) -> Iterator[Cameras]:
+    "Each of several views alone."
+    for k in range(len(views)):
+        one = slice(k, k + 1)
+        yield replace(views, K=views.K[one], world_to_cam=views.world_to_cam[one], t=views.t[one])
+
+
+def key_frame(
+    at: float,  # s of the film
+    view: Cameras,  # one
+    duration: float,  # of the scene, s
+) -> KeyFrame:
+    "What a view sees, as a moment of a film."
+    pose = np.linalg.inv(view.world_to_cam[0].double().cpu().numpy())
+    return KeyFrame(at, pose, float(view.t[0]) * duration, view.K[0].double().cpu().numpy())
+
+# %% ../nbs/71_paths.ipynb #4efd83b3
 def path_through(
     scene: Scene,  # whose clock the views have
     views: Iterable[Cameras],  # at least one view each, of one size
@@ -117,19 +142,8 @@ def path_through(
     if len(sizes) != 1:
         raise DataError(f"path: its views have {len(sizes)} sizes; give at least one view, all of one size.")
     at = np.linspace(0.0, seconds, len(views))
-    keys = []
-    for s, view in zip(at, views):
-        pose = np.linalg.inv(view.world_to_cam[0].double().cpu().numpy())
-        K = view.K[0].double().cpu().numpy()
-        keys.append(KeyFrame(float(s), pose, float(view.t[0]) * scene.duration, K))
-    return FilmPath(tuple(keys), *sizes.pop())
-
-
-def _one_by_one(views: Cameras) -> Iterator[Cameras]:
-    "Each of several views alone."
-    for k in range(len(views)):
-        one = slice(k, k + 1)
-        yield replace(views, K=views.K[one], world_to_cam=views.world_to_cam[one], t=views.t[one])
+    keys = tuple(key_frame(float(s), view, scene.duration) for s, view in zip(at, views))
+    return FilmPath(keys, *sizes.pop())
 
 # %% ../nbs/71_paths.ipynb #57248a9a
 def recorded_camera(
@@ -144,16 +158,22 @@ def recorded_camera(
         raise DataError(f"camera: {name!r} is not in this scene; choose from {', '.join(scene.cameras)}.")
     return name, scene.cameras[name]
 
-
+# %% ../nbs/71_paths.ipynb #7c8e6704
 def recorded_path(
     scene: Scene,  # with recorded cameras
     camera: str | None = None,  # name; None: the first
+    whole: bool = False,  # from the first image on, which can be a little earlier than the clip's start
 ) -> FilmPath:
-    "Where a camera was while it recorded, at the clip's own pace."
+    "Where a camera was while it recorded, at the clip's own pace, from the clip's start on."
     path = recorded_camera(scene, camera)[1]
     seconds = np.asarray(path.t) * scene.duration
     keys = [KeyFrame(float(s - seconds[0]), pose, float(s), path.K) for s, pose in zip(seconds, path.poses)]
-    return FilmPath(tuple(keys), path.height, path.width)
+    recorded = FilmPath(tuple(keys), path.height, path.width)
+    if whole or not seconds[0] < 0 < seconds[-1]:
+        return recorded
+    moments = np.linspace(0.0, seconds[-1], len(keys))
+    later = [recorded.at(s - seconds[0])._replace(at=float(s), seconds=float(s)) for s in moments]
+    return FilmPath(tuple(later), path.height, path.width)
 
 # %% ../nbs/71_paths.ipynb #95529fd5
 def smooth_step(
@@ -163,7 +183,7 @@ def smooth_step(
     x = np.clip(x, 0.0, 1.0)
     return x**3 * (x * (6 * x - 15) + 10)
 
-
+# %% ../nbs/71_paths.ipynb #3902e2f4
 @patch
 def mapped(
     self: FilmPath,
@@ -202,7 +222,7 @@ def timed(
     last = first if last is None else last
     return self.mapped(lambda share, key: key._replace(seconds=first + share * (last - first)))
 
-
+# %% ../nbs/71_paths.ipynb #dece90e1
 @patch
 def slowed(
     self: FilmPath,
@@ -213,7 +233,7 @@ def slowed(
         raise DataError(f"factor: is {factor}; choose a number above 0.")
     return replace(self, keys=tuple(key._replace(at=key.at * factor) for key in self.keys))
 
-
+# %% ../nbs/71_paths.ipynb #7d85a41c
 @patch
 def backwards(self: FilmPath) -> FilmPath:
     "The same path from its end to its beginning."
@@ -248,7 +268,7 @@ def frozen(
     "The recorded path through one moment: the camera moves, nothing else does."
     return recorded_path(scene, camera).timed(_middle(scene, at))
 
-
+# %% ../nbs/71_paths.ipynb #56b77518
 def slow_motion(
     scene: Scene,  # with recorded cameras
     camera: str | None = None,  # name; None: the first
@@ -257,7 +277,7 @@ def slow_motion(
     "The recorded path, slower."
     return recorded_path(scene, camera).slowed(factor)
 
-
+# %% ../nbs/71_paths.ipynb #b5cee63d
 def fixed_camera(
     scene: Scene,  # with recorded cameras
     camera: str | None = None,  # name; None: the first
@@ -276,7 +296,7 @@ def _turned(pose: np.ndarray, centre: np.ndarray, up: np.ndarray, angle: float) 
     turn[:3, 3] = centre - turn[:3, :3] @ centre
     return turn @ pose
 
-
+# %% ../nbs/71_paths.ipynb #4b0a8d2d
 def orbit(
     scene: Scene,  # with recorded cameras
     camera: str | None = None,  # name of the camera that begins; None: the first
@@ -331,7 +351,7 @@ def _transition(a: KeyFrame, b: KeyFrame) -> float:
         return 0.0
     return max(0.5, apart / 10, turned / 60)
 
-
+# %% ../nbs/71_paths.ipynb #21415507
 @patch
 def then(
     self: FilmPath,
@@ -360,7 +380,7 @@ def tour(
     beside = lane_shift(scene, camera, over=0.5).backwards().slowed(2.0)
     return slow.then(swing).then(beside).then(birds_eye(scene, camera))
 
-
+# %% ../nbs/71_paths.ipynb #58147748
 PATHS: dict[str, Callable[..., FilmPath]] = dict(
     recorded=recorded_path,
     lane_shift=lane_shift,
@@ -374,6 +394,19 @@ PATHS: dict[str, Callable[..., FilmPath]] = dict(
 )
 
 # %% ../nbs/71_paths.ipynb #22025913
+def named_path(
+    scene: Scene,  # what is filmed
+    name: str,  # of `PATHS`, or of a recorded camera
+) -> FilmPath:  # raises DataError
+    "A path by its name."
+    if name in PATHS:
+        return PATHS[name](scene)
+    if name in scene.cameras:
+        return recorded_path(scene, name)
+    known = ", ".join([*PATHS, *scene.cameras])
+    raise DataError(f"path: {name!r} is none; choose from {known}, or give a FilmPath.")
+
+# %% ../nbs/71_paths.ipynb #c2eb533c
 def path_of(
     scene: Scene,  # what is filmed
     path: Any,  # FilmPath, name of PATHS, name of a recorded camera, a list of them; None: as recorded
@@ -384,15 +417,7 @@ def path_of(
     if isinstance(path, FilmPath):
         return path
     if isinstance(path, str):
-        if path in PATHS:
-            return PATHS[path](scene)
-        if path in scene.cameras:
-            return recorded_path(scene, path)
-        known = ", ".join([*PATHS, *scene.cameras])
-        raise DataError(f"path: {path!r} is none; choose from {known}, or give a FilmPath.")
+        return named_path(scene, path)
     if not isinstance(path, (list, tuple)) or not path:
         raise DataError(f"path: is {type(path).__name__!r}; give a FilmPath, a name or a list of them.")
-    first, *rest = (path_of(scene, part) for part in path)
-    for part in rest:
-        first = first.then(part)
-    return first
+    return reduce(lambda whole, part: whole.then(part), (path_of(scene, part) for part in path))

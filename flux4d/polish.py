@@ -16,7 +16,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from tqdm import tqdm
-from .clip_data import InputViews
+from .clip_data import InputViews, ViewGroups
 from .files import DataError
 from .frames import rotate_vectors, transform_points
 from .gaussians import FLAT, LIDAR, Gaussians, velocity_at
@@ -31,7 +31,7 @@ from .settings import Seed, Share
 # %% auto #0
 __all__ = ['WEIGHT_SECONDS', 'PolishConfig', 'MovingPoints', 'moving_points', 'group_mean', 'touching_cells', 'connected_groups',
            'MotionGroups', 'motion_groups', 'GroupMotion', 'group_motion', 'velocity_change', 'step_sizes', 'step_rate',
-           'speed_weights', 'Polisher', 'input_views_of', 'check_budget', 'run_polish']
+           'speed_weights', 'Polisher', 'input_views_of', 'is_positive', 'check_budget', 'run_polish', 'check_finite']
 
 # %% ../nbs/52_polish.ipynb #52p00011
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class MovingPoints(NamedTuple):
     points: Tensor  # (M,3) ego0, m
     velocity: Tensor  # (M,3) ego0, m/s
 
-
+# %% ../nbs/52_polish.ipynb #ee07bf0c
 def moving_points(
     scene: Scene,  # its velocity is not None
     t: float,  # normalised time
@@ -93,7 +93,7 @@ def group_mean(
     count = torch.bincount(group, minlength=n).clamp_min(1)
     return x.new_zeros(n, x.shape[1]).index_add_(0, group, x) / count[:, None]
 
-
+# %% ../nbs/52_polish.ipynb #7f4c65b4
 def touching_cells(
     cell: Tensor,  # (K,2) int64, occupied cells, in order
     velocity: Tensor,  # (K,3) m/s, of what is in them
@@ -135,7 +135,7 @@ class MotionGroups(NamedTuple):
     arm: Tensor  # (M,3) ego0, m, from the group's centre
     to_world: Tensor  # (3,3) axes of ego0 in the world
 
-
+# %% ../nbs/52_polish.ipynb #81dfdd04
 def motion_groups(
     scene: Scene,  # N Gaussians
     t: float,  # normalised time at which they are seen together
@@ -145,10 +145,8 @@ def motion_groups(
     to_world = torch.as_tensor(scene.ego0[:3, :3], device=scene.device).float()
     none = torch.zeros(0, dtype=torch.int64, device=scene.device)
     nothing = MotionGroups(none, none, 0, to_world.new_zeros(0, 3), to_world)
-    if scene.velocity is None:
-        return nothing
-    found = moving_points(scene, t, cfg.least_speed)
-    if not len(found.rows):
+    found = None if scene.velocity is None else moving_points(scene, t, cfg.least_speed)
+    if found is None or not len(found.rows):
         return nothing
     group = connected_groups(found.points, found.velocity, cfg)
     large = torch.bincount(group)[group] >= cfg.group_least
@@ -165,7 +163,7 @@ class GroupMotion(NamedTuple):
     yaw_rate: Tensor  # (n,) rad/s
     acceleration: Tensor  # (n,2) m/s^2, in the plane
 
-
+# %% ../nbs/52_polish.ipynb #5f26dc97
 def group_motion(
     numbers: Tensor,  # (n,5) in steps of the optimiser
     cfg: PolishConfig,  # read: velocity_step, yaw_step, acceleration_step
@@ -214,7 +212,7 @@ def step_sizes(
     sizes[:, FLAT["colour_logits"]] = cfg.colour_step
     return sizes
 
-
+# %% ../nbs/52_polish.ipynb #4c932606
 def step_rate(
     done: float,  # share of the steps or of the time, 0..1
     step: int,  # steps taken
@@ -254,6 +252,9 @@ class Polisher:
         cfg: PolishConfig = PolishConfig(),  # how
     ) -> None:
         "No change yet."
+        if isinstance(views, ViewGroups):
+            remedy = "choose cameras of one size, as in log.clip(0, cameras=('front_camera',))"
+            raise DataError(f"polish: works on images of one size, and the cameras of this clip differ; {remedy}.")
         if not isinstance(views, InputViews):
             raise TypeError(f"polish works on InputViews only, got {type(views).__name__}: it never sees a target.")
         self.cfg = cfg
@@ -264,20 +265,24 @@ class Polisher:
         self.groups = motion_groups(self.start, middle, cfg)
         self.seconds = middle * scene.duration
         self.weights = speed_weights(self.start, self.views, cfg.flow)
-        self.sizes = step_sizes(self.start.gaussians, cfg)
-        self.raw = self.start.gaussians.flat()
-        # what learns, counted in steps
-        self.change = torch.zeros_like(self.raw, requires_grad=True)
-        self.motion = self.raw.new_zeros(self.groups.count, 5).requires_grad_()
-        self.own = self.raw.new_zeros(len(self.groups.rows), 3).requires_grad_()
-        learned = [self.change, self.motion, self.own]
-        self.optimiser = torch.optim.Adam(learned, betas=(0.9, 0.99), eps=1e-15, fused=self.raw.is_cuda)
-        # where it is
         self.step = 0
         self.rng = np.random.default_rng(cfg.seed)
         self.order = []
+        self._add_learned()
 
-# %% ../nbs/52_polish.ipynb #52p00053
+# %% ../nbs/52_polish.ipynb #9bf0a4e4
+@patch
+def _add_learned(self: Polisher) -> None:
+    "What learns, counted in steps, and its optimiser."
+    self.sizes = step_sizes(self.start.gaussians, self.cfg)
+    self.raw = self.start.gaussians.flat()
+    self.change = torch.zeros_like(self.raw, requires_grad=True)
+    self.motion = self.raw.new_zeros(self.groups.count, 5).requires_grad_()
+    self.own = self.raw.new_zeros(len(self.groups.rows), 3).requires_grad_()
+    learned = [self.change, self.motion, self.own]
+    self.optimiser = torch.optim.Adam(learned, betas=(0.9, 0.99), eps=1e-15, fused=self.raw.is_cuda)
+
+# %% ../nbs/52_polish.ipynb #3a92dafe
 @patch
 def scene(self: Polisher) -> Scene:  # with the graph of what learns
     "The scene as it is now."
@@ -289,7 +294,7 @@ def scene(self: Polisher) -> Scene:  # with the graph of what learns
         velocity = velocity.index_add(0, self.groups.rows, change)
     return replace(self.start, gaussians=self.start.gaussians.with_flat(raw), velocity=velocity)
 
-
+# %% ../nbs/52_polish.ipynb #52p00053
 @patch
 def pull(self: Polisher) -> Tensor:  # scalar
     "Penalty on the distance from the start, counted in steps."
@@ -306,7 +311,7 @@ def next_view(self: Polisher) -> int:  # number of an input view
         self.order = self.rng.permutation(len(self.views)).tolist()
     return self.order.pop()
 
-
+# %% ../nbs/52_polish.ipynb #66b7d757
 @patch
 def render_settings(self: Polisher) -> RenderConfig:  # over which the next view is drawn
     "The scene's own, or another background at every step."
@@ -314,7 +319,7 @@ def render_settings(self: Polisher) -> RenderConfig:  # over which the next view
         return self.start.render_cfg
     return replace(self.start.render_cfg, background=tuple(self.rng.random(3).tolist()))
 
-
+# %% ../nbs/52_polish.ipynb #f24323f0
 @patch
 @torch.enable_grad()
 def advance(
@@ -357,7 +362,15 @@ def input_views_of(
         raise DataError(f"inputs: are of clip {inputs.clip.id} and the scene is of {of}; take that clip's.")
     return inputs.views
 
+# %% ../nbs/52_polish.ipynb #033b5a9a
+def is_positive(
+    x: Any,  # as given
+    kind: type | tuple[type, ...] = (int, float),  # or int alone
+) -> bool:
+    "Whether a value is a finite number above 0, and no truth value."
+    return isinstance(x, kind) and not isinstance(x, bool) and 0 < x < math.inf
 
+# %% ../nbs/52_polish.ipynb #9ab5104e
 def check_budget(
     seconds: Any,  # as given
     steps: Any,  # as given
@@ -365,10 +378,9 @@ def check_budget(
     "Refuse a budget that is none."
     if seconds is not None and steps is not None:
         raise DataError("polish: has both seconds and steps; leave one of the two out.")
-    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-    if seconds is not None and not (number and 0 < seconds < math.inf):
+    if seconds is not None and not is_positive(seconds):
         raise DataError(f"seconds: is {seconds!r}; choose a number above 0.")
-    if steps is not None and not (isinstance(steps, int) and not isinstance(steps, bool) and steps > 0):
+    if steps is not None and not is_positive(steps, int):
         raise DataError(f"steps: is {steps!r}; choose a whole number above 0.")
 
 # %% ../nbs/52_polish.ipynb #52p00062
@@ -394,6 +406,15 @@ def run_polish(
         done = spent / seconds
 
 # %% ../nbs/52_polish.ipynb #52p00063
+def check_finite(
+    scene: Scene,  # polished
+) -> None:  # raises DataError
+    "Refuse a polish that ran away."
+    moves = scene.velocity is not None
+    if not (scene.gaussians.flat().isfinite().all() and (not moves or scene.velocity.isfinite().all())):
+        raise DataError("polish: ended in numbers that are not finite, the scene is as it was; take smaller steps.")
+
+# %% ../nbs/52_polish.ipynb #55036281
 @patch
 def polish(
     self: Scene,
@@ -413,9 +434,7 @@ def polish(
         run_polish(polisher, seconds, steps, begin, bar)
     with torch.no_grad():
         polished = polisher.scene()
-    finite = polished.gaussians.flat().isfinite().all()
-    if not (finite and (polished.velocity is None or polished.velocity.isfinite().all())):
-        raise DataError("polish: ended in numbers that are not finite, the scene is as it was; take smaller steps.")
+    check_finite(polished)
     self.gaussians, self.velocity = polished.gaussians, polished.velocity
     self.source = self.source | dict(polish_steps=polisher.step)
     return self

@@ -21,7 +21,8 @@ from .occupancy import MotionPriorConfig, SweepPoints
 from .motion_prior import FINE_PRIOR, MotionPrior
 from .unet import SparseUNet, UNetConfig, grid_position, mix_voxels, neighbours, voxelise
 from .motion_inputs import MotionInputs, motion_feature_count, motion_features, unpack_prior
-from .network_inputs import N_POINT, TimeBins, describe_points, voxel_feature_count, voxel_features
+from .network_inputs import N_POINT, TimeBins, TimeSlots, describe_points, time_slots
+from .network_inputs import voxel_feature_count, voxel_features
 from flux4d.decode import (
     AttributeBounds,
     MotionDecoding,
@@ -117,11 +118,21 @@ class GridIndex:
     motion: Tensor  # (M,F) channels of `motion_features`
     prior: MotionPrior | None  # of the M Gaussians; None = no prior
     tables: dict = field(default_factory=dict)  # of the U-Net's layers, filled by the first passes
+    kept: dict = field(default_factory=dict)  # of `slots`, by bins
 
     @cached_property
     def to_ego(self) -> Tensor:  # (4,4) float64 world-to-ego0
         "The inverse of `to_world`."
         return se3_inverse(self.to_world)
+
+    def slots(
+        self,
+        bins: TimeBins,  # of a predictor
+    ) -> TimeSlots:  # of the M Gaussians
+        "The Gaussians by voxel and time bin, sorted once for all passes."
+        if bins not in self.kept:
+            self.kept[bins] = time_slots(self.seconds, self.voxels.voxel, len(self.voxels), bins)
+        return self.kept[bins]
 
     @cached_property
     def cells(self) -> Tensor:  # (M,3) int64
@@ -216,7 +227,8 @@ def encode(
     "A point's own features, its orientation, and the U-Net's features around it."
     point, turn = describe_points(g, index.seconds, index.cells, index.to_ego, self.voxel)
     channels = torch.cat([*point, index.motion, *([extra.float()] if self.n_extra else [])], 1)
-    features = voxel_features(channels, point, index.seconds, index.voxels, self.cfg.bins)
+    slots = index.slots(self.cfg.bins)
+    features = voxel_features(channels, point, index.seconds, index.voxels, self.cfg.bins, slots)
     voxels = self.unet(replace(index.voxels, features=features), self.voxel.shape, index.tables)
     around = mix_voxels(voxels, index.corners, index.weights)
     return torch.cat([channels, turn, around], 1)

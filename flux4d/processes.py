@@ -25,8 +25,8 @@ from .interrupt import Interrupted, StopRequest, stop_signals
 from .run import Run
 
 # %% auto #0
-__all__ = ['ALONE', 'NEVER', 'GRACE', 'Processes', 'group_processes', 'join_processes', 'Lost', 'SilentRun', 'running_norms',
-           'norm_state', 'wait_for_end']
+__all__ = ['ALONE', 'NEVER', 'GRACE', 'Processes', 'group_processes', 'join_processes', 'Lost', 'words_of', 'SilentRun',
+           'running_norms', 'norm_state', 'wait_for_end']
 
 # %% ../nbs/32b_processes.ipynb #929e76ee
 @dataclass(eq=False)
@@ -61,7 +61,7 @@ class Processes:
 ALONE = Processes()
 
 # %% ../nbs/32b_processes.ipynb #e5e723f6
-NEVER = timedelta(days=365)  # nobody is given up for being slow: the first process may evaluate for an hour
+NEVER = timedelta(days=365)  # a slow process is waited for: the first one may evaluate for an hour
 
 
 def group_processes(
@@ -135,6 +135,15 @@ def all_words(
     return out
 
 # %% ../nbs/32b_processes.ipynb #a692eed3
+def words_of(
+    leaving: BaseException | None,  # why a process leaves
+) -> str:  # empty for a plain request to stop
+    "What the others are told."
+    if leaving is None or isinstance(leaving, (Interrupted, KeyboardInterrupt)):
+        return str(leaving or "")
+    return str(leaving) or type(leaving).__name__
+
+
 @patch
 def meet(
     self: Processes,
@@ -161,7 +170,7 @@ def _part(
 ) -> None:  # raises Interrupted or DataError where this one was to go on
     "Tell each other why all end."
     self.parted = True
-    words = self.all_words("" if leaving is None else str(leaving) or type(leaving).__name__)
+    words = self.all_words(words_of(leaving))
     if leaving is None:
         which = int(codes.argmax())
         raise (DataError if codes[which] == _FAILS else Interrupted)(words[which])
@@ -233,24 +242,40 @@ class SilentRun(Run):
         self.folder = Path(folder)
         self.rewound = True
 
-    def say(self, line: str) -> None:
+    def say(
+        self,
+        line: str,  # one console line
+    ) -> None:
         "The first process says it."
 
-    def record(self, row: dict) -> None:
+    def record(
+        self,
+        row: dict,  # one logged step
+    ) -> None:
         "The first process records it."
 
     def rows(self) -> list[dict]:
         "None are its own."
         return []
 
-    def rewind(self, step: int) -> None:
+    def rewind(
+        self,
+        step: int,  # steps that stand
+    ) -> None:
         "The first process does it."
 
-    def write(self, name: str, content: Any) -> Path:  # where the first process writes it
+    def write(
+        self,
+        name: str,  # file name in the folder
+        content: Any,  # of it
+    ) -> Path:  # where the first process writes it
         "The first process writes it."
         return self.folder / name
 
-    def note(self, **values: Any) -> Path:  # where the first process writes it
+    def note(
+        self,
+        **values: Any,  # JSON-ready
+    ) -> Path:  # where the first process writes it
         "The first process notes it."
         return self.folder / "meta.json"
 

@@ -206,7 +206,7 @@ class PixelPairs(NamedTuple):
     pixel: Tensor  # (P,) int32, number of the pixel among the rows
     alpha: Tensor  # (P,) strength, 0 below `ALPHA_MIN`
 
-
+# %% ../nbs/20_raster.ipynb #3296a27b
 def pixel_pairs(
     e: Ellipses,  # n splats, nearest first
     y0: int,  # first row
@@ -395,7 +395,7 @@ class Raster(NamedTuple):
     depth: Tensor  # (H,W) expected depth along the optical axis, m; 0 where nothing is
     alpha: Tensor  # (H,W) 0..1
 
-
+# %% ../nbs/20_raster.ipynb #5d1d19ed
 def rasterise(
     e: Ellipsoids,  # N Gaussians, world
     features: Tensor,  # (N,C) colours or anything else

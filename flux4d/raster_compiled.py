@@ -38,10 +38,11 @@ except ImportError:  # the package works without; the renderer then takes `20_ra
 __all__ = ['S_MAX', 'A_MAX', 'LIGHT_MIN', 'LOG_MIN', 'SIDE', 'AREA', 'COLUMNS', 'B0', 'C0', 'D0', 'F0', 'Y0', 'DX', 'DY', 'EX',
            'SHEET', 'OUTSIDE', 'LOG2_E', 'LN2_HIGH', 'LN2_LOW', 'TO_WHOLE', 'P5', 'P4', 'P3', 'P2', 'P1', 'P0', 'ONE',
            'NOTHING', 'FAR_DOWN', 'BIAS', 'MANTISSA', 'CHUNK', 'MOMENTS', 'have_numba', 'compiled', 'worker_threads',
-           'last_exponent', 'tile_box', 'tile_lists', 'SplatTiles', 'row_numbers', 'exponents', 'strengths',
-           'take_light', 'is_dark', 'fetch', 'add_scaled', 'put_tile', 'mark_inside', 'blend_tiles', 'give_back',
-           'sum_moments', 'sum_features', 'get_tile', 'unblend_tiles', 'drawn_until', 'dot_features', 'sum_entries',
-           'in_threads', 'CompiledBlend', 'rasterise_compiled']
+           'last_exponent', 'tile_box', 'count_entries', 'SplatTiles', 'tile_lists', 'first_column', 'row_numbers',
+           'exponents', 'strengths', 'take_light', 'is_dark', 'fetch', 'add_scaled', 'put_tile', 'mark_inside',
+           'TileWork', 'tile_work', 'Drawn', 'blend_entries', 'blend_tiles', 'give_back', 'sum_moments', 'sum_features',
+           'get_tile', 'drawn_until', 'dot_features', 'BackWork', 'back_work', 'undo_entries', 'unblend_tiles',
+           'add_places', 'sum_entries', 'in_threads', 'CompiledBlend', 'rasterise_compiled']
 
 # %% ../nbs/20a_raster_compiled.ipynb #0f87ab2f
 def have_numba() -> bool:
@@ -51,13 +52,14 @@ def have_numba() -> bool:
 
 def compiled(
     *fast: str,  # liberties with rounding: "contract" (a*b+c in one step), "reassoc" (sums in any order)
+    merged: bool = False,  # whether its statements are put where it is called
 ) -> Callable:  # decorator
     "Compile a function at its first call and keep the result on disk where that is possible."
 
     def decorate(f: Callable) -> Callable:
         if numba is None:
             return f
-        options = dict(nogil=True, error_model="numpy", fastmath=set(fast))
+        options = dict(inline="always" if merged else "never", nogil=True, error_model="numpy", fastmath=set(fast))
         of_a_file = Path(f.__code__.co_filename).is_file()  # not of a notebook's cell
         try:
             return numba.njit(cache=of_a_file, **options)(f)
@@ -66,7 +68,7 @@ def compiled(
 
     return decorate
 
-
+# %% ../nbs/20a_raster_compiled.ipynb #3c1e41d2
 def worker_threads() -> int:
     "Threads that share the tiles: NUMBA_NUM_THREADS where that is set, else as many as torch uses."
     return numba.config.NUMBA_NUM_THREADS if "NUMBA_NUM_THREADS" in os.environ else torch.get_num_threads()
@@ -115,24 +117,44 @@ def tile_box(
 
 # %% ../nbs/20a_raster_compiled.ipynb #ca6a72ad
 @compiled()
-def tile_lists(
-    e: np.ndarray,  # (n,8) float64, splats, nearest first
+def count_entries(
+    e: np.ndarray,  # (n,8) float64, splats
     width: int,  # px
     height: int,  # px
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # see `SplatTiles`
-    "Which splats each tile shows, nearest first."
-    n, across, down = len(e), (width + SIDE - 1) // SIDE, (height + SIDE - 1) // SIDE
-    ptr, own = np.zeros(across * down + 1, np.int64), np.zeros(n + 1, np.int64)
-    for i in range(n):
+) -> tuple[np.ndarray, np.ndarray]:  # `ptr` and `own` of `SplatTiles`
+    "Where the entries of each tile, and of each splat, begin."
+    across, down = (width + SIDE - 1) // SIDE, (height + SIDE - 1) // SIDE
+    ptr, own = np.zeros(across * down + 1, np.int64), np.zeros(len(e) + 1, np.int64)
+    for i in range(len(e)):
         x0, x1, y0, y1 = tile_box(e, i, width)
         own[i + 1] = own[i] + (x1 - x0) * (y1 - y0)
         for ty in range(y0, y1):
             for tx in range(x0, x1):
                 ptr[ty * across + tx + 1] += 1
-    ptr = np.cumsum(ptr)
+    return np.cumsum(ptr), own
+
+# %% ../nbs/20a_raster_compiled.ipynb #77ad3b95
+class SplatTiles(NamedTuple):
+    "The splats of each tile, and the entries of each splat."
+
+    ptr: np.ndarray  # (tiles+1,) int64: entries ptr[t]:ptr[t+1] are tile t's, nearest first
+    splat: np.ndarray  # (M,) int32, the splat of an entry
+    own: np.ndarray  # (n+1,) int64: places own[i]:own[i+1] are splat i's
+    place: np.ndarray  # (M,) int32, the place of an entry among those of its splat
+
+# %% ../nbs/20a_raster_compiled.ipynb #e0608608
+@compiled()
+def tile_lists(
+    e: np.ndarray,  # (n,8) float64, splats, nearest first
+    width: int,  # px
+    height: int,  # px
+) -> SplatTiles:
+    "Which splats each tile shows, nearest first."
+    ptr, own = count_entries(e, width, height)
+    across = (width + SIDE - 1) // SIDE
     free = ptr[:-1].copy()
     splat, place = np.empty(ptr[-1], np.int32), np.empty(ptr[-1], np.int32)
-    for i in range(n):
+    for i in range(len(e)):
         x0, x1, y0, y1 = tile_box(e, i, width)
         k = own[i]
         for ty in range(y0, y1):
@@ -141,16 +163,7 @@ def tile_lists(
                 splat[free[t]], place[free[t]] = i, k
                 free[t] += 1
                 k += 1
-    return ptr, splat, own, place
-
-
-class SplatTiles(NamedTuple):
-    "The splats of each tile, and the entries of each splat."
-
-    ptr: np.ndarray  # (tiles+1,) int64: entries ptr[t]:ptr[t+1] are tile t's, nearest first
-    splat: np.ndarray  # (M,) int32, the splat of an entry
-    own: np.ndarray  # (n+1,) int64: places own[i]:own[i+1] are splat i's
-    place: np.ndarray  # (M,) int32, the place of an entry among those of its splat
+    return SplatTiles(ptr, splat, own, place)
 
 # %% ../nbs/20a_raster_compiled.ipynb #9564981f
 B0, C0, D0, F0, Y0 = (SIDE * k for k in range(1, 6))  # where a row's b, c, d_x, first column and d_y begin
@@ -160,7 +173,23 @@ EX = DY + AREA  # their exponents s
 SHEET = EX + AREA  # numbers in all; the first ones are 0, 1, 2, ...
 OUTSIDE = 1000.0  # exponent of rows that a splat does not reach
 
+# %% ../nbs/20a_raster_compiled.ipynb #7c4d851d
+@compiled()
+def first_column(
+    x: float,  # centre of the splat, px
+    b: float,  # of the row's parabola
+    A: float,  # of the conic, px^-2
+    c: float,  # of the row's parabola
+    width: float,  # px, of the picture
+) -> float:  # px
+    "First pixel of the ellipse in a row."
+    square = b * b - 2 * A * (c + LOG_MIN)
+    square = square if square > 0.0 else 0.0
+    left = np.ceil(x - b / A - (np.sqrt(square) / A + EDGE) - 0.5)
+    left = left if left > 0.0 else 0.0
+    return left if left < width else width
 
+# %% ../nbs/20a_raster_compiled.ipynb #c0e594b8
 @compiled()
 def row_numbers(
     e: np.ndarray,  # (m,8) float64, splats
@@ -177,11 +206,7 @@ def row_numbers(
         dy = row + 0.5 - y
         b = B * dy
         c = C * dy * dy / 2 - log_o
-        square = b * b - 2 * A * (c + LOG_MIN)
-        square = square if square > 0.0 else 0.0
-        left = np.ceil(x - b / A - (np.sqrt(square) / A + EDGE) - 0.5)
-        left = left if left > 0.0 else 0.0
-        left = left if left < width else width
+        left = first_column(x, b, A, c, width)
         c = c if row >= top else OUTSIDE
         c = c if row < bottom else OUTSIDE
         sheet[B0 + r] = np.float32(b)
@@ -190,7 +215,7 @@ def row_numbers(
         sheet[F0 + r] = np.float32(x0 - left)
         sheet[Y0 + r] = np.float32(dy)
 
-
+# %% ../nbs/20a_raster_compiled.ipynb #d621776e
 @compiled()
 def exponents(
     e: np.ndarray,  # (m,8) float64, splats
@@ -220,7 +245,7 @@ P2, P1, P0 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float3
 ONE, NOTHING, FAR_DOWN = np.float32(1), np.float32(0), np.float32(-6)  # exp(-6) < ALPHA_MIN
 BIAS, MANTISSA = np.int32(127), np.int32(23)  # of a number in single precision
 
-
+# %% ../nbs/20a_raster_compiled.ipynb #eff36d8e
 @compiled()
 def strengths(
     sheet: np.ndarray,  # (SHEET,) float32, with exponents
@@ -263,7 +288,7 @@ def take_light(
         light[p] = after if alive else (-before if ends else before)
         end[p] = number if ends else end[p]
 
-
+# %% ../nbs/20a_raster_compiled.ipynb #5bd1d33e
 @compiled()
 def is_dark(
     light: np.ndarray,  # (AREA,) float32
@@ -296,7 +321,7 @@ def fetch(
         for c in range(f.shape[1]):
             near_f[k - first, c] = f[i, c]
 
-
+# %% ../nbs/20a_raster_compiled.ipynb #1731d5ff
 @compiled("contract")
 def add_scaled(
     f: np.ndarray,  # (m,C) float32, features
@@ -310,7 +335,7 @@ def add_scaled(
         for p in range(AREA):
             total[c, p] += value * weight[p]
 
-
+# %% ../nbs/20a_raster_compiled.ipynb #98b63156
 @compiled()
 def put_tile(
     tile: np.ndarray,  # (C,AREA) float32
@@ -324,7 +349,7 @@ def put_tile(
             for c in range(picture.shape[2]):
                 picture[y, x, c] = tile[c, (y - y0) * SIDE + x - x0]
 
-
+# %% ../nbs/20a_raster_compiled.ipynb #4e6ce5cd
 @compiled()
 def mark_inside(
     x0: int,  # first column
@@ -338,45 +363,98 @@ def mark_inside(
         light[p] = ONE if (y0 + p // SIDE < height) & (x0 + p % SIDE < width) else NOTHING
 
 # %% ../nbs/20a_raster_compiled.ipynb #f3bb3e5a
+class TileWork(NamedTuple):
+    "The arrays in which one thread works, tile after tile."
+
+    near_e: np.ndarray  # (CHUNK,8) float64, splats of the entries at hand
+    near_f: np.ndarray  # (CHUNK,C) float32, their features
+    sheet: np.ndarray  # (SHEET,) float32, offsets and exponents of one splat
+    bits: np.ndarray  # (AREA,) int32, scratch of `strengths`
+    power: np.ndarray  # the same memory as float32
+    alpha: np.ndarray  # (AREA,) float32, strengths of one splat
+    weight: np.ndarray  # (AREA,) float32, its weights
+    light: np.ndarray  # (AREA,) float32, light left
+    end: np.ndarray  # (AREA,) int32, entry that finished each pixel
+
+# %% ../nbs/20a_raster_compiled.ipynb #5c71be5a
+@compiled()
+def tile_work(
+    channels: int,  # numbers of a feature
+) -> TileWork:
+    "Fresh arrays for one thread."
+    sheet = np.zeros(SHEET, np.float32)
+    sheet[:SIDE] = np.arange(SIDE).astype(np.float32)
+    bits = np.empty(AREA, np.int32)
+    return TileWork(
+        near_e=np.empty((CHUNK, COLUMNS)),
+        near_f=np.empty((CHUNK, channels), np.float32),
+        sheet=sheet,
+        bits=bits,
+        power=bits.view(np.float32),
+        alpha=np.empty(AREA, np.float32),
+        weight=np.empty(AREA, np.float32),
+        light=np.empty(AREA, np.float32),
+        end=np.empty(AREA, np.int32),
+    )
+
+# %% ../nbs/20a_raster_compiled.ipynb #45f7c9b1
+class Drawn(NamedTuple):
+    "A picture, and what its gradient needs to know of each pixel."
+
+    picture: np.ndarray  # (H,W,C) float32
+    lights: np.ndarray  # (tiles,AREA) float32, light left at the end
+    ends: np.ndarray  # (tiles,AREA) int32, entry that finished each pixel
+
+# %% ../nbs/20a_raster_compiled.ipynb #8d40e945
+@compiled(merged=True)
+def blend_entries(
+    first: int,  # entry
+    stop: int,  # one past the tile's last entry
+    e: np.ndarray,  # (n,8) float64, splats
+    f: np.ndarray,  # (n,C) float32, features
+    splat: np.ndarray,  # (M,) int32, splats of entries
+    corner: tuple[int, int, int],  # first column, first row; width of the picture, px
+    w: TileWork,  # full light where the picture is; changed
+    total: np.ndarray,  # (C,AREA) float32; filled with the tile
+) -> None:
+    "The pixels of one tile."
+    x0, y0, width = corner
+    near_e, near_f, sheet, bits, power, alpha, weight, light, end = w
+    total[:] = 0
+    end[:] = stop
+    for begin in range(first, stop, CHUNK):
+        beyond = min(begin + CHUNK, stop)
+        fetch(e, f, splat, begin, beyond, near_e, near_f)
+        for k in range(begin, beyond):
+            exponents(near_e, k - begin, x0, y0, width, sheet)
+            strengths(sheet, bits, power, alpha)
+            take_light(alpha, light, end, k, weight)
+            add_scaled(near_f, k - begin, weight, total)
+        if is_dark(light):
+            break
+
+# %% ../nbs/20a_raster_compiled.ipynb #3be02d76
 @compiled()
 def blend_tiles(
     first: int,  # tile
     stop: int,  # one past the last tile
     e: np.ndarray,  # (n,8) float64, splats
     f: np.ndarray,  # (n,C) float32, features
-    ptr: np.ndarray,  # (tiles+1,) int64, see `SplatTiles`
-    splat: np.ndarray,  # (M,) int32
-    picture: np.ndarray,  # (H,W,C) float32; filled
-    lights: np.ndarray,  # (tiles,AREA) float32, light left at the end; filled
-    ends: np.ndarray,  # (tiles,AREA) int32, entry that finished each pixel; filled
+    tiles: SplatTiles,  # splats of each tile
+    drawn: Drawn,  # filled
 ) -> None:
     "The picture of some tiles."
-    height, width, C = picture.shape
+    height, width, C = drawn.picture.shape
     across = (width + SIDE - 1) // SIDE
-    near_e, near_f = np.empty((CHUNK, COLUMNS)), np.empty((CHUNK, C), np.float32)
+    w = tile_work(C)
     total = np.empty((C, AREA), np.float32)
-    sheet, bits = np.zeros(SHEET, np.float32), np.empty(AREA, np.int32)
-    alpha, weight, power = np.empty(AREA, np.float32), np.empty(AREA, np.float32), bits.view(np.float32)
-    light, end = np.empty(AREA, np.float32), np.empty(AREA, np.int32)
-    sheet[:SIDE] = np.arange(SIDE).astype(np.float32)
     for t in range(first, stop):
         x0, y0 = t % across * SIDE, t // across * SIDE
-        total[:] = 0
-        end[:] = ptr[t + 1]
-        mark_inside(x0, y0, width, height, light)
-        for begin in range(ptr[t], ptr[t + 1], CHUNK):
-            beyond = min(begin + CHUNK, ptr[t + 1])
-            fetch(e, f, splat, begin, beyond, near_e, near_f)
-            for k in range(begin, beyond):
-                exponents(near_e, k - begin, x0, y0, width, sheet)
-                strengths(sheet, bits, power, alpha)
-                take_light(alpha, light, end, k, weight)
-                add_scaled(near_f, k - begin, weight, total)
-            if is_dark(light):
-                break
-        lights[t] = np.abs(light)
-        ends[t] = end
-        put_tile(total, x0, y0, picture)
+        mark_inside(x0, y0, width, height, w.light)
+        blend_entries(tiles.ptr[t], tiles.ptr[t + 1], e, f, tiles.splat, (x0, y0, width), w, total)
+        drawn.lights[t] = np.abs(w.light)
+        drawn.ends[t] = w.end
+        put_tile(total, x0, y0, drawn.picture)
 
 # %% ../nbs/20a_raster_compiled.ipynb #2561f7ad
 MOMENTS = 6  # sums over pixels of pull times 1, dx, dy, dx^2, dx*dy, dy^2
@@ -405,7 +483,7 @@ def give_back(
         light[p] = before
         pull[p] = slope * a if a < A_MAX else NOTHING
 
-
+# %% ../nbs/20a_raster_compiled.ipynb #0e33258b
 @compiled("contract", "reassoc")
 def sum_moments(
     sheet: np.ndarray,  # (SHEET,) float32, with offsets
@@ -427,7 +505,7 @@ def sum_moments(
     found[row, 0], found[row, 1], found[row, 2] = s, sx, sy
     found[row, 3], found[row, 4], found[row, 5] = sxx, sxy, syy
 
-
+# %% ../nbs/20a_raster_compiled.ipynb #becd8532
 @compiled("contract", "reassoc")
 def sum_features(
     weight: np.ndarray,  # (AREA,) float32
@@ -442,7 +520,7 @@ def sum_features(
             total += weight[p] * g[c, p]
         found[row, MOMENTS + c] = total
 
-
+# %% ../nbs/20a_raster_compiled.ipynb #49ccf5c7
 @compiled()
 def get_tile(
     picture: np.ndarray,  # (H,W,C) float32
@@ -459,48 +537,6 @@ def get_tile(
 
 # %% ../nbs/20a_raster_compiled.ipynb #41c6564f
 @compiled()
-def unblend_tiles(
-    first: int,  # tile
-    stop: int,  # one past the last tile
-    e: np.ndarray,  # (n,8) float64, splats
-    f: np.ndarray,  # (n,C) float32, features
-    ptr: np.ndarray,  # (tiles+1,) int64, see `SplatTiles`
-    splat: np.ndarray,  # (M,) int32
-    place: np.ndarray,  # (M,) int32
-    grad: np.ndarray,  # (H,W,C) float32, gradient of the picture
-    lights: np.ndarray,  # (tiles,AREA) float32, from `blend_tiles`
-    ends: np.ndarray,  # (tiles,AREA) int32, from `blend_tiles`
-    found: np.ndarray,  # (M,6+C) float32, zeros; moments and feature gradients of each entry, at its place
-) -> None:
-    "What some tiles add to the gradient of each of their splats."
-    height, width, C = grad.shape
-    across = (width + SIDE - 1) // SIDE
-    near_e, near_f = np.empty((CHUNK, COLUMNS)), np.empty((CHUNK, C), np.float32)
-    g = np.empty((C, AREA), np.float32)
-    sheet, bits = np.zeros(SHEET, np.float32), np.empty(AREA, np.int32)
-    alpha, weight, power = np.empty(AREA, np.float32), np.empty(AREA, np.float32), bits.view(np.float32)
-    value, pull, behind = np.empty(AREA, np.float32), np.empty(AREA, np.float32), np.empty(AREA, np.float32)
-    light, end = np.empty(AREA, np.float32), np.empty(AREA, np.int32)
-    sheet[:SIDE] = np.arange(SIDE).astype(np.float32)
-    for t in range(first, stop):
-        x0, y0 = t % across * SIDE, t // across * SIDE
-        get_tile(grad, x0, y0, g)
-        behind[:] = 0
-        light[:] = lights[t]
-        end[:] = ends[t]
-        for beyond in range(drawn_until(end, light, ptr[t]), ptr[t], -CHUNK):
-            begin = max(beyond - CHUNK, ptr[t])
-            fetch(e, f, splat, begin, beyond, near_e, near_f)
-            for k in range(beyond - 1, begin - 1, -1):
-                exponents(near_e, k - begin, x0, y0, width, sheet)
-                strengths(sheet, bits, power, alpha)
-                dot_features(near_f, k - begin, g, value)
-                give_back(alpha, value, end, k, light, behind, weight, pull)
-                sum_moments(sheet, pull, found, place[k])
-                sum_features(weight, g, found, place[k])
-
-# %% ../nbs/20a_raster_compiled.ipynb #8d141fc0
-@compiled()
 def drawn_until(
     end: np.ndarray,  # (AREA,) int32, entry that finished each pixel
     light: np.ndarray,  # (AREA,) float32, 0 outside the picture
@@ -513,7 +549,7 @@ def drawn_until(
             last = max(last, end[p])
     return last
 
-
+# %% ../nbs/20a_raster_compiled.ipynb #9500d02c
 @compiled("contract")
 def dot_features(
     f: np.ndarray,  # (m,C) float32, features
@@ -528,7 +564,90 @@ def dot_features(
         for p in range(AREA):
             value[p] += factor * g[c, p]
 
+# %% ../nbs/20a_raster_compiled.ipynb #924e495e
+class BackWork(NamedTuple):
+    "The arrays that the walk back needs besides `TileWork`."
 
+    g: np.ndarray  # (C,AREA) float32, gradient of the tile
+    value: np.ndarray  # (AREA,) float32, features times gradient
+    pull: np.ndarray  # (AREA,) float32, strength times its gradient
+    behind: np.ndarray  # (AREA,) float32, what lies behind the entry
+
+
+@compiled()
+def back_work(
+    channels: int,  # numbers of a feature
+) -> BackWork:
+    "Fresh arrays for one thread."
+    g = np.empty((channels, AREA), np.float32)
+    return BackWork(g, np.empty(AREA, np.float32), np.empty(AREA, np.float32), np.empty(AREA, np.float32))
+
+# %% ../nbs/20a_raster_compiled.ipynb #4a07677c
+@compiled(merged=True)
+def undo_entries(
+    first: int,  # entry of the tile
+    e: np.ndarray,  # (n,8) float64, splats
+    f: np.ndarray,  # (n,C) float32, features
+    tiles: SplatTiles,  # splats and places of entries
+    corner: tuple[int, int, int],  # first column, first row; width of the picture, px
+    w: TileWork,  # light left and last entries, as drawn; changed
+    b: BackWork,  # gradient of the tile; changed
+    found: np.ndarray,  # (M,6+C) float32; the tile's rows are filled
+) -> None:
+    "What one tile adds to the gradient of each of its splats."
+    x0, y0, width = corner
+    near_e, near_f, sheet, bits, power, alpha, weight, light, end = w
+    g, value, pull, behind = b
+    behind[:] = 0
+    for beyond in range(drawn_until(end, light, first), first, -CHUNK):
+        begin = max(beyond - CHUNK, first)
+        fetch(e, f, tiles.splat, begin, beyond, near_e, near_f)
+        for k in range(beyond - 1, begin - 1, -1):
+            exponents(near_e, k - begin, x0, y0, width, sheet)
+            strengths(sheet, bits, power, alpha)
+            dot_features(near_f, k - begin, g, value)
+            give_back(alpha, value, end, k, light, behind, weight, pull)
+            sum_moments(sheet, pull, found, tiles.place[k])
+            sum_features(weight, g, found, tiles.place[k])
+
+# %% ../nbs/20a_raster_compiled.ipynb #2aa902bb
+@compiled()
+def unblend_tiles(
+    first: int,  # tile
+    stop: int,  # one past the last tile
+    e: np.ndarray,  # (n,8) float64, splats
+    f: np.ndarray,  # (n,C) float32, features
+    tiles: SplatTiles,  # splats of each tile
+    drawn: Drawn,  # from `blend_tiles`
+    grad: np.ndarray,  # (H,W,C) float32, gradient of the picture
+    found: np.ndarray,  # (M,6+C) float32, zeros; moments and feature gradients of each entry, at its place
+) -> None:
+    "What some tiles add to the gradient of each of their splats."
+    width, C = grad.shape[1], grad.shape[2]
+    across = (width + SIDE - 1) // SIDE
+    w, b = tile_work(C), back_work(C)
+    for t in range(first, stop):
+        x0, y0 = t % across * SIDE, t // across * SIDE
+        get_tile(grad, x0, y0, b.g)
+        w.light[:] = drawn.lights[t]
+        w.end[:] = drawn.ends[t]
+        undo_entries(tiles.ptr[t], e, f, tiles, (x0, y0, width), w, b, found)
+
+# %% ../nbs/20a_raster_compiled.ipynb #8d141fc0
+@compiled()
+def add_places(
+    found: np.ndarray,  # (M,6+C) float32, from `unblend_tiles`
+    first: int,  # place
+    stop: int,  # one past the last place
+    m: np.ndarray,  # (6+C,) float64; filled with the sum
+) -> None:
+    "Sum of some rows, in their order."
+    m[:] = 0
+    for k in range(first, stop):
+        for c in range(len(m)):
+            m[c] += found[k, c]
+
+# %% ../nbs/20a_raster_compiled.ipynb #d298a170
 @compiled()
 def sum_entries(
     first: int,  # splat
@@ -544,10 +663,7 @@ def sum_entries(
     "Gradients of some splats from what their tiles found."
     m = np.empty(found.shape[1])
     for i in range(first, stop):
-        m[:] = 0
-        for k in range(own[i], own[i + 1]):
-            for c in range(len(m)):
-                m[c] += found[k, c]
+        add_places(found, own[i], own[i + 1], m)
         A, B, C = e[i, 2], e[i, 3], e[i, 4]
         d_uv[i, 0] = A * m[1] + B * m[2]
         d_uv[i, 1] = B * m[1] + C * m[2]
@@ -571,7 +687,7 @@ def in_threads(
         for done in [pool.submit(kernel, int(a), int(b), *args) for a, b in zip(cuts, cuts[1:])]:
             done.result()
 
-
+# %% ../nbs/20a_raster_compiled.ipynb #86a1a3b6
 class CompiledBlend(torch.autograd.Function):
     "Splats to a picture; takes what `Blend` takes, in single precision."
 
@@ -589,12 +705,12 @@ class CompiledBlend(torch.autograd.Function):
         ellipses = splat_ellipses(Splats(None, uv, conic, opacity, None), width, height)
         e = torch.stack(ellipses[:COLUMNS], 1).numpy()
         f = features.detach().contiguous().numpy()
-        tiles = SplatTiles(*tile_lists(e, width, height))
+        tiles = tile_lists(e, width, height)
         n = len(tiles.ptr) - 1
         picture = np.empty((height, width, f.shape[1]), np.float32)
-        lights, ends = np.empty((n, AREA), np.float32), np.empty((n, AREA), np.int32)
-        in_threads(blend_tiles, n, e, f, tiles.ptr, tiles.splat, picture, lights, ends)
-        ctx.kept = e, f, tiles, lights, ends, picture.shape
+        drawn = Drawn(picture, np.empty((n, AREA), np.float32), np.empty((n, AREA), np.int32))
+        in_threads(blend_tiles, n, e, f, tiles, drawn)
+        ctx.kept = e, f, tiles, drawn
         ctx.save_for_backward(uv, conic, opacity, features)
         return torch.from_numpy(picture).view(height * width, -1)
 
@@ -605,11 +721,11 @@ class CompiledBlend(torch.autograd.Function):
         grad: Tensor,  # (pixels,C) gradient of the picture
     ) -> tuple:  # one entry an argument of `forward`
         "Gradients of centres, conics, opacities and features."
-        e, f, tiles, lights, ends, shape = ctx.kept
+        e, f, tiles, drawn = ctx.kept
         opacity = ctx.saved_tensors[2]
-        g = grad.contiguous().numpy().reshape(shape)
+        g = grad.contiguous().numpy().reshape(drawn.picture.shape)
         found = np.zeros((len(tiles.splat), MOMENTS + f.shape[1]), np.float32)
-        in_threads(unblend_tiles, len(tiles.ptr) - 1, e, f, *tiles[:2], tiles.place, g, lights, ends, found)
+        in_threads(unblend_tiles, len(tiles.ptr) - 1, e, f, tiles, drawn, g, found)
         gradients = [torch.empty_like(v) for v in ctx.saved_tensors]
         in_threads(sum_entries, len(e), e, tiles.own, found, *(v.numpy() for v in gradients))
         gradients[2] /= opacity.clamp_min(1e-10)

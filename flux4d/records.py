@@ -75,7 +75,7 @@ def table_cell(
         return "-"
     return f"{x:{form}}" if isinstance(x, float) else str(x)
 
-
+# %% ../nbs/09a_records.ipynb #a30ad67c
 def markdown_table(
     head: list[str],  # names of the columns
     rows: list[list],  # cells

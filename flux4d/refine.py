@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from annotated_types import Interval
 from pydantic import NonNegativeFloat
 from .attribute_kernels import apply_change, fused_feedback, kernels_change
-from .clip_data import InputViews
+from .clip_data import InputViews, ViewGroups, size_groups
 from .config import Config
 from .frames import mat_to_quat, quat_mul, rotate_vectors, se3_inverse, transform_points
 from .gaussians import FLAT, Gaussians
@@ -108,25 +108,30 @@ class Feedback(NamedTuple):
 # %% ../nbs/50_refine.ipynb #76161818
 def feedback(
     scene: Scene,  # N Gaussians
-    inputs: InputViews,  # raises TypeError for any other views
+    inputs: InputViews | ViewGroups,  # raises TypeError for any other views
     cfg: RefineConfig,  # read: error, rgb, depth
     loss: LossConfig = LossConfig(),  # read where `error` is "training"
 ) -> Feedback:  # without graph
     "Gradient of the input views' error; works under no_grad too."
-    if not isinstance(inputs, InputViews):
-        raise TypeError(
-            f"feedback comes from InputViews only, got {type(inputs).__name__}: "
-            "a reconstruction never sees its targets."
-        )
+    groups = size_groups(inputs)
+    for views in groups:
+        if not isinstance(views, InputViews):
+            raise TypeError(
+                f"feedback comes from InputViews only, got {type(views).__name__}: "
+                "a reconstruction never sees its targets."
+            )
     g = scene.gaussians
     with torch.enable_grad():
         raw = {name: getattr(g, name).detach().requires_grad_() for name in FLAT}
         nothing = g.means.new_zeros(len(g), 1).requires_grad_()  # a channel that is zero everywhere
         fresh = replace(scene, gaussians=replace(g, **raw), velocity=scene.velocity.detach())
-        out = fresh.render(inputs, features=nothing)
-        slopes = feedback_slopes(out, inputs, cfg, loss)
-        slopes = *slopes, torch.ones_like(out.features)
-        pictures = out.rgb, out.depth, out.features
+        found = [fresh.render(views, features=nothing) for views in groups]
+        slopes = [
+            slope
+            for out, views in zip(found, groups)
+            for slope in (*feedback_slopes(out, views, cfg, loss), torch.ones_like(out.features))
+        ]
+        pictures = [picture for out in found for picture in (out.rgb, out.depth, out.features)]
         *grad, filled = torch.autograd.grad(pictures, (*raw.values(), nothing), slopes)
     return Feedback(torch.cat([d.reshape(len(g), -1) for d in grad], 1), filled[:, 0])
 

@@ -20,8 +20,8 @@ from .raster_compiled import have_numba, rasterise_compiled
 from .splat_kernels import Placement, finish_pictures, kernels_work, place_splats
 
 # %% auto #0
-__all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'pick_backend', 'background_colour', 'lidar_depth',
-           'place_plain', 'finish_plain', 'kernels_take', 'render', 'compare_backends']
+__all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'tile_size_for', 'pick_backend', 'background_colour',
+           'lidar_depth', 'place_plain', 'finish_plain', 'kernels_take', 'render', 'compare_backends']
 
 # %% ../nbs/21_render.ipynb #e542d582
 @dataclass
@@ -145,6 +145,15 @@ def _gsplat_rasterization(
         ) from e
     return rasterization
 
+# %% ../nbs/21_render.ipynb #46085644
+def tile_size_for(
+    e: Ellipsoids,  # what is drawn
+    values: Tensor,  # and what it shows
+) -> int:  # px
+    "Side of gsplat's tiles: small ones where a gradient is wanted."
+    back = torch.is_grad_enabled() and any(x.requires_grad for x in (*e, values))
+    return 8 if back else 16
+
 # %% ../nbs/21_render.ipynb #21341fb3
 def _with_gsplat(
     e: Ellipsoids,  # means (V,N,3) at each view's time, world, m; the rest of the N Gaussians
@@ -167,6 +176,7 @@ def _with_gsplat(
         far_plane=cfg.far,
         eps2d=cfg.eps2d,
         packed=False,
+        tile_size=tile_size_for(e, values),
         render_mode="RGB",
         rasterize_mode="antialiased" if cfg.antialiased else "classic",
     )

@@ -198,7 +198,7 @@ def paper_column(
     images = full[2] + [None] * 4 if whole_logs(m) else full[1][:8] + full[4]
     return [*images, *full[5], *full[6], PAPER_SECONDS]
 
-
+# %% ../nbs/56_report.ipynb #6aa94a66
 def summary_table(
     m: dict,  # metrics
 ) -> str:  # markdown: one row a metric, one column a method
@@ -223,7 +223,7 @@ def clip_table(
         rows.append([clip, psnr["interpolation"], psnr["future"], flow["epe3d"], flow["FD"], flow["frames"]])
     return markdown_table(head, rows)
 
-
+# %% ../nbs/56_report.ipynb #dd3f74fe
 def class_table(
     m: dict,  # metrics
 ) -> str:  # markdown
@@ -241,7 +241,7 @@ def paths_by_reason(
         found.setdefault(why, []).append(path)
     return found
 
-
+# %% ../nbs/56_report.ipynb #6416524b
 def report_tables(
     m: dict,  # metrics
 ) -> dict[str, str]:  # {title: markdown}

@@ -278,7 +278,7 @@ def stated(
     x = m.get("runtime", {}).get(name)
     return f"{x:.4g}" if isinstance(x, (int, float)) else str(x or "-")
 
-
+# %% ../nbs/56a_report_pages.ipynb #19167c0a
 def side_by_side(
     records: dict[str, dict],  # metrics by run
 ) -> str:  # lines of text, one a quantity, one column a run

@@ -72,7 +72,7 @@ class ResultRow:
     run: str  # a folder of papermill_runs
     part: str = ""  # keys above nvs and scene_flow, for what was scored beside the run's model
 
-
+# %% ../nbs/91a_result_tables.ipynb #779ca154
 RESULT_COLUMNS = {  # name -> keys, form of a number
     "PSNR, dB": ("nvs full * psnr", ".2f"),
     "PSNR of moving regions, dB": ("nvs dynamic * psnr", ".2f"),

@@ -86,7 +86,7 @@ class Course(NamedTuple):
     steps: list[float]
     values: list[float]  # dB
 
-
+# %% ../nbs/55c_run_facts.ipynb #e564f82c
 def psnr_course(
     rows: list[dict],  # logged steps: `score` of validations, else `psnr` of training views
     blocks: int = 12,  # training PSNR is averaged over this many stretches

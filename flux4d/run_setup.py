@@ -92,7 +92,7 @@ def frames_used(
     "The frames of clips."
     return {(clip.log.id, frame) for clip in clips for frame in clip.frames}
 
-
+# %% ../nbs/58_run_setup.ipynb #5c563525
 def keep_aside(
     clips: list[Clip],  # training clips
     most: int,  # clips to keep aside
@@ -122,7 +122,7 @@ def check_fixed_frame(
         fault = f"is {frame}, but the shortest training clip has frames 0 to {shortest - 1}"
         raise DataError(f"fixed_target_frame: {fault}; choose one of them.")
 
-
+# %% ../nbs/58_run_setup.ipynb #8568f6ea
 def first_frames(
     index: dict,  # clip index
     logs: tuple[str, ...],  # () = all
@@ -167,7 +167,7 @@ class RunClips(NamedTuple):
     evaluated: list[Clip]  # judged by
     left_out: dict[str, str]  # clip id -> why the data cannot give it
 
-
+# %% ../nbs/58_run_setup.ipynb #e29e4a1c
 def choose_clips(
     p: TrainingParameters,  # of the run
     cfg: FullConfig,  # read: data, loss
@@ -235,7 +235,7 @@ def open_run(
         run.write("meta.json", meta)
     return run
 
-
+# %% ../nbs/58_run_setup.ipynb #e2363ec5
 def resolved(
     cfg: FullConfig,  # everything
     eval_cfg: EvalConfig,  # how the run will be scored

@@ -85,10 +85,11 @@ def costs_of(
 
 def bench_runs(
     root: Path,  # the repository
-) -> list[Path]:  # folders of papermill_runs with timings, those of GPUs first
-    "Runs of 80_bench."
-    found = [p for p in sorted((root / "papermill_runs").glob("bench_*/metrics.json")) if "timing" in read_metrics(p)]
-    return [p.parent for p in sorted(found, key=lambda p: read_metrics(p).get("runtime", {}).get("gpu") is None)]
+) -> list[Path]:  # folders of papermill_runs, those of GPUs first
+    "Runs of 80_bench on a real log; a made-up one says little of a data set."
+    found = {p.parent: read_metrics(p) for p in sorted((root / "papermill_runs").glob("bench_*/metrics.json"))}
+    real = [p for p, m in found.items() if "timing" in m and not m.get("data", {}).get("made_up")]
+    return sorted(real, key=lambda p: found[p].get("runtime", {}).get("gpu") is None)
 
 # %% ../nbs/80a_scaling.ipynb #133287f0
 PAPER_STEPS, PAPER_LOGS = 30_000, 103
@@ -183,18 +184,18 @@ class Limit(NamedTuple):
 
 def limits_of(
     costs: Costs,  # of one log
-    machine: Machine = Machine(),
+    machine: Machine = Machine(),  # that is used up
 ) -> list[Limit]:  # in the order in which they are reached
     "What runs out, when, and what to do."
     one = plan_for(1, costs, machine)
     hours = machine.train_hours
     found = [
         Limit("host memory: decoded frames", one.frames, machine.host_bytes / 2,
-              "keep the newest up to a budget in bytes; read the others ahead, see the cores below"),
+              "keep the newest up to a budget in bytes; read the others ahead, see the cores above"),
         Limit("host memory: lifted clips", one.lifts, machine.host_bytes / 2,
               "keep them on disk; keep the grid index beside the lift, or make it on the GPU"),
         Limit("disk: logs and lifted clips", one.disk + one.lifts, machine.disk_bytes,
-              "do not keep lifts: lift in the reader's workers, which costs the cores below"),
+              "do not keep lifts: lift in the reader's workers, which costs the cores above"),
         Limit("disk: logs alone", one.disk, machine.disk_bytes,
               "shards in an object store, streamed in the order of a seeded permutation of shards"),
         Limit("files of one file system", one.files, machine.files,
@@ -207,7 +208,7 @@ def limits_of(
               "more GPUs with clips shared out by seed, step and rank"),
         Limit("a week of training, one machine", one.gpu_hours, hours * machine.gpus,
               "more machines by the same rule; the gradient they exchange stays as large as the weights"),
-    ]  # fmt: skip
+    ]
     return sorted(found, key=lambda limit: limit.logs)
 
 # %% ../nbs/80a_scaling.ipynb #13ff4162

@@ -130,7 +130,7 @@ def means_at(
     "Where every Gaussian is at another time (paper Eq. 2)."
     return advance(self.gaussians.means, self.velocity, self.gaussians.t, t, self.duration, slack)
 
-
+# %% ../nbs/22_scene.ipynb #4fb90691
 @patch
 def render(
     self: Scene,
@@ -162,7 +162,7 @@ def t_of(
         )
     return t
 
-
+# %% ../nbs/22_scene.ipynb #c0b94f28
 @patch
 def camera(
     self: Scene,

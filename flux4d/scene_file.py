@@ -154,7 +154,7 @@ def _read_cameras(
         raise DataError(f"does not say which cameras it has; {_AGAIN}.")
     return {name: _read_camera(content, name, size) for name, size in sizes.items()}
 
-
+# %% ../nbs/22a_scene_file.ipynb #c11ee8e1
 def _read_clock(
     content: TensorFile,  # of a scene
 ) -> ClipTime:  # raises DataError

@@ -41,7 +41,7 @@ def example_table() -> pd.DataFrame:  # of scores
     rows = [*spent, *views, *(dict(scene="truth") | row for row in truth)]
     return score_table([pd.DataFrame(rows).assign(log=ANY, clip=ANY, count=1)])
 
-
+# %% ../nbs/55b_schema.ipynb #18f5fde5
 def schema_of(
     value: Any,  # example metrics, or a part of them
 ) -> Any:  # as `faults` takes it
@@ -198,7 +198,7 @@ def is_same(
         return math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-12)
     return a == b
 
-
+# %% ../nbs/55b_schema.ipynb #cd512746
 def disagreements(
     m: dict,  # metrics that follow the schema
     table: pd.DataFrame,  # the scores they are said to come from

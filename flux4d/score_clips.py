@@ -39,8 +39,8 @@ from .view_scores import EvalConfig, check_clip, moving_mask, sky_mask, view_row
 # %% auto #0
 __all__ = ['METHODS', 'ALWAYS', 'POLISHED', 'one_clip_loader', 'read_ahead', 'forget', 'check_baselines', 'polished_copy',
            'timed', 'ClipScenes', 'clip_scenes', 'distinct', 'RenderedTarget', 'target_views', 'view_masks',
-           'rendered_targets', 'Evaluation', 'picture_key', 'beside_photo', 'write_worst', 'evaluate',
-           'validation_scores']
+           'rendered_targets', 'Evaluation', 'picture_key', 'beside_photo', 'write_worst', 'evaluation_facts',
+           'evaluate', 'validation_scores']
 
 # %% ../nbs/55d_score_clips.ipynb #bd9253cf
 def one_clip_loader(
@@ -181,9 +181,10 @@ def target_views(
     "The target views of a clip in every camera, interpolation first."
     for setting in TARGET_SETTINGS:
         frames = getattr(clip, f"{setting}_frames")
-        pairs = [(frame, camera) for frame in frames for camera in loader.cfg.data.cameras]
-        for start in range(0, len(pairs), most):
-            yield setting, loader.views(clip, pairs[start : start + most])
+        for cameras in clip.log.by_size(loader.cfg.data.cameras):
+            pairs = [(frame, camera) for frame in frames for camera in cameras]
+            for start in range(0, len(pairs), most):
+                yield setting, loader.views(clip, pairs[start : start + most])
 
 # %% ../nbs/55d_score_clips.ipynb #730e82b6
 def view_masks(
@@ -380,6 +381,17 @@ def write_worst(
             Image.fromarray(picture).save(ev.folder / f"worst/{k}.jpg", quality=82)
 
 # %% ../nbs/55d_score_clips.ipynb #e56b5bbe
+def evaluation_facts(
+    about: About,  # what is evaluated
+    ev: Evaluation,  # all clips scored
+) -> dict:  # see `run_facts`
+    "What is known of an evaluation besides its scores; the model is timed here."
+    cfg, device = ev.loader.cfg, ev.loader.device
+    timing = about.model and time_reconstruction(about.model, ev.loader, 20 if "cuda" in str(device) else 1)
+    of_clips = clip_facts(ev.loader.clips, cfg, ev.cfg.depth_sensors)
+    return run_facts(about, of_clips, cfg.data.image_scale, device, timing)
+
+# %% ../nbs/55d_score_clips.ipynb #aaa0ccbb
 def evaluate(
     about: About,  # what is evaluated
     ev: Evaluation,  # how, and where results go
@@ -393,12 +405,7 @@ def evaluate(
     for i in progress(range(len(ev.loader.clips))):
         with writing(ev.folder / "renders"):
             ev.score_clip(i, about.scenes)
-    repeats = 20 if "cuda" in str(ev.loader.device) else 1
-    timing = about.model and time_reconstruction(about.model, ev.loader, repeats)
-    c = ev.loader.cfg
-    of_clips = clip_facts(ev.loader.clips, c, ev.cfg.depth_sensors)
-    facts = run_facts(about, of_clips, c.data.image_scale, ev.loader.device, timing)
-    facts |= dict(videos=ev.films, no_lpips=no_lpips or "")
+    facts = evaluation_facts(about, ev) | dict(videos=ev.films, no_lpips=no_lpips or "")
     table = score_table(ev.tables)
     metrics = check_metrics(metrics_from(table, facts))
     write_worst(ev)

@@ -122,7 +122,7 @@ def flat(
     items = value.items() if isinstance(value, dict) else enumerate(value)
     return {path: v for k, x in items for path, v in flat(x, f"{at}.{k}".lstrip(".")).items()}
 
-
+# %% ../nbs/55_scores.ipynb #5912c60d
 def nested(
     values: dict[str, Any],  # {dotted path: value}
 ) -> dict:  # of groups

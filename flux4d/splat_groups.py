@@ -73,7 +73,7 @@ def moving_rows(
     way = torch.maximum((middle - start).norm(dim=1), (end - start).norm(dim=1))
     return way > least
 
-
+# %% ../nbs/73c_splat_groups.ipynb #8cc283ab
 def switch_rows(
     scene: Scene,  # in ego0
     actors: Iterable[Any] = (),  # each with `.index` and `.mask` (N,) bool
@@ -107,7 +107,7 @@ def widened(
         scales = torch.hypot(scales, (smallest * distance)[:, None])
     return replace(scene, gaussians=replace(g, log_scales=scale_inv(scales)))
 
-
+# %% ../nbs/73c_splat_groups.ipynb #0d42f9c3
 def covariances_of(
     g: Gaussians,  # N Gaussians
 ) -> np.ndarray:  # (N,3,3) float32, m^2
@@ -161,7 +161,7 @@ def check_layer(
     if layer not in VIEWER_LAYERS:
         raise DataError(f"layer: {layer!r} is unknown; choose from {', '.join(VIEWER_LAYERS)}.")
 
-
+# %% ../nbs/73c_splat_groups.ipynb #b2d141a1
 def distance_colours(
     distance: np.ndarray,  # (...) m
 ) -> np.ndarray:  # (...,3) 0..1
@@ -185,7 +185,7 @@ def motion_colours(
     share = (v.norm(dim=1, keepdim=True) / FULL_SPEED).clamp(0, 1).sqrt()
     return grey + share * (hue - grey)
 
-
+# %% ../nbs/73c_splat_groups.ipynb #fe3ef3cd
 def layer_colours(
     group: SplatGroup,  # n Gaussians
     layer: str,  # one of VIEWER_LAYERS

@@ -6,12 +6,13 @@
 from __future__ import annotations
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from .cache import LiftCache, fill_cache
@@ -29,7 +30,7 @@ from .report import summary_table
 from .report_pages import write_report
 from .run import Run, provenance
 from .run_facts import About, frames_of, training_overlap
-from .run_setup import RunClips, choose_clips, find_data, make_index, open_run, resolved, resume_point
+from .run_setup import RunClips, choose_clips, open_run, resolved, resume_point
 from .train import Trainer, every
 from .flow_metrics import FlowScoreConfig
 from .flow_truth import check_bs_flow, clip_truth, score_flow
@@ -47,7 +48,7 @@ from .view_scores import EvalConfig
 # %% auto #0
 __all__ = ['FEW', 'CURVES', 'SMOOTH', 'clips_said', 'background_flow', 'validation', 'Job', 'begin_run', 'run_meta',
            'progress_bar', 'Loaders', 'open_loaders', 'make_trainer', 'training_said', 'validation_said', 'curves_say',
-           'rows_due', 'draw_curves', 'score_run', 'run_stage6', 'refuse_unknown', 'stage6_main']
+           'rows_due', 'draw_curve', 'draw_curves', 'score_run', 'run_stage6', 'refuse_unknown', 'stage6_main']
 
 # %% ../nbs/60_stage6.ipynb #11f29fd1
 def clips_said(
@@ -170,7 +171,9 @@ def run_meta(
     )
 
 
-def progress_bar(items):
+def progress_bar(
+    items: Iterable,  # to go through
+) -> Iterable:  # the same
     "A bar that writes a line every ten seconds at most."
     return tqdm(items, leave=False, mininterval=10)
 
@@ -233,7 +236,7 @@ def training_said(
     enough = "." if logged >= FEW else ", too few for a curve."
     return f"{step} steps, {step - skipped} with an update; {logged} logged{enough}"
 
-
+# %% ../nbs/60_stage6.ipynb #a200e976
 def validation_said(
     scores: list[float],  # dB, of each validation
 ) -> str:  # a sentence
@@ -274,6 +277,20 @@ CURVES = {"total": "total loss", "psnr": "PSNR, dB", "vel": "mean speed, m/s"}  
 SMOOTH = 15  # rows of which a mean is drawn: each row is another view
 
 
+def draw_curve(
+    ax: Axes,  # of one panel
+    steps: list[dict],  # logged rows of training steps
+    key: str,  # of CURVES
+) -> None:
+    "One number over the run: every logged row, and a mean over neighbours."
+    at, values = [row["step"] for row in steps], [row[key] for row in steps]
+    ax.plot(at, values, lw=0.7, alpha=0.4, color="C0", label="training views")
+    if len(steps) > SMOOTH:
+        mean = np.convolve(values, np.ones(SMOOTH) / SMOOTH, mode="valid")
+        ax.plot(at[SMOOTH // 2 : SMOOTH // 2 + len(mean)], mean, color="C0", label=f"mean of {SMOOTH} rows")
+    ax.set(xlabel="step", ylabel=CURVES[key])
+
+# %% ../nbs/60_stage6.ipynb #f95f2bcf
 def draw_curves(
     rows: list[dict],  # logged rows of a run
     title: str,  # of the picture
@@ -281,14 +298,8 @@ def draw_curves(
     "The curves of a run."
     fig = Figure(figsize=(12, 3.2), layout="constrained")
     axs = fig.subplots(1, len(CURVES))
-    steps = [row for row in rows if "total" in row]
-    for ax, (key, label) in zip(axs, CURVES.items()):
-        at, values = [row["step"] for row in steps], [row[key] for row in steps]
-        ax.plot(at, values, lw=0.7, alpha=0.4, color="C0", label="training views")
-        if len(steps) > SMOOTH:
-            mean = np.convolve(values, np.ones(SMOOTH) / SMOOTH, mode="valid")
-            ax.plot(at[SMOOTH // 2 : SMOOTH // 2 + len(mean)], mean, color="C0", label=f"mean of {SMOOTH} rows")
-        ax.set(xlabel="step", ylabel=label)
+    for ax, key in zip(axs, CURVES):
+        draw_curve(ax, [row for row in rows if "total" in row], key)
     for key in ("val_interpolation", "val_future"):
         scored = [(row["step"], row[key]) for row in rows if key in row]
         if scored:

@@ -110,7 +110,7 @@ def _check_header(
             "update it with `pip install -U flux4d`."
         )
 
-
+# %% ../nbs/02h_tensor_file.ipynb #306ba5b1
 _REMEDY = {  # what to do with a file of ours that was given in the wrong place
     "flux4d-weights": "read it with flux4d.load",
     "flux4d-scene": "read it with flux4d.load_scene",

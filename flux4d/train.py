@@ -12,7 +12,7 @@ from typing import Any
 from fastcore.basics import patch
 from .bookkeeping import Skips
 from .config import Config, config_to_dict
-from .files import DataError
+from .files import DataError, WriteError
 from .interrupt import Interrupted, StopRequest, stop_signals
 from .loader import Loader
 from .model import Flux4DBase
@@ -348,14 +348,25 @@ def _how_to_go_on(self: Trainer) -> str:  # half a sentence
 
 
 @patch
-def _farewell(self: Trainer) -> str:  # a sentence
+def _save_what_is_learned(self: Trainer) -> None:
+    "Before a fault of the data ends the run: no step that was taken is lost."
+    if self.step > max(self.saved_step, self.skips.total):
+        self.run.say(f"step {self.step:6d}  saved as {self.save().name}")
+
+
+@patch
+def _farewell(
+    self: Trainer,
+    why: str = "",  # half a sentence; empty after a request to stop
+) -> str:  # a sentence
     "Save where training was interrupted, and say how to go on."
     line = "interrupted before the first step"
     if self.step and self.processes.first:
         line = f"interrupted at step {self.step}, saved as {self.save().name}"
     elif self.step:
         line = f"interrupted at step {self.step}"
-    line = f"{self.processes.loss}{line}; {self._how_to_go_on()}"
+    reason = self.processes.loss or (f"{why}; " if why else "")
+    line = f"{reason}{line}; {self._how_to_go_on()}"
     self.run.say(line)
     return line
 
@@ -378,10 +389,12 @@ def fit(
             except Interrupted as e:
                 ending.set()
                 self.processes.leave(e)
-                raise Interrupted(self._farewell()) from None
+                raise Interrupted(self._farewell(str(e))) from None
             except BaseException as e:
                 ending.set()
                 self.processes.leave(e)
+                if isinstance(e, DataError) and not isinstance(e, WriteError):
+                    self._save_what_is_learned()
                 raise
     finally:
         self.loader.rest()

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from .bookkeeping import Mark, Skips, TrainedOn
 from .config import Config
 from .files import DataError, WriteError
 from .image_velocity import render_weighted
-from .interrupt import Interrupted, StopRequest
+from .interrupt import Interrupted, NoMemory, StopRequest
 from .loader import Batch, Loader
 from .training_loss import reconstruction_loss
 from .model import Flux4DBase, build_model
@@ -28,7 +29,7 @@ from .run import Run
 from .scene import Scene
 
 # %% auto #0
-__all__ = ['UNREADABLE', 'with_random_background', 'TrainStep']
+__all__ = ['UNREADABLE', 'with_random_background', 'TrainStep', 'memory_full_as_sentence']
 
 # %% ../nbs/33e_train_step.ipynb #3fd8f1a2
 def with_random_background(
@@ -98,6 +99,16 @@ def losses(
 
 # %% ../nbs/33e_train_step.ipynb #6c1c4141
 @patch
+def _refuse_lost_data(self: TrainStep) -> None:  # raises DataError
+    "Where the whole data root is gone no single file is at fault."
+    for root in {clip.log.root for clip in self.loader.clips}:
+        if not Path(root).is_dir():
+            raise DataError(
+                f"data_root: {root} is not there any more; bring it back and go on with resume_from=last."
+            ) from None
+
+
+@patch
 def _leave_out(
     self: TrainStep,
     why: str,  # a sentence
@@ -125,6 +136,7 @@ def _read(
     except WriteError:  # no fault of the data
         raise
     except UNREADABLE as e:
+        self._refuse_lost_data()
         self.unread.append(str(e) or type(e).__name__)
         self._leave_out(self.unread[-1])
         return None
@@ -294,7 +306,7 @@ def _undone_when_stopped(self: TrainStep) -> Iterator[None]:
     mark = Mark(self.trained_on)
     try:
         yield
-    except Interrupted:
+    except BaseException:
         with torch.no_grad():
             for own, kept in zip(self.model.buffers(), buffers):
                 own.copy_(kept)
@@ -311,6 +323,21 @@ def _update(self: TrainStep) -> None:
     self.skips.end()
 
 # %% ../nbs/33e_train_step.ipynb #62e17762
+@contextmanager
+def memory_full_as_sentence() -> Iterator[None]:  # raises NoMemory
+    "What did not fit in memory ends the run, and the step is not taken."
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        full = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(e)
+        if not full:
+            raise
+        where = "the GPU's memory" if isinstance(e, torch.OutOfMemoryError) else "host memory"
+        raise NoMemory(
+            f"{where} is full, so lower data.device_gb, data.host_gb, views_per_step or max_gaussians"
+        ) from None
+
+
 @patch
 def train_step(
     self: TrainStep,
@@ -319,7 +346,7 @@ def train_step(
     norms = running_norms(self.model) if self.processes.count > 1 else []
     seen = [norm_state(norm) for norm in norms]
     with self._undone_when_stopped():
-        with self.stop.allowed():
+        with self.stop.allowed(), memory_full_as_sentence():
             row = self.gradients()
         row = self._join(row)
         self.processes.chain_norms(norms, seen)

@@ -14,7 +14,7 @@ from .matching import BlockMap, blocks_met
 
 # %% auto #0
 __all__ = ['soft_counts', 'DensityMap', 'density_map', 'CellMeans', 'cell_means', 'MemberCells', 'member_cells', 'solve_2x2',
-           'refine_trajectories', 'merge_trajectories']
+           'pulled', 'refine_trajectories', 'merge_trajectories']
 
 # %% ../nbs/13c_trajectories.ipynb #a05b90a2
 def soft_counts(
@@ -128,6 +128,17 @@ def solve_2x2(
     return A.flip(1, 2) * sign @ b / determinant[:, None, None]
 
 # %% ../nbs/13c_trajectories.ipynb #deba87c7
+def pulled(
+    places: Tensor,  # (Q,S,2) of each cell in each sweep, ego0, m
+    density: DensityMap,  # of the S sweeps
+    blur_std: float,  # m, of the density map
+) -> tuple[Tensor, Tensor]:  # (Q,S,2) change of the place, m; (Q,S) density there
+    "Mean shift: up the slope of the logarithm of the density, one and a half times as far, bounded by its blur."
+    found = density.sample(places)
+    shift = blur_std**2 * found[..., 1:] / found[..., :1].clamp_min(1e-4)
+    return 1.5 * shift.clamp(-blur_std, blur_std), found[..., 0]
+
+# %% ../nbs/13c_trajectories.ipynb #460ee5ad
 def refine_trajectories(
     velocity: Tensor,  # (K,2) by consensus, m/s
     times: Tensor,  # (S,) of the sweeps, s
@@ -149,13 +160,10 @@ def refine_trajectories(
     trajectory = start
     for _ in range(steps):
         moved = base @ trajectory[members.block]
-        found = density.sample(members.xy[:, None] + moved)
-        shift = blur_std**2 * found[..., 1:] / found[..., :1].clamp_min(1e-4)
-        target = moved + 1.5 * shift.clamp(-blur_std, blur_std)
-        weight = found[..., 0] * (t != 0)
-        weighted = (weight[..., None] * base).mT
+        change, weight = pulled(members.xy[:, None] + moved, density, blur_std)
+        weighted = ((weight * (t != 0))[..., None] * base).mT
         A = total(weighted @ base) + prior
-        trajectory = solve_2x2(A, total(weighted @ target) + prior @ start)
+        trajectory = solve_2x2(A, total(weighted @ (moved + change)) + prior @ start)
     return trajectory
 
 # %% ../nbs/13c_trajectories.ipynb #b13916c3

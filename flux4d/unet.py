@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from annotated_types import MinLen
 from pydantic import PositiveInt
+from .attribute_kernels import fused_mix, kernels_change
 from .settings import Share
 from .voxels import VoxelConfig, Voxels
 
@@ -25,11 +26,13 @@ with warnings.catch_warnings():
     import spconv.pytorch as spconv
     from spconv import constants as spconv_constants
     from spconv.core import ConvAlgo
+    from spconv.pytorch import functional as spconv_functional, ops as spconv_ops
+    from spconv.tools import CUDAKernelTimer
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # spconv's containers are never traced
 
 # %% auto #0
-__all__ = ['AGAIN', 'TABLE_SIDES', 'PRECISIONS', 'REFUSED', 'constants', 'grid_position', 'cell_key', 'count_rows', 'pool_mean',
-           'voxelise', 'trilinear_corners', 'neighbours', 'mix_voxels', 'interpolate_voxels', 'SparseConv',
+__all__ = ['AGAIN', 'TABLE_SIDES', 'NO_TIMER', 'PRECISIONS', 'REFUSED', 'constants', 'grid_position', 'cell_key', 'count_rows',
+           'pool_mean', 'voxelise', 'trilinear_corners', 'neighbours', 'mix_voxels', 'interpolate_voxels', 'SparseConv',
            'exchange_sides', 'kept_tables', 'pick_precision', 'Kernels', 'use_precision', 'UNetConfig', 'VoxelNorm',
            'make_norm', 'ConvBlock', 'SparseUNet', 'relative_rms', 'device_gap']
 
@@ -83,9 +86,11 @@ def pool_mean(
     x: Tensor,  # (M,F) features of points
     row: Tensor,  # (M,) int64, group of each point
     n: int,  # number of groups
+    count: Tensor | None = None,  # (n,) int64 points of each group; None = counted here
 ) -> Tensor:  # (n,F), 0 for an empty group
     "Mean of the features in each group."
-    return x.new_zeros(n, x.shape[1]).index_add(0, row, x) / count_rows(row, n).clamp_min(1)[:, None]
+    count = count_rows(row, n) if count is None else count
+    return x.new_zeros(n, x.shape[1]).index_add_(0, row, x) / count.clamp_min(1)[:, None]
 
 # %% ../nbs/30_unet.ipynb #ddb0231b
 def voxelise(
@@ -137,7 +142,10 @@ def mix_voxels(
     w: Tensor,  # (N,8) weights, from `neighbours`
 ) -> Tensor:  # (N,C), 0 where all weights are
     "Weighted sum of voxels for each point; differentiable with respect to the features."
-    return F.embedding_bag(row, features, mode="sum", per_sample_weights=w.to(features.dtype))
+    w = w.to(features.dtype)
+    if kernels_change(w) and features.dtype == torch.float32:
+        return fused_mix(features, row, w)
+    return F.embedding_bag(row, features, mode="sum", per_sample_weights=w)
 
 # %% ../nbs/30_unet.ipynb #c49d50e8
 def interpolate_voxels(
@@ -213,6 +221,33 @@ def kept_tables(
     "The tables of a pass, ready to serve another one on the same voxels."
     strided = {k: d for k, d in x.indice_dict.items() if not (d.is_subm or k.endswith(AGAIN))}
     return x.indice_dict | {k + AGAIN: exchange_sides(d) for k, d in strided.items()}
+
+# %% ../nbs/30_unet.ipynb #90a3a226
+NO_TIMER = CUDAKernelTimer(False)
+
+
+@patch
+def again(
+    self: SparseConv,
+    features: Tensor,  # (V,n_in)
+    tables: dict,  # from `kept_tables`
+) -> Tensor:  # (W,n_out)
+    "Convolve voxels whose table is known."
+    t = tables[self.key + AGAIN * (self.kind == "down")]
+    same = self.kind == "same"
+    n_out = len(t.out_indices if same else t.indices)  # strided tables are read from their other side
+    if t.algo == ConvAlgo.Native:
+        convolve = spconv_functional.indice_subm_conv if same else spconv_functional.indice_inverse_conv
+        return convolve(features, self.weight, t.indice_pairs, t.indice_pair_num, n_out, t.algo, NO_TIMER)
+    there = t.pair_fwd, t.pair_mask_fwd_splits, t.mask_argsort_fwd_splits
+    back = t.pair_bwd, t.pair_mask_bwd_splits, t.mask_argsort_bwd_splits
+    there, back = (there, back) if same else (back, there)
+    if not torch.is_grad_enabled():
+        how = n_out, t.masks, False, same, NO_TIMER, self.fp32_accum
+        return spconv_ops.implicit_gemm(features, self.weight, *there, *how)[0]
+    both = [table for pair in zip(there, back) for table in pair]
+    how = n_out, t.masks, True, same, NO_TIMER, self.fp32_accum
+    return spconv_functional.implicit_gemm(features.contiguous(), self.weight, *both, *how)
 
 # %% ../nbs/30_unet.ipynb #e0fcf0ae
 PRECISIONS = "auto", "float32", "tf32"  # of the convolutions
@@ -328,6 +363,14 @@ class ConvBlock(nn.Module):
         x = self.conv(x)
         return x.replace_feature(F.leaky_relu(self.norm(x.features), self.slope))
 
+    def again(
+        self,
+        features: Tensor,  # (V,n_in) of the input voxels
+        tables: dict,  # from `kept_tables`
+    ) -> Tensor:  # (W,n_out) of the output voxels
+        "The same on voxels whose tables are known."
+        return F.leaky_relu(self.norm(self.conv.again(features, tables)), self.slope)
+
 # %% ../nbs/30_unet.ipynb #1bb53857
 def _stack(
     n_in: int,  # channels in
@@ -390,6 +433,26 @@ def levels(
         x = decoder(x.replace_feature(torch.cat([x.features, skips[i].features], 1)))
     return x
 
+# %% ../nbs/30_unet.ipynb #3dda9d3a
+@patch
+def levels_again(
+    self: SparseUNet,
+    x: Tensor,  # (V,C) features of the first width
+    tables: dict,  # from `kept_tables`
+) -> Tensor:  # (V,n_out) of the same voxels
+    "What `levels` does, on voxels whose tables are known."
+    skips = []
+    for i, encoder in enumerate(self.enc):
+        x = x if i == 0 else self.down[i - 1].again(x, tables)
+        for block in encoder:
+            x = block.again(x, tables)
+        skips.append(x)
+    for i, decoder in reversed(list(enumerate(self.dec))):
+        x = torch.cat([self.up[i].again(x, tables), skips[i]], 1)
+        for block in decoder:
+            x = block.again(x, tables)
+    return x
+
 # %% ../nbs/30_unet.ipynb #329c0246
 @patch
 def forward(
@@ -404,10 +467,12 @@ def forward(
     use_precision(pick_precision(self.cfg.precision, device), device)
     known = {} if tables is None else tables.setdefault((torch.is_grad_enabled(), *shape), {})
     with torch.autocast(device.type, enabled=False):
-        features, at = self.stem(v.features.float()), F.pad(v.coords, (1, 0)).int()
+        features = self.stem(v.features.float())
+        if f"level{len(self.enc) - 1}" in known:  # a network of fewer levels leaves tables of fewer
+            return self.levels_again(features, known)
+        at = F.pad(v.coords, (1, 0)).int()
         x = self.levels(spconv.SparseConvTensor(features, at, shape, 1, indice_dict=dict(known)))
-    if not known:
-        known.update(kept_tables(x))
+    known.update(kept_tables(x))
     return x.features
 
 # %% ../nbs/30_unet.ipynb #2ff8bad8

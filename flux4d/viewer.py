@@ -33,7 +33,7 @@ from .splat_groups import splat_groups
 
 # %% auto #0
 __all__ = ['load_viser', 'start_server', 'field_of_view', 'quaternion', 'send_group', 'place_eye', 'ViewerPanel', 'add_panel',
-           'Viewer', 'scene_actors', 'clip_parser', 'asked_scene', 'view_main']
+           'Viewer', 'scene_actors', 'clip_parser', 'asked_scene', 'view_parser', 'view_main']
 
 # %% ../nbs/74_viewer.ipynb #59120708
 def load_viser() -> Any:  # the package; raises DataError where it is missing
@@ -65,7 +65,7 @@ def start_server(
         server.gui.main_panel.dock_right()
     return server
 
-
+# %% ../nbs/74_viewer.ipynb #b59c1af1
 def field_of_view(
     path: CameraPath,  # a recorded camera
 ) -> float:  # rad
@@ -93,7 +93,7 @@ def send_group(
         opacities=group.opacities(),
     )
 
-
+# %% ../nbs/74_viewer.ipynb #74fd749f
 def place_eye(
     server: Any,  # a viser server
     scene: Scene,  # in ego0
@@ -129,7 +129,7 @@ class ViewerPanel(NamedTuple):
         if picture is not None:
             self.legend.image = picture
 
-
+# %% ../nbs/74_viewer.ipynb #c86ea2f9
 def _add_time(viewer: Viewer) -> Any:  # the slider
     "Slider, play button and speed."
     gui = viewer.server.gui
@@ -211,7 +211,7 @@ def _add_screenshot(viewer: Viewer) -> None:
         Image.fromarray(viewer.screenshot(client=event.client)).save(file, format="PNG")
         event.client.send_file_download(f"flux4d_{viewer.seconds:.2f}s.png", file.getvalue())
 
-
+# %% ../nbs/74_viewer.ipynb #816ad755
 def add_panel(
     viewer: Viewer,  # whose methods the controls call
 ) -> ViewerPanel:
@@ -255,20 +255,26 @@ class Viewer:
         "The address to open in a browser."
         return f"http://{self.server.get_host().replace('0.0.0.0', 'localhost')}:{self.server.get_port()}"
 
-    def __enter__(self) -> Viewer:
-        "Itself; closed at the end of the `with` block."
-        return self
+# %% ../nbs/74_viewer.ipynb #19adeb21
+@patch
+def close(self: Viewer) -> None:
+    "Stop the server; browsers that are open lose their connection."
+    self._playing.clear()
+    self._closed.set()
+    with contextlib.redirect_stdout(io.StringIO()):
+        self.server.stop()
 
-    def __exit__(self, *error: Any) -> None:
-        "Close."
-        self.close()
 
-    def close(self) -> None:
-        "Stop the server; browsers that are open lose their connection."
-        self._playing.clear()
-        self._closed.set()
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.server.stop()
+@patch
+def __enter__(self: Viewer) -> Viewer:
+    "Itself; closed at the end of the `with` block."
+    return self
+
+
+@patch
+def __exit__(self: Viewer, *error: Any) -> None:
+    "Close."
+    self.close()
 
 # %% ../nbs/74_viewer.ipynb #7f2156a7
 @patch
@@ -291,6 +297,18 @@ def _add_frusta(self: Viewer) -> None:
 
 # %% ../nbs/74_viewer.ipynb #d9cff0f5
 @patch
+def _move_to(self: Viewer, seconds: float) -> None:
+    "Send what moves, and turn the cameras to where they are then."
+    self.seconds = float(np.clip(seconds, 0, self.scene.duration))
+    for name, group in self.groups.items():
+        if group.moves:
+            self.nodes[name].centers = group.centres(self.seconds)
+    for name, path in self.scene.cameras.items():
+        pose = path.pose_at(self.seconds / self.scene.duration)
+        self.frusta[name].wxyz, self.frusta[name].position = quaternion(pose), pose[:3, 3]
+
+
+@patch
 def seek(
     self: Viewer,
     seconds: float,  # since the clip's start; raises DataError outside the clip
@@ -299,13 +317,7 @@ def seek(
     if not -1e-6 <= seconds <= self.scene.duration + 1e-6:
         raise DataError(f"seconds: is {seconds}; choose a time from 0 to {self.scene.duration:.2f}.")
     with self._lock:
-        self.seconds = float(np.clip(seconds, 0, self.scene.duration))
-        for name, group in self.groups.items():
-            if group.moves:
-                self.nodes[name].centers = group.centres(self.seconds)
-        for name, path in self.scene.cameras.items():
-            pose = path.pose_at(self.seconds / self.scene.duration)
-            self.frusta[name].wxyz, self.frusta[name].position = quaternion(pose), pose[:3, 3]
+        self._move_to(seconds)
         if self.riding:
             self.look_from(self.camera)
         if self.layer == "depth":
@@ -323,7 +335,7 @@ def _colour(
         if group.moves or not only_movers:
             self.nodes[name].rgbs = layer_colours(group, self.layer, self.seconds, self.eye)
 
-
+# %% ../nbs/74_viewer.ipynb #56643fae
 @patch
 def show(
     self: Viewer,
@@ -419,7 +431,7 @@ def play(
 
     threading.Thread(target=run, daemon=True).start()
 
-
+# %% ../nbs/74_viewer.ipynb #565b55ad
 @patch
 def pause(self: Viewer) -> None:
     "Stop time where it is."
@@ -448,6 +460,13 @@ def screenshot(
     return picture
 
 # %% ../nbs/74_viewer.ipynb #224324f5
+def scene_actors(
+    scene: Scene,  # in world axes
+) -> list[Any]:  # actors, empty where nothing moves
+    "Actors of a scene, found by [73_actors](73_actors.ipynb)."
+    return list(getattr(scene, "actors", ()))
+
+# %% ../nbs/74_viewer.ipynb #f022a3ce
 @patch
 def view(
     self: Scene,
@@ -461,13 +480,6 @@ def view(
     if browser:
         webbrowser.open(viewer.url)
     return viewer
-
-
-def scene_actors(
-    scene: Scene,  # in world axes
-) -> list[Any]:  # actors, empty where nothing moves
-    "Actors of a scene, found by [73_actors](73_actors.ipynb)."
-    return list(getattr(scene, "actors", ()))
 
 # %% ../nbs/74_viewer.ipynb #d11b4099
 _VIEW_EXAMPLE = """examples:
@@ -493,7 +505,7 @@ def clip_parser(
     p.add_argument("--no-actors", action="store_true", help="no switch for each moving thing")
     return p
 
-
+# %% ../nbs/74_viewer.ipynb #beffbe33
 def asked_scene(
     args: argparse.Namespace,  # of `clip_parser`
 ) -> Scene:  # on the CPU; raises DataError
@@ -512,15 +524,20 @@ def asked_scene(
     return scene.to("cpu")
 
 # %% ../nbs/74_viewer.ipynb #b93f1bd9
-def view_main(
-    argv: list[str] | None = None,  # command line, None: the process's own
-) -> int:  # 0, or 1 after an error
-    "Command `flux4d-view`: reconstruct a clip and open it in a browser."
+def view_parser() -> argparse.ArgumentParser:
+    "The options of `flux4d-view`."
     p = clip_parser("flux4d-view", "Reconstruct a clip and look at it in a browser.", _VIEW_EXAMPLE)
     p.add_argument("--port", type=int, default=8080, help="first port to try, default 8080")
     p.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines look, default 127.0.0.1")
     p.add_argument("--no-browser", action="store_true", help="only print the address")
-    args = p.parse_args(argv)
+    return p
+
+# %% ../nbs/74_viewer.ipynb #0809f4b3
+def view_main(
+    argv: list[str] | None = None,  # command line, None: the process's own
+) -> int:  # 0, or 1 after an error
+    "Command `flux4d-view`: reconstruct a clip and open it in a browser."
+    args = view_parser().parse_args(argv)
     try:
         load_viser()
         scene = asked_scene(args)

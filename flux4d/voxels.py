@@ -13,7 +13,7 @@ from pydantic import PositiveFloat
 from .frames import Array
 
 # %% auto #0
-__all__ = ['VoxelConfig', 'Voxels', 'cell_of', 'voxelise_np', 'voxel_report', 'plot_bev']
+__all__ = ['VoxelConfig', 'Voxels', 'cell_of', 'voxelise_np', 'voxel_report', 'draw_cloud', 'plot_bev']
 
 # %% ../nbs/13_voxels.ipynb #bca1d02e
 @dataclass(frozen=True)
@@ -116,6 +116,27 @@ def voxel_report(
     )
 
 # %% ../nbs/13_voxels.ipynb #1aa2c519
+def draw_cloud(
+    ax: Any,  # matplotlib's
+    points: np.ndarray,  # (N,3) ego0, m
+    sky: np.ndarray,  # (N,) bool, background points
+    cfg: VoxelConfig,  # the grid
+    half: float,  # m, to each side that is shown
+) -> Any:  # what is coloured by height
+    "The cloud from above, and the grid's frame."
+    shown = (np.abs(points[:, :2]) < half).all(1)
+    inside = cell_of(points, cfg)[1] & ~sky
+    dot = dict(s=0.3, lw=0, rasterized=True)
+    ax.scatter(*points[shown & sky, :2].T, c="tab:blue", label="sky", **dot)
+    ax.scatter(*points[shown & ~sky & ~inside, :2].T, c="0.6", label="outside the grid", **dot)
+    x, y, z = points[shown & inside].T
+    drawn = ax.scatter(x, y, c=z, cmap="viridis", vmin=-2, vmax=6, label="in the grid, by height", **dot)
+    (x0, y0), (x1, y1) = cfg.low[:2], cfg.high[:2]
+    ax.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], "r", lw=1, label="grid")
+    ax.set(xlim=(-half, half), ylim=(-half, half), aspect="equal", xlabel="x, forward (m)", ylabel="y, left (m)")
+    return drawn
+
+# %% ../nbs/13_voxels.ipynb #229eedad
 def plot_bev(
     points: np.ndarray,  # (N,3) ego0, m
     sky: np.ndarray,  # (N,) bool, background points
@@ -127,21 +148,11 @@ def plot_bev(
     import matplotlib.pyplot as plt
 
     r = voxel_report(points, sky, cfg)
-    half = window / 2
-    shown = (np.abs(points[:, :2]) < half).all(1)
-    inside = cell_of(points, cfg)[1] & ~sky
     fig, ax = plt.subplots(figsize=(8, 7), dpi=55, layout="constrained")
-    dot = dict(s=0.3, lw=0, rasterized=True)
-    ax.scatter(*points[shown & sky, :2].T, c="tab:blue", label="sky", **dot)
-    ax.scatter(*points[shown & ~sky & ~inside, :2].T, c="0.6", label="outside the grid", **dot)
-    x, y, z = points[shown & inside].T
-    drawn = ax.scatter(x, y, c=z, cmap="viridis", vmin=-2, vmax=6, label="in the grid, by height", **dot)
-    (x0, y0), (x1, y1) = cfg.low[:2], cfg.high[:2]
-    ax.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], "r", lw=1, label="grid")
-    ax.set(xlim=(-half, half), ylim=(-half, half), aspect="equal", xlabel="x, forward (m)", ylabel="y, left (m)")
-    out_of_view = int((sky & ~shown).sum())
+    drawn = draw_cloud(ax, points, sky, cfg, window / 2)
+    beyond = int((sky & ~(np.abs(points[:, :2]) < window / 2).all(1)).sum())
     share = f"{r['valid_ratio']:.1%} of {len(points):,} points in the grid"
-    ax.set_title(f"{share}; sky {int(sky.sum()):,}, {out_of_view:,} of it out of view", fontsize=9)
+    ax.set_title(f"{share}; sky {int(sky.sum()):,}, {beyond:,} of it out of view", fontsize=9)
     ax.legend(loc="lower left", markerscale=10, fontsize=8)
     fig.colorbar(drawn, label="z (m)", shrink=0.8)
     if path is not None:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from flux4d import losses_fused, render as render_module, splat_kernels
-from flux4d.attribute_kernels import fused_feedback, fused_point, fused_residual, fused_sum
+from flux4d.attribute_kernels import fused_feedback, fused_mix, fused_point, fused_residual, fused_sum
 from flux4d.decode import AttributeBounds, decode_residual
 from flux4d.gaussians import Gaussians
 from flux4d.losses import LossConfig, image_terms
@@ -20,6 +20,7 @@ from flux4d.network_inputs import describe_points
 from flux4d.refine import Feedback, RefineConfig, feedback_features
 from flux4d.render import Cameras, RenderConfig, render
 from flux4d.training_loss import reconstruction_loss
+from flux4d.unet import SparseUNet, UNetConfig, mix_voxels, voxelise
 from flux4d.voxels import VoxelConfig
 
 ROOT = Path(__file__).parents[1]
@@ -118,6 +119,10 @@ def test_kernels_in_the_interpreter():
         pytest.skip("Triton is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     env = os.environ | dict(TRITON_INTERPRET="1")
+    trivial = "import torch\nfrom flux4d.splat_kernels import one_kernel\none_kernel[(1,)](torch.zeros(1))"
+    tried = subprocess.run([sys.executable, "-c", trivial], cwd=ROOT, env=env, capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"Triton's interpreter fails here: {tried.stderr.strip().splitlines()[-1]}")
     ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stdout[-2000:]
 
@@ -226,7 +231,8 @@ def test_pictures_are_finished_as_by_tensor_operations(channels, reach):
 def test_a_render_with_kernels_is_one_without(monkeypatch):
     g, raw, velocity = gaussians(n=2000)
     views = three_cameras()
-    views = Cameras(torch.tensor([[30.0, 0, 60], [0, 30, 40], [0, 0, 1]]).cuda().repeat(3, 1, 1), views.world_to_cam, views.t, 80, 120)
+    K = torch.tensor([[30.0, 0, 60], [0, 30, 40], [0, 0, 1]]).cuda().repeat(3, 1, 1)
+    views = Cameras(K, views.world_to_cam, views.t, 80, 120)
     extra = torch.ones(2000, 1, device=DEVICE)
     found = []
     for fused in (True, False):
@@ -317,5 +323,93 @@ def test_feedback_is_read_as_by_tensor_operations():
     wanted = feedback_features(Feedback(grad, filled), g, turn_and_move(), RefineConfig())
     found = fused_feedback(*(x.to(DEVICE) for x in (grad, filled)), g.to(DEVICE), turn_and_move().to(DEVICE), 1.0)
     close(found.split(1, 1), wanted.split(1, 1))
-    none = fused_feedback(torch.zeros(300, 14).to(DEVICE), 0 * filled.to(DEVICE), g.to(DEVICE), turn_and_move().to(DEVICE), 1.0)
+    zero = torch.zeros(300, 14, device=DEVICE), torch.zeros(300, device=DEVICE)
+    none = fused_feedback(*zero, g.to(DEVICE), turn_and_move().to(DEVICE), 1.0)
     assert not none.any()
+
+
+@with_kernels
+@pytest.mark.parametrize("channels", [32, 5])
+def test_voxels_are_mixed_as_by_tensor_operations(channels):
+    gen = torch.Generator().manual_seed(9)
+    features, row = torch.randn(40, channels, generator=gen), torch.randint(0, 40, (70, 8), generator=gen)
+    w = torch.rand(70, 8, generator=gen) * (torch.rand(70, 8, generator=gen) < 0.6)
+    weights = torch.randn(70, channels, generator=gen)
+    found = []
+    for mix, device in ((fused_mix, DEVICE), (mix_voxels, "cpu")):
+        x = features.to(device).requires_grad_()
+        y = mix(x, row.to(device), w.to(device))
+        found.append((y.detach(), torch.autograd.grad((y * weights.to(device)).sum(), x)[0]))
+    close(*found)
+
+
+def test_a_convolution_on_known_voxels_gives_spconv_what_its_layers_do(monkeypatch):
+    "The GPU's path without containers, traced on the processor: the same arguments reach the same function."
+    from spconv.core import ConvAlgo
+    from spconv.pytorch import SparseConvTensor
+    from spconv.pytorch.core import ImplicitGemmIndiceData
+    from flux4d import unet
+
+    def table(name, n_in, n_out, subm):
+        made = {k: f"{name}.{k}" for k in ("pair_fwd", "pair_bwd", "masks")}
+        sides = [(k, side) for k in ("pair_mask", "mask_argsort") for side in ("fwd", "bwd")]
+        made |= {f"{k}_{side}_splits": f"{name}.{k}.{side}" for k, side in sides}
+        size = 3 if subm else 2
+        how = dict(is_subm=subm, algo=ConvAlgo.MaskImplicitGemm, ksize=[size] * 3, stride=[1 if subm else 2] * 3)
+        shapes = dict(spatial_shape=[8] * 3, out_spatial_shape=[8 if subm else 4] * 3)
+        at = torch.zeros(n_out, 4).int(), torch.zeros(n_in, 4).int()
+        return ImplicitGemmIndiceData(*at, padding=[0] * 3, dilation=[1] * 3, **made, **how, **shapes)
+
+    calls = []
+
+    def record(features, weight, *rest):
+        rest = [x for x in rest if not isinstance(x, unet.CUDAKernelTimer)]
+        calls.append((tuple(features.shape), tuple(weight.shape), *rest))
+        rows = next(x for x in calls[-1][2:] if isinstance(x, int) and not isinstance(x, bool))
+        return torch.zeros(rows, weight.shape[0])
+
+    monkeypatch.setattr(unet.spconv_functional, "implicit_gemm", record)
+    monkeypatch.setattr(unet.spconv_ops, "implicit_gemm", lambda *a, **k: (record(*a), None, None))
+    level = table("level", 50, 50, True)
+    down = table("down", 50, 20, False)
+    both = dict(level=level, down=down)
+    x, at = torch.zeros(50, 4), torch.zeros(50, 4).int()
+    tables = unet.kept_tables(SparseConvTensor(x, at, [8] * 3, 1, indice_dict=both))
+    sizes = (4, 6, "level"), (4, 6, "down", "down"), (6, 4, "down", "up")
+    layers = [unet.SparseConv(*size) for size in sizes]
+    for training in (True, False):
+        calls.clear()
+        with torch.set_grad_enabled(training):
+            for layer in layers:
+                n, shape = (20, [4] * 3) if layer.kind == "up" else (50, [8] * 3)
+                x, at = torch.zeros(n, layer.in_channels), torch.zeros(n, 4).int()
+                given = SparseConvTensor(x, at, shape, 1, indice_dict=tables)
+                layer.algo = ConvAlgo.MaskImplicitGemm
+                layer.inverse = layer.kind != "same"
+                layer.indice_key = layer.key + unet.AGAIN * (layer.kind == "down")
+                layer._conv_forward(training, given, layer.weight, None)
+                layer.again(x, tables)
+        assert len(calls) == 6
+        for by_layer, by_table in zip(calls[::2], calls[1::2]):
+            assert by_layer[: len(by_table)] == by_table
+
+
+@on_gpu
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_a_second_pass_over_the_same_voxels_is_the_first():
+    gen = torch.Generator().manual_seed(0)
+    points = torch.rand(4000, 3, generator=gen) * torch.tensor([40.0, 30, 3])
+    v = voxelise(points.cuda(), points.cuda(), VoxelConfig())
+    torch.manual_seed(0)
+    net = SparseUNet(3, UNetConfig(widths=(8, 16, 32), blocks=1)).cuda()
+    tables, found = {}, []
+    for _ in range(2):
+        y = net(v, VoxelConfig().shape, tables)
+        weights = torch.linspace(-1, 1, y.numel(), device="cuda").view(y.shape)
+        found.append((y.detach(), *torch.autograd.grad((y * weights).sum(), list(net.parameters()))))
+    with torch.no_grad():
+        still = [net(v, VoxelConfig().shape, tables) for _ in range(2)]
+    for a, b in zip(*found):
+        assert (a - b).norm() <= 1e-3 * b.norm()
+    for y in still:
+        assert (y - found[0][0]).norm() <= 1e-3 * y.norm()

@@ -31,6 +31,9 @@ from flux4d.unet import UNetConfig
 PRELOAD = ["torch._dynamo", "flux4d.train", "flux4d.refine", "flux4d.city.logs", "flux4d.clips", "flux4d.cache"]
 
 
+STEPS = dict(iters=5, warmup=1, eval_every=0, log_every=1, save_ckpt_every=0, views_per_step=1, prefetch=1)
+
+
 def small_config(norm: str = "clip", **train: object) -> FullConfig:
     "A model of two stages, small enough for some steps a second."
     unet = UNetConfig(widths=(4, 8), blocks=1, norm=norm)
@@ -38,9 +41,7 @@ def small_config(norm: str = "clip", **train: object) -> FullConfig:
         data=DataConfig(image_scale=0.25, loader_threads=1),
         model=PredictorConfig(unet=unet),
         refine=RefineConfig(steps=2, unet=unet),
-        train=TrainConfig(
-            **dict(iters=5, warmup=1, eval_every=0, log_every=1, save_ckpt_every=0, views_per_step=1, prefetch=1) | train
-        ),
+        train=TrainConfig(**STEPS | train),
     )
 
 
@@ -171,7 +172,8 @@ def test_the_writer_is_killed(tmp_path, unbroken):
     cfg = small_config(save_ckpt_every=1)
     gone, kept = in_two(tmp_path / "run", cfg, partial(dies, 0))
     assert gone is None
-    assert kept.startswith("Interrupted: process 1 of 2 has ended; interrupted at step 2; go on with -p resume_from last")
+    ended = "Interrupted: process 1 of 2 has ended; interrupted at step 2; go on with -p resume_from last"
+    assert kept.startswith(ended)
     assert in_two(tmp_path / "run", cfg) == ["ended at step 5"] * 2
     assert gap(tmp_path / "run", unbroken) == 0 and rows(tmp_path / "run") == rows(unbroken)
 

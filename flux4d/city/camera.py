@@ -7,16 +7,16 @@ from __future__ import annotations
 from typing import NamedTuple
 import numpy as np
 from embreex.rtcore_scene import EmbreeScene
-from .rays import RIG, Hits, Raycaster, Rays, cast, ego_pose, turned
+from .rays import RIG, SWEEP, Hits, Raycaster, Rays, cast, ego_pose, turned
 from .solids import MATERIALS
 from .street import Layout
 from .surfaces import SURFACES, Spots, noise, over, plain_surface, rgb
 from ..frames import intrinsics_matrix, pose_to_mat, scale_intrinsics
 
 # %% auto #0
-__all__ = ['MORE', 'RigCamera', 'camera_at', 'pixel_directions', 'sky', 'smooth_normals', 'surface_axes', 'surface_points',
-           'unblocked', 'sunlit', 'sky_left', 'mirror', 'textured', 'shade', 'edge_pixels', 'trace_pixels',
-           'photograph']
+__all__ = ['MORE', 'RigCamera', 'bent', 'straightened', 'camera_at', 'pixel_directions', 'sky', 'smooth_normals', 'surface_axes',
+           'surface_points', 'unblocked', 'sunlit', 'sky_left', 'mirror', 'textured', 'light_at', 'shade',
+           'edge_pixels', 'trace_pixels', 'photograph']
 
 # %% ../../nbs/05g_camera.ipynb #344b6056
 class RigCamera(NamedTuple):
@@ -27,17 +27,45 @@ class RigCamera(NamedTuple):
     when: float  # s since the log's start
     width: int  # px
     height: int  # px
+    bend: tuple = ()  # distortion of its lens, as in `Recording`
+
+# %% ../../nbs/05g_camera.ipynb #5e2ec011
+def bent(
+    xy: np.ndarray,  # (N,2) x/z and y/z of straight rays
+    bend: tuple,  # k1, k2, p1, p2, k3
+) -> np.ndarray:  # (N,2) where they meet the image, before the pinhole matrix
+    "Radial and tangential distortion as OpenCV defines it."
+    k1, k2, p1, p2, k3 = bend
+    x, y = xy.T
+    r2 = x * x + y * y
+    radial = 1 + r2 * (k1 + r2 * (k2 + r2 * k3))
+    along = x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x)
+    down = y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y
+    return np.stack([along, down], 1)
 
 
+def straightened(
+    xy: np.ndarray,  # (N,2) where rays meet the image, before the pinhole matrix
+    bend: tuple,  # k1, k2, p1, p2, k3
+    rounds: int = 30,  # of going back and forth
+) -> np.ndarray:  # (N,2) x/z and y/z of the straight rays
+    "The inverse of `bent`, by fixed-point steps."
+    straight = xy
+    for _ in range(rounds):
+        straight = straight + xy - bent(straight, bend)
+    return straight
+
+# %% ../../nbs/05g_camera.ipynb #d1cd3933
 def camera_at(
     caster: Raycaster,  # the street
     name: str,  # a camera of the rig
     tau: float,  # s, the LiDAR stamp since the log's start
     scale: float,  # of the image
+    turn: float = SWEEP,  # s, of one turn of the scanner, which the cameras follow
 ) -> RigCamera:
     "A camera of the rig at its own moment."
     fx, fy, cx, cy, x, y, z, *q, ms = RIG[name]
-    when = tau + ms / 1e3
+    when = tau + ms / 1e3 * (turn / SWEEP)
     mounted = pose_to_mat(np.array([x, y, z]), np.array(q))
     T = ego_pose(caster.street.ego, np.array([when]))[0] @ mounted
     K = scale_intrinsics(intrinsics_matrix(fx, fy, cx, cy), scale)
@@ -50,7 +78,10 @@ def pixel_directions(
 ) -> np.ndarray:  # (N,3) float32, unit, street
     "Directions through points of the image."
     K = camera.K
-    d = np.c_[(uv - K[:2, 2]) / K[[0, 1], [0, 1]], np.ones(len(uv))]
+    xy = (uv - K[:2, 2]) / K[[0, 1], [0, 1]]
+    if camera.bend:
+        xy = straightened(xy, camera.bend)
+    d = np.c_[xy, np.ones(len(uv))]
     return (d / np.linalg.norm(d, axis=1, keepdims=True) @ camera.T[:3, :3].T).astype(np.float32)
 
 # %% ../../nbs/05g_camera.ipynb #8eabc5e3
@@ -80,7 +111,7 @@ def smooth_normals(
     n = n[:, 0] * (1 - a - b) + n[:, 1] * a + n[:, 2] * b
     return n / np.linalg.norm(n, axis=1, keepdims=True).clip(1e-9)
 
-
+# %% ../../nbs/05g_camera.ipynb #a3cac49b
 def surface_axes(
     n: np.ndarray,  # (M,3) unit normals
 ) -> tuple:  # two (M,3) unit directions along the surface; on walls the second one is up
@@ -206,6 +237,21 @@ def textured(
     return c
 
 # %% ../../nbs/05g_camera.ipynb #8e415864
+def light_at(
+    caster: Raycaster,  # the street
+    x: np.ndarray,  # (M,3) float32 points, street, m
+    n: np.ndarray,  # (M,3) their unit normals
+    tau: float,  # s since the log's start
+) -> np.ndarray:  # (M,3) light that falls on them
+    "Sun where none is in the way, and what is left of the sky."
+    lay = caster.street.layout
+    facing = (n @ rgb(*lay.sun)).clip(0)
+    lit = facing * sunlit(caster, x + n * np.float32(0.02), tau, facing > 0)
+    dome = np.float32(0.78 - 0.14 * lay.light) * (0.62 + 0.38 * n[:, 2]) * sky_left(caster, x, tau)
+    from_sun = (np.float32(1.15 * lay.light) * lit)[:, None] * rgb(1.08, 1.0, 0.88)
+    return dome[:, None] * rgb(0.95, 1.0, 1.08) + from_sun
+
+# %% ../../nbs/05g_camera.ipynb #fabe1e84
 def shade(
     caster: Raycaster,  # the street
     h: Hits,  # M of them on something
@@ -218,16 +264,11 @@ def shade(
     order = np.argsort(caster.material[h.face], kind="stable")
     h = h.pick(order)
     d = d[order]
-    lay = caster.street.layout
     material = caster.material[h.face]
     s, n = surface_points(caster, h, d, pixel)
     c = textured(caster, s, material)
     x = (o + h.t[:, None] * d).astype(np.float32)
-    facing = (n @ rgb(*lay.sun)).clip(0)
-    lit = facing * sunlit(caster, x + n * np.float32(0.02), tau, facing > 0)
-    dome = np.float32(0.78 - 0.14 * lay.light) * (0.62 + 0.38 * n[:, 2]) * sky_left(caster, x, tau)
-    from_sun = (np.float32(1.15 * lay.light) * lit)[:, None] * rgb(1.08, 1.0, 0.88)
-    c = c.clip(0, 1) ** 2 * (dome[:, None] * rgb(0.95, 1.0, 1.08) + from_sun)
+    c = c.clip(0, 1) ** 2 * light_at(caster, x, n, tau)
     c = mirror(c, d, n, material)
     haze = 1 - np.exp(-h.t.astype(np.float32) / 1100)
     out = np.empty_like(c)
@@ -279,13 +320,10 @@ MORE = np.array([[0.30, 0.17], [-0.30, -0.17]])  # px, further samples of a pixe
 
 def photograph(
     caster: Raycaster,  # the street
-    name: str,  # a camera of the rig
-    tau: float,  # s, the LiDAR stamp since the log's start
-    scale: float = 0.25,  # of the image
+    camera: RigCamera,  # where from, and when
     smooth: bool = True,  # sample outlines again
 ) -> tuple:  # image uint8 (H,W,3), thing per pixel (H,W), -1 in the sky
     "One image, and what is behind each pixel."
-    camera = camera_at(caster, name, tau, scale)
     h, w = camera.height, camera.width
     v, u = np.mgrid[:h, :w] + 0.5
     uv = np.stack([u.ravel(), v.ravel()], 1)

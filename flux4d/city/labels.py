@@ -10,22 +10,23 @@ from .rays import CAMERA_HEADING, RIG, SCANNER, SWEEP, Raycaster, TrueSweep, ego
 from .street import Thing
 
 # %% auto #0
-__all__ = ['SEEN_BY', 'CUBOID_COLUMNS', 'box_time', 'camera_used', 'attributes', 'box_row', 'boxes']
+__all__ = ['SEEN_BY', 'CUBOID_COLUMNS', 'box_time', 'camera_used', 'attributes', 'box_row', 'label_time', 'boxes']
 
 # %% ../../nbs/05h_labels.ipynb #de93b2eb
 def box_time(
     caster: Raycaster,  # the street
     i: int,  # a thing
-    tau: float,  # s, the sweep's stamp since the log's start
+    tau: float,  # s, the sweep's end since the log's start
+    turn: float = SWEEP,  # s, of one turn of the scanner
 ) -> float:  # s, when the beam passes the thing's middle
     "Solve for the moment the scanner points at a thing."
-    when = np.array([tau - SWEEP / 2])
+    when = np.array([tau - turn / 2])
     for _ in range(4):
         T = ego_pose(caster.street.ego, when)[0]
         q = caster.poses(i, when)[0]
         x, y, _ = T[:3, :3].T @ (np.r_[q[:2], 0] - T[:3, 3]) - SCANNER["at"]
         azimuth = np.arctan2(x, y)
-        when = np.array([tau + (np.angle(np.exp(1j * azimuth)) / (2 * np.pi) - 0.5) * SWEEP])
+        when = np.array([tau + (np.angle(np.exp(1j * azimuth)) / (2 * np.pi) - 0.5) * turn])
     return float(when[0])
 
 # %% ../../nbs/05h_labels.ipynb #335e1c3a
@@ -88,7 +89,7 @@ def attributes(
     rider = "With Rider" if t.label == "Bicycle" else nothing
     return state, "-", -1, rider, "Walking" if person else nothing, "Adult" if person else nothing
 
-
+# %% ../../nbs/05h_labels.ipynb #66783560
 def box_row(
     t: Thing,  # labelled
     centre: np.ndarray,  # (3,) world, m
@@ -103,11 +104,25 @@ def box_row(
     return *where, *attributes(t, when)
 
 # %% ../../nbs/05h_labels.ipynb #9e2c804b
+def label_time(
+    caster: Raycaster,  # the street
+    i: int,  # a thing
+    own: np.ndarray,  # (R,) s, when its returns were taken
+    tau: float,  # s, the sweep's stamp since the log's start
+    turn: float = SWEEP,  # s, of one turn of the scanner
+) -> float:  # s
+    "The moment for which a box is right: that of its middle return, or when the beams pass it."
+    if len(own):
+        return np.sort(own)[len(own) // 2]
+    return box_time(caster, i, tau, turn) if caster.street.things[i].motion.moves else tau
+
+# %% ../../nbs/05h_labels.ipynb #8345d2b7
 def boxes(
     caster: Raycaster,  # the street
     s: TrueSweep,  # the sweep of the same stamp
     tau: float,  # s, the sweep's stamp since the log's start
     reach: float = 100.0,  # m; farther ones are boxed only if the sweep hit them
+    turn: float = SWEEP,  # s, of one turn of the scanner
 ) -> pd.DataFrame:  # PandaSet's cuboid columns, world frame
     "The label file of one frame."
     W = caster.street.world
@@ -118,14 +133,10 @@ def boxes(
         if not t.label:
             continue
         a, b = np.searchsorted(s.thing, [i, i + 1], sorter=order)
-        own = np.sort(s.tau[order[a:b]])
-        if len(own):
-            when = own[len(own) // 2]
-        else:
-            when = box_time(caster, i, tau) if t.motion.moves else tau
+        when = label_time(caster, i, s.tau[order[a:b]], tau, turn)
         x, y, h = caster.poses(i, np.array([when]))[0]
         centre = np.array([x, y, t.z + t.size[2] / 2])
-        if not len(own) and np.hypot(*(centre - ego[:3, 3])[:2]) > reach:
+        if a == b and np.hypot(*(centre - ego[:3, 3])[:2]) > reach:
             continue
         in_world = W[:3, :3] @ centre + W[:3, 3]
         heading = h + np.arctan2(W[1, 0], W[0, 0])

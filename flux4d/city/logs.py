@@ -15,32 +15,68 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
 from functools import lru_cache, partial
 from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 import numpy as np
 import pandas as pd
+import yaml
 from PIL import Image
-from .camera import camera_at, photograph
+from .camera import RigCamera, camera_at, photograph
 from .labels import boxes
-from .rays import RIG, SWEEP, Raycaster, TrueSweep, ego_pose, make_street, sweep
+from .rays import LIDAR_AXES, RIG, TURN_SHIFT, Raycaster, Recording, TrueSweep
+from .rays import ego_pose, make_street, sweep
 from ..files import DataError, atomic_write
-from ..frames import mat_to_quat, transform_points
+from ..frames import mat_to_quat, pixel_index, project, se3_inverse, transform_points
 
 # %% auto #0
-__all__ = ['CITY_RANGES', 'PART', 'CITY_EXAMPLES', 'log_stamps', 'dump_table', 'pose_records', 'sweep_table', 'write_images',
-           'mover_or_none', 'write_frame', 'write_json', 'camera_lists', 'ego_lists', 'write_lists', 'caster_of',
-           'write_part', 'put_in_place', 'stored_parameters', 'begin_city', 'each_part', 'check_city_parameters',
-           'shares_of', 'free_cores', 'make_city', 'fixture_city', 'city_parser', 'city_main']
+__all__ = ['CITY_RANGES', 'PART', 'CITY_EXAMPLES', 'recording_of', 'world_of', 'city_camera', 'log_stamps', 'dump_table',
+           'pose_records', 'sweep_table', 'in_images', 'recorded_sweep', 'mover_or_none', 'write_images', 'write_frame',
+           'write_json', 'camera_lists', 'ego_lists', 'rig_description', 'write_lists', 'caster_of', 'write_part',
+           'put_in_place', 'stored_parameters', 'begin_city', 'each_part', 'check_city_parameters', 'shares_of',
+           'free_cores', 'write_logs', 'make_city', 'fixture_city', 'city_parser', 'city_main']
+
+# %% ../../nbs/05i_logs.ipynb #5e2ec021
+def recording_of(
+    cfg: dict,  # the city's parameters
+) -> Recording:  # PandaSet's when they name none
+    "How a city is recorded."
+    given = cfg.get("recording", {})
+    return Recording(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def world_of(
+    caster: Raycaster,  # the street
+    record: Recording,  # read: origin
+) -> np.ndarray:  # (4,4) street to the log's world frame
+    "The world frame that the log's files are in."
+    world = caster.street.world.copy()
+    world[:3, 3] += record.origin
+    return world
+
+
+def city_camera(
+    caster: Raycaster,  # the street
+    name: str,  # a camera of the rig
+    tau: float,  # s, the sweep's end since the log's start
+    cfg: dict,  # scale, cameras, recording
+) -> RigCamera:
+    "A camera of the city at its own moment, in its own size, with its own lens."
+    record = recording_of(cfg)
+    share = dict(zip(cfg["cameras"], record.sizes)).get(name, 1.0)
+    camera = camera_at(caster, name, tau, cfg["scale"] * share, record.turn)
+    return camera._replace(bend=record.distortion)
 
 # %% ../../nbs/05i_logs.ipynb #416b60b6
 def log_stamps(
     log_id: str,  # e.g. "001"
     frames: int,  # how many
+    record: Recording = Recording(),  # read: fps, gaps
 ) -> np.ndarray:  # (frames,) float64 epoch s
-    "LiDAR stamps: ten a second, each log in an hour of its own."
-    return 1557539956.5 + 3600.0 * int(log_id) + np.round(SWEEP * np.arange(frames), 6)
+    "When the sweeps end: ten a second, each log in an hour of its own."
+    return 1557539956.5 + 3600.0 * int(log_id) + np.round(record.seconds(frames), 6)
 
 # %% ../../nbs/05i_logs.ipynb #e14ae137
 def dump_table(
@@ -69,32 +105,45 @@ def sweep_table(
     s: TrueSweep,  # a sweep
     world: np.ndarray,  # (4,4) street to world
     stamp: float,  # epoch s of the log's first stamp
+    at: float | None = None,  # s since then, of all returns; None: each has its own time
 ) -> pd.DataFrame:  # PandaSet's columns of a sweep
     "Returns as PandaSet stores them, to a millimetre and a microsecond."
     x, y, z = np.round(transform_points(world, s.points), 3).T
-    t = np.round(stamp + s.tau, 6)
+    t = np.round(stamp + (s.tau if at is None else np.full(len(x), at)), 6)
     sensor = np.zeros(len(x), np.int64)
     return pd.DataFrame(dict(x=x, y=y, z=z, i=s.intensity, t=t, d=sensor), pd.RangeIndex(len(x), name="index"))
 
-
-def write_images(
+# %% ../../nbs/05i_logs.ipynb #5e2ec022
+def in_images(
     caster: Raycaster,  # the street
-    log: Path,  # the log's folder
-    truth: Path,  # folder of the log's truth
-    frame: int,  # frame id
-    cfg: dict,  # scale, cameras
-) -> None:
-    "The photographs of one frame, and the mover behind each pixel."
-    name = f"{frame:02d}"
-    for c in cfg["cameras"]:
-        image, thing = photograph(caster, c, frame * SWEEP, cfg["scale"])
-        for folder in (log / f"camera/{c}", truth / c):
-            folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(log / f"camera/{c}/{name}.jpg", quality=92, subsampling=0)
-        number = (mover_or_none(caster, thing) + 1).astype(np.uint16)  # 0 where nothing moves
-        Image.fromarray(number).save(truth / c / f"{name}.png")
+    s: TrueSweep,  # N returns
+    tau: float,  # s, the sweep's end since the log's start
+    cfg: dict,  # scale, cameras, recording
+) -> np.ndarray:  # (M,) int64, the returns that fall into an image, in no order
+    "What an image-cropped cloud keeps."
+    seen = np.zeros(len(s.points), bool)
+    for name in cfg["cameras"]:
+        camera = city_camera(caster, name, tau, cfg)
+        uv, _ = project(camera.K, se3_inverse(camera.T), s.points)
+        seen |= pixel_index(uv, camera.width, camera.height)[2]
+    return np.random.default_rng(len(seen)).permutation(np.flatnonzero(seen))
 
 
+def recorded_sweep(
+    caster: Raycaster,  # the street
+    frame: int,  # place in the log's lists
+    cfg: dict,  # scale, cameras, step, recording
+) -> TrueSweep:
+    "The sweep of a frame as the log has it."
+    record = recording_of(cfg)
+    tau, after = record.seconds(frame + 2)[frame:]
+    s = sweep(caster, tau, cfg["step"], turn=record.turn, ahead=after - tau)
+    if not record.cropped:
+        return s
+    kept = in_images(caster, s, tau, cfg)
+    return TrueSweep(*(column[kept] for column in s))
+
+# %% ../../nbs/05i_logs.ipynb #305946f2
 def mover_or_none(
     caster: Raycaster,  # the street
     thing: np.ndarray,  # indices of things, -1 in the sky
@@ -102,27 +151,52 @@ def mover_or_none(
     "Only movers keep their index."
     return np.where(thing < caster.street.standing, -1, thing)
 
+# %% ../../nbs/05i_logs.ipynb #71737486
+def write_images(
+    caster: Raycaster,  # the street
+    log: Path,  # the log's folder
+    truth: Path,  # folder of the log's truth
+    frame: int,  # frame id
+    cfg: dict,  # scale, cameras, recording
+) -> None:
+    "The photographs of one frame, and the mover behind each pixel."
+    record = recording_of(cfg)
+    name, true_name = record.name(frame), f"{frame:02d}"
+    tau = record.seconds(frame + 1)[-1]
+    for c in cfg["cameras"]:
+        image, thing = photograph(caster, city_camera(caster, c, tau, cfg))
+        for folder in (log / f"camera/{c}", truth / c):
+            folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(log / f"camera/{c}/{name}.jpg", quality=92, subsampling=0)
+        number = (mover_or_none(caster, thing) + 1).astype(np.uint16)  # 0 where nothing moves
+        Image.fromarray(number).save(truth / c / f"{true_name}.png")
+
 # %% ../../nbs/05i_logs.ipynb #0285692d
 def write_frame(
     caster: Raycaster,  # the street
     log: Path,  # the log's folder
     truth: Path,  # folder of the log's truth
-    frame: int,  # frame id
+    frame: int,  # place in the log's lists
     stamp: float,  # epoch s of the log's first stamp
-    cfg: dict,  # scale, cameras, step
+    cfg: dict,  # scale, cameras, step, recording
 ) -> None:
     "One frame: sweep, labels, photographs, truth."
-    tau = frame * SWEEP
-    world = caster.street.world
-    name = f"{frame:02d}"
-    s = sweep(caster, tau, cfg["step"])
-    dump_table(sweep_table(s, world, stamp), log / f"lidar/{name}.pkl.gz")
-    dump_table(boxes(caster, s, tau), log / f"annotations/cuboids/{name}.pkl.gz")
+    record = recording_of(cfg)
+    tau = record.seconds(frame + 1)[-1]
+    world = world_of(caster, record)
+    name = record.name(frame)
+    s = recorded_sweep(caster, frame, cfg)
+    common = None if record.return_times else tau + record.turn * TURN_SHIFT[record.stamps]
+    dump_table(sweep_table(s, world, stamp, common), log / f"lidar/{name}.pkl.gz")
+    labels = boxes(caster, s, tau, turn=record.turn)
+    for axis, moved in zip("xyz", record.origin):
+        labels[f"position.{axis}"] += moved
+    dump_table(labels, log / f"annotations/cuboids/{name}.pkl.gz")
     write_images(caster, log, truth, frame, cfg)
     flow = (s.flow @ world[:3, :3].T).astype(np.float32)
     mover = mover_or_none(caster, s.thing).astype(np.int32)
     truth.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(truth / f"{name}.npz", flow=flow, dynamic=s.dynamic, object=mover)
+    np.savez_compressed(truth / f"{frame:02d}.npz", flow=flow, dynamic=s.dynamic, object=mover)
 
 # %% ../../nbs/05i_logs.ipynb #c46041d4
 def write_json(
@@ -133,17 +207,18 @@ def write_json(
     with atomic_write(path) as tmp:
         Path(tmp).write_text(json.dumps(value))
 
-
+# %% ../../nbs/05i_logs.ipynb #ad13b69f
 def camera_lists(
     caster: Raycaster,  # the street
     name: str,  # a camera of the rig
-    stamps: np.ndarray,  # (F,) epoch s
-    scale: float,  # of the images
+    stamps: np.ndarray,  # (F,) epoch s, the ends of the sweeps
+    cfg: dict,  # scale, cameras, recording
 ) -> dict:  # file name without .json -> content
     "Intrinsics, poses and stamps of one camera."
-    K = camera_at(caster, name, 0.0, scale).K
-    cameras = [camera_at(caster, name, t, scale) for t in stamps - stamps[0]]
-    poses = np.stack([caster.street.world @ c.T for c in cameras])
+    K = city_camera(caster, name, 0.0, cfg).K
+    cameras = [city_camera(caster, name, t, cfg) for t in stamps - stamps[0]]
+    world = world_of(caster, recording_of(cfg))
+    poses = np.stack([world @ c.T for c in cameras])
     numbers = dict(fx=float(K[0, 0]), fy=float(K[1, 1]), cx=float(K[0, 2]), cy=float(K[1, 2]))
     return {
         f"camera/{name}/intrinsics": numbers,
@@ -154,37 +229,66 @@ def camera_lists(
 # %% ../../nbs/05i_logs.ipynb #a46ef021
 def ego_lists(
     caster: Raycaster,  # the street
-    stamps: np.ndarray,  # (F,) epoch s
+    stamps: np.ndarray,  # (F,) epoch s, the ends of the sweeps
+    record: Recording = Recording(),  # read: stamps, turn, lidar_axes, origin
 ) -> dict:  # file name without .json -> content
     "Stamps and poses of the LiDAR, and GPS."
     ego = caster.street.ego
-    tau = stamps - stamps[0]
-    T = caster.street.world @ ego_pose(ego, tau)
+    shift = record.turn * TURN_SHIFT[record.stamps]
+    tau = stamps - stamps[0] + shift
+    T = world_of(caster, record) @ ego_pose(ego, tau)
+    T[:, :3, :3] = T[:, :3, :3] @ LIDAR_AXES[record.lidar_axes]
     T[:, :3, 3] = np.round(T[:, :3, 3], 9) + 0.0
     gps = [
         dict(lat=37.776 + y / 111320, long=-122.399 + x / 87990, height=2.95, xvel=0.0, yvel=v)
         for (x, y, _), v in zip(T[:, :3, 3].tolist(), ego.rate(tau).tolist())
     ]
-    times = stamps.tolist()
+    times = (stamps + shift).tolist()
     return {"meta/timestamps": times, "lidar/timestamps": times, "lidar/poses": pose_records(T), "meta/gps": gps}
 
+# %% ../../nbs/05i_logs.ipynb #5e2ec024
+def rig_description(
+    record: Recording,  # how the log is recorded
+    cameras: list,  # names
+) -> dict:  # content of its rig.yaml; {} where nothing is unlike PandaSet
+    "What a reader cannot know from the other files."
+    plain = Recording()
+    said = {}
+    if record.lidar_axes != plain.lidar_axes:
+        said["lidar_axes"] = record.lidar_axes
+    if record.stamps != plain.stamps:
+        said["stamps"] = record.stamps
+    if not record.return_times:
+        said["return_times"] = "none"
+    if record.turn != plain.turn:
+        said["turn"] = record.turn
+    if record.first or record.digits != plain.digits or record.gaps:
+        said["numbering"] = "order"
+    if record.distortion:
+        lens = dict(lens="radial-tangential", distortion=list(record.distortion))
+        said["cameras"] = {name: lens for name in cameras}
+    return said
 
+# %% ../../nbs/05i_logs.ipynb #5e2ec025
 def write_lists(
     caster: Raycaster,  # the street
     log: Path,  # the log's folder
     truth: Path,  # folder of the log's truth
-    stamps: np.ndarray,  # (F,) epoch s
-    cfg: dict,  # scale, cameras
+    stamps: np.ndarray,  # (F,) epoch s, the ends of the sweeps
+    cfg: dict,  # scale, cameras, recording
 ) -> None:
     "Poses, stamps, intrinsics, GPS and the names of the movers."
-    lists = ego_lists(caster, stamps)
+    record = recording_of(cfg)
+    lists = ego_lists(caster, stamps, record)
     for c in cfg["cameras"]:
-        lists |= camera_lists(caster, c, stamps, cfg["scale"])
+        lists |= camera_lists(caster, c, stamps, cfg)
     for name, value in lists.items():
         write_json(value, log / f"{name}.json")
     things = enumerate(caster.street.things)
     movers = {i: dict(uuid=t.uuid, label=t.label) for i, t in things if t.motion.moves}
     write_json(movers, truth / "objects.json")
+    if described := rig_description(record, cfg["cameras"]):
+        (log / "rig.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
 
 # %% ../../nbs/05i_logs.ipynb #988c12c9
 @lru_cache(maxsize=1)
@@ -205,7 +309,7 @@ def write_part(
     "A worker's share: some frames of one log."
     caster = caster_of(log_id, cfg["seed"])
     part = Path(out) / "_part" / log_id
-    stamps = log_stamps(log_id, cfg["frames"])
+    stamps = log_stamps(log_id, cfg["frames"], recording_of(cfg))
     for f in frames:
         write_frame(caster, part / "log", part / "truth", f, stamps[0], cfg)
     if 0 in frames:
@@ -237,7 +341,7 @@ def stored_parameters(
         place = f"{path.parent.name}/city.json"
         raise DataError(f"{place}: holds no parameters of a city; choose another folder or delete this one.") from e
 
-
+# %% ../../nbs/05i_logs.ipynb #b05f0158
 def begin_city(
     out: Path,  # the city's folder
     cfg: dict,  # parameters
@@ -320,6 +424,24 @@ def free_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 # %% ../../nbs/05i_logs.ipynb #0e4521bb
+def write_logs(
+    out: Path,  # the city's folder
+    ids: list,  # of all its logs
+    cfg: dict,  # its parameters
+    workers: int,  # processes
+    progress: Callable,  # wraps the parts as they are done
+) -> None:
+    "Write the logs that are not there, part by part; each is put in place when it is whole."
+    shares = shares_of([i for i in ids if not (out / i).is_dir()], cfg["frames"], workers)
+    left = [i for i, _ in shares]
+    parts = [(str(out), *share, cfg) for share in shares]
+    for i in progress(each_part(parts, workers), total=len(parts)):
+        left.remove(i)
+        if i not in left:
+            put_in_place(out, i)
+    shutil.rmtree(out / "_part", ignore_errors=True)
+
+# %% ../../nbs/05i_logs.ipynb #49242e8c
 def make_city(
     out: str | Path,  # folder to write; becomes a data root
     logs: int,  # how many, ids from "001" on
@@ -330,6 +452,7 @@ def make_city(
     workers: int | None = None,  # processes; None: one per core
     step: float = 0.25,  # degrees between columns of beams
     progress: Callable = lambda parts, total: parts,  # wraps the parts as they are done, such as tqdm
+    recording: Recording = Recording(),  # rate, stamps, axes, origin, lenses and names; PandaSet's unless given
 ) -> list:  # log ids
     """Write a city of logs in PandaSet's layout; do nothing if it is there.
 
@@ -337,21 +460,13 @@ def make_city(
     check_city_parameters(logs=logs, frames=frames, scale=scale, seed=seed, workers=workers, step=step)
     if wrong := [c for c in cameras if c not in RIG]:
         raise DataError(f"{wrong[0]}: is not a camera of the rig; choose from {', '.join(RIG)}.")
-    out = Path(out)
     ids = [f"{i + 1:03d}" for i in range(logs)]
     cfg = dict(logs=logs, frames=frames, scale=scale, seed=seed, cameras=list(cameras), step=step)
-    if begin_city(out, cfg):
-        return ids
-    workers = workers or free_cores()
-    shares = shares_of([i for i in ids if not (out / i).is_dir()], frames, workers)
-    left = [i for i, _ in shares]
-    parts = [(str(out), *share, cfg) for share in shares]
-    for i in progress(each_part(parts, workers), total=len(parts)):
-        left.remove(i)
-        if i not in left:
-            put_in_place(out, i)
-    shutil.rmtree(out / "_part", ignore_errors=True)
-    write_json({**cfg, "complete": True}, out / "city.json")
+    if recording != Recording():
+        cfg["recording"] = json.loads(json.dumps(asdict(recording)))
+    if not begin_city(Path(out), cfg):
+        write_logs(Path(out), ids, cfg, workers or free_cores(), progress)
+        write_json({**cfg, "complete": True}, Path(out) / "city.json")
     return ids
 
 # %% ../../nbs/05i_logs.ipynb #1ad8fb3d

@@ -12,12 +12,13 @@ from fastcore.basics import patch
 from .solids import MATERIALS, join, nearest, search_tree
 from .street import Layout, Motion, scenery
 from .traffic import drive, traffic
+from ..files import DataError
 from ..frames import quat_to_mat, se3
 
 # %% auto #0
-__all__ = ['RIG', 'CAMERA_HEADING', 'BEAMS', 'SCANNER', 'SWEEP', 'INTENSITY', 'ego_pose', 'Street', 'make_street', 'turned',
-           'Raycaster', 'Rays', 'Hits', 'rays_near_ball', 'cast_standing', 'cast_mover', 'cast', 'beam_directions',
-           'beam_columns', 'TrueSweep', 'intensity_of', 'sweep']
+__all__ = ['RIG', 'CAMERA_HEADING', 'BEAMS', 'SCANNER', 'SWEEP', 'TURN_SHIFT', 'LIDAR_AXES', 'INTENSITY', 'Recording', 'ego_pose',
+           'Street', 'make_street', 'turned', 'Raycaster', 'Rays', 'Hits', 'rays_near_ball', 'cast_standing',
+           'cast_mover', 'cast', 'beam_directions', 'beam_columns', 'TrueSweep', 'intensity_of', 'sweep']
 
 # %% ../../nbs/05e_rays.ipynb #fc4aa440
 _FIELDS = "fx fy cx cy x y z qw qx qy qz offset".split()
@@ -48,6 +49,75 @@ SCANNER = dict(  # in the LiDAR frame
     axle=0.37,  # height of the frame's origin above the road, m
 )
 SWEEP = 0.1  # s per turn; a turn begins and ends behind the vehicle
+
+# %% ../../nbs/05e_rays.ipynb #5e2ec002
+TURN_SHIFT = dict(start=-1.0, middle=-0.5, end=0.0)  # turns from a sweep's end to the moment that its stamp gives
+LIDAR_AXES = {  # columns: the LiDAR's x, y and z as x right, y forward, z up
+    "right forward up": np.eye(3),
+    "forward left up": np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1.0]]),
+}
+
+
+@dataclass(frozen=True)
+class Recording:
+    "How a made-up log is recorded and written."
+
+    fps: float = 10.0  # frames a second; below 10, frames are left out; above, the scanner turns faster
+    stamps: str = "end"  # the moment of a turn that the LiDAR's stamps and poses give: start, middle or end
+    return_times: bool = True  # each return has its own time; False: the stamp of its sweep
+    lidar_axes: str = "right forward up"  # where x, y and z of the LiDAR's poses point; or "forward left up"
+    origin: tuple = (0.0, 0.0, 0.0)  # m, added to all world coordinates
+    sizes: tuple = ()  # of each camera's images, as a share of the first one's; (): all alike
+    distortion: tuple = ()  # of every lens, k1 k2 p1 p2 k3 as OpenCV writes them; (): none
+    cropped: bool = False  # only returns that fall into an image, in no order
+    first: int = 0  # number of the first file
+    digits: int = 2  # of a file's number, at least
+    gaps: tuple = ()  # numbers of frames that were lost, counted from 0: no files, no entries
+
+    def __post_init__(self) -> None:
+        "Refuse a moment or axes that nobody has."
+        if self.stamps not in TURN_SHIFT:
+            raise DataError(f"stamps: is {self.stamps!r}; choose start, middle or end.")
+        if self.lidar_axes not in LIDAR_AXES:
+            raise DataError(f"lidar_axes: is {self.lidar_axes!r}; choose {' or '.join(LIDAR_AXES)}.")
+
+    @property
+    def period(self) -> float:  # s
+        "From frame to frame."
+        return 1 / self.fps
+
+    @property
+    def turn(self) -> float:  # s
+        "Of one turn of the scanner."
+        return min(SWEEP, self.period)
+
+# %% ../../nbs/05e_rays.ipynb #5e2ec003
+@patch
+def numbers(
+    self: Recording,
+    frames: int,  # that the log has
+) -> np.ndarray:  # (frames,) int64, counted from 0
+    "Which frames of the drive are kept."
+    every = np.arange(frames + len(self.gaps))
+    return every[~np.isin(every, self.gaps)][:frames]
+
+
+@patch
+def seconds(
+    self: Recording,
+    frames: int,  # that the log has
+) -> np.ndarray:  # (frames,) s since the log's start
+    "When each sweep ends."
+    return self.period * self.numbers(frames)
+
+
+@patch
+def name(
+    self: Recording,
+    frame: int,  # place in the log's lists
+) -> str:  # such as "07"
+    "A frame's name in the log's folders."
+    return f"{self.first + self.numbers(frame + 1)[-1]:0{self.digits}d}"
 
 # %% ../../nbs/05e_rays.ipynb #31c5863f
 def ego_pose(
@@ -284,11 +354,12 @@ def beam_columns(
     ego: Motion,  # the ego's drive
     tau: float,  # s, the sweep's stamp since the log's start
     step: float,  # degrees between columns
+    turn: float = SWEEP,  # s, of one turn
 ) -> Rays:  # a group of 64 a column
     "The rays of one turn of the scanner, in the street's frame."
     n = round(360 / step)
     azimuth = (np.arange(n) + 0.5) * 2 * np.pi / n - np.pi
-    when = tau + (azimuth / (2 * np.pi) - 0.5) * SWEEP
+    when = tau + (azimuth / (2 * np.pi) - 0.5) * turn
     T = ego_pose(ego, when)
     o = T[:, :3, 3] + T[:, :3, :3] @ np.array(SCANNER["at"])
     d = np.einsum("gij,grj->gri", T[:, :3, :3], beam_directions(azimuth)).astype(np.float32)
@@ -299,11 +370,11 @@ class TrueSweep(NamedTuple):
     "N returns of one turn, and what only a made-up log knows of them."
 
     points: np.ndarray  # (N,3) street, m
-    flow: np.ndarray  # (N,3) displacement until one sweep later, street, m
+    flow: np.ndarray  # (N,3) displacement until the next frame, street, m
     tau: np.ndarray  # (N,) s since the log's start
     thing: np.ndarray  # (N,) index of the thing that was hit
     intensity: np.ndarray  # (N,) whole numbers 0..255
-    dynamic: np.ndarray  # (N,) bool, moves by 5 cm or more
+    dynamic: np.ndarray  # (N,) bool, moves by 5 cm or more in 0.1 s
 
 # %% ../../nbs/05e_rays.ipynb #7e46618e
 # at normal incidence
@@ -328,9 +399,11 @@ def sweep(
     tau: float,  # s, the sweep's stamp since the log's start
     step: float = 0.25,  # degrees between columns
     reach: float = 140.0,  # longest range, m
+    turn: float = SWEEP,  # s, of one turn of the scanner
+    ahead: float = SWEEP,  # s, until the next frame
 ) -> TrueSweep:
-    "One sweep and the exact displacement of each return until the next sweep."
-    rays = beam_columns(caster.street.ego, tau, step)
+    "One sweep and the exact displacement of each return until the next frame."
+    rays = beam_columns(caster.street.ego, tau, step, turn)
     h = cast(caster, rays)
     k = np.nonzero((h.t < reach) & (h.t > 1.0))[0]
     h = h.pick(k)
@@ -341,7 +414,7 @@ def sweep(
     flow = np.zeros_like(points)
     for i in np.unique(h.thing[h.thing >= caster.street.standing]):
         m = h.thing == i
-        q = caster.poses(i, when[m] + SWEEP)
+        q = caster.poses(i, when[m] + ahead)
         flow[m] = turned(h.local[m], q[:, 2]) + caster.base(i, q) - points[m]
-    dynamic = np.linalg.norm(flow, axis=1) >= 0.05
+    dynamic = np.linalg.norm(flow, axis=1) >= 0.05 * (ahead / SWEEP)
     return TrueSweep(points, flow, when, h.thing, intensity_of(caster, h, d), dynamic)

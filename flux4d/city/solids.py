@@ -159,7 +159,7 @@ def _octahedron() -> np.ndarray:  # (8,3,3) corners on the unit sphere
     signs = (1, -1)
     return np.array([[s * x, t * y, u * z][:: s * t * u] for s in signs for t in signs for u in signs])
 
-
+# %% ../../nbs/05a_solids.ipynb #d02c10e5
 @lru_cache
 def unit_sphere(
     level: int,  # how often each face is split in four

@@ -16,7 +16,8 @@ from .solids import Mesh, box, quads
 
 # %% auto #0
 __all__ = ['WALLS', 'STYLES', 'VEHICLE_LABELS', 'KERB_LABELS', 'arc', 'Motion', 'Thing', 'Layout', 'Edge', 'edges', 'houses',
-           'labelled', 'vehicle', 'parked', 'street_tree', 'greens', 'ground_and_blocks', 'skyline', 'scenery']
+           'labelled', 'vehicle', 'parked', 'street_tree', 'small_thing', 'greens', 'ground_and_blocks',
+           'distant_places', 'skyline', 'scenery']
 
 # %% ../../nbs/05c_street.ipynb #4a8761e6
 def arc(
@@ -282,6 +283,16 @@ def street_tree(
 KERB_LABELS = {"bin": "Rolling Containers", "cone": "Cones", "sign": "Signs"}  # a hydrant has none
 
 
+def small_thing(
+    g: np.random.Generator,  # of the log
+    place: Motion,  # where it stands
+    lay: Layout,  # the street
+) -> Thing:
+    "A bin, a hydrant, a sign or a cone."
+    name = str(g.choice(["bin", "bin", "hydrant", "sign", "cone"]))
+    return labelled(small_things()[name], place, KERB_LABELS.get(name, ""), g, lay.kerb)
+
+# %% ../../nbs/05c_street.ipynb #5370f0ea
 def greens(
     g: np.random.Generator,  # of the log
     edge: Edge,  # where
@@ -302,9 +313,7 @@ def greens(
         elif g.random() < leafy:
             out.append(labelled(street_tree(g, hue), edge.at(s, 1.1, facing), "", g, lay.kerb))
         elif g.random() < 0.8:
-            name = str(g.choice(["bin", "bin", "hydrant", "sign", "cone"]))
-            label = KERB_LABELS.get(name, "")
-            out.append(labelled(small_things()[name], edge.at(s, 0.6, facing), label, g, lay.kerb))
+            out.append(small_thing(g, edge.at(s, 0.6, facing), lay))
         s += g.uniform(5.5, 10)
     return out
 
@@ -326,13 +335,13 @@ def ground_and_blocks(
     return out
 
 # %% ../../nbs/05c_street.ipynb #f704775c
-def skyline(
+def distant_places(
     g: np.random.Generator,  # of the log
     lay: Layout,  # the street
-) -> list:  # of Thing
-    "Towers in the distance, and a house across the end of every street."
+) -> list[tuple]:  # of (x, y, heading, size)
+    "Where the towers stand, and the houses across the ends of the streets."
     u = g.uniform
-    places = []  # x, y, heading, size
+    places = []
     for a, r in zip(u(0, 6.28, 26), u(430, 900, 26)):
         heading = u(0, 6.28)
         footprint = u(15, 40), u(15, 40)
@@ -344,9 +353,17 @@ def skyline(
     for s in (1, -1):
         y = u(-5, 5)
         places.append((s * 450 + 20, y, s * np.pi / 2, (46.0, 16.0, g.choice([14.0, 22.0]))))
+    return places
+
+# %% ../../nbs/05c_street.ipynb #bdd93893
+def skyline(
+    g: np.random.Generator,  # of the log
+    lay: Layout,  # the street
+) -> list:  # of Thing
+    "Towers in the distance, and a house across the end of every street."
     out = []
-    for x, y, heading, size in places:
-        grey = tuple(u(0.5, 0.7) * np.array([0.95, 1, 1.06]))
+    for x, y, heading, size in distant_places(g, lay):
+        grey = tuple(g.uniform(0.5, 0.7) * np.array([0.95, 1, 1.06]))
         mesh = box(size, (0, 0, 0), "wall", grey)
         out.append(Thing(mesh, Motion((x, y, heading)), seed=int(g.integers(1 << 30)), size=size))
     return out

@@ -204,7 +204,7 @@ def road_paint(
     white = np.clip(white0 * main + white1 * cross + zebra, 0, 1)
     return white, np.clip(yellow0 * main + yellow1 * cross, 0, 1)
 
-
+# %% ../../nbs/05f_surfaces.ipynb #fdfffad7
 def road(
     s: Spots,  # hits on the ground
     lay: Layout,  # the street
@@ -243,7 +243,7 @@ def leaf(
     hue = 1 + rgb(0.10, 0.02, -0.12) * grain(s.v, s.u, ((0.5, 1.0),), s.foot, 5)[:, None]
     return s.colour * k.clip(0.3)[:, None] * hue
 
-
+# %% ../../nbs/05f_surfaces.ipynb #c3cd5b7f
 def plain_surface(
     s: Spots,  # hits on anything else
     lay: Layout,  # the street
@@ -307,7 +307,7 @@ class Panes(NamedTuple):
     wide: np.ndarray  # (N,) half its width, m
     high: np.ndarray  # (N,) half its height, m
 
-
+# %% ../../nbs/05f_surfaces.ipynb #7c0adb37
 def window_grid(
     s: Spots,  # hits on a house
 ) -> Panes:

@@ -158,7 +158,7 @@ def car_ahead(
     kind = str(s.g.choice(("suv", "sedan", "hatch", "pickup", "van", "truck")))
     return vehicle(s.g, Motion(start, speed=pace), kind)
 
-
+# %% ../../nbs/05d_traffic.ipynb #19e3ede1
 def car_same_way(
     s: Scenario,  # what to draw from
 ) -> Thing:
@@ -200,7 +200,7 @@ def on_cross_street(
     start = (x + way * s.lay.lane / 2, y, way * np.pi / 2)
     return vehicle(s.g, Motion(start, speed=speed))
 
-
+# %% ../../nbs/05d_traffic.ipynb #dce68115
 def car_passing(
     s: Scenario,  # what to draw from
 ) -> Thing:
@@ -225,7 +225,7 @@ def turning_side(
     "To which side the ego turns off."
     return np.sign(ego.path[1][1]) if len(ego.path) == 3 else 0
 
-
+# %% ../../nbs/05d_traffic.ipynb #a9fabdb9
 def car_beyond(
     s: Scenario,  # what to draw from; its ego turns
     way: int = 1,  # 1 as the ego will drive, -1 towards it
@@ -259,7 +259,7 @@ def person(
     motion = Motion((x, y, heading), speed=((0, u(0.9, 1.7)), (8, u(0.9, 1.7))))
     return labelled(mesh, motion, "Pedestrian", g, z)
 
-
+# %% ../../nbs/05d_traffic.ipynb #372ef4cd
 def walker_along(
     s: Scenario,  # what to draw from
 ) -> Thing:
@@ -278,7 +278,7 @@ def walker_cross_street(
     x = s.lay.crossings[0] + s.side() * (s.lay.cross + s.g.uniform(1.9, 3.0))
     return person(s, x, s.side() * s.g.uniform(12, 70), way * np.pi / 2, s.lay.kerb)
 
-
+# %% ../../nbs/05d_traffic.ipynb #e15e96d6
 def walker_on_zebra(
     s: Scenario,  # what to draw from
 ) -> Thing:
@@ -305,7 +305,7 @@ def rider(
     mesh = cyclist(CLOTHES[g.integers(7)], CLOTHES[g.integers(7)], SKINS[g.integers(3)])
     return labelled(mesh, Motion(at, speed=((0, u(3, 6.5)), (8, u(3, 6.5)))), "Bicycle", g)
 
-
+# %% ../../nbs/05d_traffic.ipynb #d706c774
 def rider_main(
     s: Scenario,  # what to draw from
 ) -> Thing:
