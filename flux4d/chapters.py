@@ -17,7 +17,7 @@ CHAPTERS = {  # page -> pages below it
     "index": ("method", "run", "own_data", "reference", "runs", "project"),
     "method": ("00_index", "01a_annotated", "glossary", "paper"),
     "run": ("commands", "presets"),
-    "own_data": ("data",),
+    "own_data": ("format", "data"),
     "reference": ("api", "command_help", "configuration"),
     "runs": ("gallery", "scene"),
     "project": ("notebooks", "coverage", "repository", "contributing", "changelog"),
