@@ -225,7 +225,7 @@ def with_walker(scene, velocity) -> Scene:
     g, rng = scene.gaussians, np.random.default_rng(0)
     lidar = (g.kind == LIDAR).nonzero()[:, 0]
     moving = scene.means_at(0.5)[lidar].double().numpy()
-    spot = transform_points(scene.ego0, np.array([12.0, 0, 0]))
+    spot = transform_points(scene.ego0, np.array([[12.0, 0, 0]]))[0]
     near = np.linalg.norm(moving[:, :2] - spot[:2], axis=1) < 3
     spot[2] = moving[near, 2].min()
     parts = [g]
