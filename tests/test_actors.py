@@ -9,8 +9,7 @@ from flux4d.actors import find_actors
 from flux4d.city.logs import fixture_city
 from flux4d.config import config_from_dict
 from flux4d.files import DataError
-from flux4d.frames import ClipTime, transform_points
-from flux4d.gaussians import LIDAR, cat
+from flux4d.frames import ClipTime
 from flux4d.model import build_model
 from flux4d.pandaset import PandaSet
 from flux4d.scene import Scene
@@ -218,43 +217,6 @@ def test_labels_are_not_needed(tmp_path, scene):
 
 
 # what a scene leaves at rest
-
-
-def with_walker(scene, velocity) -> Scene:
-    "Somebody on the road 12 m ahead, 20 Gaussians in each sweep, whom the scene leaves at rest."
-    g, rng = scene.gaussians, np.random.default_rng(0)
-    lidar = (g.kind == LIDAR).nonzero()[:, 0]
-    moving = scene.means_at(0.5)[lidar].double().numpy()
-    spot = transform_points(scene.ego0, np.array([12.0, 0, 0]))
-    near = np.linalg.norm(moving[:, :2] - spot[:2], axis=1) < 3
-    spot[2] = moving[near, 2].min()
-    parts = [g]
-    for frame in g.frame[lidar].unique():
-        rows = lidar[g.frame[lidar] == frame][:20]
-        t = g.t[lidar[g.frame[lidar] == frame]].median()
-        body = spot + rng.uniform((-0.25, -0.25, 0), (0.25, 0.25, 1.7), (20, 3))
-        body += np.array([*velocity, 0]) * (float(t) * scene.duration - 0.5)
-        parts.append(replace(g[rows], means=torch.as_tensor(body).to(g.means), t=t.expand(20).clone()))
-    still = torch.zeros(20 * (len(parts) - 1), *scene.velocity.shape[1:])
-    return replace(scene, gaussians=cat(parts), velocity=torch.cat([scene.velocity, still]))
-
-
-def test_a_walker_left_at_rest_is_followed_through_the_sweeps(scene):
-    "The scene says that the Gaussians rest, the sweeps how they move."
-    across = with_walker(scene, (0.3, 1.3))
-    new = torch.arange(len(across)) >= len(scene)
-    found = [a for a in across.actors if (a.mask & new).sum() > 60]
-    assert len(found) == 1 and found[0].at_rest and found[0].size[2] > 1.2
-    assert np.linalg.norm(found[0].path.velocity - [0.3, 1.3, 0]) < 0.15
-    assert (found[0].mask & new).sum() > 0.7 * new.sum()
-    others = [a for a in across.actors if a is not found[0]]
-    assert len(others) == len(scene.actors) and [a.at_rest for a in others] == [a.at_rest for a in scene.actors]
-
-
-def test_a_walker_who_stands_is_no_actor(scene):
-    standing = with_walker(scene, (0, 0))
-    new = torch.arange(len(standing)) >= len(scene)
-    assert not any((a.mask & new).any() for a in standing.actors)
 
 
 def test_a_scene_at_rest_has_no_actors(scene):
