@@ -440,7 +440,8 @@ def test_a_slow_vehicle_may_drive_backwards(log):
 
 def test_every_rule_has_its_planted_fault():
     elsewhere = {"files", "odd_json", "distortion", "reverse"}
-    unlike_pandaset = "other_axes other_stamps other_names other_lens other_rate cropped far_origin"  # tests/test_rig.py
+    # those of tests/test_rig.py
+    unlike_pandaset = "other_axes other_stamps other_names other_lens other_rate cropped far_origin"
     elsewhere |= set(unlike_pandaset.split())
     assert {check for _, check, _ in PLANTED.values()} | elsewhere == set(RULES)
 
