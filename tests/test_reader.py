@@ -712,7 +712,7 @@ def test_unknown_cameras_are_named(root):
     assert Log(root, "001").cameras == []
     with pytest.raises(DataError) as e:
         Log(root, "001").camera()
-    sentence(e, "001/camera/front_camera", "CAM_FRONT", "choose from another log")
+    sentence(e, "001/camera/front_camera", "CAM_FRONT", "choose from CAM_FRONT")
 
 
 @pytest.mark.parametrize(
