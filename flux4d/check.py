@@ -54,7 +54,9 @@ CONSEQUENCES = dict(  # what a fault brings with it
     one_place=("nothing_in_view", "cropped"),
     lidar_axes=("other_axes",),
     camera_axes=("other_axes",),
-    camera_distance=("far_origin",),
+    camera_distance=("far_origin", "other_axes"),
+    loose_camera=("other_axes",),
+    coarse_points=("far_origin",),
     time_unit=("other_rate",),
     principal_point=("nothing_in_view",),
 )

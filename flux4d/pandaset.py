@@ -283,7 +283,7 @@ def _report_no_camera(log: Log, name: str) -> None:
     "Say that a log lacks a camera, and which it has."
     also = ""
     if odd := log.unknown_cameras:
-        also = f" (its folder {quoted(odd[0])} has no name of PandaSet's: ask for it by this name)"
+        also = f" (its folder {quoted(odd[0])} has no name of PandaSet's: ask for it by this name, or rename it)"
     remedy = f"choose from {quoted(', '.join(log.cameras + log.unknown_cameras)) or 'another log'}"
     report_fault(log.folder / "camera" / name, "is a camera this log does not have" + also, remedy)
 
