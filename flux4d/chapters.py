@@ -62,7 +62,7 @@ def part_page(
 
 
 def notebook_line(
-    nb: Notebook,
+    nb: Notebook,  # that the list names
 ) -> str:  # of a list
     "A notebook with what it shows."
     return f"- [{nb.path.stem.partition('_')[0]} {nb.title}]({nb.path.stem}.md): {nb.subtitle}"
@@ -89,7 +89,7 @@ class PageEntry(NamedTuple):
 
 
 def site_tree(
-    notebooks: list[Notebook],
+    notebooks: list[Notebook],  # all of the repository
     pages: set[str],  # all pages of the site but parts
 ) -> dict[str, list[PageEntry]]:  # page -> what hangs on it
     "The order of the site."
@@ -112,7 +112,7 @@ def site_tree(
 
 
 def list_pages(
-    notebooks: list[Notebook],
+    notebooks: list[Notebook],  # all of the repository
 ) -> dict[str, str]:  # page -> Markdown
     "The pages of parts, and of chapters that have no text of their own."
     made = {}

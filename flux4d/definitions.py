@@ -71,7 +71,7 @@ class Comments:
 
 # %% ../nbs/90a_definitions.ipynb #ba4c8af3
 def arguments_of(
-    f: ast.FunctionDef | ast.AsyncFunctionDef,
+    f: ast.FunctionDef | ast.AsyncFunctionDef,  # function or method
     comments: Comments,  # of its source
 ) -> tuple[Argument, ...]:  # without self and cls
     "The parameters of a function."
@@ -91,7 +91,7 @@ def arguments_of(
 
 
 def returned(
-    f: ast.FunctionDef | ast.AsyncFunctionDef,
+    f: ast.FunctionDef | ast.AsyncFunctionDef,  # function or method
     comments: Comments,  # of its source
 ) -> Argument | None:  # None for what gives nothing and says nothing
     "What a function gives."
@@ -123,7 +123,7 @@ def signature(
 
 
 def is_marked(
-    f: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef,
+    f: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef,  # with its decorators
     word: str,  # such as patch
 ) -> bool:
     "Whether a decorator's text contains a word."
@@ -131,7 +131,7 @@ def is_marked(
 
 # %% ../nbs/90a_definitions.ipynb #a1d7f50b
 def function_definition(
-    f: ast.FunctionDef | ast.AsyncFunctionDef,
+    f: ast.FunctionDef | ast.AsyncFunctionDef,  # function or method
     comments: Comments,  # of its source
     owner: str = "",  # the class that it is written in
 ) -> Definition:
@@ -149,7 +149,7 @@ def function_definition(
 
 # %% ../nbs/90a_definitions.ipynb #d99d6e15
 def class_definition(
-    c: ast.ClassDef,
+    c: ast.ClassDef,  # with its body
     comments: Comments,  # of its source
 ) -> Definition:
     "A class with its fields and public methods."
@@ -172,7 +172,7 @@ def class_definition(
 
 
 def constant_definitions(
-    item: ast.Assign | ast.AnnAssign,
+    item: ast.Assign | ast.AnnAssign,  # may name several
     comments: Comments,  # of its source
 ) -> Iterator[Definition]:
     "Names that stand for a value."

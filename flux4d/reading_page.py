@@ -28,7 +28,7 @@ def inline_html(
 
 
 def argument_row(
-    a: Argument,
+    a: Argument,  # parameter, field, or what a function returns
     name: str,  # shown in its place
     has_defaults: bool,  # whether the table has a column for them
 ) -> str:
@@ -40,7 +40,7 @@ def argument_row(
 
 
 def argument_table(
-    d: Definition,
+    d: Definition,  # of a function or a class
 ) -> str:  # HTML without an empty line; empty where there is nothing to say
     "Parameters or fields, and what is returned."
     has_defaults = any(a.default for a in d.arguments)
@@ -56,7 +56,7 @@ def argument_table(
 
 # %% ../nbs/90b_reading_page.ipynb #36150a8c
 def fenced(
-    text: str,
+    text: str,  # code, or what a command prints
     language: str = "",  # of the text
 ) -> str:
     "A block of code; its fence is longer than any inside."
@@ -74,7 +74,7 @@ def definition_id(
 
 
 def definition_text(
-    d: Definition,
+    d: Definition,  # with its members
     module: str,  # that exports it
 ) -> str:  # Markdown and HTML
     "A definition as a reader looks it up."
@@ -181,7 +181,7 @@ def without_comments(
 
 
 def picture_text(
-    page: ReadingPage,
+    page: ReadingPage,  # that takes the picture
     data: dict,  # media types of an output
     real: bool,  # whether the cell looks at the real log
 ) -> str:
@@ -196,7 +196,7 @@ def picture_text(
 
 
 def output_part(
-    page: ReadingPage,
+    page: ReadingPage,  # that takes its pictures
     output: dict,  # one of a code cell
     real: bool,  # whether the cell looks at the real log
 ) -> str:
@@ -251,7 +251,7 @@ def beside(
 
 # %% ../nbs/90b_reading_page.ipynb #a4a0a0dc
 def code_text(
-    page: ReadingPage,
+    page: ReadingPage,  # that takes the pictures of the outputs
     cell: dict,  # a code cell
     module: str | None,  # that the notebook exports
 ) -> str:
@@ -262,7 +262,7 @@ def code_text(
 
 
 def notebook_page(
-    nb: Notebook,
+    nb: Notebook,  # with its stored outputs
     turn: Callable[[str], str],  # a text with its links turned
 ) -> ReadingPage:  # its parts joined are the page
     "A notebook as a page."

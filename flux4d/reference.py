@@ -39,7 +39,7 @@ class Defined(NamedTuple):
 
 
 def defined_names(
-    notebooks: list[Notebook],
+    notebooks: list[Notebook],  # in reading order
 ) -> list[Defined]:  # in reading order
     "What the notebooks export."
     found = []
@@ -51,7 +51,7 @@ def defined_names(
 
 
 def names_used(
-    nb: Notebook,
+    nb: Notebook,  # whose page is made
     defined: list[Defined],  # of the package
 ) -> dict[str, str]:  # name -> anchor of its definition
     "What names mean on a notebook's page: those that it imports, and its own."
@@ -66,7 +66,7 @@ def names_used(
 
 # %% ../nbs/90c_reference.ipynb #e707ddcd
 def name_row(
-    d: Defined,
+    d: Defined,  # with its page
 ) -> str:  # of a table
     "A name with its link and its first line."
     kind = "" if d.definition.kind == "function" else f" <small>{d.definition.kind}</small>"
@@ -76,7 +76,7 @@ def name_row(
 
 
 def api_page(
-    notebooks: list[Notebook],
+    notebooks: list[Notebook],  # all of the repository
 ) -> str:  # Markdown and HTML
     "All names by part and module."
     parts = [
@@ -111,7 +111,7 @@ def command_help(
 
 
 def stage_parameters(
-    notebooks: list[Notebook],
+    notebooks: list[Notebook],  # all of the repository
 ) -> Iterator[tuple[Notebook, str]]:  # and the source of its cell of parameters
     "Notebooks that papermill runs with parameters."
     for nb in notebooks:
@@ -122,7 +122,7 @@ def stage_parameters(
 
 def command_page(
     root: Path,  # the repository
-    notebooks: list[Notebook],
+    notebooks: list[Notebook],  # all of it
 ) -> str:  # Markdown
     "Help of all commands, and parameters of the stage notebooks."
     listed = re.findall(r'^(flux4d-\w+) = "([\w.:]+)"', (root / "pyproject.toml").read_text(encoding="utf-8"), re.M)
@@ -219,7 +219,7 @@ def configuration_page(
 
 # %% ../nbs/90c_reference.ipynb #e27a2ee6
 def gallery_figure(
-    page: ReadingPage,
+    page: ReadingPage,  # with its captions
     name: str,  # of one of its pictures
 ) -> str:  # Markdown and HTML
     "A picture with a link to the notebook that made it."

@@ -142,7 +142,7 @@ def pictures_of(
 # %% ../nbs/91c_site.ipynb #c422c09e
 def pages_and_pictures(
     root: Path,  # the repository
-    notebooks: list[Notebook],
+    notebooks: list[Notebook],  # all of it
 ) -> dict[str, str | bytes]:  # file name -> content
     "The repository's own notebooks and texts, the gallery of their pictures, and all pictures."
     made, reading = {}, []
@@ -171,7 +171,7 @@ def presets_of_package() -> tuple[dict[str, Any], dict[str, dict]]:  # by name: 
 
 def reference_pages(
     root: Path,  # the repository
-    notebooks: list[Notebook],
+    notebooks: list[Notebook],  # all of it
 ) -> dict[str, str]:  # file name -> Markdown
     "Pages that are made from the package itself."
     names = {d.definition.name: d for d in defined_names(notebooks)}
@@ -183,7 +183,7 @@ def reference_pages(
 
 
 def generator_lists(
-    notebooks: list[Notebook],
+    notebooks: list[Notebook],  # all of the repository
     pages: set[str],  # names without ending
 ) -> dict[str, str]:  # file name -> JSON
     "What a generator cannot know from the pages: their order, and where names are defined."

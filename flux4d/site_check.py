@@ -34,7 +34,7 @@ class BuiltPage(HTMLParser):
 
     def handle_starttag(
         self,
-        tag: str,
+        tag: str,  # name of the element, such as img
         attrs: list,  # (name, value)
     ) -> None:
         "Note what an element names."
@@ -56,7 +56,7 @@ class BuiltPage(HTMLParser):
 
     def handle_endtag(
         self,
-        tag: str,
+        tag: str,  # name of the element that ends
     ) -> None:
         "Listen again."
         if self.silent and tag == self.silent[-1]:
@@ -64,7 +64,7 @@ class BuiltPage(HTMLParser):
 
     def handle_data(
         self,
-        data: str,
+        data: str,  # text between two tags
     ) -> None:
         "Keep what a reader reads."
         if not self.silent:
@@ -75,7 +75,7 @@ SILENT = {"script", "style", "pre", "code", "math", "kbd", "textarea"}  # elemen
 
 
 def built_page(
-    html: str,
+    html: str,  # content of a file of the site
 ) -> BuiltPage:
     "Read a page."
     page = BuiltPage()
@@ -93,7 +93,7 @@ RAW = {
 
 
 def raw_words(
-    page: BuiltPage,
+    page: BuiltPage,  # already read
 ) -> list[str]:  # what is wrong, with the place
     "Markdown and TeX that a reader sees as they were typed."
     text, found = "".join(page.words), []
