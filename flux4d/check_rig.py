@@ -13,7 +13,7 @@ from .pandaset import vehicle_axes
 from .rig import RIG_FILE, axes_words
 
 # %% auto #0
-__all__ = ['PANDASET_AXES', 'RIG_CHECKS', 'check_axes', 'check_moments', 'check_files', 'check_rate', 'check_surround',
+__all__ = ['PANDASET_AXES', 'RIG_CHECKS', 'check_axes', 'check_stamps', 'check_files', 'check_frame_rate', 'check_surround',
            'check_origin']
 
 # %% ../nbs/07h_check_rig.ipynb #fac758f7
@@ -40,7 +40,7 @@ def check_axes(
         yield finding("other_axes", numbers.poses_file, what, cause)
 
 # %% ../nbs/07h_check_rig.ipynb #f3e45f7e
-def check_moments(
+def check_stamps(
     numbers: LogNumbers,  # a log
     limits: Limits,  # what is usual
 ) -> Iterator[Finding]:  # notes
@@ -73,7 +73,7 @@ def check_files(
             yield finding("other_lens", numbers.folder / RIG_FILE, what, cause)
 
 # %% ../nbs/07h_check_rig.ipynb #9df431e0
-def check_rate(
+def check_frame_rate(
     numbers: LogNumbers,  # a log, stamps in seconds
     limits: Limits,  # what is usual
 ) -> Iterator[Finding]:  # at most one note
@@ -116,4 +116,4 @@ def check_origin(
     yield finding("far_origin", numbers.poses_file, f"starts {readable(away)} km from the world's origin", cause)
 
 
-RIG_CHECKS = check_axes, check_moments, check_files, check_rate, check_surround, check_origin
+RIG_CHECKS = check_axes, check_stamps, check_files, check_frame_rate, check_surround, check_origin

@@ -14,7 +14,7 @@ from .frames import far_origin, rotate_vectors, se3_inverse
 from .files import DataError, listing, quoted, report_fault
 from .log_files import CAMERAS, Sweep, open_image, read_image, read_intrinsics, read_poses
 from .log_files import read_stamps, read_sweep, reduce_image
-from .rig import RIG_FILE, CameraRig, Lens, Rig, axes_matrix, lens_of_camera, poses_at, read_rig
+from .rig import RIG_FILE, CameraLens, CameraRig, Rig, axes_matrix, lens_of_camera, poses_at, read_rig
 
 # %% auto #0
 __all__ = ['IMAGE_ENDINGS', 'RIG_REMEDY', 'find_pandaset', 'PandaSet', 'image_files', 'Camera', 'Log', 'vehicle_axes',
@@ -77,7 +77,7 @@ class Camera:
     poses: np.ndarray  # (F,4,4) float64 camera-to-world, counted from the log's origin
     stamps: np.ndarray  # (F,) float64 epoch s
     folder: Path  # where its images are
-    lens: Lens | None = None  # what `K` and the images are straightened from; None: the files' own
+    lens: CameraLens | None = None  # what `K` and the images are straightened from; None: the files' own
 
     @functools.cached_property
     def size(self) -> tuple[int, int]:  # width, height, px
@@ -360,7 +360,7 @@ def _recent_sweep(path: str, version: tuple | None) -> Sweep:
 
 # %% ../nbs/03_pandaset.ipynb #98805cdd
 @functools.lru_cache(maxsize=8)
-def _recent_image(path: str, version: tuple | None, scale: float, lens: Lens | None) -> np.ndarray:
+def _recent_image(path: str, version: tuple | None, scale: float, lens: CameraLens | None) -> np.ndarray:
     "Recently decoded images, straightened where their lens bends, forgotten when the file changes."
     if lens is None:
         return read_image(path, scale)

@@ -19,7 +19,7 @@ from .settings import read_settings
 
 # %% auto #0
 __all__ = ['TURN', 'RIG_FILE', 'axes_matrix', 'axes_words', 'CameraRig', 'Rig', 'read_rig', 'rig_bytes', 'poses_at', 'need_cv2',
-           'Lens', 'lens_of_camera']
+           'CameraLens', 'lens_of_camera']
 
 # %% ../nbs/02i_rig.ipynb #c24a4c93
 _DIRECTIONS = dict(  # on the vehicle: x forward, y left, z up
@@ -183,7 +183,7 @@ _HALF = np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])  # px, from OpenCV's pri
 
 
 @dataclass(frozen=True)
-class Lens:
+class CameraLens:
     "A lens that bends, for images of one size."
 
     K: tuple  # pinhole matrix of the bent images, row by row, px
@@ -221,16 +221,16 @@ class Lens:
 
 # %% ../nbs/02i_rig.ipynb #a13711ab
 @functools.lru_cache(maxsize=32)
-def _lens(K: tuple, size: tuple[int, int], kind: str, distortion: tuple[float, ...]) -> Lens:
+def _lens(K: tuple, size: tuple[int, int], kind: str, distortion: tuple[float, ...]) -> CameraLens:
     "One lens for all images of a camera, so that its maps are made once."
-    return Lens(K, size, kind, distortion)
+    return CameraLens(K, size, kind, distortion)
 
 
 def lens_of_camera(
     about: CameraRig,  # what is said of it
     K: np.ndarray,  # (3,3) px, of its files
     size: tuple[int, int],  # width, height, px
-) -> Lens | None:  # None for a pinhole
+) -> CameraLens | None:  # None for a pinhole
     "The lens of a camera."
     if about.lens == "pinhole":
         return None
