@@ -23,7 +23,7 @@ from .log_files import GET_AGAIN, open_image
 
 # %% auto #0
 __all__ = ['find_drives', 'drive_name', 'Calibration', 'read_calibration', 'read_kitti_stamps', 'VehiclePath', 'read_path',
-           'return_times', 'compensated', 'read_scan', 'upright_misfit', 'turned_about', 'Turn', 'fitted_heading',
+           'azimuth_times', 'compensated', 'read_scan', 'upright_misfit', 'turned_about', 'Turn', 'fitted_heading',
            'DriveFrames', 'drive_frames', 'convert_drive', 'convert_main']
 
 # %% ../nbs/07i_kitti.ipynb #9c8376a6
@@ -194,7 +194,7 @@ def read_path(
     return VehiclePath(stamps, _metres(rows), rows[:, [7, 6, 10]], rotation)
 
 # %% ../nbs/07i_kitti.ipynb #0a477992
-def return_times(
+def azimuth_times(
     points: np.ndarray,  # (N,3) in the scanner's frame: x forward, y left
     start: float,  # epoch s, of the turn
     end: float,  # epoch s
@@ -330,7 +330,7 @@ def _log_lists(path: VehiclePath, calibration: Calibration, frames: DriveFrames)
 def _write_scan(source: Path, target: Path, path: VehiclePath, calibration: Calibration, turn: tuple) -> None:
     "One sweep, compensated, as PandaSet stores it; `turn` is start and end in epoch s."
     scan = read_scan(source)
-    times = return_times(scan[:, :3], *turn)
+    times = azimuth_times(scan[:, :3], *turn)
     x, y, z = np.round(compensated(scan[:, :3], times, path, calibration), 4).T
     columns = dict(x=x, y=y, z=z, i=np.round(255 * scan[:, 3]), t=np.round(times, 6), d=np.zeros(len(x), np.int64))
     dump_table(need_pandas().DataFrame(columns), target)
@@ -353,7 +353,7 @@ def _drive_heading(drive: Path, frames: DriveFrames, path: VehiclePath, calibrat
     def turn(k: int) -> Turn:
         points = read_scan(drive / f"velodyne_points/data/{frames.numbers[k]:010d}.bin")[:, :3]
         points = points[:: max(1, len(points) // 30_000)]
-        return Turn(points, return_times(points, frames.start[k], frames.end[k]))
+        return Turn(points, azimuth_times(points, frames.start[k], frames.end[k]))
 
     firsts = np.unique(np.linspace(0, last, 3).round().astype(int))
     return fitted_heading([(turn(k), turn(k + 4)) for k in firsts], path, calibration)

@@ -14,8 +14,8 @@ from .city.street import Motion
 from .frames import intrinsics_matrix, scale_intrinsics, se3, se3_inverse, transform_points
 
 # %% auto #0
-__all__ = ['EARTH', 'PLACE', 'KITTI_SIZE', 'HIGHEST_BEAM', 'Mounting', 'calibration_texts', 'imu_pose', 'geographic', 'gps_rows',
-           'DriveSweep', 'drive_sweep', 'drive_image', 'make_drive']
+__all__ = ['EARTH', 'PLACE', 'KITTI_SIZE', 'HIGHEST_BEAM', 'DriveMounting', 'calibration_texts', 'imu_pose', 'geographic',
+           'gps_rows', 'DriveSweep', 'drive_sweep', 'drive_image', 'make_drive']
 
 # %% ../nbs/07h_made_drive.ipynb #f831e95a
 EARTH = 6378137.0  # m, the radius that KITTI's own tools use
@@ -33,7 +33,7 @@ def _scanner_to_ego() -> np.ndarray:
     return se3(tilt @ _FORWARD, np.array(SCANNER["at"]))
 
 # %% ../nbs/07h_made_drive.ipynb #dded4299
-class Mounting(NamedTuple):
+class DriveMounting(NamedTuple):
     "Where KITTI's sensors are on the city's vehicle, whose LiDAR frame is x right, y forward, z up."
 
     scanner: np.ndarray = _scanner_to_ego()  # (4,4) scanner to LiDAR frame
@@ -55,7 +55,7 @@ def _transform_rows(T: np.ndarray) -> str:
 
 # %% ../nbs/07h_made_drive.ipynb #16c22539
 def calibration_texts(
-    m: Mounting,  # of the sensors
+    m: DriveMounting,  # of the sensors
     scale: float,  # of the images
 ) -> dict[str, str]:  # file name -> content
     "KITTI's three calibration files."
@@ -78,7 +78,7 @@ def calibration_texts(
 def imu_pose(
     ego: Motion,  # the vehicle's drive
     tau: np.ndarray,  # (N,) s since the log's start
-    m: Mounting = Mounting(),  # of the sensors
+    m: DriveMounting = DriveMounting(),  # of the sensors
 ) -> np.ndarray:  # (N,4,4) IMU to street
     "Where the IMU is at any instant."
     return ego_pose(ego, tau) @ m.imu
@@ -97,7 +97,7 @@ def geographic(
 def gps_rows(
     ego: Motion,  # the vehicle's drive
     tau: np.ndarray,  # (N,) s since the log's start
-    m: Mounting = Mounting(),  # of the sensors
+    m: DriveMounting = DriveMounting(),  # of the sensors
 ) -> np.ndarray:  # (N,30) KITTI's columns; those that no conversion reads are 0
     "What the GPS/IMU unit reports."
     half = 1e-3  # s
@@ -143,7 +143,7 @@ def drive_sweep(
     caster: Raycaster,  # the street
     tau: float,  # s, end of the turn since the log's start
     step: float,  # deg between columns
-    m: Mounting = Mounting(),  # of the sensors
+    m: DriveMounting = DriveMounting(),  # of the sensors
 ) -> DriveSweep:
     "One turn of the scanner."
     s = sweep(caster, tau, step)
@@ -158,7 +158,7 @@ def drive_image(
     caster: Raycaster,  # the street
     tau: float,  # s, when the camera was triggered
     scale: float,  # of the image
-    m: Mounting = Mounting(),  # of the sensors
+    m: DriveMounting = DriveMounting(),  # of the sensors
 ) -> np.ndarray:  # (H,W,3) uint8
     "The rectified image of camera 2."
     width, height = (round(n * scale) for n in KITTI_SIZE)
@@ -199,7 +199,7 @@ def make_drive(
     closing = SWEEP * np.arange(1, frames + 1)
     jitter = np.random.default_rng(seed).uniform(-0.003, 0.003, frames)
     gps = closing - SWEEP / 2 + 0.022 + jitter
-    for name, text in calibration_texts(Mounting(), scale).items():
+    for name, text in calibration_texts(DriveMounting(), scale).items():
         _write(date / name, text)
     for name, text in _stamp_files(closing, start, gps).items():
         _write(drive / name, text)
