@@ -16,7 +16,8 @@ from .definitions import Argument, Definition, definitions
 # %% auto #0
 __all__ = ['FLAGS', 'PICTURE_TYPES', 'NEEDS_WIDTH', 'inline_html', 'argument_row', 'argument_table', 'fenced', 'definition_id',
            'definition_text', 'directives', 'only_imports', 'folded', 'source_text', 'ReadingPage', 'plain_html',
-           'without_comments', 'picture_text', 'output_part', 'split_headings', 'beside', 'code_text', 'notebook_page']
+           'without_comments', 'without_headings', 'picture_text', 'output_part', 'split_headings', 'beside',
+           'code_text', 'notebook_page']
 
 # %% ../nbs/90b_reading_page.ipynb #9f148f35
 def inline_html(
@@ -180,6 +181,15 @@ def without_comments(
     return re.sub(r"<!--[\s\S]*?-->\n?", "", text)
 
 
+def without_headings(
+    text: str,  # markdown of an output
+) -> str:  # headings as bold lines; a # inside a block of code is none
+    "A text that begins no section: one that begins inside a block would end behind it and break the page."
+    parts = re.split(r"(^```[\s\S]*?^```)", text, flags=re.M)
+    parts[::2] = [re.sub(r"^#{1,6} +(.+?) *$", r"**\1**\n", part, flags=re.M) for part in parts[::2]]
+    return "".join(parts)
+
+
 def picture_text(
     page: ReadingPage,  # that takes the picture
     data: dict,  # media types of an output
@@ -207,7 +217,7 @@ def output_part(
     elif "text/html" in data:
         text = plain_html("".join(data["text/html"]))
     elif "text/markdown" in data:
-        text = without_comments(page.turn("".join(data["text/markdown"])))
+        text = without_headings(without_comments(page.turn("".join(data["text/markdown"]))))
     else:
         plain = output_text(output).removeprefix("```\n").removesuffix("\n```")
         text = fenced(plain, "text") if plain else ""
