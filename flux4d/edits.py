@@ -120,7 +120,7 @@ def motion_coefficients(
 # %% ../nbs/73a_edits.ipynb #e5f02fdd
 def moving_part(
     actor: Actor,  # with the scene that it belongs to
-    alike: float = 1.5,  # m/s, members whose velocity at their own time differs by more take the actor's
+    alike: float = 1.5,  # m/s, or most of a slow actor's speed: members that differ by more take its velocity
 ) -> MovingPart:
     "An actor's Gaussians; those that the scene leaves at rest move with it."
     scene = actor.scene
@@ -129,7 +129,8 @@ def moving_part(
     common = motion_coefficients(actor.path, velocity)
     powers = torch.arange(velocity.shape[1], device=velocity.device)
     apart = ((velocity - common) * (seconds[:, None] ** powers)[..., None]).sum(1).norm(dim=1)
-    return MovingPart(g, seconds, torch.where(apart[:, None, None] > alike, common, velocity))
+    strange = apart > min(alike, 0.6 * actor.speed)
+    return MovingPart(g, seconds, torch.where(strange[:, None, None], common, velocity))
 
 # %% ../nbs/73a_edits.ipynb #b9f2fcda
 def same_degree(
