@@ -12,6 +12,7 @@ import numpy as np
 from fastcore.basics import patch
 from .frames import far_origin, rotate_vectors, se3_inverse
 from .files import DataError, listing, quoted, report_fault
+from .lazy_methods import LazyMethods
 from .log_files import CAMERAS, Sweep, open_image, read_image, read_intrinsics, read_poses
 from .log_files import read_stamps, read_sweep, reduce_image
 from .rig import RIG_FILE, CameraLens, CameraRig, Rig, axes_matrix, lens_of_camera, poses_at, read_rig
@@ -97,8 +98,8 @@ class Camera:
         return self.size[1]
 
 # %% ../nbs/03_pandaset.ipynb #d6ce4c4d
-class Log:
-    "One recording, by its own frame ids."
+class Log(LazyMethods):
+    "One recording, by its own frame ids; `clip` comes from `clips` when it is first asked for."
 
     def __init__(
         self,
