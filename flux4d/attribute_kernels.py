@@ -38,7 +38,7 @@ def bend(
     near = u * (1.0 - s * (0.33333333333 - s * (0.13333333333 - s * 0.05396825397)))
     return bound * tl.where(tl.abs(u) < 0.1, near, tl.where(u < 0, -far, far))
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #ace6a2e2
 @kernel
 def bend_slope(
     y: tl.tensor,  # block of bounded numbers, from `bend`
@@ -47,7 +47,7 @@ def bend_slope(
     "Slope of `bend` where it has given y."
     return 1.0 - (y / bound) * (y / bound)
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #7bb83133
 @kernel
 def log1p(
     x: tl.tensor,  # block of numbers of at least 0
@@ -70,7 +70,7 @@ def rotated(
     c = tl.load(turn_ptr + 6) * x + tl.load(turn_ptr + 7) * y + tl.load(turn_ptr + 8) * z
     return a, b, c
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #91678a9a
 @kernel
 def rotated_back(
     turn_ptr: tl.tensor,  # (3,3) rotation
@@ -84,7 +84,7 @@ def rotated_back(
     c = tl.load(turn_ptr + 2) * x + tl.load(turn_ptr + 5) * y + tl.load(turn_ptr + 8) * z
     return a, b, c
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #53da8bd1
 @kernel
 def product(
     aw: tl.tensor,  # blocks of a quaternion's components
@@ -103,7 +103,7 @@ def product(
     z = aw * bz + ax * by - ay * bx + az * bw
     return w, x, y, z
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #76fdb55c
 @kernel
 def mean_scale(
     scales_ptr: tl.tensor,  # (N,3) stored scales
@@ -221,7 +221,7 @@ class FusedResidual(torch.autograd.Function):
         "The same with slopes."
         return _residual(ctx.saved_tensors, d.contiguous(), ctx.bounds, True), None, None, None, None
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #0005c462
 def _residual(
     inputs: tuple[Tensor, ...],  # raw numbers, quaternions, stored scales, rotation
     d: Tensor,  # (M,14) gradient of the change, read going back
@@ -236,7 +236,7 @@ def _residual(
         residual_kernel[(triton.cdiv(len(raw), ATTRIBUTE_BLOCK),)](raw, quats, scales, turn, d, out, *how)
     return out
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #6849e250
 def fused_residual(
     raw: Tensor,  # (M,14) output of the attribute head in the order of `FLAT`, ego0
     g: Gaussians,  # the M Gaussians it is for, world
@@ -293,7 +293,7 @@ def sum_kernel(
     colour = tl.load(colours_ptr + row * colours_stride + c, mask=three, other=0.0)
     tl.store(out_colours_ptr + row * 3 + c, colour + tl.load(d + 11, mask=three, other=0.0), mask=three)
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #c9c9a4ff
 @kernel
 def sum_grad_kernel(
     quats_ptr: tl.tensor,  # (N,4)
@@ -363,7 +363,7 @@ class FusedSum(torch.autograd.Function):
         sum_grad_kernel[grid](quats, change, *slopes, out, len(change), quats.stride(0), ATTRIBUTE_BLOCK)
         return out, *[None] * 5
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #f2f519e1
 def fused_sum(
     g: Gaussians,  # N Gaussians
     change: Tensor,  # (N,14)
@@ -615,7 +615,7 @@ class FusedMix(torch.autograd.Function):
         _mix(of_features, row, w, d.contiguous(), True)
         return of_features, None, None
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #aa13e6ef
 def _mix(
     features: Tensor,  # (V,C) of voxels, or their gradient
     row: Tensor,  # (N,8) int64
@@ -630,7 +630,7 @@ def _mix(
         mix_kernel[(triton.cdiv(N, 32),)](features, row, w, mixed, *how)
     return mixed
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #21d110c0
 def fused_mix(
     features: Tensor,  # (V,C) float32
     row: Tensor,  # (N,8) int64 rows
@@ -647,7 +647,7 @@ def kernels_change(
     plain = any(x.dtype != torch.float32 or x.requires_grad for x in tensors)
     return not plain and kernels_work(tensors[0].device)
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #9fd59c10
 def apply_change(
     g: Gaussians,  # N Gaussians
     change: Tensor,  # (N,14) dG

@@ -130,7 +130,7 @@ def shrunk_images(
     images = data.images.view(-1, *data.images.shape[2:]).permute(0, 3, 1, 2).float() / 255
     return F.avg_pool2d(images, k).permute(0, 2, 3, 1).contiguous()
 
-
+# %% ../nbs/12_background.ipynb #921b671b
 def far_depth(
     data: ClipData,  # images and cameras
     b: Blocks,  # B blocks that no return supports
@@ -156,7 +156,7 @@ def elevation_in_camera(
     "Angle above the camera's horizontal plane."
     return torch.rad2deg(torch.atan2(-x[..., 1], torch.hypot(x[..., 0], x[..., 2])))
 
-
+# %% ../nbs/12_background.ipynb #4ed7f58c
 def field_top(
     data: ClipData,  # sweeps and cameras
     share: float = 0.999,  # of the returns that lie below it
@@ -415,7 +415,7 @@ def clip_groups(
     groups = clip.log.by_size(clip.cameras if cameras is None else cameras)
     return [clip_data(clip, lidar_sensors, group, image_scale) for group in groups]
 
-
+# %% ../nbs/12_background.ipynb #a67a89bb
 def init_groups(
     groups: list[ClipData],  # of one clip, one for each size of images
     lift_cfg: InitConfig = InitConfig(),  # returns and gaps

@@ -162,7 +162,7 @@ def refuse_renamed(
                 f"leave it out, or set {new}."
             )
 
-
+# %% ../nbs/31a_config.ipynb #74224f98
 def without_retired(
     values: dict,  # nested plain values that a file of an earlier version holds
 ) -> dict:  # the same without fields that changed no result

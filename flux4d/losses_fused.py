@@ -223,7 +223,7 @@ def row_grid(
     V, H, W, C = x.shape
     return V * H, triton.cdiv(W * C, ROW_BLOCK)
 
-
+# %% ../nbs/23a_losses_fused.ipynb #e4b39226
 def column_grid(
     planes: int,  # images
     height: int,  # rows of each
@@ -326,7 +326,7 @@ def window_on(
     "The taps of the window, sent to a device once."
     return gaussian_window(size, sigma).float().to(device)
 
-
+# %% ../nbs/23a_losses_fused.ipynb #f16ff703
 def fused_image_terms(
     rendered: Any,  # rgb (V,H,W,3), depth (V,H,W) m; float32
     views: Any,  # images (V,H,W,3) 0..1, depth (V,H,W) m with 0 = none, or None

@@ -73,7 +73,7 @@ def grid_index_of(
     "Sort a lift into the network's grid."
     return make_grid_index(scene.gaussians, scene.ego0, scene.duration, cfg.voxel, cfg.model.motion_inputs, returns)
 
-
+# %% ../nbs/32_model.ipynb #a4ee6764
 def lift_scene(
     clip: Clip,  # its input frames are lifted
     gaussians: Gaussians,  # G_init of it, world
@@ -95,7 +95,7 @@ def with_sensors_of(
         init = replace(init, lidar_sensors=clip.input_lidar)
     return replace(cfg, data=data, init=init)
 
-
+# %% ../nbs/32_model.ipynb #df772d73
 def read_inputs(
     clip: Clip,  # any clip
     cfg: Config,  # read: data, init, background, voxel, model, render, train.seed
@@ -159,7 +159,7 @@ def inputs(
     "All that a reconstruction of a clip may look at, as the model's configuration says."
     return read_inputs(clip, self.cfg, self.device)
 
-
+# %% ../nbs/32_model.ipynb #018e4288
 @patch
 @torch.no_grad()
 def reconstruct(

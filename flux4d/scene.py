@@ -110,7 +110,7 @@ def moving(
     "The same Gaussians with another motion."
     return replace(self, velocity=velocity)
 
-
+# %% ../nbs/22_scene.ipynb #1208f4f2
 @patch
 def to(
     self: Scene,

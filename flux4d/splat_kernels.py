@@ -66,7 +66,7 @@ def softplus(
     log = tl.where(u == 1.0, e, tl.log(u) * e / tl.where(u == 1.0, 1.0, u - 1.0))
     return tl.maximum(x, 0.0) + log
 
-
+# %% ../nbs/20b_splat_kernels.ipynb #a16b7dfa
 @kernel
 def sigmoid(
     x: tl.tensor,  # block of logits
@@ -74,7 +74,7 @@ def sigmoid(
     "1 / (1 + exp(-x))."
     return 1.0 / (1.0 + tl.exp(-x))
 
-
+# %% ../nbs/20b_splat_kernels.ipynb #e1f0a8b2
 @kernel
 def way(
     now: tl.tensor,  # block of the points' own times, s
@@ -248,7 +248,7 @@ class Placement(NamedTuple):
     duration: float  # of the clip, s
     max_scale: float  # m, largest standard deviation of a LiDAR Gaussian
 
-
+# %% ../nbs/20b_splat_kernels.ipynb #a1e24275
 def rows_of(
     x: Tensor,  # (N,) or (N,C)
 ) -> Tensor:  # the same, each row in one piece
@@ -469,7 +469,7 @@ class FinishPictures(torch.autograd.Function):
         picture_grad_kernel[grid](image, background, *slopes, of_image, of_alpha, pixels, C, PICTURE_BLOCK)
         return of_image, of_alpha, None, None
 
-
+# %% ../nbs/20b_splat_kernels.ipynb #7fab0c25
 def finish_pictures(
     image: Tensor,  # (V,H,W,5+F) colour, weight of LiDAR Gaussians, their weighted depth, features
     alpha: Tensor,  # (V,H,W)

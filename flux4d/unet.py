@@ -46,7 +46,7 @@ def _sent_once(
     "A tensor of a few numbers."
     return torch.tensor(values, dtype=dtype, device=device)
 
-
+# %% ../nbs/30_unet.ipynb #66b8f339
 def constants(
     values: tuple,  # numbers that stay the same for the process, as those of a grid do
     like: Tensor,  # whose type and device they get
@@ -518,7 +518,7 @@ def _in_order(
     "The same voxels, told in another order: sums are rounded elsewhere."
     return replace(v, keys=v.keys[order], coords=v.coords[order], features=v.features[order])
 
-
+# %% ../nbs/30_unet.ipynb #c0561a92
 def _step_ms(
     net: SparseUNet,
     v: Voxels,
