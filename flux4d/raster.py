@@ -138,7 +138,7 @@ class Ellipses(NamedTuple):
 # %% ../nbs/20_raster.ipynb #7ca5c4cc
 EDGE = 1e-3  # px by which an ellipse is widened, so that rounding loses no pixel; the strength itself decides there
 
-
+# %% ../nbs/20_raster.ipynb #03ef074e
 def splat_ellipses(
     s: Splats,  # what the camera sees
     width: int,  # px
