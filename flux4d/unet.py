@@ -157,6 +157,9 @@ def interpolate_voxels(
     "Trilinear interpolation over the voxels present; differentiable with respect to the features."
     return mix_voxels(features, *neighbours(keys, points, cfg))
 
+# %% ../nbs/30_unet.ipynb #fd8bf082
+AGAIN = ", again"  # ends the name of a strided layer's table with its sides exchanged
+
 # %% ../nbs/30_unet.ipynb #fe0f8b07
 class SparseConv(spconv.conv.SparseConvolution):
     "A sparse 3D convolution that runs on the device of its input."
@@ -189,9 +192,6 @@ def forward(
     self.inverse = again or self.kind == "up"
     self.indice_key = self.key + AGAIN * again
     return self._conv_forward(torch.is_grad_enabled(), x, self.weight, None)
-
-# %% ../nbs/30_unet.ipynb #fd8bf082
-AGAIN = ", again"  # ends the name of a strided layer's table with its sides exchanged
 
 # %% ../nbs/30_unet.ipynb #97cd399c
 TABLE_SIDES = (
