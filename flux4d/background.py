@@ -22,10 +22,10 @@ from .lift import checked_cap, lift_returns, no_visible_return, sound_stamps
 from .gap_filling import Blocks, InitConfig, block_sides, clip_blocks, even_opacity, fill_gaps
 
 # %% auto #0
-__all__ = ['BackgroundConfig', 'pixels_at', 'photometric_cost', 'shared_cost', 'shrunk_images', 'far_depth',
-           'elevation_in_camera', 'field_top', 'above_field', 'column_depth', 'depth_above', 'far_field',
-           'bounding_box', 'draw_hemisphere', 'first_colour', 'drawn_points', 'hemisphere', 'draw_ball', 'inside_ball',
-           'near_field', 'background', 'init_data', 'clip_groups', 'init_groups', 'init_gaussians']
+__all__ = ['BackgroundConfig', 'pixels_at', 'photometric_cost', 'shared_cost', 'shrunk_images', 'best_depth', 'far_depth',
+           'elevation_in_camera', 'field_top', 'above_field', 'column_depth', 'depth_above', 'depth_behind',
+           'far_field', 'bounding_box', 'draw_hemisphere', 'first_colour', 'drawn_points', 'hemisphere', 'draw_ball',
+           'inside_ball', 'near_field', 'background', 'init_data', 'clip_groups', 'init_groups', 'init_gaussians']
 
 # %% ../nbs/12_background.ipynb #380a93b9
 @dataclass(frozen=True)
@@ -130,7 +130,23 @@ def shrunk_images(
     images = data.images.view(-1, *data.images.shape[2:]).permute(0, 3, 1, 2).float() / 255
     return F.avg_pool2d(images, k).permute(0, 2, 3, 1).contiguous()
 
+# %% ../nbs/12_background.ipynb #921b671b
+def best_depth(
+    data: ClipData,  # images and cameras
+    b: Blocks,  # B blocks
+    depths: Tensor,  # (B,D) m, D depths of each; the first is kept where no other is clearly better
+    cell: float,  # px, side of the cells whose blocks share their cost
+    gain: float,  # by which another depth must lower the photometric cost
+    k: int,  # px, side of the smallest blocks
+) -> Tensor:  # (B,) m
+    "The depths at which the input images agree."
+    small = shrunk_images(data, k)
+    cost = torch.stack([photometric_cost(data, small, k, b, d[:, None]) for d in depths.unbind(1)], 1)
+    cost = shared_cost(cost, b, cell, (len(small), *data.images.shape[2:4]))
+    best, which = cost.min(1)
+    return torch.where(cost[:, 0] - best > gain, depths.gather(1, which[:, None])[:, 0], depths[:, 0])
 
+# %% ../nbs/12_background.ipynb #5f55efd6
 def far_depth(
     data: ClipData,  # images and cameras
     b: Blocks,  # B blocks that no return supports
@@ -138,16 +154,11 @@ def far_depth(
     k: int = 4,  # px, side of the smallest blocks
 ) -> Tensor:  # (B,) m
     "The depth at which the input images agree about each block."
-    h, w = data.images.shape[2:4]
-    far = b.z.new_full(b.z.shape, cfg.distance)
     if not cfg.depth_candidates or not len(b.z):
-        return far
-    small = shrunk_images(data, k)
-    depths = (cfg.distance, *cfg.depth_candidates)
-    cost = torch.stack([photometric_cost(data, small, k, b, d) for d in depths], 1)
-    cost = shared_cost(cost, b, max(1, cfg.cost_cell * w / 1920), (len(small), h, w))
-    best, which = cost.min(1)
-    return torch.where(cost[:, 0] - best > cfg.gain, cost.new_tensor(depths)[which], far)
+        return b.z.new_full(b.z.shape, cfg.distance)
+    depths = b.ray.new_tensor((cfg.distance, *cfg.depth_candidates)).expand(len(b.z), -1)
+    cell = max(1, cfg.cost_cell * data.images.shape[3] / 1920)
+    return best_depth(data, b, depths, cell, cfg.gain, k).to(b.z)
 
 # %% ../nbs/12_background.ipynb #12ab0002
 def elevation_in_camera(
@@ -156,7 +167,7 @@ def elevation_in_camera(
     "Angle above the camera's horizontal plane."
     return torch.rad2deg(torch.atan2(-x[..., 1], torch.hypot(x[..., 0], x[..., 2])))
 
-
+# %% ../nbs/12_background.ipynb #4ed7f58c
 def field_top(
     data: ClipData,  # sweeps and cameras
     share: float = 0.999,  # of the returns that lie below it
@@ -215,14 +226,24 @@ def depth_above(
     base = column_depth(data, b).to(b.z).nan_to_num(cfg.distance).clamp_max(cfg.distance)
     factors = base.new_tensor((1.0, *cfg.above_factors))
     depths = torch.cat([base[:, None] * factors, torch.full_like(base[:, None], cfg.distance)], 1)
-    small = shrunk_images(data, k)
-    cost = torch.stack([photometric_cost(data, small, k, b, d[:, None]) for d in depths.unbind(1)], 1)
     cell = max(1.0, math.radians(cfg.above_cell) * data.focal)
-    cost = shared_cost(cost, b, cell, (len(small), *data.images.shape[2:4]))
-    best, which = cost.min(1)
-    return torch.where(cost[:, 0] - best > cfg.above_gain, depths.gather(1, which[:, None])[:, 0], base)
+    return best_depth(data, b, depths, cell, cfg.above_gain, k)
 
 # %% ../nbs/12_background.ipynb #9a0e76f1
+def depth_behind(
+    data: ClipData,  # the clip
+    b: Blocks,  # B blocks that no return supports
+    cfg: BackgroundConfig,  # read: distance, depth_candidates, gain, cost_cell, above_*
+    k: int,  # px, side of the smallest blocks
+) -> tuple[Tensor, Tensor]:  # (B,) m; (R,) int64, rows of those above the LiDAR's field
+    "How far away blocks without returns are put."
+    z = far_depth(data, b, cfg, k)
+    rows = above_field(data, b).nonzero()[:, 0] if cfg.above_factors else b.image[:0]
+    if len(rows):
+        z[rows] = depth_above(data, Blocks(*(a[rows] for a in b)), cfg, k)
+    return z, rows
+
+# %% ../nbs/12_background.ipynb #196323f4
 def far_field(
     data: ClipData,  # the clip
     blocks: Blocks,  # of its images
@@ -231,24 +252,19 @@ def far_field(
 ) -> Gaussians:  # kind BACKGROUND, world
     "Unsupported blocks as far Gaussians that project to their block."
     b = blocks.part(blocks.z == 0) if lift.fill else blocks
-    k = block_sides(data.images.shape[3], lift.fill_blocks)[-1]
-    z = far_depth(data, b, cfg, k)
-    rows = above_field(data, b).nonzero()[:, 0] if cfg.above_factors else []
-    if len(rows):
-        z[rows] = depth_above(data, Blocks(*(a[rows] for a in b)), cfg, k)
+    z, above = depth_behind(data, b, cfg, block_sides(data.images.shape[3], lift.fill_blocks)[-1])
     means = data.pose[..., :3, 3].reshape(-1, 3)[b.image] + z[:, None] * b.ray
-    scale = lift.fill_scale * b.side * z / data.K[..., 0, 0].flatten()[b.image].float()
     g = gaussians_from(
         means.float(),
-        scale,
+        lift.fill_scale * b.side * z / data.K[..., 0, 0].flatten()[b.image].float(),
         b.colour,
         t=(data.shutter.flatten()[b.image] / data.duration).float(),
         frame=data.frames[b.image // data.shutter.shape[1]],
         kind=BACKGROUND,
         opacity=cfg.opacity,
     )
-    if len(rows):
-        g.opacity_logits[rows] = opacity_inv(z.new_tensor(cfg.above_opacity))
+    if len(above):
+        g.opacity_logits[above] = opacity_inv(z.new_tensor(cfg.above_opacity))
     return g
 
 # %% ../nbs/12_background.ipynb #3afe7cfe
@@ -415,7 +431,7 @@ def clip_groups(
     groups = clip.log.by_size(clip.cameras if cameras is None else cameras)
     return [clip_data(clip, lidar_sensors, group, image_scale) for group in groups]
 
-
+# %% ../nbs/12_background.ipynb #a67a89bb
 def init_groups(
     groups: list[ClipData],  # of one clip, one for each size of images
     lift_cfg: InitConfig = InitConfig(),  # returns and gaps

@@ -4,6 +4,7 @@
 
 # %% ../nbs/34_train.ipynb #dbee7c11
 from __future__ import annotations
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -293,7 +294,7 @@ def _keep(
         if tc.save_ckpt_minutes and time.perf_counter() - self.saved_at > 60 * tc.save_ckpt_minutes:
             self.save()
 
-
+# %% ../nbs/34_train.ipynb #75cd4f32
 @patch
 def save_quietly(self: Trainer) -> None:
     "Save; nothing to record."
@@ -314,6 +315,37 @@ def _end(self: Trainer) -> None:  # raises DataError where no step had an update
     if self.step > 1 and steady > 0:
         share = f"{self.waited:.1f} of {steady:.1f} s, {self.waited / steady:.1%}"
         self.run.say(f"steps after the first waited for data {share}")
+
+# %% ../nbs/34_train.ipynb #d809023a
+@patch
+def _how_to_go_on(self: Trainer) -> str:  # half a sentence
+    "What to do after an interruption."
+    saved = (self.run.folder / "ckpt_last.pt").exists()
+    return f"go on with -p resume_from last -p out_dir {self.run.folder}" if saved else "start again"
+
+# %% ../nbs/34_train.ipynb #1af277c8
+@patch
+def _save_what_is_learned(self: Trainer) -> None:
+    "Before a fault of the data ends the run: no step that was taken is lost."
+    if self.step > max(self.saved_step, self.skips.total):
+        self.run.say(f"step {self.step:6d}  saved as {self.save().name}")
+
+# %% ../nbs/34_train.ipynb #1a3e9154
+@patch
+def _farewell(
+    self: Trainer,
+    why: str = "",  # half a sentence; empty after a request to stop
+) -> str:  # a sentence
+    "Save where training was interrupted, and say how to go on."
+    line = "interrupted before the first step"
+    if self.step and self.processes.first:
+        line = f"interrupted at step {self.step}, saved as {self.save().name}"
+    elif self.step:
+        line = f"interrupted at step {self.step}"
+    reason = self.processes.loss or (f"{why}; " if why else "")
+    line = f"{reason}{line}; {self._how_to_go_on()}"
+    self.run.say(line)
+    return line
 
 # %% ../nbs/34_train.ipynb #a452655b
 @patch
@@ -339,38 +371,28 @@ def _steps(
         self._end()
     self.processes.meet()  # the others stay until the first has saved
 
-# %% ../nbs/34_train.ipynb #d809023a
-@patch
-def _how_to_go_on(self: Trainer) -> str:  # half a sentence
-    "What to do after an interruption."
-    saved = (self.run.folder / "ckpt_last.pt").exists()
-    return f"go on with -p resume_from last -p out_dir {self.run.folder}" if saved else "start again"
-
-
-@patch
-def _save_what_is_learned(self: Trainer) -> None:
-    "Before a fault of the data ends the run: no step that was taken is lost."
-    if self.step > max(self.saved_step, self.skips.total):
-        self.run.say(f"step {self.step:6d}  saved as {self.save().name}")
-
-
-@patch
-def _farewell(
-    self: Trainer,
-    why: str = "",  # half a sentence; empty after a request to stop
-) -> str:  # a sentence
-    "Save where training was interrupted, and say how to go on."
-    line = "interrupted before the first step"
-    if self.step and self.processes.first:
-        line = f"interrupted at step {self.step}, saved as {self.save().name}"
-    elif self.step:
-        line = f"interrupted at step {self.step}"
-    reason = self.processes.loss or (f"{why}; " if why else "")
-    line = f"{reason}{line}; {self._how_to_go_on()}"
-    self.run.say(line)
-    return line
-
 # %% ../nbs/34_train.ipynb #20dbbcab
+@patch
+@contextmanager
+def _ended_together(
+    self: Trainer,
+    ending: threading.Event,  # that this process knows that it ends
+) -> Iterator[None]:  # raises Interrupted
+    "What ends training inside ends all processes, and no step that was taken is lost."
+    try:
+        yield
+    except Interrupted as e:
+        ending.set()
+        self.processes.leave(e)
+        raise Interrupted(self._farewell(str(e))) from None
+    except BaseException as e:
+        ending.set()
+        self.processes.leave(e)
+        if isinstance(e, DataError) and not isinstance(e, WriteError):
+            self._save_what_is_learned()
+        raise
+
+# %% ../nbs/34_train.ipynb #bb9fe6e7
 @patch
 def fit(
     self: Trainer,
@@ -383,19 +405,8 @@ def fit(
     self.saved_at = time.perf_counter()
     hangs = f"this one does not answer; {self._how_to_go_on()}"
     try:
-        with stop_signals(self.stop), self.processes.watched(hangs) as ending:
-            try:
-                self._steps(self.cfg.train.iters if until is None else until, progress)
-            except Interrupted as e:
-                ending.set()
-                self.processes.leave(e)
-                raise Interrupted(self._farewell(str(e))) from None
-            except BaseException as e:
-                ending.set()
-                self.processes.leave(e)
-                if isinstance(e, DataError) and not isinstance(e, WriteError):
-                    self._save_what_is_learned()
-                raise
+        with stop_signals(self.stop), self.processes.watched(hangs) as ending, self._ended_together(ending):
+            self._steps(self.cfg.train.iters if until is None else until, progress)
     finally:
         self.loader.rest()
     self.run.note(**self.trained_on.meta())
