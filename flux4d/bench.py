@@ -103,7 +103,7 @@ def spread_clips(
     starts = np.unique(np.linspace(0, last, count).round().astype(int))
     return [log.clip(start, (camera,)) for start in starts.tolist()]
 
-
+# %% ../nbs/80_bench.ipynb #1557b2dd
 def bench_config(
     preset: str,  # one of PRESETS
     image_scale: float,  # of the images
@@ -115,7 +115,7 @@ def bench_config(
     source = dict(data=dict(cameras=(camera,), image_scale=image_scale))
     return preset_config(preset, merged(merged(source, kept), over))
 
-
+# %% ../nbs/80_bench.ipynb #09982905
 def base_of(
     cfg: FullConfig,  # of a full model
 ) -> FullConfig:
@@ -179,7 +179,7 @@ def forget_files() -> None:
         if hasattr(store, "cache_clear"):
             store.cache_clear()
 
-
+# %% ../nbs/80_bench.ipynb #16b2bea4
 def fresh(
     f: Callable[[], Any],  # that reads files
 ) -> Callable[[], Any]:
@@ -203,7 +203,7 @@ def nearest_rows(
     count = max(1, round(share * len(points)))
     return points.norm(dim=1).argsort()[:count].sort().values
 
-
+# %% ../nbs/80_bench.ipynb #b799869d
 def grid_points(
     m: Material,  # read: its lift
 ) -> SweepPoints:  # ego0
@@ -473,7 +473,7 @@ def step_parts(
     names = ("reconstruction", "renders and losses", "backward", "update", "waiting for data")
     return {name: max(0.0, b - a) for name, a, b in zip(names, reached, reached[1:])}
 
-
+# %% ../nbs/80_bench.ipynb #166c91da
 def time_step(
     t: Timings,  # gets the rows
     m: Material,  # what is measured

@@ -82,7 +82,7 @@ def change_poses(
         change_json(log, lambda _: pose_items(change(poses)), file)
     return log
 
-
+# %% ../nbs/07b_broken_logs.ipynb #7357b2c0
 def moved_poses(
     poses: np.ndarray,  # (F,4,4)
     offset: Any,  # (3,) or (F,3), m, world

@@ -71,7 +71,7 @@ def stacked(
     "As one tensor."
     return torch.from_numpy(np.array(rows))
 
-
+# %% ../nbs/07_clip_data.ipynb #7e6c7eef
 def padded_sweeps(
     clip: Clip,  # the clip
     frames: list[int],  # log frame ids
@@ -283,7 +283,7 @@ class InputViews(Views):
                 "name the clip's input frames, and show no other: a clip never leaks its targets."
             )
 
-
+# %% ../nbs/07_clip_data.ipynb #58ee9b43
 class TargetViews(Views):
     "Views that a reconstruction is scored on, and must not see."
 
@@ -333,7 +333,7 @@ class ViewGroups:
         "Move to a device."
         return ViewGroups([group.to(device) for group in self.groups])
 
-
+# %% ../nbs/07_clip_data.ipynb #07d1b067
 def size_groups(
     views: Views | ViewGroups,  # any views
 ) -> list[Views]:  # each of one size

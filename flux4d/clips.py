@@ -79,7 +79,7 @@ def _faster(cfg: ClipConfig, times: int) -> dict:
     strides = {name: getattr(cfg, name) * times for name in ("interp_stride", "future_stride", "eval_stride")}
     return dict(input_frames=tuple(f * times for f in cfg.input_frames), **ends, **strides)
 
-
+# %% ../nbs/04_clips.ipynb #126e8ce3
 def _slower(cfg: ClipConfig, share: float) -> dict:
     "Counts of a log that has this share of the frames."
     last = max(2, round(max(cfg.input_frames) * share) // 2 * 2)
@@ -89,7 +89,7 @@ def _slower(cfg: ClipConfig, share: float) -> dict:
     inputs = tuple(range(0, last + 1, 2))
     return dict(input_frames=inputs, interp_len=last + 1, future_len=length, eval_stride=apart, **strides)
 
-
+# %% ../nbs/04_clips.ipynb #37c55b0b
 def at_rate(
     cfg: ClipConfig,  # how logs of ten frames a second are cut
     fps: float,  # frames a second of a log

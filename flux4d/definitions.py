@@ -23,7 +23,7 @@ class Argument(NamedTuple):
     default: str  # the expression; empty where there is none
     meaning: str  # the comment beside it: shape, unit, frame
 
-
+# %% ../nbs/90a_definitions.ipynb #097d9bc8
 @dataclass(frozen=True)
 class Definition:
     "A name that a cell exports."
@@ -89,7 +89,7 @@ def arguments_of(
         found.append(Argument(name, type_, ast.unparse(default) if default else "", meaning))
     return tuple(found)
 
-
+# %% ../nbs/90a_definitions.ipynb #7749d1f6
 def returned(
     f: ast.FunctionDef | ast.AsyncFunctionDef,  # function or method
     comments: Comments,  # of its source
@@ -121,7 +121,7 @@ def signature(
         return line
     return "\n".join([f"{name}(", *(f"    {part}," for part in parts), end])
 
-
+# %% ../nbs/90a_definitions.ipynb #a047512a
 def is_marked(
     f: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef,  # with its decorators
     word: str,  # such as patch
@@ -170,7 +170,7 @@ def class_definition(
         c.name, "class", text, ast.get_docstring(c) or "", tuple(fields) or start, members=tuple(members)
     )
 
-
+# %% ../nbs/90a_definitions.ipynb #bdd76718
 def constant_definitions(
     item: ast.Assign | ast.AnnAssign,  # may name several
     comments: Comments,  # of its source

@@ -128,7 +128,7 @@ class Figure:
     text: str  # as printed, such as 2,332 or +0.15
     wanted: bool  # whether it has to have a source
 
-
+# %% ../nbs/91_figures.ipynb #d60ab556
 def line_at(
     text: str,  # any text
     start: int,  # a place in it

@@ -45,7 +45,7 @@ def unit_vectors(
     "Directions."
     return x / np.linalg.norm(x, axis=1, keepdims=True).clip(eps)
 
-
+# %% ../nbs/53_flow_metrics.ipynb #0531b93a
 def theta_eps(
     pred: np.ndarray,  # (N,3) m
     gt: np.ndarray,  # (N,3) m

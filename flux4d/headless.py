@@ -103,7 +103,7 @@ def __enter__(self: HeadlessBrowser) -> HeadlessBrowser:
     "Itself; closed at the end of the `with` block."
     return self
 
-
+# %% ../nbs/73d_headless.ipynb #93ded7a4
 @patch
 def __exit__(self: HeadlessBrowser, *error: Any) -> None:
     "Close the browser."

@@ -267,7 +267,7 @@ def _clip_config(args: argparse.Namespace) -> ClipConfig:
         given["tiny_scenes"] = args.tiny_count
     return ClipConfig(**given)
 
-
+# %% ../nbs/04b_index_files.ipynb #4d2881d5
 def _build(args: argparse.Namespace) -> None:
     "Write both index files and say what they hold."
     paths = write_index(args.data_root, args.out_dir, _clip_config(args))

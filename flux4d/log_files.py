@@ -300,7 +300,7 @@ def _reduced(im: Image.Image, scale: float) -> np.ndarray:
     covered = (0, 0, min(w / scale, im.width), min(h / scale, im.height))
     return np.array(im.resize((w, h), Image.Resampling.BOX, box=covered))
 
-
+# %% ../nbs/02f_log_files.ipynb #4f02b171
 def read_image(
     path: str | Path,  # a JPEG or PNG
     scale: float = 1.0,  # image scale, 1.0 = full resolution

@@ -144,7 +144,7 @@ class Finding(NamedTuple):
         "As the command prints it."
         return f"{self.severity}: {self.text}"
 
-
+# %% ../nbs/07a_log_numbers.ipynb #6f84b408
 def finding(
     check: str,  # key of `RULES`
     path: Path,  # the file at fault
@@ -165,7 +165,7 @@ def first_finding(
             yield found
             return
 
-
+# %% ../nbs/07a_log_numbers.ipynb #4f70243d
 def readable(
     x: float,  # any number
 ) -> str:  # at most a few digits, no power of ten where a reader knows the number
@@ -407,7 +407,7 @@ def covered_share(
     full = [k for k in numbers.read_frames if numbers.sweeps[k].count >= limits.min_returns]
     return float(np.median([surround(numbers.sweeps[k].sample, numbers.poses[k, :2, 3]) for k in full] or [1.0]))
 
-
+# %% ../nbs/07a_log_numbers.ipynb #5ce9c448
 def is_cropped_cloud(
     numbers: LogNumbers,  # a log
     limits: Limits,  # read: covered, near_wedge, min_returns

@@ -129,7 +129,7 @@ def has_old_tables(
     text = path.read_text(encoding="utf-8")
     return text != with_tables(text, root, path.parent.name)
 
-
+# %% ../nbs/91b_made_texts.ipynb #c8d442dc
 def made_faults(
     root: Path,  # the repository
 ) -> list[str]:  # one sentence a fault

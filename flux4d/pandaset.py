@@ -67,7 +67,7 @@ def image_files(
     "The images of a camera."
     return [path for path in listing(folder) if path.suffix.lower() in IMAGE_ENDINGS]
 
-
+# %% ../nbs/03_pandaset.ipynb #9c80b54e
 @dataclass(frozen=True)
 class Camera:
     "One camera of one log at full resolution."
@@ -212,7 +212,7 @@ def _in_order(path: Path) -> tuple:
     stem = path.name.partition(".")[0]
     return (not stem.isdecimal(), int(stem) if stem.isdecimal() else 0, path.name)
 
-
+# %% ../nbs/03_pandaset.ipynb #4eac5c5c
 @patch
 def _ordered_files(
     self: Log,
@@ -229,7 +229,7 @@ def _ordered_files(
         self._files[folder] = sorted(there, key=_in_order)
     return self._files[folder]
 
-
+# %% ../nbs/03_pandaset.ipynb #16c5c989
 @patch
 def _frame_file(
     self: Log,
@@ -293,7 +293,7 @@ def _straightened(camera: Camera, about: CameraRig) -> Camera:
     lens = lens_of_camera(about, camera.K, camera.size)
     return replace(camera, K=lens.K_straight, lens=lens)
 
-
+# %% ../nbs/03_pandaset.ipynb #2e5f87bf
 @patch
 def camera(
     self: Log,
@@ -437,7 +437,7 @@ def _drives_across(log: Log, axes: np.ndarray, least: float = 5.0) -> bool:
     distance = np.linalg.norm(own_steps, axis=1).sum()
     return bool(distance > least and np.abs(own_steps[:, 0]).sum() < 0.5 * distance)
 
-
+# %% ../nbs/03_pandaset.ipynb #77ce6829
 def rig_fault(
     log: Log,  # the log
     axes: np.ndarray,  # (3,3) of its vehicle, as `vehicle_axes` found them

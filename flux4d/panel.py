@@ -107,7 +107,7 @@ def shown_scene(
         self._parts[hidden, quick] = scene
     return self._parts[hidden, quick]
 
-
+# %% ../nbs/74b_panel.ipynb #f2dd7987
 @patch
 def redraw(
     self: ScenePanel,
@@ -138,7 +138,7 @@ def _changed(
         self._timer.daemon = True
         self._timer.start()
 
-
+# %% ../nbs/74b_panel.ipynb #a1b50183
 @patch
 def _repr_mimebundle_(
     self: ScenePanel,

@@ -105,7 +105,7 @@ def title_of(
     "A baseline's title."
     return TITLES.get(baseline, baseline)
 
-
+# %% ../nbs/56_report.ipynb #c1dd2a64
 def whole_logs(
     m: dict,  # metrics
 ) -> bool:

@@ -42,7 +42,7 @@ def axes_matrix(
         raise DataError(f"lidar_axes: {words!r} are not the axes of a right-handed frame; correct one of the three.")
     return axes
 
-
+# %% ../nbs/02i_rig.ipynb #655d44f8
 def axes_words(
     axes: np.ndarray,  # (3,3) as from `axes_matrix`
 ) -> str:  # such as "right forward up"
@@ -113,7 +113,7 @@ def _find_rig(log: Path) -> Path | None:
     "The log's own description, or that of its data root."
     return next((p for p in (log / RIG_FILE, log.parent / RIG_FILE) if p.is_file()), None)
 
-
+# %% ../nbs/02i_rig.ipynb #3a1c2c97
 @functools.lru_cache(maxsize=64)
 def _rig_of_file(path: str, version: tuple[int, int]) -> Rig:
     "A description, read again when its file changes."
@@ -130,7 +130,7 @@ def _rig_of_file(path: str, version: tuple[int, int]) -> Rig:
     except DataError as e:
         raise DataError(f"{short_path(path)}: {e}") from None
 
-
+# %% ../nbs/02i_rig.ipynb #fd6c783d
 def read_rig(
     log: str | Path,  # the log's folder
 ) -> Rig:  # of `rig.yaml` in it, else in its data root; PandaSet's where there is none
@@ -141,7 +141,7 @@ def read_rig(
     stat = path.stat()
     return _rig_of_file(str(path), (stat.st_mtime_ns, stat.st_size))
 
-
+# %% ../nbs/02i_rig.ipynb #754171de
 def rig_bytes(
     log: str | Path,  # the log's folder
 ) -> bytes:  # b"" without a description
@@ -178,7 +178,7 @@ def need_cv2() -> Any:  # the module; raises DataError
         ) from None
     return cv2
 
-
+# %% ../nbs/02i_rig.ipynb #b9508189
 _HALF = np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])  # px, from OpenCV's principal point to this project's
 
 

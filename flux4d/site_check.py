@@ -70,7 +70,7 @@ class BuiltPage(HTMLParser):
         if not self.silent:
             self.words.append(data)
 
-
+# %% ../nbs/91d_site_check.ipynb #3287edfc
 SILENT = {"script", "style", "pre", "code", "math", "kbd", "textarea"}  # elements whose text is not prose
 
 
@@ -124,7 +124,7 @@ def link_fault(
         return f"links to {link}, which has no such anchor"
     return ""
 
-
+# %% ../nbs/91d_site_check.ipynb #4992fc15
 @cache
 def read_built(
     path: Path,  # an HTML file
@@ -132,7 +132,7 @@ def read_built(
     "A page, read once."
     return built_page(path.read_text(encoding="utf-8"))
 
-
+# %% ../nbs/91d_site_check.ipynb #9bb81daf
 def loading_fault(
     source: str,  # of a script, a style or a picture
     page: Path,  # that loads it
@@ -161,7 +161,7 @@ def page_faults(
     found += [f"shows {name} without alternative text" for name in page.without_words]
     return [fault for fault in [*found, *raw_words(page)] if fault]
 
-
+# %% ../nbs/91d_site_check.ipynb #8f94c6a9
 def site_faults(
     site: Path,  # folder of the built site
     root: Path,  # the repository

@@ -168,7 +168,7 @@ def _add_layers(viewer: Viewer) -> tuple[Any, Any, Any]:  # list of layers, the 
 
     return layer, picture, text
 
-
+# %% ../nbs/74_viewer.ipynb #a2448645
 def _add_switches(viewer: Viewer) -> dict[str, Any]:  # checkboxes by group
     "A checkbox a group."
     gui = viewer.server.gui
@@ -270,7 +270,7 @@ def __enter__(self: Viewer) -> Viewer:
     "Itself; closed at the end of the `with` block."
     return self
 
-
+# %% ../nbs/74_viewer.ipynb #e85747d6
 @patch
 def __exit__(self: Viewer, *error: Any) -> None:
     "Close."
@@ -307,7 +307,7 @@ def _move_to(self: Viewer, seconds: float) -> None:
         pose = path.pose_at(self.seconds / self.scene.duration)
         self.frusta[name].wxyz, self.frusta[name].position = quaternion(pose), pose[:3, 3]
 
-
+# %% ../nbs/74_viewer.ipynb #127f310f
 @patch
 def seek(
     self: Viewer,

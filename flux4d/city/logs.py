@@ -46,7 +46,7 @@ def recording_of(
     given = cfg.get("recording", {})
     return Recording(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
-
+# %% ../../nbs/05i_logs.ipynb #633f9834
 def world_of(
     caster: Raycaster,  # the street
     record: Recording,  # read: origin
@@ -56,7 +56,7 @@ def world_of(
     world[:3, 3] += record.origin
     return world
 
-
+# %% ../../nbs/05i_logs.ipynb #6160d872
 def city_camera(
     caster: Raycaster,  # the street
     name: str,  # a camera of the rig
@@ -128,7 +128,7 @@ def in_images(
         seen |= pixel_index(uv, camera.width, camera.height)[2]
     return np.random.default_rng(len(seen)).permutation(np.flatnonzero(seen))
 
-
+# %% ../../nbs/05i_logs.ipynb #7a264861
 def recorded_sweep(
     caster: Raycaster,  # the street
     frame: int,  # place in the log's lists
@@ -418,7 +418,7 @@ def shares_of(
     shares = max(1, -(-workers // max(len(todo), 1)), -(-frames // PART))
     return [(i, list(range(frames))[k::shares]) for i in todo for k in range(shares)]
 
-
+# %% ../../nbs/05i_logs.ipynb #54901c1d
 def free_cores() -> int:
     "Cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

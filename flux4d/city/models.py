@@ -419,7 +419,7 @@ def traffic_cone() -> Mesh:
     ]
     return join([box((0.36, 0.36, 0.04), (0, 0, 0), "rubber", TYRE), *rings])
 
-
+# %% ../../nbs/05b_models.ipynb #2c19af34
 def stop_sign() -> Mesh:  # its face towards -x
     "A red octagon on a post."
     grey = (0.55, 0.56, 0.56)

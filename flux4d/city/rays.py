@@ -101,7 +101,7 @@ def numbers(
     every = np.arange(frames + len(self.gaps))
     return every[~np.isin(every, self.gaps)][:frames]
 
-
+# %% ../../nbs/05e_rays.ipynb #25fba699
 @patch
 def seconds(
     self: Recording,
@@ -110,7 +110,7 @@ def seconds(
     "When each sweep ends."
     return self.period * self.numbers(frames)
 
-
+# %% ../../nbs/05e_rays.ipynb #a0da92a0
 @patch
 def name(
     self: Recording,
