@@ -22,7 +22,7 @@ from .result_tables import results_table, runs_table
 
 # %% auto #0
 __all__ = ['MADE_PART', 'MADE_TABLES', 'rebased', 'rebase', 'notebooks_from_root', 'presets_today', 'with_tables',
-           'pages_of_text', 'readme_text', 'write_made', 'has_old_tables', 'made_faults', 'link_faults']
+           'pages_of_text', 'readme_text', 'has_old_tables', 'made_faults', 'write_made', 'link_faults']
 
 # %% ../nbs/91b_made_texts.ipynb #e4e07bbc
 def rebased(
@@ -103,23 +103,6 @@ def readme_text(
     index = with_tables(as_markdown(read_notebook(root / "nbs/00_index.ipynb")), root, "nbs")
     return f"{note}\n\n{rebase(index, 'nbs', '')}"
 
-# %% ../nbs/91b_made_texts.ipynb #534c6500
-def write_made(
-    root: Path,  # the repository
-) -> None:
-    "Make the tables of all texts, and the README."
-    path = root / "nbs/00_index.ipynb"
-    index = json.loads(path.read_text(encoding="utf-8"))
-    for cell in index["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "markdown":
-            cell["source"] = with_tables(source, root, "nbs").splitlines(keepends=True)
-    write_notebook(path, index)
-    for page in pages_of_text(root):
-        text = page.read_text(encoding="utf-8")
-        page.write_text(with_tables(text, root, page.parent.name), encoding="utf-8")
-    (root / "README.md").write_text(readme_text(root), encoding="utf-8")
-
 # %% ../nbs/91b_made_texts.ipynb #4f09dfcb
 def has_old_tables(
     path: Path,  # a page of text
@@ -144,6 +127,23 @@ def made_faults(
     if have != readme_text(root):
         faults.append("README.md is not what nbs/00_index.ipynb says: run make readme")
     return faults
+
+# %% ../nbs/91b_made_texts.ipynb #534c6500
+def write_made(
+    root: Path,  # the repository
+) -> None:
+    "Make the tables of all texts, and the README."
+    path = root / "nbs/00_index.ipynb"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    for cell in index["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            cell["source"] = with_tables(source, root, "nbs").splitlines(keepends=True)
+    write_notebook(path, index)
+    for page in pages_of_text(root):
+        text = page.read_text(encoding="utf-8")
+        page.write_text(with_tables(text, root, page.parent.name), encoding="utf-8")
+    (root / "README.md").write_text(readme_text(root), encoding="utf-8")
 
 # %% ../nbs/91b_made_texts.ipynb #ad18d989
 def link_faults(

@@ -85,7 +85,7 @@ class ScenePanel(widgets.VBox):
         self.switches = widgets.Box(boxes, layout=widgets.Layout(flex_flow="row wrap", width=wide.width))
         self.image = widgets.Image(format="jpeg", width=self.picture_width)
         for control in (self.time, self.camera, self.layer, *boxes):
-            control.observe(self._changed, names="value")
+            control.observe(lambda change: self._changed(change), names="value")
 
 # %% ../nbs/74b_panel.ipynb #92e7938d
 @patch

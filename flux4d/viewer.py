@@ -270,7 +270,7 @@ def __enter__(self: Viewer) -> Viewer:
     "Itself; closed at the end of the `with` block."
     return self
 
-# %% ../nbs/74_viewer.ipynb #e85747d6
+
 @patch
 def __exit__(self: Viewer, *error: Any) -> None:
     "Close."
