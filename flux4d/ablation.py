@@ -62,7 +62,7 @@ def differing_fields(
     b = flattened(b)
     return {name: (a.get(name), b.get(name)) for name in a | b if a.get(name) != b.get(name)}
 
-# %% ../nbs/62_ablation.ipynb #f714fc2d
+# %% ../nbs/62_ablation.ipynb #90ce9f12
 SWITCHES = dict(  # parameter of 60_stage6 -> field of the configuration
     num_refine="refine.steps",
     poly_degree="model.degree",
@@ -70,7 +70,7 @@ SWITCHES = dict(  # parameter of 60_stage6 -> field of the configuration
 )
 FIELDS = *SWITCHES.values(), "loss.velocity"  # all in which variants differ
 
-
+# %% ../nbs/62_ablation.ipynb #f714fc2d
 def is_variant(
     flat: dict,  # a configuration by dotted names
     name: str,  # key of ABLATIONS
@@ -155,7 +155,7 @@ def run_variant(
     )
     return folder
 
-# %% ../nbs/62_ablation.ipynb #e1cf2a98
+# %% ../nbs/62_ablation.ipynb #06b1f4d7
 WHEN = "interpolation", "future"
 NVS_METRICS = {"PSNR": "psnr", "SSIM": "ssim", "D_RMSE": "depth_rmse"}
 ABLATION_COLUMNS = {  # column -> where it is in metrics.json
@@ -174,7 +174,7 @@ ABLATION_COLUMNS = {  # column -> where it is in metrics.json
     "evaluated on": "evaluated_on",
 }
 
-
+# %% ../nbs/62_ablation.ipynb #e1cf2a98
 def value_of_entry(
     nested: Any,  # nested dict
     path: str,  # dotted keys
@@ -195,7 +195,7 @@ def pace(
         return None
     return (late[-1]["step"] - late[0]["step"]) / (late[-1]["seconds"] - late[0]["seconds"])
 
-# %% ../nbs/62_ablation.ipynb #30244fa1
+# %% ../nbs/62_ablation.ipynb #94784a12
 BUDGET = "runtime.iters", "train.iters", "train.minutes", "train.warmup"  # steps taken, and what decides their number
 NO_EFFECT = (  # fields that change no result
     *RETIRED,
@@ -210,7 +210,7 @@ NO_EFFECT = (  # fields that change no result
     "eval.save_renders",
 )
 
-
+# %% ../nbs/62_ablation.ipynb #30244fa1
 def circumstances_mark(
     config: dict,  # the content of config.yaml
     metrics: dict,  # the content of metrics.json
@@ -222,7 +222,7 @@ def circumstances_mark(
     told = [kept, sorted(metrics.get("per_clip", {})), metrics.get("evaluated_on")]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
-# %% ../nbs/62_ablation.ipynb #c18cf353
+# %% ../nbs/62_ablation.ipynb #7b5d16c5
 NOTHING_LEARNED = "motion prior alone, nothing learned"
 MOVING = {  # what the paper's tables show
     column: path
@@ -230,7 +230,7 @@ MOVING = {  # what the paper's tables show
     if path.startswith(("nvs.dynamic", "scene_flow.v_rmse"))
 }
 
-
+# %% ../nbs/62_ablation.ipynb #c18cf353
 def finished_run(
     folder: Path,  # of a run
 ) -> tuple[dict, dict, list[dict]]:  # configuration, metrics, rows of the log; raises DataError
@@ -312,7 +312,7 @@ def circumstances(
     others = [column for column, path in ABLATION_COLUMNS.items() if "dynamic" not in path]
     return as_table(rows, ["run", "variant", "seed", "scale", *others, "steps/s"])
 
-# %% ../nbs/62_ablation.ipynb #68f9a406
+# %% ../nbs/62_ablation.ipynb #36fb1349
 STEPS = {
     "refinement": ("base", "refinement"),
     "polynomial motion": ("refinement", "polynomial"),
@@ -321,7 +321,7 @@ STEPS = {
     "dropping it from the full model": ("full", "full_unregularised"),
 }
 
-
+# %% ../nbs/62_ablation.ipynb #68f9a406
 def clips_helped(
     before: dict,  # row of a run
     after: dict,  # row of the run with one change

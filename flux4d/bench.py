@@ -59,13 +59,13 @@ __all__ = ['BENCH_PARTS', 'SHARES', 'BenchParameters', 'machine_name', 'spread_c
            'reconstruct_from_memory', 'reconstruct_many', 'time_reconstructions', 'time_polish', 'time_film',
            'time_evaluation', 'time_data', 'gpu_activity', 'data_facts']
 
-# %% ../nbs/80_bench.ipynb #110abb3e
+# %% ../nbs/80_bench.ipynb #89fe985a
 BENCH_PARTS = (
     *("lift", "prior", "voxels", "unet", "render", "step"),
     *("reconstruction", "polish", "film", "evaluation", "data", "activity"),
 )
 
-
+# %% ../nbs/80_bench.ipynb #110abb3e
 @dataclass(frozen=True)
 class BenchParameters:
     "The parameters of this notebook, as its first cell explains them; () means what empty means there."

@@ -26,12 +26,12 @@ __all__ = ['TEST_SCENES', 'CLIP_PRESETS', 'TRAIN_SETTINGS', 'USUAL_FPS', 'COUNTS
            'check_time_unit', 'irregular_step', 'clip_entry', 'fingerprint', 'build_index', 'tiny_index',
            'left_out_lines', 'select_clips', 'is_name', 'is_path', 'same_stamps', 'Clip', 'long_log_clips']
 
-# %% ../nbs/04_clips.ipynb #e82b7df0
+# %% ../nbs/04_clips.ipynb #d7aebf85
 TEST_SCENES = ("001", "011", "016", "065", "084", "090", "106", "115", "123", "158")
 CLIP_PRESETS = "paper", "debug", "long_log"
 TRAIN_SETTINGS = "train_interpolation", "train_future", "debug", "long_log"  # kinds of clip training may use
 
-
+# %% ../nbs/04_clips.ipynb #e82b7df0
 @dataclass(frozen=True)
 class ClipConfig:
     "How logs are cut into clips; counts are frames of a log of ten a second, see `at_rate`."
@@ -296,7 +296,7 @@ def clip_entry(
         views=views,
     )
 
-# %% ../nbs/04_clips.ipynb #c0e36c36
+# %% ../nbs/04_clips.ipynb #6b72ebe6
 COORD = dict(
     lidar_points_frame="world",
     pose_convention="sensor_to_world",
@@ -308,7 +308,7 @@ COORD = dict(
     pixel_centre=0.5,
 )
 
-
+# %% ../nbs/04_clips.ipynb #c0e36c36
 def fingerprint(
     log: Log,  # the log
     cameras: tuple[str, ...],  # the index's cameras

@@ -226,7 +226,7 @@ class Body(NamedTuple):
         "Where the body is."
         return np.array(self.centre) + np.array(self.velocity) * 0.1 * f, self.yaw + self.turn * f
 
-
+# %% ../nbs/05_cuboids.ipynb #856e92c5
 BODIES = (
     Body("turning", "Car", (-6.0, 22.0, 1.0), (0.0, 12.0, 0.0), (2.0, 5.0, 1.6), 0.3, 0.03),
     Body("parked", "Pickup Truck", (5.0, 18.0, 1.0), (0.0, 0.0, 0.0), (2.0, 5.0, 1.8), -0.4, 0.0),

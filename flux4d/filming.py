@@ -148,12 +148,12 @@ def film_beside_photos(
     pictures = (frame_picture(frame, names, panel.width) for frame in frames)
     return write_film(file, pictures, pace if fps is None else check_rate(fps), total=len(clip.frames))
 
-# %% ../nbs/71a_filming.ipynb #d740fbad
+# %% ../nbs/71a_filming.ipynb #f8c4b728
 _EXAMPLE = """example:
   flux4d-film ckpt_best.pt data/pandaset --log 002 --start 20 --out a.mp4 --path lane_shift
   flux4d-film ckpt_best.pt data/pandaset --log 002 --out b.mp4 --path slow_motion swing --layers rgb depth velocity"""
 
-
+# %% ../nbs/71a_filming.ipynb #d740fbad
 def _parser() -> argparse.ArgumentParser:
     "Options of `flux4d-film`."
     p = argparse.ArgumentParser(

@@ -228,12 +228,12 @@ def inspect_index(
     if stop:
         breakpoint()
 
-# %% ../nbs/04b_index_files.ipynb #ad41855d
+# %% ../nbs/04b_index_files.ipynb #0fd2d65a
 _EXAMPLE = """example:
   flux4d-index data/pandaset indices --test-scenes 001 011
   flux4d-index --inspect indices/pandaset_full_clips.pkl --clip 3"""
 
-
+# %% ../nbs/04b_index_files.ipynb #ad41855d
 def _parser() -> argparse.ArgumentParser:
     "Options of `flux4d-index`; every default is `ClipConfig`'s."
     d = ClipConfig()

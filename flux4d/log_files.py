@@ -317,7 +317,7 @@ def reduce_image(
     "Reduce a decoded image by a box filter."
     return _reduced(Image.fromarray(image), scale)
 
-# %% ../nbs/02f_log_files.ipynb #58aa4f93
+# %% ../nbs/02f_log_files.ipynb #35778872
 CAMERAS = (
     "front_camera",
     "front_left_camera",
@@ -328,7 +328,7 @@ CAMERAS = (
 )
 _CAMERA_EARLY = 0.05  # s, how long before the sweep's stamp the cameras of the small log fire
 
-
+# %% ../nbs/02f_log_files.ipynb #58aa4f93
 def _drive(seconds: np.ndarray, speed: float, heading: tuple[float, ...]) -> list[dict]:
     "Poses along world +y, `seconds` after the start."
     turn = dict(zip("wxyz", heading))

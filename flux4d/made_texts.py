@@ -63,7 +63,7 @@ def presets_today(
 
     return preset_table()
 
-
+# %% ../nbs/91b_made_texts.ipynb #1383bf79
 MADE_TABLES = {
     "results_table": results_table,
     "runs_table": runs_table,

@@ -21,12 +21,12 @@ from .settings import read_settings
 __all__ = ['TURN', 'RIG_FILE', 'axes_matrix', 'axes_words', 'CameraRig', 'Rig', 'read_rig', 'rig_bytes', 'poses_at', 'need_cv2',
            'CameraLens', 'lens_of_camera']
 
-# %% ../nbs/02i_rig.ipynb #c24a4c93
+# %% ../nbs/02i_rig.ipynb #50a3ec50
 _DIRECTIONS = dict(  # on the vehicle: x forward, y left, z up
     forward=(1, 0, 0), backward=(-1, 0, 0), left=(0, 1, 0), right=(0, -1, 0), up=(0, 0, 1), down=(0, 0, -1)
 )
 
-
+# %% ../nbs/02i_rig.ipynb #c24a4c93
 def axes_matrix(
     words: str,  # where x, y and z point, such as "right forward up"
 ) -> np.ndarray:  # (3,3) columns: the vehicle's forward, left and up in the sensor's axes
@@ -67,11 +67,11 @@ class CameraRig:
             wanted = " or ".join(map(str, counts))
             raise ValueError(f"distortion: has {len(self.distortion)} numbers; a {self.lens} lens has {wanted}.")
 
-# %% ../nbs/02i_rig.ipynb #5313418a
+# %% ../nbs/02i_rig.ipynb #d23bd1f9
 TURN = 0.1  # s, of one turn of the LiDAR, unless a rig says otherwise or frames follow faster
 _SHIFT = dict(start=1.0, middle=0.5, end=0.0)  # turns from the moment that a stamp gives to the end of its sweep
 
-
+# %% ../nbs/02i_rig.ipynb #5313418a
 @dataclass(frozen=True)
 class Rig:
     "What a log's files leave unsaid; as it stands, PandaSet."

@@ -52,7 +52,7 @@ class Costs:
         "Bytes of these files."
         return self.frames * (self.cameras * self.image_file + self.sweep_file)
 
-
+# %% ../nbs/80a_scaling.ipynb #b50c8992
 MEASURED = dict(  # field -> keys in a run's metrics
     **{k: ("data", "bytes", k) for k in ("image_file", "sweep_file", "frame", "lift", "index", "entry", "weights")},
     image_seconds=("timing", "data", "image", "median"),

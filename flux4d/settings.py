@@ -47,14 +47,14 @@ def _distinct(
         raise ValueError("an entry is there twice")
     return values
 
-# %% ../nbs/02c_settings.ipynb #62aa7520
+# %% ../nbs/02c_settings.ipynb #19ab43a9
 Entry = TypeVar("Entry")
 _ONCE = Field(json_schema_extra=dict(uniqueItems=True))
 Distinct = Annotated[tuple[Entry, ...], AfterValidator(_distinct), _ONCE]  # a list without repetition
 Some = Annotated[tuple[Entry, ...], MinLen(1), AfterValidator(_distinct), _ONCE]  # and not empty
 Name = Annotated[str, MinLen(1)]
 
-
+# %% ../nbs/02c_settings.ipynb #62aa7520
 def _can_be_a_path(
     text: str,  # as given
 ) -> str:  # the same; raises ValueError

@@ -82,7 +82,7 @@ def built_page(
     page.feed(html)
     return page
 
-# %% ../nbs/91d_site_check.ipynb #aa757d5d
+# %% ../nbs/91d_site_check.ipynb #cced48e6
 RAW = {
     "a formula as it was typed": re.compile(
         r"\$[^$\n]{0,80}\\[a-zA-Z]+|\$\$|\\(?:frac|tfrac|sum|mathbf|mathrm|mathcal|text|sigma|alpha|lVert|operatorname)\b"
@@ -91,7 +91,7 @@ RAW = {
     "a fence of code": re.compile(r"```"),
 }
 
-
+# %% ../nbs/91d_site_check.ipynb #aa757d5d
 def raw_words(
     page: BuiltPage,  # already read
 ) -> list[str]:  # what is wrong, with the place

@@ -481,13 +481,13 @@ def view(
         webbrowser.open(viewer.url)
     return viewer
 
-# %% ../nbs/74_viewer.ipynb #d11b4099
+# %% ../nbs/74_viewer.ipynb #03a6ade2
 _VIEW_EXAMPLE = """examples:
   flux4d-view ckpt_best.pt data/pandaset --log 002 --start 0
   flux4d-view ckpt_best.pt data/pandaset --log 002 --host 0.0.0.0 --no-browser   for other machines to look
   flux4d-view a.scene                                                            a file that scene.save wrote"""
 
-
+# %% ../nbs/74_viewer.ipynb #d11b4099
 def clip_parser(
     name: str,  # of the command
     description: str,  # what it does

@@ -382,7 +382,7 @@ def each_part(
     finally:
         os.environ.pop("OMP_NUM_THREADS") if old is None else os.environ.update(OMP_NUM_THREADS=old)
 
-# %% ../../nbs/05i_logs.ipynb #225fe5e1
+# %% ../../nbs/05i_logs.ipynb #12672e2b
 CITY_RANGES = dict(  # lowest and highest value of a parameter; whole numbers where these are whole
     logs=(1, 999),
     frames=(1, 1000),
@@ -392,7 +392,7 @@ CITY_RANGES = dict(  # lowest and highest value of a parameter; whole numbers wh
     step=(0.05, 45.0),
 )
 
-
+# %% ../../nbs/05i_logs.ipynb #225fe5e1
 def check_city_parameters(
     **given: int | float | None,  # parameters by name; None: left to the default
 ) -> None:  # raises DataError
@@ -492,12 +492,12 @@ def fixture_city(
         shutil.rmtree(tmp, ignore_errors=True)  # another process was first
     return final
 
-# %% ../../nbs/05i_logs.ipynb #3a9643fc
+# %% ../../nbs/05i_logs.ipynb #dde695c8
 CITY_EXAMPLES = """examples:
   flux4d-city data/city --logs 2 --frames 80                             two logs of eight seconds, images of 480x270
   flux4d-city data/six --logs 1 --frames 16 --cameras front_camera left_camera --scale 0.5"""
 
-
+# %% ../../nbs/05i_logs.ipynb #3a9643fc
 def city_parser() -> argparse.ArgumentParser:
     "The command's arguments."
     what = "Write made-up logs in PandaSet's layout, with exact flow beside them."

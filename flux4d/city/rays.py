@@ -50,14 +50,14 @@ SCANNER = dict(  # in the LiDAR frame
 )
 SWEEP = 0.1  # s per turn; a turn begins and ends behind the vehicle
 
-# %% ../../nbs/05e_rays.ipynb #5e2ec002
+# %% ../../nbs/05e_rays.ipynb #652845fe
 TURN_SHIFT = dict(start=-1.0, middle=-0.5, end=0.0)  # turns from a sweep's end to the moment that its stamp gives
 LIDAR_AXES = {  # columns: the LiDAR's x, y and z as x right, y forward, z up
     "right forward up": np.eye(3),
     "forward left up": np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1.0]]),
 }
 
-
+# %% ../../nbs/05e_rays.ipynb #5e2ec002
 @dataclass(frozen=True)
 class Recording:
     "How a made-up log is recorded and written."

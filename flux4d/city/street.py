@@ -189,14 +189,14 @@ def edges(
                 out.append(Edge(begin, y_axis * up, x_axis * inwards, 100.0))
     return out
 
-# %% ../../nbs/05c_street.ipynb #b5f8d7ad
+# %% ../../nbs/05c_street.ipynb #b7f837c6
 WALLS = [  # red, green, blue, 0..1
     *[(0.62, 0.30, 0.22), (0.52, 0.24, 0.19), (0.78, 0.74, 0.66), (0.70, 0.68, 0.64)],
     *[(0.60, 0.58, 0.50), (0.84, 0.82, 0.78), (0.55, 0.50, 0.45), (0.66, 0.60, 0.46)],
     *[(0.48, 0.53, 0.58), (0.72, 0.56, 0.44)],
 ]
 
-
+# %% ../../nbs/05c_street.ipynb #b5f8d7ad
 def houses(
     g: np.random.Generator,  # of the log
     edge: Edge,  # where

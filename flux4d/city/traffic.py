@@ -45,7 +45,7 @@ class Drive(NamedTuple):
     side: int = 0  # 1 turns left there, -1 right, 0 goes on
     lanes: int = 0  # lanes the street must have, 0 any
 
-
+# %% ../../nbs/05d_traffic.ipynb #ebb39a16
 DRIVES = [
     Drive("cruises", ((0, 1), (4, 0.9), (8, 1)), meets=4.5, lanes=2),
     Drive("brakes to a stop", ((0, 1), (1.2, 1), (5.2, 0), (6.6, 0), (8, 0.35)), meets=5.2),
