@@ -21,6 +21,7 @@ from .frames import se3_inverse
 from .log_faults import check_log
 from .log_numbers import Finding, Limits, LogNumbers, finding, known_cameras, numbers_of
 from .pandaset import RIG_REMEDY, Log, PandaSet
+from .settings import command_parser
 
 # %% auto #0
 __all__ = ['CLOCK_CHECKS', 'LIDAR_CHECKS', 'CAMERA_CHECKS', 'CONSEQUENCES', 'Check', 'READER_KNOWS_MORE', 'AXES_CHECKS',
@@ -212,12 +213,7 @@ example:
 # %% ../nbs/08_check.ipynb #6fc0c4b9
 def _parser() -> argparse.ArgumentParser:
     "Options of `flux4d-check`."
-    p = argparse.ArgumentParser(
-        "flux4d-check",
-        description="Say what is wrong with the logs of a data root.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("flux4d-check", "Say what is wrong with the logs of a data root.", _EXAMPLE)
     p.add_argument("data_root", help="folder that holds 001, 002 and so on")
     p.add_argument("logs", nargs="*", help="log ids, default all")
     p.add_argument("--log", nargs="+", action="extend", default=[], metavar="ID", help="log ids, as the argument")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from numbers import Real
 from pathlib import Path
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .frames import se3
 from .files import DataError, quoted, report_fault
 from .pandaset import Log, PandaSet
-from .log_files import fabricate_log
+from .log_files import fabricate_log, Rows
 from .columns import need_pandas
 from .tables import safe_load_pickle
 
@@ -80,7 +80,7 @@ def class_ids(
 
 # %% ../nbs/05_cuboids.ipynb #b9116adc
 @dataclass
-class Boxes:
+class Boxes(Rows):
     "The B labelled boxes of one frame."
 
     uuid: np.ndarray  # (B,) track ids
@@ -90,17 +90,6 @@ class Boxes:
     yaw: np.ndarray  # (B,) rad about world +z, counter-clockwise, zero along +y
     sensor_id: np.ndarray  # (B,) int64, LiDAR sensor whose returns the box fits, -1 = both
     motion: np.ndarray  # (B,) "Parked", "Stopped", "Moving" or ""
-
-    def __len__(self) -> int:  # B
-        "How many boxes."
-        return len(self.uuid)
-
-    def __getitem__(
-        self,
-        keep: Any,  # mask, indices or slice
-    ) -> Boxes:  # the chosen boxes
-        "Some of the boxes."
-        return Boxes(*(getattr(self, f.name)[keep] for f in fields(self)))
 
 # %% ../nbs/05_cuboids.ipynb #dd5dd422
 _NEEDED = "uuid", "label", "yaw", *(f"{k}.{a}" for k in ("position", "dimensions") for a in "xyz")

@@ -20,6 +20,7 @@ from .mp4 import LARGEST, check_rate, write_film
 from .paths import PATHS, FilmPath, KeyFrame, path_of, recorded_camera, recorded_path
 from .render import Cameras
 from .scene import Scene
+from .settings import command_parser
 
 # %% auto #0
 __all__ = ['STEP', 'PictureSize', 'panel_size', 'view_at', 'path_frames', 'check_moments', 'film_main']
@@ -156,12 +157,7 @@ _EXAMPLE = """example:
 # %% ../nbs/71a_filming.ipynb #d740fbad
 def _parser() -> argparse.ArgumentParser:
     "Options of `flux4d-film`."
-    p = argparse.ArgumentParser(
-        "flux4d-film",
-        description="Reconstruct a clip and film it along a path.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("flux4d-film", "Reconstruct a clip and film it along a path.", _EXAMPLE)
     p.add_argument("weights", help="a checkpoint or a weights file")
     p.add_argument("data_root", help="folder that holds 001, 002 and so on")
     p.add_argument("--log", required=True, help="log id, such as 002")

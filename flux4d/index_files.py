@@ -18,6 +18,7 @@ from .clips import tiny_index
 from .files import DataError, atomic_write, plain_fault, report_fault
 from .pandaset import Log
 from .tables import safe_load_pickle
+from .settings import command_parser
 
 # %% auto #0
 __all__ = ['INDEX_NAMES', 'META_SCHEMA', 'ENTRY_SCHEMA', 'META_FIELDS', 'ENTRY_FIELDS', 'write_index', 'Field', 'load_index',
@@ -237,16 +238,9 @@ _EXAMPLE = """example:
 def _parser() -> argparse.ArgumentParser:
     "Options of `flux4d-index`; every default is `ClipConfig`'s."
     d = ClipConfig()
-    p = argparse.ArgumentParser(
-        "flux4d-index",
-        description="Cut PandaSet logs into clips.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("flux4d-index", "Cut PandaSet logs into clips.", _EXAMPLE)
     p.add_argument("data_root", nargs="?", help="folder that holds 001, 002 and so on")
-    p.add_argument(
-        "out_dir", nargs="?", default="indices", help="folder for the two index files, default indices"
-    )
+    p.add_argument("out_dir", nargs="?", default="indices", help="folder for the two index files, default indices")
     p.add_argument("--preset", choices=CLIP_PRESETS, default=d.preset)
     for k in ("cameras", "test_scenes", "train_scenes", "tiny_scenes"):
         p.add_argument(f"--{k}".replace("_", "-"), nargs="*", default=getattr(d, k))

@@ -4,7 +4,6 @@
 
 # %% ../nbs/56a_report_pages.ipynb #56a00004
 from __future__ import annotations
-import argparse
 import base64
 import re
 import sys
@@ -15,6 +14,7 @@ from .files import DataError, atomic_write
 from .records import as_sentence, is_number, measured, one_line, read_metrics
 from .report import report_text
 from .timing_tables import hold_timings, timings_beside
+from .settings import command_parser
 
 if TYPE_CHECKING:
     from flux4d.run import Run
@@ -331,8 +331,7 @@ def report_main(
     argv: list[str] | None = None,  # words of the command line; sys.argv when None
 ) -> int:  # exit status
     "Compare the metrics.json of runs, mean and count or timings, side by side; or write the first one's report anew."
-    style = dict(epilog=REPORT_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap = argparse.ArgumentParser(prog="flux4d-report", description=report_main.__doc__, **style)
+    ap = command_parser("flux4d-report", report_main.__doc__, REPORT_EXAMPLES)
     ap.add_argument("run", nargs="+", help="a run's folder, or its metrics.json")
     what = "write report.md and report.html of the first run, the baselines of the others beside its own"
     ap.add_argument("--report", action="store_true", help=what)

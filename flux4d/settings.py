@@ -5,6 +5,7 @@
 # %% ../nbs/02c_settings.ipynb #3ceea5b7
 from __future__ import annotations
 import math
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -18,7 +19,7 @@ from .files import DataError
 
 # %% auto #0
 __all__ = ['Share', 'OpenShare', 'Seed', 'LogId', 'Entry', 'Distinct', 'Some', 'Name', 'FilePath', 'Device', 'read_value',
-           'read_settings', 'read_parameters', 'find_device', 'refuse_missing']
+           'read_settings', 'read_parameters', 'find_device', 'refuse_missing', 'command_parser']
 
 # %% ../nbs/02c_settings.ipynb #c33645ec
 Share = Annotated[float, Interval(ge=0, le=1)]  # both ends included
@@ -379,3 +380,12 @@ def refuse_missing(
         intro = f"the nearest of {len(have)}"
     listed = ", ".join(str(value) for value in named) or "none"
     raise DataError(f"{name}: {missing[0]!r} is not among the {what}; {intro} are {listed}.")
+
+# %% ../nbs/02c_settings.ipynb #2a242646
+def command_parser(
+    name: str,  # of the command, such as flux4d-check
+    about: str,  # what it does, one sentence
+    examples: str,  # the end of its help, line by line
+) -> ArgumentParser:  # without options yet
+    "A command line that explains itself."
+    return ArgumentParser(name, description=about, epilog=examples, formatter_class=RawDescriptionHelpFormatter)

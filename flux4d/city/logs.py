@@ -30,6 +30,7 @@ from .rays import LIDAR_AXES, RIG, TURN_SHIFT, Raycaster, Recording, TrueSweep
 from .rays import ego_pose, make_street, sweep
 from ..files import DataError, atomic_write
 from ..frames import mat_to_quat, pixel_index, project, se3_inverse, transform_points
+from ..settings import command_parser
 
 # %% auto #0
 __all__ = ['CITY_RANGES', 'PART', 'CITY_EXAMPLES', 'recording_of', 'world_of', 'city_camera', 'log_stamps', 'dump_table',
@@ -501,12 +502,7 @@ CITY_EXAMPLES = """examples:
 def city_parser() -> argparse.ArgumentParser:
     "The command's arguments."
     what = "Write made-up logs in PandaSet's layout, with exact flow beside them."
-    p = argparse.ArgumentParser(
-        "flux4d-city",
-        description=f"{what} What was interrupted goes on where it stopped.",
-        epilog=CITY_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("flux4d-city", f"{what} What was interrupted goes on where it stopped.", CITY_EXAMPLES)
     folder = "folder to write: new, empty, or begun by this command with the same parameters"
     beams = "degrees between columns of LiDAR beams, default 0.25"
     p.add_argument("out", help=folder)

@@ -5,6 +5,7 @@
 # %% ../../nbs/05c_street.ipynb #c39e6cae
 from __future__ import annotations
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from .solids import Mesh, box, quads
 
 # %% auto #0
 __all__ = ['WALLS', 'STYLES', 'VEHICLE_LABELS', 'KERB_LABELS', 'arc', 'Motion', 'Thing', 'Layout', 'Edge', 'edges', 'houses',
-           'labelled', 'vehicle', 'parked', 'street_tree', 'small_thing', 'greens', 'ground_and_blocks',
+           'labelled', 'vehicle', 'along', 'parked', 'street_tree', 'small_thing', 'greens', 'ground_and_blocks',
            'distant_places', 'skyline', 'scenery']
 
 # %% ../../nbs/05c_street.ipynb #4a8761e6
@@ -250,6 +251,18 @@ def vehicle(
     mesh = recast(model(kind), scale, (0.86, 0.86, 0.84) if kind == "bus" else paint)
     return labelled(mesh, motion, VEHICLE_LABELS.get(kind, "Car"), g)
 
+# %% ../../nbs/05c_street.ipynb #d6c79ebb
+def along(
+    g: np.random.Generator,  # of the log
+    start: float,  # m along the edge
+    end: float,  # m; the last place is before it
+    gap: tuple[float, float],  # shortest and longest way from one place to the next, m
+) -> Iterator[float]:  # m along the edge
+    "Places along an edge; each distance is drawn when the place before has been filled."
+    while start < end:
+        yield start
+        start += g.uniform(*gap)
+
 # %% ../../nbs/05c_street.ipynb #47bdb9b4
 def parked(
     g: np.random.Generator,  # of the log
@@ -257,15 +270,14 @@ def parked(
     lay: Layout,  # the street
 ) -> list:  # of Thing
     "A row of parked cars outside the kerb, facing with the traffic."
-    out = []
-    s = g.uniform(9, 12)
+    first = g.uniform(9, 12)
     occupied = g.uniform(0.5, 0.85)
-    while s < edge.length - 9:
+    out = []
+    for s in along(g, first, edge.length - 9, (5.9, 7.2)):
         if g.random() < occupied:
             outwards = -1.15 + g.normal() * 0.06
             heading = np.pi * edge.left + g.normal() * 0.01
             out.append(vehicle(g, edge.at(s, outwards, heading)))
-        s += g.uniform(5.9, 7.2)
     return out
 
 # %% ../../nbs/05c_street.ipynb #eacd8f2e
@@ -300,12 +312,12 @@ def greens(
 ) -> list:  # of Thing
     "Trees, poles and small things on the kerb side of the pavement; every fourth place is a pole."
     out = []
-    s = g.uniform(4, 9)
+    first = g.uniform(4, 9)
     k = int(g.integers(3))
     leafy = g.uniform(0.35, 0.75)
     hue = g.uniform()
     facing = np.pi * edge.left
-    while s < edge.length - 4:
+    for s in along(g, first, edge.length - 4, (5.5, 10)):
         k += 1
         if k % 4 == 0:
             pole, turn = (utility_pole(), 0.0) if edge.left else (lamp_post(), np.pi / 2)
@@ -314,7 +326,6 @@ def greens(
             out.append(labelled(street_tree(g, hue), edge.at(s, 1.1, facing), "", g, lay.kerb))
         elif g.random() < 0.8:
             out.append(small_thing(g, edge.at(s, 0.6, facing), lay))
-        s += g.uniform(5.5, 10)
     return out
 
 # %% ../../nbs/05c_street.ipynb #19e6138d
