@@ -24,10 +24,10 @@ from .config import RETIRED, flattened, merged
 __all__ = ['ABLATIONS', 'NO_VELOCITY_TERM', 'ABLATION_TABLES', 'PAPER_FIGURES', 'SWITCHES', 'FIELDS', 'WHEN', 'NVS_METRICS',
            'ABLATION_COLUMNS', 'BUDGET', 'NO_EFFECT', 'NOTHING_LEARNED', 'MOVING', 'NOT_COMPARABLE', 'STEPS',
            'CHART_PANELS', 'differing_fields', 'is_variant', 'variant_of', 'AblationParameters', 'variant_parameters',
-           'run_variant', 'value_of_entry', 'pace', 'circumstances_mark', 'finished_run', 'ablation_row', 'as_table',
-           'variant_line', 'paper_tables', 'circumstances', 'clips_helped', 'difference', 'changes', 'draw_bars',
-           'ablation_chart', 'time_table', 'took_equally_long', 'near_in_time', 'recorded', 'paired', 'group_report',
-           'ablation_report']
+           'execute', 'run_variant', 'value_of_entry', 'pace', 'circumstances_mark', 'finished_run', 'ablation_row',
+           'as_table', 'variant_line', 'paper_tables', 'circumstances', 'clips_helped', 'difference', 'changes',
+           'draw_bars', 'ablation_chart', 'time_table', 'took_equally_long', 'near_in_time', 'recorded', 'paired',
+           'group_report', 'ablation_report']
 
 # %% ../nbs/62_ablation.ipynb #72670efe
 ABLATIONS = dict(
@@ -126,6 +126,27 @@ def variant_parameters(
         raise DataError(f"others: {fault}")
     return parameters
 
+# %% ../nbs/62_ablation.ipynb #1e29e06a
+def execute(
+    notebook: Path,  # what is run
+    folder: Path,  # of the run; keeps the executed copy
+    parameters: dict,  # of the notebook
+    root: Path,  # of the repository, where it runs
+) -> None:
+    "Run a notebook with papermill."
+    import papermill
+
+    folder.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(
+        str(notebook),
+        str(folder / notebook.name),
+        parameters,
+        kernel_name="python3",
+        progress_bar=False,
+        cwd=str(root),
+        extra_arguments=["--log-level=CRITICAL"],
+    )
+
 # %% ../nbs/62_ablation.ipynb #599f3622
 def run_variant(
     name: str,  # key of ABLATIONS
@@ -140,19 +161,8 @@ def run_variant(
     folder = Path(out) / f"ablation_{name}"
     if (root / folder / "metrics.json").is_file():
         return folder
-    import papermill
-
     parameters = variant_parameters(name, folder, common, root / notebook)
-    (root / folder).mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(
-        str(root / notebook),
-        str(root / folder / Path(notebook).name),
-        parameters,
-        kernel_name="python3",
-        progress_bar=False,
-        cwd=str(root),
-        extra_arguments=["--log-level=CRITICAL"],
-    )
+    execute(root / notebook, root / folder, parameters, root)
     return folder
 
 # %% ../nbs/62_ablation.ipynb #06b1f4d7

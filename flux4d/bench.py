@@ -57,7 +57,7 @@ __all__ = ['BENCH_PARTS', 'SHARES', 'BenchParameters', 'machine_name', 'spread_c
            'neighbour_pairs', 'unet_operations', 'random_voxels', 'time_unet', 'scene_of_size', 'with_gradient',
            'time_renders', 'some_views', 'time_render', 'OneBatch', 'time_steps', 'step_parts', 'time_step',
            'reconstruct_from_memory', 'reconstruct_many', 'time_reconstructions', 'time_polish', 'time_film',
-           'time_evaluation', 'time_data', 'gpu_activity', 'data_facts']
+           'time_evaluation', 'time_data', 'gpu_activity', 'sizes_kept', 'data_facts']
 
 # %% ../nbs/80_bench.ipynb #89fe985a
 BENCH_PARTS = (
@@ -622,17 +622,16 @@ def gpu_activity(
     m.loader.rest()
     return found
 
-# %% ../nbs/80_bench.ipynb #893243b1
-def data_facts(
+# %% ../nbs/80_bench.ipynb #ed0bf2a3
+def sizes_kept(
     m: Material,  # what was measured
-    preset: str,  # of its configuration
-) -> dict:  # plain values: what was measured, and sizes in bytes
-    "What the times are of."
+) -> dict[str, int]:  # bytes
+    "How much the data path holds of a frame, of a clip and of the model, and of their files."
     clip, scene, index = m.clip, m.inputs.scene, m.inputs.index
-    camera = m.cfg.data.cameras[0]
-    files = dict(image=clip.log.image_path(camera, clip.frames[0]), sweep=clip.log.sweep_path(clip.frames[0]))
+    camera, frame = m.cfg.data.cameras[0], clip.frames[0]
+    files = dict(image=clip.log.image_path(camera, frame), sweep=clip.log.sweep_path(frame))
     view = m.inputs.views[0]
-    kept = dict(
+    return dict(
         frame=view.height * view.width * (3 + 4),  # colours as bytes, depth in float32
         lift=tensor_bytes(scene.gaussians),
         index=tensor_bytes(index.motion, index.corners, index.weights, index.voxels),
@@ -640,6 +639,14 @@ def data_facts(
         entry=len(json.dumps(clip.entry)),  # of a clip in the index
         **{f"{name}_file": path.stat().st_size for name, path in files.items()},
     )
+
+# %% ../nbs/80_bench.ipynb #893243b1
+def data_facts(
+    m: Material,  # what was measured
+    preset: str,  # of its configuration
+) -> dict:  # plain values: what was measured, and sizes in bytes
+    "What the times are of."
+    clip, view = m.clip, m.inputs.views[0]
     return dict(
         log=clip.log.id,
         made_up=(clip.log.root / "city.json").is_file(),
@@ -649,8 +656,8 @@ def data_facts(
         height=view.height,
         preset=preset,
         frames=len(clip.log.frame_ids),
-        gaussians=len(scene),
-        voxels=len(index.voxels),
+        gaussians=len(m.inputs.scene),
+        voxels=len(m.inputs.index.voxels),
         returns=len(m.returns.points),
-        bytes=kept,
+        bytes=sizes_kept(m),
     )

@@ -45,15 +45,6 @@ class ClipData:
     period: float = 0.0  # s from one sweep of the log to the next, 0 = unknown
     taken: Tensor | None = None  # (F,N) bool, returns that cameras of another size have made Gaussians of
 
-    def to(
-        self,
-        device: Any,  # torch device
-    ) -> ClipData:
-        "The same clip on another device."
-        return ClipData(
-            *(v.to(device) if torch.is_tensor(v := getattr(self, o.name)) else v for o in fields(self))
-        )
-
     @cached_property
     def focal(self) -> float:  # px
         "Shortest focal length; sizes the rasters."
@@ -63,6 +54,17 @@ class ClipData:
     def projected(self) -> ProjectedReturns:  # every sweep in the images of its own frame
         "The sweeps as the cameras see them, computed when first needed."
         return project_returns(self)
+
+# %% ../nbs/07_clip_data.ipynb #1d41ce0b
+@patch
+def to(
+    self: ClipData,
+    device: Any,  # torch device
+) -> ClipData:
+    "The same clip on another device."
+    return ClipData(
+        *(v.to(device) if torch.is_tensor(v := getattr(self, o.name)) else v for o in fields(self))
+    )
 
 # %% ../nbs/07_clip_data.ipynb #07d58807
 def stacked(
@@ -248,22 +250,26 @@ class Views:
             camera=self.camera if camera is None else camera,
         )
 
-    def to(
-        self,
-        device: str | torch.device,  # where to
-    ) -> Views:  # of the same type
-        "Move to a device."
-        return self._map(lambda x: x.to(device))
+# %% ../nbs/07_clip_data.ipynb #ecb94261
+@patch
+def to(
+    self: Views,
+    device: str | torch.device,  # where to
+) -> Views:  # of the same type
+    "Move to a device."
+    return self._map(lambda x: x.to(device))
 
-    @property
-    def height(self) -> int:  # px
-        "Image height."
-        return self.images.shape[1]
+# %% ../nbs/07_clip_data.ipynb #0385d62c
+@patch(as_prop=True)
+def height(self: Views) -> int:  # px
+    "Image height."
+    return self.images.shape[1]
 
-    @property
-    def width(self) -> int:  # px
-        "Image width."
-        return self.images.shape[2]
+
+@patch(as_prop=True)
+def width(self: Views) -> int:  # px
+    "Image width."
+    return self.images.shape[2]
 
 # %% ../nbs/07_clip_data.ipynb #1f1f2f91
 @dataclass
@@ -326,12 +332,14 @@ class ViewGroups:
             i -= len(group)
         raise IndexError(i)
 
-    def to(
-        self,
-        device: str | torch.device,  # where to
-    ) -> ViewGroups:
-        "Move to a device."
-        return ViewGroups([group.to(device) for group in self.groups])
+# %% ../nbs/07_clip_data.ipynb #73dc5998
+@patch
+def to(
+    self: ViewGroups,
+    device: str | torch.device,  # where to
+) -> ViewGroups:
+    "Move to a device."
+    return ViewGroups([group.to(device) for group in self.groups])
 
 # %% ../nbs/07_clip_data.ipynb #07d1b067
 def size_groups(
@@ -355,45 +363,6 @@ def check_frames(
         )
     return dict(allowed=tuple(allowed)) if issubclass(kind, InputViews) else {}
 
-# %% ../nbs/07_clip_data.ipynb #be662f63
-def load_views(
-    clip: Clip,  # the clip
-    frames: list[int],  # log frame ids
-    cameras: list[str] | None = None,  # names, None: the clip's
-    image_scale: float = 1.0,  # 1.0 = full resolution
-    kind: type[Views] = TargetViews,  # type of the result; `InputViews` takes input frames only
-    with_depth: bool = True,  # project the sweeps too; without, depth is 0
-    lidar_sensors: tuple[int, ...] = (0,),  # sensors that give depth
-) -> Views | ViewGroups:  # one view per frame and camera, frames first; groups where cameras differ in size
-    "Load images, cameras and depth of some frames of a clip."
-    import torch
-
-    named = check_frames(clip, frames, kind)
-    groups = clip.log.by_size(clip.cameras if cameras is None else cameras)
-    if len(groups) > 1:
-        how = dict(image_scale=image_scale, kind=kind, with_depth=with_depth, lidar_sensors=lidar_sensors)
-        return ViewGroups([load_views(clip, frames, group, **how) for group in groups])
-    rows = []
-    for f in frames:
-        points = clip.log.sweep(f, lidar_sensors).points if with_depth else np.zeros((0, 3))
-        for c in clip.cameras if cameras is None else cameras:
-            rows.append(_view(clip, f, c, image_scale, points))
-    images, K, w2c, t, frame, camera, depth = zip(*rows)
-
-    def tensor(xs):
-        return torch.from_numpy(np.stack(xs).astype(np.float32))
-
-    return kind(
-        torch.from_numpy(np.stack(images)).float().div_(255),
-        tensor(K),
-        tensor(w2c),
-        tensor(t),
-        torch.tensor(frame),
-        list(camera),
-        tensor(depth),
-        **named,
-    )
-
 # %% ../nbs/07_clip_data.ipynb #7b1129db
 def _view(clip: Clip, frame: int, camera: str, scale: float, points: np.ndarray) -> tuple:
     "One row of `load_views`."
@@ -410,3 +379,47 @@ def _view(clip: Clip, frame: int, camera: str, scale: float, points: np.ndarray)
     w2c = se3_inverse(cam.poses[frame])
     depth = splat_depth(*project_sweep(points, K, w2c, w, h), w, h)
     return image, K, w2c, clip.t_of_camera(camera, frame), frame, camera, depth
+
+# %% ../nbs/07_clip_data.ipynb #5151bb1c
+def _stacked_views(rows: list[tuple], kind: type[Views], **named: Any) -> Views:
+    "Rows of `_view` as one batch."
+    import torch
+
+    images, K, w2c, t, frame, camera, depth = zip(*rows)
+
+    def tensor(xs):
+        return torch.from_numpy(np.stack(xs).astype(np.float32))
+
+    return kind(
+        torch.from_numpy(np.stack(images)).float().div_(255),
+        tensor(K),
+        tensor(w2c),
+        tensor(t),
+        torch.tensor(frame),
+        list(camera),
+        tensor(depth),
+        **named,
+    )
+
+# %% ../nbs/07_clip_data.ipynb #be662f63
+def load_views(
+    clip: Clip,  # the clip
+    frames: list[int],  # log frame ids
+    cameras: list[str] | None = None,  # names, None: the clip's
+    image_scale: float = 1.0,  # 1.0 = full resolution
+    kind: type[Views] = TargetViews,  # type of the result; `InputViews` takes input frames only
+    with_depth: bool = True,  # project the sweeps too; without, depth is 0
+    lidar_sensors: tuple[int, ...] = (0,),  # sensors that give depth
+) -> Views | ViewGroups:  # one view per frame and camera, frames first; groups where cameras differ in size
+    "Load images, cameras and depth of some frames of a clip."
+    named = check_frames(clip, frames, kind)
+    groups = clip.log.by_size(clip.cameras if cameras is None else cameras)
+    if len(groups) > 1:
+        how = dict(image_scale=image_scale, kind=kind, with_depth=with_depth, lidar_sensors=lidar_sensors)
+        return ViewGroups([load_views(clip, frames, group, **how) for group in groups])
+    rows = []
+    for f in frames:
+        points = clip.log.sweep(f, lidar_sensors).points if with_depth else np.zeros((0, 3))
+        for c in clip.cameras if cameras is None else cameras:
+            rows.append(_view(clip, f, c, image_scale, points))
+    return _stacked_views(rows, kind, **named)

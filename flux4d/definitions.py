@@ -9,6 +9,7 @@ import io
 import tokenize
 from dataclasses import dataclass
 from typing import Iterator, NamedTuple
+from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['LONGEST_SIGNATURE', 'Argument', 'Definition', 'Comments', 'arguments_of', 'returned', 'signature', 'is_marked',
@@ -56,18 +57,20 @@ class Comments:
         "Whether a line is nothing but a comment."
         return line in self.found and self.lines[line - 1].lstrip().startswith("#")
 
-    def of(
-        self,
-        first: int,  # line where something begins, from 1
-        last: int,  # line where it ends
-    ) -> str:  # empty when nothing is said
-        "What is said about something, behind it or above it."
-        if last in self.found:
-            return self.found[last]
-        start = first
-        while self.stands_alone(start - 1):
-            start -= 1
-        return " ".join(self.found[line] for line in range(start, first))
+# %% ../nbs/90a_definitions.ipynb #b6a0e12b
+@patch
+def of(
+    self: Comments,
+    first: int,  # line where something begins, from 1
+    last: int,  # line where it ends
+) -> str:  # empty when nothing is said
+    "What is said about something, behind it or above it."
+    if last in self.found:
+        return self.found[last]
+    start = first
+    while self.stands_alone(start - 1):
+        start -= 1
+    return " ".join(self.found[line] for line in range(start, first))
 
 # %% ../nbs/90a_definitions.ipynb #ba4c8af3
 def arguments_of(

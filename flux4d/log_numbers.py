@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
+from fastcore.basics import patch
 from .files import DataError, short_path
 from .frames import mat_to_quat, quat_to_mat, se3
 from .log_files import Sweep, read_intrinsics, read_poses, read_stamps, read_sweep
@@ -322,20 +323,23 @@ class LogNumbers:
         return float(np.median(np.diff(self.stamps)))
 
     @property
-    def poses_file(self) -> Path:  # lidar/poses.json
-        "Where the LiDAR's poses stand."
-        return self.folder / "lidar/poses.json"
-
-    def sweep_file(self, frame: int) -> Path:  # lidar/NN.pkl.gz
-        "The file of a sweep."
-        if frame < len(self.sweep_files):
-            return self.sweep_files[frame]
-        return self.folder / f"lidar/{frame:02d}.pkl.gz"
-
-    @property
     def read_frames(self) -> list[int]:  # frame ids
         "Frames whose sweep could be read."
         return [k for k, sweep in enumerate(self.sweeps) if sweep is not None]
+
+# %% ../nbs/07a_log_numbers.ipynb #47e5d5eb
+@patch(as_prop=True)
+def poses_file(self: LogNumbers) -> Path:  # lidar/poses.json
+    "Where the LiDAR's poses stand."
+    return self.folder / "lidar/poses.json"
+
+
+@patch
+def sweep_file(self: LogNumbers, frame: int) -> Path:  # lidar/NN.pkl.gz
+    "The file of a sweep."
+    if frame < len(self.sweep_files):
+        return self.sweep_files[frame]
+    return self.folder / f"lidar/{frame:02d}.pkl.gz"
 
 # %% ../nbs/07a_log_numbers.ipynb #982edaac
 def known_cameras(

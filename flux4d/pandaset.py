@@ -17,7 +17,7 @@ from .log_files import read_stamps, read_sweep, reduce_image
 from .rig import RIG_FILE, CameraLens, CameraRig, Rig, axes_matrix, lens_of_camera, poses_at, read_rig
 
 # %% auto #0
-__all__ = ['IMAGE_ENDINGS', 'RIG_REMEDY', 'find_pandaset', 'PandaSet', 'image_files', 'Camera', 'Log', 'vehicle_axes',
+__all__ = ['IMAGE_ENDINGS', 'RIG_REMEDY', 'find_pandaset', 'PandaSet', 'image_files', 'Camera', 'LogClock', 'Log', 'vehicle_axes',
            'rig_fault']
 
 # %% ../nbs/03_pandaset.ipynb #75aeabfc
@@ -96,9 +96,9 @@ class Camera:
         "Image height."
         return self.size[1]
 
-# %% ../nbs/03_pandaset.ipynb #d6ce4c4d
-class Log:
-    "One recording, by its own frame ids."
+# %% ../nbs/03_pandaset.ipynb #c393287e
+class LogClock:
+    "A log's folder, and when its sweeps end."
 
     def __init__(
         self,
@@ -113,10 +113,6 @@ class Log:
         self._files = {}  # by folder, in the order of the frames, where the rig counts by order
         if not self.folder.is_dir():
             report_fault(self.folder, "is not there", "check the data root and the log's id")
-
-    def __repr__(self) -> str:  # one line
-        "Name the log."
-        return f"Log({self.id})"
 
     @functools.cached_property
     def rig(self) -> Rig:
@@ -139,6 +135,14 @@ class Log:
         "Stamps of the sweeps."
         after = self.rig.after_stamp
         return self._file_stamps + after * self.turn if after else self._file_stamps
+
+# %% ../nbs/03_pandaset.ipynb #d6ce4c4d
+class Log(LogClock):
+    "One recording, by its own frame ids."
+
+    def __repr__(self) -> str:  # one line
+        "Name the log."
+        return f"Log({self.id})"
 
     @functools.cached_property
     def _world_poses(self) -> np.ndarray:  # (F,4,4) float64, at the end of each sweep

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 import numpy as np
+from fastcore.basics import patch
 import yaml
 from annotated_types import Interval
 from pydantic import PositiveFloat
@@ -93,17 +94,20 @@ class Rig:
         cameras = {name: read_settings(CameraRig, about, f"cameras.{name}") for name, about in self.cameras.items()}
         object.__setattr__(self, "cameras", cameras)
 
-    @property
-    def after_stamp(self) -> float:  # turns
-        "From the moment that a stamp gives to the end of its sweep."
-        return _SHIFT[self.stamps]
+# %% ../nbs/02i_rig.ipynb #c0260e77
+@patch(as_prop=True)
+def after_stamp(self: Rig) -> float:  # turns
+    "From the moment that a stamp gives to the end of its sweep."
+    return _SHIFT[self.stamps]
 
-    def turn_of(
-        self,
-        step: float,  # s, usual step from frame to frame
-    ) -> float:  # s
-        "Of one turn of the LiDAR."
-        return self.turn or (min(TURN, step) if step > 0 else TURN)
+
+@patch
+def turn_of(
+    self: Rig,
+    step: float,  # s, usual step from frame to frame
+) -> float:  # s
+    "Of one turn of the LiDAR."
+    return self.turn or (min(TURN, step) if step > 0 else TURN)
 
 # %% ../nbs/02i_rig.ipynb #5a5649a3
 RIG_FILE = "rig.yaml"
@@ -211,13 +215,15 @@ class CameraLens:
         make = cv2.fisheye.initUndistortRectifyMap if self.kind == "fisheye" else cv2.initUndistortRectifyMap
         return make(K, bend, np.eye(3), new, self.size, cv2.CV_32FC1)
 
-    def straighten(
-        self,
-        image: np.ndarray,  # (H,W,3) uint8
-    ) -> np.ndarray:  # the same shape
-        "The image that a pinhole camera would have taken."
-        cv2 = need_cv2()
-        return cv2.remap(image, *self._maps, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+# %% ../nbs/02i_rig.ipynb #2cd5cdda
+@patch
+def straighten(
+    self: CameraLens,
+    image: np.ndarray,  # (H,W,3) uint8
+) -> np.ndarray:  # the same shape
+    "The image that a pinhole camera would have taken."
+    cv2 = need_cv2()
+    return cv2.remap(image, *self._maps, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
 
 # %% ../nbs/02i_rig.ipynb #a13711ab
 @functools.lru_cache(maxsize=32)

@@ -45,11 +45,6 @@ class Motion:
     path: tuple = ((1.0, 0.0),)  # segments: length m, curvature 1/m; the last one goes on
     speed: tuple = ((0.0, 0.0),)  # knots: time s, speed m/s; constant outside them
 
-    @property
-    def moves(self) -> bool:  # False for what is static throughout
-        "Whether it ever has a speed."
-        return any(v != 0 for _, v in self.speed)
-
     @cached_property
     def _times(self) -> tuple:  # knots s, speeds m/s, accelerations m/s^2, metres since time 0
         "The speed's table, held constant at both ends."
@@ -69,6 +64,12 @@ class Motion:
         for l, k in zip(length, bend):
             knots.append(arc(knots[-1], l, k))
         return np.r_[0, np.cumsum(length)[:-1]], np.array(knots), bend
+
+# %% ../../nbs/05c_street.ipynb #46e953b7
+@patch(as_prop=True)
+def moves(self: Motion) -> bool:  # False for what is static throughout
+    "Whether it ever has a speed."
+    return any(v != 0 for _, v in self.speed)
 
 # %% ../../nbs/05c_street.ipynb #62896e65
 @patch
@@ -143,12 +144,14 @@ class Layout:
         "Half the width between a cross street's kerbs."
         return self.lane + self.park
 
-    def blocks(self) -> np.ndarray:  # (B,4) x0, x1, y0, y1, m
-        "The raised rectangles between the streets."
-        kerbs = [(x - self.cross, x + self.cross) for x in self.crossings]
-        xs = np.r_[-170, np.ravel(kerbs), 380].reshape(-1, 2)
-        ys = ((self.half, 120.0), (-120.0, -self.half))
-        return np.array([[a, b, *y] for a, b in xs for y in ys])
+# %% ../../nbs/05c_street.ipynb #9208ade3
+@patch
+def blocks(self: Layout) -> np.ndarray:  # (B,4) x0, x1, y0, y1, m
+    "The raised rectangles between the streets."
+    kerbs = [(x - self.cross, x + self.cross) for x in self.crossings]
+    xs = np.r_[-170, np.ravel(kerbs), 380].reshape(-1, 2)
+    ys = ((self.half, 120.0), (-120.0, -self.half))
+    return np.array([[a, b, *y] for a, b in xs for y in ys])
 
 # %% ../../nbs/05c_street.ipynb #d01e2255
 class Edge(NamedTuple):
