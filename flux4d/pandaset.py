@@ -17,8 +17,8 @@ from .log_files import read_stamps, read_sweep, reduce_image
 from .rig import RIG_FILE, CameraLens, CameraRig, Rig, axes_matrix, lens_of_camera, poses_at, read_rig
 
 # %% auto #0
-__all__ = ['IMAGE_ENDINGS', 'RIG_REMEDY', 'find_pandaset', 'PandaSet', 'image_files', 'Camera', 'LogClock', 'Log', 'vehicle_axes',
-           'rig_fault']
+__all__ = ['IMAGE_ENDINGS', 'RIG_REMEDY', 'find_pandaset', 'PandaSet', 'image_files', 'Camera', 'LogFolder', 'LogClock', 'Log',
+           'vehicle_axes', 'rig_fault']
 
 # %% ../nbs/03_pandaset.ipynb #75aeabfc
 def find_pandaset() -> Path | None:  # the data root, None when there is none
@@ -96,9 +96,9 @@ class Camera:
         "Image height."
         return self.size[1]
 
-# %% ../nbs/03_pandaset.ipynb #c393287e
-class LogClock:
-    "A log's folder, and when its sweeps end."
+# %% ../nbs/03_pandaset.ipynb #8c8a61f0
+class LogFolder:
+    "Where a recording lies, and what its rig is."
 
     def __init__(
         self,
@@ -118,6 +118,10 @@ class LogClock:
     def rig(self) -> Rig:
         "What the other files leave unsaid."
         return read_rig(self.folder)
+
+# %% ../nbs/03_pandaset.ipynb #c393287e
+class LogClock(LogFolder):
+    "When the sweeps of a recording end."
 
     @functools.cached_property
     def _file_stamps(self) -> np.ndarray:  # (F,) float64 epoch s
