@@ -6,7 +6,7 @@
 from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from numbers import Real
 from pathlib import Path

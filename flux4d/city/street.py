@@ -17,7 +17,7 @@ from .solids import Mesh, box, quads
 
 # %% auto #0
 __all__ = ['WALLS', 'STYLES', 'VEHICLE_LABELS', 'KERB_LABELS', 'arc', 'Motion', 'Thing', 'Layout', 'Edge', 'edges', 'houses',
-           'labelled', 'vehicle', 'along', 'parked', 'street_tree', 'small_thing', 'greens', 'ground_and_blocks',
+           'labelled', 'vehicle', 'places_along', 'parked', 'street_tree', 'small_thing', 'greens', 'ground_and_blocks',
            'distant_places', 'skyline', 'scenery']
 
 # %% ../../nbs/05c_street.ipynb #4a8761e6
@@ -255,7 +255,7 @@ def vehicle(
     return labelled(mesh, motion, VEHICLE_LABELS.get(kind, "Car"), g)
 
 # %% ../../nbs/05c_street.ipynb #d6c79ebb
-def along(
+def places_along(
     g: np.random.Generator,  # of the log
     start: float,  # m along the edge
     end: float,  # m; the last place is before it
@@ -276,7 +276,7 @@ def parked(
     first = g.uniform(9, 12)
     occupied = g.uniform(0.5, 0.85)
     out = []
-    for s in along(g, first, edge.length - 9, (5.9, 7.2)):
+    for s in places_along(g, first, edge.length - 9, (5.9, 7.2)):
         if g.random() < occupied:
             outwards = -1.15 + g.normal() * 0.06
             heading = np.pi * edge.left + g.normal() * 0.01
@@ -320,7 +320,7 @@ def greens(
     leafy = g.uniform(0.35, 0.75)
     hue = g.uniform()
     facing = np.pi * edge.left
-    for s in along(g, first, edge.length - 4, (5.5, 10)):
+    for s in places_along(g, first, edge.length - 4, (5.5, 10)):
         k += 1
         if k % 4 == 0:
             pole, turn = (utility_pole(), 0.0) if edge.left else (lamp_post(), np.pi / 2)
