@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from annotated_types import Interval
 from pydantic import NonNegativeFloat
 from .attribute_kernels import apply_change, fused_feedback, kernels_change
-from .clip_data import InputViews, ViewGroups, size_groups
+from .clip_data import InputViews, ViewGroups, Views, size_groups
 from .config import Config
 from .frames import mat_to_quat, quat_mul, rotate_vectors, transform_points
 from .gaussians import FLAT, Gaussians
