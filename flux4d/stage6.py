@@ -127,7 +127,7 @@ class Job:
         "Where this process works."
         return self.processes.device or self.given.device
 
-# %% ../nbs/60_stage6.ipynb #c6239d35
+
 def begin_run(
     given: TrainingParameters,  # of the run
     cfg: FullConfig,  # everything
@@ -148,7 +148,7 @@ def begin_run(
     run = open_run(folder, resolved(cfg, eval_cfg, clips.index), meta, p.overwrite, goes_on)
     return Job(given, cfg, eval_cfg, clips, checkpoint, run, processes)
 
-# %% ../nbs/60_stage6.ipynb #a6933d8f
+
 def run_meta(
     given: TrainingParameters,  # of the run
     cfg: FullConfig,  # everything
@@ -170,7 +170,7 @@ def run_meta(
         **provenance(processes.device or given.device),
     )
 
-# %% ../nbs/60_stage6.ipynb #83b70c79
+
 def progress_bar(
     items: Iterable,  # to go through
 ) -> Iterable:  # the same
@@ -186,7 +186,7 @@ class Loaders:
     train: Loader  # training clips
     held: Loader  # clips kept aside; the first training clip where there are none
 
-# %% ../nbs/60_stage6.ipynb #26416f0c
+
 def open_loaders(
     job: Job,  # of the run
 ) -> Loaders:
@@ -204,7 +204,7 @@ def open_loaders(
     held = Loader(watched, cfg, cache, job.device, target_sensors=sensors, beside=train)
     return Loaders(cache, train, held)
 
-# %% ../nbs/60_stage6.ipynb #39089513
+
 def make_trainer(
     job: Job,  # of the run
     loaders: Loaders,  # of its clips
@@ -366,7 +366,7 @@ def run_stage6(
         print(f"the run is in {job.run.folder}", flush=True)
     return job.run.folder
 
-# %% ../nbs/60_stage6.ipynb #80998163
+
 def refuse_unknown(
     parameters: dict,  # by name
 ) -> None:  # raises DataError
