@@ -21,9 +21,9 @@ from .log_files import scaled_size
 from .visibility import project_sweep, splat_depth, unoccluded
 
 # %% auto #0
-__all__ = ['ClipData', 'stacked', 'padded_sweeps', 'clip_data', 'Returns', 'clip_returns', 'toy_data', 'image_numbers',
-           'ProjectedReturns', 'project_returns', 'Views', 'InputViews', 'TargetViews', 'ViewGroups', 'size_groups',
-           'check_frames', 'load_views']
+__all__ = ['ClipData', 'stacked', 'padded_sweeps', 'camera_tensors', 'clip_data', 'Returns', 'clip_returns', 'toy_data',
+           'image_numbers', 'ProjectedReturns', 'project_returns', 'Views', 'InputViews', 'TargetViews', 'ViewGroups',
+           'size_groups', 'check_frames', 'load_views']
 
 # %% ../nbs/07_clip_data.ipynb #f94547ad
 @dataclass
@@ -93,6 +93,25 @@ def padded_sweeps(
         sensor=pad([s.sensor for s in sweeps], -1),
     )
 
+# %% ../nbs/07_clip_data.ipynb #1f01ac91
+def camera_tensors(
+    clip: Clip,  # the clip
+    cameras: list[str],  # names
+    frames: list[int],  # log frame ids
+    image_scale: float,  # 1.0 = full resolution
+) -> dict[str, Tensor]:  # K (F,C,3,3), pose (F,C,4,4) and shutter (F,C), as in `ClipData`
+    "Where cameras stand, what their lenses do and when they fire."
+    opened = [clip.log.camera(name) for name in cameras]
+
+    def per_image(read: Callable) -> Tensor:
+        return stacked([[read(camera, f) for camera in opened] for f in frames])
+
+    return dict(
+        K=per_image(lambda camera, f: scale_intrinsics(camera.K, image_scale)),
+        pose=per_image(lambda camera, f: camera.poses[f]),
+        shutter=per_image(lambda camera, f: camera.stamps[f] - clip.time.start),
+    )
+
 # %% ../nbs/07_clip_data.ipynb #8cf8d442
 def clip_data(
     clip: Clip,  # the clip
@@ -105,19 +124,13 @@ def clip_data(
     log, start = clip.log, clip.time.start
     cameras = clip.cameras if cameras is None else cameras
     frames = clip.input_frames if frames is None else frames
-    opened = [log.camera(c) for c in cameras]
+    aimed = camera_tensors(clip, cameras, frames, image_scale)
     sweeps = padded_sweeps(clip, frames, lidar_sensors)
     log.image_size(cameras)
-
-    def per_image(read: Callable) -> Tensor:
-        return stacked([[read(camera, f) for camera in opened] for f in frames])
-
     images = stacked([[log.image(c, f, image_scale) for c in cameras] for f in frames])
     return ClipData(
         images=images,
-        K=per_image(lambda camera, f: scale_intrinsics(camera.K, image_scale)),
-        pose=per_image(lambda camera, f: camera.poses[f]),
-        shutter=per_image(lambda camera, f: camera.stamps[f] - start),
+        **aimed,
         **sweeps,
         sweep_stamps=stacked(log.lidar_stamps[frames]) - start,
         frames=torch.tensor(frames),

@@ -20,7 +20,7 @@ from .mp4 import LARGEST, check_rate, write_film
 from .paths import PATHS, FilmPath, KeyFrame, path_of, recorded_camera, recorded_path
 from .render import Cameras
 from .scene import Scene
-from .settings import command_parser
+from .settings import command_parser, exit_status
 
 # %% auto #0
 __all__ = ['STEP', 'PictureSize', 'panel_size', 'view_at', 'path_frames', 'check_moments', 'film_main']
@@ -181,18 +181,13 @@ def film_main(
     from flux4d.pandaset import PandaSet
 
     args = _parser().parse_args(argv)
-    try:
+
+    def work() -> None:
         model = load_model(args.weights, args.device)
         cameras = args.cameras or model.cfg.data.cameras
         clip = PandaSet(args.data_root)[args.log].clip(start=args.start, cameras=tuple(cameras))
         scene = model.reconstruct(clip)
         print(f"{clip.id}: {len(scene)} Gaussians", flush=True)
         print("wrote", scene.film(args.out, args.path, args.layers, args.fps, args.seconds, args.size))
-    except DataError as e:
-        print(e)
-        return 1
-    except OSError as e:
-        fault = f"cannot be read or written ({e.strerror})"
-        print(f"{e.filename or args.out}: {fault}; check the path and its permissions.")
-        return 1
-    return 0
+
+    return exit_status(work, args.out)

@@ -18,7 +18,7 @@ from .clips import tiny_index
 from .files import DataError, atomic_write, plain_fault, report_fault
 from .pandaset import Log
 from .tables import safe_load_pickle
-from .settings import command_parser
+from .settings import command_parser, exit_status
 
 # %% auto #0
 __all__ = ['INDEX_NAMES', 'META_SCHEMA', 'ENTRY_SCHEMA', 'META_FIELDS', 'ENTRY_FIELDS', 'write_index', 'Field', 'load_index',
@@ -280,17 +280,11 @@ def index_main(
     args = p.parse_args(argv)
     if not args.inspect and not args.data_root:
         p.error("give the data root, or --inspect INDEX")
-    try:
+
+    def work() -> None:
         if args.inspect:
             inspect_index(load_index(args.inspect, args.data_root), args.clip, args.stop)
         else:
             _build(args)
-    except DataError as e:
-        print(e)
-        return 1
-    except OSError as e:
-        file = e.filename or args.out_dir
-        remedy = "choose a folder you may write to, on a disk with room"
-        print(f"{file}: cannot be read or written ({e.strerror}); {remedy}.")
-        return 1
-    return 0
+
+    return exit_status(work, args.out_dir, remedy="choose a folder you may write to, on a disk with room")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import math
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass, replace
 from difflib import get_close_matches
 from reprlib import Repr
@@ -19,7 +19,7 @@ from .files import DataError
 
 # %% auto #0
 __all__ = ['Share', 'OpenShare', 'Seed', 'LogId', 'Entry', 'Distinct', 'Some', 'Name', 'FilePath', 'Device', 'read_value',
-           'read_settings', 'read_parameters', 'find_device', 'refuse_missing', 'command_parser']
+           'read_settings', 'read_parameters', 'find_device', 'refuse_missing', 'command_parser', 'exit_status']
 
 # %% ../nbs/02c_settings.ipynb #c33645ec
 Share = Annotated[float, Interval(ge=0, le=1)]  # both ends included
@@ -389,3 +389,19 @@ def command_parser(
 ) -> ArgumentParser:  # without options yet
     "A command line that explains itself."
     return ArgumentParser(name, description=about, epilog=examples, formatter_class=RawDescriptionHelpFormatter)
+
+# %% ../nbs/02c_settings.ipynb #ff684aa4
+def exit_status(
+    work: Callable[[], int | None],  # what the command does; gives its status, None: 0
+    path: str,  # named where the system does not say which file failed
+    fault: str = "cannot be read or written",
+    remedy: str = "check the path and its permissions",
+) -> int:  # of the command: 1 after an error, which is printed in one sentence
+    "Do what a command does, and say what stopped it."
+    try:
+        return work() or 0
+    except DataError as e:
+        print(e)
+    except OSError as e:
+        print(f"{e.filename or path}: {fault} ({e.strerror}); {remedy}.")
+    return 1
