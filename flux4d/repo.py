@@ -4,7 +4,6 @@
 
 # %% ../nbs/92_repo.ipynb #51b10478
 from __future__ import annotations
-import argparse
 import filecmp
 import os
 import shutil
@@ -17,6 +16,7 @@ from .records import as_sentence, record_files, repo_root, show_run
 from .made_texts import link_faults, made_faults, readme_text, write_made
 from .site import write_site
 from .site_check import site_faults
+from .settings import command_parser
 
 # %% auto #0
 __all__ = ['EXPORT', 'CLEAN', 'REPO_EXAMPLES', 'A_RUN', 'NEEDS_PATH', 'COMMANDS', 'differing', 'run_nbdev', 'generated_faults',
@@ -127,12 +127,7 @@ def repo_main(
     argv: list[str] | None = None,  # words of the command line; sys.argv when None
 ) -> int:  # exit status
     "Check and make what is derived from the notebooks; show and keep runs."
-    ap = argparse.ArgumentParser(
-        prog="flux4d-repo",
-        description=repo_main.__doc__,
-        epilog=REPO_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    ap = command_parser("flux4d-repo", repo_main.__doc__, REPO_EXAMPLES)
     ap.add_argument("command", choices=COMMANDS)
     folder = "show, record: a run's folder; pages: the folder to write, new or written by this command before; "
     folder += "site: the folder of the built site"
