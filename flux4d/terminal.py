@@ -50,6 +50,7 @@ class Terminal(io.TextIOBase):
         self.descriptor = descriptor
         self.screen = os.isatty(descriptor)
         self.cell = None  # in which something was said last
+        self.last = ""  # state of a bar that a file was given
 
     def fileno(self) -> int:
         "The file descriptor, of which the width of a screen is asked."
@@ -65,8 +66,9 @@ class Terminal(io.TextIOBase):
     ) -> int:  # characters taken
         "Write text as a screen or a file can show it."
         shown = text.replace("\r", "\r\x1b[K") if self.screen else as_lines(text)
-        if shown:
+        if shown and (self.screen or shown != self.last):
             self._send(self._new_line() + shown)
+        self.last = shown or self.last
         return len(text)
 
     def _new_line(self) -> str:
@@ -128,7 +130,7 @@ def open_bar(
     else:
         from tqdm.auto import tqdm
 
-        more |= dict(mininterval=1)
+        more |= dict(mininterval=1, leave=not in_kernel())  # a page keeps no bar that has ended
     return tqdm(total=total, desc=name, unit=unit, bar_format=_STATE, **more)
 
 
