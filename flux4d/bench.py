@@ -7,7 +7,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import resource
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
