@@ -1,12 +1,19 @@
 "What a library user of the package may count on, whatever was imported before."
 
 import importlib
+import inspect
 import subprocess
 import sys
+from dataclasses import FrozenInstanceError, fields, is_dataclass
 from pathlib import Path
+import pytest
 from flux4d.city.logs import fixture_city
+from flux4d.config import Config
 from flux4d.lazy_methods import LazyMethods
+from flux4d.processes import ALONE
 from flux4d.records import repo_root
+from flux4d.render import RenderConfig
+from flux4d.scene import scene_of
 
 ROOT = repo_root(Path(__file__).parent)
 
@@ -67,3 +74,43 @@ def test_a_derived_class_keeps_the_methods_that_come_later():
         f"print(NightLog({str(fixture_city())!r}, '001').clip(0).frames[:2])"
     )
     assert fresh(code) == "[0, 1]"
+
+
+def functions_of(module):
+    "Public functions of a module and methods of its classes."
+    for name, thing in vars(module).items():
+        if getattr(thing, "__module__", None) != module.__name__:
+            continue
+        if inspect.isclass(thing):
+            yield from ((f"{name}.{n}", f) for n, f in vars(thing).items() if inspect.isfunction(f))
+        elif inspect.isfunction(thing):
+            yield name, thing
+
+
+def mutable(value):
+    "Whether a default is a dataclass that somebody could change, itself or a part of it."
+    if not is_dataclass(value) or isinstance(value, type):
+        return False
+    if not type(value).__dataclass_params__.frozen:
+        return True
+    return any(mutable(getattr(value, f.name)) for f in fields(value))
+
+
+def test_no_default_can_be_changed_by_who_uses_it():
+    assert mutable(Config()) and not mutable(RenderConfig())
+    index = importlib.import_module("flux4d._modidx").d["syms"]
+    modules = [importlib.import_module(name) for name in index]
+    found = [
+        f"{module.__name__}.{name}({parameter.name}={type(parameter.default).__name__})"
+        for module in modules
+        for name, function in functions_of(module)
+        for parameter in inspect.signature(function).parameters.values()
+        # the run's only process: nothing in it changes where there is no other process
+        if mutable(parameter.default) and parameter.default is not ALONE
+    ]
+    assert not found, f"a caller who changes one changes every later call: {found}"
+
+
+def test_settings_of_a_scene_change_no_other_scene():
+    with pytest.raises(FrozenInstanceError):
+        inspect.signature(scene_of).parameters["cfg"].default.far = 1.0
