@@ -136,10 +136,10 @@ def _tuples_nest(
         deepest = max(deepest, depths.run(op, arg))
     return deepest
 
-# %% ../nbs/09b_checkpoint.ipynb #86dc1b2b
+# %% ../nbs/09b_checkpoint.ipynb #ab0c209c
 _PROGRAM = 2**22  # bytes of a checkpoint's pickle; ours have 2e5, the numbers lie beside it
 
-
+# %% ../nbs/09b_checkpoint.ipynb #86dc1b2b
 def _may_be_loaded(
     path: Path,  # a checkpoint
 ) -> bool:

@@ -21,7 +21,7 @@ from .settings import Share
 __all__ = ['VERTICAL_DISCOUNT', 'GAP_CELL', 'InitConfig', 'block_sides', 'whole_blocks', 'block_moments', 'Tiles', 'cut_blocks',
            'AngularRaster', 'angular_raster', 'nearest_above', 'nearest_corners', 'CornerEdge', 'edge_between',
            'interpolation_weights', 'gap_depth', 'Ground', 'fit_planes', 'ground_below', 'Blocks', 'continue_ground',
-           'block_depth', 'clip_blocks', 'fill_gaps', 'even_opacity']
+           'returns_in_time', 'block_depth', 'clip_blocks', 'fill_gaps', 'even_opacity']
 
 # %% ../nbs/11_gap_filling.ipynb #928186a1
 @dataclass(frozen=True)
@@ -340,7 +340,20 @@ def continue_ground(
 # deg, width and height of a cell: as wide as the returns of one beam are apart, as high as keeps beams apart
 GAP_CELL = 0.2, 0.1
 
+# %% ../nbs/11_gap_filling.ipynb #44e483d4
+def returns_in_time(
+    data: ClipData,  # the clip
+    cfg: InitConfig,  # read: lidar_sensors, late_after
+    raster: AngularRaster,  # of the returns
+) -> Tensor:  # (V,rows,cols) int64, the return of each cell, -1 = none
+    "The nearest return of each cell of each image, of those taken at about the time of its shutter."
+    seen = data.projected
+    soon = from_shutter(data) < (cfg.late_after if 0 in cfg.lidar_sensors else 1.0)
+    cell = torch.where(seen.visible & soon, raster.cells(seen.uv, image_numbers(data)), -1)
+    cells = len(raster.px) * math.prod(raster.shape)
+    return nearest_return(cell, seen.z.flatten(), cells).view(-1, *raster.shape).long()
 
+# %% ../nbs/11_gap_filling.ipynb #1a467f27
 def block_depth(
     data: ClipData,  # the clip
     cfg: InitConfig,  # read: lidar_sensors, late_after, fill_gap, fill_agree, fill_ground
@@ -350,11 +363,8 @@ def block_depth(
     b, v, seen = blocks, blocks.image, data.projected
     reach = math.ceil(cfg.fill_gap[0] / GAP_CELL[0]) - 1
     raster = angular_raster(data, GAP_CELL, (1, reach))
-    soon = from_shutter(data) < (cfg.late_after if 0 in cfg.lidar_sensors else 1.0)
-    cell = torch.where(seen.visible & soon, raster.cells(seen.uv, image_numbers(data)), -1)
-    z = seen.z.flatten()
-    uv = seen.uv.nan_to_num(0).view(-1, 2)
-    i = nearest_return(cell, z, len(raster.px) * math.prod(raster.shape)).view(-1, *raster.shape).long()
+    i = returns_in_time(data, cfg, raster)
+    z, uv = seen.z.flatten(), seen.uv.nan_to_num(0).view(-1, 2)
     focal = data.K[..., 0, 0].flatten().float()
     gap = torch.stack([math.radians(a) * focal for a in cfg.fill_gap], -1)[v]
     corner = nearest_corners(i, uv, raster.cells(b.uv, v), b.uv, gap, reach)
@@ -362,9 +372,8 @@ def block_depth(
     depth, w = gap_depth(z, seen.colour.view(-1, 3), b.colour, corner, w, cfg.fill_agree)
     stamps = data.stamps[:, None].expand_as(seen.z).flatten()[corner.clamp_min(0)].nan_to_num(0)
     below = continue_ground(raster, i, uv, z, b, gap[:, 1]) if cfg.fill_ground else 0
-    return b._replace(
-        z=torch.where(supported, depth, below), stamp=torch.where(supported, (w * stamps).sum(1), b.stamp)
-    )
+    stamp = torch.where(supported, (w * stamps).sum(1), b.stamp)
+    return b._replace(z=torch.where(supported, depth, below), stamp=stamp)
 
 # %% ../nbs/11_gap_filling.ipynb #7f7ea067
 def clip_blocks(

@@ -167,19 +167,11 @@ def _with_gsplat(
     if opacities.dim() == 1:
         quats, scales, opacities = (v.expand(len(e.means), *v.shape) for v in e[1:])
     cameras = views.world_to_cam.to(e.means)[:, None], views.K.to(e.means)[:, None]
-    image, alpha, _ = rasterization(
-        *(e.means, quats, scales, opacities, values),
-        *cameras,
-        views.width,
-        views.height,
-        near_plane=cfg.near,
-        far_plane=cfg.far,
-        eps2d=cfg.eps2d,
-        packed=False,
-        tile_size=tile_size_for(e, values),
-        render_mode="RGB",
-        rasterize_mode="antialiased" if cfg.antialiased else "classic",
-    )
+    splats = e.means, quats, scales, opacities, values
+    rules = dict(near_plane=cfg.near, far_plane=cfg.far, eps2d=cfg.eps2d)
+    rules["rasterize_mode"] = "antialiased" if cfg.antialiased else "classic"
+    how = dict(packed=False, tile_size=tile_size_for(e, values), render_mode="RGB")
+    image, alpha, _ = rasterization(*splats, *cameras, views.width, views.height, **rules, **how)
     return image[:, 0], alpha[:, 0, ..., 0]
 
 # %% ../nbs/21_render.ipynb #4fda22ce
