@@ -93,14 +93,16 @@ class _DepthStack:
         self.outer = []  # stacks below each open MARK
         self.memo = {}  # depths by number
 
-    def _take(self, op: pickletools.OpcodeInfo) -> list[int]:
-        "Depths of what an instruction takes."
-        before = op.stack_before
-        taken, count = [], len(before)
-        if pickletools.markobject in before:  # all since the last MARK, and what lies below it
-            taken, self.stack = self.stack, self.outer.pop()
-            count = before.index(pickletools.markobject)
-        return taken + [self.stack.pop() for _ in range(count)]
+# %% ../nbs/09b_checkpoint.ipynb #cfad2471
+@patch
+def _take(self: _DepthStack, op: pickletools.OpcodeInfo) -> list[int]:
+    "Depths of what an instruction takes."
+    before = op.stack_before
+    taken, count = [], len(before)
+    if pickletools.markobject in before:  # all since the last MARK, and what lies below it
+        taken, self.stack = self.stack, self.outer.pop()
+        count = before.index(pickletools.markobject)
+    return taken + [self.stack.pop() for _ in range(count)]
 
 # %% ../nbs/09b_checkpoint.ipynb #c13a1a7e
 @patch
@@ -204,7 +206,7 @@ def _is_want_of_memory(e: Exception) -> bool:
     "Whether torch found no room, which says nothing about the file."
     return isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e)
 
-
+# %% ../nbs/09b_checkpoint.ipynb #1bde2694
 def _refuse_other_files(path: Path) -> None:
     "Raise DataError where there is no file, or one that holds weights alone."
     if not path.is_file():

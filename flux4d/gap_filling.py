@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from fastcore.basics import patch
 from .frames import project, pixel_index, unproject, se3_inverse
 from .gaussians import Gaussians, gaussians_from, opacity_inv, LIDAR
 from .clip_data import ClipData, image_numbers
@@ -122,17 +123,19 @@ class AngularRaster(NamedTuple):
     shape: tuple[int, int]  # rows and columns per image, borders included
     border: tuple[int, int]  # rows and columns outside the image, on each side
 
-    def cells(
-        self,
-        uv: Tensor,  # (...,2) px, may be NaN
-        image: Tensor,  # (...) int64, number of the image
-    ) -> Tensor:  # (...) int64, -1 off the raster
-        "The cell each coordinate lies in."
-        column, row = torch.floor(uv / self.px[image]).double().unbind(-1)
-        rows, columns = self.shape
-        y, x = self.border
-        inside = (column.clamp(-x, columns - x - 1) == column) & (row.clamp(-y, rows - y - 1) == row)  # NaN: neither
-        return torch.where(inside, (image * rows + row) * columns + (column + (y * columns + x)), -1).long()
+# %% ../nbs/11_gap_filling.ipynb #1ec21302
+@patch
+def cells(
+    self: AngularRaster,
+    uv: Tensor,  # (...,2) px, may be NaN
+    image: Tensor,  # (...) int64, number of the image
+) -> Tensor:  # (...) int64, -1 off the raster
+    "The cell each coordinate lies in."
+    column, row = torch.floor(uv / self.px[image]).double().unbind(-1)
+    rows, columns = self.shape
+    y, x = self.border
+    inside = (column.clamp(-x, columns - x - 1) == column) & (row.clamp(-y, rows - y - 1) == row)  # NaN: neither
+    return torch.where(inside, (image * rows + row) * columns + (column + (y * columns + x)), -1).long()
 
 # %% ../nbs/11_gap_filling.ipynb #1e849bed
 def angular_raster(
@@ -308,13 +311,15 @@ class Blocks(NamedTuple):
     z: Tensor  # (B,) m, 0 = no return supports it
     stamp: Tensor  # (B,) float64, s since the clip's start, of the returns around it, or of the shutter
 
-    def part(
-        self,
-        chosen: Tensor,  # (B,) bool
-    ) -> Blocks:
-        "Some of the blocks."
-        rows = chosen.nonzero()[:, 0]
-        return Blocks(*(a[rows] for a in self))
+# %% ../nbs/11_gap_filling.ipynb #9a069989
+@patch
+def part(
+    self: Blocks,
+    chosen: Tensor,  # (B,) bool
+) -> Blocks:
+    "Some of the blocks."
+    rows = chosen.nonzero()[:, 0]
+    return Blocks(*(a[rows] for a in self))
 
 # %% ../nbs/11_gap_filling.ipynb #3edacf96
 def continue_ground(

@@ -218,12 +218,14 @@ class Query(NamedTuple):
     azimuth: Tensor  # (P,) 0..360 deg
     distance: Tensor  # (P,) m
 
-    def part(
-        self,
-        rows: Tensor,  # (R,) int64
-    ) -> Query:
-        "Some of the places."
-        return Query(*(a[rows] for a in self))
+# %% ../nbs/10_lift.ipynb #89b0da0c
+@patch
+def part(
+    self: Query,
+    rows: Tensor,  # (R,) int64
+) -> Query:
+    "Some of the places."
+    return Query(*(a[rows] for a in self))
 
 # %% ../nbs/10_lift.ipynb #1b013779
 def queries_of(

@@ -83,7 +83,7 @@ class TimeBins(NamedTuple):
     seconds: float = 0.2  # width of one, s; the input frames are 0.2 s apart
     shift: float = 0.15  # s by which the first begins before the clip's start; returns end at their sweep's stamp
 
-
+# %% ../nbs/30b_network_inputs.ipynb #f2eb2332
 class TimeInBin(NamedTuple):
     "Where M capture times fall."
 

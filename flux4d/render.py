@@ -62,13 +62,15 @@ class Cameras(LazyMethods):
         "How many cameras."
         return len(self.t)
 
-    def to(
-        self,
-        device: Any,  # torch device
-    ) -> Cameras:
-        "The same cameras on another device."
-        moved = {name: getattr(self, name).to(device) for name in ("K", "world_to_cam", "t")}
-        return replace(self, **moved)
+# %% ../nbs/21_render.ipynb #e774d605
+@patch
+def to(
+    self: Cameras,
+    device: Any,  # torch device
+) -> Cameras:
+    "The same cameras on another device."
+    moved = {name: getattr(self, name).to(device) for name in ("K", "world_to_cam", "t")}
+    return replace(self, **moved)
 
 # %% ../nbs/21_render.ipynb #a01a17cb
 class Rendered(NamedTuple):

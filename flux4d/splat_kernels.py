@@ -32,7 +32,7 @@ def kernel(
     "Make a function a kernel where Triton is installed."
     return f if triton is None else triton.jit(f)
 
-
+# %% ../nbs/20b_splat_kernels.ipynb #5eea9e9b
 @kernel
 def one_kernel(
     x_ptr: tl.tensor,  # out: one number
@@ -123,7 +123,7 @@ def row_lengths(
     length = tl.sqrt(tl.sum(quat * quat, 1))
     return tl.where(length < 1e-12, length + 1e-12, length)[:, None]
 
-
+# %% ../nbs/20b_splat_kernels.ipynb #ff236046
 @kernel
 def unit_back(
     unit: tl.tensor,  # (BLOCK,4) unit quaternions

@@ -160,7 +160,7 @@ class Work(NamedTuple):
     moved: float  # bytes of the tensors that go in and come out
     operations: float = 0.0  # multiplications and additions
 
-
+# %% ../nbs/09e_timing.ipynb #648599dd
 def least_seconds(
     work: Work,  # of a call
     ceilings: Ceilings,  # of the machine
