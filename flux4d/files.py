@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
-import fcntl
 import glob
 import json
 import os
@@ -16,6 +15,11 @@ import shutil
 import tempfile
 from pathlib import Path
 from typing import Iterator, NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 # %% auto #0
 __all__ = ['DataError', 'short_path', 'report_fault', 'quoted', 'plain_fault', 'listing', 'find_misnamed', 'counts_otherwise',
@@ -298,7 +302,9 @@ def report_missing(
 
 # %% ../nbs/02a_files.ipynb #9458302c
 def _lock(fd: int) -> bool:
-    "Try to lock an open file; a file system without locks grants none."
+    "Try to lock an open file; a system without locks grants none."
+    if fcntl is None:
+        return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -328,10 +334,13 @@ def remove_unfinished(
     return removed
 
 # %% ../nbs/02a_files.ipynb #dd7f47a4
-def _temporary(path: Path) -> tuple[int, str]:
+def _temporary(path: Path) -> tuple[int | None, str]:
     "A locked temporary file in a path's folder; tried again when another process removed it before the lock."
     while True:
         fd, tmp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        if fcntl is None:  # without locks it need not stay open, and Windows renames no open file
+            os.close(fd)
+            return None, tmp
         _lock(fd)
         if os.fstat(fd).st_nlink:
             return fd, tmp

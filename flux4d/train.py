@@ -52,6 +52,7 @@ class Trainer(TrainStep):
         self.best = None  # best score of a validation
         self.saved_step = 0
         self.saved_at = time.perf_counter()
+        self.row = None  # what the last step found
         # who is called after a step
         self.callbacks = []
         self.called = 0  # step whose callbacks have ended
@@ -361,7 +362,7 @@ def _steps(
     for _ in progress(range(self.step, until)):
         if self.done:
             break
-        row = self.train_step()
+        row = self.row = self.train_step()
         alone = self.processes.count == 1
         self.seconds = time.perf_counter() - self.clock if alone else self.seconds_of_all
         if self.step == 1:

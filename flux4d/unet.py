@@ -19,15 +19,21 @@ from annotated_types import MinLen
 from pydantic import PositiveInt
 from .attribute_kernels import fused_mix, kernels_change
 from .settings import Share
+from .sparse_convolution import plain_spconv
 from .voxels import VoxelConfig, Voxels
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # spconv uses names that newer torch versions deprecate
-    import spconv.pytorch as spconv
-    from spconv import constants as spconv_constants
-    from spconv.core import ConvAlgo
-    from spconv.pytorch import functional as spconv_functional, ops as spconv_ops
-    from spconv.tools import CUDAKernelTimer
+try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # spconv uses names that newer torch versions deprecate
+        import spconv.pytorch as spconv
+        from spconv import constants as spconv_constants
+        from spconv.core import ConvAlgo
+        from spconv.pytorch import functional as spconv_functional, ops as spconv_ops
+        from spconv.tools import CUDAKernelTimer
+except ImportError:  # there is no package for this machine
+    spconv = plain_spconv()
+    spconv_constants, spconv_functional, spconv_ops = spconv.constants, spconv.functional, spconv.ops
+    ConvAlgo, CUDAKernelTimer = spconv.ConvAlgo, spconv.CUDAKernelTimer
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # spconv's containers are never traced
 
 # %% auto #0

@@ -231,6 +231,7 @@ FLAT = """() => [...document.querySelectorAll("math")]
 def test_pages_in_a_browser_without_a_network(built, browser, width, scheme):
     "No script error, no missing picture, nothing wider than the screen, nothing cut off, formulas drawn in their font."
     context = browser.new_context(viewport=dict(width=width, height=900), color_scheme=scheme, offline=True)
+    context.set_default_timeout(180_000)  # the largest pages take long where cores are busy
     page, said = context.new_page(), []
     page.on("pageerror", lambda e: said.append(str(e)))
     page.on("console", lambda m: said.append(m.text) if m.type == "error" else None)
