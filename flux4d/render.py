@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from pydantic import NonNegativeFloat, PositiveFloat
+from fastcore.basics import patch
 from .settings import Share
 from .frames import TIME_SLACK
 from .gaussians import FLAT, Gaussians, LIDAR, advance
