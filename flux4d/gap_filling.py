@@ -22,7 +22,7 @@ from .settings import Share
 __all__ = ['VERTICAL_DISCOUNT', 'GAP_CELL', 'InitConfig', 'block_sides', 'whole_blocks', 'block_moments', 'Tiles', 'cut_blocks',
            'AngularRaster', 'angular_raster', 'nearest_above', 'nearest_corners', 'CornerEdge', 'edge_between',
            'interpolation_weights', 'gap_depth', 'Ground', 'fit_planes', 'ground_below', 'Blocks', 'continue_ground',
-           'returns_in_time', 'block_depth', 'clip_blocks', 'fill_gaps', 'even_opacity']
+           'returns_in_time', 'block_depth', 'block_rays', 'clip_blocks', 'fill_gaps', 'even_opacity']
 
 # %% ../nbs/11_gap_filling.ipynb #928186a1
 @dataclass(frozen=True)
@@ -381,6 +381,17 @@ def block_depth(
     return b._replace(z=torch.where(supported, depth, below), stamp=stamp)
 
 # %% ../nbs/11_gap_filling.ipynb #7f7ea067
+def block_rays(
+    data: ClipData,  # its V images' cameras
+    uv: Tensor,  # (T,2) px
+) -> Tensor:  # (V,T,3) float64, from each image's camera to a depth of one metre, world axes
+    "Where the blocks of each image lie."
+    V = data.pose[..., 0, 0].numel()
+    K, pose = data.K.view(V, 1, 3, 3), data.pose.view(V, 4, 4)
+    one = torch.ones(V, len(uv), dtype=torch.float64, device=uv.device)
+    return unproject(K, pose, uv.double()[None], one) - pose[:, None, :3, 3]
+
+# %% ../nbs/11_gap_filling.ipynb #b9a2eefa
 def clip_blocks(
     data: ClipData,  # the clip
     cfg: InitConfig,  # read: lidar_sensors, late_after, fill_*
@@ -388,19 +399,15 @@ def clip_blocks(
     "Cut all images into blocks and find their depth."
     if not data.points.shape[1]:
         raise no_visible_return(data)
-    F_, C, h, w = data.images.shape[:4]
-    V = F_ * C
-    tiles = cut_blocks(data.images.view(V, h, w, 3), block_sides(w, cfg.fill_blocks), cfg.fill_detail)
+    h, w = data.images.shape[2:4]
+    tiles = cut_blocks(data.images.view(-1, h, w, 3), block_sides(w, cfg.fill_blocks), cfg.fill_detail)
     v, m = tiles.kept.nonzero(as_tuple=True)
-    K, pose = data.K.view(V, 1, 3, 3), data.pose.view(V, 4, 4)
-    one = torch.ones(V, len(tiles.uv), dtype=torch.float64, device=v.device)
-    ray = unproject(K, pose, tiles.uv.double()[None], one) - pose[:, None, :3, 3]
     b = Blocks(
         image=v,
         uv=tiles.uv[m],
         colour=tiles.colour[v, m],
         side=tiles.side[m],
-        ray=ray[v, m],
+        ray=block_rays(data, tiles.uv)[v, m],
         z=torch.zeros_like(tiles.side[m]),
         stamp=data.shutter.flatten()[v],
     )

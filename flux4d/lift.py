@@ -29,9 +29,9 @@ from .settings import OpenShare, Some
 __all__ = ['WINDOWS', 'lift_sweep', 'LiftConfig', 'voxel_downsample', 'thin_sweeps', 'nearest_return', 'directions',
            'DirectionRaster', 'window_distances', 'Query', 'queries_of', 'knn_distance', 'from_shutter', 'colour_late',
            'colour_returns', 'check_own_times', 'warn_of_stamps', 'sound_stamps', 'capture_times', 'random_quats',
-           'return_sizes', 'lift_returns', 'cap_by_coverage', 'no_visible_return', 'checked_cap', 'lift_data',
-           'lift_clip', 'draw_dots', 'blue_to_red', 'bird_view', 'sweep_from_above', 'shades', 'alignment_set',
-           'alignment_pictures']
+           'return_sizes', 'lift_returns', 'direction_cells', 'ranks_in_cells', 'cap_by_coverage', 'no_visible_return',
+           'checked_cap', 'lift_data', 'lift_clip', 'draw_dots', 'blue_to_red', 'bird_view', 'sweep_from_above',
+           'shades', 'alignment_set', 'alignment_pictures']
 
 # %% ../nbs/10_lift.ipynb #0f84ced7
 def lift_sweep(
@@ -439,6 +439,29 @@ def lift_returns(
     )
 
 # %% ../nbs/10_lift.ipynb #6d33001d
+def direction_cells(
+    x: Tensor,  # (N,3) float64, from the cameras, world axes, m
+    cell: float,  # deg, side of a cell of azimuth and elevation
+) -> tuple[Tensor, Tensor]:  # (N,) int64 number of the cell; (N,) distance, m
+    "In which direction points lie."
+    x, y, z = x.unbind(1)
+    dist = (x * x + y * y + z * z).sqrt()
+    angles = torch.atan2(y, x), torch.asin(z / dist.clamp_min(1e-9))
+    azimuth, elevation = (torch.floor(torch.rad2deg(a) / cell).long() for a in angles)
+    return azimuth * 100000 + elevation, dist
+
+# %% ../nbs/10_lift.ipynb #a840e16e
+def ranks_in_cells(
+    key: Tensor,  # (N,) int64, cell of each
+    order: Tensor,  # (N,) int64, all of them, in an order
+) -> Tensor:  # (N,) int64
+    "How many of the same cell come before each."
+    order = order[key[order].argsort(stable=True)]
+    rank = torch.empty_like(key)
+    rank[order] = torch.arange(len(key), device=key.device) - torch.searchsorted(key[order], key[order])
+    return rank
+
+# %% ../nbs/10_lift.ipynb #4ccd5fb0
 def cap_by_coverage(
     g: Gaussians,  # any set
     limit: int | None,  # how many to keep, None: all
@@ -449,18 +472,10 @@ def cap_by_coverage(
     "Keep the nearest of every direction before the second nearest of any."
     if limit is None or len(g) <= limit:
         return g
-    x, y, z = (g.means.double() - centre).unbind(1)
-    dist = (x * x + y * y + z * z).sqrt()
-    at = [
-        torch.floor(torch.rad2deg(a) / cell).long()
-        for a in (torch.atan2(y, x), torch.asin(z / dist.clamp_min(1e-9)))
-    ]
-    key = at[0] * 100000 + at[1]
+    key, dist = direction_cells(g.means.double() - centre, cell)
     large = g.log_scales.amax(1).argsort(descending=True, stable=True)
     near = large[(dist.clamp_min(1e-3).log() / same).floor()[large].argsort(stable=True)]
-    order = near[key[near].argsort(stable=True)]
-    rank = torch.empty_like(key)
-    rank[order] = torch.arange(len(g), device=key.device) - torch.searchsorted(key[order], key[order])
+    rank = ranks_in_cells(key, near)
     return g[near[rank[near].argsort(stable=True)][:limit].sort().values]
 
 # %% ../nbs/10_lift.ipynb #ae63efcd
