@@ -12,6 +12,7 @@ import os
 import threading
 import warnings
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
 from multiprocessing.connection import wait
@@ -228,6 +229,15 @@ def _recover(self: LiftCache, path: Path) -> None:
         old.replace(path)
     old.unlink(missing_ok=True)
 
+# %% ../nbs/12a_cache.ipynb #debfd1ea
+@patch
+def _attempt(self: LiftCache, act: Callable, *args: Any) -> None:
+    "Change the folder; where that cannot be done, say so once and go on."
+    try:
+        act(*args)
+    except OSError as e:
+        self._pass_over(e)
+
 # %% ../nbs/12a_cache.ipynb #d74f72a9
 @patch
 def get(
@@ -242,17 +252,11 @@ def get(
     "The lifted clip, from disk if it is there and sound."
     args = (clip, lift_cfg, bg_cfg, cameras, image_scale, seed)
     path = self.path(*args)
-    try:
-        self._recover(path)
-    except OSError as e:
-        self._pass_over(e)
+    self._attempt(self._recover, path)
     if (arrays := load_arrays(path)) is not None:
         return unpack(arrays)
     g = init_gaussians(*args, device=self.device).to("cpu")
-    try:
-        save_arrays(path, pack(g))
-    except OSError as e:
-        self._pass_over(e)
+    self._attempt(save_arrays, path, pack(g))
     return g
 
 # %% ../nbs/12a_cache.ipynb #81a1605b
