@@ -402,7 +402,7 @@ def near_gaussians(
         filled = even_opacity(filled, data, cfg.opacity)
     return cat([returns, filled])
 
-
+# %% ../nbs/12_background.ipynb #9d771d7a
 def near_field(
     data: ClipData,  # the clip, its stamps sound
     cfg: InitConfig = InitConfig(),  # how to lift and to fill
@@ -441,7 +441,7 @@ def without_taken(
         taken = taken | data.projected.visible.any(1)
     return rest
 
-
+# %% ../nbs/12_background.ipynb #50533b30
 def init_groups(
     groups: list[ClipData],  # of one clip, one for each size of images
     lift_cfg: InitConfig = InitConfig(),  # returns and gaps
@@ -458,7 +458,7 @@ def init_groups(
     ball = [inside_ball(groups, near, bg_cfg, seed)] if bg_cfg.inside_points else []
     return cat([near, *ball, *background(groups, near, blocks, lift_cfg, bg_cfg, seed)])
 
-
+# %% ../nbs/12_background.ipynb #d797d1dd
 def init_data(
     data: ClipData,  # the clip in memory
     lift_cfg: InitConfig = InitConfig(),  # returns and gaps
