@@ -185,20 +185,9 @@ def _read_state(path: Path, device: Any) -> dict | None:
 
 # %% ../nbs/09b_checkpoint.ipynb #b789672c
 _DAMAGE = (  # what zipfile, pickle and torch raise for a damaged file
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    pickle.UnpicklingError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
+    *(zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError),
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError),
+    *(LookupError, OSError, RuntimeError, TypeError, ValueError),
 )
 
 # %% ../nbs/09b_checkpoint.ipynb #f69c38bc

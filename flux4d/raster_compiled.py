@@ -14,20 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from flux4d.raster import (
-    ALPHA_MAX,
-    ALPHA_MIN,
-    Blend,
-    DrawRules,
-    EDGE,
-    Ellipsoids,
-    Pinhole,
-    Raster,
-    Splats,
-    T_MIN,
-    rasterise,
-    splat_ellipses,
-)
+from .raster import ALPHA_MAX, ALPHA_MIN, Blend, DrawRules, EDGE, Ellipsoids, Pinhole, Raster, Splats
+from .raster import T_MIN, rasterise, splat_ellipses
 
 try:
     import numba

@@ -17,14 +17,7 @@ from .files import DataError, WriteError
 from .interrupt import Interrupted, StopRequest, stop_signals
 from .loader import Loader
 from .model import Flux4DBase
-from flux4d.resume import (
-    new_tensors,
-    other_clips,
-    other_config,
-    random_state,
-    read_resumable,
-    restore_random,
-)
+from .resume import new_tensors, other_clips, other_config, random_state, read_resumable, restore_random
 from .run import Run, provenance
 from .checkpoint import load_weights, prune_checkpoints, save_checkpoint
 from .train_step import TrainStep
