@@ -51,7 +51,7 @@ from .settings import command_parser
 # %% auto #0
 __all__ = ['FEW', 'CURVES', 'SMOOTH', 'SHOWN_EVERY', 'clips_said', 'background_flow', 'validation', 'run_meta', 'Job',
            'begin_run', 'Loaders', 'open_loaders', 'make_trainer', 'training_said', 'validation_said', 'curves_say',
-           'rows_due', 'draw_curve', 'draw_curves', 'time_left', 'state_said', 'training_bar', 'score_run',
+           'rows_due', 'draw_curve', 'draw_curves', 'time_left', 'state_said', 'training_bar', 'about_run', 'score_run',
            'refuse_unknown', 'run_stage6', 'stage6_main']
 
 # %% ../nbs/60_stage6.ipynb #11f29fd1
@@ -352,6 +352,25 @@ def training_bar(
 
     return call
 
+# %% ../nbs/60_stage6.ipynb #e84d5092
+def about_run(
+    job: Job,  # of the run
+    trainer: Trainer,  # after its last step
+    rows: list[dict],  # that it logged
+) -> About:
+    "What its evaluation says of a run."
+    name = f"{job.run.folder.name}," if job.given.out_dir else "a model after"
+    return About(
+        f"{name} {trainer.step} steps",
+        training_overlap(trained_frames(trainer.state()), job.clips.evaluated),  # by the steps that the weights took
+        model=trainer.ema.module.eval(),
+        steps=trainer.step,
+        seconds=trainer.seconds,
+        skipped=trainer.skipped,
+        rows=rows,
+        left_out=job.clips.left_out,
+    )
+
 # %% ../nbs/60_stage6.ipynb #488fe3d9
 def score_run(
     job: Job,  # of the run
@@ -364,19 +383,9 @@ def score_run(
     forget(loaders.train)
     forget(loaders.held)
     final = one_clip_loader(clips.evaluated, job.cfg, loaders.cache, job.device, job.eval_cfg.depth_sensors)
-    model = trainer.ema.module.eval()
-    about = About(
-        f"{folder.name}, {trainer.step} steps" if p.out_dir else f"a model after {trainer.step} steps",
-        training_overlap(trained_frames(trainer.state()), clips.evaluated),  # by the steps that the weights took
-        model=model,
-        steps=trainer.step,
-        seconds=trainer.seconds,
-        skipped=trainer.skipped,
-        rows=rows,
-        left_out=clips.left_out,
-    )
+    about = about_run(job, trainer, rows)
     how = Evaluation(
-        model.reconstruct, final, folder, check_baselines(p.baselines), job.eval_cfg, videos=p.save_renders
+        about.model.reconstruct, final, folder, check_baselines(p.baselines), job.eval_cfg, videos=p.save_renders
     )
     with trainer.after_training():
         metrics = evaluate(about, how, progress=partial(progress_bar, name="evaluation", unit="clips"))
