@@ -11,7 +11,9 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 import pytest
+from traitlets.config import Config
 from flux4d.notebooks import read_notebook, write_notebook
 from flux4d.records import repo_root
 
@@ -177,26 +179,66 @@ def test_lab_takes_flags_and_runs_as_root():
     assert ("--allow-root" in said) == (os.getuid() == 0)
 
 
-@pytest.mark.parametrize("name", ["01_frames", "10_lift", "60_stage6"])
-def test_a_saved_notebook_leaves_no_noise(name, monkeypatch):
-    "What JupyterLab adds when cells were run is taken off again when it saves, as `make lab` sets it up."
-    monkeypatch.chdir(ROOT)
-    path = ROOT / f"nbs/{name}.ipynb"
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    run = json.loads(path.read_text(encoding="utf-8"))
-    run["metadata"]["language_info"] = dict(name="python", version="3.11.7")
-    run["metadata"]["toc-autonumbering"] = False
+def saved(name, change=lambda cells: None, **env):
+    "A notebook that was run in JupyterLab, and what its server writes of it; both as JSON."
+    text = (ROOT / f"nbs/{name}.ipynb").read_text(encoding="utf-8")
+    kept, run = json.loads(text), json.loads(text)
+    run["metadata"] |= dict(language_info=dict(name="python", version="3.11.7"), toc=False)
     for k, cell in enumerate(run["cells"], 1):
         cell["metadata"] |= dict(scrolled=True, execution={"iopub.execute_input": "2026-01-01T00:00:00Z"})
         if cell["cell_type"] == "code":
             cell["execution_count"] = k
-            for output in cell["outputs"]:
-                if output["output_type"] == "execute_result":
-                    output["execution_count"] = k
-    from traitlets.config import Config
-
-    c = Config()
-    exec((ROOT / "docs/lab/jupyter_server_config.py").read_text(), dict(c=c))
+            cell["outputs"] = [dict(output_type="stream", name="stdout", text="took 3.1 s\n")]
+    change(run["cells"])
+    config = Config()
+    exec((ROOT / "docs/lab/jupyter_server_config.py").read_text(), dict(c=config))
+    server = SimpleNamespace(root_dir=str(ROOT / "nbs"))
     model = dict(type="notebook", content=run)
-    c.ContentsManager.pre_save_hook(path=f"nbs/{name}.ipynb", model=model, contents_manager=None)
+    config.ContentsManager.pre_save_hook(path=f"{name}.ipynb", model=model, contents_manager=server)
+    return kept, run
+
+
+@pytest.fixture
+def at_root(monkeypatch):
+    "The folder that `make lab` starts from, with the notebooks as they were committed."
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("OUTPUTS", raising=False)
+    if git("status", "--porcelain", "nbs/01_frames.ipynb", "nbs/10_lift.ipynb"):
+        pytest.skip("notebooks are being edited")
+
+
+def git(*words):
+    "What git says; skips outside of a repository."
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ["01_frames", "10_lift"])
+def test_a_notebook_that_was_only_run_leaves_no_noise(at_root, name):
+    kept, run = saved(name)
     assert run == kept
+
+
+def test_outputs_from_the_first_edited_cell_on_are_stored(at_root):
+    kept, run = saved("10_lift", lambda cells: cells[12].update(source="1 + 1"))
+    assert run["cells"][:12] == kept["cells"][:12]
+    below = [cell for cell in run["cells"][12:] if cell["cell_type"] == "code"]
+    assert below and all(cell["outputs"][0]["text"] == "took 3.1 s\n" for cell in below)
+
+
+def test_all_outputs_are_stored_when_asked_for(at_root, monkeypatch):
+    monkeypatch.setenv("OUTPUTS", "new")
+    assert saved("01_frames")[1] != saved("01_frames")[0]
+    assert "execution" not in saved("01_frames")[1]["cells"][0]["metadata"]
+
+
+def test_a_notebook_that_git_does_not_know_is_saved_as_it_is(at_root, tmp_path):
+    config = Config()
+    exec((ROOT / "docs/lab/jupyter_server_config.py").read_text(), dict(c=config))
+    cell = dict(cell_type="code", id="a", metadata={}, execution_count=2, outputs=["x"], source="1")
+    model = dict(type="notebook", content=dict(cells=[cell], metadata={}, nbformat=4))
+    server = SimpleNamespace(root_dir=str(tmp_path))
+    config.ContentsManager.pre_save_hook(path="new.ipynb", model=model, contents_manager=server)
+    assert cell["outputs"] == ["x"]
