@@ -8,7 +8,8 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from nbdev.clean import clean_jupyter
+from nbdev.clean import clean_nb
+from nbdev.config import get_config
 
 
 def committed_cells(path):
@@ -32,9 +33,13 @@ def keep_outputs(cells, committed):
 
 def before_saving(path, model, contents_manager, **more):
     "What a Jupyter server calls before it writes a file."
-    clean_jupyter(path=path, model=model, contents_manager=contents_manager, **more)
-    if model["type"] == "notebook" and os.environ.get("OUTPUTS") != "new":
-        place = Path(contents_manager.root_dir) / path.lstrip("/")
+    if model["type"] != "notebook" or model["content"]["nbformat"] != 4:
+        return
+    place = Path(contents_manager.root_dir) / path.lstrip("/")
+    settings = get_config(path=contents_manager.root_dir)
+    allowed = [settings[key].split() for key in ("allowed_metadata_keys", "allowed_cell_metadata_keys")]
+    clean_nb(model["content"], False, *allowed, clean_ids=settings.clean_ids)
+    if os.environ.get("OUTPUTS") != "new":
         keep_outputs(model["content"]["cells"], committed_cells(place))
 
 
