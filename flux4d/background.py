@@ -470,26 +470,6 @@ def clip_groups(
     groups = clip.log.by_size(clip.cameras if cameras is None else cameras)
     return [clip_data(clip, lidar_sensors, group, image_scale) for group in groups]
 
-# %% ../nbs/12_background.ipynb #a67a89bb
-def init_groups(
-    groups: list[ClipData],  # of one clip, one for each size of images
-    lift_cfg: InitConfig = InitConfig(),  # returns and gaps
-    bg_cfg: BackgroundConfig = BackgroundConfig(),  # sky and far field
-    seed: int = 0,  # of rotations and hemisphere
-) -> Gaussians:  # kinds LIDAR, then BACKGROUND; world, on the data's device
-    "Everything a reconstruction starts from, of cameras of any size."
-    if len(groups) == 1:
-        return init_data(groups[0], lift_cfg, bg_cfg, seed)
-    taken = torch.zeros_like(groups[0].stamps, dtype=torch.bool)
-    parts = []
-    for data in groups:
-        rest = replace(data, taken=taken)
-        parts.append(init_data(rest, lift_cfg, bg_cfg, seed))
-        taken = taken | rest.projected.visible.any(1)
-    g = cat(parts)
-    order = (g.kind == BACKGROUND).to(torch.uint8).argsort(stable=True)
-    return g[order]
-
 # %% ../nbs/12_background.ipynb #a72957f3
 def init_gaussians(
     clip: Clip,  # the clip

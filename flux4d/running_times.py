@@ -12,15 +12,15 @@ from pathlib import Path
 from .notebooks import Notebook, read_notebook, read_notebooks, write_notebook
 
 # %% auto #0
-__all__ = ['TIMES', 'ROUND', 'SKIPPED', 'MAKES_CITY', 'HEAD_CELL', 'rounded', 'read_times', 'take_times', 'flagged', 'time_said',
-           'head_line', 'has_head', 'with_head', 'write_heads', 'head_faults']
+__all__ = ['TIMES', 'ROUND', 'SKIPPED', 'MAKES_CITY', 'HEAD_CELL', 'round_seconds', 'read_times', 'take_times', 'flagged',
+           'time_said', 'head_line', 'has_head', 'with_head', 'write_heads', 'head_faults']
 
 # %% ../nbs/90e_running_times.ipynb #a90e0007
 TIMES = "docs/notebook_times.csv"  # notebook, seconds
 ROUND = 5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 300  # s that a person says
 
 
-def rounded(
+def round_seconds(
     seconds: float,  # as measured
 ) -> int:  # the next larger round number; the largest where there is none
     "Seconds as a person says them."
@@ -41,7 +41,7 @@ def take_times(
     printed: str,  # by nbdev_test with timing
 ) -> None:  # raises ValueError
     "Write down how long notebooks took; those that were not run keep their time."
-    found = {name: rounded(int(s)) for name, s in re.findall(r"^(\S+)\.ipynb: (\d+) secs$", printed, re.M)}
+    found = {name: round_seconds(int(s)) for name, s in re.findall(r"^(\S+)\.ipynb: (\d+) secs$", printed, re.M)}
     if not found:
         raise ValueError("the text holds no line such as '10_lift.ipynb: 3 secs'; give what make test printed.")
     there = {nb.path.stem for nb in read_notebooks(root)}
