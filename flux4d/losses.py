@@ -184,7 +184,7 @@ def velocity_loss(
     kind: Tensor,  # (N,) LIDAR or BACKGROUND
     unit: float = 1.0,  # s, from `speed_unit`
 ) -> Tensor:  # scalar, m/unit
-    "Mean norm of the velocity blocks of the LiDAR Gaussians (Eq. 5)."
+    "Mean norm of the l+1 velocity blocks of the LiDAR Gaussians (Eq. 5 at degree 0)."
     size = velocity.norm(dim=-1)
     if unit != 1.0:
         order = torch.arange(1, velocity.shape[1] + 1, device=velocity.device)

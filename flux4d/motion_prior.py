@@ -22,11 +22,11 @@ __all__ = ['FINE_PRIOR', 'MotionPrior', 'no_motion', 'BlockMotion', 'sweep_times
 class MotionPrior(NamedTuple):
     "How N points are expected to move, before any learning."
 
-    velocity: Tensor  # (N,3) ego0, m/s, at the point's own time; z is 0
+    velocity: Tensor  # (N,3) ego0, m/s, of the point's block at the mean time of its sweep; z is 0
     acceleration: Tensor  # (N,3) ego0, m/s^2; z is 0
-    score: Tensor  # (N,) share of hits of its displacement, 0..1; 0 where nothing may move
+    score: Tensor  # (N,) share of hits of the best match, before consensus, 0..1; 0 where nothing may move
     zero_motion_score: Tensor  # (N,) share of hits without displacement, 0..1; 0 where nothing may move
-    trusted: Tensor  # (N,) bool, other sweeps confirm it
+    trusted: Tensor  # (N,) bool, beats zero motion and other sweeps confirm it
     may_move: Tensor  # (N,) bool, lies in an occupied cell or beside one, at a height of movable things
 
     def where(
@@ -43,7 +43,7 @@ def no_motion(
     n: int,  # points
     device: torch.device | None = None,  # where
 ) -> MotionPrior:
-    "A prior that knows nothing."
+    "A prior by which nothing moves and nothing may."
     vector = torch.zeros(n, 3, device=device)
     number = torch.zeros(n, device=device)
     flag = torch.zeros(n, dtype=torch.bool, device=device)
@@ -55,7 +55,7 @@ class BlockMotion(NamedTuple):
 
     prior: MotionPrior  # of K+1 rows; the last one, all 0, is for no block
     blocks: BlockMap  # where the K blocks are
-    movable: Tensor  # (S,X+2B,Y+2B) bool, the cell or one beside it is occupied
+    movable: Tensor  # (S,X+2B,Y+2B) bool, the cell or one beside it is occupied; heights are tested by `query_motion`
     bev: BevGrid  # the cells
     frames: Tensor  # (S,) int64 of the sweeps, ascending
 
@@ -82,7 +82,7 @@ def block_prior(
     found: Displacement,  # of the K blocks
     trusted: Tensor,  # (K,) bool
 ) -> MotionPrior:  # of K+1 rows, the last one all 0
-    "What is known of each block, and a row for no block."
+    "What is known of each block, and a row for no block; what may move is decided later, point by point."
     velocity, acceleration = F.pad(trajectory, (0, 1, 0, 0, 0, 1)).unbind(1)
     trusted = F.pad(trusted, (0, 1))
     return MotionPrior(

@@ -24,11 +24,11 @@ class ConsensusRule(NamedTuple):
 
     margin: float  # score by which a displacement must beat zero motion to be an inlier by itself
     min_cells: int  # occupied cells in a block and its neighbours, below which it is no inlier by itself
-    confirmed_margin: float  # margin that is enough where other sweeps hold inliers
+    confirmed_margin: float  # margin that every trusted displacement needs, also where other sweeps hold inliers
     inlier_speed: float  # m/s, an inlier's velocity differs by at most this
-    min_inliers: int  # sweeps with an inlier that a trusted displacement needs, or all there are
-    rounds: int  # times that what was confirmed becomes an inlier itself
-    neighbour_sweeps: int  # sweeps on each side in which inliers are looked for
+    min_inliers: int  # sweeps with an agreeing inlier that are needed, its own counted; all, if there are fewer
+    rounds: int  # passes over all blocks; in each, those confirmed by the last one are the inliers
+    neighbour_sweeps: int  # sweeps on each side of its own in which inliers are looked for
 
 # %% ../nbs/13a_occupancy.ipynb #24c9c4fe
 USUAL_GAP = 0.2  # s, between input frames, of the settings below
@@ -50,7 +50,7 @@ class MotionPriorConfig:
     ground_share: Share = 0.2  # of a cell's points that may lie below its ground, as reflections do
     # m, a sweep counts for zero motion only where it has any point this near
     observed_radius: NonNegativeFloat = 0.75
-    # 1/m, score by which a longer displacement must be better, at the same spacing
+    # 1/m, score taken off per metre of displacement between input frames 0.2 s apart, see `at_gap`
     zero_motion_penalty: NonNegativeFloat = 0.08
     margin: NonNegativeFloat = 0.3  # this and the next five: see `ConsensusRule`
     min_cells: NonNegativeInt = 4
@@ -62,7 +62,7 @@ class MotionPriorConfig:
     movable_height: tuple[float, float] = (0.1, 4.0)
     fine_cell: PositiveFloat = 0.125  # m, edge of the cells of the density map that trajectories are refined on
     blur_std: PositiveFloat = 0.15  # m, standard deviation of its blur, from which a trajectory is attracted
-    # m/s and m/s^2, standard deviation of a trajectory from its displacement and from constant speed
+    # how far refinement may leave its start, by one number: of the change of velocity, m/s, and of acceleration, m/s^2
     prior_std: PositiveFloat = 2.0
     refine_steps: NonNegativeInt = 24  # of mean shift; 0 = straight trajectories
     merge_rounds: NonNegativeInt = 3  # times that a trajectory becomes the mean of those that meet it
@@ -90,9 +90,9 @@ class MotionPriorConfig:
 def at_gap(
     self: MotionPriorConfig,
     gap: float,  # s, between input frames
-    sweeps: int,  # how many input frames there are
+    sweeps: int,  # input frames, which bound the sweeps that are compared and that must agree
 ) -> MotionPriorConfig:  # the same where they are about 0.2 s apart
-    "Search the same speeds, at another spacing of the input frames."
+    "Search the same speeds at another spacing; where it differs, at most half of the sweeps must agree."
     reach = min(MOST_REACH, max(1, round(self.reach * gap / USUAL_GAP)))
     if not self.reach or reach == self.reach:
         return self

@@ -131,7 +131,7 @@ def draw_cloud(
     sky: np.ndarray,  # (N,) bool, background points
     cfg: VoxelConfig,  # the grid
     half: float,  # m, to each side that is shown
-) -> Any:  # what is coloured by height
+) -> Any:  # matplotlib's scatter of the points in the grid, which a colour bar of heights is made for
     "The cloud from above, and the grid's frame."
     shown = (np.abs(points[:, :2]) < half).all(1)
     inside = cell_of(points, cfg)[1] & ~sky
