@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from .frames import project, rotate_vectors, se3, se3_inverse, transform_points
 from .gaussians import LIDAR, advance, velocity_at
+from .lazy_methods import LazyMethods
 from .scene import Scene
 from .settings import Share
 from .trails import TrailConfig, find_trails, warped_distance
@@ -502,8 +503,8 @@ def motion_gain(
 
 # %% ../nbs/73_actors.ipynb #3854c444
 @dataclass(eq=False)
-class Actor:
-    "Something that moves in a scene."
+class Actor(LazyMethods):
+    "Something that moves in a scene; `alone` and `silhouette` come from `edits`."
 
     index: int  # its number in the scene
     mask: Tensor  # (N,) bool, its Gaussians among the scene's, on the scene's device

@@ -23,7 +23,7 @@ __all__ = ['CuboidConfig', 'tracks', 'same_track', 'moves', 'majority', 'dynamic
            'draw_points', 'dynamic_mask', 'box_times', 'FlowTruth', 'flow_ground_truth']
 
 # %% ../nbs/05j_box_motion.ipynb #294b1e52
-@dataclass
+@dataclass(frozen=True)
 class CuboidConfig:
     "What counts as moving, and where; the last group is read by `check_labels`."
 

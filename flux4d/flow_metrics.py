@@ -90,7 +90,7 @@ def speed_bin(
     return np.searchsorted(EDGES, speed, "right") - 1
 
 # %% ../nbs/53_flow_metrics.ipynb #6f0545b9
-@dataclass
+@dataclass(frozen=True)
 class FlowScoreConfig:
     "How scene flow is scored."
 

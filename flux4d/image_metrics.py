@@ -19,7 +19,7 @@ from .losses import psnr_of_mse, ssim_map
 __all__ = ['MetricConfig', 'masked_mean', 'psnr', 'ssim_metric', 'depth_rmse', 'lpips_metric']
 
 # %% ../nbs/25_image_metrics.ipynb #1185c18f
-@dataclass
+@dataclass(frozen=True)
 class MetricConfig:
     "What the paper leaves open about its image metrics."
 

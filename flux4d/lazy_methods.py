@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 # %% auto #0
-__all__ = ['patched_methods', 'LazyMethods']
+__all__ = ['patched_methods', 'later_methods', 'LazyMethods']
 
 # %% ../nbs/02g_lazy_methods.ipynb #72e1ece2
 @cache
@@ -26,6 +26,16 @@ def patched_methods(
                 found[method] = module
     return found
 
+# %% ../nbs/02g_lazy_methods.ipynb #4c6f1772
+def later_methods(
+    cls: type,  # a class, such as `Scene` or one derived from it
+) -> dict[str, str]:  # method -> the module that has it
+    "Methods and properties that modules add to a class or to one of its bases."
+    found = {}
+    for base in cls.__mro__:
+        found = patched_methods(base.__name__) | found
+    return found
+
 # %% ../nbs/02g_lazy_methods.ipynb #4c6f1770
 class LazyMethods:
     "A class whose methods may lie in modules that have not been imported yet."
@@ -35,11 +45,11 @@ class LazyMethods:
         name: str,  # of an attribute that was not found
     ) -> Any:  # raises AttributeError where no module adds it
         "Import the module that adds a method, and hand it out."
-        module = None if name.startswith("_") else patched_methods(type(self).__name__).get(name)
+        module = None if name.startswith("_") else later_methods(type(self)).get(name)
         if module is not None:
             importlib.import_module(module)
         return object.__getattribute__(self, name)
 
     def __dir__(self) -> list[str]:
         "Its attributes, with methods that have not been imported yet."
-        return sorted({*super().__dir__(), *patched_methods(type(self).__name__)})
+        return sorted({*super().__dir__(), *later_methods(type(self))})

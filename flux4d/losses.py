@@ -17,7 +17,7 @@ __all__ = ['LossConfig', 'gaussian_window', 'blur', 'similarity_of_means', 'ssim
            'depth_loss', 'speed_unit', 'velocity_loss', 'psnr_of_mse', 'ImageTerms', 'image_terms']
 
 # %% ../nbs/23_losses.ipynb #fe29baaf
-@dataclass
+@dataclass(frozen=True)
 class LossConfig:
     "Weights and details of the training loss (paper Eq. 3-5)."
 

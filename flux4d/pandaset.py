@@ -12,6 +12,7 @@ import numpy as np
 from fastcore.basics import patch
 from .frames import far_origin, rotate_vectors, se3_inverse
 from .files import DataError, listing, quoted, report_fault
+from .lazy_methods import LazyMethods
 from .log_files import CAMERAS, Sweep, open_image, read_image, read_intrinsics, read_poses
 from .log_files import read_stamps, read_sweep, reduce_image
 from .rig import RIG_FILE, CameraLens, CameraRig, Rig, axes_matrix, lens_of_camera, poses_at, read_rig
@@ -141,8 +142,8 @@ class LogClock(LogFolder):
         return self._file_stamps + after * self.turn if after else self._file_stamps
 
 # %% ../nbs/03_pandaset.ipynb #d6ce4c4d
-class Log(LogClock):
-    "One recording, by its own frame ids."
+class Log(LogClock, LazyMethods):
+    "One recording, by its own frame ids; `clip` comes from `clips` when it is first asked for."
 
     def __repr__(self) -> str:  # one line
         "Name the log."
@@ -220,6 +221,15 @@ def _in_order(path: Path) -> tuple:
     stem = path.name.partition(".")[0]
     return (not stem.isdecimal(), int(stem) if stem.isdecimal() else 0, path.name)
 
+# %% ../nbs/03_pandaset.ipynb #6cd27917
+@patch
+def sweep_path(
+    self: Log,
+    frame: int,  # frame id in the log
+) -> Path:  # lidar/NN.pkl.gz
+    "File of a frame's LiDAR sweep."
+    return self._frame_file("lidar", frame, ".pkl.gz")
+
 # %% ../nbs/03_pandaset.ipynb #4eac5c5c
 @patch
 def _ordered_files(
@@ -251,15 +261,6 @@ def _frame_file(
         return usual
     files = self._ordered_files(folder)
     return files[frame] if frame < len(files) else usual
-
-# %% ../nbs/03_pandaset.ipynb #6cd27917
-@patch
-def sweep_path(
-    self: Log,
-    frame: int,  # frame id in the log
-) -> Path:  # lidar/NN.pkl.gz
-    "File of a frame's LiDAR sweep."
-    return self._frame_file("lidar", frame, ".pkl.gz")
 
 # %% ../nbs/03_pandaset.ipynb #464c5aad
 @patch

@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from annotated_types import Ge, Interval
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from .background import BackgroundConfig
 from .clips import TRAIN_SETTINGS
 from .config import config_from_dict, flattened, merged
 from .files import DataError
 from .view_scores import EvalConfig
 from .presets import PRESETS, preset_config
 from .score_clips import METHODS
+from .scores import nested
 from .refine import FullConfig
 from .run import newest_run
 from .settings import Device, Distinct, FilePath, LogId, Name, Seed, Some, find_device, read_parameters
 
 # %% auto #0
-__all__ = ['Frames', 'frame_range', 'TrainingParameters', 'asked_root', 'check_out_dir', 'always_set', 'set_if_given',
+__all__ = ['Frames', 'PARAMETER_OF', 'frame_range', 'TrainingParameters', 'asked_root', 'check_out_dir', 'given_fields',
            'make_config', 'scoring', 'check_given_files', 'read_training']
 
 # %% ../nbs/57_parameters.ipynb #9c1dbf7a
@@ -124,57 +126,65 @@ def check_out_dir(
         raise DataError(f"out_dir: {place.name} cannot be written; choose another folder.")
 
 # %% ../nbs/57_parameters.ipynb #877d146e
-def always_set(
-    p: TrainingParameters,  # read: what every run decides
-) -> dict:  # nested fields of the configuration
-    "Fields that a run's parameters decide, whatever the preset."
-    train = dict(
-        iters=p.iters,
-        minutes=p.minutes or None,
-        log_every=p.log_every,
-        save_ckpt_every=p.save_ckpt_every,
-        eval_every=p.eval_every,
-        seed=p.seed,
-        views_per_step=p.views_per_step,
-        grad_accum_steps=p.grad_accum_steps,
-        fixed_target_frame=None if p.fixed_target_frame < 0 else p.fixed_target_frame,
-        warmup=min(200, p.iters // 10 + 1),
-    )
-    return dict(data=dict(cameras=p.cameras, image_scale=p.image_scale), train=train)
+PARAMETER_OF = {  # field of the configuration -> the parameter that decides it
+    "data.cameras": "cameras",
+    "data.image_scale": "image_scale",
+    "data.settings": "train_settings",
+    "init.lidar_sensors": "lidar_sensors",
+    "init.max_gaussians": "max_gaussians",
+    "background.mode": "num_sky_points",
+    "background.num_sky_points": "num_sky_points",
+    "model.degree": "poly_degree",
+    "refine.steps": "num_refine",
+    "flow.enabled": "velocity_reweighting",
+    "loss.use_depth": "use_depth",
+    "train.iters": "iters",
+    "train.minutes": "minutes",
+    "train.log_every": "log_every",
+    "train.save_ckpt_every": "save_ckpt_every",
+    "train.eval_every": "eval_every",
+    "train.seed": "seed",
+    "train.views_per_step": "views_per_step",
+    "train.grad_accum_steps": "grad_accum_steps",
+    "train.fixed_target_frame": "fixed_target_frame",
+}
+
+# %% ../nbs/57_parameters.ipynb #877d146f
+def _field_value(
+    field: str,  # key of PARAMETER_OF
+    value: Any,  # of its parameter, given
+) -> Any:  # of the field
+    "What a parameter's value means in the configuration, where zero means no limit and -1 any frame."
+    if field in ("train.minutes", "init.max_gaussians"):
+        return value or None
+    if field == "train.fixed_target_frame":
+        return None if value < 0 else value
+    if field == "background.mode":
+        return "hemisphere" if value else "grid"
+    if field == "background.num_sky_points":
+        return value or BackgroundConfig().num_sky_points
+    return value
 
 # %% ../nbs/57_parameters.ipynb #f757a34f
-def set_if_given(
-    p: TrainingParameters,  # read: what the preset decides where None or () is given
-) -> dict:  # nested fields of the configuration
-    "Fields whose parameters win over the preset when they are given."
-    sky = dict(mode="hemisphere", num_sky_points=p.num_sky_points) if p.num_sky_points else dict(mode="grid")
-    parts = [
-        (p.lidar_sensors, dict(init=dict(lidar_sensors=p.lidar_sensors))),
-        (p.train_settings, dict(data=dict(settings=p.train_settings))),
-        (p.num_refine is not None, dict(refine=dict(steps=p.num_refine))),
-        (p.poly_degree is not None, dict(model=dict(degree=p.poly_degree))),
-        (p.velocity_reweighting is not None, dict(flow=dict(enabled=p.velocity_reweighting))),
-        (p.use_depth is not None, dict(loss=dict(use_depth=p.use_depth))),
-        (p.num_sky_points is not None, dict(background=sky)),
-        (p.max_gaussians is not None, dict(init=dict(max_gaussians=p.max_gaussians or None))),
-    ]
-    named = {}
-    for given, part in parts:
-        named = merged(named, part) if given else named
-    return named
+def given_fields(
+    p: TrainingParameters,  # read
+) -> dict[str, Any]:  # dotted field -> value
+    "Fields that the parameters decide; None and () leave a field to the preset."
+    values = {field: getattr(p, parameter) for field, parameter in PARAMETER_OF.items()}
+    return {field: _field_value(field, value) for field, value in values.items() if value not in (None, ())}
 
 # %% ../nbs/57_parameters.ipynb #0c43d371
 def make_config(
     p: TrainingParameters,  # of the run
 ) -> FullConfig:  # raises DataError for a field nobody knows or a value out of range, named from `overrides`
     "The run's configuration from the notebook's parameters."
-    named = merged(always_set(p), set_if_given(p))
+    given = given_fields(p)
+    usual = dict(train=dict(warmup=min(200, p.iters // 10 + 1)))
+    named = merged(usual, nested(given))
     cfg = preset_config(p.preset, merged(named, p.overrides), "overrides")
-    decided = flattened(dict(data=named["data"], train=named["train"]))
-    for name in decided.keys() & flattened(p.overrides).keys():
-        own = name.partition(".")[2]
-        if own in vars(p):
-            raise DataError(f"overrides.{name}: is decided by the parameter {own}; give it there.")
+    for field in flattened(p.overrides):
+        if field in given:
+            raise DataError(f"overrides.{field}: is decided by the parameter {PARAMETER_OF[field]}; give it there.")
     return cfg
 
 # %% ../nbs/57_parameters.ipynb #28956152

@@ -25,7 +25,7 @@ __all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'tile_size_for
            'lidar_depth', 'place_plain', 'finish_plain', 'kernels_take', 'render', 'compare_backends']
 
 # %% ../nbs/21_render.ipynb #e542d582
-@dataclass
+@dataclass(frozen=True)
 class RenderConfig:
     "How Gaussians become pixels; supp. A.2 where it speaks, our choice elsewhere."
 

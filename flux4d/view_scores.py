@@ -42,7 +42,7 @@ def sky_mask(
     return (np.arange(height)[:, None] < top - gap * height) & (top < height)
 
 # %% ../nbs/53b_view_scores.ipynb #358ae3ba
-@dataclass
+@dataclass(frozen=True)
 class EvalConfig:
     "How target views are scored."
 

@@ -30,9 +30,9 @@ from flux4d.files import DataError
 from flux4d.log_files import fabricate_log
 from flux4d.refine import FullConfig
 from flux4d.settings import read_parameters, read_settings
-from flux4d.parameters import TrainingParameters, make_config, read_training
+from flux4d.parameters import PARAMETER_OF, TrainingParameters, make_config, read_training
 from flux4d.run_setup import check_images, make_index, split_clips
-from flux4d.config import RENAMED, config_from_dict, config_to_dict, without_retired
+from flux4d.config import RENAMED, config_from_dict, config_to_dict, flattened, without_retired
 
 ROOT = repo_root(Path(__file__).parent)
 NOTEBOOKS = {
@@ -580,3 +580,48 @@ def test_a_notebook_stops_before_it_touches_a_file(nb, given, tmp_path_factory, 
         f"{name}: is {value}; choose"
     ), kernel.exc
     assert files() == before
+
+
+GIVEN = dict(  # a value of each parameter that decides a field
+    cameras=("left_camera",),
+    image_scale=0.5,
+    train_settings=("train_future",),
+    lidar_sensors=(0, 1),
+    max_gaussians=5000,
+    num_sky_points=700,
+    poly_degree=2,
+    num_refine=2,
+    velocity_reweighting=False,
+    use_depth=False,
+    iters=40,
+    minutes=2.0,
+    log_every=7,
+    save_ckpt_every=8,
+    eval_every=9,
+    seed=11,
+    views_per_step=4,
+    grad_accum_steps=3,
+    fixed_target_frame=5,
+)
+
+
+@pytest.mark.parametrize("field", PARAMETER_OF)
+def test_a_field_with_a_parameter_of_its_own_is_set_by_it_and_given_once(field):
+    given = {PARAMETER_OF[field]: GIVEN[PARAMETER_OF[field]]}
+    usual = flattened(config_to_dict(make_config(TrainingParameters())))
+    asked = flattened(config_to_dict(make_config(TrainingParameters(**given))))
+    assert asked[field] != usual[field], "the parameter does not reach its field"
+    sentence = f"overrides.{field}: is decided by the parameter {PARAMETER_OF[field]}; give it there."
+    with pytest.raises(DataError, match=re.escape(sentence)):
+        make_config(TrainingParameters(**given, overrides=nested(field, usual[field])))
+
+
+def test_every_parameter_that_reaches_the_configuration_is_in_the_table():
+    assert set(GIVEN) == set(PARAMETER_OF.values())
+    usual = config_to_dict(make_config(TrainingParameters()))
+    for f in fields(TrainingParameters):
+        if f.name in GIVEN or f.name in ("preset", "overrides"):
+            continue
+        for value in (True, False, 2, 0.5, "x", ("x",), (0,), dict(save_renders=1)):
+            changed = TrainingParameters(**({f.name: value} if f.name != "train_stride" else {}))
+            assert config_to_dict(make_config(changed)) == usual, f"{f.name} is not in the table"
