@@ -17,7 +17,7 @@ from sphinx.util import logging
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from flux4d import __version__ as release  # noqa: E402
-from flux4d.site import write_city_scene  # noqa: E402
+from flux4d.scene_page import write_scene_files  # noqa: E402
 
 project = "Flux4D in notebooks"
 author = "the Flux4D-in-notebooks authors"
@@ -152,13 +152,13 @@ def block_formula(translator, node):
 
 
 def add_files(app, exception):
-    "Put the font of formulas beside the style sheet, and a scene that a reader can turn."
+    "Put the font of formulas beside the style sheet, and a scene that a reader can turn and move in time."
     if not exception:
         static = Path(app.outdir) / "_static"
         fonts = Path(find_spec("ziamath").origin).parent / "fonts"
         shutil.copy(fonts / "STIXTwoMath-Regular.ttf", static)
         if app.builder.name == "html":
-            write_city_scene(static / "scene.html")
+            write_scene_files(HERE.parent / "scene/pandaset002.scene", static)
 
 
 def setup(app):
