@@ -24,10 +24,10 @@ from .config import RETIRED, flattened, merged
 __all__ = ['ABLATIONS', 'NO_VELOCITY_TERM', 'ABLATION_TABLES', 'PAPER_FIGURES', 'SWITCHES', 'FIELDS', 'WHEN', 'NVS_METRICS',
            'ABLATION_COLUMNS', 'BUDGET', 'NO_EFFECT', 'NOTHING_LEARNED', 'MOVING', 'NOT_COMPARABLE', 'STEPS',
            'CHART_PANELS', 'differing_fields', 'is_variant', 'variant_of', 'AblationParameters', 'variant_parameters',
-           'run_variant', 'value_of_entry', 'pace', 'circumstances_mark', 'finished_run', 'ablation_row', 'as_table',
-           'variant_line', 'paper_tables', 'circumstances', 'clips_helped', 'difference', 'changes', 'draw_bars',
-           'ablation_chart', 'time_table', 'took_equally_long', 'near_in_time', 'recorded', 'paired', 'group_report',
-           'ablation_report']
+           'execute', 'run_variant', 'value_of_entry', 'pace', 'circumstances_mark', 'finished_run', 'ablation_row',
+           'as_table', 'variant_line', 'paper_tables', 'circumstances', 'clips_helped', 'difference', 'changes',
+           'draw_bars', 'ablation_chart', 'time_table', 'took_equally_long', 'near_in_time', 'recorded', 'paired',
+           'group_report', 'ablation_report']
 
 # %% ../nbs/62_ablation.ipynb #72670efe
 ABLATIONS = dict(
@@ -62,7 +62,7 @@ def differing_fields(
     b = flattened(b)
     return {name: (a.get(name), b.get(name)) for name in a | b if a.get(name) != b.get(name)}
 
-# %% ../nbs/62_ablation.ipynb #f714fc2d
+# %% ../nbs/62_ablation.ipynb #90ce9f12
 SWITCHES = dict(  # parameter of 60_stage6 -> field of the configuration
     num_refine="refine.steps",
     poly_degree="model.degree",
@@ -70,7 +70,7 @@ SWITCHES = dict(  # parameter of 60_stage6 -> field of the configuration
 )
 FIELDS = *SWITCHES.values(), "loss.velocity"  # all in which variants differ
 
-
+# %% ../nbs/62_ablation.ipynb #f714fc2d
 def is_variant(
     flat: dict,  # a configuration by dotted names
     name: str,  # key of ABLATIONS
@@ -126,6 +126,27 @@ def variant_parameters(
         raise DataError(f"others: {fault}")
     return parameters
 
+# %% ../nbs/62_ablation.ipynb #1e29e06a
+def execute(
+    notebook: Path,  # what is run
+    folder: Path,  # of the run; keeps the executed copy
+    parameters: dict,  # of the notebook
+    root: Path,  # of the repository, where it runs
+) -> None:
+    "Run a notebook with papermill."
+    import papermill
+
+    folder.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(
+        str(notebook),
+        str(folder / notebook.name),
+        parameters,
+        kernel_name="python3",
+        progress_bar=False,
+        cwd=str(root),
+        extra_arguments=["--log-level=CRITICAL"],
+    )
+
 # %% ../nbs/62_ablation.ipynb #599f3622
 def run_variant(
     name: str,  # key of ABLATIONS
@@ -140,22 +161,11 @@ def run_variant(
     folder = Path(out) / f"ablation_{name}"
     if (root / folder / "metrics.json").is_file():
         return folder
-    import papermill
-
     parameters = variant_parameters(name, folder, common, root / notebook)
-    (root / folder).mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(
-        str(root / notebook),
-        str(root / folder / Path(notebook).name),
-        parameters,
-        kernel_name="python3",
-        progress_bar=False,
-        cwd=str(root),
-        extra_arguments=["--log-level=CRITICAL"],
-    )
+    execute(root / notebook, root / folder, parameters, root)
     return folder
 
-# %% ../nbs/62_ablation.ipynb #e1cf2a98
+# %% ../nbs/62_ablation.ipynb #06b1f4d7
 WHEN = "interpolation", "future"
 NVS_METRICS = {"PSNR": "psnr", "SSIM": "ssim", "D_RMSE": "depth_rmse"}
 ABLATION_COLUMNS = {  # column -> where it is in metrics.json
@@ -174,7 +184,7 @@ ABLATION_COLUMNS = {  # column -> where it is in metrics.json
     "evaluated on": "evaluated_on",
 }
 
-
+# %% ../nbs/62_ablation.ipynb #e1cf2a98
 def value_of_entry(
     nested: Any,  # nested dict
     path: str,  # dotted keys
@@ -195,7 +205,7 @@ def pace(
         return None
     return (late[-1]["step"] - late[0]["step"]) / (late[-1]["seconds"] - late[0]["seconds"])
 
-# %% ../nbs/62_ablation.ipynb #30244fa1
+# %% ../nbs/62_ablation.ipynb #94784a12
 BUDGET = "runtime.iters", "train.iters", "train.minutes", "train.warmup"  # steps taken, and what decides their number
 NO_EFFECT = (  # fields that change no result
     *RETIRED,
@@ -210,7 +220,7 @@ NO_EFFECT = (  # fields that change no result
     "eval.save_renders",
 )
 
-
+# %% ../nbs/62_ablation.ipynb #30244fa1
 def circumstances_mark(
     config: dict,  # the content of config.yaml
     metrics: dict,  # the content of metrics.json
@@ -222,7 +232,7 @@ def circumstances_mark(
     told = [kept, sorted(metrics.get("per_clip", {})), metrics.get("evaluated_on")]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
-# %% ../nbs/62_ablation.ipynb #c18cf353
+# %% ../nbs/62_ablation.ipynb #7b5d16c5
 NOTHING_LEARNED = "motion prior alone, nothing learned"
 MOVING = {  # what the paper's tables show
     column: path
@@ -230,7 +240,7 @@ MOVING = {  # what the paper's tables show
     if path.startswith(("nvs.dynamic", "scene_flow.v_rmse"))
 }
 
-
+# %% ../nbs/62_ablation.ipynb #c18cf353
 def finished_run(
     folder: Path,  # of a run
 ) -> tuple[dict, dict, list[dict]]:  # configuration, metrics, rows of the log; raises DataError
@@ -312,7 +322,7 @@ def circumstances(
     others = [column for column, path in ABLATION_COLUMNS.items() if "dynamic" not in path]
     return as_table(rows, ["run", "variant", "seed", "scale", *others, "steps/s"])
 
-# %% ../nbs/62_ablation.ipynb #68f9a406
+# %% ../nbs/62_ablation.ipynb #36fb1349
 STEPS = {
     "refinement": ("base", "refinement"),
     "polynomial motion": ("refinement", "polynomial"),
@@ -321,7 +331,7 @@ STEPS = {
     "dropping it from the full model": ("full", "full_unregularised"),
 }
 
-
+# %% ../nbs/62_ablation.ipynb #68f9a406
 def clips_helped(
     before: dict,  # row of a run
     after: dict,  # row of the run with one change

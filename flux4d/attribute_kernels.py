@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from .gaussians import Gaussians
-from .splat_kernels import kernel, kernels_work, rows_of, sigmoid, softplus
+from .splat_kernels import kernel, kernels_work, row_lengths, rows_and_columns, rows_of
+from .splat_kernels import sigmoid, softplus, unit_back
 
 try:
     import triton
@@ -19,10 +20,10 @@ except ImportError:  # without a GPU there is none; tensor operations then do th
     triton = None
 
 # %% auto #0
-__all__ = ['ATTRIBUTE_BLOCK', 'bend', 'bend_slope', 'log1p', 'rotated', 'rotated_back', 'product', 'mean_scale',
-           'residual_kernel', 'FusedResidual', 'fused_residual', 'sum_kernel', 'sum_grad_kernel', 'FusedSum',
-           'fused_sum', 'point_kernel', 'fused_point', 'feedback_kernel', 'fused_feedback', 'mix_kernel', 'FusedMix',
-           'fused_mix', 'kernels_change', 'apply_change']
+__all__ = ['ATTRIBUTE_BLOCK', 'bend', 'bend_slope', 'log1p', 'rotated', 'load_three', 'load_four', 'store_three', 'product',
+           'length_of', 'mean_scale', 'residual_kernel', 'FusedResidual', 'fused_residual', 'is_turned', 'sum_kernel',
+           'sum_grad_kernel', 'FusedSum', 'fused_sum', 'store_turns', 'point_kernel', 'fused_point', 'feedback_kernel',
+           'fused_feedback', 'mix_kernel', 'FusedMix', 'fused_mix', 'kernels_change', 'apply_change']
 
 # %% ../nbs/20c_attribute_kernels.ipynb #c5753a18
 @kernel
@@ -38,7 +39,7 @@ def bend(
     near = u * (1.0 - s * (0.33333333333 - s * (0.13333333333 - s * 0.05396825397)))
     return bound * tl.where(tl.abs(u) < 0.1, near, tl.where(u < 0, -far, far))
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #ace6a2e2
 @kernel
 def bend_slope(
     y: tl.tensor,  # block of bounded numbers, from `bend`
@@ -47,7 +48,7 @@ def bend_slope(
     "Slope of `bend` where it has given y."
     return 1.0 - (y / bound) * (y / bound)
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #7bb83133
 @kernel
 def log1p(
     x: tl.tensor,  # block of numbers of at least 0
@@ -63,28 +64,55 @@ def rotated(
     x: tl.tensor,  # blocks of a vector's coordinates
     y: tl.tensor,  # second coordinates
     z: tl.tensor,  # third coordinates
+    ROW: tl.constexpr = 3,  # numbers from a row to the next; 1 for the transpose
+    COLUMN: tl.constexpr = 1,  # numbers from a column to the next; 3 for the transpose
 ) -> tl.tensor:
     "R v."
-    a = tl.load(turn_ptr) * x + tl.load(turn_ptr + 1) * y + tl.load(turn_ptr + 2) * z
-    b = tl.load(turn_ptr + 3) * x + tl.load(turn_ptr + 4) * y + tl.load(turn_ptr + 5) * z
-    c = tl.load(turn_ptr + 6) * x + tl.load(turn_ptr + 7) * y + tl.load(turn_ptr + 8) * z
+    second, third = turn_ptr + ROW, turn_ptr + 2 * ROW
+    a = tl.load(turn_ptr) * x + tl.load(turn_ptr + COLUMN) * y + tl.load(turn_ptr + 2 * COLUMN) * z
+    b = tl.load(second) * x + tl.load(second + COLUMN) * y + tl.load(second + 2 * COLUMN) * z
+    c = tl.load(third) * x + tl.load(third + COLUMN) * y + tl.load(third + 2 * COLUMN) * z
     return a, b, c
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #d7f94a7b
 @kernel
-def rotated_back(
-    turn_ptr: tl.tensor,  # (3,3) rotation
+def load_three(
+    at: tl.tensor,  # block of places of the first of three
+    here: tl.tensor,  # block of bool, what is there
+) -> tl.tensor:
+    "The coordinates of vectors, 0 where nothing is."
+    x = tl.load(at, mask=here, other=0.0)
+    y = tl.load(at + 1, mask=here, other=0.0)
+    z = tl.load(at + 2, mask=here, other=0.0)
+    return x, y, z
+
+# %% ../nbs/20c_attribute_kernels.ipynb #5fed34b6
+@kernel
+def load_four(
+    at: tl.tensor,  # block of places of the first of four
+    here: tl.tensor,  # block of bool, what is there
+    first: tl.constexpr,  # w where nothing is; 1 where a length is divided by
+) -> tl.tensor:
+    "The components of quaternions."
+    w = tl.load(at, mask=here, other=first)
+    x, y, z = load_three(at + 1, here)
+    return w, x, y, z
+
+# %% ../nbs/20c_attribute_kernels.ipynb #a6b6ae75
+@kernel
+def store_three(
+    at: tl.tensor,  # block of places of the first of three
     x: tl.tensor,  # blocks of a vector's coordinates
     y: tl.tensor,  # second coordinates
     z: tl.tensor,  # third coordinates
-) -> tl.tensor:
-    "The transpose of R times v."
-    a = tl.load(turn_ptr) * x + tl.load(turn_ptr + 3) * y + tl.load(turn_ptr + 6) * z
-    b = tl.load(turn_ptr + 1) * x + tl.load(turn_ptr + 4) * y + tl.load(turn_ptr + 7) * z
-    c = tl.load(turn_ptr + 2) * x + tl.load(turn_ptr + 5) * y + tl.load(turn_ptr + 8) * z
-    return a, b, c
+    here: tl.tensor,  # block of bool, what is there
+) -> None:
+    "Write vectors into neighbouring columns."
+    tl.store(at, x, mask=here)
+    tl.store(at + 1, y, mask=here)
+    tl.store(at + 2, z, mask=here)
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #53da8bd1
 @kernel
 def product(
     aw: tl.tensor,  # blocks of a quaternion's components
@@ -103,7 +131,19 @@ def product(
     z = aw * bz + ax * by - ay * bx + az * bw
     return w, x, y, z
 
+# %% ../nbs/20c_attribute_kernels.ipynb #b2bc6ace
+@kernel
+def length_of(
+    w: tl.tensor,  # blocks of a quaternion's components
+    x: tl.tensor,  # its second component
+    y: tl.tensor,  # its third
+    z: tl.tensor,  # its fourth
+) -> tl.tensor:
+    "Its length, never zero."
+    length = tl.sqrt(w * w + x * x + y * y + z * z)
+    return tl.where(length < 1e-12, length + 1e-12, length)
 
+# %% ../nbs/20c_attribute_kernels.ipynb #76fdb55c
 @kernel
 def mean_scale(
     scales_ptr: tl.tensor,  # (N,3) stored scales
@@ -111,10 +151,8 @@ def mean_scale(
     here: tl.tensor,  # block of bool, what is there
 ) -> tl.tensor:
     "Mean standard deviation of Gaussians, m."
-    total = softplus(tl.load(scales_ptr + at, mask=here, other=0.0))
-    total += softplus(tl.load(scales_ptr + at + 1, mask=here, other=0.0))
-    total += softplus(tl.load(scales_ptr + at + 2, mask=here, other=0.0))
-    return total / 3.0
+    x, y, z = load_three(scales_ptr + at, here)
+    return (softplus(x) + softplus(y) + softplus(z)) / 3.0
 
 # %% ../nbs/20c_attribute_kernels.ipynb #a82650e4
 @kernel
@@ -139,51 +177,31 @@ def residual_kernel(
     "Bounded changes of Gaussians, or the gradient by what they are made of."
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = i < n
-    raw = raw_ptr + i * 14
-    d = d_ptr + i * 14
-    out = out_ptr + i * 14
-    q = quats_ptr + i * quats_stride
-    qw = tl.load(q, mask=here, other=0.0)
-    qx = tl.load(q + 1, mask=here, other=0.0)
-    qy = tl.load(q + 2, mask=here, other=0.0)
-    qz = tl.load(q + 3, mask=here, other=0.0)
+    raw, d, out = raw_ptr + i * 14, d_ptr + i * 14, out_ptr + i * 14
+    qw, qx, qy, qz = load_four(quats_ptr + i * quats_stride, here, 0.0)
     size = mean_scale(scales_ptr, i * scales_stride, here)
-    x = bend(tl.load(raw, mask=here, other=0.0), of_position)
-    y = bend(tl.load(raw + 1, mask=here, other=0.0), of_position)
-    z = bend(tl.load(raw + 2, mask=here, other=0.0), of_position)
-    tw = bend(tl.load(raw + 3, mask=here, other=0.0), of_quat)
-    tx = bend(tl.load(raw + 4, mask=here, other=0.0), of_quat)
-    ty = bend(tl.load(raw + 5, mask=here, other=0.0), of_quat)
-    tz = bend(tl.load(raw + 6, mask=here, other=0.0), of_quat)
+    x, y, z = load_three(raw, here)
+    x, y, z = bend(x, of_position), bend(y, of_position), bend(z, of_position)
+    tw, tx, ty, tz = load_four(raw + 3, here, 0.0)
+    tw, tx, ty, tz = bend(tw, of_quat), bend(tx, of_quat), bend(ty, of_quat), bend(tz, of_quat)
     if BACK:
-        dx = tl.load(d, mask=here, other=0.0)
-        dy = tl.load(d + 1, mask=here, other=0.0)
-        dz = tl.load(d + 2, mask=here, other=0.0)
-        dx, dy, dz = rotated_back(turn_ptr, dx, dy, dz)
-        tl.store(out, dx * size * bend_slope(x, of_position), mask=here)
-        tl.store(out + 1, dy * size * bend_slope(y, of_position), mask=here)
-        tl.store(out + 2, dz * size * bend_slope(z, of_position), mask=here)
-        ew = tl.load(d + 3, mask=here, other=0.0)
-        ex = tl.load(d + 4, mask=here, other=0.0)
-        ey = tl.load(d + 5, mask=here, other=0.0)
-        ez = tl.load(d + 6, mask=here, other=0.0)
+        dx, dy, dz = load_three(d, here)
+        dx, dy, dz = rotated(turn_ptr, dx, dy, dz, 1, 3)
+        x = dx * size * bend_slope(x, of_position)
+        y = dy * size * bend_slope(y, of_position)
+        z = dz * size * bend_slope(z, of_position)
+        ew, ex, ey, ez = load_four(d + 3, here, 0.0)
         ew, ex, ey, ez = product(ew, ex, ey, ez, qw, -qx, -qy, -qz)
-        ex, ey, ez = rotated_back(turn_ptr, ex, ey, ez)
-        tl.store(out + 3, ew * bend_slope(tw, of_quat), mask=here)
-        tl.store(out + 4, ex * bend_slope(tx, of_quat), mask=here)
-        tl.store(out + 5, ey * bend_slope(ty, of_quat), mask=here)
-        tl.store(out + 6, ez * bend_slope(tz, of_quat), mask=here)
+        ex, ey, ez = rotated(turn_ptr, ex, ey, ez, 1, 3)
+        tw, tx = ew * bend_slope(tw, of_quat), ex * bend_slope(tx, of_quat)
+        ty, tz = ey * bend_slope(ty, of_quat), ez * bend_slope(tz, of_quat)
     else:
         x, y, z = rotated(turn_ptr, x * size, y * size, z * size)
-        tl.store(out, x, mask=here)
-        tl.store(out + 1, y, mask=here)
-        tl.store(out + 2, z, mask=here)
         tx, ty, tz = rotated(turn_ptr, tx, ty, tz)
         tw, tx, ty, tz = product(tw, tx, ty, tz, qw, qx, qy, qz)
-        tl.store(out + 3, tw, mask=here)
-        tl.store(out + 4, tx, mask=here)
-        tl.store(out + 5, ty, mask=here)
-        tl.store(out + 6, tz, mask=here)
+    store_three(out, x, y, z, here)
+    tl.store(out + 3, tw, mask=here)
+    store_three(out + 4, tx, ty, tz, here)
     for c in tl.static_range(7, 14):
         bound = of_scale if c < 10 else (of_opacity if c == 10 else of_colour)
         value = bend(tl.load(raw + c, mask=here, other=0.0), bound)
@@ -194,7 +212,7 @@ def residual_kernel(
 # %% ../nbs/20c_attribute_kernels.ipynb #12174108
 ATTRIBUTE_BLOCK = 128  # Gaussians of a program
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #a5695e61
 class FusedResidual(torch.autograd.Function):
     "Bounded changes of Gaussians; only the raw numbers have a gradient."
 
@@ -221,7 +239,7 @@ class FusedResidual(torch.autograd.Function):
         "The same with slopes."
         return _residual(ctx.saved_tensors, d.contiguous(), ctx.bounds, True), None, None, None, None
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #0005c462
 def _residual(
     inputs: tuple[Tensor, ...],  # raw numbers, quaternions, stored scales, rotation
     d: Tensor,  # (M,14) gradient of the change, read going back
@@ -236,7 +254,7 @@ def _residual(
         residual_kernel[(triton.cdiv(len(raw), ATTRIBUTE_BLOCK),)](raw, quats, scales, turn, d, out, *how)
     return out
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #6849e250
 def fused_residual(
     raw: Tensor,  # (M,14) output of the attribute head in the order of `FLAT`, ego0
     g: Gaussians,  # the M Gaussians it is for, world
@@ -246,6 +264,14 @@ def fused_residual(
     "What `decode_residual` gives."
     turn = to_world[:3, :3].to(raw.dtype).contiguous()
     return FusedResidual.apply(raw.contiguous(), rows_of(g.quats), rows_of(g.log_scales), turn, tuple(bounds))
+
+# %% ../nbs/20c_attribute_kernels.ipynb #a9d110c2
+@kernel
+def is_turned(
+    turn: tl.tensor,  # (BLOCK,4) changes of quaternions
+) -> tl.tensor:
+    "Whether each is other than zero, (BLOCK,1)."
+    return tl.sum(tl.where(turn != 0, 1, 0), 1)[:, None] > 0
 
 # %% ../nbs/20c_attribute_kernels.ipynb #29c2d2b1
 @kernel
@@ -270,21 +296,15 @@ def sum_kernel(
     BLOCK: tl.constexpr,  # Gaussians of a program
 ) -> None:
     "Raw numbers and their change."
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = i < n
+    i, c, here, four, three = rows_and_columns(n, BLOCK)
     row = i[:, None]
-    c = tl.arange(0, 4)[None, :]
-    four = here[:, None] & (c < 4)
-    three = here[:, None] & (c < 3)
     d = change_ptr + row * 14 + c
     mean = tl.load(means_ptr + row * means_stride + c, mask=three, other=0.0)
     tl.store(out_means_ptr + row * 3 + c, mean + tl.load(d, mask=three, other=0.0), mask=three)
     turn = tl.load(d + 3, mask=four, other=0.0)
     quat = tl.load(quats_ptr + row * quats_stride + c, mask=four, other=1.0) + turn
-    length = tl.sqrt(tl.sum(quat * quat, 1))
-    length = tl.where(length < 1e-12, length + 1e-12, length)[:, None]
-    is_turned = tl.sum(tl.where(turn != 0, 1, 0), 1)[:, None] > 0
-    tl.store(out_quats_ptr + row * 4 + c, tl.where(is_turned, quat / length, quat), mask=four)
+    quat = tl.where(is_turned(turn), quat / row_lengths(quat), quat)
+    tl.store(out_quats_ptr + row * 4 + c, quat, mask=four)
     scale = tl.load(scales_ptr + row * scales_stride + c, mask=three, other=0.0)
     tl.store(out_scales_ptr + row * 3 + c, scale + tl.load(d + 7, mask=three, other=0.0), mask=three)
     opacity = tl.load(opacities_ptr + i * opacities_stride, mask=here, other=0.0)
@@ -293,7 +313,7 @@ def sum_kernel(
     colour = tl.load(colours_ptr + row * colours_stride + c, mask=three, other=0.0)
     tl.store(out_colours_ptr + row * 3 + c, colour + tl.load(d + 11, mask=three, other=0.0), mask=three)
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #c9c9a4ff
 @kernel
 def sum_grad_kernel(
     quats_ptr: tl.tensor,  # (N,4)
@@ -309,23 +329,15 @@ def sum_grad_kernel(
     BLOCK: tl.constexpr,  # Gaussians of a program
 ) -> None:
     "Gradient of the change."
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = i < n
+    i, c, here, four, three = rows_and_columns(n, BLOCK)
     row = i[:, None]
-    c = tl.arange(0, 4)[None, :]
-    four = here[:, None] & (c < 4)
-    three = here[:, None] & (c < 3)
     out = out_ptr + row * 14 + c
     tl.store(out, tl.load(d_means_ptr + row * 3 + c, mask=three, other=0.0), mask=three)
     turn = tl.load(change_ptr + row * 14 + 3 + c, mask=four, other=0.0)
     quat = tl.load(quats_ptr + row * quats_stride + c, mask=four, other=1.0) + turn
-    length = tl.sqrt(tl.sum(quat * quat, 1))
-    length = tl.where(length < 1e-12, length + 1e-12, length)[:, None]
-    quat = quat / length
+    length = row_lengths(quat)
     d = tl.load(d_quats_ptr + row * 4 + c, mask=four, other=0.0)
-    along = tl.sum(quat * d, 1)[:, None]
-    is_turned = tl.sum(tl.where(turn != 0, 1, 0), 1)[:, None] > 0
-    tl.store(out + 3, tl.where(is_turned, (d - quat * along) / length, d), mask=four)
+    tl.store(out + 3, tl.where(is_turned(turn), unit_back(quat / length, length, d), d), mask=four)
     tl.store(out + 7, tl.load(d_scales_ptr + row * 3 + c, mask=three, other=0.0), mask=three)
     tl.store(out_ptr + i * 14 + 10, tl.load(d_opacities_ptr + i, mask=here, other=0.0), mask=here)
     tl.store(out + 11, tl.load(d_colours_ptr + row * 3 + c, mask=three, other=0.0), mask=three)
@@ -363,7 +375,7 @@ class FusedSum(torch.autograd.Function):
         sum_grad_kernel[grid](quats, change, *slopes, out, len(change), quats.stride(0), ATTRIBUTE_BLOCK)
         return out, *[None] * 5
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #f2f519e1
 def fused_sum(
     g: Gaussians,  # N Gaussians
     change: Tensor,  # (N,14)
@@ -372,6 +384,27 @@ def fused_sum(
     names = "means", "quats", "log_scales", "opacity_logits", "colour_logits"
     sums = FusedSum.apply(change.contiguous(), *(getattr(g, name) for name in names))
     return replace(g, **dict(zip(names, sums)))
+
+# %% ../nbs/20c_attribute_kernels.ipynb #5f0266ca
+@kernel
+def store_turns(
+    turn_ptr: tl.tensor,  # out: block of places of the first of nine
+    to_ego_ptr: tl.tensor,  # (4,4) float64 world-to-ego0
+    w: tl.tensor,  # blocks of a unit quaternion's components
+    x: tl.tensor,  # its second component
+    y: tl.tensor,  # its third
+    z: tl.tensor,  # its fourth
+    here: tl.tensor,  # block of bool, what is there
+) -> None:
+    "Rotation matrices in ego0, row by row."
+    for a in tl.static_range(3):
+        u = tl.load(to_ego_ptr + 4 * a).to(tl.float32)
+        v = tl.load(to_ego_ptr + 4 * a + 1).to(tl.float32)
+        s = tl.load(to_ego_ptr + 4 * a + 2).to(tl.float32)
+        first = u * (1 - 2 * (y * y + z * z)) + v * (2 * (x * y + w * z)) + s * (2 * (x * z - w * y))
+        second = u * (2 * (x * y - w * z)) + v * (1 - 2 * (x * x + z * z)) + s * (2 * (y * z + w * x))
+        third = u * (2 * (x * z + w * y)) + v * (2 * (y * z - w * x)) + s * (1 - 2 * (x * x + y * y))
+        store_three(turn_ptr + 3 * a, first, second, third, here)
 
 # %% ../nbs/20c_attribute_kernels.ipynb #e5ad645c
 @kernel
@@ -398,9 +431,8 @@ def point_kernel(
     "Channels of points, and rotation matrices in ego0."
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = i < n
-    x = tl.load(means_ptr + i * means_stride, mask=here, other=0.0).to(tl.float64)
-    y = tl.load(means_ptr + i * means_stride + 1, mask=here, other=0.0).to(tl.float64)
-    z = tl.load(means_ptr + i * means_stride + 2, mask=here, other=0.0).to(tl.float64)
+    x, y, z = load_three(means_ptr + i * means_stride, here)
+    x, y, z = x.to(tl.float64), y.to(tl.float64), z.to(tl.float64)
     out = out_ptr + i * 14
     for a in tl.static_range(3):
         row = to_ego_ptr + 4 * a
@@ -414,28 +446,9 @@ def point_kernel(
         tl.store(out + 7 + a, 2 * colour - 1, mask=here)
     tl.store(out + 6, tl.load(opacities_ptr + i * opacities_stride, mask=here, other=0.0) / 4, mask=here)
     tl.store(out + 10, 2 * tl.load(seconds_ptr + i, mask=here, other=0.0) - 1, mask=here)
-    q = quats_ptr + i * quats_stride
-    w = tl.load(q, mask=here, other=1.0)
-    x = tl.load(q + 1, mask=here, other=0.0)
-    y = tl.load(q + 2, mask=here, other=0.0)
-    z = tl.load(q + 3, mask=here, other=0.0)
-    length = tl.sqrt(w * w + x * x + y * y + z * z)
-    length = tl.where(length < 1e-12, length + 1e-12, length)
-    w = w / length
-    x = x / length
-    y = y / length
-    z = z / length
-    for a in tl.static_range(3):
-        u = tl.load(to_ego_ptr + 4 * a).to(tl.float32)
-        v = tl.load(to_ego_ptr + 4 * a + 1).to(tl.float32)
-        s = tl.load(to_ego_ptr + 4 * a + 2).to(tl.float32)
-        turn = turn_ptr + i * 9 + 3 * a
-        first = u * (1 - 2 * (y * y + z * z)) + v * (2 * (x * y + w * z)) + s * (2 * (x * z - w * y))
-        second = u * (2 * (x * y - w * z)) + v * (1 - 2 * (x * x + z * z)) + s * (2 * (y * z + w * x))
-        third = u * (2 * (x * z + w * y)) + v * (2 * (y * z - w * x)) + s * (1 - 2 * (x * x + y * y))
-        tl.store(turn, first, mask=here)
-        tl.store(turn + 1, second, mask=here)
-        tl.store(turn + 2, third, mask=here)
+    w, qx, qy, qz = load_four(quats_ptr + i * quats_stride, here, 1.0)
+    length = length_of(w, qx, qy, qz)
+    store_turns(turn_ptr + i * 9, to_ego_ptr, w / length, qx / length, qy / length, qz / length, here)
 
 # %% ../nbs/20c_attribute_kernels.ipynb #7f5f984c
 def fused_point(
@@ -485,31 +498,17 @@ def feedback_kernel(
     part = tl.program_id(0)
     parts = tl.num_programs(0)
     size = mean_scale(scales_ptr, i * scales_stride, here) / pixels
-    x = tl.load(grad, mask=here, other=0.0)
-    y = tl.load(grad + 1, mask=here, other=0.0)
-    z = tl.load(grad + 2, mask=here, other=0.0)
+    x, y, z = load_three(grad, here)
     x, y, z = rotated(turn_ptr, x * size, y * size, z * size)
-    tl.store(out, x, mask=here)
-    tl.store(out + 1, y, mask=here)
-    tl.store(out + 2, z, mask=here)
+    store_three(out, x, y, z, here)
     tl.store(sums_ptr + part, tl.sum(counts * (x * x + y * y + z * z), 0))
-    q = quats_ptr + i * quats_stride
-    qw = tl.load(q, mask=here, other=1.0)
-    qx = tl.load(q + 1, mask=here, other=0.0)
-    qy = tl.load(q + 2, mask=here, other=0.0)
-    qz = tl.load(q + 3, mask=here, other=0.0)
-    length = tl.sqrt(qw * qw + qx * qx + qy * qy + qz * qz)
-    length = tl.where(length < 1e-12, length + 1e-12, length) * pixels
-    w = tl.load(grad + 3, mask=here, other=0.0) / length
-    x = tl.load(grad + 4, mask=here, other=0.0) / length
-    y = tl.load(grad + 5, mask=here, other=0.0) / length
-    z = tl.load(grad + 6, mask=here, other=0.0) / length
-    w, x, y, z = product(w, x, y, z, qw, -qx, -qy, -qz)
+    qw, qx, qy, qz = load_four(quats_ptr + i * quats_stride, here, 1.0)
+    length = length_of(qw, qx, qy, qz) * pixels
+    w, x, y, z = load_four(grad + 3, here, 0.0)
+    w, x, y, z = product(w / length, x / length, y / length, z / length, qw, -qx, -qy, -qz)
     x, y, z = rotated(turn_ptr, x, y, z)
     tl.store(out + 3, w, mask=here)
-    tl.store(out + 4, x, mask=here)
-    tl.store(out + 5, y, mask=here)
-    tl.store(out + 6, z, mask=here)
+    store_three(out + 4, x, y, z, here)
     tl.store(sums_ptr + parts + part, tl.sum(counts * (w * w + x * x + y * y + z * z), 0))
     squares = tl.zeros([BLOCK], tl.float32)
     for c in tl.static_range(7, 10):
@@ -529,6 +528,23 @@ def feedback_kernel(
     tl.store(out + 14, log1p(filled) / 4.0, mask=here)
 
 # %% ../nbs/20c_attribute_kernels.ipynb #7cfbed6a
+def _feedback(
+    grad: Tensor,  # (N,14) gradient of the raw numbers, world
+    filled: Tensor,  # (N,) px
+    g: Gaussians,  # the N Gaussians, world
+    to_ego: Tensor,  # (4,4) world-to-ego0
+    floor: float,  # px
+) -> tuple[Tensor, Tensor]:  # (N,15) before they are scaled; (5,) sums of squares, and how many count
+    "Call the kernel."
+    raw = [rows_of(x) for x in (g.quats, g.log_scales, g.colour_logits)]
+    turn = to_ego[:3, :3].to(grad.dtype).contiguous()
+    blocks = triton.cdiv(len(g), ATTRIBUTE_BLOCK)
+    out, sums = grad.new_empty(len(g), 15), grad.new_empty(5, blocks)
+    how = len(g), *(x.stride(0) for x in raw), floor, ATTRIBUTE_BLOCK
+    feedback_kernel[(blocks,)](grad.contiguous(), filled.contiguous(), *raw, turn, out, sums, *how)
+    return out, sums.sum(1)
+
+# %% ../nbs/20c_attribute_kernels.ipynb #27ed99c2
 def fused_feedback(
     grad: Tensor,  # (N,14) gradient of the raw numbers, world
     filled: Tensor,  # (N,) px
@@ -537,14 +553,8 @@ def fused_feedback(
     floor: float,  # px, Gaussians that fill less get smaller features
 ) -> Tensor:  # (N,15) of order one, in ego0 axes
     "What `feedback_features` gives where it scales."
-    N = len(g)
-    raw = [rows_of(x) for x in (g.quats, g.log_scales, g.colour_logits)]
-    turn = to_ego[:3, :3].to(grad.dtype).contiguous()
-    blocks = triton.cdiv(N, ATTRIBUTE_BLOCK)
-    out, sums = grad.new_empty(N, 15), grad.new_empty(5, blocks)
-    how = N, *(x.stride(0) for x in raw), floor, ATTRIBUTE_BLOCK
-    feedback_kernel[(blocks,)](grad.contiguous(), filled.contiguous(), *raw, turn, out, sums, *how)
-    *squares, count = sums.sum(1).unbind(0)
+    out, sums = _feedback(grad, filled, g, to_ego, floor)
+    *squares, count = sums.unbind(0)
     start = 0
     for total, columns in zip(squares, (3, 4, 3, 1)):
         rms = (total / (count * columns).clamp_min(1)).sqrt().clamp_min(1e-4)
@@ -615,7 +625,7 @@ class FusedMix(torch.autograd.Function):
         _mix(of_features, row, w, d.contiguous(), True)
         return of_features, None, None
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #aa13e6ef
 def _mix(
     features: Tensor,  # (V,C) of voxels, or their gradient
     row: Tensor,  # (N,8) int64
@@ -630,7 +640,7 @@ def _mix(
         mix_kernel[(triton.cdiv(N, 32),)](features, row, w, mixed, *how)
     return mixed
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #21d110c0
 def fused_mix(
     features: Tensor,  # (V,C) float32
     row: Tensor,  # (N,8) int64 rows
@@ -647,7 +657,7 @@ def kernels_change(
     plain = any(x.dtype != torch.float32 or x.requires_grad for x in tensors)
     return not plain and kernels_work(tensors[0].device)
 
-
+# %% ../nbs/20c_attribute_kernels.ipynb #9fd59c10
 def apply_change(
     g: Gaussians,  # N Gaussians
     change: Tensor,  # (N,14) dG

@@ -22,10 +22,11 @@ from .lift import checked_cap, lift_returns, no_visible_return, sound_stamps
 from .gap_filling import Blocks, InitConfig, block_sides, clip_blocks, even_opacity, fill_gaps
 
 # %% auto #0
-__all__ = ['BackgroundConfig', 'pixels_at', 'photometric_cost', 'shared_cost', 'shrunk_images', 'far_depth',
-           'elevation_in_camera', 'field_top', 'above_field', 'column_depth', 'depth_above', 'far_field',
-           'bounding_box', 'draw_hemisphere', 'first_colour', 'drawn_points', 'hemisphere', 'draw_ball', 'inside_ball',
-           'near_field', 'background', 'init_data', 'clip_groups', 'init_groups', 'init_gaussians']
+__all__ = ['BackgroundConfig', 'pixels_at', 'photometric_cost', 'shared_cost', 'shrunk_images', 'best_depth', 'far_depth',
+           'elevation_in_camera', 'field_top', 'above_field', 'column_depth', 'depth_above', 'depth_behind',
+           'far_field', 'bounding_box', 'draw_hemisphere', 'first_colour', 'drawn_points', 'hemisphere', 'draw_ball',
+           'inside_ball', 'near_gaussians', 'near_field', 'background', 'without_taken', 'init_groups', 'init_data',
+           'clip_groups', 'init_gaussians']
 
 # %% ../nbs/12_background.ipynb #380a93b9
 @dataclass(frozen=True)
@@ -130,7 +131,23 @@ def shrunk_images(
     images = data.images.view(-1, *data.images.shape[2:]).permute(0, 3, 1, 2).float() / 255
     return F.avg_pool2d(images, k).permute(0, 2, 3, 1).contiguous()
 
+# %% ../nbs/12_background.ipynb #921b671b
+def best_depth(
+    data: ClipData,  # images and cameras
+    b: Blocks,  # B blocks
+    depths: Tensor,  # (B,D) m, D depths of each; the first is kept where no other is clearly better
+    cell: float,  # px, side of the cells whose blocks share their cost
+    gain: float,  # by which another depth must lower the photometric cost
+    k: int,  # px, side of the smallest blocks
+) -> Tensor:  # (B,) m
+    "The depths at which the input images agree."
+    small = shrunk_images(data, k)
+    cost = torch.stack([photometric_cost(data, small, k, b, d[:, None]) for d in depths.unbind(1)], 1)
+    cost = shared_cost(cost, b, cell, (len(small), *data.images.shape[2:4]))
+    best, which = cost.min(1)
+    return torch.where(cost[:, 0] - best > gain, depths.gather(1, which[:, None])[:, 0], depths[:, 0])
 
+# %% ../nbs/12_background.ipynb #5f55efd6
 def far_depth(
     data: ClipData,  # images and cameras
     b: Blocks,  # B blocks that no return supports
@@ -138,16 +155,11 @@ def far_depth(
     k: int = 4,  # px, side of the smallest blocks
 ) -> Tensor:  # (B,) m
     "The depth at which the input images agree about each block."
-    h, w = data.images.shape[2:4]
-    far = b.z.new_full(b.z.shape, cfg.distance)
     if not cfg.depth_candidates or not len(b.z):
-        return far
-    small = shrunk_images(data, k)
-    depths = (cfg.distance, *cfg.depth_candidates)
-    cost = torch.stack([photometric_cost(data, small, k, b, d) for d in depths], 1)
-    cost = shared_cost(cost, b, max(1, cfg.cost_cell * w / 1920), (len(small), h, w))
-    best, which = cost.min(1)
-    return torch.where(cost[:, 0] - best > cfg.gain, cost.new_tensor(depths)[which], far)
+        return b.z.new_full(b.z.shape, cfg.distance)
+    depths = b.ray.new_tensor((cfg.distance, *cfg.depth_candidates)).expand(len(b.z), -1)
+    cell = max(1, cfg.cost_cell * data.images.shape[3] / 1920)
+    return best_depth(data, b, depths, cell, cfg.gain, k).to(b.z)
 
 # %% ../nbs/12_background.ipynb #12ab0002
 def elevation_in_camera(
@@ -156,7 +168,7 @@ def elevation_in_camera(
     "Angle above the camera's horizontal plane."
     return torch.rad2deg(torch.atan2(-x[..., 1], torch.hypot(x[..., 0], x[..., 2])))
 
-
+# %% ../nbs/12_background.ipynb #4ed7f58c
 def field_top(
     data: ClipData,  # sweeps and cameras
     share: float = 0.999,  # of the returns that lie below it
@@ -215,14 +227,24 @@ def depth_above(
     base = column_depth(data, b).to(b.z).nan_to_num(cfg.distance).clamp_max(cfg.distance)
     factors = base.new_tensor((1.0, *cfg.above_factors))
     depths = torch.cat([base[:, None] * factors, torch.full_like(base[:, None], cfg.distance)], 1)
-    small = shrunk_images(data, k)
-    cost = torch.stack([photometric_cost(data, small, k, b, d[:, None]) for d in depths.unbind(1)], 1)
     cell = max(1.0, math.radians(cfg.above_cell) * data.focal)
-    cost = shared_cost(cost, b, cell, (len(small), *data.images.shape[2:4]))
-    best, which = cost.min(1)
-    return torch.where(cost[:, 0] - best > cfg.above_gain, depths.gather(1, which[:, None])[:, 0], base)
+    return best_depth(data, b, depths, cell, cfg.above_gain, k)
 
 # %% ../nbs/12_background.ipynb #9a0e76f1
+def depth_behind(
+    data: ClipData,  # the clip
+    b: Blocks,  # B blocks that no return supports
+    cfg: BackgroundConfig,  # read: distance, depth_candidates, gain, cost_cell, above_*
+    k: int,  # px, side of the smallest blocks
+) -> tuple[Tensor, Tensor]:  # (B,) m; (R,) int64, rows of those above the LiDAR's field
+    "How far away blocks without returns are put."
+    z = far_depth(data, b, cfg, k)
+    rows = above_field(data, b).nonzero()[:, 0] if cfg.above_factors else b.image[:0]
+    if len(rows):
+        z[rows] = depth_above(data, Blocks(*(a[rows] for a in b)), cfg, k)
+    return z, rows
+
+# %% ../nbs/12_background.ipynb #196323f4
 def far_field(
     data: ClipData,  # the clip
     blocks: Blocks,  # of its images
@@ -231,24 +253,19 @@ def far_field(
 ) -> Gaussians:  # kind BACKGROUND, world
     "Unsupported blocks as far Gaussians that project to their block."
     b = blocks.part(blocks.z == 0) if lift.fill else blocks
-    k = block_sides(data.images.shape[3], lift.fill_blocks)[-1]
-    z = far_depth(data, b, cfg, k)
-    rows = above_field(data, b).nonzero()[:, 0] if cfg.above_factors else []
-    if len(rows):
-        z[rows] = depth_above(data, Blocks(*(a[rows] for a in b)), cfg, k)
+    z, above = depth_behind(data, b, cfg, block_sides(data.images.shape[3], lift.fill_blocks)[-1])
     means = data.pose[..., :3, 3].reshape(-1, 3)[b.image] + z[:, None] * b.ray
-    scale = lift.fill_scale * b.side * z / data.K[..., 0, 0].flatten()[b.image].float()
     g = gaussians_from(
         means.float(),
-        scale,
+        lift.fill_scale * b.side * z / data.K[..., 0, 0].flatten()[b.image].float(),
         b.colour,
         t=(data.shutter.flatten()[b.image] / data.duration).float(),
         frame=data.frames[b.image // data.shutter.shape[1]],
         kind=BACKGROUND,
         opacity=cfg.opacity,
     )
-    if len(rows):
-        g.opacity_logits[rows] = opacity_inv(z.new_tensor(cfg.above_opacity))
+    if len(above):
+        g.opacity_logits[above] = opacity_inv(z.new_tensor(cfg.above_opacity))
     return g
 
 # %% ../nbs/12_background.ipynb #3afe7cfe
@@ -292,23 +309,27 @@ def first_colour(
 
 # %% ../nbs/12_background.ipynb #39c12530
 def drawn_points(
-    data: ClipData,  # images and cameras
+    groups: list[ClipData],  # images and cameras, those of one size together
     x: Tensor,  # (M,3) float64 places, world, m
     scale: float,  # m, standard deviation of each
     kind: int,  # LIDAR or BACKGROUND
     opacity: float,  # of each
 ) -> Gaussians:  # of the places that some camera sees, world
     "Places that were drawn at random, with colour and time of the first image that sees them."
-    colour, image = first_colour(data, x)
-    k = (image >= 0).nonzero()[:, 0]
-    f = image[k] // data.images.shape[1]
-    size = torch.full(k.shape, scale, device=x.device)
-    t = (data.sweep_stamps[f] / data.duration).float()
-    return gaussians_from(x[k].float(), size, colour[k], t, data.frames[f], kind, opacity=opacity)
+    parts = []
+    for data in groups:
+        colour, image = first_colour(data, x)
+        k = (image >= 0).nonzero()[:, 0]
+        f = image[k] // data.images.shape[1]
+        size = torch.full(k.shape, scale, device=x.device)
+        t = (data.sweep_stamps[f] / data.duration).float()
+        parts.append(gaussians_from(x[k].float(), size, colour[k], t, data.frames[f], kind, opacity=opacity))
+        x = x[image < 0]  # the next group is asked for what is left
+    return cat(parts)
 
 # %% ../nbs/12_background.ipynb #477785e6
 def hemisphere(
-    data: ClipData,  # images and cameras
+    groups: list[ClipData],  # images and cameras, those of one size together
     lidar: Gaussians,  # whose box it surrounds
     cfg: BackgroundConfig,  # read: num_sky_points, radius_factor, scale_factor, sky_opacity
     seed: int = 0,  # of the draw
@@ -316,9 +337,9 @@ def hemisphere(
     "The paper's far points, coloured by the images that see them."
     centre, side = bounding_box(lidar.means)
     radius = cfg.radius_factor * side
-    x = torch.from_numpy(draw_hemisphere(cfg.num_sky_points, centre, radius, seed)).to(data.points.device)
+    x = torch.from_numpy(draw_hemisphere(cfg.num_sky_points, centre, radius, seed)).to(lidar.means.device)
     return drawn_points(
-        data,
+        groups,
         x,
         cfg.scale_factor * radius * np.sqrt(2 * np.pi / cfg.num_sky_points),
         BACKGROUND,
@@ -340,7 +361,7 @@ def draw_ball(
 
 # %% ../nbs/12_background.ipynb #2eded64f
 def inside_ball(
-    data: ClipData,  # images and cameras
+    groups: list[ClipData],  # images and cameras, those of one size together
     lidar: Gaussians,  # whose box the ball holds
     cfg: BackgroundConfig,  # read: inside_points, inside_factor, inside_opacity, scale_factor
     seed: int = 0,  # of the draw
@@ -349,10 +370,30 @@ def inside_ball(
     centre, side = bounding_box(lidar.means)
     radius = cfg.inside_factor * side
     spacing = radius * (4 / 3 * np.pi / cfg.inside_points) ** (1 / 3)
-    x = torch.from_numpy(draw_ball(cfg.inside_points, centre, radius, seed)).to(data.points.device)
-    return drawn_points(data, x, cfg.scale_factor * spacing, LIDAR, cfg.inside_opacity)
+    x = torch.from_numpy(draw_ball(cfg.inside_points, centre, radius, seed)).to(lidar.means.device)
+    return drawn_points(groups, x, cfg.scale_factor * spacing, LIDAR, cfg.inside_opacity)
 
 # %% ../nbs/12_background.ipynb #4f5b875e
+def near_gaussians(
+    data: ClipData,  # the clip, its stamps sound
+    cfg: InitConfig,  # how to lift and to fill
+    seed: int = 0,  # of the rotations
+    blocks: Blocks | None = None,  # of the images, None: cut here
+) -> Gaussians:  # kind LIDAR, world, on the data's device; may be none
+    "The input frames' returns, and what lies between them, without a cap."
+    if not data.points.shape[1]:
+        raise no_visible_return(data)
+    rng = torch.Generator(data.points.device).manual_seed(seed)
+    if not cfg.fill:
+        return lift_returns(data, cfg, rng)
+    width = data.images.shape[3]
+    returns = lift_returns(data, cfg, rng, largest_px=cfg.return_px * width / 1920)
+    filled = fill_gaps(data, clip_blocks(data, cfg) if blocks is None else blocks, cfg, rng)
+    if cfg.fill_even:
+        filled = even_opacity(filled, data, cfg.opacity)
+    return cat([returns, filled])
+
+
 def near_field(
     data: ClipData,  # the clip, its stamps sound
     cfg: InitConfig = InitConfig(),  # how to lift and to fill
@@ -360,36 +401,55 @@ def near_field(
     blocks: Blocks | None = None,  # of the images, None: cut here
 ) -> Gaussians:  # kind LIDAR, world, on the data's device
     "The input frames' returns, and what lies between them."
-    if not data.points.shape[1]:
-        raise no_visible_return(data)
-    rng = torch.Generator(data.points.device).manual_seed(seed)
-    if not cfg.fill:
-        return checked_cap(lift_returns(data, cfg, rng), data, cfg.max_gaussians)
-    width = data.images.shape[3]
-    returns = lift_returns(data, cfg, rng, largest_px=cfg.return_px * width / 1920)
-    filled = fill_gaps(data, clip_blocks(data, cfg) if blocks is None else blocks, cfg, rng)
-    if cfg.fill_even:
-        filled = even_opacity(filled, data, cfg.opacity)
-    return checked_cap(cat([returns, filled]), data, cfg.max_gaussians)
+    return checked_cap(near_gaussians(data, cfg, seed, blocks), data, cfg.max_gaussians)
 
 # %% ../nbs/12_background.ipynb #14e976c4
 def background(
-    data: ClipData,  # the clip
+    groups: list[ClipData],  # of one clip, one for each size of images
     lidar: Gaussians,  # what it stands behind
-    blocks: Blocks | None,  # of the images, used by the grid
+    blocks: list[Blocks | None],  # of the images of each group, used by the grid
     lift: InitConfig,  # read by the grid: fill, fill_scale, fill_even
     cfg: BackgroundConfig,  # which and how
     seed: int = 0,  # of the hemisphere
-) -> Gaussians | None:  # kind BACKGROUND, None when there is none
+) -> list[Gaussians]:  # kind BACKGROUND, none when there is none
     "Sky and far field of one clip."
     if cfg.mode == "none":
-        return None
+        return []
     if cfg.mode == "hemisphere":
-        return hemisphere(data, lidar, cfg, seed)
-    g = far_field(data, blocks, lift, cfg)
-    return even_opacity(g, data, g.opacities) if lift.fill_even else g
+        return [hemisphere(groups, lidar, cfg, seed)]
+    parts = [far_field(data, b, lift, cfg) for data, b in zip(groups, blocks)]
+    return [even_opacity(g, data, g.opacities) for g, data in zip(parts, groups)] if lift.fill_even else parts
 
 # %% ../nbs/12_background.ipynb #4743381a
+def without_taken(
+    groups: list[ClipData],  # of one clip, one for each size of images
+) -> list[ClipData]:  # the same; from the second on, `taken` marks what an earlier one sees
+    "Leave each return to the first group that sees it."
+    rest, taken = groups[:1], groups[0].projected.visible.any(1)
+    for data in groups[1:]:
+        rest.append(replace(data, taken=taken))
+        rest[-1].projected = data.projected  # nothing has moved
+        taken = taken | data.projected.visible.any(1)
+    return rest
+
+
+def init_groups(
+    groups: list[ClipData],  # of one clip, one for each size of images
+    lift_cfg: InitConfig = InitConfig(),  # returns and gaps
+    bg_cfg: BackgroundConfig = BackgroundConfig(),  # sky and far field
+    seed: int = 0,  # of rotations and hemisphere
+) -> Gaussians:  # kinds LIDAR, then BACKGROUND; world, on the data's device
+    "Everything a reconstruction starts from, of cameras of any size."
+    groups = without_taken([sound_stamps(data, lift_cfg.late_after) for data in groups])
+    cut = lift_cfg.fill or bg_cfg.mode == "grid"
+    blocks = [clip_blocks(data, lift_cfg) if cut else None for data in groups]
+    parts = [near_gaussians(data, lift_cfg, seed, b) for data, b in zip(groups, blocks)]
+    cameras = torch.cat([data.pose.flatten(0, 1) for data in groups])
+    near = checked_cap(cat(parts), groups[0], lift_cfg.max_gaussians, cameras)
+    ball = [inside_ball(groups, near, bg_cfg, seed)] if bg_cfg.inside_points else []
+    return cat([near, *ball, *background(groups, near, blocks, lift_cfg, bg_cfg, seed)])
+
+
 def init_data(
     data: ClipData,  # the clip in memory
     lift_cfg: InitConfig = InitConfig(),  # returns and gaps
@@ -397,12 +457,7 @@ def init_data(
     seed: int = 0,  # of rotations and hemisphere
 ) -> Gaussians:  # kinds LIDAR, then BACKGROUND; world, on the data's device
     "Everything a reconstruction starts from, of a clip in memory."
-    data = sound_stamps(data, lift_cfg.late_after)
-    blocks = clip_blocks(data, lift_cfg) if lift_cfg.fill or bg_cfg.mode == "grid" else None
-    g = near_field(data, lift_cfg, seed, blocks)
-    ball = [inside_ball(data, g, bg_cfg, seed)] if bg_cfg.inside_points else []
-    bg = background(data, g, blocks, lift_cfg, bg_cfg, seed)
-    return cat([g, *ball] + ([] if bg is None else [bg])) if ball or bg is not None else g
+    return init_groups([data], lift_cfg, bg_cfg, seed)
 
 # %% ../nbs/12_background.ipynb #5e2ec0a6
 def clip_groups(
@@ -414,26 +469,6 @@ def clip_groups(
     "Read what a lift needs, cameras of one size together."
     groups = clip.log.by_size(clip.cameras if cameras is None else cameras)
     return [clip_data(clip, lidar_sensors, group, image_scale) for group in groups]
-
-
-def init_groups(
-    groups: list[ClipData],  # of one clip, one for each size of images
-    lift_cfg: InitConfig = InitConfig(),  # returns and gaps
-    bg_cfg: BackgroundConfig = BackgroundConfig(),  # sky and far field
-    seed: int = 0,  # of rotations and hemisphere
-) -> Gaussians:  # kinds LIDAR, then BACKGROUND; world, on the data's device
-    "Everything a reconstruction starts from, of cameras of any size."
-    if len(groups) == 1:
-        return init_data(groups[0], lift_cfg, bg_cfg, seed)
-    taken = torch.zeros_like(groups[0].stamps, dtype=torch.bool)
-    parts = []
-    for data in groups:
-        rest = replace(data, taken=taken)
-        parts.append(init_data(rest, lift_cfg, bg_cfg, seed))
-        taken = taken | rest.projected.visible.any(1)
-    g = cat(parts)
-    order = (g.kind == BACKGROUND).to(torch.uint8).argsort(stable=True)
-    return g[order]
 
 # %% ../nbs/12_background.ipynb #a72957f3
 def init_gaussians(

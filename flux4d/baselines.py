@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 import torch
+from fastcore.basics import patch
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
@@ -24,8 +25,8 @@ from .model import ClipInputs
 from .scene import Scene
 
 # %% auto #0
-__all__ = ['BASELINES', 'still', 'sweep_pairs', 'nearest_sweep', 'NSFPConfig', 'spread_along', 'DistanceMap', 'is_above',
-           'flow_net', 'FlowField', 'FlowFit', 'fit_loss', 'fit_flow', 'nsfp', 'motion_prior_alone']
+__all__ = ['BASELINES', 'still', 'sweep_pairs', 'nearest_sweep', 'NSFPConfig', 'spread_along', 'cell_distances', 'DistanceMap',
+           'is_above', 'flow_net', 'FlowField', 'FlowFit', 'fit_loss', 'fit_flow', 'nsfp', 'motion_prior_alone']
 
 # %% ../nbs/54_baselines.ipynb #fd04a31d
 def still(
@@ -97,6 +98,19 @@ def spread_along(
             lower = square.narrow(axis, here, n - s)
             torch.minimum(lower, old.narrow(axis, there, n - s) + s * s, out=lower)
 
+# %% ../nbs/54_baselines.ipynb #4e6d3fef
+def cell_distances(
+    cells: Tensor,  # (N,3) int64, cells that hold returns
+    size: list[int],  # X,Y,Z
+    reach: int,  # cells; farther ones count as this far
+) -> Tensor:  # (X,Y,Z) float32, cells
+    "Truncated distance from every cell to the nearest one that holds a return."
+    square = torch.full(size, reach**2, dtype=torch.int16, device=cells.device)
+    square[cells[:, 0], cells[:, 1], cells[:, 2]] = 0
+    for axis in range(3):
+        spread_along(square, axis, reach)
+    return square.float().sqrt_()
+
 # %% ../nbs/54_baselines.ipynb #6005ac79
 class DistanceMap:
     "Truncated distance to a cloud, from a grid."
@@ -113,11 +127,7 @@ class DistanceMap:
         reach = max(2, round(cfg.truncation / self.cell))
         self.size = (span / self.cell).long() + 2
         i = ((cloud - self.low) / self.cell).round().long()
-        square = torch.full(self.size.tolist(), reach**2, dtype=torch.int16, device=cloud.device)
-        square[i[:, 0], i[:, 1], i[:, 2]] = 0
-        for axis in range(3):
-            spread_along(square, axis, reach)
-        self.grid = square.float().sqrt_().mul_(self.cell)[None, None]
+        self.grid = cell_distances(i, self.size.tolist(), reach).mul_(self.cell)[None, None]
 
     def __call__(
         self,
@@ -168,12 +178,14 @@ class FlowField(nn.Module):
         "Displacement onto the target cloud."
         return self.ahead((x - self.centre) / self.unit)
 
-    def home(
-        self,
-        y: Tensor,  # (K,3) m, moved points
-    ) -> Tensor:  # (K,3) m
-        "Displacement back."
-        return self.back((y - self.centre) / self.unit)
+# %% ../nbs/54_baselines.ipynb #3c4a48f7
+@patch
+def home(
+    self: FlowField,
+    y: Tensor,  # (K,3) m, moved points
+) -> Tensor:  # (K,3) m
+    "Displacement back."
+    return self.back((y - self.centre) / self.unit)
 
 # %% ../nbs/54_baselines.ipynb #f5ce73c8
 class FlowFit(NamedTuple):

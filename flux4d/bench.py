@@ -56,15 +56,15 @@ __all__ = ['BENCH_PARTS', 'SHARES', 'BenchParameters', 'machine_name', 'spread_c
            'neighbour_pairs', 'unet_operations', 'random_voxels', 'time_unet', 'scene_of_size', 'with_gradient',
            'time_renders', 'some_views', 'time_render', 'OneBatch', 'time_steps', 'step_parts', 'time_step',
            'reconstruct_from_memory', 'reconstruct_many', 'time_reconstructions', 'time_polish', 'time_film',
-           'time_evaluation', 'time_data', 'gpu_activity', 'data_facts']
+           'time_evaluation', 'time_data', 'gpu_activity', 'sizes_kept', 'data_facts']
 
-# %% ../nbs/80_bench.ipynb #110abb3e
+# %% ../nbs/80_bench.ipynb #89fe985a
 BENCH_PARTS = (
     *("lift", "prior", "voxels", "unet", "render", "step"),
     *("reconstruction", "polish", "film", "evaluation", "data", "activity"),
 )
 
-
+# %% ../nbs/80_bench.ipynb #110abb3e
 @dataclass(frozen=True)
 class BenchParameters:
     "The parameters of this notebook, as its first cell explains them; () means what empty means there."
@@ -102,7 +102,7 @@ def spread_clips(
     starts = np.unique(np.linspace(0, last, count).round().astype(int))
     return [log.clip(start, (camera,)) for start in starts.tolist()]
 
-
+# %% ../nbs/80_bench.ipynb #1557b2dd
 def bench_config(
     preset: str,  # one of PRESETS
     image_scale: float,  # of the images
@@ -114,7 +114,7 @@ def bench_config(
     source = dict(data=dict(cameras=(camera,), image_scale=image_scale))
     return preset_config(preset, merged(merged(source, kept), over))
 
-
+# %% ../nbs/80_bench.ipynb #09982905
 def base_of(
     cfg: FullConfig,  # of a full model
 ) -> FullConfig:
@@ -178,7 +178,7 @@ def forget_files() -> None:
         if hasattr(store, "cache_clear"):
             store.cache_clear()
 
-
+# %% ../nbs/80_bench.ipynb #16b2bea4
 def fresh(
     f: Callable[[], Any],  # that reads files
 ) -> Callable[[], Any]:
@@ -202,7 +202,7 @@ def nearest_rows(
     count = max(1, round(share * len(points)))
     return points.norm(dim=1).argsort()[:count].sort().values
 
-
+# %% ../nbs/80_bench.ipynb #b799869d
 def grid_points(
     m: Material,  # read: its lift
 ) -> SweepPoints:  # ego0
@@ -472,7 +472,7 @@ def step_parts(
     names = ("reconstruction", "renders and losses", "backward", "update", "waiting for data")
     return {name: max(0.0, b - a) for name, a, b in zip(names, reached, reached[1:])}
 
-
+# %% ../nbs/80_bench.ipynb #166c91da
 def time_step(
     t: Timings,  # gets the rows
     m: Material,  # what is measured
@@ -621,17 +621,16 @@ def gpu_activity(
     m.loader.rest()
     return found
 
-# %% ../nbs/80_bench.ipynb #893243b1
-def data_facts(
+# %% ../nbs/80_bench.ipynb #ed0bf2a3
+def sizes_kept(
     m: Material,  # what was measured
-    preset: str,  # of its configuration
-) -> dict:  # plain values: what was measured, and sizes in bytes
-    "What the times are of."
+) -> dict[str, int]:  # bytes
+    "How much the data path holds of a frame, of a clip and of the model, and of their files."
     clip, scene, index = m.clip, m.inputs.scene, m.inputs.index
-    camera = m.cfg.data.cameras[0]
-    files = dict(image=clip.log.image_path(camera, clip.frames[0]), sweep=clip.log.sweep_path(clip.frames[0]))
+    camera, frame = m.cfg.data.cameras[0], clip.frames[0]
+    files = dict(image=clip.log.image_path(camera, frame), sweep=clip.log.sweep_path(frame))
     view = m.inputs.views[0]
-    kept = dict(
+    return dict(
         frame=view.height * view.width * (3 + 4),  # colours as bytes, depth in float32
         lift=tensor_bytes(scene.gaussians),
         index=tensor_bytes(index.motion, index.corners, index.weights, index.voxels),
@@ -639,6 +638,14 @@ def data_facts(
         entry=len(json.dumps(clip.entry)),  # of a clip in the index
         **{f"{name}_file": path.stat().st_size for name, path in files.items()},
     )
+
+# %% ../nbs/80_bench.ipynb #893243b1
+def data_facts(
+    m: Material,  # what was measured
+    preset: str,  # of its configuration
+) -> dict:  # plain values: what was measured, and sizes in bytes
+    "What the times are of."
+    clip, view = m.clip, m.inputs.views[0]
     return dict(
         log=clip.log.id,
         made_up=(clip.log.root / "city.json").is_file(),
@@ -648,8 +655,8 @@ def data_facts(
         height=view.height,
         preset=preset,
         frames=len(clip.log.frame_ids),
-        gaussians=len(scene),
-        voxels=len(index.voxels),
+        gaussians=len(m.inputs.scene),
+        voxels=len(m.inputs.index.voxels),
         returns=len(m.returns.points),
-        bytes=kept,
+        bytes=sizes_kept(m),
     )

@@ -37,23 +37,27 @@ class TrainedOn:
         self.pending = []  # numbers of the clips since the last logged row; None: could not be read
         self.unread = {}  # sentence about a file that went bad -> how often it was needed
 
-    def note(
-        self,
-        clip: Clip,  # about to be trained on
-    ) -> None:
-        "Remember that a clip entered a step."
-        self.frames.setdefault((clip.log.id, log_identity(clip.log)), set()).update(clip.frames)
-        if clip.id not in self.clip_ids:
-            self.clip_ids.append(clip.id)
-        self.pending.append(self.clip_ids.index(clip.id))
+# %% ../nbs/33b_bookkeeping.ipynb #ac635d18
+@patch
+def note(
+    self: TrainedOn,
+    clip: Clip,  # about to be trained on
+) -> None:
+    "Remember that a clip entered a step."
+    self.frames.setdefault((clip.log.id, log_identity(clip.log)), set()).update(clip.frames)
+    if clip.id not in self.clip_ids:
+        self.clip_ids.append(clip.id)
+    self.pending.append(self.clip_ids.index(clip.id))
 
-    def note_unread(
-        self,
-        why: str,  # a sentence
-    ) -> None:
-        "Remember that a micro-step's clip could not be read."
-        self.pending.append(None)
-        self.unread[why] = self.unread.get(why, 0) + 1
+# %% ../nbs/33b_bookkeeping.ipynb #91a60fcb
+@patch
+def note_unread(
+    self: TrainedOn,
+    why: str,  # a sentence
+) -> None:
+    "Remember that a micro-step's clip could not be read."
+    self.pending.append(None)
+    self.unread[why] = self.unread.get(why, 0) + 1
 
 # %% ../nbs/33b_bookkeeping.ipynb #16b3dbd5
 class Mark:
@@ -84,7 +88,7 @@ def state(self: TrainedOn) -> dict:  # plain values
         unread=dict(self.unread),
     )
 
-
+# %% ../nbs/33b_bookkeeping.ipynb #0b2a8353
 @patch
 def meta(self: TrainedOn) -> dict:  # plain values
     "What meta.json says of it."
@@ -103,7 +107,7 @@ def take_frames(
     self.frames = before or {}
     self.unknown_before = before is None
 
-
+# %% ../nbs/33b_bookkeeping.ipynb #812e4bff
 @patch
 def take_rows(
     self: TrainedOn,  # of a run that goes on
@@ -124,17 +128,21 @@ class Skips:
     in_a_row: int = 0  # since the last update
     first: str = ""  # step and reason of the first of these
 
-    def add(
-        self,
-        step: int,  # from 1
-        why: str,  # words for a sentence
-    ) -> None:
-        "One more step without an update."
-        self.total += 1
-        self.in_a_row += 1
-        if self.in_a_row == 1:
-            self.first = f"step {step}: {why}"
+# %% ../nbs/33b_bookkeeping.ipynb #5bc5fe05
+@patch
+def add(
+    self: Skips,
+    step: int,  # from 1
+    why: str,  # words for a sentence
+) -> None:
+    "One more step without an update."
+    self.total += 1
+    self.in_a_row += 1
+    if self.in_a_row == 1:
+        self.first = f"step {step}: {why}"
 
-    def end(self) -> None:
-        "A step had an update."
-        self.in_a_row = 0
+# %% ../nbs/33b_bookkeeping.ipynb #841c11e0
+@patch
+def end(self: Skips) -> None:
+    "A step had an update."
+    self.in_a_row = 0

@@ -23,7 +23,7 @@ __all__ = ['LIDAR_POSES', 'CAMERA_POSES', 'CAMERA_STAMPS', 'CAMERA_LENS', 'ALL_S
            'pose_items', 'change_poses', 'moved_poses', 'turned_axes', 'misread_order', 'change_sweeps', 'Planted',
            'findings_table']
 
-# %% ../nbs/07b_broken_logs.ipynb #7dc0a2db
+# %% ../nbs/07b_broken_logs.ipynb #a0d2508f
 LIDAR_POSES = "lidar/poses.json"
 
 
@@ -38,7 +38,7 @@ CAMERA_LENS = "camera/front_camera/intrinsics.json"
 
 ALL_STAMPS = "lidar/timestamps.json", "meta/timestamps.json", CAMERA_STAMPS
 
-
+# %% ../nbs/07b_broken_logs.ipynb #7dc0a2db
 def linked_copy(
     log: Log,  # a sound log
     root: Path,  # data root of the copy
@@ -82,7 +82,7 @@ def change_poses(
         change_json(log, lambda _: pose_items(change(poses)), file)
     return log
 
-
+# %% ../nbs/07b_broken_logs.ipynb #7357b2c0
 def moved_poses(
     poses: np.ndarray,  # (F,4,4)
     offset: Any,  # (3,) or (F,3), m, world

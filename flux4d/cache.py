@@ -238,7 +238,7 @@ def _recover(self: LiftCache, path: Path) -> None:
         old.replace(path)
     old.unlink(missing_ok=True)
 
-
+# %% ../nbs/12a_cache.ipynb #d74f72a9
 @patch
 def get(
     self: LiftCache,

@@ -67,7 +67,7 @@ def notebook_line(
     "A notebook with what it shows."
     return f"- [{nb.path.stem.partition('_')[0]} {nb.title}]({nb.path.stem}.md): {nb.subtitle}"
 
-
+# %% ../nbs/90d_chapters.ipynb #f3ae29a9
 def part_text(
     digit: str,  # of the part
     notebooks: list[Notebook],  # of the part
@@ -87,7 +87,7 @@ class PageEntry(NamedTuple):
     title: str  # empty: the page's own
     page: str  # its name, without ending
 
-
+# %% ../nbs/90d_chapters.ipynb #f5dca8fc
 def site_tree(
     notebooks: list[Notebook],  # all of the repository
     pages: set[str],  # all pages of the site but parts
@@ -110,7 +110,7 @@ def site_tree(
 
     return {page: [entry(child) for child in children] for page, children in tree.items() if children}
 
-
+# %% ../nbs/90d_chapters.ipynb #96185817
 def list_pages(
     notebooks: list[Notebook],  # all of the repository
 ) -> dict[str, str]:  # page -> Markdown

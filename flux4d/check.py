@@ -16,11 +16,11 @@ from .check_lidar import check_motion, check_reach
 from .check_mounting import check_camera_axes, check_view
 from .check_rig import RIG_CHECKS
 from .check_world import INVERTED_POSES, check_lidar_axes, check_world_points, repaired_poses
-from .files import DataError
 from .frames import se3_inverse
 from .log_faults import check_log
 from .log_numbers import Finding, Limits, LogNumbers, finding, known_cameras, numbers_of
 from .pandaset import RIG_REMEDY, Log, PandaSet
+from .settings import command_parser, exit_status
 
 # %% auto #0
 __all__ = ['CLOCK_CHECKS', 'LIDAR_CHECKS', 'CAMERA_CHECKS', 'CONSEQUENCES', 'Check', 'READER_KNOWS_MORE', 'AXES_CHECKS',
@@ -212,12 +212,7 @@ example:
 # %% ../nbs/08_check.ipynb #6fc0c4b9
 def _parser() -> argparse.ArgumentParser:
     "Options of `flux4d-check`."
-    p = argparse.ArgumentParser(
-        "flux4d-check",
-        description="Say what is wrong with the logs of a data root.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("flux4d-check", "Say what is wrong with the logs of a data root.", _EXAMPLE)
     p.add_argument("data_root", help="folder that holds 001, 002 and so on")
     p.add_argument("logs", nargs="*", help="log ids, default all")
     p.add_argument("--log", nargs="+", action="extend", default=[], metavar="ID", help="log ids, as the argument")
@@ -245,15 +240,10 @@ def check_main(
 ) -> int:  # 0 when no log has a fault, 1 otherwise
     "Command `flux4d-check`: say what is wrong with the logs of a data root."
     options = _parser().parse_args(argv)
-    try:
+
+    def work() -> int:
         data = PandaSet(options.data_root)
         ids = options.logs + options.log or data.log_ids
-        faults = sum(print_findings(data[id], not options.no_images) for id in ids)
-    except DataError as e:
-        print(e)
-        return 1
-    except OSError as e:
-        path = e.filename or options.data_root
-        print(f"{path}: cannot be read ({e.strerror}); check the path and its permissions.")
-        return 1
-    return int(faults > 0)
+        return int(sum(print_findings(data[id], not options.no_images) for id in ids) > 0)
+
+    return exit_status(work, options.data_root, "cannot be read")

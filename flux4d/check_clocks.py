@@ -39,7 +39,7 @@ def _lost_frames(numbers: LogNumbers, limits: Limits) -> Finding | None:
     cause = "frames were lost there, and clips that cross it are left out"
     return finding("uneven_steps", numbers.folder / "lidar/timestamps.json", what, cause)
 
-
+# %% ../nbs/07c_check_clocks.ipynb #5817f099
 def check_steps(
     numbers: LogNumbers,  # a log
     limits: Limits,  # what is usual
@@ -54,7 +54,7 @@ def _camera_in_seconds(cam: CameraNumbers, unit: str) -> CameraNumbers:
         return cam
     return replace(cam, stamps=cam.stamps / TIME_UNITS[unit])
 
-
+# %% ../nbs/07c_check_clocks.ipynb #65638bed
 def in_seconds(
     numbers: LogNumbers,  # a log
 ) -> LogNumbers:  # the same with stamps in seconds
@@ -104,7 +104,7 @@ def _single_precision(pair: ClockPair) -> str | None:
     if grain > 0.1 * pair.step and np.abs(pair.off) < 4 * grain:
         return f"they are kept in single precision, in steps of {grain:.3g} s, keep them as float64"
 
-
+# %% ../nbs/07c_check_clocks.ipynb #a2671913
 def _another_zero(pair: ClockPair) -> str | None:
     "Times, or the log's stamps, that count from the start of the log or the sweep."
     if pair.size < max(2 * pair.step, 1e-6 * pair.epoch) and pair.epoch > 1e6:
@@ -128,7 +128,7 @@ def _another_clock(pair: ClockPair) -> str:
         leap = f", {abs(pair.off):.0f} s is a difference between GPS, TAI and UTC"
     return f"another clock or other frames, compare them with lidar/timestamps.json{leap}"
 
-
+# %% ../nbs/07c_check_clocks.ipynb #c950eea7
 def clock_cause(
     pair: ClockPair,  # times far from their stamps
 ) -> str:  # likely cause and remedy
@@ -206,7 +206,7 @@ def turn_length(
     "Of one turn of the LiDAR; a frame's where nobody knows."
     return numbers.turn if numbers.turn > 0 else numbers.step
 
-
+# %% ../nbs/07c_check_clocks.ipynb #acf33fda
 def return_times(
     numbers: LogNumbers,  # a log, stamps in seconds
 ) -> ReturnTimes | None:  # None without sweeps or without a usual step
@@ -242,7 +242,7 @@ def _one_astray(numbers: LogNumbers, times: ReturnTimes, limits: Limits) -> Find
     cause = "this sweep belongs to another frame, restore the order of the files"
     return _return_clock(numbers, times.frames[k], times.late[k], cause)
 
-
+# %% ../nbs/07c_check_clocks.ipynb #cbe2dec7
 def _long_span(numbers: LogNumbers, times: ReturnTimes, limits: Limits) -> Finding | None:
     "Returns of several turns."
     k = int(times.span.argmax())
@@ -267,7 +267,7 @@ def _no_span(numbers: LogNumbers, times: ReturnTimes, limits: Limits) -> Finding
     cause += "write 'return_times: none' in rig.yaml"
     return finding("no_return_times", numbers.sweep_file(times.frames[0]), what, cause)
 
-
+# %% ../nbs/07c_check_clocks.ipynb #97419139
 def check_return_clock(
     numbers: LogNumbers,  # a log, stamps in seconds
     limits: Limits,  # what is usual

@@ -139,7 +139,7 @@ def _other_intrinsics(path: Path) -> dict:
         return {}
     return {name: value for name, value in values.items() if name not in ("fx", "fy", "cx", "cy")}
 
-
+# %% ../nbs/07f_check_images.ipynb #1f92170e
 def _last_number(value: object) -> float:
     "The last number other than zero in a value or a list, 0 without one."
     values = value if isinstance(value, list) else [value]
@@ -150,7 +150,7 @@ def _is_coefficient(name: str) -> bool:
     "Is this what a distortion coefficient is called?"
     return name.lower()[:1] in "kp" and name[1:].isdigit() or "dist" in name.lower() or name == "D"
 
-
+# %% ../nbs/07f_check_images.ipynb #2b10c67e
 def lens_model(
     path: Path,  # an intrinsics.json
 ) -> str | None:  # such as "k1=-0.3" or "model fisheye"; None for a pinhole

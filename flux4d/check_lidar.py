@@ -49,7 +49,7 @@ def _extent(positions: np.ndarray) -> float:
     "Largest distance from the mean of positions, (F,2) m."
     return float(np.linalg.norm(positions - positions.mean(0), axis=1).max())
 
-
+# %% ../nbs/07d_check_lidar.ipynb #a4fe92b1
 def _speed_cause(numbers: LogNumbers) -> str:
     "Why a vehicle is too fast: its poses move so many times as far as the centres of its sweeps."
     frames = numbers.read_frames
@@ -71,7 +71,7 @@ def _too_fast(numbers: LogNumbers, motion: LidarMotion, limits: Limits) -> Findi
     if usual > limits.speed:
         return finding("speed", numbers.poses_file, f"moves by {readable(usual)} m/s", _speed_cause(numbers))
 
-
+# %% ../nbs/07d_check_lidar.ipynb #ca7ef18f
 _RESTORE = "is of another moment or from a bad fix, restore it or cut the log there"
 
 
@@ -99,7 +99,7 @@ def _moves_roughly(numbers: LogNumbers, motion: LidarMotion, limits: Limits) -> 
         what = f"changes its speed by {motion.acceleration[k]:.3g} m/s2 at frame {k + 1}"
         return finding("rough_motion", numbers.poses_file, what, "its poses are noisy or not of the frames' moments")
 
-
+# %% ../nbs/07d_check_lidar.ipynb #e785247b
 def check_motion(
     numbers: LogNumbers,  # a log, stamps in seconds
     limits: Limits,  # what is usual

@@ -334,7 +334,7 @@ class InView(NamedTuple):
     seen: float  # share of the returns that fall into the image
     ahead: float  # share within 15 degrees, horizontally, of where the camera looks
 
-
+# %% ../nbs/07g_check_mounting.ipynb #4139e95e
 def share_in_view(
     numbers: LogNumbers,  # a log
     cam: CameraNumbers,  # one of its cameras, with intrinsics, poses and size

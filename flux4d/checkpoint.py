@@ -35,7 +35,7 @@ def _link(link: Path, path: Path) -> None:
         except (OSError, NotImplementedError):
             shutil.copyfile(path, link)
 
-
+# %% ../nbs/09b_checkpoint.ipynb #529cd24c
 def _point(
     alias: Path,  # the name
     path: Path,  # a file in the same folder
@@ -78,17 +78,9 @@ def prune_checkpoints(
 
 # %% ../nbs/09b_checkpoint.ipynb #9356752d
 _TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
-
-
 _PUTS = {"MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"}
-
-
 _GETS = {"GET", "BINGET", "LONG_BINGET"}
-
-
 _DEEPEST = 32  # tuples in one another; our checkpoints have 4
-
-
 _LONGEST = 2**19  # instructions; our checkpoints have about 1e4
 
 # %% ../nbs/09b_checkpoint.ipynb #421a3a9f
@@ -207,26 +199,29 @@ _DAMAGE = (  # what zipfile, pickle and torch raise for a damaged file
     ValueError,
 )
 
-
+# %% ../nbs/09b_checkpoint.ipynb #f69c38bc
 def _is_want_of_memory(e: Exception) -> bool:
     "Whether torch found no room, which says nothing about the file."
     return isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e)
 
 
+def _refuse_other_files(path: Path) -> None:
+    "Raise DataError where there is no file, or one that holds weights alone."
+    if not path.is_file():
+        raise DataError(f"{path.name}: no such checkpoint in {path.parent.name or '.'}; check the path.")
+    if is_tensor_file(path):
+        raise DataError(
+            f"{path.name}: holds weights without an optimiser, no checkpoint; take a ckpt_step file of its run."
+        )
+
+# %% ../nbs/09b_checkpoint.ipynb #3af241aa
 def load_checkpoint(
     path: str | Path,  # a checkpoint or a link to one
     device: Any = "cpu",  # where its tensors go
 ) -> dict:  # what `save_checkpoint` was given; raises DataError when it is missing, damaged or not ours
     "Read a checkpoint without running code from it."
     path = Path(path)
-    if not path.is_file():
-        raise DataError(
-            f"{path.name}: no such checkpoint in {path.parent.name or '.'}; check the path."
-        )
-    if is_tensor_file(path):
-        raise DataError(
-            f"{path.name}: holds weights without an optimiser, no checkpoint; take a ckpt_step file of its run."
-        )
+    _refuse_other_files(path)
     try:
         state = _read_state(path, device)
     except _DAMAGE as e:
@@ -269,7 +264,7 @@ OPTIONAL_PARTS = dict(  # what it may hold
 # %% ../nbs/09b_checkpoint.ipynb #34253d25
 _TAKE_ANOTHER = "so it is no whole flux4d checkpoint; take another ckpt_step file"
 
-
+# %% ../nbs/09b_checkpoint.ipynb #08b30958
 def _refuse_optional(state: dict, name: str) -> None:
     "Raise DataError for an optional part of another type."
     odd = [part for part, kind in OPTIONAL_PARTS.items() if part in state and not isinstance(state[part], kind)]
@@ -278,7 +273,7 @@ def _refuse_optional(state: dict, name: str) -> None:
     if odd:
         raise DataError(f"{name}: has something else for {odd[0]!r}, {_TAKE_ANOTHER}.")
 
-
+# %% ../nbs/09b_checkpoint.ipynb #9b10478c
 def _is_sound(part: str, value: Any) -> bool:
     "Is a part of its type, and a number neither negative nor vast?"
     if not isinstance(value, PARTS[part]) or isinstance(value, bool):
@@ -357,6 +352,15 @@ def _refuse_other_values(weights: dict, name: str) -> None:
         raise DataError(f"{name}: has something that is no tensor for {key}; take another ckpt_step file.")
     check_numbers(weights, name, "weights")
 
+# %% ../nbs/09b_checkpoint.ipynb #af00104c
+def _other_architecture(name: str, missing: list[str], other: list[str]) -> DataError:
+    "The sentence for weights that lack keys, or have foreign ones."
+    first, counts = (missing + other)[0], f"{len(missing)} missing, {len(other)} foreign"
+    return DataError(
+        f"{name}: made for another architecture ({first} differs, {counts}); "
+        "use its own config.yaml, or resume_optimizer=False to load what fits."
+    )
+
 # %% ../nbs/09b_checkpoint.ipynb #8a06e707
 def load_weights(
     model: nn.Module,  # to be filled
@@ -370,10 +374,6 @@ def load_weights(
     missing = [key for key in own if key not in weights]
     other = [key for key in weights if key not in own or own[key].shape != weights[key].shape]
     if strict and (missing or other):
-        first, counts = (missing + other)[0], f"{len(missing)} missing, {len(other)} foreign"
-        raise DataError(
-            f"{name}: made for another architecture ({first} differs, {counts}); "
-            "use its own config.yaml, or resume_optimizer=False to load what fits."
-        )
+        raise _other_architecture(name, missing, other)
     model.load_state_dict({key: value for key, value in weights.items() if key not in other}, strict=False)
     return missing + [key for key in other if key in own]

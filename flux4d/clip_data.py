@@ -21,9 +21,9 @@ from .log_files import scaled_size
 from .visibility import project_sweep, splat_depth, unoccluded
 
 # %% auto #0
-__all__ = ['ClipData', 'stacked', 'padded_sweeps', 'clip_data', 'Returns', 'clip_returns', 'toy_data', 'image_numbers',
-           'ProjectedReturns', 'project_returns', 'Views', 'InputViews', 'TargetViews', 'ViewGroups', 'size_groups',
-           'check_frames', 'load_views']
+__all__ = ['ClipData', 'stacked', 'padded_sweeps', 'camera_tensors', 'clip_data', 'Returns', 'clip_returns', 'toy_data',
+           'image_numbers', 'ProjectedReturns', 'project_returns', 'Views', 'InputViews', 'TargetViews', 'ViewGroups',
+           'size_groups', 'check_frames', 'load_views']
 
 # %% ../nbs/07_clip_data.ipynb #f94547ad
 @dataclass
@@ -45,15 +45,6 @@ class ClipData:
     period: float = 0.0  # s from one sweep of the log to the next, 0 = unknown
     taken: Tensor | None = None  # (F,N) bool, returns that cameras of another size have made Gaussians of
 
-    def to(
-        self,
-        device: Any,  # torch device
-    ) -> ClipData:
-        "The same clip on another device."
-        return ClipData(
-            *(v.to(device) if torch.is_tensor(v := getattr(self, o.name)) else v for o in fields(self))
-        )
-
     @cached_property
     def focal(self) -> float:  # px
         "Shortest focal length; sizes the rasters."
@@ -64,6 +55,17 @@ class ClipData:
         "The sweeps as the cameras see them, computed when first needed."
         return project_returns(self)
 
+# %% ../nbs/07_clip_data.ipynb #1d41ce0b
+@patch
+def to(
+    self: ClipData,
+    device: Any,  # torch device
+) -> ClipData:
+    "The same clip on another device."
+    return ClipData(
+        *(v.to(device) if torch.is_tensor(v := getattr(self, o.name)) else v for o in fields(self))
+    )
+
 # %% ../nbs/07_clip_data.ipynb #07d58807
 def stacked(
     rows: Any,  # nested lists of arrays or numbers
@@ -71,7 +73,7 @@ def stacked(
     "As one tensor."
     return torch.from_numpy(np.array(rows))
 
-
+# %% ../nbs/07_clip_data.ipynb #7e6c7eef
 def padded_sweeps(
     clip: Clip,  # the clip
     frames: list[int],  # log frame ids
@@ -91,6 +93,25 @@ def padded_sweeps(
         sensor=pad([s.sensor for s in sweeps], -1),
     )
 
+# %% ../nbs/07_clip_data.ipynb #1f01ac91
+def camera_tensors(
+    clip: Clip,  # the clip
+    cameras: list[str],  # names
+    frames: list[int],  # log frame ids
+    image_scale: float,  # 1.0 = full resolution
+) -> dict[str, Tensor]:  # K (F,C,3,3), pose (F,C,4,4) and shutter (F,C), as in `ClipData`
+    "Where cameras stand, what their lenses do and when they fire."
+    opened = [clip.log.camera(name) for name in cameras]
+
+    def per_image(read: Callable) -> Tensor:
+        return stacked([[read(camera, f) for camera in opened] for f in frames])
+
+    return dict(
+        K=per_image(lambda camera, f: scale_intrinsics(camera.K, image_scale)),
+        pose=per_image(lambda camera, f: camera.poses[f]),
+        shutter=per_image(lambda camera, f: camera.stamps[f] - clip.time.start),
+    )
+
 # %% ../nbs/07_clip_data.ipynb #8cf8d442
 def clip_data(
     clip: Clip,  # the clip
@@ -103,19 +124,13 @@ def clip_data(
     log, start = clip.log, clip.time.start
     cameras = clip.cameras if cameras is None else cameras
     frames = clip.input_frames if frames is None else frames
-    opened = [log.camera(c) for c in cameras]
+    aimed = camera_tensors(clip, cameras, frames, image_scale)
     sweeps = padded_sweeps(clip, frames, lidar_sensors)
     log.image_size(cameras)
-
-    def per_image(read: Callable) -> Tensor:
-        return stacked([[read(camera, f) for camera in opened] for f in frames])
-
     images = stacked([[log.image(c, f, image_scale) for c in cameras] for f in frames])
     return ClipData(
         images=images,
-        K=per_image(lambda camera, f: scale_intrinsics(camera.K, image_scale)),
-        pose=per_image(lambda camera, f: camera.poses[f]),
-        shutter=per_image(lambda camera, f: camera.stamps[f] - start),
+        **aimed,
         **sweeps,
         sweep_stamps=stacked(log.lidar_stamps[frames]) - start,
         frames=torch.tensor(frames),
@@ -248,22 +263,26 @@ class Views:
             camera=self.camera if camera is None else camera,
         )
 
-    def to(
-        self,
-        device: str | torch.device,  # where to
-    ) -> Views:  # of the same type
-        "Move to a device."
-        return self._map(lambda x: x.to(device))
+# %% ../nbs/07_clip_data.ipynb #ecb94261
+@patch
+def to(
+    self: Views,
+    device: str | torch.device,  # where to
+) -> Views:  # of the same type
+    "Move to a device."
+    return self._map(lambda x: x.to(device))
 
-    @property
-    def height(self) -> int:  # px
-        "Image height."
-        return self.images.shape[1]
+# %% ../nbs/07_clip_data.ipynb #0385d62c
+@patch(as_prop=True)
+def height(self: Views) -> int:  # px
+    "Image height."
+    return self.images.shape[1]
 
-    @property
-    def width(self) -> int:  # px
-        "Image width."
-        return self.images.shape[2]
+
+@patch(as_prop=True)
+def width(self: Views) -> int:  # px
+    "Image width."
+    return self.images.shape[2]
 
 # %% ../nbs/07_clip_data.ipynb #1f1f2f91
 @dataclass
@@ -283,7 +302,7 @@ class InputViews(Views):
                 "name the clip's input frames, and show no other: a clip never leaks its targets."
             )
 
-
+# %% ../nbs/07_clip_data.ipynb #58ee9b43
 class TargetViews(Views):
     "Views that a reconstruction is scored on, and must not see."
 
@@ -326,14 +345,16 @@ class ViewGroups:
             i -= len(group)
         raise IndexError(i)
 
-    def to(
-        self,
-        device: str | torch.device,  # where to
-    ) -> ViewGroups:
-        "Move to a device."
-        return ViewGroups([group.to(device) for group in self.groups])
+# %% ../nbs/07_clip_data.ipynb #73dc5998
+@patch
+def to(
+    self: ViewGroups,
+    device: str | torch.device,  # where to
+) -> ViewGroups:
+    "Move to a device."
+    return ViewGroups([group.to(device) for group in self.groups])
 
-
+# %% ../nbs/07_clip_data.ipynb #07d1b067
 def size_groups(
     views: Views | ViewGroups,  # any views
 ) -> list[Views]:  # each of one size
@@ -355,45 +376,6 @@ def check_frames(
         )
     return dict(allowed=tuple(allowed)) if issubclass(kind, InputViews) else {}
 
-# %% ../nbs/07_clip_data.ipynb #be662f63
-def load_views(
-    clip: Clip,  # the clip
-    frames: list[int],  # log frame ids
-    cameras: list[str] | None = None,  # names, None: the clip's
-    image_scale: float = 1.0,  # 1.0 = full resolution
-    kind: type[Views] = TargetViews,  # type of the result; `InputViews` takes input frames only
-    with_depth: bool = True,  # project the sweeps too; without, depth is 0
-    lidar_sensors: tuple[int, ...] = (0,),  # sensors that give depth
-) -> Views | ViewGroups:  # one view per frame and camera, frames first; groups where cameras differ in size
-    "Load images, cameras and depth of some frames of a clip."
-    import torch
-
-    named = check_frames(clip, frames, kind)
-    groups = clip.log.by_size(clip.cameras if cameras is None else cameras)
-    if len(groups) > 1:
-        how = dict(image_scale=image_scale, kind=kind, with_depth=with_depth, lidar_sensors=lidar_sensors)
-        return ViewGroups([load_views(clip, frames, group, **how) for group in groups])
-    rows = []
-    for f in frames:
-        points = clip.log.sweep(f, lidar_sensors).points if with_depth else np.zeros((0, 3))
-        for c in clip.cameras if cameras is None else cameras:
-            rows.append(_view(clip, f, c, image_scale, points))
-    images, K, w2c, t, frame, camera, depth = zip(*rows)
-
-    def tensor(xs):
-        return torch.from_numpy(np.stack(xs).astype(np.float32))
-
-    return kind(
-        torch.from_numpy(np.stack(images)).float().div_(255),
-        tensor(K),
-        tensor(w2c),
-        tensor(t),
-        torch.tensor(frame),
-        list(camera),
-        tensor(depth),
-        **named,
-    )
-
 # %% ../nbs/07_clip_data.ipynb #7b1129db
 def _view(clip: Clip, frame: int, camera: str, scale: float, points: np.ndarray) -> tuple:
     "One row of `load_views`."
@@ -410,3 +392,47 @@ def _view(clip: Clip, frame: int, camera: str, scale: float, points: np.ndarray)
     w2c = se3_inverse(cam.poses[frame])
     depth = splat_depth(*project_sweep(points, K, w2c, w, h), w, h)
     return image, K, w2c, clip.t_of_camera(camera, frame), frame, camera, depth
+
+# %% ../nbs/07_clip_data.ipynb #5151bb1c
+def _stacked_views(rows: list[tuple], kind: type[Views], **named: Any) -> Views:
+    "Rows of `_view` as one batch."
+    import torch
+
+    images, K, w2c, t, frame, camera, depth = zip(*rows)
+
+    def tensor(xs):
+        return torch.from_numpy(np.stack(xs).astype(np.float32))
+
+    return kind(
+        torch.from_numpy(np.stack(images)).float().div_(255),
+        tensor(K),
+        tensor(w2c),
+        tensor(t),
+        torch.tensor(frame),
+        list(camera),
+        tensor(depth),
+        **named,
+    )
+
+# %% ../nbs/07_clip_data.ipynb #be662f63
+def load_views(
+    clip: Clip,  # the clip
+    frames: list[int],  # log frame ids
+    cameras: list[str] | None = None,  # names, None: the clip's
+    image_scale: float = 1.0,  # 1.0 = full resolution
+    kind: type[Views] = TargetViews,  # type of the result; `InputViews` takes input frames only
+    with_depth: bool = True,  # project the sweeps too; without, depth is 0
+    lidar_sensors: tuple[int, ...] = (0,),  # sensors that give depth
+) -> Views | ViewGroups:  # one view per frame and camera, frames first; groups where cameras differ in size
+    "Load images, cameras and depth of some frames of a clip."
+    named = check_frames(clip, frames, kind)
+    groups = clip.log.by_size(clip.cameras if cameras is None else cameras)
+    if len(groups) > 1:
+        how = dict(image_scale=image_scale, kind=kind, with_depth=with_depth, lidar_sensors=lidar_sensors)
+        return ViewGroups([load_views(clip, frames, group, **how) for group in groups])
+    rows = []
+    for f in frames:
+        points = clip.log.sweep(f, lidar_sensors).points if with_depth else np.zeros((0, 3))
+        for c in clip.cameras if cameras is None else cameras:
+            rows.append(_view(clip, f, c, image_scale, points))
+    return _stacked_views(rows, kind, **named)

@@ -23,15 +23,15 @@ from .settings import Name, Some, read_value
 # %% auto #0
 __all__ = ['TEST_SCENES', 'CLIP_PRESETS', 'TRAIN_SETTINGS', 'USUAL_FPS', 'COUNTS', 'TIME_UNITS', 'SANE_STEP', 'COORD',
            'ClipConfig', 'at_rate', 'CutRule', 'cutting_rules', 'Cut', 'cut', 'time_unit', 'usual_step',
-           'check_time_unit', 'irregular_step', 'clip_entry', 'fingerprint', 'build_index', 'tiny_index',
+           'check_time_unit', 'irregular_step', 'clip_entry', 'fingerprint', 'CutLogs', 'build_index', 'tiny_index',
            'left_out_lines', 'select_clips', 'is_name', 'is_path', 'same_stamps', 'Clip', 'long_log_clips']
 
-# %% ../nbs/04_clips.ipynb #e82b7df0
+# %% ../nbs/04_clips.ipynb #d7aebf85
 TEST_SCENES = ("001", "011", "016", "065", "084", "090", "106", "115", "123", "158")
 CLIP_PRESETS = "paper", "debug", "long_log"
 TRAIN_SETTINGS = "train_interpolation", "train_future", "debug", "long_log"  # kinds of clip training may use
 
-
+# %% ../nbs/04_clips.ipynb #e82b7df0
 @dataclass(frozen=True)
 class ClipConfig:
     "How logs are cut into clips; counts are frames of a log of ten a second, see `at_rate`."
@@ -79,7 +79,7 @@ def _faster(cfg: ClipConfig, times: int) -> dict:
     strides = {name: getattr(cfg, name) * times for name in ("interp_stride", "future_stride", "eval_stride")}
     return dict(input_frames=tuple(f * times for f in cfg.input_frames), **ends, **strides)
 
-
+# %% ../nbs/04_clips.ipynb #126e8ce3
 def _slower(cfg: ClipConfig, share: float) -> dict:
     "Counts of a log that has this share of the frames."
     last = max(2, round(max(cfg.input_frames) * share) // 2 * 2)
@@ -89,7 +89,7 @@ def _slower(cfg: ClipConfig, share: float) -> dict:
     inputs = tuple(range(0, last + 1, 2))
     return dict(input_frames=inputs, interp_len=last + 1, future_len=length, eval_stride=apart, **strides)
 
-
+# %% ../nbs/04_clips.ipynb #37c55b0b
 def at_rate(
     cfg: ClipConfig,  # how logs of ten frames a second are cut
     fps: float,  # frames a second of a log
@@ -257,6 +257,21 @@ def _log_lists(log: Log, cfg: ClipConfig) -> _LogLists:
         intrinsics={c: pinhole(cam.K) for c, cam in cams.items()},
     )
 
+# %% ../nbs/04_clips.ipynb #c8a0ab81
+def _recorded(lists: _LogLists, part: slice) -> dict[str, Any]:
+    "Stamps, cameras, poses and files of a clip's frames, as the index keeps them."
+
+    def by_camera(d: dict[str, list]) -> dict[str, list]:
+        return {c: v[part] for c, v in d.items()}
+
+    return dict(
+        timestamps=dict(lidar=lists.stamps[part], cameras=by_camera(lists.cam_stamps)),
+        intrinsics=lists.intrinsics,
+        extrinsics=dict(lidar=lists.poses[part], cameras=by_camera(lists.cam_poses)),
+        image_paths=by_camera(lists.images),
+        lidar_paths=lists.sweeps[part],
+    )
+
 # %% ../nbs/04_clips.ipynb #0f0b9fb2
 def clip_entry(
     scene: str,  # log id
@@ -268,11 +283,6 @@ def clip_entry(
 ) -> dict[str, Any]:  # the clip's entry in the index
     "One clip as plain Python."
     frames = piece.frames
-    part = slice(frames[0], frames[-1] + 1)
-
-    def by_camera(d: dict[str, list]) -> dict[str, list]:
-        return {c: v[part] for c, v in d.items()}
-
     roles = _frame_lists(frames, cfg, scored)
     views = {k: [(c, f) for f in roles[f"{k}_frame_ids"] for c in cfg.cameras] for k in ("input", "target")}
     return dict(
@@ -288,15 +298,11 @@ def clip_entry(
         frame_start=frames[0],
         frame_end=frames[-1],
         frame_ids=frames,
-        timestamps=dict(lidar=lists.stamps[part], cameras=by_camera(lists.cam_stamps)),
-        intrinsics=lists.intrinsics,
-        extrinsics=dict(lidar=lists.poses[part], cameras=by_camera(lists.cam_poses)),
-        image_paths=by_camera(lists.images),
-        lidar_paths=lists.sweeps[part],
+        **_recorded(lists, slice(frames[0], frames[-1] + 1)),
         views=views,
     )
 
-# %% ../nbs/04_clips.ipynb #c0e36c36
+# %% ../nbs/04_clips.ipynb #6b72ebe6
 COORD = dict(
     lidar_points_frame="world",
     pose_convention="sensor_to_world",
@@ -308,7 +314,7 @@ COORD = dict(
     pixel_centre=0.5,
 )
 
-
+# %% ../nbs/04_clips.ipynb #c0e36c36
 def fingerprint(
     log: Log,  # the log
     cameras: tuple[str, ...],  # the index's cameras
@@ -380,6 +386,27 @@ def _cut_log(log: Log, cfg: ClipConfig) -> tuple[list[dict], list[dict]]:
         left_out.append(dict(clip_id=log.id, scene_id=log.id, reason=reason))
     return clips, left_out
 
+# %% ../nbs/04_clips.ipynb #e0d4fd41
+class CutLogs(NamedTuple):
+    "What cutting the logs of a data root gives."
+
+    clips: list[dict]  # entries of the index
+    left_out: list[dict]  # clips that cannot be used, each with its reason
+    prints: dict[str, str]  # log id -> fingerprint
+
+# %% ../nbs/04_clips.ipynb #57fea14e
+def _cut_logs(data: PandaSet, cfg: ClipConfig) -> CutLogs:
+    "Cut one log after the other."
+    found = CutLogs([], [], {})
+    for id in data.log_ids:
+        log = data[id]
+        check_time_unit(log)
+        kept, out = _cut_log(log, cfg)
+        found.clips.extend(kept)
+        found.left_out.extend(out)
+        found.prints[id] = fingerprint(log, cfg.cameras)
+    return found
+
 # %% ../nbs/04_clips.ipynb #1766fa1d
 def build_index(
     root: str | Path,  # data root
@@ -387,16 +414,7 @@ def build_index(
 ) -> dict[str, Any]:  # "meta" and "clips"
     "Cut every log of a data root."
     data = PandaSet(root)
-    clips = []
-    left_out = []
-    prints = {}
-    for id in data.log_ids:
-        log = data[id]
-        check_time_unit(log)
-        kept, out = _cut_log(log, cfg)
-        clips += kept
-        left_out += out
-        prints[id] = fingerprint(log, cfg.cameras)
+    clips, left_out, prints = _cut_logs(data, cfg)
     if not clips:
         first = f" ({left_out[0]['clip_id']}: {left_out[0]['reason']})" if left_out else ""
         report_fault(root, f"gives no clip at all{first}", "get more frames of its logs or shorten the clips")
@@ -608,6 +626,15 @@ def t_of_camera(
         self.check_times(t, path, f"puts frame {frame}", self.time.reach)
     return t
 
+# %% ../nbs/04_clips.ipynb #5ba70f5b
+def _piece_from(log: Log, start: int, length: int) -> Cut:
+    "So many frames of a log from one on."
+    last = len(log.frame_ids) - length
+    if not 0 <= start <= last:
+        whole = f"choose a frame from 0 to {last}" if last >= 0 else "choose a longer log"
+        raise DataError(f"start: is {start}; log {log.id} has no {length} frames from there: {whole}.")
+    return Cut("eval_future", "test", list(range(start, start + length)), stride=1)
+
 # %% ../nbs/04_clips.ipynb #efa665dc
 @patch
 def clip(
@@ -623,11 +650,7 @@ def clip(
     cfg = ClipConfig(cameras=tuple(self.cameras) if cameras is None else cameras)
     fps = _frame_rate(self.lidar_stamps, cfg)
     cfg = at_rate(cfg, fps)
-    last = len(self.frame_ids) - cfg.future_len
-    if not 0 <= start <= last:
-        whole = f"choose a frame from 0 to {last}" if last >= 0 else "choose a longer log"
-        raise DataError(f"start: is {start}; log {self.id} has no {cfg.future_len} frames from there: {whole}.")
-    piece = Cut("eval_future", "test", list(range(start, start + cfg.future_len)), stride=1)
+    piece = _piece_from(self, start, cfg.future_len)
     lists = _log_lists(self, cfg)
     entry = clip_entry(self.id, piece, lists, fps, cfg)
     if fault := _fault_of(piece, lists.stamps, _missing(self, cfg.cameras), cfg.max_step_ratio):

@@ -111,6 +111,8 @@ PRIOR_RENAMED = dict(  # fields of the motion prior in an earlier version -> the
     slides="refine_steps",
     settles="merge_rounds",
 )
+
+# %% ../nbs/31a_config.ipynb #0f90c599
 RENAMED = {  # dotted field of an earlier version -> its name of today; groups before what they hold
     "model.votes": "model.motion_prior",
     "model.closer": "model.fine_prior",
@@ -126,6 +128,8 @@ RENAMED = {  # dotted field of an earlier version -> its name of today; groups b
     for prior in ("motion_prior", "fine_prior")
     for old, new in PRIOR_RENAMED.items()
 }
+
+# %% ../nbs/31a_config.ipynb #094c179a
 RETIRED = {  # dotted field of an earlier version that changed no result -> what there is today
     "data.keep_frames": "data.host_gb and data.device_gb, budgets of memory in 1e9 bytes",
     "data.keep_clips": "data.host_gb and data.device_gb, budgets of memory in 1e9 bytes",
@@ -162,7 +166,7 @@ def refuse_renamed(
                 f"leave it out, or set {new}."
             )
 
-
+# %% ../nbs/31a_config.ipynb #74224f98
 def without_retired(
     values: dict,  # nested plain values that a file of an earlier version holds
 ) -> dict:  # the same without fields that changed no result

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .frames import se3
 from .files import DataError, quoted, report_fault
 from .pandaset import Log, PandaSet
-from .log_files import fabricate_log
+from .log_files import fabricate_log, Rows
 from .columns import need_pandas
 from .tables import safe_load_pickle
 
@@ -80,7 +80,7 @@ def class_ids(
 
 # %% ../nbs/05_cuboids.ipynb #b9116adc
 @dataclass
-class Boxes:
+class Boxes(Rows):
     "The B labelled boxes of one frame."
 
     uuid: np.ndarray  # (B,) track ids
@@ -90,17 +90,6 @@ class Boxes:
     yaw: np.ndarray  # (B,) rad about world +z, counter-clockwise, zero along +y
     sensor_id: np.ndarray  # (B,) int64, LiDAR sensor whose returns the box fits, -1 = both
     motion: np.ndarray  # (B,) "Parked", "Stopped", "Moving" or ""
-
-    def __len__(self) -> int:  # B
-        "How many boxes."
-        return len(self.uuid)
-
-    def __getitem__(
-        self,
-        keep: Any,  # mask, indices or slice
-    ) -> Boxes:  # the chosen boxes
-        "Some of the boxes."
-        return Boxes(*(getattr(self, f.name)[keep] for f in fields(self)))
 
 # %% ../nbs/05_cuboids.ipynb #dd5dd422
 _NEEDED = "uuid", "label", "yaw", *(f"{k}.{a}" for k in ("position", "dimensions") for a in "xyz")
@@ -226,7 +215,7 @@ class Body(NamedTuple):
         "Where the body is."
         return np.array(self.centre) + np.array(self.velocity) * 0.1 * f, self.yaw + self.turn * f
 
-
+# %% ../nbs/05_cuboids.ipynb #856e92c5
 BODIES = (
     Body("turning", "Car", (-6.0, 22.0, 1.0), (0.0, 12.0, 0.0), (2.0, 5.0, 1.6), 0.3, 0.03),
     Body("parked", "Pickup Truck", (5.0, 18.0, 1.0), (0.0, 0.0, 0.0), (2.0, 5.0, 1.8), -0.4, 0.0),

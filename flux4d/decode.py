@@ -100,7 +100,7 @@ class MotionOutput(NamedTuple):
     blocks: Tensor  # (M,l+1,3) velocity, acceleration and so on
     share: Tensor  # (M,1) of an untrusted prior's velocity that is followed; (M,0) without a prior
 
-
+# %% ../nbs/30c_decode.ipynb #2bea37b2
 def split_motion(
     raw: Tensor,  # (M,motion_head_width) output of the motion head
     degree: int,  # l of the motion polynomial

@@ -9,6 +9,7 @@ import io
 import tokenize
 from dataclasses import dataclass
 from typing import Iterator, NamedTuple
+from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['LONGEST_SIGNATURE', 'Argument', 'Definition', 'Comments', 'arguments_of', 'returned', 'signature', 'is_marked',
@@ -23,7 +24,7 @@ class Argument(NamedTuple):
     default: str  # the expression; empty where there is none
     meaning: str  # the comment beside it: shape, unit, frame
 
-
+# %% ../nbs/90a_definitions.ipynb #097d9bc8
 @dataclass(frozen=True)
 class Definition:
     "A name that a cell exports."
@@ -56,18 +57,20 @@ class Comments:
         "Whether a line is nothing but a comment."
         return line in self.found and self.lines[line - 1].lstrip().startswith("#")
 
-    def of(
-        self,
-        first: int,  # line where something begins, from 1
-        last: int,  # line where it ends
-    ) -> str:  # empty when nothing is said
-        "What is said about something, behind it or above it."
-        if last in self.found:
-            return self.found[last]
-        start = first
-        while self.stands_alone(start - 1):
-            start -= 1
-        return " ".join(self.found[line] for line in range(start, first))
+# %% ../nbs/90a_definitions.ipynb #b6a0e12b
+@patch
+def of(
+    self: Comments,
+    first: int,  # line where something begins, from 1
+    last: int,  # line where it ends
+) -> str:  # empty when nothing is said
+    "What is said about something, behind it or above it."
+    if last in self.found:
+        return self.found[last]
+    start = first
+    while self.stands_alone(start - 1):
+        start -= 1
+    return " ".join(self.found[line] for line in range(start, first))
 
 # %% ../nbs/90a_definitions.ipynb #ba4c8af3
 def arguments_of(
@@ -89,7 +92,7 @@ def arguments_of(
         found.append(Argument(name, type_, ast.unparse(default) if default else "", meaning))
     return tuple(found)
 
-
+# %% ../nbs/90a_definitions.ipynb #7749d1f6
 def returned(
     f: ast.FunctionDef | ast.AsyncFunctionDef,  # function or method
     comments: Comments,  # of its source
@@ -121,7 +124,7 @@ def signature(
         return line
     return "\n".join([f"{name}(", *(f"    {part}," for part in parts), end])
 
-
+# %% ../nbs/90a_definitions.ipynb #a047512a
 def is_marked(
     f: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef,  # with its decorators
     word: str,  # such as patch
@@ -170,7 +173,7 @@ def class_definition(
         c.name, "class", text, ast.get_docstring(c) or "", tuple(fields) or start, members=tuple(members)
     )
 
-
+# %% ../nbs/90a_definitions.ipynb #bdd76718
 def constant_definitions(
     item: ast.Assign | ast.AnnAssign,  # may name several
     comments: Comments,  # of its source

@@ -176,7 +176,7 @@ def keep_rest(
     keep_actors(edited, sorted([*rest, *added], key=_number))
     return edited
 
-
+# %% ../nbs/73a_edits.ipynb #81607f9c
 def _number(actor: Actor) -> int:
     "An actor's number."
     return actor.index

@@ -30,7 +30,8 @@ from .weights import read_weights
 from .run import logged_rows
 from .run_facts import About, training_overlap
 from .score_clips import METHODS
-from .run_setup import index_config, next_run
+from .run_setup import index_config
+from .run import next_run
 from .scene import Scene
 from .settings import Device, Distinct, FilePath, LogId, Name, find_device, read_parameters, refuse_missing
 

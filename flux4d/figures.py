@@ -35,7 +35,7 @@ def run_value(
         value = value[key]
     return value.get("mean") if isinstance(value, dict) else value
 
-# %% ../nbs/91_figures.ipynb #5701a792
+# %% ../nbs/91_figures.ipynb #cef73b14
 OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -49,7 +49,7 @@ OPERATORS = {
 }
 CALLS = {"min": min, "max": max, "abs": abs}
 
-
+# %% ../nbs/91_figures.ipynb #5701a792
 def keys_of(
     node: ast.AST,  # of an expression
 ) -> list[str] | None:  # ["run", "key", "key"] for run.key["key"]; None for anything else
@@ -128,7 +128,7 @@ class Figure:
     text: str  # as printed, such as 2,332 or +0.15
     wanted: bool  # whether it has to have a source
 
-
+# %% ../nbs/91_figures.ipynb #d60ab556
 def line_at(
     text: str,  # any text
     start: int,  # a place in it

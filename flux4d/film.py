@@ -187,7 +187,7 @@ def _photo(frame: FrameData, width: int) -> Panel:
     "Colours of the photo."
     return Panel(shrink(frame.photo, width).cpu(), "photo")
 
-
+# %% ../nbs/26_film.ipynb #72ac8378
 def _error(frame: FrameData, width: int) -> Panel:
     "Absolute difference of render and photo, after both were made small."
     rendered, photo = (shrink(x, width) for x in (frame.out.rgb[0].clamp(0, 1), frame.photo))
@@ -248,7 +248,7 @@ def _layer_fault(name: str, shown: list[str], with_photo: bool) -> str | None:
         return f"{name!r} needs photos; call film_beside_photos, or choose from {choice}."
     return None if name in LAYERS else f"{name!r} is none; choose from {choice}."
 
-
+# %% ../nbs/26_film.ipynb #98878d7e
 def check_layers(
     layers: str | Iterable[str],  # one name, or some
     with_photo: bool = True,  # are there photos to show?

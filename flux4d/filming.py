@@ -20,6 +20,7 @@ from .mp4 import LARGEST, check_rate, write_film
 from .paths import PATHS, FilmPath, KeyFrame, path_of, recorded_camera, recorded_path
 from .render import Cameras
 from .scene import Scene
+from .settings import command_parser, exit_status
 
 # %% auto #0
 __all__ = ['STEP', 'PictureSize', 'panel_size', 'view_at', 'path_frames', 'check_moments', 'film_main']
@@ -148,20 +149,15 @@ def film_beside_photos(
     pictures = (frame_picture(frame, names, panel.width) for frame in frames)
     return write_film(file, pictures, pace if fps is None else check_rate(fps), total=len(clip.frames))
 
-# %% ../nbs/71a_filming.ipynb #d740fbad
+# %% ../nbs/71a_filming.ipynb #f8c4b728
 _EXAMPLE = """example:
   flux4d-film ckpt_best.pt data/pandaset --log 002 --start 20 --out a.mp4 --path lane_shift
   flux4d-film ckpt_best.pt data/pandaset --log 002 --out b.mp4 --path slow_motion swing --layers rgb depth velocity"""
 
-
+# %% ../nbs/71a_filming.ipynb #d740fbad
 def _parser() -> argparse.ArgumentParser:
     "Options of `flux4d-film`."
-    p = argparse.ArgumentParser(
-        "flux4d-film",
-        description="Reconstruct a clip and film it along a path.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("flux4d-film", "Reconstruct a clip and film it along a path.", _EXAMPLE)
     p.add_argument("weights", help="a checkpoint or a weights file")
     p.add_argument("data_root", help="folder that holds 001, 002 and so on")
     p.add_argument("--log", required=True, help="log id, such as 002")
@@ -185,18 +181,13 @@ def film_main(
     from flux4d.pandaset import PandaSet
 
     args = _parser().parse_args(argv)
-    try:
+
+    def work() -> None:
         model = load_model(args.weights, args.device)
         cameras = args.cameras or model.cfg.data.cameras
         clip = PandaSet(args.data_root)[args.log].clip(start=args.start, cameras=tuple(cameras))
         scene = model.reconstruct(clip)
         print(f"{clip.id}: {len(scene)} Gaussians", flush=True)
         print("wrote", scene.film(args.out, args.path, args.layers, args.fps, args.seconds, args.size))
-    except DataError as e:
-        print(e)
-        return 1
-    except OSError as e:
-        fault = f"cannot be read or written ({e.strerror})"
-        print(f"{e.filename or args.out}: {fault}; check the path and its permissions.")
-        return 1
-    return 0
+
+    return exit_status(work, args.out)

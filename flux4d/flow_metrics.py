@@ -45,7 +45,7 @@ def unit_vectors(
     "Directions."
     return x / np.linalg.norm(x, axis=1, keepdims=True).clip(eps)
 
-
+# %% ../nbs/53_flow_metrics.ipynb #0531b93a
 def theta_eps(
     pred: np.ndarray,  # (N,3) m
     gt: np.ndarray,  # (N,3) m
@@ -127,7 +127,7 @@ class FlowSample(NamedTuple):
         "What turns a displacement into metres per 0.1 s."
         return 0.1 / self.gap
 
-# %% ../nbs/53_flow_metrics.ipynb #aee5f974
+# %% ../nbs/53_flow_metrics.ipynb #9cc494e7
 EMPTY_REGION = dict(
     FS="nothing in a box stands still in view",
     FD="nothing that moves is in view",
@@ -135,7 +135,7 @@ EMPTY_REGION = dict(
     moving="nothing that moves is in view",
 )
 
-
+# %% ../nbs/53_flow_metrics.ipynb #aee5f974
 def score_row(
     metric: str,  # what was measured
     value: float | None,  # None: there is none, and `reason` says why

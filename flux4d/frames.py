@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 import numpy as np
+from fastcore.basics import patch
 
 Array = Any  # a NumPy array or a torch tensor
 
@@ -250,19 +251,23 @@ class ClipTime:
         "How far outside [0, 1] a time of this clip may lie."
         return time_reach(self.duration, self.slack)
 
-    def normalise(
-        self,
-        stamp: Array,  # epoch s, float64, scalar or array
-    ) -> Array:  # same shape, float64, 0 at the clip's first stamp and 1 at its last
-        "Epoch seconds to normalised clip time."
-        return (np.asarray(stamp, np.float64) - self.start)/self.duration
+# %% ../nbs/01_frames.ipynb #e863554e
+@patch
+def normalise(
+    self: ClipTime,
+    stamp: Array,  # epoch s, float64, scalar or array
+) -> Array:  # same shape, float64, 0 at the clip's first stamp and 1 at its last
+    "Epoch seconds to normalised clip time."
+    return (np.asarray(stamp, np.float64) - self.start)/self.duration
 
-    def seconds(
-        self,
-        t: Array,  # normalised time, scalar or array
-    ) -> Array:  # same shape, s since the clip's first stamp
-        "Normalised clip time to seconds since the clip's start."
-        return t*self.duration
+
+@patch
+def seconds(
+    self: ClipTime,
+    t: Array,  # normalised time, scalar or array
+) -> Array:  # same shape, s since the clip's first stamp
+    "Normalised clip time to seconds since the clip's start."
+    return t*self.duration
 
 # %% ../nbs/01_frames.ipynb #ed14a6c3
 def check_normalised(

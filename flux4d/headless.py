@@ -8,6 +8,7 @@ import importlib
 import io
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 import numpy as np
 from fastcore.basics import patch
@@ -44,7 +45,7 @@ def start_chromium(
         raise DataError(f"{path}: does not start ({why}); install Chromium or Chrome anew.") from e
 
 # %% ../nbs/73d_headless.ipynb #a771b383
-class HeadlessBrowser:
+class HeadlessBrowser(AbstractContextManager):
     "One page in a Chromium without a window; `errors` holds what its scripts complained of."
 
     def __init__(
@@ -58,21 +59,27 @@ class HeadlessBrowser:
         self._thread = ThreadPoolExecutor(1)
         self._thread.submit(self._open, address, size, offline).result()
 
-    def _open(self, address: str, size: tuple[int, int], offline: bool) -> None:
-        "Start the browser and load the page."
-        sync_playwright, chromium = find_browser()
-        self._playwright = sync_playwright().start()
-        try:
-            self._browser = start_chromium(self._playwright, chromium)
-        except DataError:
-            self._playwright.stop()
-            raise
-        viewport = dict(zip(("width", "height"), size))
-        context = self._browser.new_context(viewport=viewport, offline=offline)
-        context.set_default_timeout(120_000)
-        self.page = context.new_page()
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.goto(address)
+    def __exit__(self, *error: Any) -> None:
+        "Close the browser at the end of a `with` block."
+        self.close()
+
+# %% ../nbs/73d_headless.ipynb #90108c00
+@patch
+def _open(self: HeadlessBrowser, address: str, size: tuple[int, int], offline: bool) -> None:
+    "Start the browser and load the page."
+    sync_playwright, chromium = find_browser()
+    self._playwright = sync_playwright().start()
+    try:
+        self._browser = start_chromium(self._playwright, chromium)
+    except DataError:
+        self._playwright.stop()
+        raise
+    viewport = dict(zip(("width", "height"), size))
+    context = self._browser.new_context(viewport=viewport, offline=offline)
+    context.set_default_timeout(120_000)
+    self.page = context.new_page()
+    self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+    self.page.goto(address)
 
 # %% ../nbs/73d_headless.ipynb #4b66b6df
 @patch
@@ -96,15 +103,3 @@ def close(self: HeadlessBrowser) -> None:
     "Close the browser."
     self._thread.submit(lambda: (self._browser.close(), self._playwright.stop())).result()
     self._thread.shutdown()
-
-
-@patch
-def __enter__(self: HeadlessBrowser) -> HeadlessBrowser:
-    "Itself; closed at the end of the `with` block."
-    return self
-
-
-@patch
-def __exit__(self: HeadlessBrowser, *error: Any) -> None:
-    "Close the browser."
-    self.close()

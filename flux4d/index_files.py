@@ -18,6 +18,7 @@ from .clips import tiny_index
 from .files import DataError, atomic_write, plain_fault, report_fault
 from .pandaset import Log
 from .tables import safe_load_pickle
+from .settings import command_parser, exit_status
 
 # %% auto #0
 __all__ = ['INDEX_NAMES', 'META_SCHEMA', 'ENTRY_SCHEMA', 'META_FIELDS', 'ENTRY_FIELDS', 'write_index', 'Field', 'load_index',
@@ -228,25 +229,18 @@ def inspect_index(
     if stop:
         breakpoint()
 
-# %% ../nbs/04b_index_files.ipynb #ad41855d
+# %% ../nbs/04b_index_files.ipynb #0fd2d65a
 _EXAMPLE = """example:
   flux4d-index data/pandaset indices --test-scenes 001 011
   flux4d-index --inspect indices/pandaset_full_clips.pkl --clip 3"""
 
-
+# %% ../nbs/04b_index_files.ipynb #ad41855d
 def _parser() -> argparse.ArgumentParser:
     "Options of `flux4d-index`; every default is `ClipConfig`'s."
     d = ClipConfig()
-    p = argparse.ArgumentParser(
-        "flux4d-index",
-        description="Cut PandaSet logs into clips.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("flux4d-index", "Cut PandaSet logs into clips.", _EXAMPLE)
     p.add_argument("data_root", nargs="?", help="folder that holds 001, 002 and so on")
-    p.add_argument(
-        "out_dir", nargs="?", default="indices", help="folder for the two index files, default indices"
-    )
+    p.add_argument("out_dir", nargs="?", default="indices", help="folder for the two index files, default indices")
     p.add_argument("--preset", choices=CLIP_PRESETS, default=d.preset)
     for k in ("cameras", "test_scenes", "train_scenes", "tiny_scenes"):
         p.add_argument(f"--{k}".replace("_", "-"), nargs="*", default=getattr(d, k))
@@ -267,7 +261,7 @@ def _clip_config(args: argparse.Namespace) -> ClipConfig:
         given["tiny_scenes"] = args.tiny_count
     return ClipConfig(**given)
 
-
+# %% ../nbs/04b_index_files.ipynb #4d2881d5
 def _build(args: argparse.Namespace) -> None:
     "Write both index files and say what they hold."
     paths = write_index(args.data_root, args.out_dir, _clip_config(args))
@@ -286,17 +280,11 @@ def index_main(
     args = p.parse_args(argv)
     if not args.inspect and not args.data_root:
         p.error("give the data root, or --inspect INDEX")
-    try:
+
+    def work() -> None:
         if args.inspect:
             inspect_index(load_index(args.inspect, args.data_root), args.clip, args.stop)
         else:
             _build(args)
-    except DataError as e:
-        print(e)
-        return 1
-    except OSError as e:
-        file = e.filename or args.out_dir
-        remedy = "choose a folder you may write to, on a disk with room"
-        print(f"{file}: cannot be read or written ({e.strerror}); {remedy}.")
-        return 1
-    return 0
+
+    return exit_status(work, args.out_dir, remedy="choose a folder you may write to, on a disk with room")

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['Interrupted', 'NoMemory', 'StopRequest', 'stop_signals']
@@ -47,16 +48,18 @@ class StopRequest:
             self.at_once = False
             raise Interrupted
 
-    @contextmanager
-    def allowed(self) -> Iterator[None]:  # raises Interrupted
-        "Inside, a request to stop takes effect at once; one that came before takes effect on entering."
-        if self.asked:
-            raise Interrupted
-        self.at_once = True
-        try:
-            yield
-        finally:
-            self.at_once = False
+# %% ../nbs/32a_interrupt.ipynb #9f4b153b
+@patch
+@contextmanager
+def allowed(self: StopRequest) -> Iterator[None]:  # raises Interrupted
+    "Inside, a request to stop takes effect at once; one that came before takes effect on entering."
+    if self.asked:
+        raise Interrupted
+    self.at_once = True
+    try:
+        yield
+    finally:
+        self.at_once = False
 
 # %% ../nbs/32a_interrupt.ipynb #1c67cffa
 @contextmanager

@@ -49,7 +49,7 @@ def _sector(
     "The direction of places around the LiDAR."
     return np.floor(np.degrees(np.arctan2(x[:, 1] - origin[1], x[:, 0] - origin[0])) / _SECTOR)
 
-
+# %% ../nbs/05k_label_check.ipynb #7435299b
 def is_cropped(
     points: np.ndarray,  # (N,3) returns, world, m
     origin: np.ndarray,  # (3,) where the beams start, world, m
@@ -57,7 +57,7 @@ def is_cropped(
     "Does a full sweep cover less than half of all directions, as one does that is cropped to an image?"
     return len(points) > FULL_SWEEP and len(np.unique(_sector(points, origin))) < 180 / _SECTOR
 
-
+# %% ../nbs/05k_label_check.ipynb #1fda96c7
 def looked_at(
     boxes: Boxes,  # M boxes
     points: np.ndarray,  # (N,3) returns, world, m

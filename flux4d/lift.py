@@ -440,9 +440,11 @@ def checked_cap(
     g: Gaussians,  # of a clip, kind LIDAR
     data: ClipData,  # the clip
     limit: int | None,  # how many to keep, None: all
+    cameras: Tensor | None = None,  # (...,4,4) camera-to-world, around whose mean place; None: the clip's
 ) -> Gaussians:  # at least one, at most `limit`
     "Cap by coverage around the mean camera, and stop at a clip without Gaussians or with times outside it."
-    g = cap_by_coverage(g, limit, data.pose[..., :3, 3].reshape(-1, 3).mean(0))
+    cameras = data.pose if cameras is None else cameras
+    g = cap_by_coverage(g, limit, cameras[..., :3, 3].reshape(-1, 3).mean(0))
     if not len(g):
         raise no_visible_return(data)
     check_own_times(data, g.t.double() * data.duration)

@@ -40,6 +40,15 @@ def without_tables(
     return replace(value, tables={}, kept={}) if isinstance(value, GridIndex) else value
 
 
+def _refuse_no_clips(clips: list[Clip]) -> None:
+    "Raise DataError where nothing is left to draw from."
+    if not clips:
+        raise DataError(
+            "clip index: no clip is left after selection; "
+            "check the logs, settings, starts and excluded frames asked for."
+        )
+
+# %% ../nbs/33_loader.ipynb #080527c3
 class Loader:
     "Batches by step number; decoded frames and lifted clips stay in memory, the next ones load in threads."
 
@@ -54,11 +63,7 @@ class Loader:
         beside: Loader | None = None,  # of the same configuration; its store and its processes serve this one too
     ) -> None:
         "Prepare the stores; nothing is read yet."
-        if not clips:
-            raise DataError(
-                "clip index: no clip is left after selection; "
-                "check the logs, settings, starts and excluded frames asked for."
-            )
+        _refuse_no_clips(clips)
         self.clips = clips
         self.cfg = cfg
         self.cache = cache
@@ -73,47 +78,25 @@ class Loader:
         self.pool = ThreadPoolExecutor(cfg.data.loader_threads, initializer=self._use_device)
         self.ahead = {}  # micro-step -> its batch, being loaded
 
-    def _use_device(self) -> None:
-        "What a loader's thread starts on a GPU runs on this process's own."
-        device = torch.device(self.device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)
+# %% ../nbs/33_loader.ipynb #4dee93ee
+@patch
+def _use_device(self: Loader) -> None:
+    "What a loader's thread starts on a GPU runs on this process's own."
+    device = torch.device(self.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
-    def frame(
-        self,
-        log_id: str,  # log
-        camera: str,  # camera name
-        frame: int,  # log frame id
-    ) -> Views:  # one view on the device; images as bytes, time not set
-        "A decoded frame."
-        at = log_id, camera, frame
-        return self.store.get(("frame", self.target_sensors, *at), partial(self._frame, *at))
-
-    def input_depth(
-        self,
-        log_id: str,  # log
-        camera: str,  # camera name
-        frame: int,  # log frame id
-    ) -> Tensor:  # (1,H,W) m, 0 = no visible return; on the device
-        "Depth by the lift's own LiDARs."
-        at = log_id, camera, frame
-        if set(self.cfg.init.lidar_sensors) == set(self.target_sensors):
-            return self.frame(*at).depth
-        return self.store.get(("depth", *at), partial(self._input_depth, *at))
-
-    def lifted(
-        self,
-        i: int,  # clip number
-    ) -> Scene:  # at rest, on the device
-        "A lifted clip."
-        return self.store.get(("lift", self.clips[i].id), partial(self._lifted, i))
-
-    def index(
-        self,
-        i: int,  # clip number
-    ) -> GridIndex:  # on the device
-        "A lifted clip's place in the grid."
-        return self.store.get(("index", self.clips[i].id), partial(self._index, i))
+# %% ../nbs/33_loader.ipynb #6c87ce18
+@patch
+def frame(
+    self: Loader,
+    log_id: str,  # log
+    camera: str,  # camera name
+    frame: int,  # log frame id
+) -> Views:  # one view on the device; images as bytes, time not set
+    "A decoded frame."
+    at = log_id, camera, frame
+    return self.store.get(("frame", self.target_sensors, *at), partial(self._frame, *at))
 
 # %% ../nbs/33_loader.ipynb #b28d9de9
 @patch
@@ -126,6 +109,20 @@ def _frame(
     "Decode one frame of one camera."
     clip = self.clip_of_frame[log_id, frame]
     return self.workers.frame(clip, frame, camera, self.cfg.data.image_scale, self.target_sensors)
+
+# %% ../nbs/33_loader.ipynb #7a9a35f4
+@patch
+def input_depth(
+    self: Loader,
+    log_id: str,  # log
+    camera: str,  # camera name
+    frame: int,  # log frame id
+) -> Tensor:  # (1,H,W) m, 0 = no visible return; on the device
+    "Depth by the lift's own LiDARs."
+    at = log_id, camera, frame
+    if set(self.cfg.init.lidar_sensors) == set(self.target_sensors):
+        return self.frame(*at).depth
+    return self.store.get(("depth", *at), partial(self._input_depth, *at))
 
 # %% ../nbs/33_loader.ipynb #866f5616
 @patch
@@ -141,6 +138,15 @@ def _input_depth(
     view = load_views(clip, [frame], (camera,), self.cfg.data.image_scale, lidar_sensors=sensors)
     return view.depth
 
+# %% ../nbs/33_loader.ipynb #0bb3286d
+@patch
+def lifted(
+    self: Loader,
+    i: int,  # clip number
+) -> Scene:  # at rest, on the device
+    "A lifted clip."
+    return self.store.get(("lift", self.clips[i].id), partial(self._lifted, i))
+
 # %% ../nbs/33_loader.ipynb #61922c92
 @patch
 def _lifted(
@@ -154,6 +160,24 @@ def _lifted(
     self.workers.lift(self.cache, how)
     return lift_scene(clip, self.cache.get(*how), cfg)
 
+# %% ../nbs/33_loader.ipynb #6aab5328
+@patch
+def returns(
+    self: Loader,
+    clip: Clip,  # any clip
+) -> Returns:  # on the device
+    "All that the LiDAR measured in the clip's input sweeps."
+    return clip_returns(clip, self.cfg.init.lidar_sensors).to(self.device)
+
+# %% ../nbs/33_loader.ipynb #a6a85eca
+@patch
+def index(
+    self: Loader,
+    i: int,  # clip number
+) -> GridIndex:  # on the device
+    "A lifted clip's place in the grid."
+    return self.store.get(("index", self.clips[i].id), partial(self._index, i))
+
 # %% ../nbs/33_loader.ipynb #9e527b8c
 @patch
 def _index(
@@ -163,16 +187,29 @@ def _index(
     "Sort one lifted clip into the grid."
     return grid_index_of(self.lifted(i), self.returns(self.clips[i]), self.cfg)
 
-
-@patch
-def returns(
-    self: Loader,
-    clip: Clip,  # any clip
-) -> Returns:  # on the device
-    "All that the LiDAR measured in the clip's input sweeps."
-    return clip_returns(clip, self.cfg.init.lidar_sensors).to(self.device)
-
 # %% ../nbs/33_loader.ipynb #ade11d99
+@patch
+def _stacked(
+    self: Loader,
+    clip: Clip,  # whose clock the views are timed by
+    pairs: list[tuple[int, str]],  # (log frame id, camera) of each view, images of one size
+    kind: type,  # InputViews or TargetViews
+) -> dict:  # what such views hold, on the device
+    "Some decoded frames as one batch; inputs have the depth of the lift's own returns."
+    read = [self.frame(clip.log.id, c, f) for f, c in pairs]
+    own = [self.input_depth(clip.log.id, c, f) for f, c in pairs] if issubclass(kind, InputViews) else None
+    t = [clip.t_of_camera(c, f) for f, c in pairs]
+    return dict(
+        images=torch.cat([v.images for v in read]).float() / 255,
+        K=torch.cat([v.K for v in read]),
+        world_to_cam=torch.cat([v.world_to_cam for v in read]),
+        t=torch.tensor(t, dtype=torch.float32, device=self.device),
+        frame=torch.cat([v.frame for v in read]),
+        camera=[c for _, c in pairs],
+        depth=torch.cat(own or [v.depth for v in read]),
+    )
+
+# %% ../nbs/33_loader.ipynb #a597ad2a
 @patch
 def views(
     self: Loader,
@@ -185,22 +222,7 @@ def views(
     groups = clip.log.by_size(dict.fromkeys(c for _, c in pairs))
     if len(groups) > 1:
         return ViewGroups([self.views(clip, [p for p in pairs if p[1] in group], kind) for group in groups])
-    read = [self.frame(clip.log.id, c, f) for f, c in pairs]
-    if issubclass(kind, InputViews):
-        depth = [self.input_depth(clip.log.id, c, f) for f, c in pairs]
-    else:
-        depth = [v.depth for v in read]
-    t = [clip.t_of_camera(c, f) for f, c in pairs]
-    return kind(
-        images=torch.cat([v.images for v in read]).float() / 255,
-        K=torch.cat([v.K for v in read]),
-        world_to_cam=torch.cat([v.world_to_cam for v in read]),
-        t=torch.tensor(t, dtype=torch.float32, device=self.device),
-        frame=torch.cat([v.frame for v in read]),
-        camera=[c for _, c in pairs],
-        depth=torch.cat(depth),
-        **named,
-    )
+    return kind(**self._stacked(clip, pairs, kind), **named)
 
 # %% ../nbs/33_loader.ipynb #f59108ae
 @dataclass(eq=False)
@@ -249,6 +271,23 @@ def among_all(
 
 # %% ../nbs/33_loader.ipynb #4bd7b9b5
 @patch
+def _drawable(
+    self: Loader,
+    clip: Clip,  # of the micro-step
+    step: int,  # training step, from 0
+    micro: int,  # micro-step within it, counted over all processes
+) -> list[tuple[int, str]]:  # (log frame id, camera) of each view
+    "The supervised views that a micro-step's are drawn from; a batch has images of one size."
+    tc = self.cfg.train
+    frames = clip.target_frames + (clip.input_frames if tc.supervise_inputs else [])
+    if tc.fixed_target_frame is not None:
+        frames = [clip.frames[tc.fixed_target_frame]]
+    groups = clip.log.by_size(self.cfg.data.cameras)
+    cameras = groups[np.random.default_rng([tc.seed, 2, step, micro]).integers(len(groups))]
+    return [(f, c) for f in frames for c in cameras]
+
+# %% ../nbs/33_loader.ipynb #b6957788
+@patch
 def draw(
     self: Loader,
     step: int,  # training step, from 0
@@ -259,16 +298,9 @@ def draw(
     k = step * self.micro_steps + micro
     order = np.random.default_rng([tc.seed, 0, k // len(self.clips)]).permutation(len(self.clips))
     i = int(order[k % len(self.clips)])
-    clip = self.clips[i]
-    frames = clip.target_frames + (clip.input_frames if tc.supervise_inputs else [])
-    if tc.fixed_target_frame is not None:
-        frames = [clip.frames[tc.fixed_target_frame]]
-    groups = clip.log.by_size(self.cfg.data.cameras)  # a batch has images of one size
-    cameras = groups[np.random.default_rng([tc.seed, 2, step, micro]).integers(len(groups))]
-    pairs = [(f, c) for f in frames for c in cameras]
-    picks = np.random.default_rng([tc.seed, 1, step, micro]).choice(
-        len(pairs), min(tc.views_per_step, len(pairs)), replace=False
-    )
+    pairs = self._drawable(self.clips[i], step, micro)
+    count = min(tc.views_per_step, len(pairs))
+    picks = np.random.default_rng([tc.seed, 1, step, micro]).choice(len(pairs), count, replace=False)
     return i, [pairs[j] for j in sorted(picks)]
 
 # %% ../nbs/33_loader.ipynb #ce86f74e
@@ -350,6 +382,23 @@ def seconds_now(
     return time.perf_counter()
 
 # %% ../nbs/33_loader.ipynb #4e5b5a8e
+def _timed_once(
+    model: Flux4DBase,  # on the loader's device
+    loader: Loader,  # its first clip is reconstructed
+    groups: list,  # images and returns of the clip, on the device
+    returns: Returns,  # of its input sweeps
+) -> tuple[float, float, int]:  # s of the lift, s of the network, Gaussians
+    "One reconstruction from what is in memory."
+    cfg, clip, device = loader.cfg, loader.clips[0], loader.device
+    start = seconds_now(device)
+    gaussians = init_groups([replace(data) for data in groups], cfg.init, cfg.background, cfg.train.seed)
+    lifted = seconds_now(device)
+    inputs = LoadedInputs(clip, lift_scene(clip, gaussians, cfg), cfg, loader, 0)
+    inputs.index = grid_index_of(inputs.scene, returns, cfg)
+    model.reconstruct(inputs)
+    return lifted - start, seconds_now(device) - lifted, len(gaussians)
+
+# %% ../nbs/33_loader.ipynb #cb990c72
 @torch.no_grad()
 def time_reconstruction(
     model: Flux4DBase,  # on the loader's device
@@ -357,22 +406,12 @@ def time_reconstruction(
     repeats: int = 20,  # timed runs, after three that are not
 ) -> dict:  # medians in s: lift, network, total; gaussians; repeats
     "From images and returns in memory to Gaussians and velocities."
-    cfg = loader.cfg
-    clip = loader.clips[0]
-    device = loader.device
+    cfg, clip = loader.cfg, loader.clips[0]
     read = clip_groups(clip, cfg.init.lidar_sensors, cfg.data.cameras, cfg.data.image_scale)
-    groups = [data.to(device) for data in read]
+    groups = [data.to(loader.device) for data in read]
     returns = loader.returns(clip)
     loader.inputs(0).views  # decoded before the clock starts
-    spent = []
-    for _ in range(repeats + 3):
-        start = seconds_now(device)
-        gaussians = init_groups([replace(data) for data in groups], cfg.init, cfg.background, cfg.train.seed)
-        lifted = seconds_now(device)
-        inputs = LoadedInputs(clip, lift_scene(clip, gaussians, cfg), cfg, loader, 0)
-        inputs.index = grid_index_of(inputs.scene, returns, cfg)
-        model.reconstruct(inputs)
-        end = seconds_now(device)
-        spent.append((lifted - start, end - lifted, end - start))
-    lift, network, total = np.median(spent[3:], axis=0).tolist()
-    return dict(lift=lift, network=network, total=total, gaussians=len(gaussians), repeats=repeats)
+    runs = [_timed_once(model, loader, groups, returns) for _ in range(repeats + 3)][3:]
+    spent = [(lift, network, lift + network) for lift, network, _ in runs]
+    lift, network, total = np.median(spent, axis=0).tolist()
+    return dict(lift=lift, network=network, total=total, gaussians=runs[0][2], repeats=repeats)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Iterator
 import numpy as np
@@ -18,7 +18,7 @@ from .columns import Category, Text, need_pandas
 from .tables import Table, load_table
 
 # %% auto #0
-__all__ = ['GET_AGAIN', 'MAX_PIXELS', 'CAMERAS', 'read_stamps', 'read_poses', 'read_intrinsics', 'Sweep', 'read_sweep',
+__all__ = ['GET_AGAIN', 'MAX_PIXELS', 'CAMERAS', 'read_stamps', 'read_poses', 'read_intrinsics', 'Rows', 'Sweep', 'read_sweep',
            'scaled_size', 'open_image', 'read_image', 'reduce_image', 'fabricate_log']
 
 # %% ../nbs/02f_log_files.ipynb #6162841e
@@ -170,9 +170,26 @@ def read_intrinsics(
     _check_pinhole(path, item, [fx, fy], [cx, cy], found)
     return intrinsics_matrix(fx, fy, cx, cy)
 
+# %% ../nbs/02f_log_files.ipynb #69f52578
+@dataclass
+class Rows:
+    "Columns of one length; a dataclass that inherits it names them. A column may be missing."
+
+    def __len__(self) -> int:  # rows
+        "How many rows."
+        return len(getattr(self, fields(self)[0].name))
+
+    def __getitem__(
+        self,
+        keep: Any,  # mask, indices or slice
+    ) -> Any:  # of the same class
+        "Some of the rows."
+        columns = (getattr(self, f.name) for f in fields(self))
+        return type(self)(*(None if column is None else column[keep] for column in columns))
+
 # %% ../nbs/02f_log_files.ipynb #13951c74
 @dataclass
-class Sweep:
+class Sweep(Rows):
     "One LiDAR sweep, one row per return."
 
     points: np.ndarray  # (N,3) float64, world, m
@@ -180,18 +197,6 @@ class Sweep:
     stamps: np.ndarray  # (N,) float64, epoch s of each return
     sensor: np.ndarray  # (N,) int8, 0 = 360 degrees, 1 = forward
     row: np.ndarray | None = None  # (N,) int64, row of the return in its file
-
-    def __len__(self) -> int:  # returns
-        "How many returns."
-        return len(self.points)
-
-    def __getitem__(
-        self,
-        keep: Any,  # mask, indices or slice
-    ) -> Sweep:  # the chosen returns
-        "A part of the sweep."
-        columns = self.points, self.intensity, self.stamps, self.sensor, self.row
-        return Sweep(*(None if column is None else column[keep] for column in columns))
 
 # %% ../nbs/02f_log_files.ipynb #068656f1
 def _number_column(path: Path, table: Table, name: str, found: list[str] | None) -> np.ndarray | None:
@@ -300,7 +305,7 @@ def _reduced(im: Image.Image, scale: float) -> np.ndarray:
     covered = (0, 0, min(w / scale, im.width), min(h / scale, im.height))
     return np.array(im.resize((w, h), Image.Resampling.BOX, box=covered))
 
-
+# %% ../nbs/02f_log_files.ipynb #4f02b171
 def read_image(
     path: str | Path,  # a JPEG or PNG
     scale: float = 1.0,  # image scale, 1.0 = full resolution
@@ -317,7 +322,7 @@ def reduce_image(
     "Reduce a decoded image by a box filter."
     return _reduced(Image.fromarray(image), scale)
 
-# %% ../nbs/02f_log_files.ipynb #58aa4f93
+# %% ../nbs/02f_log_files.ipynb #35778872
 CAMERAS = (
     "front_camera",
     "front_left_camera",
@@ -328,7 +333,7 @@ CAMERAS = (
 )
 _CAMERA_EARLY = 0.05  # s, how long before the sweep's stamp the cameras of the small log fire
 
-
+# %% ../nbs/02f_log_files.ipynb #58aa4f93
 def _drive(seconds: np.ndarray, speed: float, heading: tuple[float, ...]) -> list[dict]:
     "Poses along world +y, `seconds` after the start."
     turn = dict(zip("wxyz", heading))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
+from fastcore.basics import patch
 from .files import DataError, short_path
 from .frames import mat_to_quat, quat_to_mat, se3
 from .log_files import Sweep, read_intrinsics, read_poses, read_stamps, read_sweep
@@ -144,7 +145,7 @@ class Finding(NamedTuple):
         "As the command prints it."
         return f"{self.severity}: {self.text}"
 
-
+# %% ../nbs/07a_log_numbers.ipynb #6f84b408
 def finding(
     check: str,  # key of `RULES`
     path: Path,  # the file at fault
@@ -165,7 +166,7 @@ def first_finding(
             yield found
             return
 
-
+# %% ../nbs/07a_log_numbers.ipynb #4f70243d
 def readable(
     x: float,  # any number
 ) -> str:  # at most a few digits, no power of ten where a reader knows the number
@@ -322,20 +323,23 @@ class LogNumbers:
         return float(np.median(np.diff(self.stamps)))
 
     @property
-    def poses_file(self) -> Path:  # lidar/poses.json
-        "Where the LiDAR's poses stand."
-        return self.folder / "lidar/poses.json"
-
-    def sweep_file(self, frame: int) -> Path:  # lidar/NN.pkl.gz
-        "The file of a sweep."
-        if frame < len(self.sweep_files):
-            return self.sweep_files[frame]
-        return self.folder / f"lidar/{frame:02d}.pkl.gz"
-
-    @property
     def read_frames(self) -> list[int]:  # frame ids
         "Frames whose sweep could be read."
         return [k for k, sweep in enumerate(self.sweeps) if sweep is not None]
+
+# %% ../nbs/07a_log_numbers.ipynb #47e5d5eb
+@patch(as_prop=True)
+def poses_file(self: LogNumbers) -> Path:  # lidar/poses.json
+    "Where the LiDAR's poses stand."
+    return self.folder / "lidar/poses.json"
+
+
+@patch
+def sweep_file(self: LogNumbers, frame: int) -> Path:  # lidar/NN.pkl.gz
+    "The file of a sweep."
+    if frame < len(self.sweep_files):
+        return self.sweep_files[frame]
+    return self.folder / f"lidar/{frame:02d}.pkl.gz"
 
 # %% ../nbs/07a_log_numbers.ipynb #982edaac
 def known_cameras(
@@ -407,7 +411,7 @@ def covered_share(
     full = [k for k in numbers.read_frames if numbers.sweeps[k].count >= limits.min_returns]
     return float(np.median([surround(numbers.sweeps[k].sample, numbers.poses[k, :2, 3]) for k in full] or [1.0]))
 
-
+# %% ../nbs/07a_log_numbers.ipynb #5ce9c448
 def is_cropped_cloud(
     numbers: LogNumbers,  # a log
     limits: Limits,  # read: covered, near_wedge, min_returns

@@ -199,7 +199,7 @@ class ImageTerms(NamedTuple):
     depth: Tensor  # error over the pixels with a return, m; 0 without depth
     mse: Tensor  # mean squared error of the colours, without gradient
 
-
+# %% ../nbs/23_losses.ipynb #e1c94eee
 def image_terms(
     rendered: Any,  # rgb (V,H,W,3), depth (V,H,W) m
     views: Any,  # images (V,H,W,3) 0..1, depth (V,H,W) m with 0 = none, or None

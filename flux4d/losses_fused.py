@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from .losses import ImageTerms, LossConfig, gaussian_window
-from .splat_kernels import kernel, kernels_work
+from .splat_kernels import kernel, kernels_work, tile
 
 try:
     import triton
@@ -19,10 +19,37 @@ except ImportError:  # without a GPU there is none; `23_losses` then does the wo
     triton = None
 
 # %% auto #0
-__all__ = ['ROW_BLOCK', 'TILE', 'row_moments', 'column_similarity', 'spread_columns', 'spread_rows', 'depth_errors', 'row_grid',
-           'column_grid', 'FusedColour', 'FusedDepth', 'window_on', 'fused_image_terms', 'can_fuse']
+__all__ = ['ROW_BLOCK', 'TILE', 'store_errors', 'row_moments', 'similarity', 'column_similarity', 'spread_columns', 'spread_rows',
+           'depth_errors', 'row_grid', 'column_grid', 'FusedColour', 'FusedDepth', 'window_on', 'fused_image_terms',
+           'can_fuse']
 
 # %% ../nbs/23a_losses_fused.ipynb #319719ee
+@kernel
+def store_errors(
+    x_ptr: tl.tensor,  # (R,n) rendered colours, R rows of all views
+    y_ptr: tl.tensor,  # (R,n) those of the views
+    weight_ptr: tl.tensor,  # (R,n/step) factor of each pixel; read where WEIGHTED
+    sums_ptr: tl.tensor,  # out: (2,R,blocks) sums of weight |x - y| and of (clamp(x) - y)^2
+    row: tl.tensor,  # of all views
+    j: tl.tensor,  # block of places in the row
+    n: tl.tensor,  # numbers in a row
+    step: tl.tensor,  # numbers from a pixel to the next
+    WEIGHTED: tl.constexpr,  # whether pixels have a factor
+) -> None:
+    "Sum the errors of a stretch of a row."
+    here = j < n
+    x = tl.load(x_ptr + row * n + j, mask=here, other=0.0)
+    y = tl.load(y_ptr + row * n + j, mask=here, other=0.0)
+    off = tl.abs(x - y)
+    if WEIGHTED:
+        off = off * tl.load(weight_ptr + row * (n // step) + j // step, mask=here, other=0.0)
+    clamped = tl.minimum(tl.maximum(x, 0.0), 1.0) - y
+    part = row * tl.num_programs(1) + tl.program_id(1)
+    rows = tl.num_programs(0).to(tl.int64)
+    tl.store(sums_ptr + part, tl.sum(off, 0))
+    tl.store(sums_ptr + rows * tl.num_programs(1) + part, tl.sum(clamped * clamped, 0))
+
+# %% ../nbs/23a_losses_fused.ipynb #2c633a14
 @kernel
 def row_moments(
     x_ptr: tl.tensor,  # (R,n) rendered colours, R rows of all views
@@ -39,18 +66,8 @@ def row_moments(
 ) -> None:
     "Blur the four moments along a row, and sum the errors of the row."
     row = tl.program_id(0).to(tl.int64)
-    rows = tl.num_programs(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    here = j < n
-    x = tl.load(x_ptr + row * n + j, mask=here, other=0.0)
-    y = tl.load(y_ptr + row * n + j, mask=here, other=0.0)
-    off = tl.abs(x - y)
-    if WEIGHTED:
-        off = off * tl.load(weight_ptr + row * (n // step) + j // step, mask=here, other=0.0)
-    clamped = tl.minimum(tl.maximum(x, 0.0), 1.0) - y
-    part = row * tl.num_programs(1) + tl.program_id(1)
-    tl.store(sums_ptr + part, tl.sum(off, 0))
-    tl.store(sums_ptr + rows * tl.num_programs(1) + part, tl.sum(clamped * clamped, 0))
+    store_errors(x_ptr, y_ptr, weight_ptr, sums_ptr, row, j, n, step, WEIGHTED)
     m = n - (TAPS - 1) * step
     fits = j < m
     mean_x = tl.zeros([BLOCK], tl.float32)
@@ -66,12 +83,32 @@ def row_moments(
         squares += tap * (x * x + y * y)
         product += tap * (x * y)
     out = moments_ptr + row * m + j
+    plane = tl.num_programs(0).to(tl.int64) * m
     tl.store(out, mean_x, mask=fits)
-    tl.store(out + rows * m, mean_y, mask=fits)
-    tl.store(out + 2 * rows * m, squares, mask=fits)
-    tl.store(out + 3 * rows * m, product, mask=fits)
+    tl.store(out + plane, mean_y, mask=fits)
+    tl.store(out + 2 * plane, squares, mask=fits)
+    tl.store(out + 3 * plane, product, mask=fits)
 
 # %% ../nbs/23a_losses_fused.ipynb #888f1c12
+@kernel
+def similarity(
+    mean_x: tl.tensor,  # blocks of blurred x
+    mean_y: tl.tensor,  # of y
+    squares: tl.tensor,  # of x^2 + y^2
+    product: tl.tensor,  # of xy
+) -> tl.tensor:
+    "S, and its slopes by the means of x, x^2 + y^2 and xy."
+    both = mean_x * mean_x + mean_y * mean_y
+    a1 = 2 * mean_x * mean_y + 0.0001
+    a2 = 2 * (product - mean_x * mean_y) + 0.0009
+    b1 = both + 0.0001
+    b2 = squares - both + 0.0009
+    inverse = 1.0 / (b1 * b2)
+    s = a1 * a2 * inverse
+    of_mean = 2 * mean_y * (a2 - a1) * inverse + 2 * mean_x * s * (1.0 / b2 - 1.0 / b1)
+    return s, of_mean, -s / b2, 2 * a1 * inverse
+
+# %% ../nbs/23a_losses_fused.ipynb #59ff4895
 @kernel
 def column_similarity(
     moments_ptr: tl.tensor,  # (4,V,H,m) from `row_moments`
@@ -86,10 +123,8 @@ def column_similarity(
     BLOCK: tl.constexpr,  # numbers of a program in each row
 ) -> None:
     "Blur the moments along the columns, form S and its slopes, and sum S."
-    view = tl.program_id(0).to(tl.int64)
+    view, i, j = tile(ROWS, BLOCK)
     plane = tl.num_programs(0).to(tl.int64) * height * m
-    i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    j = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)[None, :]
     h = height - TAPS + 1
     fits = (i < h) & (j < m)
     start = moments_ptr + view * height * m + i * m + j
@@ -103,22 +138,15 @@ def column_similarity(
         mean_y += tap * tl.load(start + plane + k * m, mask=fits, other=0.0)
         squares += tap * tl.load(start + 2 * plane + k * m, mask=fits, other=0.0)
         product += tap * tl.load(start + 3 * plane + k * m, mask=fits, other=0.0)
-    both = mean_x * mean_x + mean_y * mean_y
-    a1 = 2 * mean_x * mean_y + 0.0001
-    a2 = 2 * (product - mean_x * mean_y) + 0.0009
-    b1 = both + 0.0001
-    b2 = squares - both + 0.0009
-    inverse = 1.0 / (b1 * b2)
-    s = a1 * a2 * inverse
+    s, of_mean, of_squares, of_product = similarity(mean_x, mean_y, squares, product)
     part = (view * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
     tl.store(sums_ptr + part, tl.sum(tl.sum(tl.where(fits, s, 0.0), 1), 0))
     if SLOPES:
         out = slopes_ptr + view * h * m + i * m + j
         plane = tl.num_programs(0).to(tl.int64) * h * m
-        of_mean = 2 * mean_y * (a2 - a1) * inverse + 2 * mean_x * s * (1.0 / b2 - 1.0 / b1)
         tl.store(out, of_mean, mask=fits)
-        tl.store(out + plane, -s / b2, mask=fits)
-        tl.store(out + 2 * plane, 2 * a1 * inverse, mask=fits)
+        tl.store(out + plane, of_squares, mask=fits)
+        tl.store(out + 2 * plane, of_product, mask=fits)
 
 # %% ../nbs/23a_losses_fused.ipynb #3258e3a5
 @kernel
@@ -133,9 +161,7 @@ def spread_columns(
     BLOCK: tl.constexpr,  # numbers of a program in each row
 ) -> None:
     "Spread each slope along its column over the rows that its window covers."
-    plane = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    j = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    plane, i, j = tile(ROWS, BLOCK)
     h = height - TAPS + 1
     start = slopes_ptr + plane * h * m + i * m + j
     total = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -215,7 +241,7 @@ def depth_errors(
 ROW_BLOCK = 512  # numbers of a program that blurs along a row
 TILE = 16, 64  # rows, and numbers in each, of a program that blurs along columns
 
-
+# %% ../nbs/23a_losses_fused.ipynb #3be11ff4
 def row_grid(
     x: Tensor,  # (V,H,W,C)
 ) -> tuple[int, int]:  # rows, programs in each
@@ -223,7 +249,7 @@ def row_grid(
     V, H, W, C = x.shape
     return V * H, triton.cdiv(W * C, ROW_BLOCK)
 
-
+# %% ../nbs/23a_losses_fused.ipynb #e4b39226
 def column_grid(
     planes: int,  # images
     height: int,  # rows of each
@@ -233,6 +259,42 @@ def column_grid(
     return planes, triton.cdiv(height, TILE[0]), triton.cdiv(m, TILE[1])
 
 # %% ../nbs/23a_losses_fused.ipynb #1a562e18
+def _colour_sums(
+    inputs: tuple,  # rendered (V,H,W,C), views (V,H,W,C), factor (V,H,W) or None, window (K,)
+    wanted: bool,  # whether a gradient is
+) -> tuple[Tensor, Tensor, Tensor]:  # sums of L1 and squared error; of SSIM, by program; slopes of SSIM
+    "Call the kernels along rows, then along columns."
+    x, y, weight, taps = inputs
+    V, H, W, C = x.shape
+    K = len(taps)
+    h, m = H - K + 1, (W - K + 1) * C
+    factor = x if weight is None else weight  # a pointer is needed, read or not
+    moments, errors = x.new_empty(4, V, H, m), x.new_empty(2, *row_grid(x))
+    how = K, weight is not None, ROW_BLOCK
+    row_moments[row_grid(x)](x, y, factor, taps, moments, errors, W * C, C, *how)
+    grid = column_grid(V, h, m)
+    slopes, similar = x.new_empty((3, V, h, m) if wanted else 0), x.new_empty(grid)
+    column_similarity[grid](moments, taps, slopes, similar, H, m, K, wanted, *TILE)
+    return errors.sum((1, 2)), similar, slopes
+
+# %% ../nbs/23a_losses_fused.ipynb #817946e0
+def _colour_gradient(
+    inputs: tuple,  # as for `_colour_sums`
+    slopes: Tensor,  # (3,V,h,m) from there
+    factors: Tensor,  # (2,) gradient of the loss by the sums of L1 and of SSIM
+) -> Tensor:  # (V,H,W,C) by the rendered colours
+    "Call the kernels that spread the slopes along columns, then along rows."
+    x, y, weight, taps = inputs
+    V, H, W, C = x.shape
+    m, K = slopes.shape[-1], len(taps)
+    spread, grad = x.new_empty(3, V, H, m), torch.empty_like(x)
+    spread_columns[column_grid(3 * V, H, m)](slopes, taps, spread, H, m, K, *TILE)
+    factor = x if weight is None else weight
+    how = K, weight is not None, ROW_BLOCK
+    spread_rows[row_grid(x)](x, y, factor, taps, spread, factors, grad, W * C, C, *how)
+    return grad
+
+# %% ../nbs/23a_losses_fused.ipynb #ee42fa43
 class FusedColour(torch.autograd.Function):
     "L1, SSIM and squared error of colours; only the rendered ones have a gradient."
 
@@ -244,24 +306,14 @@ class FusedColour(torch.autograd.Function):
         weight: Tensor | None,  # (V,H,W) factor of L1, float32
         taps: Tensor,  # (K,) window
     ) -> tuple[Tensor, Tensor, Tensor]:  # L1, SSIM, squared error; means
-        "Rows, then columns."
+        "Sums over the number of what is summed."
+        errors, similar, slopes = _colour_sums((x, y, weight, taps), ctx.needs_input_grad[0])
         V, H, W, C = x.shape
-        K = len(taps)
-        h, m = H - K + 1, (W - K + 1) * C
-        wanted = ctx.needs_input_grad[0]
-        factor = x if weight is None else weight  # a pointer is needed, read or not
-        moments = x.new_empty(4, V, H, m)
-        errors = x.new_empty(2, *row_grid(x))
-        how = K, weight is not None, ROW_BLOCK
-        row_moments[row_grid(x)](x, y, factor, taps, moments, errors, W * C, C, *how)
-        grid = column_grid(V, h, m)
-        slopes = x.new_empty((3, V, h, m) if wanted else 0)
-        similar = x.new_empty(grid)
-        column_similarity[grid](moments, taps, slopes, similar, H, m, K, wanted, *TILE)
-        l1, mse = errors.sum((1, 2)).div_(x.numel()).unbind(0)
+        ctx.windows = V * (H - len(taps) + 1) * (W - len(taps) + 1) * C
+        l1, mse = errors.div_(x.numel()).unbind(0)
         ctx.save_for_backward(x, y, weight, taps, slopes)
         ctx.mark_non_differentiable(mse)
-        return l1, similar.sum() / (V * h * m), mse
+        return l1, similar.sum() / ctx.windows, mse
 
     @staticmethod
     @once_differentiable
@@ -271,18 +323,10 @@ class FusedColour(torch.autograd.Function):
         d_ssim: Tensor,  # of SSIM
         _: Tensor,  # the squared error has none
     ) -> tuple:  # of the arguments
-        "Columns, then rows."
-        x, y, weight, taps, slopes = ctx.saved_tensors
-        _, V, h, m = slopes.shape
-        H, W, C = x.shape[1:]
-        spread = x.new_empty(3, V, H, m)
-        spread_columns[column_grid(3 * V, H, m)](slopes, taps, spread, H, m, len(taps), *TILE)
-        factors = torch.stack([d_l1 / x.numel(), d_ssim / (V * h * m)]).to(x)
-        factor = x if weight is None else weight
-        grad = torch.empty_like(x)
-        how = len(taps), weight is not None, ROW_BLOCK
-        spread_rows[row_grid(x)](x, y, factor, taps, spread, factors, grad, W * C, C, *how)
-        return grad, None, None, None
+        "The slopes, spread."
+        *inputs, slopes = ctx.saved_tensors
+        factors = torch.stack([d_l1 / inputs[0].numel(), d_ssim / ctx.windows]).to(inputs[0])
+        return _colour_gradient(inputs, slopes, factors), None, None, None
 
 # %% ../nbs/23a_losses_fused.ipynb #99ebd834
 class FusedDepth(torch.autograd.Function):
@@ -326,7 +370,7 @@ def window_on(
     "The taps of the window, sent to a device once."
     return gaussian_window(size, sigma).float().to(device)
 
-
+# %% ../nbs/23a_losses_fused.ipynb #f16ff703
 def fused_image_terms(
     rendered: Any,  # rgb (V,H,W,3), depth (V,H,W) m; float32
     views: Any,  # images (V,H,W,3) 0..1, depth (V,H,W) m with 0 = none, or None

@@ -83,7 +83,7 @@ def imu_pose(
     "Where the IMU is at any instant."
     return ego_pose(ego, tau) @ m.imu
 
-
+# %% ../nbs/07h_made_drive.ipynb #3bb78051
 def geographic(
     xy: np.ndarray,  # (N,2) street, m: x east, y north
 ) -> np.ndarray:  # (N,2) latitude and longitude, deg
@@ -117,7 +117,7 @@ def _stamp_lines(seconds: np.ndarray) -> str:
     moments = (1000 * np.round(seconds * 1e6).astype(np.int64)).astype("datetime64[ns]")
     return "\n".join(str(t).replace("T", " ") for t in moments) + "\n"
 
-
+# %% ../nbs/07h_made_drive.ipynb #ebc47065
 def _stamp_files(closing: np.ndarray, start: float, gps: np.ndarray) -> dict[str, str]:
     "Stamps of all sensors; `closing` (F,) and `gps` (F,) in s since the log's start, which is `start` in epoch s."
     middle = start + closing - SWEEP / 2
@@ -138,7 +138,7 @@ class DriveSweep(NamedTuple):
     tau: np.ndarray  # (N,) s since the log's start
     moves: np.ndarray  # (N,) bool
 
-
+# %% ../nbs/07h_made_drive.ipynb #01b020e0
 def drive_sweep(
     caster: Raycaster,  # the street
     tau: float,  # s, end of the turn since the log's start

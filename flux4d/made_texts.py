@@ -22,7 +22,7 @@ from .result_tables import results_table, runs_table
 
 # %% auto #0
 __all__ = ['MADE_PART', 'MADE_TABLES', 'rebased', 'rebase', 'notebooks_from_root', 'presets_today', 'with_tables',
-           'pages_of_text', 'readme_text', 'write_made', 'has_old_tables', 'made_faults', 'link_faults']
+           'pages_of_text', 'readme_text', 'has_old_tables', 'made_faults', 'write_made', 'link_faults']
 
 # %% ../nbs/91b_made_texts.ipynb #e4e07bbc
 def rebased(
@@ -63,7 +63,7 @@ def presets_today(
 
     return preset_table()
 
-
+# %% ../nbs/91b_made_texts.ipynb #1383bf79
 MADE_TABLES = {
     "results_table": results_table,
     "runs_table": runs_table,
@@ -103,6 +103,31 @@ def readme_text(
     index = with_tables(as_markdown(read_notebook(root / "nbs/00_index.ipynb")), root, "nbs")
     return f"{note}\n\n{rebase(index, 'nbs', '')}"
 
+# %% ../nbs/91b_made_texts.ipynb #4f09dfcb
+def has_old_tables(
+    path: Path,  # a page of text
+    root: Path,  # the repository
+) -> bool:
+    "Whether a page's tables are not today's."
+    text = path.read_text(encoding="utf-8")
+    return text != with_tables(text, root, path.parent.name)
+
+# %% ../nbs/91b_made_texts.ipynb #c8d442dc
+def made_faults(
+    root: Path,  # the repository
+) -> list[str]:  # one sentence a fault
+    "What is out of date in the README and in the tables of texts."
+    readme = root / "README.md"
+    have = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    index = as_markdown(read_notebook(root / "nbs/00_index.ipynb"))
+    stale = [p.relative_to(root) for p in pages_of_text(root) if has_old_tables(p, root)]
+    faults = [f"{p} has tables of yesterday: run make readme" for p in stale]
+    if with_tables(index, root, "nbs") != index:
+        faults.append("nbs/00_index.ipynb has tables of yesterday: run make readme")
+    if have != readme_text(root):
+        faults.append("README.md is not what nbs/00_index.ipynb says: run make readme")
+    return faults
+
 # %% ../nbs/91b_made_texts.ipynb #534c6500
 def write_made(
     root: Path,  # the repository
@@ -119,31 +144,6 @@ def write_made(
         text = page.read_text(encoding="utf-8")
         page.write_text(with_tables(text, root, page.parent.name), encoding="utf-8")
     (root / "README.md").write_text(readme_text(root), encoding="utf-8")
-
-# %% ../nbs/91b_made_texts.ipynb #4f09dfcb
-def has_old_tables(
-    path: Path,  # a page of text
-    root: Path,  # the repository
-) -> bool:
-    "Whether a page's tables are not today's."
-    text = path.read_text(encoding="utf-8")
-    return text != with_tables(text, root, path.parent.name)
-
-
-def made_faults(
-    root: Path,  # the repository
-) -> list[str]:  # one sentence a fault
-    "What is out of date in the README and in the tables of texts."
-    readme = root / "README.md"
-    have = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    index = as_markdown(read_notebook(root / "nbs/00_index.ipynb"))
-    stale = [p.relative_to(root) for p in pages_of_text(root) if has_old_tables(p, root)]
-    faults = [f"{p} has tables of yesterday: run make readme" for p in stale]
-    if with_tables(index, root, "nbs") != index:
-        faults.append("nbs/00_index.ipynb has tables of yesterday: run make readme")
-    if have != readme_text(root):
-        faults.append("README.md is not what nbs/00_index.ipynb says: run make readme")
-    return faults
 
 # %% ../nbs/91b_made_texts.ipynb #ad18d989
 def link_faults(

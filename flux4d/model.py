@@ -28,8 +28,47 @@ from .settings import find_device
 from .weights import read_weights
 
 # %% auto #0
-__all__ = ['ClipInputs', 'grid_index_of', 'lift_scene', 'with_sensors_of', 'read_inputs', 'Flux4DBase', 'build_model',
+__all__ = ['with_sensors_of', 'lift_scene', 'grid_index_of', 'ClipInputs', 'read_inputs', 'Flux4DBase', 'build_model',
            'model_class', 'load_model']
+
+# %% ../nbs/32_model.ipynb #d02eb42c
+def with_sensors_of(
+    clip: Clip,  # which may name the cameras and LiDAR sensors to read
+    cfg: Config,  # of a model
+) -> Config:  # the same where the clip names none
+    "A configuration that reads the sensors that a clip asks for."
+    data, init = cfg.data, cfg.init
+    if clip.input_cameras is not None:
+        data = replace(data, cameras=clip.input_cameras)
+    if clip.input_lidar is not None:
+        init = replace(init, lidar_sensors=clip.input_lidar)
+    return replace(cfg, data=data, init=init)
+
+# %% ../nbs/32_model.ipynb #a4ee6764
+def lift_scene(
+    clip: Clip,  # its input frames are lifted
+    gaussians: Gaussians,  # G_init of it, world
+    cfg: Config,  # read: render, data.image_scale
+) -> Scene:  # at rest
+    "The lift as a scene."
+    return scene_of(clip, gaussians, cfg=cfg.render, scale=cfg.data.image_scale)
+
+# %% ../nbs/32_model.ipynb #dad9784f
+def _input_views(clip: Clip, cfg: Config) -> InputViews:
+    "Every camera of every input frame, with the depth of the returns that the lift uses."
+    data, sensors = cfg.data, cfg.init.lidar_sensors
+    return load_views(
+        clip, clip.input_frames, data.cameras, data.image_scale, kind=InputViews, lidar_sensors=sensors
+    )
+
+# %% ../nbs/32_model.ipynb #8ba35ae0
+def grid_index_of(
+    scene: Scene,  # a lift
+    returns: Returns,  # of its input sweeps, on the same device
+    cfg: Config,  # read: voxel, model
+) -> GridIndex:  # on the scene's device
+    "Sort a lift into the network's grid."
+    return make_grid_index(scene.gaussians, scene.ego0, scene.duration, cfg.voxel, cfg.model.motion_inputs, returns)
 
 # %% ../nbs/32_model.ipynb #3dfd105d
 @dataclass(eq=False)
@@ -53,49 +92,9 @@ class ClipInputs:
     @cached_property
     def views(self) -> InputViews:  # every camera of every input frame, on the scene's device
         "The input images, with the depth of the returns that the lift uses."
-        data = self.cfg.data
-        read = load_views(
-            self.clip,
-            self.clip.input_frames,
-            data.cameras,
-            data.image_scale,
-            kind=InputViews,
-            lidar_sensors=self.cfg.init.lidar_sensors,
-        )
-        return read.to(self.scene.device)
+        return _input_views(self.clip, self.cfg).to(self.scene.device)
 
-# %% ../nbs/32_model.ipynb #8ba35ae0
-def grid_index_of(
-    scene: Scene,  # a lift
-    returns: Returns,  # of its input sweeps, on the same device
-    cfg: Config,  # read: voxel, model
-) -> GridIndex:  # on the scene's device
-    "Sort a lift into the network's grid."
-    return make_grid_index(scene.gaussians, scene.ego0, scene.duration, cfg.voxel, cfg.model.motion_inputs, returns)
-
-
-def lift_scene(
-    clip: Clip,  # its input frames are lifted
-    gaussians: Gaussians,  # G_init of it, world
-    cfg: Config,  # read: render, data.image_scale
-) -> Scene:  # at rest
-    "The lift as a scene."
-    return scene_of(clip, gaussians, cfg=cfg.render, scale=cfg.data.image_scale)
-
-# %% ../nbs/32_model.ipynb #d02eb42c
-def with_sensors_of(
-    clip: Clip,  # which may name the cameras and LiDAR sensors to read
-    cfg: Config,  # of a model
-) -> Config:  # the same where the clip names none
-    "A configuration that reads the sensors that a clip asks for."
-    data, init = cfg.data, cfg.init
-    if clip.input_cameras is not None:
-        data = replace(data, cameras=clip.input_cameras)
-    if clip.input_lidar is not None:
-        init = replace(init, lidar_sensors=clip.input_lidar)
-    return replace(cfg, data=data, init=init)
-
-
+# %% ../nbs/32_model.ipynb #df772d73
 def read_inputs(
     clip: Clip,  # any clip
     cfg: Config,  # read: data, init, background, voxel, model, render, train.seed
@@ -131,14 +130,16 @@ class Flux4DBase(nn.Module):
         "Where its weights are."
         return next(self.parameters()).device
 
-    def stages(
-        self,
-        inputs: ClipInputs,  # of one clip
-    ) -> Iterator[Scene]:  # its velocity (N,l+1,3) m/s^(j+1), world
-        "G = G_init + dG, and V."
-        lift = inputs.scene
-        residual, velocity = self.base(lift.gaussians, inputs.index)
-        yield replace(lift, gaussians=apply_change(lift.gaussians, residual), velocity=velocity)
+# %% ../nbs/32_model.ipynb #a2d54ddb
+@patch
+def stages(
+    self: Flux4DBase,
+    inputs: ClipInputs,  # of one clip
+) -> Iterator[Scene]:  # its velocity (N,l+1,3) m/s^(j+1), world
+    "G = G_init + dG, and V."
+    lift = inputs.scene
+    residual, velocity = self.base(lift.gaussians, inputs.index)
+    yield replace(lift, gaussians=apply_change(lift.gaussians, residual), velocity=velocity)
 
 # %% ../nbs/32_model.ipynb #93e91ef0
 def build_model(
@@ -159,7 +160,7 @@ def inputs(
     "All that a reconstruction of a clip may look at, as the model's configuration says."
     return read_inputs(clip, self.cfg, self.device)
 
-
+# %% ../nbs/32_model.ipynb #018e4288
 @patch
 @torch.no_grad()
 def reconstruct(

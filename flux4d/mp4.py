@@ -26,7 +26,7 @@ def _ffmpeg() -> Any:
         raise DataError("film: imageio-ffmpeg is not installed; run `pip install imageio-ffmpeg`.") from e
     return imageio_ffmpeg
 
-
+# %% ../nbs/25a_mp4.ipynb #b2158cd8
 def even_pixels(
     picture: Image.Image | np.ndarray,  # (h,w,3) uint8
 ) -> np.ndarray:  # (h,w,3) uint8, both sizes even

@@ -113,7 +113,7 @@ class TimeSlots(NamedTuple):
     log_count: Tensor  # (n*bins,1)
     spread: Tensor  # (n,1) standard deviation of time in each voxel, s
 
-
+# %% ../nbs/30b_network_inputs.ipynb #a5c0420e
 def time_slots(
     seconds: Tensor,  # (M,) since the clip's start
     voxel: Tensor,  # (M,) int64, voxel of each point
@@ -128,7 +128,7 @@ def time_slots(
     spread = pool_mean((s - pool_mean(s, voxel, n)[voxel]) ** 2, voxel, n).sqrt()
     return TimeSlots(slot, time.place[:, None], count, count[:, None].log1p(), spread)
 
-
+# %% ../nbs/30b_network_inputs.ipynb #d0d983b8
 def binned_features(
     point: PointFeatures,  # of M points, whose colour and offset are averaged
     seconds: Tensor,  # (M,) since the clip's start
@@ -158,7 +158,7 @@ def voxel_features(
     binned = binned_features(point, seconds, v.voxel, len(v), bins, slots)
     return torch.cat([mean, 4 * slots.spread, v.count[:, None].log1p() / 3, binned], 1)
 
-
+# %% ../nbs/30b_network_inputs.ipynb #5bd3ee46
 def voxel_feature_count(
     n_point: int,  # channels of a point
     bins: TimeBins,  # the bins

@@ -87,7 +87,7 @@ def module(self: Notebook) -> str | None:  # name inside flux4d, None for a note
     found = [re.search(r"^#\|\s*default_exp (\S+)", c["source"], re.M) for c in self.cells]
     return next((m[1] for m in found if m), None)
 
-# %% ../nbs/90_notebooks.ipynb #2fabd33e
+# %% ../nbs/90_notebooks.ipynb #d002c9bb
 NOTEBOOK_PARTS = {
     "0": "ground",
     "1": "lift",
@@ -101,7 +101,7 @@ NOTEBOOK_PARTS = {
     "9": "repo tools",
 }
 
-
+# %% ../nbs/90_notebooks.ipynb #2fabd33e
 @patch(as_prop=True)
 def part(self: Notebook) -> str:  # one of NOTEBOOK_PARTS
     "The part that the notebook belongs to."

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from typing import Any
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .config import TrainConfig
 
@@ -34,6 +34,16 @@ def lr_at(
     return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * (1 + math.cos(math.pi * x)) / 2)
 
 # %% ../nbs/33c_optimiser.ipynb #25c9eec9
+def _averaged(model: nn.Module) -> list[Tensor]:
+    "The tensors of a model that have an average."
+    return [*model.parameters(), *model.buffers()]
+
+
+def _alike(own: list[Tensor], new: list[Tensor]) -> bool:
+    "Whether one call can move all: numbers of the same type on the same device."
+    return all(a.is_floating_point() and a.dtype == b.dtype and a.device == b.device for a, b in zip(own, new))
+
+# %% ../nbs/33c_optimiser.ipynb #e6c1276c
 class AveragedWeights(AveragedModel):
     "PyTorch's moving average, without waiting for the GPU."
 
@@ -52,15 +62,14 @@ class AveragedWeights(AveragedModel):
         model: nn.Module,  # after a step
     ) -> None:
         "Move the average towards the weights."
-        own, new = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
-        same = all(a.is_floating_point() and a.dtype == b.dtype and a.device == b.device for a, b in zip(own, new))
-        if not (self.begun and same):
+        own, new = _averaged(self.module), _averaged(model)
+        if self.begun and _alike(own, new):
+            with torch.no_grad():
+                torch._foreach_lerp_(own, new, 1 - self.decay)
+                self.n_averaged += 1
+        else:
             super().update_parameters(model)
             self.begun = True
-            return
-        with torch.no_grad():
-            torch._foreach_lerp_(own, new, 1 - self.decay)
-            self.n_averaged += 1
 
 # %% ../nbs/33c_optimiser.ipynb #da9e059a
 def averaged_model(

@@ -17,8 +17,8 @@ from .log_files import read_stamps, read_sweep, reduce_image
 from .rig import RIG_FILE, CameraLens, CameraRig, Rig, axes_matrix, lens_of_camera, poses_at, read_rig
 
 # %% auto #0
-__all__ = ['IMAGE_ENDINGS', 'RIG_REMEDY', 'find_pandaset', 'PandaSet', 'image_files', 'Camera', 'Log', 'vehicle_axes',
-           'rig_fault']
+__all__ = ['IMAGE_ENDINGS', 'RIG_REMEDY', 'find_pandaset', 'PandaSet', 'image_files', 'Camera', 'LogFolder', 'LogClock', 'Log',
+           'vehicle_axes', 'rig_fault']
 
 # %% ../nbs/03_pandaset.ipynb #75aeabfc
 def find_pandaset() -> Path | None:  # the data root, None when there is none
@@ -67,7 +67,7 @@ def image_files(
     "The images of a camera."
     return [path for path in listing(folder) if path.suffix.lower() in IMAGE_ENDINGS]
 
-
+# %% ../nbs/03_pandaset.ipynb #9c80b54e
 @dataclass(frozen=True)
 class Camera:
     "One camera of one log at full resolution."
@@ -96,9 +96,9 @@ class Camera:
         "Image height."
         return self.size[1]
 
-# %% ../nbs/03_pandaset.ipynb #d6ce4c4d
-class Log:
-    "One recording, by its own frame ids."
+# %% ../nbs/03_pandaset.ipynb #8c8a61f0
+class LogFolder:
+    "Where a recording lies, and what its rig is."
 
     def __init__(
         self,
@@ -114,14 +114,14 @@ class Log:
         if not self.folder.is_dir():
             report_fault(self.folder, "is not there", "check the data root and the log's id")
 
-    def __repr__(self) -> str:  # one line
-        "Name the log."
-        return f"Log({self.id})"
-
     @functools.cached_property
     def rig(self) -> Rig:
         "What the other files leave unsaid."
         return read_rig(self.folder)
+
+# %% ../nbs/03_pandaset.ipynb #c393287e
+class LogClock(LogFolder):
+    "When the sweeps of a recording end."
 
     @functools.cached_property
     def _file_stamps(self) -> np.ndarray:  # (F,) float64 epoch s
@@ -139,6 +139,14 @@ class Log:
         "Stamps of the sweeps."
         after = self.rig.after_stamp
         return self._file_stamps + after * self.turn if after else self._file_stamps
+
+# %% ../nbs/03_pandaset.ipynb #d6ce4c4d
+class Log(LogClock):
+    "One recording, by its own frame ids."
+
+    def __repr__(self) -> str:  # one line
+        "Name the log."
+        return f"Log({self.id})"
 
     @functools.cached_property
     def _world_poses(self) -> np.ndarray:  # (F,4,4) float64, at the end of each sweep
@@ -212,7 +220,7 @@ def _in_order(path: Path) -> tuple:
     stem = path.name.partition(".")[0]
     return (not stem.isdecimal(), int(stem) if stem.isdecimal() else 0, path.name)
 
-
+# %% ../nbs/03_pandaset.ipynb #4eac5c5c
 @patch
 def _ordered_files(
     self: Log,
@@ -229,7 +237,7 @@ def _ordered_files(
         self._files[folder] = sorted(there, key=_in_order)
     return self._files[folder]
 
-
+# %% ../nbs/03_pandaset.ipynb #16c5c989
 @patch
 def _frame_file(
     self: Log,
@@ -293,7 +301,7 @@ def _straightened(camera: Camera, about: CameraRig) -> Camera:
     lens = lens_of_camera(about, camera.K, camera.size)
     return replace(camera, K=lens.K_straight, lens=lens)
 
-
+# %% ../nbs/03_pandaset.ipynb #2e5f87bf
 @patch
 def camera(
     self: Log,
@@ -437,7 +445,7 @@ def _drives_across(log: Log, axes: np.ndarray, least: float = 5.0) -> bool:
     distance = np.linalg.norm(own_steps, axis=1).sum()
     return bool(distance > least and np.abs(own_steps[:, 0]).sum() < 0.5 * distance)
 
-
+# %% ../nbs/03_pandaset.ipynb #77ce6829
 def rig_fault(
     log: Log,  # the log
     axes: np.ndarray,  # (3,3) of its vehicle, as `vehicle_axes` found them

@@ -85,7 +85,7 @@ class ScenePanel(widgets.VBox):
         self.switches = widgets.Box(boxes, layout=widgets.Layout(flex_flow="row wrap", width=wide.width))
         self.image = widgets.Image(format="jpeg", width=self.picture_width)
         for control in (self.time, self.camera, self.layer, *boxes):
-            control.observe(self._changed, names="value")
+            control.observe(lambda change: self._changed(change), names="value")
 
 # %% ../nbs/74b_panel.ipynb #92e7938d
 @patch
@@ -107,7 +107,7 @@ def shown_scene(
         self._parts[hidden, quick] = scene
     return self._parts[hidden, quick]
 
-
+# %% ../nbs/74b_panel.ipynb #f2dd7987
 @patch
 def redraw(
     self: ScenePanel,
@@ -138,7 +138,7 @@ def _changed(
         self._timer.daemon = True
         self._timer.start()
 
-
+# %% ../nbs/74b_panel.ipynb #a1b50183
 @patch
 def _repr_mimebundle_(
     self: ScenePanel,

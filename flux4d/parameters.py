@@ -39,14 +39,14 @@ def frame_range(
         raise ValueError(f"{text!r} is no range of frames; write 40-55, or 7 for one frame.")
     return frozenset(range(int(first), int(last) + 1))
 
-# %% ../nbs/57_parameters.ipynb #f4ac48cc
+# %% ../nbs/57_parameters.ipynb #708e8c31
 Frames = Annotated[
     frozenset[NonNegativeInt],
     BeforeValidator(frame_range),
     Field(description="frames such as 40-55, both included, or 7 for one"),
 ]
 
-
+# %% ../nbs/57_parameters.ipynb #f4ac48cc
 @dataclass(frozen=True)
 class TrainingParameters:
     "The parameters of 60_stage6, as its first cell explains them; None and () mean what empty means there."

@@ -31,7 +31,8 @@ from .settings import Seed, Share
 # %% auto #0
 __all__ = ['WEIGHT_SECONDS', 'PolishConfig', 'MovingPoints', 'moving_points', 'group_mean', 'touching_cells', 'connected_groups',
            'MotionGroups', 'motion_groups', 'GroupMotion', 'group_motion', 'velocity_change', 'step_sizes', 'step_rate',
-           'speed_weights', 'Polisher', 'input_views_of', 'is_positive', 'check_budget', 'run_polish', 'check_finite']
+           'speed_weights', 'refuse_views', 'Polisher', 'input_views_of', 'is_positive', 'check_budget', 'run_polish',
+           'check_finite']
 
 # %% ../nbs/52_polish.ipynb #52p00011
 @dataclass(frozen=True)
@@ -241,6 +242,17 @@ def speed_weights(
         weights.append(velocity_weight(v_r, valid, cfg))
     return torch.cat(weights)
 
+# %% ../nbs/52_polish.ipynb #b022e2a6
+def refuse_views(
+    views: Any,  # what a scene is to be polished on
+) -> None:  # raises DataError, TypeError
+    "Polishing works on input views of one size."
+    if isinstance(views, ViewGroups):
+        remedy = "choose cameras of one size, as in log.clip(0, cameras=('front_camera',))"
+        raise DataError(f"polish: works on images of one size, and the cameras of this clip differ; {remedy}.")
+    if not isinstance(views, InputViews):
+        raise TypeError(f"polish works on InputViews only, got {type(views).__name__}: it never sees a target.")
+
 # %% ../nbs/52_polish.ipynb #52p00052
 class Polisher:
     "What of a scene is optimised, on which views, and how far it has come."
@@ -252,11 +264,7 @@ class Polisher:
         cfg: PolishConfig = PolishConfig(),  # how
     ) -> None:
         "No change yet."
-        if isinstance(views, ViewGroups):
-            remedy = "choose cameras of one size, as in log.clip(0, cameras=('front_camera',))"
-            raise DataError(f"polish: works on images of one size, and the cameras of this clip differ; {remedy}.")
-        if not isinstance(views, InputViews):
-            raise TypeError(f"polish works on InputViews only, got {type(views).__name__}: it never sees a target.")
+        refuse_views(views)
         self.cfg = cfg
         velocity = None if scene.velocity is None else scene.velocity.detach()
         self.start = replace(scene, gaussians=scene.gaussians.map(Tensor.detach), velocity=velocity)

@@ -33,7 +33,7 @@ from flux4d.decode import (
 )
 
 # %% auto #0
-__all__ = ['PredictorConfig', 'GridIndex', 'returns_in_grid', 'make_grid_index', 'BasePredictor']
+__all__ = ['PredictorConfig', 'returns_in_grid', 'gaussians_in_grid', 'GridIndex', 'make_grid_index', 'BasePredictor']
 
 # %% ../nbs/31_predictor.ipynb #fc4def75
 @dataclass(frozen=True)
@@ -60,48 +60,76 @@ class PredictorConfig:
     max_residual: PositiveFloat = 0.5  # largest departure from a trusted prior along an axis, m/s and m/s^2
     dead_zone: NonNegativeFloat = 0.5  # m/s, slower motion without a prior does not count in a reconstruction
 
-    @property
-    def motion_inputs(self) -> MotionInputs:
-        "Which estimates of motion the network is given."
-        return MotionInputs(
-            local_velocity_cells=self.local_velocity_cells,
-            local_velocity_height=self.local_velocity_height,
-            velocity_scale=self.velocity_scale,
-            motion_prior=self.motion_prior,
-            fine_prior=self.fine_prior,
-        )
+# %% ../nbs/31_predictor.ipynb #8997b59f
+@patch(as_prop=True)
+def motion_inputs(self: PredictorConfig) -> MotionInputs:
+    "Which estimates of motion the network is given."
+    return MotionInputs(
+        local_velocity_cells=self.local_velocity_cells,
+        local_velocity_height=self.local_velocity_height,
+        velocity_scale=self.velocity_scale,
+        motion_prior=self.motion_prior,
+        fine_prior=self.fine_prior,
+    )
 
-    @property
-    def bins(self) -> TimeBins:
-        "The bins of capture time."
-        return TimeBins(self.time_bins, self.bin_seconds, self.bin_shift)
+# %% ../nbs/31_predictor.ipynb #dca1ef70
+@patch(as_prop=True)
+def bins(self: PredictorConfig) -> TimeBins:
+    "The bins of capture time."
+    return TimeBins(self.time_bins, self.bin_seconds, self.bin_shift)
 
-    @property
-    def bounds(self) -> AttributeBounds:
-        "How far each attribute may be changed."
-        return AttributeBounds(
-            position=self.position_bound,
-            quat=self.quat_bound,
-            scale=self.scale_bound,
-            opacity=self.opacity_bound,
-            colour=self.colour_bound,
-        )
 
-    @property
-    def decoding(self) -> MotionDecoding:
-        "What the motion head's output stands for."
-        return MotionDecoding(
-            degree=self.degree,
-            velocity_scale=self.velocity_scale,
-            velocity_bound=self.velocity_bound,
-            max_residual=self.max_residual,
-            dead_zone=self.dead_zone,
-        )
+@patch(as_prop=True)
+def point_channels(self: PredictorConfig) -> int:
+    "Channels of a point: its own features and what is known of its motion."
+    return N_POINT + motion_feature_count(self.motion_inputs)
 
-    @property
-    def point_channels(self) -> int:
-        "Channels of a point: its own features and what is known of its motion."
-        return N_POINT + motion_feature_count(self.motion_inputs)
+# %% ../nbs/31_predictor.ipynb #a120ed2f
+@patch(as_prop=True)
+def bounds(self: PredictorConfig) -> AttributeBounds:
+    "How far each attribute may be changed."
+    return AttributeBounds(
+        position=self.position_bound,
+        quat=self.quat_bound,
+        scale=self.scale_bound,
+        opacity=self.opacity_bound,
+        colour=self.colour_bound,
+    )
+
+# %% ../nbs/31_predictor.ipynb #d30d4e08
+@patch(as_prop=True)
+def decoding(self: PredictorConfig) -> MotionDecoding:
+    "What the motion head's output stands for."
+    return MotionDecoding(
+        degree=self.degree,
+        velocity_scale=self.velocity_scale,
+        velocity_bound=self.velocity_bound,
+        max_residual=self.max_residual,
+        dead_zone=self.dead_zone,
+    )
+
+# %% ../nbs/31_predictor.ipynb #2c89c552
+def returns_in_grid(
+    returns: Returns,  # world, on the device of `to_world`
+    to_world: Tensor,  # (4,4) float64 ego0-to-world
+    voxel: VoxelConfig,  # the network's grid
+) -> SweepPoints:  # those in the grid, ego0, float32
+    "The returns inside the network's grid."
+    points = transform_points(se3_inverse(to_world), returns.points)
+    kept = grid_position(points, voxel)[1]
+    return SweepPoints(points[kept].float(), returns.seconds[kept].float(), returns.frame[kept])
+
+# %% ../nbs/31_predictor.ipynb #e61ab770
+def gaussians_in_grid(
+    g: Gaussians,  # N lifted Gaussians, world
+    to_world: Tensor,  # (4,4) float64 ego0-to-world
+    duration: float,  # length of the clip, s
+    voxel: VoxelConfig,  # the network's grid
+) -> tuple[Tensor, SweepPoints]:  # (M,) int64 their rows; their centres, float64 ego0, with seconds and frames
+    "The LiDAR Gaussians inside the network's grid."
+    points = transform_points(se3_inverse(to_world), g.means.double())
+    inside = (grid_position(points, voxel)[1] & (g.kind == LIDAR)).nonzero()[:, 0]
+    return inside, SweepPoints(points[inside], (g.t[inside] * duration).float(), g.frame[inside])
 
 # %% ../nbs/31_predictor.ipynb #1acb7e59
 @dataclass
@@ -125,30 +153,21 @@ class GridIndex:
         "The inverse of `to_world`."
         return se3_inverse(self.to_world)
 
-    def slots(
-        self,
-        bins: TimeBins,  # of a predictor
-    ) -> TimeSlots:  # of the M Gaussians
-        "The Gaussians by voxel and time bin, sorted once for all passes."
-        if bins not in self.kept:
-            self.kept[bins] = time_slots(self.seconds, self.voxels.voxel, len(self.voxels), bins)
-        return self.kept[bins]
-
     @cached_property
     def cells(self) -> Tensor:  # (M,3) int64
         "The cell that each of the M Gaussians was lifted into."
         return self.voxels.coords[self.voxels.voxel]
 
-# %% ../nbs/31_predictor.ipynb #2c89c552
-def returns_in_grid(
-    returns: Returns,  # world, on the device of `to_world`
-    to_world: Tensor,  # (4,4) float64 ego0-to-world
-    voxel: VoxelConfig,  # the network's grid
-) -> SweepPoints:  # those in the grid, ego0, float32
-    "The returns inside the network's grid."
-    points = transform_points(se3_inverse(to_world), returns.points)
-    kept = grid_position(points, voxel)[1]
-    return SweepPoints(points[kept].float(), returns.seconds[kept].float(), returns.frame[kept])
+# %% ../nbs/31_predictor.ipynb #b633a5ba
+@patch
+def slots(
+    self: GridIndex,
+    bins: TimeBins,  # of a predictor
+) -> TimeSlots:  # of the M Gaussians
+    "The Gaussians by voxel and time bin, sorted once for all passes."
+    if bins not in self.kept:
+        self.kept[bins] = time_slots(self.seconds, self.voxels.voxel, len(self.voxels), bins)
+    return self.kept[bins]
 
 # %% ../nbs/31_predictor.ipynb #567b97ec
 @torch.no_grad()
@@ -162,9 +181,7 @@ def make_grid_index(
 ) -> GridIndex:  # on the Gaussians' device
     "Sort a lifted clip into the grid and measure its motion."
     to_world = torch.as_tensor(ego0, dtype=torch.float64, device=g.means.device)
-    points = transform_points(se3_inverse(to_world), g.means.double())
-    inside = (grid_position(points, voxel)[1] & (g.kind == LIDAR)).nonzero()[:, 0]
-    here = SweepPoints(points[inside], (g.t[inside] * duration).float(), g.frame[inside])
+    inside, here = gaussians_in_grid(g, to_world, duration, voxel)
     voxels = voxelise(here.points, here.points[:, :0], voxel)
     corners, weights = neighbours(voxels.keys, here.points.float(), voxel)
     around = None if returns is None else returns_in_grid(returns, to_world, voxel)

@@ -26,7 +26,7 @@ from .run import Run
 
 # %% auto #0
 __all__ = ['ALONE', 'NEVER', 'GRACE', 'Processes', 'group_processes', 'join_processes', 'Lost', 'words_of', 'SilentRun',
-           'running_norms', 'norm_state', 'wait_for_end']
+           'running_norms', 'norm_state', 'chained_state', 'wait_for_end']
 
 # %% ../nbs/32b_processes.ipynb #929e76ee
 @dataclass(eq=False)
@@ -47,23 +47,13 @@ class Processes:
         "Whether this is the process that writes, speaks and evaluates."
         return self.rank == 0
 
-    @property
-    def speaks(self) -> bool:
-        "Whether this process says the last sentence: the first one, or the second where the first is lost."
-        return self.first or (self.lost == 0 and self.rank == 1)
-
-    @property
-    def loss(self) -> str:
-        "The beginning of a sentence about a process that is lost; empty where none is."
-        return "" if self.lost is None else f"process {self.lost + 1} of {self.count} has ended; "
-
 
 ALONE = Processes()
 
 # %% ../nbs/32b_processes.ipynb #e5e723f6
 NEVER = timedelta(days=365)  # a slow process is waited for: the first one may evaluate for an hour
 
-
+# %% ../nbs/32b_processes.ipynb #4b33965c
 def group_processes(
     device: str = "cpu",  # of this process
 ) -> Processes:  # of the default group, which is there already
@@ -74,7 +64,7 @@ def group_processes(
     dist.all_gather_object(addresses, (socket.gethostname(), os.getpid()), group=group)
     return Processes(dist.get_rank(), count, device, group, tuple(addresses))
 
-
+# %% ../nbs/32b_processes.ipynb #ddb6b63a
 def join_processes(
     device: str = "",  # "cpu" where GPUs shall not be used
 ) -> Processes:  # `ALONE` where no launcher started several
@@ -94,11 +84,11 @@ def join_processes(
 _GOES_ON, _STOPS, _FAILS = 0.0, 1.0, 2.0
 _WIDTH = 4  # numbers that each process may give
 
-
+# %% ../nbs/32b_processes.ipynb #fcbd21e4
 class Lost(Interrupted):
     "Another process of the run has ended without a word."
 
-
+# %% ../nbs/32b_processes.ipynb #721d221c
 def _code(
     leaving: BaseException | None,  # why a process leaves
 ) -> float:
@@ -107,7 +97,16 @@ def _code(
         return _GOES_ON
     return _STOPS if isinstance(leaving, (Interrupted, KeyboardInterrupt)) else _FAILS
 
+# %% ../nbs/32b_processes.ipynb #a692eed3
+def words_of(
+    leaving: BaseException | None,  # why a process leaves
+) -> str:  # empty for a plain request to stop
+    "What the others are told."
+    if leaving is None or isinstance(leaving, (Interrupted, KeyboardInterrupt)):
+        return str(leaving or "")
+    return str(leaving) or type(leaving).__name__
 
+# %% ../nbs/32b_processes.ipynb #0e8f03fc
 @patch
 def _exchanged(
     self: Processes,
@@ -123,7 +122,7 @@ def _exchanged(
                 time.sleep(0.05)
         raise Lost("another process of the run has ended") from None
 
-
+# %% ../nbs/32b_processes.ipynb #4e7d94fd
 @patch
 def all_words(
     self: Processes,
@@ -134,16 +133,21 @@ def all_words(
     self._exchanged(lambda: dist.all_gather_object(out, words, group=self.group))
     return out
 
-# %% ../nbs/32b_processes.ipynb #a692eed3
-def words_of(
-    leaving: BaseException | None,  # why a process leaves
-) -> str:  # empty for a plain request to stop
-    "What the others are told."
-    if leaving is None or isinstance(leaving, (Interrupted, KeyboardInterrupt)):
-        return str(leaving or "")
-    return str(leaving) or type(leaving).__name__
+# %% ../nbs/32b_processes.ipynb #6f0fb1be
+@patch
+def _part(
+    self: Processes,
+    codes: Tensor,  # (count,) what each process says of itself
+    leaving: BaseException | None,  # why this one ends; None: another does
+) -> None:  # raises Interrupted or DataError where this one was to go on
+    "Tell each other why all end."
+    self.parted = True
+    words = self.all_words(words_of(leaving))
+    if leaving is None:
+        which = int(codes.argmax())
+        raise (DataError if codes[which] == _FAILS else Interrupted)(words[which])
 
-
+# %% ../nbs/32b_processes.ipynb #8464c796
 @patch
 def meet(
     self: Processes,
@@ -161,20 +165,6 @@ def meet(
         self._part(found[:, 0], leaving)
     return found[:, 1:]
 
-
-@patch
-def _part(
-    self: Processes,
-    codes: Tensor,  # (count,) what each process says of itself
-    leaving: BaseException | None,  # why this one ends; None: another does
-) -> None:  # raises Interrupted or DataError where this one was to go on
-    "Tell each other why all end."
-    self.parted = True
-    words = self.all_words(words_of(leaving))
-    if leaving is None:
-        which = int(codes.argmax())
-        raise (DataError if codes[which] == _FAILS else Interrupted)(words[which])
-
 # %% ../nbs/32b_processes.ipynb #bd4fc407
 @patch
 def leave(
@@ -188,7 +178,7 @@ def leave(
         except Lost:
             pass
 
-
+# %% ../nbs/32b_processes.ipynb #d5df87cd
 @patch
 @contextmanager
 def together(self: Processes) -> Iterator[None]:
@@ -199,7 +189,7 @@ def together(self: Processes) -> Iterator[None]:
         self.leave(e)
         raise
 
-
+# %% ../nbs/32b_processes.ipynb #75872883
 @patch
 def disconnect(self: Processes) -> None:
     "After the last exchange: the others may end while the first one evaluates."
@@ -219,7 +209,7 @@ def same(
     self.meet()
     return self.all_words(value)[0]
 
-
+# %% ../nbs/32b_processes.ipynb #b952c36f
 @patch
 @contextmanager
 def first_then_others(self: Processes) -> Iterator[None]:
@@ -242,42 +232,52 @@ class SilentRun(Run):
         self.folder = Path(folder)
         self.rewound = True
 
-    def say(
-        self,
-        line: str,  # one console line
-    ) -> None:
-        "The first process says it."
-
-    def record(
-        self,
-        row: dict,  # one logged step
-    ) -> None:
-        "The first process records it."
-
     def rows(self) -> list[dict]:
         "None are its own."
         return []
 
-    def rewind(
-        self,
-        step: int,  # steps that stand
-    ) -> None:
-        "The first process does it."
+# %% ../nbs/32b_processes.ipynb #30ebe374
+@patch
+def say(
+    self: SilentRun,
+    line: str,  # one console line
+) -> None:
+    "The first process says it."
 
-    def write(
-        self,
-        name: str,  # file name in the folder
-        content: Any,  # of it
-    ) -> Path:  # where the first process writes it
-        "The first process writes it."
-        return self.folder / name
 
-    def note(
-        self,
-        **values: Any,  # JSON-ready
-    ) -> Path:  # where the first process writes it
-        "The first process notes it."
-        return self.folder / "meta.json"
+@patch
+def record(
+    self: SilentRun,
+    row: dict,  # one logged step
+) -> None:
+    "The first process records it."
+
+
+@patch
+def rewind(
+    self: SilentRun,
+    step: int,  # steps that stand
+) -> None:
+    "The first process does it."
+
+# %% ../nbs/32b_processes.ipynb #1138924e
+@patch
+def write(
+    self: SilentRun,
+    name: str,  # file name in the folder
+    content: Any,  # of it
+) -> Path:  # where the first process writes it
+    "The first process writes it."
+    return self.folder / name
+
+
+@patch
+def note(
+    self: SilentRun,
+    **values: Any,  # JSON-ready
+) -> Path:  # where the first process writes it
+    "The first process notes it."
+    return self.folder / "meta.json"
 
 # %% ../nbs/32b_processes.ipynb #c07d2d7b
 @patch
@@ -313,7 +313,22 @@ def norm_state(
     parts = norm.running_mean, norm.running_var, norm.num_batches_tracked[None]
     return torch.cat([part.detach().double().cpu() for part in parts])
 
+# %% ../nbs/32b_processes.ipynb #67dd136a
+def chained_state(
+    start: Tensor,  # (2C+1,) `norm_state` before the step
+    ends: list[Tensor],  # (2C+1,) of each process after its own links, in their order
+    momentum: float,  # share of the way to its own statistics that a link goes
+) -> Tensor:  # (2C+1,) after all links
+    "Links that were applied to one start, one after the other."
+    state = start.clone()
+    for end in ends:
+        links = end[-1] - start[-1]
+        kept = (1 - momentum) ** links
+        state[:-1] = kept * state[:-1] + end[:-1] - kept * start[:-1]
+        state[-1] += links
+    return state
 
+# %% ../nbs/32b_processes.ipynb #0e2c6ecb
 @patch
 def chain_norms(
     self: Processes,
@@ -325,13 +340,8 @@ def chain_norms(
         return
     self.meet()
     found = self.all_words([norm_state(norm) for norm in norms])
-    for k, norm in enumerate(norms):
-        state = start[k].clone()
-        for rank in range(self.count):
-            links = found[rank][k][-1] - start[k][-1]
-            kept = (1 - norm.momentum) ** links
-            state[:-1] = kept * state[:-1] + found[rank][k][:-1] - kept * start[k][:-1]
-            state[-1] += links
+    for norm, before, *ends in zip(norms, start, *found):
+        state = chained_state(before, ends, norm.momentum)
         mean, var = state[:-1].to(norm.running_mean).chunk(2)
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(var)
@@ -340,7 +350,19 @@ def chain_norms(
 # %% ../nbs/32b_processes.ipynb #6f765c1f
 GRACE = 20.0  # s from the loss of a process to the end of those that do not answer; launchers kill after 30
 
+# %% ../nbs/32b_processes.ipynb #a39594ee
+@patch(as_prop=True)
+def speaks(self: Processes) -> bool:
+    "Whether this process says the last sentence: the first one, or the second where the first is lost."
+    return self.first or (self.lost == 0 and self.rank == 1)
 
+
+@patch(as_prop=True)
+def loss(self: Processes) -> str:
+    "The beginning of a sentence about a process that is lost; empty where none is."
+    return "" if self.lost is None else f"process {self.lost + 1} of {self.count} has ended; "
+
+# %% ../nbs/32b_processes.ipynb #9b547f30
 def wait_for_end(
     pids: dict[int, int],  # rank -> process id on this machine
     until: threading.Event,  # nobody waits any more
@@ -364,7 +386,7 @@ def wait_for_end(
         os.close(fd)
     return of_file[ended[0][0]] if ended else None
 
-
+# %% ../nbs/32b_processes.ipynb #5985b205
 @patch
 def _watch(
     self: Processes,

@@ -33,7 +33,7 @@ class Ellipsoids(NamedTuple):
     scales: Tensor  # (N,3) standard deviations, m
     opacities: Tensor  # (N,) 0..1
 
-
+# %% ../nbs/20_raster.ipynb #2063634f
 class Pinhole(NamedTuple):
     "One camera."
 
@@ -42,7 +42,7 @@ class Pinhole(NamedTuple):
     width: int  # px
     height: int  # px
 
-
+# %% ../nbs/20_raster.ipynb #6aff6aa7
 class DrawRules(NamedTuple):
     "Planes, and how narrow splats are treated."
 
@@ -138,7 +138,7 @@ class Ellipses(NamedTuple):
 # %% ../nbs/20_raster.ipynb #7ca5c4cc
 EDGE = 1e-3  # px by which an ellipse is widened, so that rounding loses no pixel; the strength itself decides there
 
-
+# %% ../nbs/20_raster.ipynb #03ef074e
 def splat_ellipses(
     s: Splats,  # what the camera sees
     width: int,  # px

@@ -49,7 +49,7 @@ def have_numba() -> bool:
     "Whether the compiled rasteriser can be used."
     return numba is not None
 
-
+# %% ../nbs/20a_raster_compiled.ipynb #9a4226d7
 def compiled(
     *fast: str,  # liberties with rounding: "contract" (a*b+c in one step), "reassoc" (sums in any order)
     merged: bool = False,  # whether its statements are put where it is called
@@ -573,7 +573,7 @@ class BackWork(NamedTuple):
     pull: np.ndarray  # (AREA,) float32, strength times its gradient
     behind: np.ndarray  # (AREA,) float32, what lies behind the entry
 
-
+# %% ../nbs/20a_raster_compiled.ipynb #03804701
 @compiled()
 def back_work(
     channels: int,  # numbers of a feature

@@ -27,7 +27,7 @@ def inline_html(
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
     return re.sub(r"\[([^\]]+)\]\((\w+)\.ipynb\)", r'<a href="\2.html">\1</a>', text)
 
-
+# %% ../nbs/90b_reading_page.ipynb #8df7dffc
 def argument_row(
     a: Argument,  # parameter, field, or what a function returns
     name: str,  # shown in its place
@@ -39,7 +39,7 @@ def argument_row(
     cells = [name, code, *[default] * has_defaults, inline_html(a.meaning)]
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
-
+# %% ../nbs/90b_reading_page.ipynb #10ff6ffe
 def argument_table(
     d: Definition,  # of a function or a class
 ) -> str:  # HTML without an empty line; empty where there is nothing to say
@@ -65,7 +65,7 @@ def fenced(
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
 
-
+# %% ../nbs/90b_reading_page.ipynb #c6a71d5b
 def definition_id(
     module: str,  # such as lift
     name: str,  # such as lift_sweep
@@ -73,7 +73,7 @@ def definition_id(
     "The anchor of a definition."
     return f"flux4d.{module}.{name}"
 
-
+# %% ../nbs/90b_reading_page.ipynb #597ded38
 def definition_text(
     d: Definition,  # with its members
     module: str,  # that exports it
@@ -108,7 +108,7 @@ def directives(
     "What the lines that begin with #| say."
     return set(re.findall(r"^#\|\s*(\w+)", cell["source"], re.M))
 
-
+# %% ../nbs/90b_reading_page.ipynb #0c95b1e1
 def only_imports(
     source: str,  # of a code cell
 ) -> bool:
@@ -119,7 +119,7 @@ def only_imports(
         return False
     return bool(body) and all(isinstance(item, (ast.Import, ast.ImportFrom)) for item in body)
 
-
+# %% ../nbs/90b_reading_page.ipynb #4a08c9e6
 def folded(
     title: str,  # of the fold
     source: str,  # Python
@@ -129,7 +129,7 @@ def folded(
     summary = f"<summary>{title} <small>{lines} lines</small></summary>"
     return f'<details class="code">{summary}\n\n{fenced(source, "python")}\n\n</details>'
 
-
+# %% ../nbs/90b_reading_page.ipynb #e8486c7a
 def source_text(
     cell: dict,  # of a notebook
     module: str | None,  # that the notebook exports
@@ -165,7 +165,7 @@ class ReadingPage:
     pictures: dict[str, bytes] = field(default_factory=dict)  # file name -> content
     captions: dict[str, str] = field(default_factory=dict)  # file name -> section, of pictures of the real log
 
-
+# %% ../nbs/90b_reading_page.ipynb #bd2bd42e
 def plain_html(
     text: str,  # HTML of a table
 ) -> str:  # without styles and empty lines, which would end it
@@ -180,7 +180,7 @@ def without_comments(
     "A text without what is meant for tools."
     return re.sub(r"<!--[\s\S]*?-->\n?", "", text)
 
-
+# %% ../nbs/90b_reading_page.ipynb #e66a6c99
 def without_headings(
     text: str,  # markdown of an output
 ) -> str:  # headings as bold lines; a # inside a block of code is none
@@ -189,7 +189,7 @@ def without_headings(
     parts[::2] = [re.sub(r"^#{1,6} +(.+?) *$", r"**\1**\n", part, flags=re.M) for part in parts[::2]]
     return "".join(parts)
 
-
+# %% ../nbs/90b_reading_page.ipynb #7307e3b2
 def picture_text(
     page: ReadingPage,  # that takes the picture
     data: dict,  # media types of an output
@@ -204,7 +204,7 @@ def picture_text(
     title = re.sub(r"[\[\]`$*_\\]", "", page.section)
     return f"![{title}: picture {len(page.pictures)}]({name})"
 
-
+# %% ../nbs/90b_reading_page.ipynb #9c276520
 def output_part(
     page: ReadingPage,  # that takes its pictures
     output: dict,  # one of a code cell
@@ -241,7 +241,7 @@ def split_headings(
             body.append(line)
     yield heading, "\n".join(body).strip()
 
-
+# %% ../nbs/90b_reading_page.ipynb #dcabc0cd
 def beside(
     text: str,  # of a section
     codes: list[str],  # cells that follow it
@@ -270,7 +270,7 @@ def code_text(
     outputs = [output_part(page, output, real) for output in cell.get("outputs", [])]
     return "\n\n".join(part for part in [source_text(cell, module), *outputs] if part)
 
-
+# %% ../nbs/90b_reading_page.ipynb #86dcbc97
 def notebook_page(
     nb: Notebook,  # with its stored outputs
     turn: Callable[[str], str],  # a text with its links turned

@@ -37,7 +37,7 @@ class Defined(NamedTuple):
         "The place of the definition."
         return f"{self.page}.html#{definition_id(self.module, self.definition.name)}"
 
-
+# %% ../nbs/90c_reference.ipynb #1fcdad26
 def defined_names(
     notebooks: list[Notebook],  # in reading order
 ) -> list[Defined]:  # in reading order
@@ -49,7 +49,7 @@ def defined_names(
                 found += [Defined(d, nb.module, nb.path.stem) for d in definitions(cell["source"])]
     return found
 
-
+# %% ../nbs/90c_reference.ipynb #e997a42e
 def names_used(
     nb: Notebook,  # whose page is made
     defined: list[Defined],  # of the package
@@ -74,7 +74,7 @@ def name_row(
     link = f'<a href="{d.url}"><code>{d.definition.name}</code></a>'
     return f"<tr><td>{link}{kind}</td><td>{inline_html(said)}</td></tr>"
 
-
+# %% ../nbs/90c_reference.ipynb #9939d0b7
 def api_page(
     notebooks: list[Notebook],  # all of the repository
 ) -> str:  # Markdown and HTML
@@ -109,7 +109,7 @@ def command_help(
             pass
     return said.getvalue().strip()
 
-
+# %% ../nbs/90c_reference.ipynb #fc510f5e
 def stage_parameters(
     notebooks: list[Notebook],  # all of the repository
 ) -> Iterator[tuple[Notebook, str]]:  # and the source of its cell of parameters
@@ -119,7 +119,7 @@ def stage_parameters(
             if "parameters" in cell.get("metadata", {}).get("tags", []):
                 yield nb, re.sub(r"^#\|.*\n", "", cell["source"], flags=re.M).strip()
 
-
+# %% ../nbs/90c_reference.ipynb #959b9e87
 def command_page(
     root: Path,  # the repository
     notebooks: list[Notebook],  # all of it
@@ -151,7 +151,7 @@ def config_groups(
         if dataclasses.is_dataclass(value):
             yield from config_groups(value, f"{at}.{name}".lstrip("."))
 
-
+# %% ../nbs/90c_reference.ipynb #ffc2336b
 def field_comments(
     cls: type,  # of a configuration
     names: dict[str, Defined],  # of the package
@@ -163,7 +163,7 @@ def field_comments(
             found |= {a.name: a for a in names[base.__name__].definition.arguments}
     return found
 
-
+# %% ../nbs/90c_reference.ipynb #acec5317
 def preset_values(
     name: str,  # dotted
     flat: dict[str, dict],  # preset -> dotted field -> value; the first is the default one
@@ -199,7 +199,7 @@ def group_section(
     about = f"<p>{where}{inline_html(' '.join((cls.__doc__ or '').split()))}</p>"
     return "\n".join([f"## {at or 'run'}", "", about, "", '<table class="fields">', *rows, "</tbody></table>"])
 
-
+# %% ../nbs/90c_reference.ipynb #3d0aabf5
 def configuration_page(
     presets: dict[str, Any],  # name -> configuration, a dataclass; the first is the default one
     flat: dict[str, dict],  # the same by dotted names, as plain values
@@ -227,7 +227,7 @@ def gallery_figure(
     caption = f"<figcaption>{page.stem}: {html.escape(words)}</figcaption>"
     return f"<figure>\n\n[![{words}]({name})]({page.stem}.md)\n\n{caption}</figure>"
 
-
+# %% ../nbs/90c_reference.ipynb #5005590d
 def gallery_page(
     pages: list[ReadingPage],  # in reading order
 ) -> str:  # Markdown and HTML

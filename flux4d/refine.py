@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from annotated_types import Interval
 from pydantic import NonNegativeFloat
 from .attribute_kernels import apply_change, fused_feedback, kernels_change
-from .clip_data import InputViews, ViewGroups, size_groups
+from .clip_data import InputViews, ViewGroups, Views, size_groups
 from .config import Config
 from .frames import mat_to_quat, quat_mul, rotate_vectors, transform_points
 from .gaussians import FLAT, Gaussians
@@ -28,8 +28,9 @@ from .unet import UNetConfig
 from .voxels import VoxelConfig
 
 # %% auto #0
-__all__ = ['N_FEEDBACK', 'RefineConfig', 'FullConfig', 'feedback_error', 'feedback_slopes', 'Feedback', 'feedback',
-           'feedback_features', 'in_residual_terms', 'rms_over', 'plain_features', 'Refiner', 'far_features', 'Flux4D']
+__all__ = ['N_FEEDBACK', 'RefineConfig', 'FullConfig', 'feedback_error', 'feedback_slopes', 'Feedback', 'refuse_targets',
+           'feedback', 'feedback_features', 'in_residual_terms', 'rms_over', 'plain_features', 'Refiner',
+           'far_features', 'Flux4D']
 
 # %% ../nbs/50_refine.ipynb #6d44b00e
 @dataclass
@@ -105,6 +106,18 @@ class Feedback(NamedTuple):
     grad: Tensor  # (N,14) gradient of `feedback_error` with respect to the raw numbers
     filled: Tensor  # (N,) px, blending weight summed over all pixels of all input views
 
+# %% ../nbs/50_refine.ipynb #650e4ab6
+def refuse_targets(
+    groups: list[Views],  # views of a reconstruction, by size
+) -> None:  # raises TypeError
+    "Only input views may say anything to a reconstruction."
+    for views in groups:
+        if not isinstance(views, InputViews):
+            raise TypeError(
+                f"feedback comes from InputViews only, got {type(views).__name__}: "
+                "a reconstruction never sees its targets."
+            )
+
 # %% ../nbs/50_refine.ipynb #76161818
 def feedback(
     scene: Scene,  # N Gaussians
@@ -114,12 +127,7 @@ def feedback(
 ) -> Feedback:  # without graph
     "Gradient of the input views' error; works under no_grad too."
     groups = size_groups(inputs)
-    for views in groups:
-        if not isinstance(views, InputViews):
-            raise TypeError(
-                f"feedback comes from InputViews only, got {type(views).__name__}: "
-                "a reconstruction never sees its targets."
-            )
+    refuse_targets(groups)
     g = scene.gaussians
     with torch.enable_grad():
         raw = {name: getattr(g, name).detach().requires_grad_() for name in FLAT}

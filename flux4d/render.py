@@ -104,7 +104,7 @@ def _each_view(
     ]
     return torch.stack([d.features for d in drawn]), torch.stack([d.alpha for d in drawn])
 
-
+# %% ../nbs/21_render.ipynb #2fa21675
 def _with_torch(
     e: Ellipsoids,  # means (V,N,3) at each view's time, world, m; the rest of the N Gaussians
     values: Tensor,  # (V,N,C) what each Gaussian shows to each view
@@ -114,7 +114,7 @@ def _with_torch(
     "Pictures of the plain-torch rasteriser."
     return _each_view(rasterise, e, values, views, cfg)
 
-
+# %% ../nbs/21_render.ipynb #8090fd2b
 def _with_numba(
     e: Ellipsoids,  # means (V,N,3) at each view's time, world, m; the rest of the N Gaussians
     values: Tensor,  # (V,N,C) what each Gaussian shows to each view
@@ -256,7 +256,7 @@ def place_plain(
     values = _channels(g, means, views.world_to_cam.to(means), features)
     return Ellipsoids(means, g.unit_quats, drawn_scales(g, cfg.max_scale), g.opacities), values
 
-
+# %% ../nbs/21_render.ipynb #1bedae1b
 def finish_plain(
     image: Tensor,  # (V,H,W,5+F) colour, weight of LiDAR Gaussians, their weighted depth, features
     alpha: Tensor,  # (V,H,W)
@@ -283,7 +283,7 @@ def kernels_take(
     plain = any(x.dtype != torch.float32 for x in raw) or any(x.requires_grad for x in fixed)
     return some and not plain and kernels_work(g.means.device)
 
-
+# %% ../nbs/21_render.ipynb #a5a98ed6
 def _place_fused(
     g: Gaussians,  # N Gaussians on a GPU, world
     velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world; None = nothing moves

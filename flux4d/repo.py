@@ -4,7 +4,6 @@
 
 # %% ../nbs/92_repo.ipynb #51b10478
 from __future__ import annotations
-import argparse
 import filecmp
 import os
 import shutil
@@ -12,15 +11,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from .brief import brief_lines
 from .figures import figure_faults
 from .records import as_sentence, record_files, repo_root, show_run
+from .running_times import head_faults, take_times, write_heads
 from .made_texts import link_faults, made_faults, readme_text, write_made
 from .site import write_site
 from .site_check import site_faults
+from .settings import command_parser
 
 # %% auto #0
-__all__ = ['EXPORT', 'CLEAN', 'REPO_EXAMPLES', 'A_RUN', 'NEEDS_PATH', 'COMMANDS', 'differing', 'run_nbdev', 'generated_faults',
-           'mend_figures', 'repo_command', 'repo_main']
+__all__ = ['EXPORT', 'CLEAN', 'REPO_EXAMPLES', 'A_RUN', 'NEEDS_PATH', 'SUCH_PATH', 'COMMANDS', 'differing', 'run_nbdev',
+           'generated_faults', 'mend_figures', 'repo_command', 'repo_main']
 
 # %% ../nbs/92_repo.ipynb #26a93b60
 EXPORT = "from nbdev.doclinks import nbdev_export as export; export(path=None)"
@@ -76,11 +78,21 @@ REPO_EXAMPLES = """examples:
   flux4d-repo check                                  is everything made from the notebooks as they are?
   flux4d-repo figures --write                        put right the figures of runs in the notebooks' prose
   flux4d-repo show papermill_runs/run_001            print what a run measured and the names of its pictures
+  flux4d-repo brief papermill_runs/run_001           the same in ten lines
+  flux4d-repo times build/tests.txt                  how long notebooks took, from what make test printed
   flux4d-repo pages build/pages                      write the pages of the site
   flux4d-repo site _docs                             does every link of the built site lead somewhere?"""
 A_RUN = "a run's folder"
-NEEDS_PATH = {"show": A_RUN, "record": A_RUN, "pages": "the folder to write", "site": "its folder"}
-COMMANDS = "check", "readme", "pages", "site", "figures", "show", "record"
+NEEDS_PATH = {  # command -> what its path is
+    "show": A_RUN,
+    "brief": A_RUN,
+    "record": A_RUN,
+    "times": "what make test printed",
+    "pages": "the folder to write",
+    "site": "its folder",
+}
+SUCH_PATH = {"pages": "build/pages", "site": "_docs", "times": "build/tests.txt"}
+COMMANDS = "check", "readme", "times", "pages", "site", "figures", "show", "brief", "record"
 
 # %% ../nbs/92_repo.ipynb #92a462d1
 def mend_figures(
@@ -103,23 +115,30 @@ def repo_command(
 ) -> list[str]:  # faults, one sentence each
     "Run one command; what it has to say beside faults goes to standard output."
     if command in NEEDS_PATH and path is None:
-        such = {"pages": "build/pages", "site": "_docs"}.get(command, "papermill_runs/run_001")
+        such = SUCH_PATH.get(command, "papermill_runs/run_001")
         return [f"flux4d-repo {command}: needs {NEEDS_PATH[command]}, such as {such}."]
     if command == "show":
         print(show_run(path))
+    elif command == "brief":
+        print(*brief_lines(path), sep="\n")
     elif command == "record":
         print(*record_files(path))
     elif command == "pages":
         write_site(repo_root(), path)
     elif command == "site":
         return site_faults(path, repo_root())
+    elif command == "times":
+        take_times(repo_root(), path.read_text(encoding="utf-8"))
+        write_heads(repo_root())
     elif command == "readme":
         write_made(repo_root())
+        write_heads(repo_root())
     elif command == "figures":
         return mend_figures(repo_root()) if write else figure_faults(repo_root())
     else:
         root = repo_root()
-        return [*generated_faults(root), *made_faults(root), *figure_faults(root), *link_faults(root)]
+        made = [*generated_faults(root), *made_faults(root), *head_faults(root)]
+        return [*made, *figure_faults(root), *link_faults(root)]
     return []
 
 # %% ../nbs/92_repo.ipynb #d49d799d
@@ -127,15 +146,10 @@ def repo_main(
     argv: list[str] | None = None,  # words of the command line; sys.argv when None
 ) -> int:  # exit status
     "Check and make what is derived from the notebooks; show and keep runs."
-    ap = argparse.ArgumentParser(
-        prog="flux4d-repo",
-        description=repo_main.__doc__,
-        epilog=REPO_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    ap = command_parser("flux4d-repo", repo_main.__doc__, REPO_EXAMPLES)
     ap.add_argument("command", choices=COMMANDS)
-    folder = "show, record: a run's folder; pages: the folder to write, new or written by this command before; "
-    folder += "site: the folder of the built site"
+    folder = "show, brief, record: a run's folder; pages: the folder to write, new or written by this command before; "
+    folder += "site: the folder of the built site; times: a file that holds what make test printed"
     ap.add_argument("path", nargs="?", type=Path, help=folder)
     stale = "figures: replace stale figures in the notebooks and in the README"
     ap.add_argument("--write", action="store_true", help=stale)

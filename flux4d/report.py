@@ -105,7 +105,7 @@ def title_of(
     "A baseline's title."
     return TITLES.get(baseline, baseline)
 
-
+# %% ../nbs/56_report.ipynb #c1dd2a64
 def whole_logs(
     m: dict,  # metrics
 ) -> bool:
@@ -167,7 +167,7 @@ def flow_tables(
     five = beside_paper(5, [*FLOW_CELLS, "frames"], by_group, m["comparable"])
     return [five, beside_paper(6, CLASS_CELLS, by_class, m["comparable"])]
 
-# %% ../nbs/56_report.ipynb #86c37f1a
+# %% ../nbs/56_report.ipynb #3c62a914
 SUMMARY_VIEWS = {
     "interpolation, moving": ("dynamic", "interpolation"),
     "interpolation, full": ("full", "interpolation"),
@@ -180,7 +180,7 @@ QUANTITIES = [
     "reconstruction, s a source frame",
 ]
 
-
+# %% ../nbs/56_report.ipynb #86c37f1a
 def summary_column(
     block: dict,  # with `nvs` and `scene_flow`
     seconds: float | None,  # of a reconstruction, a source frame

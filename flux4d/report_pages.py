@@ -4,7 +4,6 @@
 
 # %% ../nbs/56a_report_pages.ipynb #56a00004
 from __future__ import annotations
-import argparse
 import base64
 import re
 import sys
@@ -15,6 +14,7 @@ from .files import DataError, atomic_write
 from .records import as_sentence, is_number, measured, one_line, read_metrics
 from .report import report_text
 from .timing_tables import hold_timings, timings_beside
+from .settings import command_parser
 
 if TYPE_CHECKING:
     from flux4d.run import Run
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['CSS', 'POLICY', 'PAGE', 'PLAYER', 'FILM_ENDINGS', 'PICTURES', 'BEGINNINGS', 'REPORT_EXAMPLES', 'below',
-           'picture_source', 'safe_markdown', 'to_html', 'write_report_pages', 'write_report', 'leaves', 'film_faults',
-           'relation_faults', 'foreign_faults', 'table_faults', 'read_record', 'same_frames', 'with_baselines',
-           'stated', 'side_by_side', 'report_again', 'read_runs', 'report_main']
+           'picture_source', 'picture_html', 'safe_markdown', 'to_html', 'write_report_pages', 'write_report', 'leaves',
+           'film_faults', 'relation_faults', 'foreign_faults', 'table_faults', 'read_record', 'same_frames',
+           'with_baselines', 'stated', 'side_by_side', 'report_again', 'read_runs', 'report_main']
 
 # %% ../nbs/56a_report_pages.ipynb #39a1c0de
 CSS = """body{font:14px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}
@@ -67,21 +67,32 @@ def picture_source(
     kind = next((k for start, k in PICTURES.items() if content.startswith(start)), None)
     return kind and f"data:{kind};base64," + base64.b64encode(content).decode()
 
+# %% ../nbs/56a_report_pages.ipynb #6ce9342a
+def picture_html(
+    folder: Path,  # of the run
+    link: str,  # to one of its pictures or films
+    words: str,  # in its place for who cannot see it
+) -> str:
+    "A picture or a film on the page; its words where it is not to be shown."
+    from markupsafe import Markup, escape
+
+    source = picture_source(folder, link)
+    if not source:
+        return str(escape(words))
+    if source.endswith(".mp4"):
+        return str(Markup(PLAYER).format(source))
+    return str(Markup('<img alt="{}" src="{}">').format(words, source))
+
 # %% ../nbs/56a_report_pages.ipynb #dbfb30d7
 def safe_markdown(
     folder: Path,  # of the run
 ) -> Any:  # a renderer
     "Markdown whose pictures and links stay below a folder."
     from markdown_it import MarkdownIt
-    from markupsafe import Markup, escape
+    from markupsafe import Markup
 
     def image(self: Any, tokens: list, k: int, options: Any, env: Any) -> str:
-        source = picture_source(folder, tokens[k].attrGet("src"))
-        if not source:
-            return str(escape(tokens[k].content))
-        if source.endswith(".mp4"):
-            return str(Markup(PLAYER).format(source))
-        return str(Markup('<img alt="{}" src="{}">').format(tokens[k].content, source))
+        return picture_html(folder, tokens[k].attrGet("src"), tokens[k].content)
 
     def link_open(self: Any, tokens: list, k: int, options: Any, env: Any) -> str:
         target = tokens[k].attrGet("href")
@@ -331,8 +342,7 @@ def report_main(
     argv: list[str] | None = None,  # words of the command line; sys.argv when None
 ) -> int:  # exit status
     "Compare the metrics.json of runs, mean and count or timings, side by side; or write the first one's report anew."
-    style = dict(epilog=REPORT_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap = argparse.ArgumentParser(prog="flux4d-report", description=report_main.__doc__, **style)
+    ap = command_parser("flux4d-report", report_main.__doc__, REPORT_EXAMPLES)
     ap.add_argument("run", nargs="+", help="a run's folder, or its metrics.json")
     what = "write report.md and report.html of the first run, the baselines of the others beside its own"
     ap.add_argument("--report", action="store_true", help=what)

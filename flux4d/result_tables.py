@@ -24,7 +24,7 @@ def shown_quantity(
     means = [found.get(path.replace("*", w)) for w in when]
     return " / ".join(table_cell(m, form) for m in means)
 
-# %% ../nbs/91a_result_tables.ipynb #a3315856
+# %% ../nbs/91a_result_tables.ipynb #b04d8f4a
 RUN_COLUMNS = {
     "full PSNR dB": "nvs full * psnr",
     "moving PSNR dB": "nvs dynamic * psnr",
@@ -36,7 +36,7 @@ RUN_COLUMNS = {
     "BS, motion prior alone": "baselines motion_prior scene_flow epe_3way BS",
 }
 
-
+# %% ../nbs/91a_result_tables.ipynb #a3315856
 def run_row(
     run: Path,  # a run's folder
     metrics: dict,  # its metrics

@@ -38,7 +38,7 @@ def random_state() -> dict:  # tensors
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return dict(cpu=torch.get_rng_state(), cuda=cuda)
 
-
+# %% ../nbs/33d_resume.ipynb #41f7cf41
 def restore_random(
     rng: dict,  # from `random_state`
 ) -> None:

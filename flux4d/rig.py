@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 import numpy as np
+from fastcore.basics import patch
 import yaml
 from annotated_types import Interval
 from pydantic import PositiveFloat
@@ -21,12 +22,12 @@ from .settings import read_settings
 __all__ = ['TURN', 'RIG_FILE', 'axes_matrix', 'axes_words', 'CameraRig', 'Rig', 'read_rig', 'rig_bytes', 'poses_at', 'need_cv2',
            'CameraLens', 'lens_of_camera']
 
-# %% ../nbs/02i_rig.ipynb #c24a4c93
+# %% ../nbs/02i_rig.ipynb #50a3ec50
 _DIRECTIONS = dict(  # on the vehicle: x forward, y left, z up
     forward=(1, 0, 0), backward=(-1, 0, 0), left=(0, 1, 0), right=(0, -1, 0), up=(0, 0, 1), down=(0, 0, -1)
 )
 
-
+# %% ../nbs/02i_rig.ipynb #c24a4c93
 def axes_matrix(
     words: str,  # where x, y and z point, such as "right forward up"
 ) -> np.ndarray:  # (3,3) columns: the vehicle's forward, left and up in the sensor's axes
@@ -42,7 +43,7 @@ def axes_matrix(
         raise DataError(f"lidar_axes: {words!r} are not the axes of a right-handed frame; correct one of the three.")
     return axes
 
-
+# %% ../nbs/02i_rig.ipynb #655d44f8
 def axes_words(
     axes: np.ndarray,  # (3,3) as from `axes_matrix`
 ) -> str:  # such as "right forward up"
@@ -67,11 +68,11 @@ class CameraRig:
             wanted = " or ".join(map(str, counts))
             raise ValueError(f"distortion: has {len(self.distortion)} numbers; a {self.lens} lens has {wanted}.")
 
-# %% ../nbs/02i_rig.ipynb #5313418a
+# %% ../nbs/02i_rig.ipynb #d23bd1f9
 TURN = 0.1  # s, of one turn of the LiDAR, unless a rig says otherwise or frames follow faster
 _SHIFT = dict(start=1.0, middle=0.5, end=0.0)  # turns from the moment that a stamp gives to the end of its sweep
 
-
+# %% ../nbs/02i_rig.ipynb #5313418a
 @dataclass(frozen=True)
 class Rig:
     "What a log's files leave unsaid; as it stands, PandaSet."
@@ -93,17 +94,20 @@ class Rig:
         cameras = {name: read_settings(CameraRig, about, f"cameras.{name}") for name, about in self.cameras.items()}
         object.__setattr__(self, "cameras", cameras)
 
-    @property
-    def after_stamp(self) -> float:  # turns
-        "From the moment that a stamp gives to the end of its sweep."
-        return _SHIFT[self.stamps]
+# %% ../nbs/02i_rig.ipynb #c0260e77
+@patch(as_prop=True)
+def after_stamp(self: Rig) -> float:  # turns
+    "From the moment that a stamp gives to the end of its sweep."
+    return _SHIFT[self.stamps]
 
-    def turn_of(
-        self,
-        step: float,  # s, usual step from frame to frame
-    ) -> float:  # s
-        "Of one turn of the LiDAR."
-        return self.turn or (min(TURN, step) if step > 0 else TURN)
+
+@patch
+def turn_of(
+    self: Rig,
+    step: float,  # s, usual step from frame to frame
+) -> float:  # s
+    "Of one turn of the LiDAR."
+    return self.turn or (min(TURN, step) if step > 0 else TURN)
 
 # %% ../nbs/02i_rig.ipynb #5a5649a3
 RIG_FILE = "rig.yaml"
@@ -113,7 +117,7 @@ def _find_rig(log: Path) -> Path | None:
     "The log's own description, or that of its data root."
     return next((p for p in (log / RIG_FILE, log.parent / RIG_FILE) if p.is_file()), None)
 
-
+# %% ../nbs/02i_rig.ipynb #3a1c2c97
 @functools.lru_cache(maxsize=64)
 def _rig_of_file(path: str, version: tuple[int, int]) -> Rig:
     "A description, read again when its file changes."
@@ -130,7 +134,7 @@ def _rig_of_file(path: str, version: tuple[int, int]) -> Rig:
     except DataError as e:
         raise DataError(f"{short_path(path)}: {e}") from None
 
-
+# %% ../nbs/02i_rig.ipynb #fd6c783d
 def read_rig(
     log: str | Path,  # the log's folder
 ) -> Rig:  # of `rig.yaml` in it, else in its data root; PandaSet's where there is none
@@ -141,7 +145,7 @@ def read_rig(
     stat = path.stat()
     return _rig_of_file(str(path), (stat.st_mtime_ns, stat.st_size))
 
-
+# %% ../nbs/02i_rig.ipynb #754171de
 def rig_bytes(
     log: str | Path,  # the log's folder
 ) -> bytes:  # b"" without a description
@@ -178,7 +182,7 @@ def need_cv2() -> Any:  # the module; raises DataError
         ) from None
     return cv2
 
-
+# %% ../nbs/02i_rig.ipynb #b9508189
 _HALF = np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])  # px, from OpenCV's principal point to this project's
 
 
@@ -211,13 +215,15 @@ class CameraLens:
         make = cv2.fisheye.initUndistortRectifyMap if self.kind == "fisheye" else cv2.initUndistortRectifyMap
         return make(K, bend, np.eye(3), new, self.size, cv2.CV_32FC1)
 
-    def straighten(
-        self,
-        image: np.ndarray,  # (H,W,3) uint8
-    ) -> np.ndarray:  # the same shape
-        "The image that a pinhole camera would have taken."
-        cv2 = need_cv2()
-        return cv2.remap(image, *self._maps, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+# %% ../nbs/02i_rig.ipynb #2cd5cdda
+@patch
+def straighten(
+    self: CameraLens,
+    image: np.ndarray,  # (H,W,3) uint8
+) -> np.ndarray:  # the same shape
+    "The image that a pinhole camera would have taken."
+    cv2 = need_cv2()
+    return cv2.remap(image, *self._maps, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
 
 # %% ../nbs/02i_rig.ipynb #a13711ab
 @functools.lru_cache(maxsize=32)

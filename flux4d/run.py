@@ -4,10 +4,13 @@
 
 # %% ../nbs/09_run.ipynb #a08r0004
 from __future__ import annotations
+import atexit
 import json
 import os
 import platform
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 import flux4d
@@ -18,7 +21,8 @@ from filelock import FileLock, Timeout
 from .files import DataError, atomic_write, remove_unfinished, writing
 
 # %% auto #0
-__all__ = ['refuse_held', 'refuse_foreign', 'Run', 'logged_rows', 'commit_of', 'provenance', 'newest_run']
+__all__ = ['refuse_held', 'refuse_foreign', 'Run', 'logged_rows', 'commit_of', 'provenance', 'newest_run', 'next_run',
+           'run_folder']
 
 # %% ../nbs/09_run.ipynb #47ff966d
 def _held_by(folder: Path) -> list[str]:
@@ -291,3 +295,26 @@ def newest_run(
             "name a checkpoint, or leave resume_from empty to start a run."
         )
     return max(found, key=os.path.getmtime).parent
+
+# %% ../nbs/09_run.ipynb #83a72738
+def next_run(
+    root: str = "papermill_runs",  # where runs live
+) -> Path:  # a folder that holds no run yet; a throw-away one while notebooks are being tested
+    "The next free run_NNN."
+    if os.environ.get("IN_TEST"):
+        folder = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, folder, True)
+        return Path(folder)
+    folders = (Path(root) / f"run_{n:03d}" for n in range(1, 1000))
+    return next(folder for folder in folders if not folder.exists())
+
+# %% ../nbs/09_run.ipynb #a08r0102
+def run_folder(
+    resume_from: str,  # a checkpoint, "last", or "" for a fresh start
+    out_dir: str,  # "" = choose
+    root: str | Path = "papermill_runs",  # where runs live
+) -> Path:  # raises DataError where no run can go on
+    "Where a run writes: the folder that is named, the run that goes on, or the next free one."
+    if out_dir:
+        return Path(out_dir)
+    return newest_run(root) if resume_from == "last" else next_run(str(root))

@@ -4,13 +4,11 @@
 
 # %% ../nbs/58_run_setup.ipynb #32af44d2
 from __future__ import annotations
-import atexit
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
+from functools import partial
+from .announce import SMALL_CITY
 from .clips import Clip, ClipConfig, build_index, select_clips
 from .index_files import load_index
 from .config import config_to_dict
@@ -21,14 +19,14 @@ from .pandaset import PandaSet
 from .parameters import TrainingParameters, asked_root
 from .processes import ALONE, Processes
 from .refine import FullConfig
-from .run import Run, newest_run, refuse_foreign, refuse_held
+from .run import Run, newest_run, next_run, refuse_foreign, refuse_held
 from .settings import refuse_missing
 from .resume import read_resumable
+from .terminal import progress_bar
 
 # %% auto #0
-__all__ = ['SMALL_CITY', 'find_data', 'index_config', 'make_index', 'check_images', 'frames_used', 'keep_aside',
-           'check_fixed_frame', 'first_frames', 'split_clips', 'RunClips', 'choose_clips', 'next_run', 'resume_point',
-           'open_run', 'resolved']
+__all__ = ['find_data', 'index_config', 'make_index', 'check_images', 'frames_used', 'keep_aside', 'check_fixed_frame',
+           'first_frames', 'split_clips', 'RunClips', 'choose_clips', 'resume_point', 'open_run', 'resolved']
 
 # %% ../nbs/58_run_setup.ipynb #b8656bfb
 def find_data(
@@ -40,7 +38,7 @@ def find_data(
     if root is None:
         from flux4d.city.logs import make_city  # its ray caster is needed only here
 
-        make_city(**city)
+        make_city(**city, progress=partial(progress_bar, name="city", unit="parts"))
     return root or Path(city["out"])
 
 # %% ../nbs/58_run_setup.ipynb #82184412
@@ -155,9 +153,6 @@ def split_clips(
     return *keep_aside(train, aside), evaluated
 
 # %% ../nbs/58_run_setup.ipynb #58aa0001
-SMALL_CITY = dict(out="data/city_small", logs=2, frames=40, scale=0.125, seed=0)  # where no data is at hand
-
-
 class RunClips(NamedTuple):
     "What a run trains on, watches itself on and is judged by."
 
@@ -185,18 +180,6 @@ def choose_clips(
         check_clip(clip, eval_cfg.labels)
     left_out = {o["clip_id"]: o["reason"] for o in index["meta"]["left_out"]}
     return RunClips(index, train, watched, evaluated, left_out)
-
-# %% ../nbs/58_run_setup.ipynb #83a72738
-def next_run(
-    root: str = "papermill_runs",  # where runs live
-) -> Path:  # a folder that holds no run yet; a throw-away one while notebooks are being tested
-    "The next free run_NNN."
-    if os.environ.get("IN_TEST"):
-        folder = tempfile.mkdtemp()
-        atexit.register(shutil.rmtree, folder, True)
-        return Path(folder)
-    folders = (Path(root) / f"run_{n:03d}" for n in range(1, 1000))
-    return next(folder for folder in folders if not folder.exists())
 
 # %% ../nbs/58_run_setup.ipynb #ca42a7cb
 def resume_point(

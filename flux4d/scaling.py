@@ -52,7 +52,7 @@ class Costs:
         "Bytes of these files."
         return self.frames * (self.cameras * self.image_file + self.sweep_file)
 
-
+# %% ../nbs/80a_scaling.ipynb #b50c8992
 MEASURED = dict(  # field -> keys in a run's metrics
     **{k: ("data", "bytes", k) for k in ("image_file", "sweep_file", "frame", "lift", "index", "entry", "weights")},
     image_seconds=("timing", "data", "image", "median"),
@@ -74,7 +74,7 @@ def measured_value(
         raise DataError(f"{'.'.join(keys)}: was not measured in this run; run 80_bench with all its parts.")
     return value
 
-
+# %% ../nbs/80a_scaling.ipynb #7c9fd91a
 def costs_of(
     m: dict,  # metrics of a run of 80_bench
     **given: int,  # fields of Costs that the data set decides: frames, cameras, clips, views
@@ -108,7 +108,7 @@ class Machine:
     train_hours: PositiveFloat = 168.0  # a week
     lift_hours: PositiveFloat = 24.0  # a day
 
-
+# %% ../nbs/80a_scaling.ipynb #68aa7ccd
 class Plan(NamedTuple):
     "What some number of logs need."
 
@@ -124,7 +124,7 @@ class Plan(NamedTuple):
     gpu_hours: float  # of training
     gpus: int  # that train in time
 
-
+# %% ../nbs/80a_scaling.ipynb #40b8930a
 def plan_for(
     logs: int,  # of the data set
     costs: Costs,  # of one of them
@@ -181,7 +181,7 @@ class Limit(NamedTuple):
         "At how many logs it is used up."
         return self.there / self.per_log
 
-
+# %% ../nbs/80a_scaling.ipynb #e0b07b66
 def limits_of(
     costs: Costs,  # of one log
     machine: Machine = Machine(),  # that is used up
@@ -222,7 +222,7 @@ class Reading(NamedTuple):
     cores: float  # that are busy with it, for one GPU
     rate: float  # bytes/s, for one GPU
 
-
+# %% ../nbs/80a_scaling.ipynb #a8873664
 def reading_of(
     costs: Costs,  # of a log, a clip and a step
     kept_lifts: bool = True,  # lifted clips are on disk; else they are made anew
@@ -237,7 +237,7 @@ def reading_of(
         seconds += costs.lift_seconds
     return Reading(read, seconds / costs.step_seconds, read / costs.step_seconds)
 
-
+# %% ../nbs/80a_scaling.ipynb #0c605154
 def memory_share(
     logs: int,  # of the data set
     costs: Costs,  # of one log

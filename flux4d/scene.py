@@ -34,17 +34,19 @@ class CameraPath(NamedTuple):
     height: int  # px
     width: int  # px
 
-    def pose_at(
-        self,
-        t: float,  # normalised time; before the first image and after the last one their poses are held
-    ) -> np.ndarray:  # (4,4) float64 camera-to-world
-        "The camera's pose at any time: positions on a line, rotations on the shortest arc between two images."
-        t = float(np.clip(t, self.t[0], self.t[-1]))
-        turn = Slerp(self.t, Rotation.from_matrix(self.poses[:, :3, :3]))(t)
-        pose = np.eye(4)
-        pose[:3, :3] = turn.as_matrix()
-        pose[:3, 3] = [np.interp(t, self.t, self.poses[:, axis, 3]) for axis in range(3)]
-        return pose
+# %% ../nbs/22_scene.ipynb #bff6e9ce
+@patch
+def pose_at(
+    self: CameraPath,
+    t: float,  # normalised time; before the first image and after the last one their poses are held
+) -> np.ndarray:  # (4,4) float64 camera-to-world
+    "The camera's pose at any time: positions on a line, rotations on the shortest arc between two images."
+    t = float(np.clip(t, self.t[0], self.t[-1]))
+    turn = Slerp(self.t, Rotation.from_matrix(self.poses[:, :3, :3]))(t)
+    pose = np.eye(4)
+    pose[:3, :3] = turn.as_matrix()
+    pose[:3, 3] = [np.interp(t, self.t, self.poses[:, axis, 3]) for axis in range(3)]
+    return pose
 
 # %% ../nbs/22_scene.ipynb #dfe62e83
 def recorded_cameras(
@@ -79,15 +81,17 @@ class Scene(LazyMethods):
         "Number of Gaussians."
         return len(self.gaussians)
 
-    @property
-    def duration(self) -> float:  # s
-        "Length of the clip."
-        return self.time.duration
+# %% ../nbs/22_scene.ipynb #8e6a67fa
+@patch(as_prop=True)
+def duration(self: Scene) -> float:  # s
+    "Length of the clip."
+    return self.time.duration
 
-    @property
-    def device(self) -> torch.device:
-        "Where its tensors are."
-        return self.gaussians.means.device
+
+@patch(as_prop=True)
+def device(self: Scene) -> torch.device:
+    "Where its tensors are."
+    return self.gaussians.means.device
 
 # %% ../nbs/22_scene.ipynb #ac1964eb
 def scene_of(
@@ -110,7 +114,7 @@ def moving(
     "The same Gaussians with another motion."
     return replace(self, velocity=velocity)
 
-
+# %% ../nbs/22_scene.ipynb #1208f4f2
 @patch
 def to(
     self: Scene,

@@ -307,11 +307,10 @@ def score_views(
 @patch
 def score_motion(
     self: Evaluation,
-    i: int,  # clip number
+    clip: Clip,  # one of the loader's
     scenes: dict[str, Scene],  # by their names in the table
 ) -> None:
     "Score scene flow of every scene by one truth."
-    clip = self.loader.clips[i]
     truth = clip_truth(clip, self.flow_cfg, self.loader.cfg.data.cameras)
     self.add(clip, score_truth(truth, self.flow_cfg), "truth", setting="flow")
     for name, scene in scenes.items():
@@ -321,11 +320,10 @@ def score_motion(
 @patch
 def score_cost(
     self: Evaluation,
-    i: int,  # clip number
+    clip: Clip,  # one of the loader's
     found: ClipScenes,  # of it
 ) -> None:
     "Seconds of each reconstruction, and the size of the lift."
-    clip = self.loader.clips[i]
     self.add(clip, [score_row("gaussians", len(found.scenes["lift"]), 1)], "model")
     for name, seconds in found.seconds.items():
         self.add(clip, [score_row("seconds", seconds, 1)], name)
@@ -362,8 +360,8 @@ def score_clip(
     read_ahead(self.loader, clip)
     found = clip_scenes(self.reconstruct, inputs, self.baselines, self.polish)
     self.score_views(i, {name: found.scenes[name] for name in (*names, *found.baselines)})
-    self.score_motion(i, {name: found.scenes[name] for name in ("model", "zero_motion", *found.baselines)})
-    self.score_cost(i, found)
+    self.score_motion(clip, {name: found.scenes[name] for name in ("model", "zero_motion", *found.baselines)})
+    self.score_cost(clip, found)
     if i < self.videos:
         self.make_film(i, found.scenes["model"])
     worst = [picture_key(row["clip"], row) for row in worst_frames(score_table(self.tables))]

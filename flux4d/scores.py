@@ -136,11 +136,11 @@ def nested(
         at[name] = value
     return tree
 
-# %% ../nbs/55_scores.ipynb #550000a2
+# %% ../nbs/55_scores.ipynb #56ef9be9
 LEAF = tuple(NO_AVERAGE)  # all that is known of an average
 COUNTED = "mean", "std", "count"
 
-
+# %% ../nbs/55_scores.ipynb #550000a2
 class MetricEntry(NamedTuple):
     "Which rows of a scene an entry of metrics.json averages, and what it keeps of their average."
 
@@ -376,7 +376,7 @@ def facts_of(
     beside = dict(plateau=m["analysis"]["plateau"], runtime=runtime, no_lpips=m["reasons"].get("lpips", ""))
     return {k: m[k] for k in FACTS} | beside
 
-# %% ../nbs/55_scores.ipynb #5500002d
+# %% ../nbs/55_scores.ipynb #b96dae35
 BASELINE = "baseline "  # begins the scene names of baselines: a lift can be a baseline and the model's start
 TIME_ENTRIES = dict(
     seconds_per_clip=MetricEntry("seconds", keep="mean"),
@@ -385,7 +385,7 @@ TIME_ENTRIES = dict(
 )
 LPIPS_ENTRIES = {setting: MetricEntry("lpips", "full", "", setting, COUNTED) for setting in TARGET_SETTINGS}
 
-
+# %% ../nbs/55_scores.ipynb #5500002d
 def baseline_block(
     table: pd.DataFrame,  # rows of all scenes
     scene: str,  # a baseline's name in it

@@ -5,7 +5,8 @@
 # %% ../nbs/02c_settings.ipynb #3ceea5b7
 from __future__ import annotations
 import math
-from collections.abc import Iterator, Mapping
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass, replace
 from difflib import get_close_matches
 from reprlib import Repr
@@ -18,7 +19,7 @@ from .files import DataError
 
 # %% auto #0
 __all__ = ['Share', 'OpenShare', 'Seed', 'LogId', 'Entry', 'Distinct', 'Some', 'Name', 'FilePath', 'Device', 'read_value',
-           'read_settings', 'read_parameters', 'find_device', 'refuse_missing']
+           'read_settings', 'read_parameters', 'find_device', 'refuse_missing', 'command_parser', 'exit_status']
 
 # %% ../nbs/02c_settings.ipynb #c33645ec
 Share = Annotated[float, Interval(ge=0, le=1)]  # both ends included
@@ -47,14 +48,14 @@ def _distinct(
         raise ValueError("an entry is there twice")
     return values
 
-# %% ../nbs/02c_settings.ipynb #62aa7520
+# %% ../nbs/02c_settings.ipynb #19ab43a9
 Entry = TypeVar("Entry")
 _ONCE = Field(json_schema_extra=dict(uniqueItems=True))
 Distinct = Annotated[tuple[Entry, ...], AfterValidator(_distinct), _ONCE]  # a list without repetition
 Some = Annotated[tuple[Entry, ...], MinLen(1), AfterValidator(_distinct), _ONCE]  # and not empty
 Name = Annotated[str, MinLen(1)]
 
-
+# %% ../nbs/02c_settings.ipynb #62aa7520
 def _can_be_a_path(
     text: str,  # as given
 ) -> str:  # the same; raises ValueError
@@ -379,3 +380,28 @@ def refuse_missing(
         intro = f"the nearest of {len(have)}"
     listed = ", ".join(str(value) for value in named) or "none"
     raise DataError(f"{name}: {missing[0]!r} is not among the {what}; {intro} are {listed}.")
+
+# %% ../nbs/02c_settings.ipynb #2a242646
+def command_parser(
+    name: str,  # of the command, such as flux4d-check
+    about: str,  # what it does, one sentence
+    examples: str,  # the end of its help, line by line
+) -> ArgumentParser:  # without options yet
+    "A command line that explains itself."
+    return ArgumentParser(name, description=about, epilog=examples, formatter_class=RawDescriptionHelpFormatter)
+
+# %% ../nbs/02c_settings.ipynb #ff684aa4
+def exit_status(
+    work: Callable[[], int | None],  # what the command does; gives its status, None: 0
+    path: str,  # named where the system does not say which file failed
+    fault: str = "cannot be read or written",  # what is said of that file
+    remedy: str = "check the path and its permissions",  # what to do about it
+) -> int:  # of the command: 1 after an error, which is printed in one sentence
+    "Do what a command does, and say what stopped it."
+    try:
+        return work() or 0
+    except DataError as e:
+        print(e)
+    except OSError as e:
+        print(f"{e.filename or path}: {fault} ({e.strerror}); {remedy}.")
+    return 1

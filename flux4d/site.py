@@ -58,7 +58,7 @@ def digest(
     "What tells a file from a changed one."
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
-
+# %% ../nbs/91c_site.ipynb #bac1c7ec
 def made_before(
     out: Path,  # folder of pages
 ) -> dict:  # file name -> digest; empty when nothing was written
@@ -98,7 +98,7 @@ def source_url(
     ini.read(root / "settings.ini")
     return f"{ini['DEFAULT'].get('git_url')}/blob/{ini['DEFAULT'].get('branch')}/"
 
-
+# %% ../nbs/91c_site.ipynb #399ac580
 def text_page(
     text: str,  # markdown
     turn: Callable[[str], str],  # a text with its links turned
@@ -108,7 +108,7 @@ def text_page(
     parts[::2] = [without_comments(turn(part)) for part in parts[::2]]
     return "".join(parts)
 
-
+# %% ../nbs/91c_site.ipynb #209e5c57
 LINK_WITH_TEXT = re.compile(r"!?\[([^\]]*)\]\((?!\w+:|#)([^)\s]+)\)")
 
 
@@ -130,7 +130,7 @@ def turner(
 
     return turn
 
-
+# %% ../nbs/91c_site.ipynb #1a5345b5
 def pictures_of(
     text: str,  # markdown, or the JSON of a notebook
     folder: Path,  # of the text
@@ -168,7 +168,7 @@ def presets_of_package() -> tuple[dict[str, Any], dict[str, dict]]:  # by name: 
     presets = {name: preset_config(name) for name in PRESETS}
     return presets, {name: flattened(config_to_dict(cfg)) for name, cfg in presets.items()}
 
-
+# %% ../nbs/91c_site.ipynb #60b556fc
 def reference_pages(
     root: Path,  # the repository
     notebooks: list[Notebook],  # all of it
@@ -181,7 +181,7 @@ def reference_pages(
         "configuration.md": configuration_page(*presets_of_package(), names),
     }
 
-
+# %% ../nbs/91c_site.ipynb #904e279a
 def generator_lists(
     notebooks: list[Notebook],  # all of the repository
     pages: set[str],  # names without ending

@@ -10,11 +10,15 @@ from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
+from fastcore.basics import patch
 from .site import source_url
 
 # %% auto #0
-__all__ = ['SILENT', 'RAW', 'NOT_READ', 'BuiltPage', 'built_page', 'raw_words', 'link_fault', 'read_built', 'loading_fault',
-           'page_faults', 'site_faults']
+__all__ = ['SILENT', 'RAW', 'NOT_READ', 'BuiltPage', 'loaded_by', 'built_page', 'raw_words', 'link_fault', 'read_built',
+           'loading_fault', 'page_faults', 'site_faults']
+
+# %% ../nbs/91d_site_check.ipynb #3874e514
+SILENT = {"script", "style", "pre", "code", "math", "kbd", "textarea"}  # elements whose text is not prose
 
 # %% ../nbs/91d_site_check.ipynb #367bd8d2
 @dataclass
@@ -32,48 +36,59 @@ class BuiltPage(HTMLParser):
         "Get ready to be fed."
         super().__init__()
 
-    def handle_starttag(
-        self,
-        tag: str,  # name of the element, such as img
-        attrs: list,  # (name, value)
-    ) -> None:
-        "Note what an element names."
-        found = dict(attrs)
-        if found.get("id"):
-            self.anchors.add(found["id"])
-        if found.get("data-src"):  # loaded when a reader asks for it
-            self.loaded.append(found["data-src"])
-        if tag == "a" and found.get("href"):
-            self.links.append(found["href"])
-        if tag in ("script", "img", "video", "source", "iframe") and found.get("src"):
-            self.loaded.append(found["src"])
-        if tag == "link" and found.get("href") and found.get("rel") in ("stylesheet", "preload", "icon"):
-            self.loaded.append(found["href"])
-        if tag == "img" and not (found.get("alt") or "").strip():
-            self.without_words.append(found.get("src") or "a picture")
-        if tag in SILENT:
-            self.silent.append(tag)
+# %% ../nbs/91d_site_check.ipynb #8cd180fb
+def loaded_by(
+    tag: str,  # name of an element, such as img
+    found: dict,  # its attributes
+) -> list[str]:  # addresses
+    "What a page loads for an element, at once or when a reader asks for it."
+    loaded = [found.get("data-src")]
+    if tag in ("script", "img", "video", "source", "iframe"):
+        loaded.append(found.get("src"))
+    if tag == "link" and found.get("rel") in ("stylesheet", "preload", "icon"):
+        loaded.append(found.get("href"))
+    return [address for address in loaded if address]
 
-    def handle_endtag(
-        self,
-        tag: str,  # name of the element that ends
-    ) -> None:
-        "Listen again."
-        if self.silent and tag == self.silent[-1]:
-            self.silent.pop()
+# %% ../nbs/91d_site_check.ipynb #dfb13435
+@patch
+def handle_starttag(
+    self: BuiltPage,
+    tag: str,  # name of the element, such as img
+    attrs: list,  # (name, value)
+) -> None:
+    "Note what an element names."
+    found = dict(attrs)
+    if found.get("id"):
+        self.anchors.add(found["id"])
+    if tag == "a" and found.get("href"):
+        self.links.append(found["href"])
+    self.loaded += loaded_by(tag, found)
+    if tag == "img" and not (found.get("alt") or "").strip():
+        self.without_words.append(found.get("src") or "a picture")
+    if tag in SILENT:
+        self.silent.append(tag)
 
-    def handle_data(
-        self,
-        data: str,  # text between two tags
-    ) -> None:
-        "Keep what a reader reads."
-        if not self.silent:
-            self.words.append(data)
+# %% ../nbs/91d_site_check.ipynb #45c8994c
+@patch
+def handle_endtag(
+    self: BuiltPage,
+    tag: str,  # name of the element that ends
+) -> None:
+    "Listen again."
+    if self.silent and tag == self.silent[-1]:
+        self.silent.pop()
 
 
-SILENT = {"script", "style", "pre", "code", "math", "kbd", "textarea"}  # elements whose text is not prose
+@patch
+def handle_data(
+    self: BuiltPage,
+    data: str,  # text between two tags
+) -> None:
+    "Keep what a reader reads."
+    if not self.silent:
+        self.words.append(data)
 
-
+# %% ../nbs/91d_site_check.ipynb #3287edfc
 def built_page(
     html: str,  # content of a file of the site
 ) -> BuiltPage:
@@ -82,7 +97,7 @@ def built_page(
     page.feed(html)
     return page
 
-# %% ../nbs/91d_site_check.ipynb #aa757d5d
+# %% ../nbs/91d_site_check.ipynb #cced48e6
 RAW = {
     "a formula as it was typed": re.compile(
         r"\$[^$\n]{0,80}\\[a-zA-Z]+|\$\$|\\(?:frac|tfrac|sum|mathbf|mathrm|mathcal|text|sigma|alpha|lVert|operatorname)\b"
@@ -91,7 +106,7 @@ RAW = {
     "a fence of code": re.compile(r"```"),
 }
 
-
+# %% ../nbs/91d_site_check.ipynb #aa757d5d
 def raw_words(
     page: BuiltPage,  # already read
 ) -> list[str]:  # what is wrong, with the place
@@ -124,7 +139,7 @@ def link_fault(
         return f"links to {link}, which has no such anchor"
     return ""
 
-
+# %% ../nbs/91d_site_check.ipynb #4992fc15
 @cache
 def read_built(
     path: Path,  # an HTML file
@@ -132,7 +147,7 @@ def read_built(
     "A page, read once."
     return built_page(path.read_text(encoding="utf-8"))
 
-
+# %% ../nbs/91d_site_check.ipynb #9bb81daf
 def loading_fault(
     source: str,  # of a script, a style or a picture
     page: Path,  # that loads it
@@ -161,7 +176,7 @@ def page_faults(
     found += [f"shows {name} without alternative text" for name in page.without_words]
     return [fault for fault in [*found, *raw_words(page)] if fault]
 
-
+# %% ../nbs/91d_site_check.ipynb #8f94c6a9
 def site_faults(
     site: Path,  # folder of the built site
     root: Path,  # the repository

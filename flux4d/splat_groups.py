@@ -215,7 +215,7 @@ def legend(
         return None
     return (picture * 255).round().astype(np.uint8)
 
-
+# %% ../nbs/73c_splat_groups.ipynb #6afaa8e2
 LEGEND_TEXT = dict(
     rgb="",
     depth="Distance from the eye: 2 m (left) to 100 m, logarithmic.",

@@ -21,8 +21,9 @@ except ImportError:  # without a GPU there is none; tensor operations then do th
 
 # %% auto #0
 __all__ = ['SPLAT_BLOCK', 'PICTURE_BLOCK', 'PICTURE_TILE', 'kernel', 'one_kernel', 'kernels_work', 'softplus', 'sigmoid', 'way',
-           'splat_kernel', 'splat_grad_kernel', 'Placement', 'rows_of', 'PlaceSplats', 'place_splats', 'row_sum_kernel',
-           'picture_kernel', 'picture_grad_kernel', 'FinishPictures', 'finish_pictures']
+           'rows_and_columns', 'tile', 'row_lengths', 'unit_back', 'splat_kernel', 'splat_grad_kernel', 'Placement',
+           'rows_of', 'PlaceSplats', 'place_splats', 'row_sum_kernel', 'picture_kernel', 'picture_grad_kernel',
+           'FinishPictures', 'finish_pictures']
 
 # %% ../nbs/20b_splat_kernels.ipynb #07e2981e
 def kernel(
@@ -66,7 +67,7 @@ def softplus(
     log = tl.where(u == 1.0, e, tl.log(u) * e / tl.where(u == 1.0, 1.0, u - 1.0))
     return tl.maximum(x, 0.0) + log
 
-
+# %% ../nbs/20b_splat_kernels.ipynb #a16b7dfa
 @kernel
 def sigmoid(
     x: tl.tensor,  # block of logits
@@ -74,7 +75,7 @@ def sigmoid(
     "1 / (1 + exp(-x))."
     return 1.0 / (1.0 + tl.exp(-x))
 
-
+# %% ../nbs/20b_splat_kernels.ipynb #e1f0a8b2
 @kernel
 def way(
     now: tl.tensor,  # block of the points' own times, s
@@ -88,6 +89,50 @@ def way(
         before = before * now
         after = after * then
     return (after - before) / (J + 1)
+
+# %% ../nbs/20b_splat_kernels.ipynb #ec9515b8
+@kernel
+def rows_and_columns(
+    n: tl.tensor,  # rows of the tables
+    BLOCK: tl.constexpr,  # rows of a program
+) -> tl.tensor:
+    "A program's rows, columns 0 to 3, which rows there are, and masks of tables with four and with three columns."
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    c = tl.arange(0, 4)[None, :]
+    here = i < n
+    return i, c, here, here[:, None] & (c < 4), here[:, None] & (c < 3)
+
+# %% ../nbs/20b_splat_kernels.ipynb #8ba57093
+@kernel
+def tile(
+    ROWS: tl.constexpr,  # rows of a program
+    BLOCK: tl.constexpr,  # numbers of a program in each row
+) -> tl.tensor:
+    "A program's image, its rows and its places in them."
+    image = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    j = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return image, i, j
+
+# %% ../nbs/20b_splat_kernels.ipynb #15e99f86
+@kernel
+def row_lengths(
+    quat: tl.tensor,  # (BLOCK,4) quaternions
+) -> tl.tensor:
+    "Their lengths, (BLOCK,1), never zero."
+    length = tl.sqrt(tl.sum(quat * quat, 1))
+    return tl.where(length < 1e-12, length + 1e-12, length)[:, None]
+
+
+@kernel
+def unit_back(
+    unit: tl.tensor,  # (BLOCK,4) unit quaternions
+    length: tl.tensor,  # (BLOCK,1) their lengths before
+    d: tl.tensor,  # (BLOCK,4) gradient of the unit ones
+) -> tl.tensor:
+    "Gradient of the quaternions before."
+    along = tl.sum(unit * d, 1)[:, None]
+    return (d - unit * along) / length
 
 # %% ../nbs/20b_splat_kernels.ipynb #cd041c42
 @kernel
@@ -122,11 +167,7 @@ def splat_kernel(
 ) -> None:
     "Gaussians as a view sees them."
     view = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    c = tl.arange(0, 4)[None, :]
-    here = i < n
-    four = here[:, None] & (c < 4)
-    three = here[:, None] & (c < 3)
+    i, c, here, four, three = rows_and_columns(n, BLOCK)
     now = tl.load(t_ptr + i, mask=here, other=0.0) * duration
     then = tl.load(moments_ptr + view) * duration
     mean = tl.load(means_ptr + i[:, None] * means_stride + c, mask=three, other=0.0)
@@ -137,8 +178,7 @@ def splat_kernel(
     axis = tl.load(cameras_ptr + view * 16 + 8 + c)
     depth = tl.sum(tl.where(c < 3, mean * axis, 0.0), 1) + tl.load(cameras_ptr + view * 16 + 11)
     quat = tl.load(quats_ptr + i[:, None] * quats_stride + c, mask=four, other=1.0)
-    length = tl.sqrt(tl.sum(quat * quat, 1))
-    quat = quat / tl.where(length < 1e-12, length + 1e-12, length)[:, None]
+    quat = quat / row_lengths(quat)
     scale = softplus(tl.load(scales_ptr + i[:, None] * scales_stride + c, mask=three, other=0.0))
     scale = tl.where(is_lidar[:, None], tl.minimum(scale, max_scale), scale)
     opacity = sigmoid(tl.load(opacities_ptr + i * opacities_stride, mask=here, other=0.0))
@@ -189,11 +229,7 @@ def splat_grad_kernel(
     BLOCK: tl.constexpr,  # Gaussians of a program
 ) -> None:
     "Gradients of raw numbers, from those of every view."
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    c = tl.arange(0, 4)[None, :]
-    here = i < n
-    four = here[:, None] & (c < 4)
-    three = here[:, None] & (c < 3)
+    i, c, here, four, three = rows_and_columns(n, BLOCK)
     is_lidar = tl.load(kind_ptr + i, mask=here, other=0) == lidar
     of_mean = tl.zeros([BLOCK, 4], tl.float32)
     of_quat = tl.zeros([BLOCK, 4], tl.float32)
@@ -211,11 +247,8 @@ def splat_grad_kernel(
         of_opacity += tl.load(d_opacities_ptr + row, mask=here, other=0.0)
     tl.store(out_means_ptr + i[:, None] * 3 + c, of_mean, mask=three)
     quat = tl.load(quats_ptr + i[:, None] * quats_stride + c, mask=four, other=1.0)
-    length = tl.sqrt(tl.sum(quat * quat, 1))
-    length = tl.where(length < 1e-12, length + 1e-12, length)[:, None]
-    quat = quat / length
-    along = tl.sum(quat * of_quat, 1)[:, None]
-    tl.store(out_quats_ptr + i[:, None] * 4 + c, (of_quat - quat * along) / length, mask=four)
+    length = row_lengths(quat)
+    tl.store(out_quats_ptr + i[:, None] * 4 + c, unit_back(quat / length, length, of_quat), mask=four)
     raw = tl.load(scales_ptr + i[:, None] * scales_stride + c, mask=three, other=0.0)
     limited = is_lidar[:, None] & (softplus(raw) > max_scale)
     tl.store(out_scales_ptr + i[:, None] * 3 + c, tl.where(limited, 0.0, of_scale * sigmoid(raw)), mask=three)
@@ -237,7 +270,7 @@ def splat_grad_kernel(
 # %% ../nbs/20b_splat_kernels.ipynb #686bba69
 SPLAT_BLOCK = 128  # Gaussians of a program
 
-
+# %% ../nbs/20b_splat_kernels.ipynb #f11706f6
 class Placement(NamedTuple):
     "How Gaussians are placed; nothing of it has a gradient."
 
@@ -248,7 +281,7 @@ class Placement(NamedTuple):
     duration: float  # of the clip, s
     max_scale: float  # m, largest standard deviation of a LiDAR Gaussian
 
-
+# %% ../nbs/20b_splat_kernels.ipynb #a1e24275
 def rows_of(
     x: Tensor,  # (N,) or (N,C)
 ) -> Tensor:  # the same, each row in one piece
@@ -256,6 +289,38 @@ def rows_of(
     return x if x.dim() == 1 or x.stride(1) == 1 else x.contiguous()
 
 # %% ../nbs/20b_splat_kernels.ipynb #cbd25066
+def _placed(
+    raw: list[Tensor],  # means, quats, scales, opacities, colours of N Gaussians, as stored
+    velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world
+    channels: int,  # numbers that are drawn
+    at: Placement,  # times, cameras, limits
+) -> list[Tensor]:  # means (V,N,3), quats (V,N,4), scales (V,N,3), opacities (V,N), values (V,N,channels)
+    "Call `splat_kernel`: one program for 128 Gaussians of a view."
+    N, V = len(raw[0]), len(at.moments)
+    out = [raw[0].new_empty(V, N, *size) for size in ((3,), (4,), (3,), (), (channels,))]
+    moving = raw[0] if velocity is None else velocity  # a pointer is needed, read or not
+    orders = 0 if velocity is None else velocity.shape[1]
+    strides = [x.stride(0) for x in raw]
+    how = at.duration, at.max_scale, LIDAR, orders, channels, SPLAT_BLOCK
+    splat_kernel[(triton.cdiv(N, SPLAT_BLOCK), V)](*raw, moving, *at[:4], *out, N, *strides, *how)
+    return out
+
+# %% ../nbs/20b_splat_kernels.ipynb #3c04c226
+def _placed_back(
+    raw: tuple[Tensor, ...],  # quats, scales, opacities, colours of N Gaussians, as stored
+    slopes: list[Tensor],  # gradients of what `_placed` gives
+    orders: int,  # velocity coefficients whose gradient is wanted
+    at: Placement,  # times, cameras, limits
+) -> list[Tensor]:  # gradients of the five raw numbers and of the velocity
+    "Call `splat_grad_kernel`: one program for 128 Gaussians."
+    V, N, channels = slopes[-1].shape
+    out = [raw[0].new_empty(N, *size) for size in ((3,), (4,), (3,), (), (3,), (max(orders, 1), 3))]
+    strides = [x.stride(0) for x in raw]
+    how = at.duration, at.max_scale, LIDAR, orders, channels, SPLAT_BLOCK
+    splat_grad_kernel[(triton.cdiv(N, SPLAT_BLOCK),)](*raw, *at[:4], *slopes, *out, N, V, *strides, *how)
+    return out
+
+# %% ../nbs/20b_splat_kernels.ipynb #0b48be56
 class PlaceSplats(torch.autograd.Function):
     "Raw numbers of N Gaussians to V views' copies."
 
@@ -271,24 +336,15 @@ class PlaceSplats(torch.autograd.Function):
         features: Tensor | None,  # (N,F) or (V,N,F), drawn as they are
         at: Placement,  # times, cameras, limits
     ) -> tuple[Tensor, ...]:  # means (V,N,3), quats (V,N,4), scales (V,N,3), opacities (V,N), values (V,N,5+F)
-        "One program for 128 Gaussians of a view."
-        N, V = len(means), len(at.moments)
+        "The copies; features stand behind what the kernel draws."
         raw = [rows_of(x) for x in (means, quats, log_scales, opacity_logits, colour_logits)]
         velocity = None if velocity is None else velocity.contiguous()
-        orders = 0 if velocity is None else velocity.shape[1]
-        channels = 5 + (0 if features is None else features.shape[-1])
-        out = [means.new_empty(V, N, *size) for size in ((3,), (4,), (3,), (), (channels,))]
-        grid = triton.cdiv(N, SPLAT_BLOCK), V
-        moving = means if velocity is None else velocity  # a pointer is needed, read or not
-        strides = [x.stride(0) for x in raw]
-        limits = at.duration, at.max_scale, LIDAR
-        how = orders, channels, SPLAT_BLOCK
-        splat_kernel[grid](*raw, moving, *at[:4], *out, N, *strides, *limits, *how)
+        out = _placed(raw, velocity, 5 + (0 if features is None else features.shape[-1]), at)
         if features is not None:
             out[-1][..., 5:] = features
         ctx.save_for_backward(*raw[1:])
         ctx.at = at
-        ctx.orders = orders if ctx.needs_input_grad[5] else 0
+        ctx.orders = velocity.shape[1] if ctx.needs_input_grad[5] else 0
         ctx.features = None if features is None else features.shape
         return tuple(out)
 
@@ -298,21 +354,13 @@ class PlaceSplats(torch.autograd.Function):
         ctx: Any,  # what was saved
         *slopes: Tensor,  # gradients of the results
     ) -> tuple:  # of the arguments
-        "One program for 128 Gaussians."
-        raw = ctx.saved_tensors
-        at = ctx.at
+        "The sums over the views."
         slopes = [d.contiguous() for d in slopes]
-        V, N, channels = slopes[-1].shape
-        out = [raw[0].new_empty(N, *size) for size in ((3,), (4,), (3,), (), (3,), (max(ctx.orders, 1), 3))]
-        grid = (triton.cdiv(N, SPLAT_BLOCK),)
-        strides = [x.stride(0) for x in raw]
-        limits = at.duration, at.max_scale, LIDAR
-        how = ctx.orders, channels, SPLAT_BLOCK
-        splat_grad_kernel[grid](*raw, *at[:4], *slopes, *out, N, V, *strides, *limits, *how)
+        *of_raw, of_velocity = _placed_back(ctx.saved_tensors, slopes, ctx.orders, ctx.at)
         of_features = None
         if ctx.features is not None and ctx.needs_input_grad[6]:
             of_features = slopes[-1][..., 5:].sum_to_size(ctx.features)
-        return *out[:5], out[5] if ctx.orders else None, of_features, None
+        return *of_raw, of_velocity if ctx.orders else None, of_features, None
 
 # %% ../nbs/20b_splat_kernels.ipynb #9ae87830
 def place_splats(
@@ -368,10 +416,8 @@ def picture_kernel(
     BLOCK: tl.constexpr,  # pixels of a program in each row
 ) -> None:
     "Colour over the background, and expected depth."
-    view = tl.program_id(0).to(tl.int64)
+    view, i, j = tile(ROWS, BLOCK)
     plane = tl.num_programs(0).to(tl.int64) * height * width
-    i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    j = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)[None, :]
     here = (i < height) & (j < width)
     at = (view * height + i) * width + j
     around = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -428,7 +474,24 @@ def picture_grad_kernel(
 PICTURE_BLOCK = 256  # pixels of a program
 PICTURE_TILE = 16, 64  # rows, and pixels in each, of a program that sums along columns
 
+# %% ../nbs/20b_splat_kernels.ipynb #d637ae14
+def _pictures(
+    image: Tensor,  # (V,H,W,C) colour, weight of LiDAR Gaussians, their weighted depth, features
+    alpha: Tensor,  # (V,H,W)
+    background: Tensor,  # (3,)
+    reach: int,  # px
+) -> tuple[Tensor, Tensor]:  # rgb (V,H,W,3), depth (V,H,W) m
+    "Call the kernels: rows, then columns."
+    V, H, W, C = image.shape
+    sums = image.new_empty(2, V, H, W)
+    rgb, depth = image.new_empty(V, H, W, 3), image.new_empty(V, H, W)
+    row_sum_kernel[(V * H, triton.cdiv(W, PICTURE_BLOCK))](image, sums, W, C, reach, PICTURE_BLOCK)
+    grid = V, triton.cdiv(H, PICTURE_TILE[0]), triton.cdiv(W, PICTURE_TILE[1])
+    share = 1 / (2 * reach + 1) ** 2
+    picture_kernel[grid](image, alpha, background, sums, rgb, depth, H, W, share, C, reach, *PICTURE_TILE)
+    return rgb, depth
 
+# %% ../nbs/20b_splat_kernels.ipynb #106eb301
 class FinishPictures(torch.autograd.Function):
     "Colour and depth of what was drawn."
 
@@ -440,16 +503,10 @@ class FinishPictures(torch.autograd.Function):
         background: Tensor,  # (3,)
         reach: int,  # px
     ) -> tuple[Tensor, ...]:  # rgb (V,H,W,3), depth (V,H,W) m, and features (V,H,W,F) where there are any
-        "Rows, then columns."
-        V, H, W, C = image.shape
-        sums = image.new_empty(2, V, H, W)
-        rgb, depth = image.new_empty(V, H, W, 3), image.new_empty(V, H, W)
-        row_sum_kernel[(V * H, triton.cdiv(W, PICTURE_BLOCK))](image, sums, W, C, reach, PICTURE_BLOCK)
-        grid = V, triton.cdiv(H, PICTURE_TILE[0]), triton.cdiv(W, PICTURE_TILE[1])
-        share = 1 / (2 * reach + 1) ** 2
-        picture_kernel[grid](image, alpha, background, sums, rgb, depth, H, W, share, C, reach, *PICTURE_TILE)
+        "Pictures, and what is drawn beside them."
         ctx.save_for_backward(image, background)
-        return (rgb, depth) if C == 5 else (rgb, depth, image[..., 5:].clone())
+        found = _pictures(image, alpha, background, reach)
+        return found if image.shape[-1] == 5 else (*found, image[..., 5:].clone())
 
     @staticmethod
     @once_differentiable
@@ -469,7 +526,7 @@ class FinishPictures(torch.autograd.Function):
         picture_grad_kernel[grid](image, background, *slopes, of_image, of_alpha, pixels, C, PICTURE_BLOCK)
         return of_image, of_alpha, None, None
 
-
+# %% ../nbs/20b_splat_kernels.ipynb #7fab0c25
 def finish_pictures(
     image: Tensor,  # (V,H,W,5+F) colour, weight of LiDAR Gaussians, their weighted depth, features
     alpha: Tensor,  # (V,H,W)

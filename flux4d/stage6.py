@@ -6,15 +6,17 @@
 from __future__ import annotations
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
+from .announce import announcement
+from .brief import brief_lines
 from .cache import LiftCache, fill_cache
 from .checkpoint import trained_frames
 from .clips import left_out_lines
@@ -31,6 +33,7 @@ from .report_pages import write_report
 from .run import Run, provenance
 from .run_facts import About, frames_of, training_overlap
 from .run_setup import RunClips, choose_clips, open_run, resolved, resume_point
+from .terminal import duration_said, open_bar, progress_bar, tell
 from .train import Trainer, every
 from .flow_metrics import FlowScoreConfig
 from .flow_truth import check_bs_flow, clip_truth, score_flow
@@ -46,9 +49,10 @@ from .scores import VIEW_ENTRIES, scene_block
 from .view_scores import EvalConfig
 
 # %% auto #0
-__all__ = ['FEW', 'CURVES', 'SMOOTH', 'clips_said', 'background_flow', 'validation', 'Job', 'begin_run', 'run_meta',
-           'progress_bar', 'Loaders', 'open_loaders', 'make_trainer', 'training_said', 'validation_said', 'curves_say',
-           'rows_due', 'draw_curve', 'draw_curves', 'score_run', 'run_stage6', 'refuse_unknown', 'stage6_main']
+__all__ = ['FEW', 'CURVES', 'SMOOTH', 'SHOWN_EVERY', 'clips_said', 'background_flow', 'validation', 'Job', 'begin_run',
+           'run_meta', 'Loaders', 'open_loaders', 'make_trainer', 'training_said', 'validation_said', 'curves_say',
+           'rows_due', 'draw_curve', 'draw_curves', 'time_left', 'state_said', 'training_bar', 'score_run',
+           'run_stage6', 'refuse_unknown', 'stage6_main']
 
 # %% ../nbs/60_stage6.ipynb #11f29fd1
 def clips_said(
@@ -143,7 +147,7 @@ def begin_run(
     if not processes.first:
         return Job(given, cfg, eval_cfg, clips, checkpoint, SilentRun(folder), processes)
     used = files_of([*clips.train, *clips.watched, *clips.evaluated], cfg.data.cameras)
-    refuse_damaged(used, progress=progress_bar)
+    refuse_damaged(used, progress=partial(progress_bar, name="opening", unit="files"))
     meta = run_meta(given, cfg, clips, processes)
     run = open_run(folder, resolved(cfg, eval_cfg, clips.index), meta, p.overwrite, goes_on)
     return Job(given, cfg, eval_cfg, clips, checkpoint, run, processes)
@@ -170,12 +174,6 @@ def run_meta(
         **provenance(processes.device or given.device),
     )
 
-
-def progress_bar(
-    items: Iterable,  # to go through
-) -> Iterable:  # the same
-    "A bar that writes a line every ten seconds at most."
-    return tqdm(items, leave=False, mininterval=10)
 
 # %% ../nbs/60_stage6.ipynb #6b2602da
 @dataclass
@@ -310,6 +308,51 @@ def draw_curves(
     fig.suptitle(title, fontsize=10)
     return fig
 
+# %% ../nbs/60_stage6.ipynb #60aa0022
+SHOWN_EVERY = 1.0  # s between two states of the training bar
+
+
+def time_left(
+    trainer: Trainer,  # while it trains
+    first: int,  # steps taken before
+    seconds: float,  # spent on the steps since
+) -> float:  # s
+    "What is left of a run, by the mean of its steps so far and by its budget."
+    tc = trainer.cfg.train
+    left = (tc.iters - trainer.step) * seconds / max(trainer.step - first, 1)
+    return min(left, max(60 * tc.minutes - trainer.seconds, 0.0)) if tc.minutes else left
+
+
+def state_said(
+    trainer: Trainer,  # after a step
+    first: int,  # steps taken before
+    seconds: float,  # spent on the steps since
+) -> str:
+    "Loss, pace and time left."
+    loss = f"loss {float(trainer.row['total']):.4f}, " if trainer.row else ""
+    pace = f"{seconds / max(trainer.step - first, 1):.2g} s a step"
+    return f"{loss}{pace}, {duration_said(time_left(trainer, first, seconds))} left"
+
+# %% ../nbs/60_stage6.ipynb #60aa0024
+def training_bar(
+    trainer: Trainer,  # that will train
+    show: Callable = open_bar,  # what shows it
+) -> Callable:  # range of steps -> the same
+    "A bar over the steps, with loss, pace and the time that is left."
+
+    def call(steps: range) -> Iterator[int]:
+        first, start, shown = trainer.step, time.perf_counter(), 0.0
+        with show(trainer.cfg.train.iters, "training", "steps", initial=first) as bar:
+            for step in steps:
+                yield step
+                now = time.perf_counter()
+                if now - shown >= SHOWN_EVERY or trainer.done:
+                    shown, bar.n = now, trainer.step
+                    bar.set_postfix_str(state_said(trainer, first, now - start), refresh=False)
+                    bar.update(0)
+
+    return call
+
 # %% ../nbs/60_stage6.ipynb #488fe3d9
 def score_run(
     job: Job,  # of the run
@@ -337,7 +380,7 @@ def score_run(
         model.reconstruct, final, folder, check_baselines(p.baselines), job.eval_cfg, videos=p.save_renders
     )
     with trainer.after_training():
-        metrics = evaluate(about, how, progress=progress_bar)
+        metrics = evaluate(about, how, progress=partial(progress_bar, name="evaluation", unit="clips"))
         write_report(job.run, metrics)
     return metrics, how
 
@@ -357,13 +400,13 @@ def run_stage6(
             print(line, flush=True)
         loaders = open_loaders(job)
         trainer = make_trainer(job, loaders)
-        rows = trainer.fit(progress=progress_bar if processes.first else iter)
+        rows = trainer.fit(progress=training_bar(trainer) if processes.first else iter)
     processes.disconnect()
     if processes.first:
         check_bs_flow([row["bs_flow"] for row in rows if "bs_flow" in row])
         metrics, _ = score_run(job, loaders, trainer, rows)
         print(*curves_say(rows, trainer.step, trainer.skipped), summary_table(metrics), sep="\n")
-        print(f"the run is in {job.run.folder}", flush=True)
+        print(*brief_lines(job.run.folder), f"the run is in {job.run.folder}", sep="\n", flush=True)
     return job.run.folder
 
 

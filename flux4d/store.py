@@ -12,6 +12,7 @@ from dataclasses import is_dataclass
 from typing import Any
 import torch
 from torch import Tensor
+from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['inner_values', 'bytes_of', 'tensors_on_cpu', 'map_tensors', 'ByteLRU', 'Store']
@@ -28,7 +29,7 @@ def inner_values(
     elif not isinstance(value, (type, Tensor)) and hasattr(value, "__dict__"):
         yield from vars(value).values()
 
-
+# %% ../nbs/32c_store.ipynb #1cfe1244
 def bytes_of(
     value: Any,  # anything
 ) -> int:
@@ -46,7 +47,7 @@ def bytes_of(
             waiting += inner_values(one)
     return sum(found.values())
 
-
+# %% ../nbs/32c_store.ipynb #fdd7c0cc
 def tensors_on_cpu(
     value: Any,  # a tree
 ) -> bool:
@@ -61,7 +62,7 @@ def tensors_on_cpu(
             waiting += inner_values(one)
     return False
 
-
+# %% ../nbs/32c_store.ipynb #a10ca626
 def map_tensors(
     value: Any,  # a tree of dataclasses, dictionaries, lists and tuples
     f: Callable,  # leaf -> what takes its place
@@ -102,39 +103,45 @@ class ByteLRU:
         "Whether a value is kept."
         return key in self.values
 
-    def get(
-        self,
-        key: Hashable,  # of a value that is kept
-    ) -> Any:
-        "Use a value."
-        value = self.take(key)
-        self.put(key, value)
-        return value
+# %% ../nbs/32c_store.ipynb #ef1fc941
+@patch
+def take(
+    self: ByteLRU,
+    key: Hashable,  # of a value that is kept
+) -> Any:  # it is not kept any more
+    "Remove a value."
+    value, size = self.values.pop(key)
+    self.used -= size
+    return value
 
-    def take(
-        self,
-        key: Hashable,  # of a value that is kept
-    ) -> Any:  # it is not kept any more
-        "Remove a value."
-        value, size = self.values.pop(key)
-        self.used -= size
-        return value
+# %% ../nbs/32c_store.ipynb #fb7d5c1a
+@patch
+def put(
+    self: ByteLRU,
+    key: Hashable,  # of a value that is not kept
+    value: Any,  # to keep
+) -> None:
+    "Keep a value, and let go of others until there is room."
+    size = bytes_of(value)
+    while self.values and self.used + size > self.budget:
+        oldest = next(iter(self.values))
+        self.leaves(oldest, self.take(oldest))
+    if self.used + size > self.budget:
+        self.leaves(key, value)
+    else:
+        self.values[key] = value, size
+        self.used += size
 
-    def put(
-        self,
-        key: Hashable,  # of a value that is not kept
-        value: Any,  # to keep
-    ) -> None:
-        "Keep a value, and let go of others until there is room."
-        size = bytes_of(value)
-        while self.values and self.used + size > self.budget:
-            oldest = next(iter(self.values))
-            self.leaves(oldest, self.take(oldest))
-        if self.used + size > self.budget:
-            self.leaves(key, value)
-        else:
-            self.values[key] = value, size
-            self.used += size
+# %% ../nbs/32c_store.ipynb #9c2da53d
+@patch
+def get(
+    self: ByteLRU,
+    key: Hashable,  # of a value that is kept
+) -> Any:
+    "Use a value."
+    value = self.take(key)
+    self.put(key, value)
+    return value
 
 # %% ../nbs/32c_store.ipynb #ffd53615
 class Store:
@@ -157,93 +164,109 @@ class Store:
         if self.device.type != "cpu":
             self.near = ByteLRU(device_bytes, self._to_host)
 
-    def _to_host(
-        self,
-        key: Hashable,  # of a value that leaves the device
-        value: Any,  # on the device
-    ) -> None:
-        "Keep a value in pinned memory, if it fits at all."
-        if key not in self.host and bytes_of(value) <= self.host.budget:
-            self.host.put(key, map_tensors(self.slim(value), self._pinned))
+# %% ../nbs/32c_store.ipynb #21c54000
+@patch
+def _pinned(
+    self: Store,
+    x: Tensor,  # on the device
+) -> Tensor:  # on the CPU
+    "A copy that can be copied back without waiting."
+    there = torch.empty(x.shape, dtype=x.dtype, pin_memory=self.device.type == "cuda")
+    return there.copy_(x)
 
-    def _pinned(
-        self,
-        x: Tensor,  # on the device
-    ) -> Tensor:  # on the CPU
-        "A copy that can be copied back without waiting."
-        there = torch.empty(x.shape, dtype=x.dtype, pin_memory=self.device.type == "cuda")
-        return there.copy_(x)
+# %% ../nbs/32c_store.ipynb #a141c9a3
+@patch
+def _to_device(
+    self: Store,
+    x: Tensor,  # anywhere
+) -> Tensor:  # on the device
+    "A copy that nobody waits for: what uses it is queued behind it."
+    return x.to(self.device, non_blocking=True)
 
-    def _to_device(
-        self,
-        x: Tensor,  # anywhere
-    ) -> Tensor:  # on the device
-        "A copy that nobody waits for: what uses it is queued behind it."
-        return x.to(self.device, non_blocking=True)
+# %% ../nbs/32c_store.ipynb #7dc1ba9d
+@patch
+def _to_host(
+    self: Store,
+    key: Hashable,  # of a value that leaves the device
+    value: Any,  # on the device
+) -> None:
+    "Keep a value in pinned memory, if it fits at all."
+    if key not in self.host and bytes_of(value) <= self.host.budget:
+        self.host.put(key, map_tensors(self.slim(value), self._pinned))
 
-    def _held(
-        self,
-        key: Hashable,  # of a value
-    ) -> Any:  # on the device; None where it is not kept
-        "A value from either level."
-        if key in self.near:
-            return self.near.get(key)
-        if key not in self.host:
-            return None
-        value = map_tensors(self.host.get(key), self._to_device)
+# %% ../nbs/32c_store.ipynb #5ff814c9
+@patch
+def _held(
+    self: Store,
+    key: Hashable,  # of a value
+) -> Any:  # on the device; None where it is not kept
+    "A value from either level."
+    if key in self.near:
+        return self.near.get(key)
+    if key not in self.host:
+        return None
+    value = map_tensors(self.host.get(key), self._to_device)
+    self.near.put(key, value)
+    return value
+
+# %% ../nbs/32c_store.ipynb #96fa27a7
+@patch
+def _placed(
+    self: Store,
+    key: Hashable,  # of a value that was just made
+    value: Any,  # on the CPU or on the device
+) -> Any:  # on the device
+    "Keep a new value; one that was made on the CPU stays in pinned memory too."
+    if self.near is not self.host and key not in self.host and tensors_on_cpu(value):
+        value = map_tensors(value, self._pinned)
+        self.host.put(key, value)
+        value = map_tensors(value, self._to_device)
+    if key not in self.near:
         self.near.put(key, value)
-        return value
+    return value
 
-    def _placed(
-        self,
-        key: Hashable,  # of a value that was just made
-        value: Any,  # on the CPU or on the device
-    ) -> Any:  # on the device
-        "Keep a new value; one that was made on the CPU stays in pinned memory too."
-        if self.near is not self.host and key not in self.host and tensors_on_cpu(value):
-            value = map_tensors(value, self._pinned)
-            self.host.put(key, value)
-            value = map_tensors(value, self._to_device)
-        if key not in self.near:
-            self.near.put(key, value)
-        return value
-
-    def get(
-        self,
-        key: Hashable,  # of a value
-        make: Callable,  # () -> the value, on the CPU or on the device
-    ) -> Any:  # never None
-        "The value of a key, made when it is not kept."
+# %% ../nbs/32c_store.ipynb #e7157258
+@patch
+def get(
+    self: Store,
+    key: Hashable,  # of a value
+    make: Callable,  # () -> the value, on the CPU or on the device
+) -> Any:  # never None
+    "The value of a key, made when it is not kept."
+    with self.lock:
+        if (value := self._held(key)) is not None:
+            return value
+        making = self.making.setdefault(key, threading.Lock())
+    with making:
         with self.lock:
-            if (value := self._held(key)) is not None:
+            if (value := self._held(key)) is not None:  # somebody else has made it
                 return value
-            making = self.making.setdefault(key, threading.Lock())
-        with making:
+        try:
+            value = make()
             with self.lock:
-                if (value := self._held(key)) is not None:  # somebody else has made it
-                    return value
-            try:
-                value = make()
-                with self.lock:
-                    return self._placed(key, value)
-            finally:
-                with self.lock:
-                    self.making.pop(key, None)
+                return self._placed(key, value)
+        finally:
+            with self.lock:
+                self.making.pop(key, None)
 
-    def clear(
-        self,
-        kind: str = "",  # first part of the keys to forget; "" = all
-    ) -> None:
-        "Let go of values."
-        with self.lock:
-            for level in {id(level): level for level in (self.near, self.host)}.values():
-                for key in [k for k in level.values if not kind or k[0] == kind]:
-                    level.take(key)
+# %% ../nbs/32c_store.ipynb #7a3a0306
+@patch
+def clear(
+    self: Store,
+    kind: str = "",  # first part of the keys to forget; "" = all
+) -> None:
+    "Let go of values."
+    with self.lock:
+        for level in {id(level): level for level in (self.near, self.host)}.values():
+            for key in [k for k in level.values if not kind or k[0] == kind]:
+                level.take(key)
 
-    def count(
-        self,
-        kind: str,  # first part of the keys
-    ) -> int:
-        "How many values of a kind are kept, on either level."
-        with self.lock:
-            return len({k for level in (self.near, self.host) for k in level.values if k[0] == kind})
+# %% ../nbs/32c_store.ipynb #aea5d41f
+@patch
+def count(
+    self: Store,
+    kind: str,  # first part of the keys
+) -> int:
+    "How many values of a kind are kept, on either level."
+    with self.lock:
+        return len({k for level in (self.near, self.host) for k in level.values if k[0] == kind})

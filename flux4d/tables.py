@@ -171,7 +171,7 @@ def frame(self: Table) -> Any:  # a pandas.DataFrame
     made.columns = _pandas_index(self.names)
     return made
 
-# %% ../nbs/02e_tables.ipynb #3eefb7cd
+# %% ../nbs/02e_tables.ipynb #271d6a4f
 _AS_PICKLE = "write it again as a gzipped pickle, table.to_pickle"
 _FIRST_BYTES = {
     b"BZh": ("is packed by bzip2, not by gzip", _AS_PICKLE),
@@ -185,7 +185,7 @@ _FIRST_BYTES = {
     b"\x1f\x8b": ("is packed twice or truncated", "unpack it once or get the file again"),
 }
 
-
+# %% ../nbs/02e_tables.ipynb #3eefb7cd
 def _other_kind(path: Path) -> tuple[str, str] | None:
     "What a file that is no pickle is by its first bytes, and what to do."
     data = path.read_bytes()

@@ -8,10 +8,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple
 import numpy as np
 import torch
+from fastcore.basics import patch
 from .records import one_line
 
 # %% auto #0
@@ -29,7 +30,7 @@ class Timing(NamedTuple):
     count: int  # calls that were measured
     peak_bytes: int | None = None  # largest device memory during them; None: not on a GPU
 
-
+# %% ../nbs/09e_timing.ipynb #2bf1a6f3
 def timing_of(
     spent: Sequence[float],  # s, of each measured call
     peak_bytes: int | None = None,  # largest device memory during them
@@ -46,7 +47,7 @@ def wait_for(
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
-
+# %% ../nbs/09e_timing.ipynb #071c59ba
 def seconds_of(
     f: Callable[[], Any],  # what is measured
     device: Any = "cpu",  # where it works
@@ -79,7 +80,7 @@ class PeakMemory:
 # %% ../nbs/09e_timing.ipynb #72b258a1
 LEAST_CALLS = 3  # calls that are measured, however long they take, unless one is told otherwise
 
-
+# %% ../nbs/09e_timing.ipynb #ff5b50c1
 def measure(
     f: Callable[[], Any],  # what is measured
     warmup: int = 3,  # calls before
@@ -112,7 +113,7 @@ class Ceilings(NamedTuple):
         "The faster of the products."
         return max(self.float32, self.tf32 or 0.0)
 
-
+# %% ../nbs/09e_timing.ipynb #6d1a1dd4
 @contextmanager
 def tf32_products(
     allowed: bool,  # may products of float32 matrices round their inputs?
@@ -137,7 +138,7 @@ def product_rate(
     with tf32_products(tf32):
         return 2 * side**3 / measure(lambda: a @ a, 3, repeats, device).p10
 
-
+# %% ../nbs/09e_timing.ipynb #e634661f
 def measure_ceilings(
     device: Any = "cpu",  # torch device
     copied: int = 1 << 26,  # bytes of the copied tensor
@@ -167,7 +168,7 @@ def least_seconds(
     "The time that copying and multiplying alone would take, side by side."
     return max(work.moved / ceilings.copy, work.operations / ceilings.product)
 
-
+# %% ../nbs/09e_timing.ipynb #4de41c8a
 def tensor_bytes(
     *values: Any,  # tensors, and dataclasses, tuples, lists and dicts of them
 ) -> int:  # bytes
@@ -181,7 +182,7 @@ def tensor_bytes(
         elif isinstance(value, dict):
             total += tensor_bytes(*value.values())
         elif is_dataclass(value):
-            total += tensor_bytes(*(getattr(value, field.name) for field in fields(value)))
+            total += tensor_bytes(*(getattr(value, f.name) for f in fields(value)))
     return total
 
 # %% ../nbs/09e_timing.ipynb #abb7b408
@@ -196,60 +197,55 @@ def growth_exponent(
     return float(np.polyfit(x, y, 1)[0])
 
 # %% ../nbs/09e_timing.ipynb #ad65d474
+@dataclass(eq=False)
 class Timings:
     "What was measured so far."
 
-    def __init__(
-        self,
-        device: Any = "cpu",  # torch device
-        repeats: int = 20,  # calls of each, at most
-        seconds: float = math.inf,  # after which no further call of a row is measured
-        ceilings: Ceilings | None = None,  # of the machine; None: least times are not known
-        warmup: int = 2,  # calls before
-        least: int = LEAST_CALLS,  # calls that are measured, however long they take
-    ) -> None:
-        "Nothing yet."
-        self.device = device
-        self.repeats = repeats
-        self.seconds = seconds
-        self.ceilings = ceilings
-        self.warmup = warmup
-        self.least = least
-        self.found = {}  # group -> name -> median, p10, p90, count and what else is known
-        self.left_out = {}  # group.name -> why
+    device: Any = "cpu"  # torch device
+    repeats: int = 20  # calls of each, at most
+    seconds: float = math.inf  # after which no further call of a row is measured
+    ceilings: Ceilings | None = None  # of the machine; None: least times are not known
+    warmup: int = 2  # calls before
+    least: int = LEAST_CALLS  # calls that are measured, however long they take
+    found: dict = field(default_factory=dict, init=False)  # group -> name -> median, p10, p90, count, what else is known
+    left_out: dict = field(default_factory=dict, init=False)  # group.name -> why
 
-    @contextmanager
-    def noted(
-        self,
-        at: str,  # a group, or group.name
-    ) -> Iterator[None]:
-        "What fails inside is noted, and costs no more."
-        try:
-            yield
-        except Exception as e:  # whatever it is, the other rows are wanted
-            self.left_out[at] = f"{type(e).__name__}: {one_line(str(e), 160)}"
-            if torch.device(self.device).type == "cuda":
-                torch.cuda.empty_cache()
+# %% ../nbs/09e_timing.ipynb #b183b1c3
+@patch
+@contextmanager
+def noted(
+    self: Timings,
+    at: str,  # a group, or group.name
+) -> Iterator[None]:
+    "What fails inside is noted, and costs no more."
+    try:
+        yield
+    except Exception as e:  # whatever it is, the other rows are wanted
+        self.left_out[at] = f"{type(e).__name__}: {one_line(str(e), 160)}"
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.empty_cache()
 
-    def time(
-        self,
-        group: str,  # what is measured
-        name: Any,  # in which form, or at which size
-        f: Callable[[], Any],  # what is called
-        work: Work | None = None,  # what it cannot do without
-        warmup: int | None = None,  # calls before, fewer than always; None: as always
-        patience: float = 1.0,  # of `seconds`
-        per: int = 1,  # things of one kind that a call does
-        **facts: Any,  # plain values that are kept beside it, such as size=50_000
-    ) -> None:
-        "Measure a row."
-        with self.noted(f"{group}.{name}"):
-            before = self.warmup if warmup is None else min(warmup, self.warmup)
-            found = measure(f, before, self.repeats, self.device, patience * self.seconds, per, self.least)
-            row = {k: v for k, v in found._asdict().items() if v is not None} | facts
-            if work and self.ceilings:
-                row |= dict(least=least_seconds(work, self.ceilings))
-            self.found.setdefault(group, {})[str(name)] = row
+# %% ../nbs/09e_timing.ipynb #8f067bf3
+@patch
+def time(
+    self: Timings,
+    group: str,  # what is measured
+    name: Any,  # in which form, or at which size
+    f: Callable[[], Any],  # what is called
+    work: Work | None = None,  # what it cannot do without
+    warmup: int | None = None,  # calls before, fewer than always; None: as always
+    patience: float = 1.0,  # of `seconds`
+    per: int = 1,  # things of one kind that a call does
+    **facts: Any,  # plain values that are kept beside it, such as size=50_000
+) -> None:
+    "Measure a row."
+    with self.noted(f"{group}.{name}"):
+        before = self.warmup if warmup is None else min(warmup, self.warmup)
+        found = measure(f, before, self.repeats, self.device, patience * self.seconds, per, self.least)
+        row = {k: v for k, v in found._asdict().items() if v is not None} | facts
+        if work and self.ceilings:
+            row |= dict(least=least_seconds(work, self.ceilings))
+        self.found.setdefault(group, {})[str(name)] = row
 
 # %% ../nbs/09e_timing.ipynb #af73cbc3
 def growth_by_group(
@@ -274,7 +270,7 @@ def union_length(
         reached = max(reached, end)
     return total
 
-
+# %% ../nbs/09e_timing.ipynb #4f29ce91
 class Activity(NamedTuple):
     "What a GPU did during a call."
 
@@ -282,7 +278,7 @@ class Activity(NamedTuple):
     busy: float  # s with at least one of them
     wall: float  # s that the call took, without profiler
 
-
+# %% ../nbs/09e_timing.ipynb #6f1321dd
 def device_activity(
     f: Callable[[], Any],  # what is called
     device: Any,  # a GPU

@@ -10,6 +10,7 @@ from .files import DataError
 from .records import is_number, literal, markdown_table
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 # matplotlib is imported where it is used: `flux4d-report --help` answers at once
 
@@ -41,7 +42,7 @@ class TimedRow(NamedTuple):
         "Group and name for a reader."
         return f"{self.group}: {self.name}".replace("_", " ")
 
-
+# %% ../nbs/09f_timing_tables.ipynb #3526d392
 def timed_row(
     group: str,  # of it
     name: str,  # of it
@@ -57,7 +58,7 @@ def timed_row(
     numbers = {k: found[k] for k in ("median", "p10", "p90", "count")}
     return TimedRow(group=group, name=name, **numbers, **extra)
 
-
+# %% ../nbs/09f_timing_tables.ipynb #fab96003
 def timing_rows(
     m: dict,  # metrics of a run
 ) -> list[TimedRow]:  # in their order; raises DataError
@@ -77,7 +78,7 @@ def milliseconds(
     ms = 1e3 * seconds
     return f"{ms:,.0f}" if ms >= 1000 else f"{ms:#.3g}".rstrip(".")
 
-
+# %% ../nbs/09f_timing_tables.ipynb #392add47
 def timing_cells(
     row: TimedRow,  # a measured call
 ) -> list:  # as the head of `timing_table`
@@ -87,7 +88,7 @@ def timing_cells(
     times = [milliseconds(s) for s in (row.median, row.p10, row.p90)]
     return [literal(row.title), *times, row.count, memory, milliseconds(row.least), share]
 
-
+# %% ../nbs/09f_timing_tables.ipynb #49570bcc
 def timing_table(
     m: dict,  # metrics of a run
 ) -> str:  # markdown; raises DataError
@@ -101,7 +102,7 @@ CIRCUMSTANCES = dict(  # what has to be equal for a ratio to speak of the code a
     data=("log", "cameras", "width", "height", "gaussians", "preset"),
 )
 
-
+# %% ../nbs/09f_timing_tables.ipynb #9cb95855
 def other_circumstances(
     old: dict,  # metrics of a run
     new: dict,  # metrics of another
@@ -125,7 +126,7 @@ def verdict(
         return "faster"
     return "slower" if new.p10 > old.p90 else ""
 
-
+# %% ../nbs/09f_timing_tables.ipynb #d971f78b
 def compared_cells(
     old: TimedRow | None,  # a measured call; None: not in that run
     new: TimedRow | None,  # the same in another run
@@ -151,7 +152,7 @@ def compare_timings(
     note = f"Not the code alone differs: {literal('; '.join(odd))}.\n\n" if odd else ""
     return note + markdown_table(head, rows)
 
-
+# %% ../nbs/09f_timing_tables.ipynb #a74ee334
 def hold_timings(
     records: dict[str, dict],  # metrics by run
 ) -> bool:
@@ -167,6 +168,20 @@ def timings_beside(
     return "\n\n".join(compare_timings(old, new, (first, name)) for name, new in others)
 
 # %% ../nbs/09f_timing_tables.ipynb #32a81b3d
+def _draw_sizes(ax: Axes, rows: list[dict], label: str) -> None:
+    "Medians over size, with bars from p10 to p90."
+    sized = [row for row in rows if row.get("size")]
+    x, y, low, high = ([row[k] for row in sized] for k in ("size", "median", "p10", "p90"))
+    spread = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
+    ax.errorbar(x, y, spread, fmt="o-", ms=4, capsize=2, label=label)
+
+# %% ../nbs/09f_timing_tables.ipynb #46dd4a9c
+def _grown_label(group: str, exponent: float | None) -> str:
+    "What the legend says of a group."
+    name = group.partition("_by_")[0].replace("_", " ")
+    return name if exponent is None else f"{name}: size^{exponent:.2f}"
+
+# %% ../nbs/09f_timing_tables.ipynb #f48f8564
 def draw_growth(
     m: dict,  # metrics of a run
     panels: dict[str, Sequence[str]],  # label of the size -> groups that have such sizes
@@ -181,13 +196,7 @@ def draw_growth(
     fig = Figure(figsize=(max(7.0, 4.6 * len(panels)), 4), layout="constrained")
     for ax, (label, groups) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for group in groups:
-            rows = [row for row in timing[group].values() if row.get("size")]
-            x, y, low, high = ([row[k] for row in rows] for k in ("size", "median", "p10", "p90"))
-            spread = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
-            grown = m["growth"].get(group)
-            name = group.partition("_by_")[0].replace("_", " ")
-            said = name if grown is None else f"{name}: size^{grown:.2f}"
-            ax.errorbar(x, y, spread, fmt="o-", ms=4, capsize=2, label=said)
+            _draw_sizes(ax, list(timing[group].values()), _grown_label(group, m["growth"].get(group)))
         ax.set(xscale="log", yscale="log", xlabel=label, ylabel="time, s")
         ax.grid(alpha=0.3, which="both")
         ax.legend(fontsize=9)

@@ -4,6 +4,7 @@
 
 # %% ../nbs/34_train.ipynb #dbee7c11
 from __future__ import annotations
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,6 +52,7 @@ class Trainer(TrainStep):
         self.best = None  # best score of a validation
         self.saved_step = 0
         self.saved_at = time.perf_counter()
+        self.row = None  # what the last step found
         # who is called after a step
         self.callbacks = []
         self.called = 0  # step whose callbacks have ended
@@ -293,7 +295,7 @@ def _keep(
         if tc.save_ckpt_minutes and time.perf_counter() - self.saved_at > 60 * tc.save_ckpt_minutes:
             self.save()
 
-
+# %% ../nbs/34_train.ipynb #75cd4f32
 @patch
 def save_quietly(self: Trainer) -> None:
     "Save; nothing to record."
@@ -315,30 +317,6 @@ def _end(self: Trainer) -> None:  # raises DataError where no step had an update
         share = f"{self.waited:.1f} of {steady:.1f} s, {self.waited / steady:.1%}"
         self.run.say(f"steps after the first waited for data {share}")
 
-# %% ../nbs/34_train.ipynb #a452655b
-@patch
-def _steps(
-    self: Trainer,
-    until: int,  # steps in all
-    progress: Callable,  # wraps the range of steps
-) -> None:
-    "The steps of `fit`."
-    self.clock = time.perf_counter() - self.seconds
-    if self.processes.first and self._owes_callbacks():
-        self._call_back()
-    for _ in progress(range(self.step, until)):
-        if self.done:
-            break
-        row = self.train_step()
-        alone = self.processes.count == 1
-        self.seconds = time.perf_counter() - self.clock if alone else self.seconds_of_all
-        if self.step == 1:
-            self.started = self.seconds
-        self._keep(row)
-    if self.done:
-        self._end()
-    self.processes.meet()  # the others stay until the first has saved
-
 # %% ../nbs/34_train.ipynb #d809023a
 @patch
 def _how_to_go_on(self: Trainer) -> str:  # half a sentence
@@ -346,14 +324,14 @@ def _how_to_go_on(self: Trainer) -> str:  # half a sentence
     saved = (self.run.folder / "ckpt_last.pt").exists()
     return f"go on with -p resume_from last -p out_dir {self.run.folder}" if saved else "start again"
 
-
+# %% ../nbs/34_train.ipynb #1af277c8
 @patch
 def _save_what_is_learned(self: Trainer) -> None:
     "Before a fault of the data ends the run: no step that was taken is lost."
     if self.step > max(self.saved_step, self.skips.total):
         self.run.say(f"step {self.step:6d}  saved as {self.save().name}")
 
-
+# %% ../nbs/34_train.ipynb #1a3e9154
 @patch
 def _farewell(
     self: Trainer,
@@ -370,7 +348,52 @@ def _farewell(
     self.run.say(line)
     return line
 
+# %% ../nbs/34_train.ipynb #a452655b
+@patch
+def _steps(
+    self: Trainer,
+    until: int,  # steps in all
+    progress: Callable,  # wraps the range of steps
+) -> None:
+    "The steps of `fit`."
+    self.clock = time.perf_counter() - self.seconds
+    if self.processes.first and self._owes_callbacks():
+        self._call_back()
+    for _ in progress(range(self.step, until)):
+        if self.done:
+            break
+        row = self.row = self.train_step()
+        alone = self.processes.count == 1
+        self.seconds = time.perf_counter() - self.clock if alone else self.seconds_of_all
+        if self.step == 1:
+            self.started = self.seconds
+        self._keep(row)
+    if self.done:
+        self._end()
+    self.processes.meet()  # the others stay until the first has saved
+
 # %% ../nbs/34_train.ipynb #20dbbcab
+@patch
+@contextmanager
+def _ended_together(
+    self: Trainer,
+    ending: threading.Event,  # that this process knows that it ends
+) -> Iterator[None]:  # raises Interrupted
+    "What ends training inside ends all processes, and no step that was taken is lost."
+    try:
+        yield
+    except Interrupted as e:
+        ending.set()
+        self.processes.leave(e)
+        raise Interrupted(self._farewell(str(e))) from None
+    except BaseException as e:
+        ending.set()
+        self.processes.leave(e)
+        if isinstance(e, DataError) and not isinstance(e, WriteError):
+            self._save_what_is_learned()
+        raise
+
+# %% ../nbs/34_train.ipynb #bb9fe6e7
 @patch
 def fit(
     self: Trainer,
@@ -383,19 +406,8 @@ def fit(
     self.saved_at = time.perf_counter()
     hangs = f"this one does not answer; {self._how_to_go_on()}"
     try:
-        with stop_signals(self.stop), self.processes.watched(hangs) as ending:
-            try:
-                self._steps(self.cfg.train.iters if until is None else until, progress)
-            except Interrupted as e:
-                ending.set()
-                self.processes.leave(e)
-                raise Interrupted(self._farewell(str(e))) from None
-            except BaseException as e:
-                ending.set()
-                self.processes.leave(e)
-                if isinstance(e, DataError) and not isinstance(e, WriteError):
-                    self._save_what_is_learned()
-                raise
+        with stop_signals(self.stop), self.processes.watched(hangs) as ending, self._ended_together(ending):
+            self._steps(self.cfg.train.iters if until is None else until, progress)
     finally:
         self.loader.rest()
     self.run.note(**self.trained_on.meta())

@@ -59,29 +59,33 @@ class TrainStep:
         self.run = run
         self.device = loader.device
         self.processes = loader.processes
-        # what learns
         self.model = build_model(cfg, kind).to(self.device)
         self.ema = averaged_model(self.model, cfg.train)
         self.opt = adamw(self.model, cfg.train, self.device)
-        # where it is
-        self.step = 0  # steps taken
-        self.seconds = 0.0  # spent on them
-        self.started = 0.0  # of these, on the first step
-        self.waited = 0.0  # s, of the steps after the first, for data
-        self.clock = time.perf_counter()  # when the first step would have begun
         self.stop = StopRequest()
-        # what it has noted
-        self.trained_on = TrainedOn(loader.clips)
-        self.skips = Skips()
-        self.stage_losses = []  # (micro-step, loss) of every stage of the last step
-        self.unread = []  # of the last step's micro-steps: why one could not be read, "" where it could
-        self.seconds_of_all = 0.0  # spent, by the slowest clock of all processes
-        self.last_norm = 0.0  # of the gradient, where several processes compare it
+        self._start_counting()
 
-    @property
-    def skipped(self) -> int:
-        "Steps without an update."
-        return self.skips.total
+# %% ../nbs/33e_train_step.ipynb #80728c0f
+@patch
+def _start_counting(self: TrainStep) -> None:
+    "At step 0, with nothing noted."
+    self.step = 0  # steps taken
+    self.seconds = 0.0  # spent on them
+    self.started = 0.0  # of these, on the first step
+    self.waited = 0.0  # s, of the steps after the first, for data
+    self.clock = time.perf_counter()  # when the first step would have begun
+    self.trained_on = TrainedOn(self.loader.clips)
+    self.skips = Skips()
+    self.stage_losses = []  # (micro-step, loss) of every stage of the last step
+    self.unread = []  # of the last step's micro-steps: why one could not be read, "" where it could
+    self.seconds_of_all = 0.0  # spent, by the slowest clock of all processes
+    self.last_norm = 0.0  # of the gradient, where several processes compare it
+
+# %% ../nbs/33e_train_step.ipynb #44ddd8d1
+@patch(as_prop=True)
+def skipped(self: TrainStep) -> int:
+    "Steps without an update."
+    return self.skips.total
 
 # %% ../nbs/33e_train_step.ipynb #87f5f186
 @patch
@@ -107,7 +111,7 @@ def _refuse_lost_data(self: TrainStep) -> None:  # raises DataError
                 f"data_root: {root} is not there any more; bring it back and go on with resume_from=last."
             ) from None
 
-
+# %% ../nbs/33e_train_step.ipynb #4039e0f5
 @patch
 def _leave_out(
     self: TrainStep,
@@ -123,7 +127,7 @@ def _leave_out(
 # %% ../nbs/33e_train_step.ipynb #a32t0011
 UNREADABLE = DataError, OSError, EOFError, zlib.error  # what a file that goes bad raises
 
-
+# %% ../nbs/33e_train_step.ipynb #9440144a
 @patch
 def _read(
     self: TrainStep,
@@ -158,7 +162,7 @@ def _own_culprit(self: TrainStep) -> tuple[bool, str]:  # whether a loss is not 
     views = " and ".join(f"frame {f} of {c}" for f, c in pairs)
     return bool(bad), f"clip {self.loader.clips[i].id}, {views}"
 
-
+# %% ../nbs/33e_train_step.ipynb #fd5de882
 @patch
 def _culprit(self: TrainStep) -> str:  # words for a sentence
     "The culprit of any process; all processes skip the same step."
@@ -213,7 +217,7 @@ def _set_aside(
             sums[weight] = weight.grad if weight not in sums else sums[weight].add_(weight.grad)
             weight.grad = None
 
-
+# %% ../nbs/33e_train_step.ipynb #4e6e5b5b
 @patch
 def gradients(
     self: TrainStep,
@@ -256,7 +260,7 @@ def _note_others(
             else:
                 self.trained_on.note(self.loader.clips[self.loader.draw(self.step, rank * n + micro)[0]])
 
-
+# %% ../nbs/33e_train_step.ipynb #63ba9291
 @patch
 def _refuse_drift(
     self: TrainStep,
@@ -314,14 +318,6 @@ def _undone_when_stopped(self: TrainStep) -> Iterator[None]:
         mark.go_back()
         raise
 
-# %% ../nbs/33e_train_step.ipynb #12fb3f66
-@patch
-def _update(self: TrainStep) -> None:
-    "Change the weights; this is never cut in two."
-    self.opt.step()
-    self.ema.update_parameters(self.model)
-    self.skips.end()
-
 # %% ../nbs/33e_train_step.ipynb #62e17762
 @contextmanager
 def memory_full_as_sentence() -> Iterator[None]:  # raises NoMemory
@@ -337,7 +333,31 @@ def memory_full_as_sentence() -> Iterator[None]:  # raises NoMemory
             f"{where} is full, so lower data.device_gb, data.host_gb, views_per_step or max_gaussians"
         ) from None
 
+# %% ../nbs/33e_train_step.ipynb #12fb3f66
+@patch
+def _update(self: TrainStep) -> None:
+    "Change the weights; this is never cut in two."
+    self.opt.step()
+    self.ema.update_parameters(self.model)
+    self.skips.end()
 
+# %% ../nbs/33e_train_step.ipynb #5f3d1372
+@patch
+def _learn(
+    self: TrainStep,
+    row: dict,  # scalars of the step; the gradient's norm is added
+) -> None:
+    "Clip the gradient and change the weights, unless it is not finite."
+    norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.train.grad_clip)
+    row["grad_norm"] = norm
+    if torch.isfinite(norm):
+        self._update()
+    else:
+        self._skip(f"its gradient is not finite, with {self._culprit()}")
+    if self.processes.count > 1:
+        self.last_norm = float(norm)
+
+# %% ../nbs/33e_train_step.ipynb #acf33f7a
 @patch
 def train_step(
     self: TrainStep,
@@ -355,13 +375,6 @@ def train_step(
     if row is None:
         self._skip("nothing could be read for it")
     else:
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.train.grad_clip)
-        row["grad_norm"] = norm
-        if torch.isfinite(norm):
-            self._update()
-        else:
-            self._skip(f"its gradient is not finite, with {self._culprit()}")
-        if self.processes.count > 1:
-            self.last_norm = float(norm)
+        self._learn(row)
     self.step += 1
     return row

@@ -52,7 +52,7 @@ def _sent_once(
     "A tensor of a few numbers."
     return torch.tensor(values, dtype=dtype, device=device)
 
-
+# %% ../nbs/30_unet.ipynb #66b8f339
 def constants(
     values: tuple,  # numbers that stay the same for the process, as those of a grid do
     like: Tensor,  # whose type and device they get
@@ -163,10 +163,10 @@ def interpolate_voxels(
     "Trilinear interpolation over the voxels present; differentiable with respect to the features."
     return mix_voxels(features, *neighbours(keys, points, cfg))
 
-# %% ../nbs/30_unet.ipynb #fe0f8b07
+# %% ../nbs/30_unet.ipynb #fd8bf082
 AGAIN = ", again"  # ends the name of a strided layer's table with its sides exchanged
 
-
+# %% ../nbs/30_unet.ipynb #fe0f8b07
 class SparseConv(spconv.conv.SparseConvolution):
     "A sparse 3D convolution that runs on the device of its input."
 
@@ -186,16 +186,18 @@ class SparseConv(spconv.conv.SparseConvolution):
         how = dict(bias=False, indice_key=key, subm=same, inverse=kind == "up")
         super().__init__(3, n_in, n_out, kernel, stride, **how)
 
-    def forward(
-        self,
-        x: spconv.SparseConvTensor,  # input voxels
-    ) -> spconv.SparseConvTensor:  # output voxels
-        "Convolve; a 'down' whose table is there already reads it from the other side."
-        self.algo = ConvAlgo.MaskImplicitGemm if x.features.is_cuda else ConvAlgo.Native
-        again = self.kind == "down" and x.find_indice_pair(self.key) is not None
-        self.inverse = again or self.kind == "up"
-        self.indice_key = self.key + AGAIN * again
-        return self._conv_forward(torch.is_grad_enabled(), x, self.weight, None)
+# %% ../nbs/30_unet.ipynb #3ed352b7
+@patch
+def forward(
+    self: SparseConv,
+    x: spconv.SparseConvTensor,  # input voxels
+) -> spconv.SparseConvTensor:  # output voxels
+    "Convolve; a 'down' whose table is there already reads it from the other side."
+    self.algo = ConvAlgo.MaskImplicitGemm if x.features.is_cuda else ConvAlgo.Native
+    again = self.kind == "down" and x.find_indice_pair(self.key) is not None
+    self.inverse = again or self.kind == "up"
+    self.indice_key = self.key + AGAIN * again
+    return self._conv_forward(torch.is_grad_enabled(), x, self.weight, None)
 
 # %% ../nbs/30_unet.ipynb #97cd399c
 TABLE_SIDES = (
@@ -206,7 +208,7 @@ TABLE_SIDES = (
     ("mask_argsort_fwd_splits", "mask_argsort_bwd_splits"),
 )  # fields of spconv's tables that are each other's other side
 
-
+# %% ../nbs/30_unet.ipynb #b4d645be
 def exchange_sides(
     table: Any,  # spconv's table of a strided layer
 ) -> Any:  # the same kind of table
@@ -231,7 +233,7 @@ def kept_tables(
 # %% ../nbs/30_unet.ipynb #90a3a226
 NO_TIMER = CUDAKernelTimer(False)
 
-
+# %% ../nbs/30_unet.ipynb #44d08791
 @patch
 def again(
     self: SparseConv,
@@ -261,7 +263,7 @@ REFUSED = dict(
     float16="needs a gradient scaler, which the trainer does not have", bfloat16="has no kernels in spconv"
 )
 
-
+# %% ../nbs/30_unet.ipynb #854301ba
 def pick_precision(
     precision: str,  # one of `PRECISIONS`; 'auto' = 'tf32' on a GPU, 'float32' on the CPU
     device: Any,  # where the convolutions will run
@@ -361,21 +363,25 @@ class ConvBlock(nn.Module):
         self.norm = make_norm(n_out, cfg)
         self.slope = cfg.slope
 
-    def forward(
-        self,
-        x: spconv.SparseConvTensor,  # input voxels
-    ) -> spconv.SparseConvTensor:  # output voxels
-        "Convolve, normalise, bend."
-        x = self.conv(x)
-        return x.replace_feature(F.leaky_relu(self.norm(x.features), self.slope))
+# %% ../nbs/30_unet.ipynb #4d94749f
+@patch
+def forward(
+    self: ConvBlock,
+    x: spconv.SparseConvTensor,  # input voxels
+) -> spconv.SparseConvTensor:  # output voxels
+    "Convolve, normalise, bend."
+    x = self.conv(x)
+    return x.replace_feature(F.leaky_relu(self.norm(x.features), self.slope))
 
-    def again(
-        self,
-        features: Tensor,  # (V,n_in) of the input voxels
-        tables: dict,  # from `kept_tables`
-    ) -> Tensor:  # (W,n_out) of the output voxels
-        "The same on voxels whose tables are known."
-        return F.leaky_relu(self.norm(self.conv.again(features, tables)), self.slope)
+# %% ../nbs/30_unet.ipynb #6a6671f8
+@patch
+def again(
+    self: ConvBlock,
+    features: Tensor,  # (V,n_in) of the input voxels
+    tables: dict,  # from `kept_tables`
+) -> Tensor:  # (W,n_out) of the output voxels
+    "The same on voxels whose tables are known."
+    return F.leaky_relu(self.norm(self.conv.again(features, tables)), self.slope)
 
 # %% ../nbs/30_unet.ipynb #1bb53857
 def _stack(
@@ -524,7 +530,7 @@ def _in_order(
     "The same voxels, told in another order: sums are rounded elsewhere."
     return replace(v, keys=v.keys[order], coords=v.coords[order], features=v.features[order])
 
-
+# %% ../nbs/30_unet.ipynb #c0561a92
 def _step_ms(
     net: SparseUNet,
     v: Voxels,
@@ -544,6 +550,18 @@ def _step_ms(
     return (time.perf_counter() - start) / repeats * 1e3
 
 # %% ../nbs/30_unet.ipynb #718bcffe
+def _twins(
+    precision: str,  # of the second
+    device: str,  # of the second
+) -> tuple[SparseUNet, SparseUNet]:  # in float32 on the CPU; in a precision on a device
+    "Two networks of the same weights."
+    torch.manual_seed(0)
+    ref = SparseUNet(3, UNetConfig(precision="float32"))
+    net = SparseUNet(3, UNetConfig(precision=precision)).to(device)
+    net.load_state_dict(ref.state_dict())
+    return ref, net
+
+# %% ../nbs/30_unet.ipynb #7e220668
 def device_gap(
     precision: str,  # 'float32' or 'tf32'
     n: int = 300_000,  # points
@@ -553,10 +571,7 @@ def device_gap(
     "One network on two machines. Call it in a new process: spconv keeps the precision of its first kernels."
     gen = torch.Generator().manual_seed(0)
     v, other = _same_voxels(n, gen, device)
-    torch.manual_seed(0)
-    ref = SparseUNet(3, UNetConfig(precision="float32"))
-    net = SparseUNet(3, UNetConfig(precision=precision)).to(device)
-    net.load_state_dict(ref.state_dict())
+    ref, net = _twins(precision, device)
     goal = torch.randn(len(v), ref.n_out, generator=gen)
     want, want_grad = _features_and_gradient(ref, v, goal)
     y, grad = _features_and_gradient(net, other, goal)

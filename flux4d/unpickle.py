@@ -58,14 +58,14 @@ _PYTHON = {
 _GROUPS = _PANDAS | _NUMPY | _ARROW | _PYTHON
 WORDS = {name: word for word, names in _GROUPS.items() for name in names.split()}  # full name -> word
 
-# %% ../nbs/02b_unpickle.ipynb #fa310d6e
+# %% ../nbs/02b_unpickle.ipynb #68cc241f
 _OLD_MODULES = {  # older name -> newer name
     "__builtin__": "builtins",
     "numpy.core.multiarray": "numpy._core.multiarray",
     "numpy.core.numeric": "numpy._core.numeric",
 }
 
-
+# %% ../nbs/02b_unpickle.ipynb #fa310d6e
 def _admitted() -> dict[str, frozenset]:
     "The names by module, old modules included."
     names = {}
@@ -77,7 +77,7 @@ def _admitted() -> dict[str, frozenset]:
 
 ADMITTED = _admitted()  # module -> names that a pickled table may mention
 
-# %% ../nbs/02b_unpickle.ipynb #78c2e543
+# %% ../nbs/02b_unpickle.ipynb #2b5df291
 UNTRUSTED = "do not open it and get it again from a source you trust"
 REWRITE = "read it with the pandas that wrote it and write it again"
 _NULLABLE = (
@@ -90,7 +90,7 @@ _OTHER_KINDS = (
 )
 _ANY_TYPE = r"_*[A-Z]\w*|_unpickle_\w+|__pyx_unpickle_\w+"
 
-
+# %% ../nbs/02b_unpickle.ipynb #78c2e543
 def _refuse_name(path: Path, module: str, name: str) -> None:
     "Say why a pickle that mentions this name is not read."
     full = quoted(f"{module}.{name}")

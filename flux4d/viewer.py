@@ -30,6 +30,7 @@ from .scene import CameraPath, Scene
 from .scene_file import load_scene
 from .splat_groups import LEGEND_TEXT, VIEWER_LAYERS, SplatGroup, check_layer, in_ego0, layer_colours, legend
 from .splat_groups import splat_groups
+from .settings import command_parser
 
 # %% auto #0
 __all__ = ['load_viser', 'start_server', 'field_of_view', 'quaternion', 'send_group', 'place_eye', 'ViewerPanel', 'add_panel',
@@ -168,7 +169,7 @@ def _add_layers(viewer: Viewer) -> tuple[Any, Any, Any]:  # list of layers, the 
 
     return layer, picture, text
 
-
+# %% ../nbs/74_viewer.ipynb #a2448645
 def _add_switches(viewer: Viewer) -> dict[str, Any]:  # checkboxes by group
     "A checkbox a group."
     gui = viewer.server.gui
@@ -224,7 +225,7 @@ def add_panel(
     return ViewerPanel(slider, _add_switches(viewer), layer, picture, text)
 
 # %% ../nbs/74_viewer.ipynb #700423e1
-class Viewer:
+class Viewer(contextlib.AbstractContextManager):
     "A scene in a browser; made by `scene.view()`."
 
     def __init__(
@@ -250,12 +251,17 @@ class Viewer:
         self._panel = add_panel(self)
         self.server.on_client_connect(lambda client: self._welcome(client))
 
-    @property
-    def url(self) -> str:
-        "The address to open in a browser."
-        return f"http://{self.server.get_host().replace('0.0.0.0', 'localhost')}:{self.server.get_port()}"
+    def __exit__(self, *error: Any) -> None:
+        "Close at the end of a `with` block."
+        self.close()
 
 # %% ../nbs/74_viewer.ipynb #19adeb21
+@patch(as_prop=True)
+def url(self: Viewer) -> str:
+    "The address to open in a browser."
+    return f"http://{self.server.get_host().replace('0.0.0.0', 'localhost')}:{self.server.get_port()}"
+
+
 @patch
 def close(self: Viewer) -> None:
     "Stop the server; browsers that are open lose their connection."
@@ -263,18 +269,6 @@ def close(self: Viewer) -> None:
     self._closed.set()
     with contextlib.redirect_stdout(io.StringIO()):
         self.server.stop()
-
-
-@patch
-def __enter__(self: Viewer) -> Viewer:
-    "Itself; closed at the end of the `with` block."
-    return self
-
-
-@patch
-def __exit__(self: Viewer, *error: Any) -> None:
-    "Close."
-    self.close()
 
 # %% ../nbs/74_viewer.ipynb #7f2156a7
 @patch
@@ -307,7 +301,7 @@ def _move_to(self: Viewer, seconds: float) -> None:
         pose = path.pose_at(self.seconds / self.scene.duration)
         self.frusta[name].wxyz, self.frusta[name].position = quaternion(pose), pose[:3, 3]
 
-
+# %% ../nbs/74_viewer.ipynb #127f310f
 @patch
 def seek(
     self: Viewer,
@@ -481,22 +475,20 @@ def view(
         webbrowser.open(viewer.url)
     return viewer
 
-# %% ../nbs/74_viewer.ipynb #d11b4099
+# %% ../nbs/74_viewer.ipynb #03a6ade2
 _VIEW_EXAMPLE = """examples:
   flux4d-view ckpt_best.pt data/pandaset --log 002 --start 0
   flux4d-view ckpt_best.pt data/pandaset --log 002 --host 0.0.0.0 --no-browser   for other machines to look
   flux4d-view a.scene                                                            a file that scene.save wrote"""
 
-
+# %% ../nbs/74_viewer.ipynb #d11b4099
 def clip_parser(
     name: str,  # of the command
     description: str,  # what it does
     example: str,  # how it is called
 ) -> argparse.ArgumentParser:
     "Options that name weights and a clip."
-    p = argparse.ArgumentParser(
-        name, description=description, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = command_parser(name, description, example)
     p.add_argument("source", help="a checkpoint or weights file; without a data root, a scene that was saved")
     p.add_argument("data_root", nargs="?", help="folder that holds 001, 002 and so on")
     p.add_argument("--log", help="log id, such as 002")

@@ -4,7 +4,6 @@
 
 # %% ../nbs/09d_weights.ipynb #ab886558
 from __future__ import annotations
-import argparse
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from torch import Tensor
 from .checkpoint import check_checkpoint, check_numbers, load_checkpoint
 from .files import DataError
 from .tensor_file import TensorFile, halved, is_tensor_file, read_tensors, write_tensors
+from .settings import command_parser
 
 # %% auto #0
 __all__ = ['HISTORY', 'WEIGHTS_FORMAT', 'WEIGHTS_VERSION', 'WEIGHTS_EXAMPLES', 'Weights', 'averaged_weights', 'save_weights',
@@ -108,18 +108,17 @@ def weights_summary(
     steps = weights.history.get("step", "an unknown number of")
     return f"{path.name}: {count:,} weights after {steps} steps, {path.stat().st_size / 1e6:.1f} MB"
 
-# %% ../nbs/09d_weights.ipynb #7f5dbef0
+# %% ../nbs/09d_weights.ipynb #81d461cf
 WEIGHTS_EXAMPLES = """examples:
   flux4d-weights papermill_runs/run_001/ckpt_best.pt flux4d.safetensors          bit for bit
   flux4d-weights papermill_runs/run_001/ckpt_best.pt flux4d.safetensors --half   half the size"""
 
-
+# %% ../nbs/09d_weights.ipynb #7f5dbef0
 def weights_main(
     argv: list[str] | None = None,  # command line, None: the process's own
 ) -> int:  # 0, or 1 after an error
     "Command `flux4d-weights`: write the averaged weights of a checkpoint into a file to pass on."
-    style = dict(epilog=WEIGHTS_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p = argparse.ArgumentParser(prog="flux4d-weights", description=weights_main.__doc__, **style)
+    p = command_parser("flux4d-weights", weights_main.__doc__, WEIGHTS_EXAMPLES)
     p.add_argument("checkpoint", help="a checkpoint (or a weights file, to write it in another precision)")
     p.add_argument("out", help="the file to write, such as flux4d.safetensors")
     p.add_argument("--half", action="store_true", help="16 bits a number")

@@ -14,6 +14,7 @@ from multiprocessing.shared_memory import SharedMemory
 from typing import Any, NamedTuple
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from .cache import LiftCache, end_with_parent
 from .clip_data import Views, load_views
@@ -38,7 +39,7 @@ class Parcel(NamedTuple):
     skeleton: Any  # the value with a `Place` for each tensor
     block: str  # name of the shared memory
 
-
+# %% ../nbs/32d_workers.ipynb #cef82276
 def to_parcel(
     value: Any,  # a tree of dataclasses, dictionaries, lists and tuples, on the CPU
 ) -> Parcel:  # its block lives until somebody unpacks it
@@ -58,7 +59,7 @@ def to_parcel(
     block.close()
     return Parcel(skeleton, block.name)
 
-
+# %% ../nbs/32d_workers.ipynb #c7e83197
 def from_parcel(
     parcel: Parcel,  # from `to_parcel` of any process
 ) -> Any:  # the value
@@ -88,7 +89,7 @@ def _decode(*args: Any) -> Parcel:
     clip, frame, camera, scale, sensors = args
     return to_parcel(image_bytes(load_views(clip, [frame], (camera,), scale, lidar_sensors=sensors)))
 
-
+# %% ../nbs/32d_workers.ipynb #d037ff81
 def _lift(cache: LiftCache, args: tuple) -> list[str]:  # warnings, which the process that asked says
     "Lift one clip into the cache in a worker."
     torch.set_num_threads(1)
@@ -97,7 +98,7 @@ def _lift(cache: LiftCache, args: tuple) -> list[str]:  # warnings, which the pr
         cache.get(*args)
     return [str(w.message) for w in said if w.category is UserWarning]
 
-
+# %% ../nbs/32d_workers.ipynb #0705efe6
 class Workers:
     "Processes that decode frames and lift clips."
 
@@ -109,54 +110,66 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(count, context, end_with_parent) if count else None
 
-    def _done(
-        self,
-        work: Callable,  # of this module
-        *args: Any,  # its arguments
-    ) -> Any:  # what it returns; None where no process can do it
-        "Have something done, and go on without processes when one of them was killed."
-        if self.pool is None:
-            return None
-        try:
-            return self.pool.submit(work, *args).result()
-        except (BrokenProcessPool, RuntimeError) as e:
-            if not isinstance(e, BrokenProcessPool) and "shutdown" not in str(e):
-                raise
-            if self.pool is not None:
-                self.pool = None
-                warnings.warn(
-                    "data.loader_processes: a process was killed, so threads decode from here on; "
-                    "if memory ran out, ask for fewer processes."
-                )
-            return None
-
-    def frame(
-        self,
-        clip: Clip,  # any that has the frame
-        frame: int,  # log frame id
-        camera: str,  # name
-        scale: float,  # of the image
-        sensors: tuple[int, ...],  # LiDARs of its depth
-    ) -> Views:  # one view on the CPU; images as bytes, time not set
-        "A decoded frame."
-        args = clip, frame, camera, scale, sensors
-        parcel = self._done(_decode, *args)
-        if parcel is not None:
-            return from_parcel(parcel)
-        return image_bytes(load_views(clip, [frame], (camera,), scale, lidar_sensors=sensors))
-
-    def lift(
-        self,
-        cache: LiftCache,  # where the lift goes
-        args: tuple,  # of `LiftCache.get`
-    ) -> None:
-        "Lift a clip into the cache, unless it is there."
-        if self.pool is not None and cache.device == "cpu" and not cache.path(*args).is_file():
-            for text in self._done(_lift, cache, args) or ():
-                warnings.warn(text)
-
     def close(self) -> None:
         "End the processes."
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
             self.pool = None
+
+# %% ../nbs/32d_workers.ipynb #6ad754ac
+@patch
+def _go_on_without(self: Workers) -> None:
+    "Give up the processes, and say so once."
+    if self.pool is not None:
+        self.pool = None
+        warnings.warn(
+            "data.loader_processes: a process was killed, so threads decode from here on; "
+            "if memory ran out, ask for fewer processes."
+        )
+
+# %% ../nbs/32d_workers.ipynb #c8ecf883
+@patch
+def _done(
+    self: Workers,
+    work: Callable,  # of this module
+    *args: Any,  # its arguments
+) -> Any:  # what it returns; None where no process can do it
+    "Have something done, and go on without processes when one of them was killed."
+    if self.pool is None:
+        return None
+    try:
+        return self.pool.submit(work, *args).result()
+    except (BrokenProcessPool, RuntimeError) as e:
+        if not isinstance(e, BrokenProcessPool) and "shutdown" not in str(e):
+            raise
+        self._go_on_without()
+        return None
+
+# %% ../nbs/32d_workers.ipynb #bd63bed4
+@patch
+def frame(
+    self: Workers,
+    clip: Clip,  # any that has the frame
+    frame: int,  # log frame id
+    camera: str,  # name
+    scale: float,  # of the image
+    sensors: tuple[int, ...],  # LiDARs of its depth
+) -> Views:  # one view on the CPU; images as bytes, time not set
+    "A decoded frame."
+    args = clip, frame, camera, scale, sensors
+    parcel = self._done(_decode, *args)
+    if parcel is not None:
+        return from_parcel(parcel)
+    return image_bytes(load_views(clip, [frame], (camera,), scale, lidar_sensors=sensors))
+
+# %% ../nbs/32d_workers.ipynb #3f2be176
+@patch
+def lift(
+    self: Workers,
+    cache: LiftCache,  # where the lift goes
+    args: tuple,  # of `LiftCache.get`
+) -> None:
+    "Lift a clip into the cache, unless it is there."
+    if self.pool is not None and cache.device == "cpu" and not cache.path(*args).is_file():
+        for text in self._done(_lift, cache, args) or ():
+            warnings.warn(text)

@@ -12,11 +12,11 @@ import torch
 import yaml
 from PIL import Image
 
-from flux4d.background import init_gaussians
+from flux4d.background import BackgroundConfig, init_data, init_gaussians, init_groups
 from flux4d.check import check_main, examine
 from flux4d.city.logs import make_city
 from flux4d.city.rays import Recording
-from flux4d.clip_data import InputViews, ViewGroups, load_views
+from flux4d.clip_data import InputViews, ViewGroups, clip_data, load_views
 from flux4d.clips import Clip, ClipConfig, Cut, _log_lists, at_rate, build_index, clip_entry, fingerprint
 from flux4d.files import DataError
 from flux4d.gap_filling import InitConfig
@@ -319,3 +319,24 @@ def test_a_rig_is_pandasets_unless_stated():
         assert f"`{field}`" in page or f".{field}`" in page
     example = yaml.safe_load(page.split("```yaml")[1].split("```")[0])
     assert Rig(**example).cameras["cam1"].heading == 90
+
+
+@pytest.mark.parametrize("mode", ("none", "grid", "hemisphere"))
+@pytest.mark.parametrize("fill", (False, True))
+def test_a_camera_may_add_no_return_of_its_own(made, mode, fill):
+    "The second camera sees only what the first one has lifted, and a third one sees nothing at all."
+    clip = clip_of(made("plain"))
+    whole, half = clip_data(clip), clip_data(clip, image_scale=0.5)
+    up = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]]).double()
+    blind = clip_data(clip, image_scale=0.25)
+    blind.pose = blind.pose @ up  # it looks at the zenith
+    how = InitConfig(fill=fill, fill_blocks=(64, 32)), BackgroundConfig(mode, num_sky_points=2000)
+    alone, together = init_data(whole, *how), init_groups([whole, half, blind], *how)
+    assert torch.equal(together.means[:100], alone.means[:100])
+    returns = init_data(whole, InitConfig(fill=False), BackgroundConfig("none"))
+    if not fill:
+        assert (together.kind == 0).sum() == len(returns) == (alone.kind == 0).sum()
+    assert (together.kind.diff() >= 0).all()  # what is near comes first
+    if not fill and mode == "none":
+        with pytest.raises(DataError, match="no LiDAR return is visible in an input image"):
+            init_groups([blind, blind], *how)

@@ -43,7 +43,7 @@ def bent(
     down = y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y
     return np.stack([along, down], 1)
 
-
+# %% ../../nbs/05g_camera.ipynb #fde3c50a
 def straightened(
     xy: np.ndarray,  # (N,2) where rays meet the image, before the pinhole matrix
     bend: tuple,  # k1, k2, p1, p2, k3

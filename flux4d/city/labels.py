@@ -29,7 +29,7 @@ def box_time(
         when = np.array([tau + (np.angle(np.exp(1j * azimuth)) / (2 * np.pi) - 0.5) * turn])
     return float(when[0])
 
-# %% ../../nbs/05h_labels.ipynb #335e1c3a
+# %% ../../nbs/05h_labels.ipynb #66e9772e
 _HALF_VIEW = np.where(RIG.columns == "front_camera", 26.0, 46.0)  # degrees
 SEEN_BY = dict(  # PandaSet's numbers of the cameras
     front_left_camera=0,
@@ -40,7 +40,7 @@ SEEN_BY = dict(  # PandaSet's numbers of the cameras
     left_camera=5,
 )
 
-
+# %% ../../nbs/05h_labels.ipynb #335e1c3a
 def camera_used(
     ego: np.ndarray,  # (4,4) LiDAR frame to street
     p: np.ndarray,  # (3,) street, m

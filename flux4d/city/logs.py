@@ -30,6 +30,7 @@ from .rays import LIDAR_AXES, RIG, TURN_SHIFT, Raycaster, Recording, TrueSweep
 from .rays import ego_pose, make_street, sweep
 from ..files import DataError, atomic_write
 from ..frames import mat_to_quat, pixel_index, project, se3_inverse, transform_points
+from ..settings import command_parser
 
 # %% auto #0
 __all__ = ['CITY_RANGES', 'PART', 'CITY_EXAMPLES', 'recording_of', 'world_of', 'city_camera', 'log_stamps', 'dump_table',
@@ -46,7 +47,7 @@ def recording_of(
     given = cfg.get("recording", {})
     return Recording(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
-
+# %% ../../nbs/05i_logs.ipynb #633f9834
 def world_of(
     caster: Raycaster,  # the street
     record: Recording,  # read: origin
@@ -56,7 +57,7 @@ def world_of(
     world[:3, 3] += record.origin
     return world
 
-
+# %% ../../nbs/05i_logs.ipynb #6160d872
 def city_camera(
     caster: Raycaster,  # the street
     name: str,  # a camera of the rig
@@ -128,7 +129,7 @@ def in_images(
         seen |= pixel_index(uv, camera.width, camera.height)[2]
     return np.random.default_rng(len(seen)).permutation(np.flatnonzero(seen))
 
-
+# %% ../../nbs/05i_logs.ipynb #7a264861
 def recorded_sweep(
     caster: Raycaster,  # the street
     frame: int,  # place in the log's lists
@@ -382,7 +383,7 @@ def each_part(
     finally:
         os.environ.pop("OMP_NUM_THREADS") if old is None else os.environ.update(OMP_NUM_THREADS=old)
 
-# %% ../../nbs/05i_logs.ipynb #225fe5e1
+# %% ../../nbs/05i_logs.ipynb #12672e2b
 CITY_RANGES = dict(  # lowest and highest value of a parameter; whole numbers where these are whole
     logs=(1, 999),
     frames=(1, 1000),
@@ -392,7 +393,7 @@ CITY_RANGES = dict(  # lowest and highest value of a parameter; whole numbers wh
     step=(0.05, 45.0),
 )
 
-
+# %% ../../nbs/05i_logs.ipynb #225fe5e1
 def check_city_parameters(
     **given: int | float | None,  # parameters by name; None: left to the default
 ) -> None:  # raises DataError
@@ -418,7 +419,7 @@ def shares_of(
     shares = max(1, -(-workers // max(len(todo), 1)), -(-frames // PART))
     return [(i, list(range(frames))[k::shares]) for i in todo for k in range(shares)]
 
-
+# %% ../../nbs/05i_logs.ipynb #54901c1d
 def free_cores() -> int:
     "Cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -492,21 +493,16 @@ def fixture_city(
         shutil.rmtree(tmp, ignore_errors=True)  # another process was first
     return final
 
-# %% ../../nbs/05i_logs.ipynb #3a9643fc
+# %% ../../nbs/05i_logs.ipynb #dde695c8
 CITY_EXAMPLES = """examples:
   flux4d-city data/city --logs 2 --frames 80                             two logs of eight seconds, images of 480x270
   flux4d-city data/six --logs 1 --frames 16 --cameras front_camera left_camera --scale 0.5"""
 
-
+# %% ../../nbs/05i_logs.ipynb #3a9643fc
 def city_parser() -> argparse.ArgumentParser:
     "The command's arguments."
     what = "Write made-up logs in PandaSet's layout, with exact flow beside them."
-    p = argparse.ArgumentParser(
-        "flux4d-city",
-        description=f"{what} What was interrupted goes on where it stopped.",
-        epilog=CITY_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("flux4d-city", f"{what} What was interrupted goes on where it stopped.", CITY_EXAMPLES)
     folder = "folder to write: new, empty, or begun by this command with the same parameters"
     beams = "degrees between columns of LiDAR beams, default 0.25"
     p.add_argument("out", help=folder)

@@ -219,14 +219,14 @@ def bus(
     wheels = [wheel(x * l, y * (half + 0.01), 0.48, 0.3) for x in (-0.27, 0.31) for y in sides]
     return join([body, stripe, *panes, *lamps, *wheels])
 
-# %% ../../nbs/05b_models.ipynb #f9503b72
+# %% ../../nbs/05b_models.ipynb #50221a71
 SKINS = [(0.80, 0.62, 0.50), (0.62, 0.45, 0.34), (0.42, 0.29, 0.22)]  # 0..1
 CLOTHES = [  # red, green, blue, 0..1
     *[(0.16, 0.19, 0.28), (0.55, 0.14, 0.15), (0.80, 0.78, 0.72), (0.22, 0.34, 0.26)],
     *[(0.75, 0.60, 0.20), (0.10, 0.10, 0.11), (0.36, 0.45, 0.60)],
 ]
 
-
+# %% ../../nbs/05b_models.ipynb #f9503b72
 def limb(
     a: tuple,  # (3,) one end, m
     b: tuple,  # (3,) other end, m
@@ -262,7 +262,7 @@ def walker(
     hair = blob((-0.01, 0, 1.70), (0.105, 0.095, 0.10), (0.14, 0.10, 0.08))
     return join([*strides, *map(shoe, sides), *arms, trunk, neck, head, hair])
 
-# %% ../../nbs/05b_models.ipynb #24afdf77
+# %% ../../nbs/05b_models.ipynb #12ccd150
 JOINTS = dict(  # of a bicycle's frame, m
     rear=(-0.53, 0, 0.34),
     pedals=(-0.05, 0, 0.30),
@@ -274,7 +274,7 @@ JOINTS = dict(  # of a bicycle's frame, m
 )
 TUBES = "rear pedals, pedals seat, post head, pedals head, front stem"
 
-
+# %% ../../nbs/05b_models.ipynb #24afdf77
 def bicycle() -> Mesh:  # facing +x, 1.75 m long
     "Two wheels and a frame."
     t = np.arange(15) * 2 * np.pi / 14
@@ -419,7 +419,7 @@ def traffic_cone() -> Mesh:
     ]
     return join([box((0.36, 0.36, 0.04), (0, 0, 0), "rubber", TYRE), *rings])
 
-
+# %% ../../nbs/05b_models.ipynb #2c19af34
 def stop_sign() -> Mesh:  # its face towards -x
     "A red octagon on a post."
     grey = (0.55, 0.56, 0.56)

@@ -50,14 +50,14 @@ SCANNER = dict(  # in the LiDAR frame
 )
 SWEEP = 0.1  # s per turn; a turn begins and ends behind the vehicle
 
-# %% ../../nbs/05e_rays.ipynb #5e2ec002
+# %% ../../nbs/05e_rays.ipynb #652845fe
 TURN_SHIFT = dict(start=-1.0, middle=-0.5, end=0.0)  # turns from a sweep's end to the moment that its stamp gives
 LIDAR_AXES = {  # columns: the LiDAR's x, y and z as x right, y forward, z up
     "right forward up": np.eye(3),
     "forward left up": np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1.0]]),
 }
 
-
+# %% ../../nbs/05e_rays.ipynb #5e2ec002
 @dataclass(frozen=True)
 class Recording:
     "How a made-up log is recorded and written."
@@ -81,15 +81,17 @@ class Recording:
         if self.lidar_axes not in LIDAR_AXES:
             raise DataError(f"lidar_axes: is {self.lidar_axes!r}; choose {' or '.join(LIDAR_AXES)}.")
 
-    @property
-    def period(self) -> float:  # s
-        "From frame to frame."
-        return 1 / self.fps
+# %% ../../nbs/05e_rays.ipynb #0b2b51f7
+@patch(as_prop=True)
+def period(self: Recording) -> float:  # s
+    "From frame to frame."
+    return 1 / self.fps
 
-    @property
-    def turn(self) -> float:  # s
-        "Of one turn of the scanner."
-        return min(SWEEP, self.period)
+
+@patch(as_prop=True)
+def turn(self: Recording) -> float:  # s
+    "Of one turn of the scanner."
+    return min(SWEEP, self.period)
 
 # %% ../../nbs/05e_rays.ipynb #5e2ec003
 @patch
@@ -101,7 +103,7 @@ def numbers(
     every = np.arange(frames + len(self.gaps))
     return every[~np.isin(every, self.gaps)][:frames]
 
-
+# %% ../../nbs/05e_rays.ipynb #25fba699
 @patch
 def seconds(
     self: Recording,
@@ -110,7 +112,7 @@ def seconds(
     "When each sweep ends."
     return self.period * self.numbers(frames)
 
-
+# %% ../../nbs/05e_rays.ipynb #a0da92a0
 @patch
 def name(
     self: Recording,
@@ -188,13 +190,23 @@ class Raycaster:
         self.normal = every.normal.astype(np.float32)
         self.material = every.material
         self.colour = every.colour.astype(np.float32)
-        o = self.owner[: self.first[n]]
-        standing = turned(every.xyz[: len(o)], self.pose0[o, None, 2]) + self.base0[o, None, :3]
-        self.still = search_tree(standing)
-        self.movers = {i: search_tree(things[i].mesh.xyz) for i in range(n, len(things))}
         self.boxed = np.array([bool(t.label) for t in things[:n]])
         self.middle = np.c_[np.zeros((len(things), 2)), self.size[:, 2] / 2 + self.z]
         self.radius = np.linalg.norm(self.size, axis=1) / 2 + 0.3  # of a ball that holds the thing, m
+        self._plant(every.xyz)
+
+# %% ../../nbs/05e_rays.ipynb #6f980688
+@patch
+def _plant(
+    self: Raycaster,
+    faces: np.ndarray,  # (F,3,3) corners of all things' faces, each in its thing's own frame, m
+) -> None:
+    "One search tree for all that stands, in the street's frame, and one for each mover, in its own."
+    o = self.owner[: self.first[self.street.standing]]
+    standing = turned(faces[: len(o)], self.pose0[o, None, 2]) + self.base0[o, None, :3]
+    self.still = search_tree(standing)
+    things = self.street.things
+    self.movers = {i: search_tree(things[i].mesh.xyz) for i in range(self.street.standing, len(things))}
 
 # %% ../../nbs/05e_rays.ipynb #4f6e478e
 @patch

@@ -5,6 +5,7 @@
 # %% ../../nbs/05c_street.ipynb #c39e6cae
 from __future__ import annotations
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from .solids import Mesh, box, quads
 
 # %% auto #0
 __all__ = ['WALLS', 'STYLES', 'VEHICLE_LABELS', 'KERB_LABELS', 'arc', 'Motion', 'Thing', 'Layout', 'Edge', 'edges', 'houses',
-           'labelled', 'vehicle', 'parked', 'street_tree', 'small_thing', 'greens', 'ground_and_blocks',
+           'labelled', 'vehicle', 'places_along', 'parked', 'street_tree', 'small_thing', 'greens', 'ground_and_blocks',
            'distant_places', 'skyline', 'scenery']
 
 # %% ../../nbs/05c_street.ipynb #4a8761e6
@@ -44,11 +45,6 @@ class Motion:
     path: tuple = ((1.0, 0.0),)  # segments: length m, curvature 1/m; the last one goes on
     speed: tuple = ((0.0, 0.0),)  # knots: time s, speed m/s; constant outside them
 
-    @property
-    def moves(self) -> bool:  # False for what is static throughout
-        "Whether it ever has a speed."
-        return any(v != 0 for _, v in self.speed)
-
     @cached_property
     def _times(self) -> tuple:  # knots s, speeds m/s, accelerations m/s^2, metres since time 0
         "The speed's table, held constant at both ends."
@@ -68,6 +64,12 @@ class Motion:
         for l, k in zip(length, bend):
             knots.append(arc(knots[-1], l, k))
         return np.r_[0, np.cumsum(length)[:-1]], np.array(knots), bend
+
+# %% ../../nbs/05c_street.ipynb #46e953b7
+@patch(as_prop=True)
+def moves(self: Motion) -> bool:  # False for what is static throughout
+    "Whether it ever has a speed."
+    return any(v != 0 for _, v in self.speed)
 
 # %% ../../nbs/05c_street.ipynb #62896e65
 @patch
@@ -142,12 +144,14 @@ class Layout:
         "Half the width between a cross street's kerbs."
         return self.lane + self.park
 
-    def blocks(self) -> np.ndarray:  # (B,4) x0, x1, y0, y1, m
-        "The raised rectangles between the streets."
-        kerbs = [(x - self.cross, x + self.cross) for x in self.crossings]
-        xs = np.r_[-170, np.ravel(kerbs), 380].reshape(-1, 2)
-        ys = ((self.half, 120.0), (-120.0, -self.half))
-        return np.array([[a, b, *y] for a, b in xs for y in ys])
+# %% ../../nbs/05c_street.ipynb #9208ade3
+@patch
+def blocks(self: Layout) -> np.ndarray:  # (B,4) x0, x1, y0, y1, m
+    "The raised rectangles between the streets."
+    kerbs = [(x - self.cross, x + self.cross) for x in self.crossings]
+    xs = np.r_[-170, np.ravel(kerbs), 380].reshape(-1, 2)
+    ys = ((self.half, 120.0), (-120.0, -self.half))
+    return np.array([[a, b, *y] for a, b in xs for y in ys])
 
 # %% ../../nbs/05c_street.ipynb #d01e2255
 class Edge(NamedTuple):
@@ -189,14 +193,14 @@ def edges(
                 out.append(Edge(begin, y_axis * up, x_axis * inwards, 100.0))
     return out
 
-# %% ../../nbs/05c_street.ipynb #b5f8d7ad
+# %% ../../nbs/05c_street.ipynb #b7f837c6
 WALLS = [  # red, green, blue, 0..1
     *[(0.62, 0.30, 0.22), (0.52, 0.24, 0.19), (0.78, 0.74, 0.66), (0.70, 0.68, 0.64)],
     *[(0.60, 0.58, 0.50), (0.84, 0.82, 0.78), (0.55, 0.50, 0.45), (0.66, 0.60, 0.46)],
     *[(0.48, 0.53, 0.58), (0.72, 0.56, 0.44)],
 ]
 
-
+# %% ../../nbs/05c_street.ipynb #b5f8d7ad
 def houses(
     g: np.random.Generator,  # of the log
     edge: Edge,  # where
@@ -250,6 +254,18 @@ def vehicle(
     mesh = recast(model(kind), scale, (0.86, 0.86, 0.84) if kind == "bus" else paint)
     return labelled(mesh, motion, VEHICLE_LABELS.get(kind, "Car"), g)
 
+# %% ../../nbs/05c_street.ipynb #d6c79ebb
+def places_along(
+    g: np.random.Generator,  # of the log
+    start: float,  # m along the edge
+    end: float,  # m; the last place is before it
+    gap: tuple[float, float],  # shortest and longest way from one place to the next, m
+) -> Iterator[float]:  # m along the edge
+    "Places along an edge; each distance is drawn when the place before has been filled."
+    while start < end:
+        yield start
+        start += g.uniform(*gap)
+
 # %% ../../nbs/05c_street.ipynb #47bdb9b4
 def parked(
     g: np.random.Generator,  # of the log
@@ -257,15 +273,14 @@ def parked(
     lay: Layout,  # the street
 ) -> list:  # of Thing
     "A row of parked cars outside the kerb, facing with the traffic."
-    out = []
-    s = g.uniform(9, 12)
+    first = g.uniform(9, 12)
     occupied = g.uniform(0.5, 0.85)
-    while s < edge.length - 9:
+    out = []
+    for s in places_along(g, first, edge.length - 9, (5.9, 7.2)):
         if g.random() < occupied:
             outwards = -1.15 + g.normal() * 0.06
             heading = np.pi * edge.left + g.normal() * 0.01
             out.append(vehicle(g, edge.at(s, outwards, heading)))
-        s += g.uniform(5.9, 7.2)
     return out
 
 # %% ../../nbs/05c_street.ipynb #eacd8f2e
@@ -300,12 +315,12 @@ def greens(
 ) -> list:  # of Thing
     "Trees, poles and small things on the kerb side of the pavement; every fourth place is a pole."
     out = []
-    s = g.uniform(4, 9)
+    first = g.uniform(4, 9)
     k = int(g.integers(3))
     leafy = g.uniform(0.35, 0.75)
     hue = g.uniform()
     facing = np.pi * edge.left
-    while s < edge.length - 4:
+    for s in places_along(g, first, edge.length - 4, (5.5, 10)):
         k += 1
         if k % 4 == 0:
             pole, turn = (utility_pole(), 0.0) if edge.left else (lamp_post(), np.pi / 2)
@@ -314,7 +329,6 @@ def greens(
             out.append(labelled(street_tree(g, hue), edge.at(s, 1.1, facing), "", g, lay.kerb))
         elif g.random() < 0.8:
             out.append(small_thing(g, edge.at(s, 0.6, facing), lay))
-        s += g.uniform(5.5, 10)
     return out
 
 # %% ../../nbs/05c_street.ipynb #19e6138d

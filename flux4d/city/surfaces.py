@@ -296,7 +296,7 @@ def drawn_of_house(
     "A number that the house draws from its seed."
     return cells(s.seed % 251, s.seed // 251 % 253, k)
 
-
+# %% ../../nbs/05f_surfaces.ipynb #69d9140f
 class Panes(NamedTuple):
     "The window that each point is nearest to."
 
@@ -333,7 +333,7 @@ def glass_colour(
     bars_of_window = np.maximum(band(w.a, 0.03, s.fu), band(w.b - 0.1, 0.03, s.fv))
     return over(glass, bars_of_window, rgb(0.75, 0.74, 0.70))
 
-
+# %% ../../nbs/05f_surfaces.ipynb #c8f66039
 def panes(
     s: Spots,  # hits on a house
     c: np.ndarray,  # (N,3) colours so far
@@ -387,7 +387,7 @@ def name_boards(
     text = band(line, 0.12, s.fv) * band(a, 1.1, s.fu) * letters * np.clip(1.2 - s.fu / 0.15, 0, 1)
     return over(c, band(line, 0.3, s.fv) * band(a, 1.7, s.fu) * here, over(board, text, rgb(0.92, 0.92, 0.92)))
 
-
+# %% ../../nbs/05f_surfaces.ipynb #2a4b8958
 def shops(
     s: Spots,  # hits on a house
     c: np.ndarray,  # (N,3) colours so far

@@ -45,7 +45,7 @@ class Drive(NamedTuple):
     side: int = 0  # 1 turns left there, -1 right, 0 goes on
     lanes: int = 0  # lanes the street must have, 0 any
 
-
+# %% ../../nbs/05d_traffic.ipynb #ebb39a16
 DRIVES = [
     Drive("cruises", ((0, 1), (4, 0.9), (8, 1)), meets=4.5, lanes=2),
     Drive("brakes to a stop", ((0, 1), (1.2, 1), (5.2, 0), (6.6, 0), (8, 0.35)), meets=5.2),
@@ -179,7 +179,7 @@ def car_turning_off(
     speed = ((0, s.g.uniform(6, 9)), (2, 4.5), (8, 5.5))
     return vehicle(s.g, Motion((x, -lay.lane * (lay.lanes - 0.5), 0.0), path, speed))
 
-
+# %% ../../nbs/05d_traffic.ipynb #3ce27405
 def car_oncoming(
     s: Scenario,  # what to draw from
 ) -> Thing:
@@ -209,7 +209,7 @@ def car_passing(
     way = s.side()
     return on_cross_street(s, s.g.choice([near, near, far]), -way * u(8, 55), way, (0, u(4, 10)), (8, u(4, 10)))
 
-
+# %% ../../nbs/05d_traffic.ipynb #90a6108c
 def car_waiting(
     s: Scenario,  # what to draw from
 ) -> Thing:
@@ -237,7 +237,7 @@ def car_beyond(
     speed = ((0, u(3, 7)), (3, u(3, 7)), (8, u(4, 9)))
     return on_cross_street(s, s.lay.crossings[0], y, way * side, *speed)
 
-
+# %% ../../nbs/05d_traffic.ipynb #510c6567
 def car_beyond_oncoming(
     s: Scenario,  # what to draw from; its ego turns
 ) -> Thing:
@@ -314,7 +314,7 @@ def rider_main(
     edge = s.lay.half - s.lay.park - 0.5
     return rider(s, s.g.uniform(5, 70), -way * edge, 0.0 if way > 0 else np.pi)
 
-
+# %% ../../nbs/05d_traffic.ipynb #3b66719c
 def rider_cross(
     s: Scenario,  # what to draw from
 ) -> Thing:
