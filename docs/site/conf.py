@@ -127,6 +127,18 @@ def link_names(app, page, template, context, doctree):
     context["body"] = CELL.sub(code, CODE.sub(code, body))
 
 
+# sources
+
+REPOSITORY = "https://github.com/flux4d/flux4d-in-notebooks/blob/main"
+
+
+def add_source(app, page, template, context, doctree):
+    "End the page of a notebook with a link to the notebook."
+    if "body" in context and page in app.names["used"]:
+        link = f'<a href="{REPOSITORY}/nbs/{page}.ipynb">nbs/{page}.ipynb</a>'
+        context["body"] += f'<p class="needs">This page is made from the notebook {link}.</p>'
+
+
 # formulas
 
 FORMULAS = LatexToMathML(fancy_error=False)
@@ -169,4 +181,5 @@ def setup(app):
     app.connect("source-read", add_tree)
     app.connect("doctree-read", note_names)
     app.connect("html-page-context", link_names)
+    app.connect("html-page-context", add_source)
     app.connect("build-finished", add_files)

@@ -25,7 +25,7 @@ document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll("div.scene").forEach((place) => {
     const button = document.createElement("button");
     button.type = "button";
-    button.textContent = "Load the scene (SIZE MB, drawn by this machine)";
+    button.textContent = "Load the scene (2.5 MB, drawn by this machine)";
     button.addEventListener("click", () => {
       const frame = document.createElement("iframe");
       frame.src = place.dataset.src;
@@ -55,6 +55,21 @@ document.addEventListener("DOMContentLoaded", () => {
     film.append(controls);
     show();
   });
+  // code and commands are copied by a click
+  if (navigator.clipboard) {
+    document.querySelectorAll(".highlight-bash, .highlight-python").forEach((block) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.className = "copy";
+      button.textContent = "Copy";
+      button.addEventListener("click", async () => {
+        await navigator.clipboard.writeText(block.querySelector("pre").textContent);
+        button.textContent = "Copied";
+        setTimeout(() => { button.textContent = "Copy"; }, 1500);
+      });
+      block.append(button);
+    });
+  }
   // a link to a definition or into a fold opens what hides it
   const reveal = () => {
     const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
