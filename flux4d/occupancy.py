@@ -40,7 +40,7 @@ class SmallMoverConfig:
     cell: PositiveFloat = 0.3  # m, edge of the cells whose returns are joined to blobs
     height: tuple[float, float] = (0.25, 2.4)  # m above the ground, of a person's returns but for the feet
     tallest: PositiveFloat = 2.7  # m, where something reaches higher is a wall, a pole or a tree
-    min_points: PositiveInt = 3  # returns of a blob
+    min_points: PositiveInt = 2  # returns of a blob
     max_length: PositiveFloat = 2.3  # m, of a blob from above
     min_top: NonNegativeFloat = 0.6  # m above the ground that a blob reaches
     min_speed: NonNegativeFloat = 0.6  # m/s
@@ -74,7 +74,7 @@ class MotionPriorConfig:
     ground_share: Share = 0.2  # of a cell's points that may lie below its ground, as reflections do
     ground: Literal["planes", "lowest"] = "planes"  # a plane around each cell, or the lowest cell around
     # m by which planes are lowered, since the underside of what drives shows few returns
-    ground_slack: NonNegativeFloat = 0.1
+    ground_slack: NonNegativeFloat = 0.08
     # m, a sweep counts for zero motion only where it has any point this near
     observed_radius: NonNegativeFloat = 0.75
     # 1/m, score by which a longer displacement must be better, at the same spacing

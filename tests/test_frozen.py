@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 import pytest
@@ -28,6 +29,7 @@ from flux4d.clip_data import load_views
 from flux4d.lift import clip_data
 from flux4d.view_scores import EvalConfig
 from flux4d.pandaset import PandaSet
+from flux4d.predictor import PredictorConfig
 from flux4d.run_facts import About
 from flux4d.score_clips import Evaluation, evaluate, one_clip_loader
 from flux4d.refine import Flux4D, FullConfig
@@ -52,7 +54,13 @@ SMALL = dict(
     data=dict(image_scale=0.25, loader_threads=1),
     init=dict(fill_blocks=[64, 32]),
     voxel=dict(size=0.4),
-    model=dict(degree=1, unet=dict(widths=[8, 16], blocks=1), hidden=16),
+    # the stored values are those of a ground of one level, without small movers (14_motion_prior)
+    model=dict(
+        degree=1,
+        unet=dict(widths=[8, 16], blocks=1),
+        hidden=16,
+        motion_prior=dict(ground="lowest", small=dict(min_sweeps=0)),
+    ),
     refine=dict(unet=dict(widths=[8, 16], blocks=1)),
     render=dict(backend="torch"),  # the stored values are the readable rasteriser's
     flow=dict(enabled=True),
@@ -95,7 +103,8 @@ def lifted(clip, cfg):
 def scene_values(clip, cfg, scale):
     "A lift, the motion prior on it, one rendered view."
     g = lifted(clip, cfg)
-    scene = motion_prior_alone(ClipInputs(clip, lift_scene(clip, g, cfg), cfg))
+    stored = replace(PredictorConfig(degree=1), motion_prior=cfg.model.motion_prior, fine_prior=cfg.model.fine_prior)
+    scene = motion_prior_alone(ClipInputs(clip, lift_scene(clip, g, cfg), cfg), cfg=stored)
     velocity = scene.velocity
     views = load_views(clip, clip.target_frames[1:2], ("front_camera",), scale)
     out = render(g, velocity, clip.time.duration, views, RenderConfig(backend="torch"))
