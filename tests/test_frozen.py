@@ -15,13 +15,13 @@ import os
 import sys
 import tempfile
 from contextlib import redirect_stdout
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from unittest.mock import patch
 import pytest
 import torch
 from flux4d.background import init_data
-from flux4d.baselines import motion_prior_alone
+from flux4d.baselines import BASELINES, motion_prior_alone
 from flux4d.cache import LiftCache
 from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
@@ -100,11 +100,17 @@ def lifted(clip, cfg):
     return init_data(data, cfg.init, cfg.background, 0)
 
 
+def stored_prior(inputs):
+    "The motion prior alone, with the settings that the stored values were made with."
+    model = config_from_dict(SMALL, FullConfig).model
+    cfg = PredictorConfig(degree=1, motion_prior=model.motion_prior, fine_prior=model.fine_prior)
+    return motion_prior_alone(inputs, cfg=cfg)
+
+
 def scene_values(clip, cfg, scale):
     "A lift, the motion prior on it, one rendered view."
     g = lifted(clip, cfg)
-    stored = replace(PredictorConfig(degree=1), motion_prior=cfg.model.motion_prior, fine_prior=cfg.model.fine_prior)
-    scene = motion_prior_alone(ClipInputs(clip, lift_scene(clip, g, cfg), cfg), cfg=stored)
+    scene = stored_prior(ClipInputs(clip, lift_scene(clip, g, cfg), cfg))
     velocity = scene.velocity
     views = load_views(clip, clip.target_frames[1:2], ("front_camera",), scale)
     out = render(g, velocity, clip.time.duration, views, RenderConfig(backend="torch"))
@@ -180,7 +186,7 @@ def evaluation():
     folder = Path(tempfile.mkdtemp())
     loader = one_clip_loader(city_clips()[:1], trainer.cfg, LiftCache(folder / "cache"))
     cfg = EvalConfig(save_renders=0)
-    with redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()), patch.dict(BASELINES, motion_prior=stored_prior):
         found = evaluate(
             About("test", "seen logs"),
             Evaluation(model.reconstruct, loader, folder, ("lift", "zero_motion"), cfg, videos=0),
