@@ -23,11 +23,11 @@ from .scene_file import load_scene
 from .voxels import VoxelConfig
 
 # %% auto #0
-__all__ = ['stacked', 'scene_film', 'upright', 'write_scene_files', 'CarriedPoints', 'input_returns', 'carried_points',
+__all__ = ['as_strip', 'scene_film', 'upright', 'write_scene_files', 'CarriedPoints', 'input_returns', 'carried_points',
            'MapRange', 'prior_picture', 'prior_pictures']
 
 # %% ../nbs/91e_scene_page.ipynb #316aa288
-def stacked(
+def as_strip(
     pictures: Iterable[Image.Image],  # of one size
 ) -> Image.Image:  # below each other
     "Moments as one tall picture."
@@ -58,7 +58,7 @@ def upright(
 ) -> Image.Image:  # one below the other
     "Two panels for a page that may be narrow."
     half = picture.width // 2
-    return stacked([picture.crop((0, 0, half, picture.height)), picture.crop((half, 0, 2 * half, picture.height))])
+    return as_strip([picture.crop((0, 0, half, picture.height)), picture.crop((half, 0, 2 * half, picture.height))])
 
 # %% ../nbs/91e_scene_page.ipynb #440c4ff6
 def write_scene_files(
@@ -73,7 +73,7 @@ def write_scene_files(
     scene = load_scene(scene_file)
     film = folder / "film.webp"
     with atomic_write(film) as tmp:
-        stacked(scene_film(scene, moments, width)).save(tmp, format="WEBP", quality=70, method=4)
+        as_strip(scene_film(scene, moments, width)).save(tmp, format="WEBP", quality=70, method=4)
     return [scene.to_html(folder / "scene.html"), film]
 
 # %% ../nbs/91e_scene_page.ipynb #ba48834e

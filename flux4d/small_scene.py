@@ -29,7 +29,7 @@ from .tensor_file import write_tensors
 
 # %% auto #0
 __all__ = ['ReduceConfig', 'views_around', 'blending_weights', 'Group', 'likeness', 'grouped', 'weighted_mean', 'ellipsoid',
-           'merged', 'merged_scene', 'fitted']
+           'merged_cells', 'merged_scene', 'fitted']
 
 # %% ../nbs/73e_small_scene.ipynb #7bd48da3
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def ellipsoid(
     return torch.as_tensor(turn).float(), sizes.clamp_min(1e-8).sqrt().float()
 
 
-def merged(
+def merged_cells(
     scene: Scene,  # in ego0
     group: Group,  # of its Gaussians
     weights: Tensor,  # (N,) px
@@ -183,7 +183,7 @@ def merged_scene(
     roots = [float(weights[rows].sqrt().sum()) for rows in standing]
     shares = [for_movers, *(round((count - for_movers) * root / max(sum(roots), 1e-9)) for root in roots)]
     kinds = [(rows, share) for rows, share in zip([movers, *standing], shares) if len(rows) and share]
-    parts = [merged(scene, grouped(like, weights, rows, share, rng), weights) for rows, share in kinds]
+    parts = [merged_cells(scene, grouped(like, weights, rows, share, rng), weights) for rows, share in kinds]
     flat = {name: torch.cat([getattr(g, name) for g, _ in parts]) for name in Gaussians.__dataclass_fields__}
     velocity = None if scene.velocity is None else torch.cat([v for _, v in parts])
     backdrop = tuple(background_colour(scene.gaussians, scene.render_cfg).tolist())
