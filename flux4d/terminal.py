@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 # %% auto #0
@@ -23,12 +24,8 @@ def in_kernel() -> bool:
 
 def lines_are_shown() -> bool:
     "Whether the process above prints what this kernel prints, as papermill does with `--log-output`."
-    import psutil  # comes with ipykernel; asked for in a kernel only
-
-    try:
-        return "--log-output" in psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:
-        return False
+    started = Path(f"/proc/{os.getppid()}/cmdline")  # there on Linux only; elsewhere a line may be said twice
+    return started.is_file() and b"--log-output" in started.read_bytes().split(b"\0")
 
 
 def inherited_stderr() -> int | None:  # file descriptor; None where a kernel has a page to write on
