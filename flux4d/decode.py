@@ -93,7 +93,7 @@ def motion_head_width(
     "Outputs of the motion head: the velocity blocks, and the share of the prior if there is one."
     return 3 * (degree + 1) + bool(has_prior)
 
-
+# %% ../nbs/30c_decode.ipynb #0631a27a
 class MotionOutput(NamedTuple):
     "The motion head's output of M points, still raw."
 

@@ -83,7 +83,7 @@ class TimeBins(NamedTuple):
     seconds: float = 0.2  # width of one, s; the input frames are 0.2 s apart
     shift: float = 0.15  # s by which the first begins before the clip's start; returns end at their sweep's stamp
 
-
+# %% ../nbs/30b_network_inputs.ipynb #f2eb2332
 class TimeInBin(NamedTuple):
     "Where M capture times fall."
 
@@ -100,10 +100,10 @@ def time_in_bin(
     b = u.floor().clamp(0, bins.count - 1)
     return TimeInBin(b.long(), (2 * (u - b) - 1).clamp(-2, 2))
 
-# %% ../nbs/30b_network_inputs.ipynb #72396d93
+# %% ../nbs/30b_network_inputs.ipynb #98860b62
 N_BIN = 8  # channels of a time bin; how many bins there are is `TimeBins.count`
 
-
+# %% ../nbs/30b_network_inputs.ipynb #72396d93
 class TimeSlots(NamedTuple):
     "What only voxels and capture times decide, of M points in n voxels: the same in every step."
 

@@ -23,14 +23,8 @@ from .unet import SparseUNet, UNetConfig, grid_position, mix_voxels, neighbours,
 from .motion_inputs import MotionInputs, motion_feature_count, motion_features, unpack_prior
 from .network_inputs import N_POINT, TimeBins, TimeSlots, describe_points, time_slots
 from .network_inputs import voxel_feature_count, voxel_features
-from flux4d.decode import (
-    AttributeBounds,
-    MotionDecoding,
-    decode_residual,
-    decode_velocity,
-    make_head,
-    motion_head_width,
-)
+from .decode import AttributeBounds, MotionDecoding, decode_residual, decode_velocity, make_head
+from .decode import motion_head_width
 
 # %% auto #0
 __all__ = ['PredictorConfig', 'returns_in_grid', 'gaussians_in_grid', 'GridIndex', 'make_grid_index', 'BasePredictor']

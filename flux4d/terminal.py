@@ -56,6 +56,11 @@ class Terminal(io.TextIOBase):
         "The file descriptor, of which the width of a screen is asked."
         return self.descriptor
 
+    @property
+    def columns(self) -> int:  # 0: not known, as in a file and on some screens of containers
+        "How wide a screen is."
+        return os.get_terminal_size(self.descriptor).columns if self.screen else 0
+
     def isatty(self) -> bool:
         "Whether a line can be written anew."
         return self.screen
@@ -124,9 +129,8 @@ def open_bar(
     if shown := terminal():
         from tqdm import tqdm
 
-        more |= dict(file=shown, mininterval=1 if shown.screen else 10, dynamic_ncols=shown.screen)
-        if not shown.screen:
-            more |= dict(ncols=110)
+        more |= dict(file=shown, mininterval=1 if shown.screen else 10)
+        more |= dict(dynamic_ncols=True) if shown.columns else dict(ncols=110)
     else:
         from tqdm.auto import tqdm
 
