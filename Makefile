@@ -90,7 +90,7 @@ readme: $(READY)
 	$(REPO) readme
 
 record: $(READY)
-	git add -f $$($(REPO) record papermill_runs/$(RUN))
+	@files=$$($(REPO) record papermill_runs/$(RUN)) || { echo "$$files"; exit 1; }; git add -f $$files
 
 clean:
 	rm -rf _docs _proc build dist .pytest_cache .ruff_cache .cache data/city $(DEMO) *.egg-info

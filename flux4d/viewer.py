@@ -34,7 +34,7 @@ from .settings import command_parser
 
 # %% auto #0
 __all__ = ['load_viser', 'start_server', 'field_of_view', 'quaternion', 'send_group', 'place_eye', 'ViewerPanel', 'add_panel',
-           'Viewer', 'scene_actors', 'clip_parser', 'asked_scene', 'view_parser', 'view_main']
+           'Viewer', 'scene_actors', 'clip_parser', 'refuse_clip_options', 'asked_scene', 'view_parser', 'view_main']
 
 # %% ../nbs/74_viewer.ipynb #59120708
 def load_viser() -> Any:  # the package; raises DataError where it is missing
@@ -305,10 +305,11 @@ def _move_to(self: Viewer, seconds: float) -> None:
 @patch
 def seek(
     self: Viewer,
-    seconds: float,  # since the clip's start; raises DataError outside the clip
+    seconds: float,  # since the clip's start, up to a tenth of the clip outside it; raises DataError elsewhere
 ) -> None:
     "Show the scene at a time."
-    if not -1e-6 <= seconds <= self.scene.duration + 1e-6:
+    reach = self.scene.time.reach
+    if not -reach <= seconds / self.scene.duration <= 1 + reach:
         raise DataError(f"seconds: is {seconds}; choose a time from 0 to {self.scene.duration:.2f}.")
     with self._lock:
         self._move_to(seconds)
@@ -316,7 +317,8 @@ def seek(
             self.look_from(self.camera)
         if self.layer == "depth":
             self._colour(only_movers=True)
-        self._panel.time.value = round(self.seconds, 2)
+        shown = min(max(self.seconds, 0.0), self.scene.duration)
+        self._panel.time.value = round(shown, 2)
 
 # %% ../nbs/74_viewer.ipynb #eeb7cca9
 @patch
@@ -458,7 +460,7 @@ def scene_actors(
     scene: Scene,  # in world axes
 ) -> list[Any]:  # actors, empty where nothing moves
     "Actors of a scene, found by [73_actors](73_actors.ipynb)."
-    return list(getattr(scene, "actors", ()))
+    return list(scene.actors)
 
 # %% ../nbs/74_viewer.ipynb #f022a3ce
 @patch
@@ -497,12 +499,24 @@ def clip_parser(
     p.add_argument("--no-actors", action="store_true", help="no switch for each moving thing")
     return p
 
+# %% ../nbs/74_viewer.ipynb #beffbe32
+def refuse_clip_options(
+    args: argparse.Namespace,  # of `clip_parser`, without a data root
+) -> None:  # raises DataError
+    "A saved scene is one clip on the CPU already: options that choose one would do nothing."
+    given = dict(log=args.log, start=args.start or None, device=args.device)
+    for name, value in given.items():
+        if value is not None:
+            remedy = "leave it out, or name weights and a data root"
+            raise DataError(f"--{name}: is {value}, but {args.source} is a scene that was saved; {remedy}.")
+
 # %% ../nbs/74_viewer.ipynb #beffbe33
 def asked_scene(
     args: argparse.Namespace,  # of `clip_parser`
 ) -> Scene:  # on the CPU; raises DataError
     "The scene that the options ask for."
     if args.data_root is None:
+        refuse_clip_options(args)
         return load_scene(args.source)
     if args.log is None:
         raise DataError("--log: is missing; name a log of the data root, such as --log 002.")

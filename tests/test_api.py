@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from flux4d.city.logs import fixture_city
 from flux4d.config import Config
+from flux4d.files import DataError
 from flux4d.lazy_methods import LazyMethods
 from flux4d.processes import ALONE
 from flux4d.records import repo_root
 from flux4d.render import RenderConfig
 from flux4d.scene import scene_of
+from flux4d.viewer import asked_scene, clip_parser
 
 ROOT = repo_root(Path(__file__).parent)
 
@@ -114,3 +116,16 @@ def test_no_default_can_be_changed_by_who_uses_it():
 def test_settings_of_a_scene_change_no_other_scene():
     with pytest.raises(FrozenInstanceError):
         inspect.signature(scene_of).parameters["cfg"].default.far = 1.0
+
+
+def test_a_record_that_cannot_be_made_fails():
+    call = ["make", "record", "RUN=typo", f"PYTHON={sys.executable}"]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "typo is no complete run" in done.stdout
+
+
+@pytest.mark.parametrize("option", [("--log", "002"), ("--start", "3"), ("--device", "cuda")])
+def test_options_that_a_saved_scene_cannot_follow_are_refused(option):
+    args = clip_parser("flux4d-view", "", "").parse_args(["a.scene", *option])
+    with pytest.raises(DataError, match=f"{option[0]}: is {option[1]}, but a.scene is a scene that was saved"):
+        asked_scene(args)
