@@ -18,6 +18,7 @@ BASE_PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 FLAGS ?=
+OUTPUTS ?=
 WORKERS ?= 2
 ifndef PYTHON
 PYTHON := .venv/bin/python
@@ -79,7 +80,7 @@ docs: $(READY_DOCS) $(READY)
 	@echo "the site is in _docs/: open _docs/index.html"
 
 lab: $(READY)
-	JUPYTER_CONFIG_PATH=$(CURDIR)/docs/lab $(PYTHON) -m jupyterlab nbs $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
+	JUPYTER_CONFIG_PATH=$(CURDIR)/docs/lab OUTPUTS=$(OUTPUTS) $(PYTHON) -m jupyterlab nbs $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
 export: $(READY)
 	$(PYTHON) -c "from nbdev.doclinks import nbdev_export; nbdev_export(path=None)"

@@ -1,4 +1,4 @@
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _WHERE = {  # what a user needs -> the module that has it, and its name there
     "load": ("model", "load_model"),

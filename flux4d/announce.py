@@ -24,16 +24,16 @@ class StepSeconds(NamedTuple):
     "What one training step takes, in seconds."
 
     gpu: float  # an H100, PandaSet's full images
-    cpu: float  # two cores, PandaSet's full images
-    small: float  # two cores, the small city
+    cpu: float  # one core, PandaSet's full images
+    small: float  # one core, the small city
 
 
 STEP_SECONDS = {
-    "default": StepSeconds(0.22, 100.0, 5.0),
-    "paper": StepSeconds(0.34, 100.0, 5.0),
-    "learned": StepSeconds(0.22, 100.0, 5.0),
-    "base": StepSeconds(0.06, 40.0, 2.0),
-    "draft": StepSeconds(0.05, 20.0, 1.0),
+    "default": StepSeconds(0.22, 80.0, 10.0),
+    "paper": StepSeconds(0.34, 120.0, 15.0),
+    "learned": StepSeconds(0.22, 80.0, 10.0),
+    "base": StepSeconds(0.06, 30.0, 4.0),
+    "draft": StepSeconds(0.05, 30.0, 3.0),
 }
 
 

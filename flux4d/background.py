@@ -22,11 +22,11 @@ from .lift import checked_cap, lift_returns, no_visible_return, sound_stamps
 from .gap_filling import Blocks, InitConfig, block_sides, clip_blocks, even_opacity, fill_gaps
 
 # %% auto #0
-__all__ = ['BackgroundConfig', 'pixels_at', 'photometric_cost', 'shared_cost', 'shrunk_images', 'best_depth', 'far_depth',
-           'elevation_in_camera', 'field_top', 'above_field', 'column_depth', 'depth_above', 'depth_behind',
-           'far_field', 'bounding_box', 'draw_hemisphere', 'first_colour', 'drawn_points', 'hemisphere', 'draw_ball',
-           'inside_ball', 'near_gaussians', 'near_field', 'background', 'without_taken', 'init_groups', 'init_data',
-           'clip_groups', 'init_gaussians']
+__all__ = ['BackgroundConfig', 'pixels_at', 'motion_between', 'photometric_cost', 'shared_cost', 'shrunk_images', 'best_depth',
+           'far_depth', 'elevation_in_camera', 'field_top', 'above_field', 'column_depth', 'depth_above',
+           'depth_behind', 'far_field', 'bounding_box', 'draw_hemisphere', 'first_colour', 'drawn_points', 'hemisphere',
+           'draw_ball', 'inside_ball', 'near_gaussians', 'near_field', 'background', 'without_taken', 'init_groups',
+           'init_data', 'clip_groups', 'init_gaussians']
 
 # %% ../nbs/12_background.ipynb #380a93b9
 @dataclass(frozen=True)
@@ -82,6 +82,20 @@ def pixels_at(
     return images.reshape(-1, 3)[(v * h + y) * w + x], inside
 
 # %% ../nbs/12_background.ipynb #928568c4
+def motion_between(
+    data: ClipData,  # V images' cameras
+    b: Blocks,  # B blocks
+    depth: float | Tensor,  # m, where they are put; (B,1) when each has its own
+) -> tuple[Tensor, Tensor]:  # (V,B,2) px; (V,B) bool, another image that has the place before its camera
+    "How far each block would lie in each image from where it lies in its own."
+    V = data.pose[..., 0, 0].numel()
+    place = data.pose[..., :3, 3].reshape(-1, 3)[b.image] + depth * b.ray
+    world_to_cam = se3_inverse(data.pose).view(V, 1, 4, 4)
+    uv, z = project(data.K.view(V, 1, 3, 3), world_to_cam, place[None, :, None])
+    other = b.image != torch.arange(V, device=b.image.device)[:, None]
+    return uv[:, :, 0].float().nan_to_num(-1e6) - b.uv, (z[..., 0] > 1) & other
+
+# %% ../nbs/12_background.ipynb #5d684d1d
 def photometric_cost(
     data: ClipData,  # cameras
     images: Tensor,  # (V,h,w,3) its images, shrunk `k` times
@@ -90,19 +104,14 @@ def photometric_cost(
     depth: float | Tensor,  # m, where they are put; (B,1) when each has its own
 ) -> Tensor:  # (B,) mean colour difference over the other images that see them, 0..0.2; 0 where none does
     "How differently the other images see the blocks, if that is their depth."
-    V = len(images)
-    K = data.K.view(V, 1, 3, 3)
-    world_to_cam = se3_inverse(data.pose).view(V, 1, 4, 4)
-    place = data.pose[..., :3, 3].reshape(-1, 3)[b.image] + depth * b.ray
-    uv, z = project(K, world_to_cam, place[None, :, None])
-    moved = uv[:, :, 0].float().nan_to_num(-1e6) - b.uv  # (V,B,2) px, from the block's own image to the others
+    moved, ahead = motion_between(data, b, depth)
     step = torch.tensor([-1.0, 0, 1], device=images.device)
     offsets = torch.cartesian_prod(step, step) * b.side[:, None, None]
     patch = (b.uv[:, None] + offsets) / k
     own, here = pixels_at(images, b.image[:, None], patch)
-    v = torch.arange(V, device=images.device)[:, None]
-    other, there = pixels_at(images, v[..., None], patch + moved[:, :, None] / k)
-    there &= here & ((z[..., 0] > 1) & (b.image != v))[..., None]
+    v = torch.arange(len(images), device=images.device)[:, None, None]
+    other, there = pixels_at(images, v, patch + moved[:, :, None] / k)
+    there &= here & ahead[..., None]
     sees = there.any(-1)
     difference = ((other - own).abs().mean(-1) * there).sum(-1) / there.sum(-1).clamp_min(1)
     return (difference.clamp_max(0.2) * sees).sum(0) / sees.sum(0).clamp_min(1)
@@ -393,7 +402,7 @@ def near_gaussians(
         filled = even_opacity(filled, data, cfg.opacity)
     return cat([returns, filled])
 
-
+# %% ../nbs/12_background.ipynb #9d771d7a
 def near_field(
     data: ClipData,  # the clip, its stamps sound
     cfg: InitConfig = InitConfig(),  # how to lift and to fill
@@ -432,7 +441,7 @@ def without_taken(
         taken = taken | data.projected.visible.any(1)
     return rest
 
-
+# %% ../nbs/12_background.ipynb #50533b30
 def init_groups(
     groups: list[ClipData],  # of one clip, one for each size of images
     lift_cfg: InitConfig = InitConfig(),  # returns and gaps
@@ -449,7 +458,7 @@ def init_groups(
     ball = [inside_ball(groups, near, bg_cfg, seed)] if bg_cfg.inside_points else []
     return cat([near, *ball, *background(groups, near, blocks, lift_cfg, bg_cfg, seed)])
 
-
+# %% ../nbs/12_background.ipynb #d797d1dd
 def init_data(
     data: ClipData,  # the clip in memory
     lift_cfg: InitConfig = InitConfig(),  # returns and gaps
@@ -469,26 +478,6 @@ def clip_groups(
     "Read what a lift needs, cameras of one size together."
     groups = clip.log.by_size(clip.cameras if cameras is None else cameras)
     return [clip_data(clip, lidar_sensors, group, image_scale) for group in groups]
-
-# %% ../nbs/12_background.ipynb #a67a89bb
-def init_groups(
-    groups: list[ClipData],  # of one clip, one for each size of images
-    lift_cfg: InitConfig = InitConfig(),  # returns and gaps
-    bg_cfg: BackgroundConfig = BackgroundConfig(),  # sky and far field
-    seed: int = 0,  # of rotations and hemisphere
-) -> Gaussians:  # kinds LIDAR, then BACKGROUND; world, on the data's device
-    "Everything a reconstruction starts from, of cameras of any size."
-    if len(groups) == 1:
-        return init_data(groups[0], lift_cfg, bg_cfg, seed)
-    taken = torch.zeros_like(groups[0].stamps, dtype=torch.bool)
-    parts = []
-    for data in groups:
-        rest = replace(data, taken=taken)
-        parts.append(init_data(rest, lift_cfg, bg_cfg, seed))
-        taken = taken | rest.projected.visible.any(1)
-    g = cat(parts)
-    order = (g.kind == BACKGROUND).to(torch.uint8).argsort(stable=True)
-    return g[order]
 
 # %% ../nbs/12_background.ipynb #a72957f3
 def init_gaussians(

@@ -72,10 +72,12 @@ class Mark:
         self.pending = len(noted.pending)
         self.unread = dict(noted.unread)
 
-    def go_back(self) -> None:
-        "Forget the micro-steps since; a clip that was looked at stays on the list of frames."
-        self.noted.pending = self.noted.pending[: self.pending]
-        self.noted.unread = self.unread
+# %% ../nbs/33b_bookkeeping.ipynb #ce80d86b
+@patch
+def go_back(self: Mark) -> None:
+    "Forget the micro-steps since; a clip that was looked at stays on the list of frames."
+    self.noted.pending = self.noted.pending[: self.pending]
+    self.noted.unread = self.unread
 
 # %% ../nbs/33b_bookkeeping.ipynb #dced5db5
 @patch

@@ -12,6 +12,7 @@ import os
 import threading
 import warnings
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
 from multiprocessing.connection import wait
@@ -40,7 +41,7 @@ _WIDTH = dict(
 )  # shape of one row
 _WHOLE_NUMBERS = "frame", "kind"
 
-
+# %% ../nbs/12a_cache.ipynb #57cbf7a3
 def pack(
     g: Gaussians,  # on any device
 ) -> dict[str, np.ndarray]:  # arrays without what repeats, and the full shapes
@@ -53,9 +54,8 @@ def pack(
             a = a.astype(np.int16)
         if a.ndim == 2 and (a == a[:, :1]).all():
             a = a[:, :1]
-        repeats = (
-            name != "means" and len(a) and (a == a[:1]).all()
-        )  # means keep their rows: they say how many there are
+        # means keep their rows: they say how many there are
+        repeats = name != "means" and len(a) and (a == a[:1]).all()
         out[name] = a[:1] if repeats else a
     return out
 
@@ -131,30 +131,29 @@ _MODULES = (
 )
 _CODE = hashlib.sha256(b"".join(Path(m.__file__).read_bytes() for m in _MODULES)).hexdigest()
 
+# %% ../nbs/12a_cache.ipynb #9acde249
+def _stat(path: Path) -> list[int] | None:
+    "Size and time of change of a file; None: it is missing."
+    return [(s := path.stat()).st_size, s.st_mtime_ns] if path.is_file() else None
 
+
+def _content(path: Path) -> bytes:
+    "What a file holds, or that it is missing."
+    return path.read_bytes() if path.is_file() else b"missing"
+
+# %% ../nbs/12a_cache.ipynb #32883009
 def data_identity(
     clip: Clip,  # the clip
     cameras: list[str],  # names
 ) -> list:  # JSON-ready
     "What tells whether the files of a clip have changed."
     log = clip.log
-
-    def stat(p):
-        return [(s := p.stat()).st_size, s.st_mtime_ns] if p.is_file() else None
-
-    def content(p):
-        return p.read_bytes() if p.is_file() else b"missing"
-
-    lists = ["lidar/timestamps", "lidar/poses"] + [
-        f"camera/{c}/{k}" for c in cameras for k in ("timestamps", "poses", "intrinsics")
-    ]
-    contents = [content(log.folder / f"{n}.json") for n in lists] + [rig_bytes(log.folder)]
+    lists = ["lidar/timestamps", "lidar/poses"]
+    lists += [f"camera/{c}/{k}" for c in cameras for k in ("timestamps", "poses", "intrinsics")]
+    contents = [_content(log.folder / f"{n}.json") for n in lists] + [rig_bytes(log.folder)]
     hashed = hashlib.sha256(b"".join(contents)).hexdigest()
-    return [hashed] + [
-        stat(p)
-        for f in clip.input_frames
-        for p in (log.sweep_path(f), *(log.image_path(c, f) for c in cameras))
-    ]
+    read = [(log.sweep_path(f), *(log.image_path(c, f) for c in cameras)) for f in clip.input_frames]
+    return [hashed, *(_stat(path) for of_frame in read for path in of_frame)]
 
 # %% ../nbs/12a_cache.ipynb #08d71083
 def cache_key(
@@ -168,21 +167,9 @@ def cache_key(
 ) -> str:  # 20 hex digits
     "Hash of everything the lifted clip depends on."
     cameras = list(clip.cameras if cameras is None else cameras)
-    what = [
-        clip.id,
-        clip.frames,
-        clip.input_frames,
-        clip.time.start,
-        clip.time.end,
-        asdict(lift_cfg),
-        asdict(bg_cfg),
-        cameras,
-        image_scale,
-        seed,
-        torch.device(device).type,
-        data_identity(clip, cameras),
-        _CODE,
-    ]
+    what = [clip.id, clip.frames, clip.input_frames, clip.time.start, clip.time.end]
+    what += [asdict(lift_cfg), asdict(bg_cfg), cameras, image_scale, seed, torch.device(device).type]
+    what += [data_identity(clip, cameras), _CODE]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:20]
 
 # %% ../nbs/12a_cache.ipynb #137f0712
@@ -204,28 +191,32 @@ class LiftCache:
         except OSError as e:
             self._pass_over(e)
 
-    def _pass_over(self, error: OSError) -> None:
-        "Say once that this cache keeps nothing."
-        if self.warned:
-            return
-        self.warned = True
-        reasons = [e.strerror for e in (error, error.__context__) if getattr(e, "strerror", None)]
-        why = (reasons or ["it cannot be written"])[0].lower()
-        warnings.warn(
-            f"lift cache {short_path(self.folder)}: lifted clips are not kept ({why}), so they are lifted whenever "
-            "they are needed; free space or choose another folder."
-        )
+# %% ../nbs/12a_cache.ipynb #c3760aad
+@patch
+def _pass_over(self: LiftCache, error: OSError) -> None:
+    "Say once that this cache keeps nothing."
+    if self.warned:
+        return
+    self.warned = True
+    reasons = [e.strerror for e in (error, error.__context__) if getattr(e, "strerror", None)]
+    why = (reasons or ["it cannot be written"])[0].lower()
+    warnings.warn(
+        f"lift cache {short_path(self.folder)}: lifted clips are not kept ({why}), so they are lifted whenever "
+        "they are needed; free space or choose another folder."
+    )
 
-    def path(
-        self,
-        clip: Clip,  # the clip
-        *args: Any,  # as for `cache_key`
-        **kwargs: Any,  # as for `cache_key`
-    ) -> Path:  # where it is or will be
-        "File of a lifted clip."
-        key = cache_key(clip, *args, device=self.device, **kwargs)
-        first, last = int(clip.frames[0]), int(clip.frames[-1])
-        return self.folder / f"{clip.log.folder.name}_{first:03d}_{last:03d}_{key}.npz"
+# %% ../nbs/12a_cache.ipynb #41854ef4
+@patch
+def path(
+    self: LiftCache,
+    clip: Clip,  # the clip
+    *args: Any,  # as for `cache_key`
+    **kwargs: Any,  # as for `cache_key`
+) -> Path:  # where it is or will be
+    "File of a lifted clip."
+    key = cache_key(clip, *args, device=self.device, **kwargs)
+    first, last = int(clip.frames[0]), int(clip.frames[-1])
+    return self.folder / f"{clip.log.folder.name}_{first:03d}_{last:03d}_{key}.npz"
 
 # %% ../nbs/12a_cache.ipynb #27d1b1c1
 @patch
@@ -237,6 +228,15 @@ def _recover(self: LiftCache, path: Path) -> None:
     if not path.is_file() and load_arrays(old) is not None:
         old.replace(path)
     old.unlink(missing_ok=True)
+
+# %% ../nbs/12a_cache.ipynb #debfd1ea
+@patch
+def _attempt(self: LiftCache, act: Callable, *args: Any) -> None:
+    "Change the folder; where that cannot be done, say so once and go on."
+    try:
+        act(*args)
+    except OSError as e:
+        self._pass_over(e)
 
 # %% ../nbs/12a_cache.ipynb #d74f72a9
 @patch
@@ -252,17 +252,11 @@ def get(
     "The lifted clip, from disk if it is there and sound."
     args = (clip, lift_cfg, bg_cfg, cameras, image_scale, seed)
     path = self.path(*args)
-    try:
-        self._recover(path)
-    except OSError as e:
-        self._pass_over(e)
+    self._attempt(self._recover, path)
     if (arrays := load_arrays(path)) is not None:
         return unpack(arrays)
     g = init_gaussians(*args, device=self.device).to("cpu")
-    try:
-        save_arrays(path, pack(g))
-    except OSError as e:
-        self._pass_over(e)
+    self._attempt(save_arrays, path, pack(g))
     return g
 
 # %% ../nbs/12a_cache.ipynb #81a1605b

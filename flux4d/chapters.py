@@ -16,7 +16,7 @@ __all__ = ['CHAPTERS', 'LAST', 'CHAPTER_TITLES', 'LISTS', 'ABOUT', 'part_page', 
 CHAPTERS = {  # page -> pages below it
     "index": ("method", "run", "own_data", "reference", "runs", "project"),
     "method": ("00_index", "01a_annotated", "glossary", "paper"),
-    "run": ("commands", "presets"),
+    "run": ("commands", "presets", "weights"),
     "own_data": ("format", "data"),
     "reference": ("api", "command_help", "configuration"),
     "runs": ("gallery", "scene"),

@@ -93,14 +93,16 @@ class _DepthStack:
         self.outer = []  # stacks below each open MARK
         self.memo = {}  # depths by number
 
-    def _take(self, op: pickletools.OpcodeInfo) -> list[int]:
-        "Depths of what an instruction takes."
-        before = op.stack_before
-        taken, count = [], len(before)
-        if pickletools.markobject in before:  # all since the last MARK, and what lies below it
-            taken, self.stack = self.stack, self.outer.pop()
-            count = before.index(pickletools.markobject)
-        return taken + [self.stack.pop() for _ in range(count)]
+# %% ../nbs/09b_checkpoint.ipynb #cfad2471
+@patch
+def _take(self: _DepthStack, op: pickletools.OpcodeInfo) -> list[int]:
+    "Depths of what an instruction takes."
+    before = op.stack_before
+    taken, count = [], len(before)
+    if pickletools.markobject in before:  # all since the last MARK, and what lies below it
+        taken, self.stack = self.stack, self.outer.pop()
+        count = before.index(pickletools.markobject)
+    return taken + [self.stack.pop() for _ in range(count)]
 
 # %% ../nbs/09b_checkpoint.ipynb #c13a1a7e
 @patch
@@ -136,10 +138,10 @@ def _tuples_nest(
         deepest = max(deepest, depths.run(op, arg))
     return deepest
 
-# %% ../nbs/09b_checkpoint.ipynb #86dc1b2b
+# %% ../nbs/09b_checkpoint.ipynb #ab0c209c
 _PROGRAM = 2**22  # bytes of a checkpoint's pickle; ours have 2e5, the numbers lie beside it
 
-
+# %% ../nbs/09b_checkpoint.ipynb #86dc1b2b
 def _may_be_loaded(
     path: Path,  # a checkpoint
 ) -> bool:
@@ -183,20 +185,9 @@ def _read_state(path: Path, device: Any) -> dict | None:
 
 # %% ../nbs/09b_checkpoint.ipynb #b789672c
 _DAMAGE = (  # what zipfile, pickle and torch raise for a damaged file
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    pickle.UnpicklingError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
+    *(zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError),
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError),
+    *(LookupError, OSError, RuntimeError, TypeError, ValueError),
 )
 
 # %% ../nbs/09b_checkpoint.ipynb #f69c38bc
@@ -204,7 +195,7 @@ def _is_want_of_memory(e: Exception) -> bool:
     "Whether torch found no room, which says nothing about the file."
     return isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e)
 
-
+# %% ../nbs/09b_checkpoint.ipynb #1bde2694
 def _refuse_other_files(path: Path) -> None:
     "Raise DataError where there is no file, or one that holds weights alone."
     if not path.is_file():

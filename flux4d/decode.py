@@ -80,10 +80,10 @@ class MotionDecoding(NamedTuple):
     "What the motion head's output stands for, and how far it may go."
 
     degree: int = 0  # l of the motion polynomial: l+1 velocity blocks (supp. A.1)
-    velocity_scale: float = 10.0  # m/s per unit of the head's output
-    velocity_bound: float = 50.0  # m/s, largest velocity component
+    velocity_scale: float = 10.0  # m/s (and m/s^2) per unit of the head's output
+    velocity_bound: float = 50.0  # m/s (and m/s^2), largest component without a trusted prior
     max_residual: float = 0.5  # m/s and m/s^2, largest departure from a trusted prior along an axis
-    dead_zone: float = 0.5  # m/s, slower motion without a prior does not count in a reconstruction
+    dead_zone: float = 0.5  # m/s, without a trusted prior: slower counts as rest, up to twice this is reduced
 
 # %% ../nbs/30c_decode.ipynb #f960778f
 def motion_head_width(
@@ -93,12 +93,12 @@ def motion_head_width(
     "Outputs of the motion head: the velocity blocks, and the share of the prior if there is one."
     return 3 * (degree + 1) + bool(has_prior)
 
-
+# %% ../nbs/30c_decode.ipynb #0631a27a
 class MotionOutput(NamedTuple):
     "The motion head's output of M points, still raw."
 
     blocks: Tensor  # (M,l+1,3) velocity, acceleration and so on
-    share: Tensor  # (M,1) of an untrusted prior's velocity that is followed; (M,0) without a prior
+    share: Tensor  # (M,1) its tanh, -1..1, times an untrusted prior's velocity is added; (M,0) without a prior
 
 # %% ../nbs/30c_decode.ipynb #2bea37b2
 def split_motion(
@@ -115,7 +115,7 @@ def untrusted_velocity(
     prior: MotionPrior | None,  # of the M points
     how: MotionDecoding,  # what the output stands for
 ) -> Tensor:  # (M,l+1,3) coefficients about each point's own time, m/s^(j+1), ego0
-    "The network's own velocity, and a share of a prior that is not trusted."
+    "The network's own velocity, and a share of the prior's; used where the prior is not trusted."
     out = split_motion(raw, how.degree)
     own = bounded(how.velocity_scale * out.blocks, how.velocity_bound)
     if prior is None:
@@ -129,7 +129,7 @@ def prior_plus_residual(
     prior: MotionPrior,  # of the M points
     how: MotionDecoding,  # what the output stands for
 ) -> Tensor:  # (M,l+1,3) coefficients about each point's own time, m/s^(j+1), ego0
-    "The prior's trajectory and a bounded residual."
+    "The prior's trajectory and a bounded residual; at degree 0 the prior's acceleration is left out."
     n = how.degree + 1
     path = torch.stack([prior.velocity, prior.acceleration], 1).to(raw.dtype)[:, :n]
     path = F.pad(path, (0, 0, 0, n - path.shape[1]))
@@ -140,7 +140,7 @@ def apply_dead_zone(
     coefficients: Tensor,  # (M,l+1,3), velocity first
     least: float,  # m/s
 ) -> Tensor:  # same shape
-    "Zero where the speed is below `least`, unchanged above twice that, in proportion between."
+    "Times 0 below the speed `least`, 1 above twice that, between them `speed / least - 1`."
     speed = coefficients[:, :1].norm(dim=2, keepdim=True)
     return coefficients * (speed / max(least, 1e-9) - 1).clamp(0, 1)
 

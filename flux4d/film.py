@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from fastcore.basics import patch
 from .clips import Clip
 from .clip_data import Views
 from .files import DataError
@@ -74,7 +75,7 @@ def letter_height(
     "Size of the letters above a picture."
     return max(12, round(height / 30))
 
-
+# %% ../nbs/26_film.ipynb #a6469b44
 def strip_height(
     height: int,  # px of a picture
 ) -> int:  # px
@@ -87,7 +88,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     "Pillow's own font."
     return ImageFont.load_default(size=size)
 
-
+# %% ../nbs/26_film.ipynb #e8d01b6d
 def scale_colours(
     x: Tensor,  # (...) 0..1
     name: str,  # of a matplotlib colour map
@@ -172,10 +173,11 @@ class FrameData(NamedTuple):
     rgb: str = "prediction"  # what the layer of that name is called
     note: str = ""  # what stands at the end of its caption, such as the time
 
-    @property
-    def fastest_text(self) -> str:
-        "End of the scale of image velocity, in words."
-        return f"{self.fastest:.3g} px {self.step}"
+# %% ../nbs/26_film.ipynb #4cf1ba38
+@patch(as_prop=True)
+def fastest_text(self: FrameData) -> str:
+    "End of the scale of image velocity, in words."
+    return f"{self.fastest:.3g} px {self.step}"
 
 # %% ../nbs/26_film.ipynb #a2b98371
 def _rgb(frame: FrameData, width: int) -> Panel:
@@ -202,7 +204,7 @@ def _depth(frame: FrameData, width: int) -> Panel:
     painted = torch.where(known > 0.5, colours, 0.85)
     return Panel(painted, "depth", "viridis", ("0", f"{frame.far:g} m"))
 
-
+# %% ../nbs/26_film.ipynb #10d88cfa
 def _speed(frame: FrameData, width: int) -> Panel:
     "Length of the image velocity by a colour map."
     share = shrink(frame.out.features[0], width).norm(dim=-1) / frame.fastest

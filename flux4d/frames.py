@@ -260,7 +260,7 @@ def normalise(
     "Epoch seconds to normalised clip time."
     return (np.asarray(stamp, np.float64) - self.start)/self.duration
 
-
+# %% ../nbs/01_frames.ipynb #c30b0631
 @patch
 def seconds(
     self: ClipTime,

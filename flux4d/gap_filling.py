@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from fastcore.basics import patch
 from .frames import project, pixel_index, unproject, se3_inverse
 from .gaussians import Gaussians, gaussians_from, opacity_inv, LIDAR
 from .clip_data import ClipData, image_numbers
@@ -21,7 +22,7 @@ from .settings import Share
 __all__ = ['VERTICAL_DISCOUNT', 'GAP_CELL', 'InitConfig', 'block_sides', 'whole_blocks', 'block_moments', 'Tiles', 'cut_blocks',
            'AngularRaster', 'angular_raster', 'nearest_above', 'nearest_corners', 'CornerEdge', 'edge_between',
            'interpolation_weights', 'gap_depth', 'Ground', 'fit_planes', 'ground_below', 'Blocks', 'continue_ground',
-           'block_depth', 'clip_blocks', 'fill_gaps', 'even_opacity']
+           'returns_in_time', 'block_depth', 'block_rays', 'clip_blocks', 'fill_gaps', 'even_opacity']
 
 # %% ../nbs/11_gap_filling.ipynb #928186a1
 @dataclass(frozen=True)
@@ -122,17 +123,19 @@ class AngularRaster(NamedTuple):
     shape: tuple[int, int]  # rows and columns per image, borders included
     border: tuple[int, int]  # rows and columns outside the image, on each side
 
-    def cells(
-        self,
-        uv: Tensor,  # (...,2) px, may be NaN
-        image: Tensor,  # (...) int64, number of the image
-    ) -> Tensor:  # (...) int64, -1 off the raster
-        "The cell each coordinate lies in."
-        column, row = torch.floor(uv / self.px[image]).double().unbind(-1)
-        rows, columns = self.shape
-        y, x = self.border
-        inside = (column.clamp(-x, columns - x - 1) == column) & (row.clamp(-y, rows - y - 1) == row)  # NaN: neither
-        return torch.where(inside, (image * rows + row) * columns + (column + (y * columns + x)), -1).long()
+# %% ../nbs/11_gap_filling.ipynb #1ec21302
+@patch
+def cells(
+    self: AngularRaster,
+    uv: Tensor,  # (...,2) px, may be NaN
+    image: Tensor,  # (...) int64, number of the image
+) -> Tensor:  # (...) int64, -1 off the raster
+    "The cell each coordinate lies in."
+    column, row = torch.floor(uv / self.px[image]).double().unbind(-1)
+    rows, columns = self.shape
+    y, x = self.border
+    inside = (column.clamp(-x, columns - x - 1) == column) & (row.clamp(-y, rows - y - 1) == row)  # NaN: neither
+    return torch.where(inside, (image * rows + row) * columns + (column + (y * columns + x)), -1).long()
 
 # %% ../nbs/11_gap_filling.ipynb #1e849bed
 def angular_raster(
@@ -308,13 +311,15 @@ class Blocks(NamedTuple):
     z: Tensor  # (B,) m, 0 = no return supports it
     stamp: Tensor  # (B,) float64, s since the clip's start, of the returns around it, or of the shutter
 
-    def part(
-        self,
-        chosen: Tensor,  # (B,) bool
-    ) -> Blocks:
-        "Some of the blocks."
-        rows = chosen.nonzero()[:, 0]
-        return Blocks(*(a[rows] for a in self))
+# %% ../nbs/11_gap_filling.ipynb #9a069989
+@patch
+def part(
+    self: Blocks,
+    chosen: Tensor,  # (B,) bool
+) -> Blocks:
+    "Some of the blocks."
+    rows = chosen.nonzero()[:, 0]
+    return Blocks(*(a[rows] for a in self))
 
 # %% ../nbs/11_gap_filling.ipynb #3edacf96
 def continue_ground(
@@ -340,7 +345,20 @@ def continue_ground(
 # deg, width and height of a cell: as wide as the returns of one beam are apart, as high as keeps beams apart
 GAP_CELL = 0.2, 0.1
 
+# %% ../nbs/11_gap_filling.ipynb #44e483d4
+def returns_in_time(
+    data: ClipData,  # the clip
+    cfg: InitConfig,  # read: lidar_sensors, late_after
+    raster: AngularRaster,  # of the returns
+) -> Tensor:  # (V,rows,cols) int64, the return of each cell, -1 = none
+    "The nearest return of each cell of each image, of those taken at about the time of its shutter."
+    seen = data.projected
+    soon = from_shutter(data) < (cfg.late_after if 0 in cfg.lidar_sensors else 1.0)
+    cell = torch.where(seen.visible & soon, raster.cells(seen.uv, image_numbers(data)), -1)
+    cells = len(raster.px) * math.prod(raster.shape)
+    return nearest_return(cell, seen.z.flatten(), cells).view(-1, *raster.shape).long()
 
+# %% ../nbs/11_gap_filling.ipynb #1a467f27
 def block_depth(
     data: ClipData,  # the clip
     cfg: InitConfig,  # read: lidar_sensors, late_after, fill_gap, fill_agree, fill_ground
@@ -350,11 +368,8 @@ def block_depth(
     b, v, seen = blocks, blocks.image, data.projected
     reach = math.ceil(cfg.fill_gap[0] / GAP_CELL[0]) - 1
     raster = angular_raster(data, GAP_CELL, (1, reach))
-    soon = from_shutter(data) < (cfg.late_after if 0 in cfg.lidar_sensors else 1.0)
-    cell = torch.where(seen.visible & soon, raster.cells(seen.uv, image_numbers(data)), -1)
-    z = seen.z.flatten()
-    uv = seen.uv.nan_to_num(0).view(-1, 2)
-    i = nearest_return(cell, z, len(raster.px) * math.prod(raster.shape)).view(-1, *raster.shape).long()
+    i = returns_in_time(data, cfg, raster)
+    z, uv = seen.z.flatten(), seen.uv.nan_to_num(0).view(-1, 2)
     focal = data.K[..., 0, 0].flatten().float()
     gap = torch.stack([math.radians(a) * focal for a in cfg.fill_gap], -1)[v]
     corner = nearest_corners(i, uv, raster.cells(b.uv, v), b.uv, gap, reach)
@@ -362,11 +377,21 @@ def block_depth(
     depth, w = gap_depth(z, seen.colour.view(-1, 3), b.colour, corner, w, cfg.fill_agree)
     stamps = data.stamps[:, None].expand_as(seen.z).flatten()[corner.clamp_min(0)].nan_to_num(0)
     below = continue_ground(raster, i, uv, z, b, gap[:, 1]) if cfg.fill_ground else 0
-    return b._replace(
-        z=torch.where(supported, depth, below), stamp=torch.where(supported, (w * stamps).sum(1), b.stamp)
-    )
+    stamp = torch.where(supported, (w * stamps).sum(1), b.stamp)
+    return b._replace(z=torch.where(supported, depth, below), stamp=stamp)
 
 # %% ../nbs/11_gap_filling.ipynb #7f7ea067
+def block_rays(
+    data: ClipData,  # its V images' cameras
+    uv: Tensor,  # (T,2) px
+) -> Tensor:  # (V,T,3) float64, from each image's camera to a depth of one metre, world axes
+    "Where the blocks of each image lie."
+    V = data.pose[..., 0, 0].numel()
+    K, pose = data.K.view(V, 1, 3, 3), data.pose.view(V, 4, 4)
+    one = torch.ones(V, len(uv), dtype=torch.float64, device=uv.device)
+    return unproject(K, pose, uv.double()[None], one) - pose[:, None, :3, 3]
+
+# %% ../nbs/11_gap_filling.ipynb #b9a2eefa
 def clip_blocks(
     data: ClipData,  # the clip
     cfg: InitConfig,  # read: lidar_sensors, late_after, fill_*
@@ -374,19 +399,15 @@ def clip_blocks(
     "Cut all images into blocks and find their depth."
     if not data.points.shape[1]:
         raise no_visible_return(data)
-    F_, C, h, w = data.images.shape[:4]
-    V = F_ * C
-    tiles = cut_blocks(data.images.view(V, h, w, 3), block_sides(w, cfg.fill_blocks), cfg.fill_detail)
+    h, w = data.images.shape[2:4]
+    tiles = cut_blocks(data.images.view(-1, h, w, 3), block_sides(w, cfg.fill_blocks), cfg.fill_detail)
     v, m = tiles.kept.nonzero(as_tuple=True)
-    K, pose = data.K.view(V, 1, 3, 3), data.pose.view(V, 4, 4)
-    one = torch.ones(V, len(tiles.uv), dtype=torch.float64, device=v.device)
-    ray = unproject(K, pose, tiles.uv.double()[None], one) - pose[:, None, :3, 3]
     b = Blocks(
         image=v,
         uv=tiles.uv[m],
         colour=tiles.colour[v, m],
         side=tiles.side[m],
-        ray=ray[v, m],
+        ray=block_rays(data, tiles.uv)[v, m],
         z=torch.zeros_like(tiles.side[m]),
         stamp=data.shutter.flatten()[v],
     )

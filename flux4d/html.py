@@ -157,7 +157,7 @@ def capped(
         found.append(group)
     return found
 
-# %% ../nbs/74a_html.ipynb #0fc62da4
+# %% ../nbs/74a_html.ipynb #28d90790
 _OPEN_LIST = """<script>
 addEventListener("load", () => {
   const timer = setInterval(() => {
@@ -167,7 +167,7 @@ addEventListener("load", () => {
 });
 </script>"""
 
-
+# %% ../nbs/74a_html.ipynb #0fc62da4
 def finished_page(
     page: str,  # viser's
     title: str,  # of the browser's tab
@@ -204,12 +204,12 @@ def to_html(
         tmp.write_text(finished_page(page, title, bool(actors)), encoding="utf-8")
     return Path(path)
 
-# %% ../nbs/74a_html.ipynb #99c990e8
+# %% ../nbs/74a_html.ipynb #d288f39d
 _HTML_EXAMPLE = """examples:
   flux4d-html ckpt_best.pt data/pandaset --log 002 --start 0 --out scene.html
   flux4d-html a.scene --rate 20                                                a file that scene.save wrote"""
 
-
+# %% ../nbs/74a_html.ipynb #99c990e8
 def html_main(
     argv: list[str] | None = None,  # command line, None: the process's own
 ) -> int:  # 0, or 1 after an error

@@ -16,6 +16,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from pydantic import PositiveFloat, PositiveInt
+from fastcore.basics import patch
 from .frames import pixel_index, project, se3_inverse, transform_points
 from .gaussians import Gaussians, gaussians_from, LIDAR
 from .files import DataError
@@ -26,10 +27,11 @@ from .settings import OpenShare, Some
 
 # %% auto #0
 __all__ = ['WINDOWS', 'lift_sweep', 'LiftConfig', 'voxel_downsample', 'thin_sweeps', 'nearest_return', 'directions',
-           'DirectionRaster', 'window_distances', 'Query', 'knn_distance', 'from_shutter', 'colour_late',
+           'DirectionRaster', 'window_distances', 'Query', 'queries_of', 'knn_distance', 'from_shutter', 'colour_late',
            'colour_returns', 'check_own_times', 'warn_of_stamps', 'sound_stamps', 'capture_times', 'random_quats',
-           'lift_returns', 'cap_by_coverage', 'no_visible_return', 'checked_cap', 'lift_data', 'lift_clip', 'draw_dots',
-           'blue_to_red', 'bird_view', 'sweep_from_above', 'alignment_set', 'alignment_pictures']
+           'return_sizes', 'lift_returns', 'direction_cells', 'ranks_in_cells', 'cap_by_coverage', 'no_visible_return',
+           'checked_cap', 'lift_data', 'lift_clip', 'draw_dots', 'blue_to_red', 'bird_view', 'sweep_from_above',
+           'shades', 'alignment_set', 'alignment_pictures']
 
 # %% ../nbs/10_lift.ipynb #0f84ced7
 def lift_sweep(
@@ -48,6 +50,25 @@ def lift_sweep(
     sigma = scale_factor * distance[:, 1:].mean(1)
     means, sigma, colour = (torch.from_numpy(a).float() for a in (points[visible], sigma, colour))
     return gaussians_from(means, sigma, colour, t=torch.zeros(len(means)), frame=0)
+
+# %% ../nbs/10_lift.ipynb #f03cf1c8
+_CHOICES = dict(  # words that a field takes
+    late=("agree", "nearest", "own"),
+    neighbours=("sweep", "clip"),
+    rotation=("random", "identity"),
+    time_source=("return", "sweep"),
+)
+
+# %% ../nbs/10_lift.ipynb #b27062c9
+def _refuse_choices(cfg: LiftConfig) -> None:
+    "Raise ValueError for an unknown word, a time or a sensor that is none."
+    for name, words in _CHOICES.items():
+        if getattr(cfg, name) not in words:
+            raise ValueError(f"{name}: is {getattr(cfg, name)!r}; choose from {', '.join(words)}.")
+    if not 0 < cfg.late_after < math.inf:
+        raise ValueError(f"late_after: is {cfg.late_after!r}; give seconds above 0.")
+    if not set(cfg.lidar_sensors) or set(cfg.lidar_sensors) - {0, 1}:
+        raise ValueError(f"lidar_sensors: is {cfg.lidar_sensors}; choose (0,), (1,) or (0, 1).")
 
 # %% ../nbs/10_lift.ipynb #b413d369
 @dataclass(frozen=True)
@@ -73,19 +94,7 @@ class LiftConfig:
 
     def __post_init__(self) -> None:
         "Refuse unknown words."
-        choices = dict(
-            late=("agree", "nearest", "own"),
-            neighbours=("sweep", "clip"),
-            rotation=("random", "identity"),
-            time_source=("return", "sweep"),
-        )
-        for name, words in choices.items():
-            if getattr(self, name) not in words:
-                raise ValueError(f"{name}: is {getattr(self, name)!r}; choose from {', '.join(words)}.")
-        if not 0 < self.late_after < math.inf:
-            raise ValueError(f"late_after: is {self.late_after!r}; give seconds above 0.")
-        if not set(self.lidar_sensors) or set(self.lidar_sensors) - {0, 1}:
-            raise ValueError(f"lidar_sensors: is {self.lidar_sensors}; choose (0,), (1,) or (0, 1).")
+        _refuse_choices(self)
 
 # %% ../nbs/10_lift.ipynb #6f26b832
 def voxel_downsample(
@@ -154,28 +163,32 @@ class DirectionRaster(NamedTuple):
         "Size of the raster."
         return math.ceil(90 / self.cell) + 2 * self.border, round(360 / self.cell)
 
-    def at(
-        self,
-        elevation: Tensor,  # (...) deg
-        azimuth: Tensor,  # (...) 0..360 deg
-    ) -> tuple[Tensor, Tensor]:  # (...) rows and columns
-        "The cell of each direction."
-        rows, columns = self.shape
-        row = (elevation / self.cell + 45 / self.cell).clamp(0, rows - 2 * self.border - 1).long() + self.border
-        return row, (azimuth / self.cell).long().clamp_max(columns - 1)
+# %% ../nbs/10_lift.ipynb #24c8b970
+@patch
+def at(
+    self: DirectionRaster,
+    elevation: Tensor,  # (...) deg
+    azimuth: Tensor,  # (...) 0..360 deg
+) -> tuple[Tensor, Tensor]:  # (...) rows and columns
+    "The cell of each direction."
+    rows, columns = self.shape
+    row = (elevation / self.cell + 45 / self.cell).clamp(0, rows - 2 * self.border - 1).long() + self.border
+    return row, (azimuth / self.cell).long().clamp_max(columns - 1)
 
-    def nearest(
-        self,
-        elevation: Tensor,  # (F,N) deg, NaN where there is no return
-        azimuth: Tensor,  # (F,N) 0..360 deg
-        distance: Tensor,  # (F,N) m
-    ) -> Tensor:  # (F,rows,columns) int32, the nearest return of each cell of each sweep, -1 = none
-        "Sort sweeps into the raster."
-        (rows, columns), sweeps = self.shape, len(distance)
-        row, column = self.at(elevation.nan_to_num(0), azimuth.nan_to_num(0))
-        number = torch.arange(sweeps, device=distance.device)[:, None]
-        cell = torch.where(distance > 0, (number * rows + row) * columns + column, -1)
-        return nearest_return(cell, distance, sweeps * rows * columns).view(sweeps, rows, columns)
+# %% ../nbs/10_lift.ipynb #ba409a70
+@patch
+def nearest(
+    self: DirectionRaster,
+    elevation: Tensor,  # (F,N) deg, NaN where there is no return
+    azimuth: Tensor,  # (F,N) 0..360 deg
+    distance: Tensor,  # (F,N) m
+) -> Tensor:  # (F,rows,columns) int32, the nearest return of each cell of each sweep, -1 = none
+    "Sort sweeps into the raster."
+    (rows, columns), sweeps = self.shape, len(distance)
+    row, column = self.at(elevation.nan_to_num(0), azimuth.nan_to_num(0))
+    number = torch.arange(sweeps, device=distance.device)[:, None]
+    cell = torch.where(distance > 0, (number * rows + row) * columns + column, -1)
+    return nearest_return(cell, distance, sweeps * rows * columns).view(sweeps, rows, columns)
 
 # %% ../nbs/10_lift.ipynb #379fd187
 def window_distances(
@@ -205,17 +218,35 @@ class Query(NamedTuple):
     azimuth: Tensor  # (P,) 0..360 deg
     distance: Tensor  # (P,) m
 
-    def part(
-        self,
-        rows: Tensor,  # (R,) int64
-    ) -> Query:
-        "Some of the places."
-        return Query(*(a[rows] for a in self))
+# %% ../nbs/10_lift.ipynb #89b0da0c
+@patch
+def part(
+    self: Query,
+    rows: Tensor,  # (R,) int64
+) -> Query:
+    "Some of the places."
+    return Query(*(a[rows] for a in self))
 
 # %% ../nbs/10_lift.ipynb #1b013779
+def queries_of(
+    data: ClipData,  # sweeps
+    f: Tensor,  # (P,) int64, frame of each return, 0..F-1
+    n: Tensor,  # (P,) int64, its place in its sweep
+    clip: bool,  # ask in all sweeps; False: in the return's own
+) -> list[Query]:  # one for each sweep that is asked
+    "Where the neighbours of some returns are looked for."
+    sweeps = len(data.points)
+    origin = data.pose[..., :3, 3].mean(1)
+    queries = []
+    for other in ((f + s) % sweeps for s in range(sweeps if clip else 1)):
+        place = (data.points[f, n] - origin[other]).float()
+        queries.append(Query(other, place, *directions(place)))
+    return queries
+
+# %% ../nbs/10_lift.ipynb #33b64818
 WINDOWS = (0.15, 3), (0.15, 9), (0.15, 24), (0.6, 18)  # deg and cells: side of a cell, and reach to each side
 
-
+# %% ../nbs/10_lift.ipynb #eb72af1d
 def knn_distance(
     data: ClipData,  # sweeps
     f: Tensor,  # (P,) int64, frame of each return, 0..F-1
@@ -224,14 +255,9 @@ def knn_distance(
     clip: bool = False,  # count neighbours in all sweeps
 ) -> Tensor:  # (P,) float32, m
     "Mean distance to the k nearest others."
-    sweeps = len(data.points)
-    origin = data.pose[..., :3, 3].mean(1)
-    x = (data.points - origin[:, None]).float()
+    x = (data.points - data.pose[..., :3, 3].mean(1)[:, None]).float()
     everywhere = directions(x)
-    queries = []
-    for other in ((f + s) % sweeps for s in range(sweeps if clip else 1)):
-        place = (data.points[f, n] - origin[other]).float()
-        queries.append(Query(other, place, *directions(place)))
+    queries = queries_of(data, f, n, clip)
     best = torch.full_like(queries[0].distance, math.inf)
     todo = torch.arange(len(f), device=x.device)
     raster = DirectionRaster(0, max(reach for _, reach in WINDOWS))
@@ -373,6 +399,20 @@ def random_quats(
     return q / q.norm(dim=1, keepdim=True)
 
 # %% ../nbs/10_lift.ipynb #9dbc5138
+def return_sizes(
+    data: ClipData,  # the clip
+    cfg: LiftConfig,  # read: scale_factor, knn, neighbours
+    at: tuple[Tensor, Tensor, Tensor],  # (P,) frame, camera and place in its sweep of each return
+    largest_px: float | None,  # px, no return is drawn with a larger standard deviation; None: no limit
+) -> Tensor:  # (P,) m, standard deviations
+    "How large returns are drawn."
+    f, c, n = at
+    scale = cfg.scale_factor * knn_distance(data, f, n, cfg.knn, cfg.neighbours == "clip")
+    if largest_px is None:
+        return scale
+    return torch.minimum(scale, largest_px * data.projected.z[f, c, n] / data.K[f, c, 0, 0].float())
+
+# %% ../nbs/10_lift.ipynb #6166992e
 def lift_returns(
     data: ClipData,  # the clip
     cfg: LiftConfig,  # how to lift
@@ -387,12 +427,9 @@ def lift_returns(
         usable = usable & ~data.taken[:, None]
     f, n = usable.any(1).nonzero(as_tuple=True)
     c = usable[f, :, n].int().argmax(1)  # the first camera that sees it
-    scale = cfg.scale_factor * knn_distance(data, f, n, cfg.knn, cfg.neighbours == "clip")
-    if largest_px is not None:
-        scale = torch.minimum(scale, largest_px * data.projected.z[f, c, n] / data.K[f, c, 0, 0].float())
     return gaussians_from(
         data.points[f, n].float(),
-        scale,
+        return_sizes(data, cfg, (f, c, n), largest_px),
         colour[f, c, n],
         t=capture_times(data, f, data.stamps[f, n], cfg.time_source),
         frame=data.frames[f],
@@ -402,6 +439,29 @@ def lift_returns(
     )
 
 # %% ../nbs/10_lift.ipynb #6d33001d
+def direction_cells(
+    x: Tensor,  # (N,3) float64, from the cameras, world axes, m
+    cell: float,  # deg, side of a cell of azimuth and elevation
+) -> tuple[Tensor, Tensor]:  # (N,) int64 number of the cell; (N,) distance, m
+    "In which direction points lie."
+    x, y, z = x.unbind(1)
+    dist = (x * x + y * y + z * z).sqrt()
+    angles = torch.atan2(y, x), torch.asin(z / dist.clamp_min(1e-9))
+    azimuth, elevation = (torch.floor(torch.rad2deg(a) / cell).long() for a in angles)
+    return azimuth * 100000 + elevation, dist
+
+# %% ../nbs/10_lift.ipynb #a840e16e
+def ranks_in_cells(
+    key: Tensor,  # (N,) int64, cell of each
+    order: Tensor,  # (N,) int64, all of them, in an order
+) -> Tensor:  # (N,) int64
+    "How many of the same cell come before each."
+    order = order[key[order].argsort(stable=True)]
+    rank = torch.empty_like(key)
+    rank[order] = torch.arange(len(key), device=key.device) - torch.searchsorted(key[order], key[order])
+    return rank
+
+# %% ../nbs/10_lift.ipynb #4ccd5fb0
 def cap_by_coverage(
     g: Gaussians,  # any set
     limit: int | None,  # how many to keep, None: all
@@ -412,18 +472,10 @@ def cap_by_coverage(
     "Keep the nearest of every direction before the second nearest of any."
     if limit is None or len(g) <= limit:
         return g
-    x, y, z = (g.means.double() - centre).unbind(1)
-    dist = (x * x + y * y + z * z).sqrt()
-    at = [
-        torch.floor(torch.rad2deg(a) / cell).long()
-        for a in (torch.atan2(y, x), torch.asin(z / dist.clamp_min(1e-9)))
-    ]
-    key = at[0] * 100000 + at[1]
+    key, dist = direction_cells(g.means.double() - centre, cell)
     large = g.log_scales.amax(1).argsort(descending=True, stable=True)
     near = large[(dist.clamp_min(1e-3).log() / same).floor()[large].argsort(stable=True)]
-    order = near[key[near].argsort(stable=True)]
-    rank = torch.empty_like(key)
-    rank[order] = torch.arange(len(g), device=key.device) - torch.searchsorted(key[order], key[order])
+    rank = ranks_in_cells(key, near)
     return g[near[rank[near].argsort(stable=True)][:limit].sort().values]
 
 # %% ../nbs/10_lift.ipynb #ae63efcd
@@ -535,6 +587,14 @@ def sweep_from_above(
     )
 
 # %% ../nbs/10_lift.ipynb #e0916f48
+def shades(
+    z: np.ndarray,  # (N,) depth, m
+    far: float,  # m, from where on it is nearly black
+) -> np.ndarray:  # (N,3) 0..1
+    "Depth as grey, near is white."
+    return np.repeat((1 - 0.9 * np.clip(z / far, 0, 1))[:, None], 3, 1)
+
+# %% ../nbs/10_lift.ipynb #663fe165
 def alignment_set(
     clip: Clip,  # the clip
     frame: int,  # log frame id
@@ -548,21 +608,16 @@ def alignment_set(
     visible = data.projected.visible
     uv, z = (a[visible].numpy() for a in (data.projected.uv, data.projected.z))
     g = lift_data(data, cfg)
-    lifted_uv, lifted_z = (
-        a.numpy() for a in project(data.K[0, 0], se3_inverse(data.pose[0, 0]), g.means.double())
-    )
-
-    def shade(z: np.ndarray) -> np.ndarray:
-        return np.repeat((1 - 0.9 * np.clip(z / far, 0, 1))[:, None], 3, 1)
-
+    lifted = project(data.K[0, 0], se3_inverse(data.pose[0, 0]), g.means.double())
+    lifted_uv, lifted_z = (a.numpy() for a in lifted)
     grey = image.mean(-1, keepdims=True).repeat(3, -1).astype(np.uint8)
     black = np.zeros_like(image)
     return dict(
         rgb=image,
         rgb_points=draw_dots(image, uv, blue_to_red(-np.log(z), -np.log(far), -np.log(4)), z),
-        depth_gray=draw_dots(black, uv, shade(z), z, 5),
+        depth_gray=draw_dots(black, uv, shades(z, far), z, 5),
         rgb_points_lift=draw_dots(grey, lifted_uv, g.colours.numpy(), lifted_z, 5),
-        depth_gray_lift=draw_dots(black, lifted_uv, shade(lifted_z), lifted_z, 5),
+        depth_gray_lift=draw_dots(black, lifted_uv, shades(lifted_z, far), lifted_z, 5),
         **sweep_from_above(clip, frame, cfg.lidar_sensors),
     )
 

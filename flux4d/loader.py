@@ -39,7 +39,7 @@ def without_tables(
     "What of a value is worth moving to host memory."
     return replace(value, tables={}, kept={}) if isinstance(value, GridIndex) else value
 
-
+# %% ../nbs/33_loader.ipynb #e0a655ab
 def _refuse_no_clips(clips: list[Clip]) -> None:
     "Raise DataError where nothing is left to draw from."
     if not clips:
@@ -260,7 +260,7 @@ def micro_steps(self: Loader) -> int:
     "Micro-steps of a step, of all processes together."
     return self.cfg.train.grad_accum_steps * self.processes.count
 
-
+# %% ../nbs/33_loader.ipynb #c760fd0d
 @patch
 def among_all(
     self: Loader,

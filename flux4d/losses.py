@@ -13,8 +13,8 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from .gaussians import LIDAR
 
 # %% auto #0
-__all__ = ['LossConfig', 'gaussian_window', 'blur', 'ssim_map', 'ssim', 'mean_where', 'rgb_loss', 'depth_loss', 'speed_unit',
-           'velocity_loss', 'psnr_of_mse', 'ImageTerms', 'image_terms']
+__all__ = ['LossConfig', 'gaussian_window', 'blur', 'similarity_of_means', 'ssim_map', 'ssim', 'mean_where', 'rgb_loss',
+           'depth_loss', 'speed_unit', 'velocity_loss', 'psnr_of_mse', 'ImageTerms', 'image_terms']
 
 # %% ../nbs/23_losses.ipynb #fe29baaf
 @dataclass(frozen=True)
@@ -84,6 +84,20 @@ def _shifted(x: Tensor, window: tuple, dim: int) -> Tensor:
     return y
 
 # %% ../nbs/23_losses.ipynb #ec9ada68
+def similarity_of_means(
+    mean_x: Tensor,  # (...) means of x under windows
+    mean_y: Tensor,  # of y
+    mean_squares: Tensor,  # of x^2 + y^2
+    mean_xy: Tensor,  # of xy
+) -> Tensor:  # (...) -1..1
+    "Structural similarity of windows (Wang et al. 2004), data range 1."
+    C1 = 0.01**2
+    C2 = 0.03**2
+    m = mean_x * mean_x + mean_y * mean_y
+    covariance = mean_xy - mean_x * mean_y
+    return (2 * mean_x * mean_y + C1) * (2 * covariance + C2) / ((m + C1) * (mean_squares - m + C2))
+
+# %% ../nbs/23_losses.ipynb #005bf4c1
 def ssim_map(
     x: Tensor,  # (V,H,W,C) in 0..1
     y: Tensor,  # (V,H,W,C) in 0..1
@@ -91,22 +105,16 @@ def ssim_map(
     sigma: float = 1.5,  # of the window, px
     pad: bool = False,  # mirror the border and keep the image's size
 ) -> Tensor:  # (V,h,w,C) in -1..1; h = H-window+1 without padding
-    "Local structural similarity (Wang et al. 2004), data range 1."
+    "Local structural similarity, data range 1."
     _, H, W, _ = x.shape
     if min(H, W) < window:
         raise ValueError(
             f"An image of {H} x {W} px is smaller than the SSIM window of {window} px; "
             "use larger images or a smaller window."
         )
-    C1 = 0.01**2
-    C2 = 0.03**2
     x, y = (_mirror(a.movedim(-1, 1), window // 2) if pad else a.movedim(-1, 1) for a in (x, y))
     blurred = blur(torch.cat([x, y, x * x + y * y, x * y], 1), gaussian_window(window, sigma))
-    mean_x, mean_y, mean_squares, mean_xy = blurred.chunk(4, 1)
-    m = mean_x * mean_x + mean_y * mean_y
-    covariance = mean_xy - mean_x * mean_y
-    s = (2 * mean_x * mean_y + C1) * (2 * covariance + C2) / ((m + C1) * (mean_squares - m + C2))
-    return s.movedim(1, -1)
+    return similarity_of_means(*blurred.chunk(4, 1)).movedim(1, -1)
 
 # %% ../nbs/23_losses.ipynb #1dfdfb21
 def _mirror(x: Tensor, r: int) -> Tensor:
@@ -176,7 +184,7 @@ def velocity_loss(
     kind: Tensor,  # (N,) LIDAR or BACKGROUND
     unit: float = 1.0,  # s, from `speed_unit`
 ) -> Tensor:  # scalar, m/unit
-    "Mean norm of the velocity blocks of the LiDAR Gaussians (Eq. 5)."
+    "Mean norm of the l+1 velocity blocks of the LiDAR Gaussians (Eq. 5 at degree 0)."
     size = velocity.norm(dim=-1)
     if unit != 1.0:
         order = torch.arange(1, velocity.shape[1] + 1, device=velocity.device)

@@ -68,9 +68,9 @@ class HitCounts(NamedTuple):
     "How many cells of each of K blocks land on occupied cells of other sweeps."
 
     hits: Tensor  # (K,D) by displacement; landing beside an occupied cell is half a hit
-    compared: Tensor  # (K,1) cells that were compared, once for each sweep
+    compared: Tensor  # (K,1) pairs of a cell and another sweep that were compared
     zero_hits: Tensor  # (K,1) hits without displacement, in sweeps that observe the place
-    zero_compared: Tensor  # (K,1) cells that were compared for it
+    zero_compared: Tensor  # (K,1) such pairs, of sweeps that observe the place
 
 # %% ../nbs/13b_matching.ipynb #5ae345be
 def soft_occupancy(
@@ -91,7 +91,7 @@ def count_hits(
     K: int,  # blocks
     reach: int,  # cells, largest displacement along an axis from one sweep to the next
     neighbour_sweeps: int,  # sweeps on each side that are compared
-) -> HitCounts:  # of the blocks by themselves, D = (2 reach + 1)^2
+) -> HitCounts:  # of each block without its neighbours, D = (2 reach + 1)^2
     "Move the cells of each block by every displacement into the sweeps before and after."
     S, _, columns = maps.occupied.shape
     soft = soft_occupancy(maps).flatten(1)
@@ -149,14 +149,14 @@ class Displacement(NamedTuple):
 
     xy: Tensor  # (...,2) from one sweep to the next, along x and y, m
     score: Tensor  # (...) share of hits at its cell
-    zero_motion: Tensor  # (...) share of hits without displacement
+    zero_motion: Tensor  # (...) the larger share of hits without displacement: of all sweeps, or of those that observe
 
 # %% ../nbs/13b_matching.ipynb #60fcdc4f
 def best_displacement(
     score: Tensor,  # (...,(2R+1)^2) share of hits by displacement
     zero_motion: Tensor,  # (...) share of hits without displacement where observed
     cell: float,  # m, unit of the displacements
-    zero_motion_penalty: float,  # 1/m, score by which a longer displacement must be better
+    zero_motion_penalty: float,  # 1/m, score taken off per metre of displacement
 ) -> Displacement:
     "The peak of the match scores, short displacements preferred, located between cells."
     S = math.isqrt(score.shape[-1])
@@ -179,7 +179,7 @@ def blocks_met(
     moved: Tensor,  # (K,J,2) how far each block has got, m
     later: Tensor,  # (J,) int64, sweeps later
 ) -> Tensor:  # (K,J,9) int64 numbers of the blocks around the place where each block is then, K = none
-    "The blocks that a block meets where its displacement takes it in other sweeps."
+    "The other blocks around the place where a block is in each sweep, its own sweep (`later` 0) included."
     K = len(blocks.place)
     S = len(blocks.number)
     xy = (blocks.place[:, None, 1:] + 0.5 + moved / blocks.edge).floor().long()
@@ -194,7 +194,7 @@ class InlierMean(NamedTuple):
     "What K displacements become when they are averaged with the inliers that agree with them."
 
     xy: Tensor  # (K,2) mean of the displacement itself and of one mean for each sweep with inliers, m
-    sweeps: Tensor  # (K,) int64, sweeps with any such inlier
+    sweeps: Tensor  # (K,) int64, sweeps with any such inlier, the block's own counted
 
 # %% ../nbs/13b_matching.ipynb #09c5e037
 def inlier_mean(
@@ -203,7 +203,7 @@ def inlier_mean(
     near: Tensor,  # (K,J,9) from `blocks_met`
     tolerance: Tensor | float,  # m, largest difference from an inlier
 ) -> InlierMean:
-    "Average a displacement with those inliers, in other sweeps, that agree with it."
+    "Average a displacement with the inliers that it meets and that agree with it."
     theirs = F.pad(xy, (0, 0, 0, 1))[near]
     agrees = F.pad(inlier, (0, 1))[near] & ((theirs - xy[:, None, None]).norm(dim=3) < tolerance)
     count = agrees.sum(2)
@@ -216,7 +216,7 @@ class Consensus(NamedTuple):
     "Displacements of K blocks after they were compared with other sweeps."
 
     xy: Tensor  # (K,2) from one sweep to the next, mean over the inliers, m
-    trusted: Tensor  # (K,) bool, confirmed where it leads
+    trusted: Tensor  # (K,) bool, beats zero motion and is confirmed where it leads
 
 
 def consensus(
@@ -225,7 +225,7 @@ def consensus(
     gap: Tensor | float,  # s from sweep to sweep
     rule: ConsensusRule,  # when a displacement is trusted
 ) -> Consensus:
-    "Trust a displacement that the sweeps before and after confirm where it leads."
+    "Trust a displacement that beats zero motion and is confirmed where it leads."
     blocks = scores.blocks
     k = torch.arange(-rule.neighbour_sweeps, rule.neighbour_sweeps + 1, device=blocks.place.device)
     enough = min(rule.min_inliers, len(blocks.number))

@@ -102,7 +102,7 @@ def group_by_cell(
 class LocalVelocity(NamedTuple):
     "How the points around M points move, and whether that can be told."
 
-    velocity: Tensor  # (M,3) slope of position over time in the point's cell, ego0, m/s
+    velocity: Tensor  # (M,3) slope of position over time in the point's cell, ego0, m/s; short of the true speed
     spread: Tensor  # (M,) standard deviation of capture time in the cell, s
 
 

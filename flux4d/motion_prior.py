@@ -9,24 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .voxels import VoxelConfig
-from .occupancy import BevGrid, MotionPriorConfig, SweepPoints, bev_grid, height_above_ground, occupancy_maps
+from .occupancy import BevGrid, MotionPriorConfig, SmallMoverConfig, SweepPoints, bev_grid
+from .occupancy import ground_planes, height_above_ground, occupancy_maps
 from .matching import BlockMap, Consensus, Displacement, best_displacement, consensus, match_scores
+from .small_movers import find_small_movers, query_small_movers
 from .trajectories import cell_means, density_map, member_cells, merge_trajectories, refine_trajectories
 
 # %% auto #0
 __all__ = ['FINE_PRIOR', 'MotionPrior', 'no_motion', 'BlockMotion', 'sweep_times', 'mean_gap', 'block_prior', 'fit_trajectories',
            'estimate_block_motion', 'query_motion', 'GroundHeights', 'ground_heights', 'single_scale_prior',
-           'estimate_motion_prior']
+           'with_small_movers', 'estimate_motion_prior']
 
 # %% ../nbs/14_motion_prior.ipynb #96918d08
 class MotionPrior(NamedTuple):
     "How N points are expected to move, before any learning."
 
-    velocity: Tensor  # (N,3) ego0, m/s, at the point's own time; z is 0
+    velocity: Tensor  # (N,3) ego0, m/s, of the point's block at the mean time of its sweep; z is 0
     acceleration: Tensor  # (N,3) ego0, m/s^2; z is 0
-    score: Tensor  # (N,) share of hits of its displacement, 0..1; 0 where nothing may move
+    score: Tensor  # (N,) share of hits of the best match, before consensus, 0..1; 0 where nothing may move
     zero_motion_score: Tensor  # (N,) share of hits without displacement, 0..1; 0 where nothing may move
-    trusted: Tensor  # (N,) bool, other sweeps confirm it
+    trusted: Tensor  # (N,) bool, beats zero motion and other sweeps confirm it
     may_move: Tensor  # (N,) bool, lies in an occupied cell or beside one, at a height of movable things
 
     def where(
@@ -43,7 +45,7 @@ def no_motion(
     n: int,  # points
     device: torch.device | None = None,  # where
 ) -> MotionPrior:
-    "A prior that knows nothing."
+    "A prior by which nothing moves and nothing may."
     vector = torch.zeros(n, 3, device=device)
     number = torch.zeros(n, device=device)
     flag = torch.zeros(n, dtype=torch.bool, device=device)
@@ -55,7 +57,7 @@ class BlockMotion(NamedTuple):
 
     prior: MotionPrior  # of K+1 rows; the last one, all 0, is for no block
     blocks: BlockMap  # where the K blocks are
-    movable: Tensor  # (S,X+2B,Y+2B) bool, the cell or one beside it is occupied
+    movable: Tensor  # (S,X+2B,Y+2B) bool, the cell or one beside it is occupied; heights are tested by `query_motion`
     bev: BevGrid  # the cells
     frames: Tensor  # (S,) int64 of the sweeps, ascending
 
@@ -82,7 +84,7 @@ def block_prior(
     found: Displacement,  # of the K blocks
     trusted: Tensor,  # (K,) bool
 ) -> MotionPrior:  # of K+1 rows, the last one all 0
-    "What is known of each block, and a row for no block."
+    "What is known of each block, and a row for no block; what may move is decided later, point by point."
     velocity, acceleration = F.pad(trajectory, (0, 1, 0, 0, 0, 1)).unbind(1)
     trusted = F.pad(trusted, (0, 1))
     return MotionPrior(
@@ -175,11 +177,16 @@ class GroundHeights(NamedTuple):
 def ground_heights(
     points: Tensor,  # (M,3) returns, ego0, m
     query: Tensor,  # (N,3) ego0, m
-    cell: float,  # m, edge of the cells in which the ground is found
-    share: float,  # of a cell's points that may lie below its ground
+    cfg: MotionPriorConfig,  # read: how the ground is found
 ) -> GroundHeights:
     "Heights of the returns and of the points whose motion is wanted."
-    both = height_above_ground(points, cell, share, query=torch.cat([points, query]))
+    points, query = points.float(), query.float()
+    if not len(points):
+        return GroundHeights(points.new_zeros(0), query.new_zeros(len(query)))
+    if cfg.ground == "planes":
+        surface = ground_planes(points, cfg.ground_cell, cfg.ground_share)
+        return GroundHeights(*(surface.above(p) + cfg.ground_slack for p in (points, query)))
+    both = height_above_ground(points, cfg.ground_cell, cfg.ground_share, query=torch.cat([points, query]))
     return GroundHeights(*both.split((len(points), len(query))))
 
 # %% ../nbs/14_motion_prior.ipynb #f40c0bb2
@@ -197,13 +204,36 @@ def single_scale_prior(
     if not len(returns.frame) or (returns.frame == returns.frame[0]).all():
         return no_motion(len(query.points), returns.points.device)
     if heights is None:
-        heights = ground_heights(returns.points, query.points, cfg.ground_cell, cfg.ground_share)
+        heights = ground_heights(returns.points, query.points, cfg)
     motion = estimate_block_motion(returns, heights.returns, grid, cfg)
     return query_motion(motion, query, heights.query, cfg.movable_height)
 
 # %% ../nbs/14_motion_prior.ipynb #0c9770aa
 # for what is small and slow
 FINE_PRIOR = MotionPriorConfig(reach=6, cell=0.125, block=3, inlier_speed=0.7, min_inliers=4, refine_steps=0)
+
+
+def with_small_movers(
+    prior: MotionPrior,  # of the N points
+    returns: SweepPoints,  # M returns of two sweeps or more
+    query: SweepPoints,  # the N points
+    heights: GroundHeights,  # of both
+    grid: VoxelConfig,  # whose extent in the plane is covered
+    cfg: SmallMoverConfig,  # how they are followed
+) -> MotionPrior:  # of the N points
+    "The prior, and the velocity of small things that are followed where it trusts nothing."
+    returns = returns._replace(points=returns.points.float())
+    found = query_small_movers(find_small_movers(returns, heights.returns, grid, cfg), query)
+    followed = (found.share > 0) & prior.may_move & ~prior.trusted
+    straight = MotionPrior(
+        velocity=found.velocity,
+        acceleration=torch.zeros_like(found.velocity),
+        score=found.share,
+        zero_motion_score=prior.zero_motion_score,
+        trusted=followed,
+        may_move=prior.may_move,
+    )
+    return straight.where(followed, prior)
 
 
 def estimate_motion_prior(
@@ -213,12 +243,14 @@ def estimate_motion_prior(
     fine_prior: MotionPriorConfig = FINE_PRIOR,  # the fine one; reach 0 = none
     query: SweepPoints | None = None,  # N points whose motion is wanted; None = the returns
 ) -> MotionPrior:  # of the N points
-    "The motion prior, and a finer one where nothing is trusted."
-    wanted = returns if query is None else query
-    heights = ground_heights(returns.points.float(), wanted.points.float(), cfg.ground_cell, cfg.ground_share)
-    coarse = single_scale_prior(returns, grid, cfg, query, heights)
-    if not fine_prior.reach:
-        return coarse
-    fine = single_scale_prior(returns, grid, fine_prior, query, heights)
-    chosen = fine.where(~coarse.trusted & fine.trusted & coarse.may_move, coarse)
-    return chosen._replace(may_move=coarse.may_move)
+    "The motion prior, a finer one where nothing is trusted, and small movers where neither is."
+    query = returns if query is None else query._replace(points=query.points.float())
+    heights = ground_heights(returns.points, query.points, cfg)
+    prior = single_scale_prior(returns, grid, cfg, query, heights)
+    if fine_prior.reach:
+        fine = single_scale_prior(returns, grid, fine_prior, query, heights)
+        chosen = fine.where(~prior.trusted & fine.trusted & prior.may_move, prior)
+        prior = chosen._replace(may_move=prior.may_move)
+    if len(torch.unique(returns.frame)) < max(cfg.small.min_sweeps, 1) or not cfg.small.min_sweeps:
+        return prior
+    return with_small_movers(prior, returns, query, heights, grid, cfg.small)

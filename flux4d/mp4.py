@@ -35,11 +35,11 @@ def even_pixels(
     height, width = pixels.shape[:2]
     return np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
-# %% ../nbs/25a_mp4.ipynb #9ddf14a7
+# %% ../nbs/25a_mp4.ipynb #5cda612a
 LARGEST = 4096  # px, side of the largest film that browsers play
 _OUTPUT = ["-crf", "20", "-movflags", "+faststart", "-f", "mp4"]
 
-
+# %% ../nbs/25a_mp4.ipynb #9ddf14a7
 def _encoder(path: Path, width: int, height: int, fps: float) -> Generator:
     "An ffmpeg that takes frames through `send` and writes a film."
     encoder = _ffmpeg().write_frames(

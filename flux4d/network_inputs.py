@@ -29,7 +29,7 @@ class PointFeatures(NamedTuple):
     offset: Tensor  # (M,3) -1..1 over the voxel that it was lifted into
 
 
-N_POINT = 14  # channels of `PointFeatures`
+N_POINT = 14  # channels of `PointFeatures`; another set than the 14 raw numbers of a Gaussian
 
 # %% ../nbs/30b_network_inputs.ipynb #f736b6da
 def point_features(
@@ -83,7 +83,7 @@ class TimeBins(NamedTuple):
     seconds: float = 0.2  # width of one, s; the input frames are 0.2 s apart
     shift: float = 0.15  # s by which the first begins before the clip's start; returns end at their sweep's stamp
 
-
+# %% ../nbs/30b_network_inputs.ipynb #f2eb2332
 class TimeInBin(NamedTuple):
     "Where M capture times fall."
 
@@ -100,15 +100,15 @@ def time_in_bin(
     b = u.floor().clamp(0, bins.count - 1)
     return TimeInBin(b.long(), (2 * (u - b) - 1).clamp(-2, 2))
 
+# %% ../nbs/30b_network_inputs.ipynb #98860b62
+N_BIN = 8  # channels of a time bin; how many bins there are is `TimeBins.count`
+
 # %% ../nbs/30b_network_inputs.ipynb #72396d93
-N_BIN = 8  # channels of a time bin
-
-
 class TimeSlots(NamedTuple):
     "What only voxels and capture times decide, of M points in n voxels: the same in every step."
 
-    slot: Tensor  # (M,) int64 bin of each voxel that the point falls into
-    place: Tensor  # (M,1) place in the bin
+    slot: Tensor  # (M,) int64 voxel * bins + bin, of each point
+    place: Tensor  # (M,1) time within the bin, -1..1; up to 2 outside all bins
     count: Tensor  # (n*bins,) int64 points of each bin
     log_count: Tensor  # (n*bins,1)
     spread: Tensor  # (n,1) standard deviation of time in each voxel, s
@@ -151,7 +151,7 @@ def voxel_features(
     v: Voxels,  # the points' voxels, every point inside
     bins: TimeBins,  # the bins
     slots: TimeSlots | None = None,  # of the same points; None = found here
-) -> Tensor:  # (V,C+2+8*bins)
+) -> Tensor:  # (V,C+2+N_BIN*bins.count)
     "What the U-Net sees of each voxel: means, spread of time, count, time bins."
     slots = time_slots(seconds, v.voxel, len(v), bins) if slots is None else slots
     mean = pool_mean(channels, v.voxel, len(v), v.count)

@@ -5,7 +5,7 @@
 # %% ../nbs/13a_occupancy.ipynb #171ae346
 from __future__ import annotations
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -15,8 +15,9 @@ from .settings import Share
 from .voxels import VoxelConfig
 
 # %% auto #0
-__all__ = ['USUAL_GAP', 'MOST_REACH', 'ConsensusRule', 'MotionPriorConfig', 'SweepPoints', 'low_points', 'height_above_ground',
-           'BevGrid', 'bev_grid', 'Occupancy', 'occupancy_maps', 'StreetSweeps', 'street_sweeps']
+__all__ = ['USUAL_GAP', 'MOST_REACH', 'LEVEL', 'ConsensusRule', 'SmallMoverConfig', 'MotionPriorConfig', 'SweepPoints',
+           'low_points', 'height_above_ground', 'window_kernels', 'ground_planes', 'GroundPlanes', 'BevGrid',
+           'bev_grid', 'Occupancy', 'occupancy_maps', 'StreetSweeps', 'street_sweeps']
 
 # %% ../nbs/13a_occupancy.ipynb #32d2c078
 class ConsensusRule(NamedTuple):
@@ -24,11 +25,34 @@ class ConsensusRule(NamedTuple):
 
     margin: float  # score by which a displacement must beat zero motion to be an inlier by itself
     min_cells: int  # occupied cells in a block and its neighbours, below which it is no inlier by itself
-    confirmed_margin: float  # margin that is enough where other sweeps hold inliers
+    confirmed_margin: float  # margin that every trusted displacement needs, also where other sweeps hold inliers
     inlier_speed: float  # m/s, an inlier's velocity differs by at most this
-    min_inliers: int  # sweeps with an inlier that a trusted displacement needs, or all there are
-    rounds: int  # times that what was confirmed becomes an inlier itself
-    neighbour_sweeps: int  # sweeps on each side in which inliers are looked for
+    min_inliers: int  # sweeps with an agreeing inlier that are needed, its own counted; all, if there are fewer
+    rounds: int  # passes over all blocks; in each, those confirmed by the last one are the inliers
+    neighbour_sweeps: int  # sweeps on each side of its own in which inliers are looked for
+
+# %% ../nbs/13a_occupancy.ipynb #5a11c0f6
+@dataclass(frozen=True)
+class SmallMoverConfig:
+    "Which blobs of several sweeps are one small thing that moves, see 13d_small_movers."
+
+    min_sweeps: NonNegativeInt = 4  # that agree; 0 = nothing is followed
+    cell: PositiveFloat = 0.3  # m, edge of the cells whose returns are joined to blobs
+    height: tuple[float, float] = (0.25, 2.4)  # m above the ground, of a person's returns but for the feet
+    tallest: PositiveFloat = 2.7  # m, where something reaches higher is a wall, a pole or a tree
+    min_points: PositiveInt = 2  # returns of a blob
+    max_length: PositiveFloat = 2.3  # m, of a blob from above
+    min_top: NonNegativeFloat = 0.6  # m above the ground that a blob reaches
+    min_speed: NonNegativeFloat = 0.6  # m/s
+    max_speed: PositiveFloat = 9.0  # m/s
+    fast: PositiveFloat = 2.5  # m/s, what is faster needs one sweep more
+    pair_sweeps: PositiveInt = 3  # sweeps between two blobs that suggest a line, at most
+    tolerance: PositiveFloat = 0.3  # m, a blob so near to a line is on it
+    max_residual: PositiveFloat = 0.12  # m, root mean square distance of its blobs from the line
+    min_ratio: NonNegativeFloat = 4.0  # so many times farther its blobs are from their own mean
+    rest_gap: PositiveFloat = 0.5  # m from a place, where the thing is elsewhere than there
+    rest_tolerance: PositiveFloat = 0.3  # m, a blob so near to a place rests there
+    max_rest: Share = 0.2  # share of a line's places at which something rests when the thing is elsewhere
 
 # %% ../nbs/13a_occupancy.ipynb #24c9c4fe
 USUAL_GAP = 0.2  # s, between input frames, of the settings below
@@ -48,9 +72,12 @@ class MotionPriorConfig:
     height: tuple[float, float] = (0.3, 3.0)
     ground_cell: PositiveFloat = 2.0  # m, edge of the cells in which the ground is found
     ground_share: Share = 0.2  # of a cell's points that may lie below its ground, as reflections do
+    ground: Literal["planes", "lowest"] = "planes"  # a plane around each cell, or the lowest cell around
+    # m by which planes are lowered, since the underside of what drives shows few returns
+    ground_slack: NonNegativeFloat = 0.08
     # m, a sweep counts for zero motion only where it has any point this near
     observed_radius: NonNegativeFloat = 0.75
-    # 1/m, score by which a longer displacement must be better, at the same spacing
+    # 1/m, score taken off per metre of displacement between input frames 0.2 s apart, see `at_gap`
     zero_motion_penalty: NonNegativeFloat = 0.08
     margin: NonNegativeFloat = 0.3  # this and the next five: see `ConsensusRule`
     min_cells: NonNegativeInt = 4
@@ -62,10 +89,11 @@ class MotionPriorConfig:
     movable_height: tuple[float, float] = (0.1, 4.0)
     fine_cell: PositiveFloat = 0.125  # m, edge of the cells of the density map that trajectories are refined on
     blur_std: PositiveFloat = 0.15  # m, standard deviation of its blur, from which a trajectory is attracted
-    # m/s and m/s^2, standard deviation of a trajectory from its displacement and from constant speed
+    # how far refinement may leave its start, by one number: of the change of velocity, m/s, and of acceleration, m/s^2
     prior_std: PositiveFloat = 2.0
     refine_steps: NonNegativeInt = 24  # of mean shift; 0 = straight trajectories
     merge_rounds: NonNegativeInt = 3  # times that a trajectory becomes the mean of those that meet it
+    small: SmallMoverConfig = SmallMoverConfig()  # what is followed where nothing is trusted
 
     @property
     def border(self) -> int:  # cells
@@ -90,9 +118,9 @@ class MotionPriorConfig:
 def at_gap(
     self: MotionPriorConfig,
     gap: float,  # s, between input frames
-    sweeps: int,  # how many input frames there are
+    sweeps: int,  # input frames, which bound the sweeps that are compared and that must agree
 ) -> MotionPriorConfig:  # the same where they are about 0.2 s apart
-    "Search the same speeds, at another spacing of the input frames."
+    "Search the same speeds at another spacing; where it differs, at most half of the sweeps must agree."
     reach = min(MOST_REACH, max(1, round(self.reach * gap / USUAL_GAP)))
     if not self.reach or reach == self.reach:
         return self
@@ -158,6 +186,82 @@ def height_above_ground(
         return (points[:, 2] - around[cell_of_point]).nan_to_num(0.0, 0.0, 0.0)
     inside = torch.minimum(torch.maximum((query[:, :2] / cell).floor().long(), low), high)
     return (query[:, 2] - around[number(inside)]).nan_to_num(0.0, 0.0, 0.0)
+
+# %% ../nbs/13a_occupancy.ipynb #6f0a11d2
+LEVEL = 4.0  # m^2, added to a plane's second moments
+
+
+def window_kernels(
+    cell: float,  # m
+    radius: int,  # cells on each side of the middle
+    device: torch.device,
+) -> Tensor:  # (6,1,2r+1,2r+1): weight, and weight times x, y, xx, xy, yy
+    "A Gaussian window and its moments."
+    u = torch.arange(-radius, radius + 1, device=device) * cell
+    x, y = torch.meshgrid(u, u, indexing="ij")
+    w = torch.exp(-0.5 * (x**2 + y**2) / (0.6 * radius * cell) ** 2)
+    return torch.stack([w, w * x, w * y, w * x * x, w * x * y, w * y * y])[:, None]
+
+
+def ground_planes(
+    low: Tensor,  # (X,Y) height of each cell, m
+    weight: Tensor,  # (X,Y) 0..1
+    cell: float,  # m
+    radius: int,  # cells on each side that a plane is fitted to
+) -> Tensor:  # (X,Y,3) height in the middle of each cell, m, and slopes along x and y
+    "A plane around each cell, by weighted least squares."
+    kernels = window_kernels(cell, radius, low.device)
+    m = F.conv2d(weight[None, None], kernels, padding=radius)[0]
+    right = F.conv2d((weight * low)[None, None], kernels[:3], padding=radius)[0]
+    rows = [m[0] + 1e-4, m[1], m[2], m[1], m[3] + LEVEL, m[4], m[2], m[4], m[5] + LEVEL]
+    left = torch.stack(rows, -1).unflatten(-1, (3, 3))
+    return torch.linalg.solve(left.double(), right.permute(1, 2, 0).double()).float()
+
+# %% ../nbs/13a_occupancy.ipynb #6f0a11d3
+class GroundPlanes(NamedTuple):
+    "The ground as a plane for each coarse cell."
+
+    first: Tensor  # (2,) int64, cell of the first row and column
+    cell: float  # m, edge of a cell
+    planes: Tensor  # (X,Y,3) height in the middle of each cell, m, and slopes along x and y
+    known: Tensor  # (X,Y) bool, some cell around shows the ground
+
+    def above(
+        self,
+        points: Tensor,  # (N,3) ego0, m
+    ) -> Tensor:  # (N,) m; 0 where no ground is near
+        "Height above the plane of each point's cell."
+        last = self.first + self.first.new_tensor(self.known.shape) - 1
+        ij = (points[:, :2] / self.cell).floor().long()
+        ij = torch.minimum(torch.maximum(ij, self.first), last)
+        at = (ij - self.first).unbind(1)
+        a, b, c = self.planes[at].unbind(1)
+        x, y = (points[:, :2] - (ij + 0.5) * self.cell).unbind(1)
+        return torch.where(self.known[at], points[:, 2] - a - b * x - c * y, 0.0)
+
+
+def ground_planes(
+    points: Tensor,  # (M,3) that show the ground, ego0, m
+    cell: float = 2.0,  # m, edge of the cells
+    share: float = 0.2,  # of a cell's points that may lie below its ground
+    least: int = 4,  # points, cells with fewer show no ground
+    radius: int = 2,  # cells on each side that a plane is fitted to
+    tolerance: float = 0.15,  # m, a cell so much above the plane is something that stands on it
+) -> GroundPlanes:
+    "Planes through the low points of cells, of which those that stand on the ground are left out."
+    ij = (points[:, :2] / cell).floor().long()
+    first = ij.amin(0)
+    X, Y = (ij.amax(0) - first + 1).tolist()
+    low = low_points(points[:, 2], (ij - first) @ ij.new_tensor([Y, 1]), X * Y, share, least).view(X, Y)
+    shown = low.isfinite()
+    around = -F.max_pool2d(-low[None, None], 3, 1, 1)[0, 0]  # the lowest of a cell and its neighbours
+    weight = shown * (low - around < 2 * tolerance).float().clamp_min(0.02)
+    low = torch.where(shown, low, 0.0)
+    for _ in range(2):
+        planes = ground_planes(low, weight, cell, radius)
+        weight = shown * (low - planes[..., 0] < tolerance).float().clamp_min(0.02)
+    known = F.max_pool2d(shown[None, None].float(), 2 * radius + 1, 1, radius)[0, 0] > 0
+    return GroundPlanes(first, cell, ground_planes(low, weight, cell, radius), known)
 
 # %% ../nbs/13a_occupancy.ipynb #83cde480
 class BevGrid(NamedTuple):

@@ -147,29 +147,43 @@ def gate_scores(
     return {name: score_scene(scene, batch, trainer, frames) for name, scene in scenes.items()}
 
 # %% ../nbs/35_overfit.ipynb #61284058
+def _bounds_of_scores(
+    scores: dict,  # of `gate_scores`
+    least: float,  # dB that training must add
+) -> dict[str, bool]:  # sentence -> whether it is fine
+    "What is asked of the trained scene."
+    trained, untrained, at_rest = (scores[k] for k in ("trained", "untrained", "trained_at_rest"))
+    gain, ssim_gain = (trained[k] - untrained[k] for k in ("psnr", "ssim"))
+    adds = f"training adds {gain:.2f} dB to the untrained model; at least {least:.0f} dB is asked for"
+    adds_ssim = f"training adds {ssim_gain:.3f} SSIM to the untrained model; at least 0.03 is asked for"
+    still = f"the trained scene scores {trained['psnr']:.2f} dB and {at_rest['psnr']:.2f} dB with nothing moving"
+    return {adds: gain >= least, adds_ssim: ssim_gain >= 0.03, still: trained["psnr"] > at_rest["psnr"]}
+
+# %% ../nbs/35_overfit.ipynb #2a11ff68
+def _bounds_of_run(
+    gate: dict,  # of `overfit_gate`
+    full: bool,  # True: a run of 10,000 steps or more; a short run is asked for less
+) -> dict[str, bool]:  # sentence -> whether it is fine
+    "What is asked of the logged steps."
+    most_loss, least_rise = (0.5, 5.0) if full else (1.0, 1.0)
+    loss, rise = gate["loss_ratio"], gate["psnr_gain"]
+    reached = {
+        f"the loss ends at {loss:.2f} of its early value; below {most_loss} is asked for": loss < most_loss,
+        f"PSNR rises by {rise:.2f} dB over the run; above {least_rise:.0f} dB is asked for": rise > least_rise,
+    }
+    if full:
+        change = gate["speed_change"]
+        reached[f"the mean speed still changes by {change:.1%}; below 5% is asked for"] = change < 0.05
+    return reached
+
+# %% ../nbs/35_overfit.ipynb #97dbf0a3
 def gate_faults(
     gate: dict,  # of `overfit_gate`
     scores: dict,  # of `gate_scores`
     full: bool,  # True: a run of 10,000 steps or more; a short run is asked for less
 ) -> list[str]:  # a sentence for each number that does not reach its bound; [] = passed
     "What keeps a run from passing the gate of stage 3."
-    least_gain, least_loss, least_rise = (2.0, 0.5, 5.0) if full else (1.0, 1.0, 1.0)
-    trained, untrained, at_rest = (scores[k] for k in ("trained", "untrained", "trained_at_rest"))
-    gain, ssim_gain = (trained[k] - untrained[k] for k in ("psnr", "ssim"))
-    loss, rise = gate["loss_ratio"], gate["psnr_gain"]
-    adds = f"training adds {gain:.2f} dB to the untrained model; at least {least_gain:.0f} dB is asked for"
-    adds_ssim = f"training adds {ssim_gain:.3f} SSIM to the untrained model; at least 0.03 is asked for"
-    still = f"the trained scene scores {trained['psnr']:.2f} dB and {at_rest['psnr']:.2f} dB with nothing moving"
-    reached = {
-        adds: gain >= least_gain,
-        adds_ssim: ssim_gain >= 0.03,
-        still: trained["psnr"] > at_rest["psnr"],
-        f"the loss ends at {loss:.2f} of its early value; below {least_loss} is asked for": loss < least_loss,
-        f"PSNR rises by {rise:.2f} dB over the run; above {least_rise:.0f} dB is asked for": rise > least_rise,
-    }
-    if full:
-        change = gate["speed_change"]
-        reached[f"the mean speed still changes by {change:.1%}; below 5% is asked for"] = change < 0.05
+    reached = _bounds_of_scores(scores, 2.0 if full else 1.0) | _bounds_of_run(gate, full)
     return [sentence for sentence, enough in reached.items() if not enough]
 
 # %% ../nbs/35_overfit.ipynb #7d21c755

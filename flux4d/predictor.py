@@ -23,14 +23,8 @@ from .unet import SparseUNet, UNetConfig, grid_position, mix_voxels, neighbours,
 from .motion_inputs import MotionInputs, motion_feature_count, motion_features, unpack_prior
 from .network_inputs import N_POINT, TimeBins, TimeSlots, describe_points, time_slots
 from .network_inputs import voxel_feature_count, voxel_features
-from flux4d.decode import (
-    AttributeBounds,
-    MotionDecoding,
-    decode_residual,
-    decode_velocity,
-    make_head,
-    motion_head_width,
-)
+from .decode import AttributeBounds, MotionDecoding, decode_residual, decode_velocity, make_head
+from .decode import motion_head_width
 
 # %% auto #0
 __all__ = ['PredictorConfig', 'returns_in_grid', 'gaussians_in_grid', 'GridIndex', 'make_grid_index', 'BasePredictor']
@@ -55,10 +49,10 @@ class PredictorConfig:
     scale_bound: PositiveFloat = 3.0  # largest change of the stored scale, about a factor of 20
     opacity_bound: PositiveFloat = 6.0  # largest change of the opacity logit
     colour_bound: PositiveFloat = 4.0  # largest change of a colour logit
-    velocity_scale: PositiveFloat = 10.0  # m/s per unit of the head's output
-    velocity_bound: PositiveFloat = 50.0  # largest velocity component, m/s
+    velocity_scale: PositiveFloat = 10.0  # m/s (and m/s^2) per unit of the head's output
+    velocity_bound: PositiveFloat = 50.0  # largest component without a trusted prior, m/s (and m/s^2)
     max_residual: PositiveFloat = 0.5  # largest departure from a trusted prior along an axis, m/s and m/s^2
-    dead_zone: NonNegativeFloat = 0.5  # m/s, slower motion without a prior does not count in a reconstruction
+    dead_zone: NonNegativeFloat = 0.5  # m/s, without a trusted prior: slower is rest, up to twice this is reduced
 
 # %% ../nbs/31_predictor.ipynb #8997b59f
 @patch(as_prop=True)
@@ -145,8 +139,8 @@ class GridIndex:
     weights: Tensor  # (M,8) trilinear weights of these voxels
     motion: Tensor  # (M,F) channels of `motion_features`
     prior: MotionPrior | None  # of the M Gaussians; None = no prior
-    tables: dict = field(default_factory=dict)  # of the U-Net's layers, filled by the first passes
-    kept: dict = field(default_factory=dict)  # of `slots`, by bins
+    tables: dict = field(default_factory=dict)  # neighbour tables of the U-Net's layers, filled by the first pass
+    kept: dict = field(default_factory=dict)  # answers of `slots`, one for each `TimeBins`
 
     @cached_property
     def to_ego(self) -> Tensor:  # (4,4) float64 world-to-ego0
@@ -239,8 +233,8 @@ def encode(
     self: BasePredictor,
     g: Gaussians,  # M Gaussians in the grid, world
     index: GridIndex,  # of their lift
-    extra: Tensor | None,  # (M,n_extra)
-) -> Tensor:  # (M,C) what each head sees of a point
+    extra: Tensor | None,  # (M,n_extra) further channels of order one, as the refiner's feedback
+) -> Tensor:  # (M,C) own channels, motion, extra; 9 of orientation; then the U-Net's n_out
     "A point's own features, its orientation, and the U-Net's features around it."
     point, turn = describe_points(g, index.seconds, index.cells, index.to_ego, self.voxel)
     channels = torch.cat([*point, index.motion, *([extra.float()] if self.n_extra else [])], 1)

@@ -244,7 +244,7 @@ def say(
 ) -> None:
     "The first process says it."
 
-
+# %% ../nbs/32b_processes.ipynb #6770c2cd
 @patch
 def record(
     self: SilentRun,
@@ -252,7 +252,7 @@ def record(
 ) -> None:
     "The first process records it."
 
-
+# %% ../nbs/32b_processes.ipynb #254ad54c
 @patch
 def rewind(
     self: SilentRun,
@@ -270,7 +270,7 @@ def write(
     "The first process writes it."
     return self.folder / name
 
-
+# %% ../nbs/32b_processes.ipynb #0981422e
 @patch
 def note(
     self: SilentRun,
@@ -305,7 +305,7 @@ def running_norms(
     "Layers whose statistics depend on what they have seen."
     return [m for m in model.modules() if isinstance(m, nn.BatchNorm1d) and m.track_running_stats]
 
-
+# %% ../nbs/32b_processes.ipynb #6524433b
 def norm_state(
     norm: nn.BatchNorm1d,  # with running statistics
 ) -> Tensor:  # (2C+1,) float64: means, variances, times updated

@@ -16,7 +16,8 @@ from .frames import quat_to_mat, transform_points
 __all__ = ['ALPHA_MIN', 'ALPHA_MAX', 'T_MIN', 'STRIP', 'EDGE', 'Ellipsoids', 'Pinhole', 'DrawRules', 'screen_covariance',
            'nearest_first', 'Splats', 'widen', 'project_gaussians', 'Ellipses', 'splat_ellipses', 'ragged_index',
            'Spans', 'row_spans', 'PixelPairs', 'pixel_pairs', 'transmittance', 'Strip', 'make_strip', 'strip_matrix',
-           'cut_strips', 'strength_gradient', 'pixel_moments', 'splat_gradients', 'Blend', 'Raster', 'rasterise']
+           'draw_strip', 'cut_strips', 'strength_gradient', 'pixel_moments', 'splat_gradients', 'strip_gradients',
+           'Blend', 'Raster', 'rasterise']
 
 # %% ../nbs/20_raster.ipynb #37b63adc
 ALPHA_MIN = 1 / 255  # a Gaussian weaker than this at a pixel centre is skipped there
@@ -280,6 +281,15 @@ def strip_matrix(
     shape = len(s.ptr) - 1, len(s.near)
     return csr_array((entries.numpy(), s.splat.numpy(), s.ptr.int().numpy()), shape=shape)
 
+# %% ../nbs/20_raster.ipynb #18250328
+def draw_strip(
+    s: Strip,  # weights of some image rows
+    features: Tensor,  # (n,C) of all splats
+) -> Tensor:  # (pixels,C)
+    "The picture of a strip."
+    shown = features.detach().index_select(0, s.near).numpy()
+    return torch.from_numpy(strip_matrix(s, s.alpha * s.T) @ shown)
+
 # %% ../nbs/20_raster.ipynb #b5a39c70
 def cut_strips(
     e: Ellipses,  # all splats
@@ -342,7 +352,18 @@ def splat_gradients(
     d_opacity = s / opacity.double().clamp_min(1e-10)
     return d_uv.to(uv.dtype), d_conic.to(uv.dtype), d_opacity.to(uv.dtype)
 
-# %% ../nbs/20_raster.ipynb #18250328
+# %% ../nbs/20_raster.ipynb #be93a169
+def strip_gradients(
+    s: Strip,  # weights of some image rows
+    features: Tensor,  # (n,C) of all splats
+    g: Tensor,  # (pixels,C) gradient of the strip's picture
+    width: int,  # px
+) -> tuple[Tensor, Tensor]:  # (m,6) float64, moments of the strip's splats; (m,C) gradients of their features
+    "What a strip adds to the gradients."
+    u = strength_gradient(s, features.index_select(0, s.near), g) * s.alpha * (s.alpha < ALPHA_MAX)
+    return pixel_moments(s, u, width), torch.from_numpy(strip_matrix(s, s.alpha * s.T).T @ g.numpy())
+
+# %% ../nbs/20_raster.ipynb #93f23063
 class Blend(torch.autograd.Function):
     "Splats blended front to back: (pixels, C) from (n, C) features."
 
@@ -362,9 +383,7 @@ class Blend(torch.autograd.Function):
         ctx.strips, ctx.width = [], width
         for y0, y1 in cut_strips(ellipses, height):
             s = make_strip(ellipses, y0, y1, width, features.dtype)
-            weights = strip_matrix(s, s.alpha * s.T)
-            shown = features.detach().index_select(0, s.near).numpy()
-            picture[y0 * width : y1 * width] = torch.from_numpy(weights @ shown)
+            picture[y0 * width : y1 * width] = draw_strip(s, features)
             if any(ctx.needs_input_grad):
                 ctx.strips.append(s)
         ctx.save_for_backward(uv, conic, opacity, features)
@@ -382,9 +401,9 @@ class Blend(torch.autograd.Function):
         m = torch.zeros(len(uv), 6, dtype=torch.float64)
         for s in ctx.strips:
             g = grad[s.y0 * ctx.width : s.y1 * ctx.width].contiguous()
-            u = strength_gradient(s, features.index_select(0, s.near), g) * s.alpha * (s.alpha < ALPHA_MAX)
-            m.index_add_(0, s.near, pixel_moments(s, u, ctx.width))
-            d_features.index_add_(0, s.near, torch.from_numpy(strip_matrix(s, s.alpha * s.T).T @ g.numpy()))
+            moments, of_features = strip_gradients(s, features, g, ctx.width)
+            m.index_add_(0, s.near, moments)
+            d_features.index_add_(0, s.near, of_features)
         return *splat_gradients(m, uv, conic, opacity), d_features, None, None
 
 # %% ../nbs/20_raster.ipynb #b95b1189

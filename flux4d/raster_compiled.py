@@ -14,20 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from flux4d.raster import (
-    ALPHA_MAX,
-    ALPHA_MIN,
-    Blend,
-    DrawRules,
-    EDGE,
-    Ellipsoids,
-    Pinhole,
-    Raster,
-    Splats,
-    T_MIN,
-    rasterise,
-    splat_ellipses,
-)
+from .raster import ALPHA_MAX, ALPHA_MIN, Blend, DrawRules, EDGE, Ellipsoids, Pinhole, Raster, Splats
+from .raster import T_MIN, rasterise, splat_ellipses
 
 try:
     import numba
@@ -42,7 +30,8 @@ __all__ = ['S_MAX', 'A_MAX', 'LIGHT_MIN', 'LOG_MIN', 'SIDE', 'AREA', 'COLUMNS', 
            'exponents', 'strengths', 'take_light', 'is_dark', 'fetch', 'add_scaled', 'put_tile', 'mark_inside',
            'TileWork', 'tile_work', 'Drawn', 'blend_entries', 'blend_tiles', 'give_back', 'sum_moments', 'sum_features',
            'get_tile', 'drawn_until', 'dot_features', 'BackWork', 'back_work', 'undo_entries', 'unblend_tiles',
-           'add_places', 'sum_entries', 'in_threads', 'CompiledBlend', 'rasterise_compiled']
+           'add_places', 'sum_entries', 'in_threads', 'draw_tiles', 'undraw_tiles', 'CompiledBlend',
+           'rasterise_compiled']
 
 # %% ../nbs/20a_raster_compiled.ipynb #0f87ab2f
 def have_numba() -> bool:
@@ -90,12 +79,12 @@ A_MAX = np.float32(ALPHA_MAX)
 LIGHT_MIN = np.float32(T_MIN)
 LOG_MIN = math.log(ALPHA_MIN)
 
-# %% ../nbs/20a_raster_compiled.ipynb #39dc4afd
+# %% ../nbs/20a_raster_compiled.ipynb #ba1671ba
 SIDE = 8  # px, side of a tile
 AREA = SIDE * SIDE  # pixels of a tile
 COLUMNS = 8  # numbers of a splat: x, y, A, B, C, log_o, top, bottom, as in `Ellipses`
 
-
+# %% ../nbs/20a_raster_compiled.ipynb #39dc4afd
 @compiled()
 def tile_box(
     e: np.ndarray,  # (n,8) float64, splats
@@ -299,10 +288,10 @@ def is_dark(
             return False
     return True
 
-# %% ../nbs/20a_raster_compiled.ipynb #85a7cf35
+# %% ../nbs/20a_raster_compiled.ipynb #63d55afb
 CHUNK = 64  # entries fetched at a time
 
-
+# %% ../nbs/20a_raster_compiled.ipynb #85a7cf35
 @compiled()
 def fetch(
     e: np.ndarray,  # (n,8) float64, splats
@@ -456,10 +445,10 @@ def blend_tiles(
         drawn.ends[t] = w.end
         put_tile(total, x0, y0, drawn.picture)
 
-# %% ../nbs/20a_raster_compiled.ipynb #2561f7ad
+# %% ../nbs/20a_raster_compiled.ipynb #fdb6df23
 MOMENTS = 6  # sums over pixels of pull times 1, dx, dy, dx^2, dx*dy, dy^2
 
-
+# %% ../nbs/20a_raster_compiled.ipynb #2561f7ad
 @compiled("contract")
 def give_back(
     alpha: np.ndarray,  # (AREA,) float32, strengths of an entry
@@ -688,6 +677,39 @@ def in_threads(
             done.result()
 
 # %% ../nbs/20a_raster_compiled.ipynb #86a1a3b6
+def draw_tiles(
+    s: Splats,  # uv, conic and opacity, float32, nearest first
+    features: Tensor,  # (n,C)
+    width: int,  # px
+    height: int,  # px
+) -> tuple[np.ndarray, np.ndarray, SplatTiles, Drawn]:  # splats and features as arrays; tiles; the picture
+    "Draw all tiles."
+    e = torch.stack(splat_ellipses(s, width, height)[:COLUMNS], 1).numpy()
+    f = features.detach().contiguous().numpy()
+    tiles = tile_lists(e, width, height)
+    n = len(tiles.ptr) - 1
+    picture = np.empty((height, width, f.shape[1]), np.float32)
+    drawn = Drawn(picture, np.empty((n, AREA), np.float32), np.empty((n, AREA), np.int32))
+    in_threads(blend_tiles, n, e, f, tiles, drawn)
+    return e, f, tiles, drawn
+
+# %% ../nbs/20a_raster_compiled.ipynb #fdf7c0a4
+def undraw_tiles(
+    kept: tuple[np.ndarray, np.ndarray, SplatTiles, Drawn],  # from `draw_tiles`
+    grad: Tensor,  # (pixels,C) gradient of the picture
+    inputs: tuple[Tensor, ...],  # uv, conic, opacity, features
+) -> list[Tensor]:  # their gradients
+    "Walk back through all tiles, and add up what each splat got."
+    e, f, tiles, drawn = kept
+    g = grad.contiguous().numpy().reshape(drawn.picture.shape)
+    found = np.zeros((len(tiles.splat), MOMENTS + f.shape[1]), np.float32)
+    in_threads(unblend_tiles, len(tiles.ptr) - 1, e, f, tiles, drawn, g, found)
+    gradients = [torch.empty_like(v) for v in inputs]
+    in_threads(sum_entries, len(e), e, tiles.own, found, *(v.numpy() for v in gradients))
+    gradients[2] /= inputs[2].clamp_min(1e-10)
+    return gradients
+
+# %% ../nbs/20a_raster_compiled.ipynb #564346b4
 class CompiledBlend(torch.autograd.Function):
     "Splats to a picture; takes what `Blend` takes, in single precision."
 
@@ -702,17 +724,9 @@ class CompiledBlend(torch.autograd.Function):
         height: int,  # px
     ) -> Tensor:  # (pixels,C)
         "The picture; the light left and the last entry of each pixel are kept for the gradient."
-        ellipses = splat_ellipses(Splats(None, uv, conic, opacity, None), width, height)
-        e = torch.stack(ellipses[:COLUMNS], 1).numpy()
-        f = features.detach().contiguous().numpy()
-        tiles = tile_lists(e, width, height)
-        n = len(tiles.ptr) - 1
-        picture = np.empty((height, width, f.shape[1]), np.float32)
-        drawn = Drawn(picture, np.empty((n, AREA), np.float32), np.empty((n, AREA), np.int32))
-        in_threads(blend_tiles, n, e, f, tiles, drawn)
-        ctx.kept = e, f, tiles, drawn
+        ctx.kept = draw_tiles(Splats(None, uv, conic, opacity, None), features, width, height)
         ctx.save_for_backward(uv, conic, opacity, features)
-        return torch.from_numpy(picture).view(height * width, -1)
+        return torch.from_numpy(ctx.kept[-1].picture).view(height * width, -1)
 
     @staticmethod
     @once_differentiable
@@ -721,15 +735,7 @@ class CompiledBlend(torch.autograd.Function):
         grad: Tensor,  # (pixels,C) gradient of the picture
     ) -> tuple:  # one entry an argument of `forward`
         "Gradients of centres, conics, opacities and features."
-        e, f, tiles, drawn = ctx.kept
-        opacity = ctx.saved_tensors[2]
-        g = grad.contiguous().numpy().reshape(drawn.picture.shape)
-        found = np.zeros((len(tiles.splat), MOMENTS + f.shape[1]), np.float32)
-        in_threads(unblend_tiles, len(tiles.ptr) - 1, e, f, tiles, drawn, g, found)
-        gradients = [torch.empty_like(v) for v in ctx.saved_tensors]
-        in_threads(sum_entries, len(e), e, tiles.own, found, *(v.numpy() for v in gradients))
-        gradients[2] /= opacity.clamp_min(1e-10)
-        return *gradients, None, None
+        return *undraw_tiles(ctx.kept, grad, ctx.saved_tensors), None, None
 
 # %% ../nbs/20a_raster_compiled.ipynb #96c6f2b9
 def rasterise_compiled(

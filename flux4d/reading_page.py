@@ -164,6 +164,7 @@ class ReadingPage:
     parts: list[str] = field(default_factory=list)
     pictures: dict[str, bytes] = field(default_factory=dict)  # file name -> content
     captions: dict[str, str] = field(default_factory=dict)  # file name -> section, of pictures of the real log
+    title: str = ""  # of the notebook
 
 # %% ../nbs/90b_reading_page.ipynb #bd2bd42e
 def plain_html(
@@ -276,7 +277,7 @@ def notebook_page(
     turn: Callable[[str], str],  # a text with its links turned
 ) -> ReadingPage:  # its parts joined are the page
     "A notebook as a page."
-    page = ReadingPage(nb.path.stem, turn)
+    page = ReadingPage(nb.path.stem, turn, title=nb.title or "")
     text, codes = "", []
 
     def flush() -> None:

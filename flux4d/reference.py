@@ -22,7 +22,7 @@ from .reading_page import ReadingPage, definition_id, directives, fenced, inline
 # %% auto #0
 __all__ = ['Defined', 'defined_names', 'names_used', 'name_row', 'api_page', 'command_help', 'stage_parameters', 'command_page',
            'config_groups', 'field_comments', 'preset_values', 'group_section', 'configuration_page', 'gallery_figure',
-           'gallery_page']
+           'run_figures', 'gallery_page']
 
 # %% ../nbs/90c_reference.ipynb #966fd1d1
 class Defined(NamedTuple):
@@ -223,21 +223,37 @@ def gallery_figure(
     name: str,  # of one of its pictures
 ) -> str:  # Markdown and HTML
     "A picture with a link to the notebook that made it."
-    words = re.sub(r"[\[\]`$*_\\]", "", page.captions[name])
-    caption = f"<figcaption>{page.stem}: {html.escape(words)}</figcaption>"
+    number, title = page.stem.partition("_")[0], page.title or page.stem
+    words = re.sub(r"[\[\]`$*_\\]", "", f"{title}: {page.captions[name]}")
+    caption = f"<figcaption><b>{number}</b> {html.escape(words)}</figcaption>"
     return f"<figure>\n\n[![{words}]({name})]({page.stem}.md)\n\n{caption}</figure>"
+
+
+def run_figures(
+    text: str,  # of the page of runs
+) -> list[str]:  # Markdown and HTML
+    "The pictures that the page of runs shows, with a link to it."
+    shown = re.findall(r"!\[([^\]]+)\]\(([^)\s]+)\)", text)
+    captions = [f"<figcaption>{html.escape(words)}</figcaption>" for words, _ in shown]
+    return [
+        f"<figure>\n\n[![{words}]({name})](runs.md)\n\n{caption}</figure>"
+        for (words, name), caption in zip(shown, captions)
+    ]
 
 # %% ../nbs/90c_reference.ipynb #5005590d
 def gallery_page(
     pages: list[ReadingPage],  # in reading order
+    runs: str = "",  # text of the page of runs, whose pictures belong to part 6
 ) -> str:  # Markdown and HTML
     "The pictures of the real log."
     parts = [
         "# Gallery",
-        "What the stages make of PandaSet log 002, in their order; each picture stands in the notebook that made it.",
+        "What the stages make of PandaSet log 002, in their order; each picture leads to the page that explains it. "
+        "A film is on the [front page](index.md), and [a scene to walk through](scene.md) has its own.",
     ]
     for digit, title in NOTEBOOK_PARTS.items():
         own = [page for page in pages if page.stem[0] == digit and page.captions]
         shown = [gallery_figure(page, name) for page in own for name in page.captions]
+        shown += run_figures(runs) if digit == "6" else []
         parts += [f"## {digit} {title}", '<div class="gallery">', *shown, "</div>"] if shown else []
     return "\n\n".join(parts) + "\n"

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from pydantic import NonNegativeFloat, PositiveFloat
+from fastcore.basics import patch
 from .settings import Share
 from .frames import TIME_SLACK
 from .gaussians import FLAT, Gaussians, LIDAR, advance
@@ -62,13 +63,15 @@ class Cameras(LazyMethods):
         "How many cameras."
         return len(self.t)
 
-    def to(
-        self,
-        device: Any,  # torch device
-    ) -> Cameras:
-        "The same cameras on another device."
-        moved = {name: getattr(self, name).to(device) for name in ("K", "world_to_cam", "t")}
-        return replace(self, **moved)
+# %% ../nbs/21_render.ipynb #e774d605
+@patch
+def to(
+    self: Cameras,
+    device: Any,  # torch device
+) -> Cameras:
+    "The same cameras on another device."
+    moved = {name: getattr(self, name).to(device) for name in ("K", "world_to_cam", "t")}
+    return replace(self, **moved)
 
 # %% ../nbs/21_render.ipynb #a01a17cb
 class Rendered(NamedTuple):
@@ -167,19 +170,11 @@ def _with_gsplat(
     if opacities.dim() == 1:
         quats, scales, opacities = (v.expand(len(e.means), *v.shape) for v in e[1:])
     cameras = views.world_to_cam.to(e.means)[:, None], views.K.to(e.means)[:, None]
-    image, alpha, _ = rasterization(
-        *(e.means, quats, scales, opacities, values),
-        *cameras,
-        views.width,
-        views.height,
-        near_plane=cfg.near,
-        far_plane=cfg.far,
-        eps2d=cfg.eps2d,
-        packed=False,
-        tile_size=tile_size_for(e, values),
-        render_mode="RGB",
-        rasterize_mode="antialiased" if cfg.antialiased else "classic",
-    )
+    splats = e.means, quats, scales, opacities, values
+    rules = dict(near_plane=cfg.near, far_plane=cfg.far, eps2d=cfg.eps2d)
+    rules["rasterize_mode"] = "antialiased" if cfg.antialiased else "classic"
+    how = dict(packed=False, tile_size=tile_size_for(e, values), render_mode="RGB")
+    image, alpha, _ = rasterization(*splats, *cameras, views.width, views.height, **rules, **how)
     return image[:, 0], alpha[:, 0, ..., 0]
 
 # %% ../nbs/21_render.ipynb #4fda22ce

@@ -12,15 +12,15 @@ from pathlib import Path
 from .notebooks import Notebook, read_notebook, read_notebooks, write_notebook
 
 # %% auto #0
-__all__ = ['TIMES', 'ROUND', 'SKIPPED', 'MAKES_CITY', 'HEAD_CELL', 'rounded', 'read_times', 'take_times', 'flagged', 'time_said',
-           'head_line', 'has_head', 'with_head', 'write_heads', 'head_faults']
+__all__ = ['TIMES', 'ROUND', 'SKIPPED', 'MAKES_CITY', 'HEAD_CELL', 'round_seconds', 'read_times', 'take_times', 'flagged',
+           'time_said', 'head_line', 'has_head', 'with_head', 'write_heads', 'head_faults']
 
-# %% ../nbs/90e_running_times.ipynb #a90e0007
+# %% ../nbs/90e_running_times.ipynb #6e924d30
 TIMES = "docs/notebook_times.csv"  # notebook, seconds
 ROUND = 5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 300  # s that a person says
 
-
-def rounded(
+# %% ../nbs/90e_running_times.ipynb #a90e0007
+def round_seconds(
     seconds: float,  # as measured
 ) -> int:  # the next larger round number; the largest where there is none
     "Seconds as a person says them."
@@ -41,7 +41,7 @@ def take_times(
     printed: str,  # by nbdev_test with timing
 ) -> None:  # raises ValueError
     "Write down how long notebooks took; those that were not run keep their time."
-    found = {name: rounded(int(s)) for name, s in re.findall(r"^(\S+)\.ipynb: (\d+) secs$", printed, re.M)}
+    found = {name: round_seconds(int(s)) for name, s in re.findall(r"^(\S+)\.ipynb: (\d+) secs$", printed, re.M)}
     if not found:
         raise ValueError("the text holds no line such as '10_lift.ipynb: 3 secs'; give what make test printed.")
     there = {nb.path.stem for nb in read_notebooks(root)}
@@ -50,14 +50,14 @@ def take_times(
     (root / TIMES).parent.mkdir(exist_ok=True)
     (root / TIMES).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-# %% ../nbs/90e_running_times.ipynb #a90e0012
+# %% ../nbs/90e_running_times.ipynb #5de42a67
 SKIPPED = {  # flag -> what the cell needs
     "data": "PandaSet's log 002 (set FLUX4D_PANDASET)",
     "gpu": "a GPU",
     "slow": "minutes more (tests leave that out)",
 }
 
-
+# %% ../nbs/90e_running_times.ipynb #a90e0012
 def flagged(
     nb: Notebook,  # any notebook
     flag: str,  # of SKIPPED
@@ -65,7 +65,7 @@ def flagged(
     "How many cells carry a flag."
     return sum(bool(re.search(rf"^#\|\s*{flag}\b", c["source"], re.M)) for c in nb.cells if c["cell_type"] == "code")
 
-
+# %% ../nbs/90e_running_times.ipynb #6240a9b4
 def time_said(
     seconds: int | None,  # round
 ) -> str:
@@ -95,7 +95,7 @@ def head_line(
             said += f" {n} cell{'s' * (n > 1)} marked `{flag}` {verb if n == 1 else verb[:-1]} {what}."
     return f"{said}*"
 
-
+# %% ../nbs/90e_running_times.ipynb #4c119402
 def has_head(
     nb: Notebook,  # any notebook
 ) -> bool:
@@ -117,7 +117,7 @@ def with_head(
     head = dict(cell_type="markdown", id=HEAD_CELL, metadata={}, source=[line])
     return [*others[:at], head, *others[at:]]
 
-
+# %% ../nbs/90e_running_times.ipynb #3a439e00
 def write_heads(
     root: Path,  # the repository
 ) -> None:
@@ -129,7 +129,7 @@ def write_heads(
         if cells != content["cells"]:
             write_notebook(nb.path, content | dict(cells=cells))
 
-
+# %% ../nbs/90e_running_times.ipynb #91e9ccf9
 def head_faults(
     root: Path,  # the repository
 ) -> list[str]:  # one sentence a fault

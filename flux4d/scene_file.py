@@ -23,11 +23,11 @@ from .tensor_file import TensorFile, halved, read_tensors, write_tensors
 # %% auto #0
 __all__ = ['FULL_PRECISION', 'WHOLE_NUMBERS', 'SCENE_FORMAT', 'SCENE_VERSION', 'scene_content', 'scene_from', 'load_scene']
 
-# %% ../nbs/22a_scene_file.ipynb #2e002a31
+# %% ../nbs/22a_scene_file.ipynb #79e15649
 FULL_PRECISION = ("means", "t")  # attributes of Gaussians that half precision leaves alone
 WHOLE_NUMBERS = dict(frame=torch.int32, kind=torch.uint8)  # attributes that are whole numbers, as they are kept
 
-
+# %% ../nbs/22a_scene_file.ipynb #2e002a31
 def _of_gaussians(
     g: Gaussians,  # N Gaussians
     half: bool,  # 16 bits a number
@@ -53,11 +53,11 @@ def _of_camera(
     arrays = dict(K=path.K, poses=path.poses, t=path.t)
     return {f"cameras.{name}.{key}": torch.from_numpy(np.array(x, np.float64)) for key, x in arrays.items()}
 
-# %% ../nbs/22a_scene_file.ipynb #b546e8f8
+# %% ../nbs/22a_scene_file.ipynb #2a427362
 SCENE_FORMAT = "flux4d-scene"
 SCENE_VERSION = 1  # grows when a reader of today would misread the file
 
-
+# %% ../nbs/22a_scene_file.ipynb #b546e8f8
 def scene_content(
     scene: Scene,  # any scene
     half: bool,  # 16 bits a number where that is enough
@@ -92,10 +92,10 @@ def save(
         raise DataError(f"{Path(path).name}: is not written, its {odd[0]} would hold NaN or infinity; mend the scene.")
     return write_tensors(path, content, SCENE_FORMAT, SCENE_VERSION)
 
-# %% ../nbs/22a_scene_file.ipynb #9e722aa8
+# %% ../nbs/22a_scene_file.ipynb #6f1d527f
 _AGAIN = "get the file again, or save the scene anew"
 
-
+# %% ../nbs/22a_scene_file.ipynb #9e722aa8
 def _take(
     content: TensorFile,  # of a scene
     name: str,  # of a tensor
@@ -111,10 +111,10 @@ def _take(
         raise DataError(f"has {name} of shape {tuple(x.shape)} where ({wanted}) belongs; {_AGAIN}.")
     return x
 
-# %% ../nbs/22a_scene_file.ipynb #d2259dc0
+# %% ../nbs/22a_scene_file.ipynb #6513c8b2
 _SHAPES = dict(means=(3,), quats=(4,), log_scales=(3,), opacity_logits=(), colour_logits=(3,), t=(), frame=(), kind=())
 
-
+# %% ../nbs/22a_scene_file.ipynb #d2259dc0
 def _read_gaussians(
     content: TensorFile,  # of a scene
 ) -> Gaussians:  # raises DataError

@@ -394,8 +394,8 @@ def command_parser(
 def exit_status(
     work: Callable[[], int | None],  # what the command does; gives its status, None: 0
     path: str,  # named where the system does not say which file failed
-    fault: str = "cannot be read or written",
-    remedy: str = "check the path and its permissions",
+    fault: str = "cannot be read or written",  # what is said of that file
+    remedy: str = "check the path and its permissions",  # what to do about it
 ) -> int:  # of the command: 1 after an error, which is printed in one sentence
     "Do what a command does, and say what stopped it."
     try:

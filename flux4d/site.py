@@ -19,7 +19,7 @@ from .made_texts import pages_of_text, rebased
 # %% auto #0
 __all__ = ['PICTURE_ENDINGS', 'RENAMED_PAGES', 'MADE', 'LINK_WITH_TEXT', 'page_name', 'site_link', 'digest', 'made_before',
            'remove_pages', 'source_url', 'text_page', 'turner', 'pictures_of', 'pages_and_pictures',
-           'presets_of_package', 'reference_pages', 'generator_lists', 'write_site', 'write_city_scene']
+           'presets_of_package', 'reference_pages', 'generator_lists', 'write_site']
 
 # %% ../nbs/91c_site.ipynb #5ef6a46e
 PICTURE_ENDINGS = ".jpg", ".png", ".svg", ".gif", ".webp"
@@ -157,7 +157,7 @@ def pages_and_pictures(
     for path in [*(nb.path for nb in notebooks), *pages_of_text(root)]:
         for picture in pictures_of(path.read_text(encoding="utf-8"), path.parent):
             made[page_name(str(picture.relative_to(root.resolve())))] = picture.read_bytes()
-    return made | {"gallery.md": gallery_page(reading)}
+    return made | {"gallery.md": gallery_page(reading, made.get("runs.md", ""))}
 
 # %% ../nbs/91c_site.ipynb #5d0c71b2
 def presets_of_package() -> tuple[dict[str, Any], dict[str, dict]]:  # by name: configuration, fields by dotted name
@@ -220,18 +220,3 @@ def write_site(
         digests[name] = digest(out / name)
         (out / MADE).write_text(json.dumps(digests))
     return [out / name for name in made]
-
-# %% ../nbs/91c_site.ipynb #c9d2e811
-def write_city_scene(
-    path: Path,  # .html
-) -> None:  # raises DataError where viser is missing
-    "A made-up street, reconstructed without weights, as one HTML file; takes a quarter of a minute on a CPU."
-    from flux4d.city.logs import fixture_city
-    from flux4d.model import build_model
-    from flux4d.pandaset import PandaSet
-    from flux4d.presets import preset_config
-    import flux4d.html  # noqa: F401  gives a scene `to_html`
-
-    clip = PandaSet(fixture_city())["001"].clip(start=0)
-    model = build_model(preset_config("draft", dict(data=dict(image_scale=1.0)))).eval()
-    model.reconstruct(clip).to_html(path)

@@ -78,7 +78,7 @@ def handle_endtag(
     if self.silent and tag == self.silent[-1]:
         self.silent.pop()
 
-
+# %% ../nbs/91d_site_check.ipynb #695606eb
 @patch
 def handle_data(
     self: BuiltPage,

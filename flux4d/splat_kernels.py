@@ -21,9 +21,9 @@ except ImportError:  # without a GPU there is none; tensor operations then do th
 
 # %% auto #0
 __all__ = ['SPLAT_BLOCK', 'PICTURE_BLOCK', 'PICTURE_TILE', 'kernel', 'one_kernel', 'kernels_work', 'softplus', 'sigmoid', 'way',
-           'rows_and_columns', 'tile', 'row_lengths', 'unit_back', 'splat_kernel', 'splat_grad_kernel', 'Placement',
-           'rows_of', 'PlaceSplats', 'place_splats', 'row_sum_kernel', 'picture_kernel', 'picture_grad_kernel',
-           'FinishPictures', 'finish_pictures']
+           'rows_and_columns', 'tile', 'row_lengths', 'unit_back', 'splat_kernel', 'centre_slope', 'splat_grad_kernel',
+           'Placement', 'rows_of', 'PlaceSplats', 'place_splats', 'row_sum_kernel', 'picture_kernel',
+           'picture_grad_kernel', 'FinishPictures', 'finish_pictures']
 
 # %% ../nbs/20b_splat_kernels.ipynb #07e2981e
 def kernel(
@@ -32,7 +32,7 @@ def kernel(
     "Make a function a kernel where Triton is installed."
     return f if triton is None else triton.jit(f)
 
-
+# %% ../nbs/20b_splat_kernels.ipynb #5eea9e9b
 @kernel
 def one_kernel(
     x_ptr: tl.tensor,  # out: one number
@@ -123,7 +123,7 @@ def row_lengths(
     length = tl.sqrt(tl.sum(quat * quat, 1))
     return tl.where(length < 1e-12, length + 1e-12, length)[:, None]
 
-
+# %% ../nbs/20b_splat_kernels.ipynb #ff236046
 @kernel
 def unit_back(
     unit: tl.tensor,  # (BLOCK,4) unit quaternions
@@ -195,6 +195,24 @@ def splat_kernel(
 
 # %% ../nbs/20b_splat_kernels.ipynb #e8a99608
 @kernel
+def centre_slope(
+    d_means_ptr: tl.tensor,  # (V,N,3) gradients of the views' centres
+    d_values_ptr: tl.tensor,  # (V,N,CHANNELS) of what is drawn
+    cameras_ptr: tl.tensor,  # (V,4,4) world-to-camera
+    view: tl.tensor,  # which
+    row: tl.tensor,  # block of rows of this view's Gaussians
+    c: tl.tensor,  # columns 0 to 3
+    three: tl.tensor,  # mask of three columns
+    has_depth: tl.tensor,  # block of bool, LiDAR Gaussians, whose depth is drawn
+    CHANNELS: tl.constexpr,  # numbers that are drawn
+) -> tl.tensor:
+    "Gradient of centres from one view, through their place and through their depth."
+    axis = tl.load(cameras_ptr + view * 16 + 8 + c)
+    of_depth = tl.load(d_values_ptr + row * CHANNELS + 4, mask=has_depth, other=0.0)
+    return tl.load(d_means_ptr + row[:, None] * 3 + c, mask=three, other=0.0) + of_depth[:, None] * axis
+
+# %% ../nbs/20b_splat_kernels.ipynb #e43e764b
+@kernel
 def splat_grad_kernel(
     quats_ptr: tl.tensor,  # (N,4) raw numbers, each with a stride of its own
     scales_ptr: tl.tensor,  # (N,3)
@@ -231,6 +249,7 @@ def splat_grad_kernel(
     "Gradients of raw numbers, from those of every view."
     i, c, here, four, three = rows_and_columns(n, BLOCK)
     is_lidar = tl.load(kind_ptr + i, mask=here, other=0) == lidar
+    has_depth = here & is_lidar
     of_mean = tl.zeros([BLOCK, 4], tl.float32)
     of_quat = tl.zeros([BLOCK, 4], tl.float32)
     of_scale = tl.zeros([BLOCK, 4], tl.float32)
@@ -238,9 +257,7 @@ def splat_grad_kernel(
     of_opacity = tl.zeros([BLOCK], tl.float32)
     for view in range(views):
         row = view * n + i
-        axis = tl.load(cameras_ptr + view * 16 + 8 + c)
-        of_depth = tl.load(d_values_ptr + row * CHANNELS + 4, mask=here & is_lidar, other=0.0)
-        of_mean += tl.load(d_means_ptr + row[:, None] * 3 + c, mask=three, other=0.0) + of_depth[:, None] * axis
+        of_mean += centre_slope(d_means_ptr, d_values_ptr, cameras_ptr, view, row, c, three, has_depth, CHANNELS)
         of_quat += tl.load(d_quats_ptr + row[:, None] * 4 + c, mask=four, other=0.0)
         of_scale += tl.load(d_scales_ptr + row[:, None] * 3 + c, mask=three, other=0.0)
         of_colour += tl.load(d_values_ptr + row[:, None] * CHANNELS + c, mask=three, other=0.0)
@@ -261,9 +278,7 @@ def splat_grad_kernel(
         of_velocity = tl.zeros([BLOCK, 4], tl.float32)
         for view in range(views):
             row = view * n + i
-            axis = tl.load(cameras_ptr + view * 16 + 8 + c)
-            of_depth = tl.load(d_values_ptr + row * CHANNELS + 4, mask=here & is_lidar, other=0.0)
-            d = tl.load(d_means_ptr + row[:, None] * 3 + c, mask=three, other=0.0) + of_depth[:, None] * axis
+            d = centre_slope(d_means_ptr, d_values_ptr, cameras_ptr, view, row, c, three, has_depth, CHANNELS)
             of_velocity += d * way(now, tl.load(moments_ptr + view) * duration, j)[:, None]
         tl.store(out_velocity_ptr + (i[:, None] * ORDERS + j) * 3 + c, of_velocity, mask=three)
 

@@ -4,7 +4,6 @@
 
 # %% ../nbs/60_stage6.ipynb #39eb9c91
 from __future__ import annotations
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -47,12 +46,13 @@ from flux4d.score_clips import (
 )
 from .scores import VIEW_ENTRIES, scene_block
 from .view_scores import EvalConfig
+from .settings import command_parser
 
 # %% auto #0
-__all__ = ['FEW', 'CURVES', 'SMOOTH', 'SHOWN_EVERY', 'clips_said', 'background_flow', 'validation', 'Job', 'begin_run',
-           'run_meta', 'Loaders', 'open_loaders', 'make_trainer', 'training_said', 'validation_said', 'curves_say',
-           'rows_due', 'draw_curve', 'draw_curves', 'time_left', 'state_said', 'training_bar', 'score_run',
-           'run_stage6', 'refuse_unknown', 'stage6_main']
+__all__ = ['FEW', 'CURVES', 'SMOOTH', 'SHOWN_EVERY', 'clips_said', 'background_flow', 'validation', 'run_meta', 'Job',
+           'begin_run', 'Loaders', 'open_loaders', 'make_trainer', 'training_said', 'validation_said', 'curves_say',
+           'rows_due', 'draw_curve', 'draw_curves', 'time_left', 'state_said', 'training_bar', 'about_run', 'score_run',
+           'refuse_unknown', 'run_stage6', 'stage6_main']
 
 # %% ../nbs/60_stage6.ipynb #11f29fd1
 def clips_said(
@@ -113,46 +113,7 @@ def validation(
 
     return every(loader.cfg.train.eval_every, call)
 
-# %% ../nbs/60_stage6.ipynb #fa1bd978
-@dataclass
-class Job:
-    "A run that is ready to train."
-
-    given: TrainingParameters  # of the run
-    cfg: FullConfig  # everything
-    eval_cfg: EvalConfig  # how it is scored
-    clips: RunClips  # that it uses
-    checkpoint: Path | None  # that it goes on from
-    run: Run  # its folder
-    processes: Processes = ALONE  # that share it
-
-    @property
-    def device(self) -> str:
-        "Where this process works."
-        return self.processes.device or self.given.device
-
-
-def begin_run(
-    given: TrainingParameters,  # of the run
-    cfg: FullConfig,  # everything
-    eval_cfg: EvalConfig,  # how it is scored
-    clips: RunClips,  # that it uses
-    processes: Processes = ALONE,  # that share it
-) -> Job:  # raises DataError before anything is written
-    "Open every file once and the run's folder."
-    p = given
-    check_baselines(p.baselines)
-    start = resume_point(p.resume_from, p.out_dir, p.resume_optimizer, p.overwrite) if processes.first else None
-    checkpoint, folder, goes_on = processes.same(start)
-    if not processes.first:
-        return Job(given, cfg, eval_cfg, clips, checkpoint, SilentRun(folder), processes)
-    used = files_of([*clips.train, *clips.watched, *clips.evaluated], cfg.data.cameras)
-    refuse_damaged(used, progress=partial(progress_bar, name="opening", unit="files"))
-    meta = run_meta(given, cfg, clips, processes)
-    run = open_run(folder, resolved(cfg, eval_cfg, clips.index), meta, p.overwrite, goes_on)
-    return Job(given, cfg, eval_cfg, clips, checkpoint, run, processes)
-
-
+# %% ../nbs/60_stage6.ipynb #17d1fcf8
 def run_meta(
     given: TrainingParameters,  # of the run
     cfg: FullConfig,  # everything
@@ -174,6 +135,44 @@ def run_meta(
         **provenance(processes.device or given.device),
     )
 
+# %% ../nbs/60_stage6.ipynb #fa1bd978
+@dataclass
+class Job:
+    "A run that is ready to train."
+
+    given: TrainingParameters  # of the run
+    cfg: FullConfig  # everything
+    eval_cfg: EvalConfig  # how it is scored
+    clips: RunClips  # that it uses
+    checkpoint: Path | None  # that it goes on from
+    run: Run  # its folder
+    processes: Processes = ALONE  # that share it
+
+    @property
+    def device(self) -> str:
+        "Where this process works."
+        return self.processes.device or self.given.device
+
+# %% ../nbs/60_stage6.ipynb #8cad949b
+def begin_run(
+    given: TrainingParameters,  # of the run
+    cfg: FullConfig,  # everything
+    eval_cfg: EvalConfig,  # how it is scored
+    clips: RunClips,  # that it uses
+    processes: Processes = ALONE,  # that share it
+) -> Job:  # raises DataError before anything is written
+    "Open every file once and the run's folder."
+    p = given
+    check_baselines(p.baselines)
+    start = resume_point(p.resume_from, p.out_dir, p.resume_optimizer, p.overwrite) if processes.first else None
+    checkpoint, folder, goes_on = processes.same(start)
+    if not processes.first:
+        return Job(given, cfg, eval_cfg, clips, checkpoint, SilentRun(folder), processes)
+    used = files_of([*clips.train, *clips.watched, *clips.evaluated], cfg.data.cameras)
+    refuse_damaged(used, progress=partial(progress_bar, name="opening", unit="files"))
+    meta = run_meta(given, cfg, clips, processes)
+    run = open_run(folder, resolved(cfg, eval_cfg, clips.index), meta, p.overwrite, goes_on)
+    return Job(given, cfg, eval_cfg, clips, checkpoint, run, processes)
 
 # %% ../nbs/60_stage6.ipynb #6b2602da
 @dataclass
@@ -184,7 +183,7 @@ class Loaders:
     train: Loader  # training clips
     held: Loader  # clips kept aside; the first training clip where there are none
 
-
+# %% ../nbs/60_stage6.ipynb #f2559b07
 def open_loaders(
     job: Job,  # of the run
 ) -> Loaders:
@@ -202,7 +201,7 @@ def open_loaders(
     held = Loader(watched, cfg, cache, job.device, target_sensors=sensors, beside=train)
     return Loaders(cache, train, held)
 
-
+# %% ../nbs/60_stage6.ipynb #65c62247
 def make_trainer(
     job: Job,  # of the run
     loaders: Loaders,  # of its clips
@@ -322,7 +321,7 @@ def time_left(
     left = (tc.iters - trainer.step) * seconds / max(trainer.step - first, 1)
     return min(left, max(60 * tc.minutes - trainer.seconds, 0.0)) if tc.minutes else left
 
-
+# %% ../nbs/60_stage6.ipynb #b5566afa
 def state_said(
     trainer: Trainer,  # after a step
     first: int,  # steps taken before
@@ -353,6 +352,25 @@ def training_bar(
 
     return call
 
+# %% ../nbs/60_stage6.ipynb #e84d5092
+def about_run(
+    job: Job,  # of the run
+    trainer: Trainer,  # after its last step
+    rows: list[dict],  # that it logged
+) -> About:
+    "What its evaluation says of a run."
+    name = f"{job.run.folder.name}," if job.given.out_dir else "a model after"
+    return About(
+        f"{name} {trainer.step} steps",
+        training_overlap(trained_frames(trainer.state()), job.clips.evaluated),  # by the steps that the weights took
+        model=trainer.ema.module.eval(),
+        steps=trainer.step,
+        seconds=trainer.seconds,
+        skipped=trainer.skipped,
+        rows=rows,
+        left_out=job.clips.left_out,
+    )
+
 # %% ../nbs/60_stage6.ipynb #488fe3d9
 def score_run(
     job: Job,  # of the run
@@ -365,24 +383,26 @@ def score_run(
     forget(loaders.train)
     forget(loaders.held)
     final = one_clip_loader(clips.evaluated, job.cfg, loaders.cache, job.device, job.eval_cfg.depth_sensors)
-    model = trainer.ema.module.eval()
-    about = About(
-        f"{folder.name}, {trainer.step} steps" if p.out_dir else f"a model after {trainer.step} steps",
-        training_overlap(trained_frames(trainer.state()), clips.evaluated),  # by the steps that the weights took
-        model=model,
-        steps=trainer.step,
-        seconds=trainer.seconds,
-        skipped=trainer.skipped,
-        rows=rows,
-        left_out=clips.left_out,
-    )
+    about = about_run(job, trainer, rows)
     how = Evaluation(
-        model.reconstruct, final, folder, check_baselines(p.baselines), job.eval_cfg, videos=p.save_renders
+        about.model.reconstruct, final, folder, check_baselines(p.baselines), job.eval_cfg, videos=p.save_renders
     )
     with trainer.after_training():
         metrics = evaluate(about, how, progress=partial(progress_bar, name="evaluation", unit="clips"))
         write_report(job.run, metrics)
     return metrics, how
+
+# %% ../nbs/60_stage6.ipynb #15ab3e06
+def refuse_unknown(
+    parameters: dict,  # by name
+) -> None:  # raises DataError
+    "Refuse a name that is no parameter."
+    known = [f.name for f in fields(TrainingParameters)]
+    for name in parameters:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            remedy = f"did you mean {near[0]}?" if near else "60_stage6 lists them in its first cell."
+            raise DataError(f"{name}: is no parameter of a run; {remedy}")
 
 # %% ../nbs/60_stage6.ipynb #60aa0011
 def run_stage6(
@@ -409,34 +429,18 @@ def run_stage6(
         print(*brief_lines(job.run.folder), f"the run is in {job.run.folder}", sep="\n", flush=True)
     return job.run.folder
 
-
-def refuse_unknown(
-    parameters: dict,  # by name
-) -> None:  # raises DataError
-    "Refuse a name that is no parameter."
-    known = [f.name for f in fields(TrainingParameters)]
-    for name in parameters:
-        if name not in known:
-            near = get_close_matches(name, known, 1)
-            remedy = f"did you mean {near[0]}?" if near else "60_stage6 lists them in its first cell."
-            raise DataError(f"{name}: is no parameter of a run; {remedy}")
-
-# %% ../nbs/60_stage6.ipynb #60aa0013
+# %% ../nbs/60_stage6.ipynb #b320d91b
 _EXAMPLE = """example:
   python -m flux4d.stage6 -p data_root data/pandaset -p out_dir papermill_runs/run_001 -p iters 30000
   accelerate launch --multi_gpu --num_processes 2 -m flux4d.stage6 -p data_root data/pandaset -p iters 30000"""
 
-
+# %% ../nbs/60_stage6.ipynb #60aa0013
 def stage6_main(
     argv: list[str] | None = None,  # command line, None: the process's own
 ) -> int:  # 0, or 1 after an error or an interruption
     "Command `python -m flux4d.stage6`: train and evaluate, in as many processes as a launcher started."
-    p = argparse.ArgumentParser(
-        "python -m flux4d.stage6",
-        description="Train and evaluate; the parameters are those of 60_stage6.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    what = "Train and evaluate; the parameters are those of 60_stage6."
+    p = command_parser("python -m flux4d.stage6", what, _EXAMPLE)
     p.add_argument("-p", nargs=2, metavar=("NAME", "VALUE"), action="append", default=[], help="one parameter")
     given = dict(p.parse_args(argv).p)
     processes = ALONE

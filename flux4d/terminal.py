@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 # %% auto #0
@@ -23,12 +24,8 @@ def in_kernel() -> bool:
 
 def lines_are_shown() -> bool:
     "Whether the process above prints what this kernel prints, as papermill does with `--log-output`."
-    import psutil  # comes with ipykernel; asked for in a kernel only
-
-    try:
-        return "--log-output" in psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:
-        return False
+    started = Path(f"/proc/{os.getppid()}/cmdline")  # there on Linux only; elsewhere a line may be said twice
+    return started.is_file() and b"--log-output" in started.read_bytes().split(b"\0")
 
 
 def inherited_stderr() -> int | None:  # file descriptor; None where a kernel has a page to write on
@@ -55,6 +52,11 @@ class Terminal(io.TextIOBase):
     def fileno(self) -> int:
         "The file descriptor, of which the width of a screen is asked."
         return self.descriptor
+
+    @property
+    def columns(self) -> int:  # 0: not known, as in a file and on some screens of containers
+        "How wide a screen is."
+        return os.get_terminal_size(self.descriptor).columns if self.screen else 0
 
     def isatty(self) -> bool:
         "Whether a line can be written anew."
@@ -124,9 +126,8 @@ def open_bar(
     if shown := terminal():
         from tqdm import tqdm
 
-        more |= dict(file=shown, mininterval=1 if shown.screen else 10, dynamic_ncols=shown.screen)
-        if not shown.screen:
-            more |= dict(ncols=110)
+        more |= dict(file=shown, mininterval=1 if shown.screen else 10)
+        more |= dict(dynamic_ncols=True) if shown.columns else dict(ncols=110)
     else:
         from tqdm.auto import tqdm
 

@@ -160,7 +160,7 @@ class Work(NamedTuple):
     moved: float  # bytes of the tensors that go in and come out
     operations: float = 0.0  # multiplications and additions
 
-
+# %% ../nbs/09e_timing.ipynb #648599dd
 def least_seconds(
     work: Work,  # of a call
     ceilings: Ceilings,  # of the machine
@@ -207,7 +207,7 @@ class Timings:
     ceilings: Ceilings | None = None  # of the machine; None: least times are not known
     warmup: int = 2  # calls before
     least: int = LEAST_CALLS  # calls that are measured, however long they take
-    found: dict = field(default_factory=dict, init=False)  # group -> name -> median, p10, p90, count, what else is known
+    found: dict = field(default_factory=dict, init=False)  # group -> name -> median, p10, p90, count and more
     left_out: dict = field(default_factory=dict, init=False)  # group.name -> why
 
 # %% ../nbs/09e_timing.ipynb #b183b1c3

@@ -6,6 +6,7 @@
 from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+from fastcore.basics import patch
 from .files import DataError
 from .records import is_number, literal, markdown_table
 
@@ -32,15 +33,17 @@ class TimedRow(NamedTuple):
     peak_bytes: int | None  # device memory
     least: float | None  # s, see `least_seconds`
 
-    @property
-    def key(self) -> str:
-        "Group and name as text."
-        return f"{self.group}.{self.name}"
+# %% ../nbs/09f_timing_tables.ipynb #96a091c6
+@patch(as_prop=True)
+def key(self: TimedRow) -> str:
+    "Group and name as text."
+    return f"{self.group}.{self.name}"
 
-    @property
-    def title(self) -> str:
-        "Group and name for a reader."
-        return f"{self.group}: {self.name}".replace("_", " ")
+
+@patch(as_prop=True)
+def title(self: TimedRow) -> str:
+    "Group and name for a reader."
+    return f"{self.group}: {self.name}".replace("_", " ")
 
 # %% ../nbs/09f_timing_tables.ipynb #3526d392
 def timed_row(
@@ -159,7 +162,7 @@ def hold_timings(
     "Whether there are two runs or more, each with timings."
     return len(records) > 1 and all("timing" in m for m in records.values())
 
-
+# %% ../nbs/09f_timing_tables.ipynb #cd0b45a6
 def timings_beside(
     records: dict[str, dict],  # metrics by run, the first one is the old one
 ) -> str:  # markdown; raises DataError

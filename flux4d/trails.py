@@ -7,14 +7,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 import numpy as np
+import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
-from scipy.ndimage import minimum_filter
 from scipy.spatial import cKDTree
 from .frames import se3_inverse, transform_points
+from .occupancy import ground_planes
 from .settings import Share
 
 # %% auto #0
-__all__ = ['TrailConfig', 'height_above_lowest', 'may_be_person', 'warped_distance', 'groups_from_above', 'SweepBlobs',
+__all__ = ['TrailConfig', 'height_above_planes', 'may_be_person', 'warped_distance', 'groups_from_above', 'SweepBlobs',
            'small_blobs', 'Line', 'line_through', 'blobs_along', 'line_of', 'share_at_rest', 'is_trail', 'lines_from',
            'trails_in', 'Trail', 'find_trails']
 
@@ -23,7 +24,7 @@ __all__ = ['TrailConfig', 'height_above_lowest', 'may_be_person', 'warped_distan
 class TrailConfig:
     "Which blobs of several sweeps are one thing that moves."
 
-    cell: PositiveFloat = 2.0  # m, the ground is the lowest point of a cell of this size and its eight neighbours
+    cell: PositiveFloat = 2.0  # m, the ground is a plane through the low points of cells of this size
     lowest: NonNegativeFloat = 0.25  # m above the ground, what is lower is the road
     highest: PositiveFloat = 2.4  # m above the ground, what is higher is no person
     tallest: PositiveFloat = 2.7  # m, where something reaches higher is a wall, a pole or a tree
@@ -40,23 +41,20 @@ class TrailConfig:
     tolerance: PositiveFloat = 0.3  # m, a blob so near to the line belongs to the trail
     min_sweeps: PositiveInt = 4  # of a trail
     fast: PositiveFloat = 2.5  # m/s, a faster trail needs one sweep more
-    max_residual: PositiveFloat = 0.12  # m, root mean square distance of its blobs from the line
+    max_residual: PositiveFloat = 0.06  # m, root mean square distance of its blobs from the line
     min_ratio: PositiveFloat = 4.0  # so many times farther its blobs are from their own mean
     rest_gap: PositiveFloat = 0.5  # m from a place, where a trail is elsewhere than there
     rest_tolerance: PositiveFloat = 0.3  # m, a blob so near to a place rests there
     max_rest: Share = 0.2  # share of a trail's places at which something rests when the trail is elsewhere
 
 # %% ../nbs/72a_trails.ipynb #098c8697
-def height_above_lowest(
-    points: np.ndarray,  # (M,3) m, z up
+def height_above_planes(
+    points: np.ndarray,  # (M,3) m, z up, near the origin
     cell: float,  # m
 ) -> np.ndarray:  # (M,) m
-    "Height above the lowest point of a cell and its eight neighbours."
-    place = np.floor(points[:, :2] / cell).astype(np.int64)
-    place -= place.min(0)
-    lowest = np.full(place.max(0) + 1, np.inf)
-    np.minimum.at(lowest, tuple(place.T), points[:, 2])
-    return points[:, 2] - minimum_filter(lowest, 3, mode="nearest")[tuple(place.T)]
+    "Height above planes through the low points of cells, below which a fifth of a cell's points may lie."
+    as_tensor = torch.from_numpy(points).float()
+    return ground_planes(as_tensor, cell).above(as_tensor).numpy()
 
 
 def may_be_person(
@@ -278,10 +276,10 @@ def find_trails(
     "Small things that move, whatever a scene says of their motion."
     if not len(points):
         return []
-    height = height_above_lowest(points, cfg.cell)
     place = transform_points(se3_inverse(ego0), points)
+    height = height_above_planes(place, cfg.cell)
     near = np.linalg.norm(place[:, :2], axis=1) < cfg.farthest
-    used = free & near & may_be_person(points, height, cfg)
+    used = free & near & may_be_person(place, height, cfg)
     sweeps = []
     for f in np.unique(frame):
         rows = np.flatnonzero(used & (frame == f))

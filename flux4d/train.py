@@ -17,14 +17,7 @@ from .files import DataError, WriteError
 from .interrupt import Interrupted, StopRequest, stop_signals
 from .loader import Loader
 from .model import Flux4DBase
-from flux4d.resume import (
-    new_tensors,
-    other_clips,
-    other_config,
-    random_state,
-    read_resumable,
-    restore_random,
-)
+from .resume import new_tensors, other_clips, other_config, random_state, read_resumable, restore_random
 from .run import Run, provenance
 from .checkpoint import load_weights, prune_checkpoints, save_checkpoint
 from .train_step import TrainStep
@@ -186,6 +179,16 @@ def _say_resumed(
     if self.trained_on.unknown_before:
         self.run.say(f"{name} does not say which frames it was trained on, so neither will this run")
 
+# %% ../nbs/34_train.ipynb #3e96a9a5
+@patch
+def _refuse_other_index(self: Trainer, state: dict, name: str) -> None:
+    "Raise DataError where a checkpoint's steps were of other clips."
+    if state["index_hash"] != self.index_hash:
+        raise DataError(
+            f"{name}: was trained on another clip index; use that index, "
+            "or resume_optimizer=False to start a new run from its weights."
+        )
+
 # %% ../nbs/34_train.ipynb #1d273c64
 @patch
 def resume(
@@ -196,11 +199,8 @@ def resume(
     "Continue from a checkpoint."
     state = read_resumable(path, optimizer, self.device)
     name = Path(path).name
-    if optimizer and state["index_hash"] != self.index_hash:
-        raise DataError(
-            f"{name}: was trained on another clip index; use that index, "
-            "or resume_optimizer=False to start a new run from its weights."
-        )
+    if optimizer:
+        self._refuse_other_index(state, name)
     missing = load_weights(self.model, state["model"], name, strict=optimizer)
     load_weights(self.ema, state["ema"], name, strict=optimizer)
     self.trained_on.take_frames(state, name)

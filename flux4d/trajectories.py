@@ -23,7 +23,7 @@ def soft_counts(
     sweeps: int,  # S
     grid: VoxelConfig,  # whose extent in the plane is covered
     cell: float,  # m
-) -> Tensor:  # (S,1,X,Y)
+) -> Tensor:  # (S,1,X,Y) one channel, as convolutions take images
     "Points per cell and sweep, each shared bilinearly by the four cells around it."
     size = [int((high - low) / cell) for low, high in zip(grid.low[:2], grid.high[:2])]
     count = xy.new_zeros(sweeps, 1, *size)
@@ -120,7 +120,7 @@ def member_cells(
 # %% ../nbs/13c_trajectories.ipynb #acc6fda9
 def solve_2x2(
     A: Tensor,  # (K,2,2) symmetric
-    b: Tensor,  # (K,2,2)
+    b: Tensor,  # (K,2,2) a column for each axis of the plane
 ) -> Tensor:  # (K,2,2) x with A x = b
     "Two equations each, by Cramer's rule."
     sign = 2 * torch.eye(2, device=A.device) - 1
@@ -133,7 +133,7 @@ def pulled(
     density: DensityMap,  # of the S sweeps
     blur_std: float,  # m, of the density map
 ) -> tuple[Tensor, Tensor]:  # (Q,S,2) change of the place, m; (Q,S) density there
-    "Mean shift: up the slope of the logarithm of the density, one and a half times as far, bounded by its blur."
+    "The step of mean shift, at most the blur an axis, times 1.5 so that few steps converge."
     found = density.sample(places)
     shift = blur_std**2 * found[..., 1:] / found[..., :1].clamp_min(1e-4)
     return 1.5 * shift.clamp(-blur_std, blur_std), found[..., 0]
@@ -147,8 +147,8 @@ def refine_trajectories(
     blur_std: float,  # m, of the density map
     prior_std: float,  # m/s and m/s^2, of a trajectory from its displacement and from constant speed
     steps: int,  # of mean shift
-) -> Tensor:  # (K,2,2) velocity, m/s, and acceleration, m/s^2, at the time of the block's own sweep
-    "Mean shift of whole trajectories of constant acceleration on the density maps."
+) -> Tensor:  # (K,2,2) [k,0] velocity, m/s, [k,1] acceleration, m/s^2, along x and y, at the block's own sweep
+    "Mean shift of trajectories of constant acceleration; a block without member cells keeps its velocity."
     t = times - times[members.sweep, None]
     base = torch.stack([t, t * t / 2], -1)  # (Q,S,2): displacement is base @ trajectory
     start = torch.stack([velocity, torch.zeros_like(velocity)], 1)
@@ -168,12 +168,12 @@ def refine_trajectories(
 
 # %% ../nbs/13c_trajectories.ipynb #b13916c3
 def merge_trajectories(
-    trajectory: Tensor,  # (K,2,2) velocity, m/s, and acceleration, m/s^2, at the time of the block's own sweep
+    trajectory: Tensor,  # (K,2,2) [k,0] velocity, m/s, [k,1] acceleration, m/s^2, at the block's own sweep
     trusted: Tensor,  # (K,) bool
     blocks: BlockMap,  # the K blocks
     times: Tensor,  # (S,) of the sweeps, s
     inlier_speed: float,  # m/s, velocities that meet differ by at most this
-) -> Tensor:  # (K,2,2) the mean of each trajectory and of those it meets, by sweep
+) -> Tensor:  # (K,2,2) mean of the trajectory and of one mean for each sweep in which it meets others
     "Average trajectories that meet with like velocity, so that one thing has one trajectory."
     k = torch.arange(1 - len(times), len(times), device=times.device)
     t = k * (times[-1] - times[0]) / (len(times) - 1)

@@ -13,7 +13,7 @@ from pydantic import PositiveFloat
 from .frames import Array
 
 # %% auto #0
-__all__ = ['VoxelConfig', 'Voxels', 'cell_of', 'voxelise_np', 'voxel_report', 'draw_cloud', 'plot_bev']
+__all__ = ['VoxelConfig', 'Voxels', 'cell_of', 'voxelise_np', 'fate_of_points', 'voxel_report', 'draw_cloud', 'plot_bev']
 
 # %% ../nbs/13_voxels.ipynb #bca1d02e
 @dataclass(frozen=True)
@@ -91,29 +91,38 @@ def voxelise_np(
     return Voxels(keys, coords, (sums / count[:, None]).astype(features.dtype), count, voxel, inside)
 
 # %% ../nbs/13_voxels.ipynb #c263a600
+def fate_of_points(
+    points: np.ndarray,  # (N,3) ego0, m
+    sky: np.ndarray,  # (N,) bool, background points
+    cfg: VoxelConfig,  # the grid
+) -> tuple[dict[str, int], np.ndarray]:  # points outside by reason, each once; (N,) bool, the others
+    "Why points are not in the grid."
+    fate, left = {}, np.ones(len(points), bool)
+    reasons = [("sky", sky)]
+    for i, name in enumerate(("ahead or behind", "to the side", "above or below")):
+        reasons.append((name, (points[:, i] < cfg.low[i]) | (points[:, i] >= cfg.high[i])))
+    for name, out in reasons:
+        fate[name] = int((left & out).sum())
+        left &= ~out
+    return fate, left
+
+# %% ../nbs/13_voxels.ipynb #812b394b
 def voxel_report(
     points: np.ndarray,  # (N,3) ego0, m
     sky: np.ndarray,  # (N,) bool, background points
     cfg: VoxelConfig,  # the grid
 ) -> dict[str, Any]:  # valid_ratio, points by fate (they add up to N), voxels, points per voxel
     "Count the points in the grid and name the reason for each one outside."
-    fate = {}
-    left = np.ones(len(points), bool)
-    reasons = [("sky", sky)] + [
-        (name, (points[:, i] < cfg.low[i]) | (points[:, i] >= cfg.high[i]))
-        for i, name in enumerate(("ahead or behind", "to the side", "above or below"))
-    ]
-    for name, out in reasons:
-        fate[name] = int((left & out).sum())
-        left &= ~out
+    fate, left = fate_of_points(points, sky, cfg)
     v = voxelise_np(points[left], np.zeros((left.sum(), 1), np.float32), cfg)
-    fate = {"in the grid": int(v.inside.sum()), **fate}
-    return dict(
-        valid_ratio=fate["in the grid"] / max(len(points), 1),
+    inside = int(v.inside.sum())
+    return {
+        "valid_ratio": inside / max(len(points), 1),
+        "in the grid": inside,
         **fate,
-        voxels=len(v),
-        points_per_voxel=fate["in the grid"] / max(len(v), 1),
-    )
+        "voxels": len(v),
+        "points_per_voxel": inside / max(len(v), 1),
+    }
 
 # %% ../nbs/13_voxels.ipynb #1aa2c519
 def draw_cloud(
@@ -122,7 +131,7 @@ def draw_cloud(
     sky: np.ndarray,  # (N,) bool, background points
     cfg: VoxelConfig,  # the grid
     half: float,  # m, to each side that is shown
-) -> Any:  # what is coloured by height
+) -> Any:  # matplotlib's scatter of the points in the grid, which a colour bar of heights is made for
     "The cloud from above, and the grid's frame."
     shown = (np.abs(points[:, :2]) < half).all(1)
     inside = cell_of(points, cfg)[1] & ~sky

@@ -32,7 +32,7 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
     dtype: str  # of NumPy
 
-
+# %% ../nbs/32d_workers.ipynb #cb6df6b5
 class Parcel(NamedTuple):
     "A value on its way to another process."
 
@@ -82,7 +82,7 @@ def image_bytes(
     "A decoded frame as it is kept: a quarter of the memory, and the file's own numbers."
     return replace(view, images=(view.images * 255).round().byte())
 
-
+# %% ../nbs/32d_workers.ipynb #1d9c07a3
 def _decode(*args: Any) -> Parcel:
     "Decode one frame in a worker."
     torch.set_num_threads(1)
@@ -110,11 +110,13 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(count, context, end_with_parent) if count else None
 
-    def close(self) -> None:
-        "End the processes."
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
-            self.pool = None
+# %% ../nbs/32d_workers.ipynb #58407154
+@patch
+def close(self: Workers) -> None:
+    "End the processes."
+    if self.pool is not None:
+        self.pool.shutdown(cancel_futures=True)
+        self.pool = None
 
 # %% ../nbs/32d_workers.ipynb #6ad754ac
 @patch

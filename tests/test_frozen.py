@@ -17,10 +17,11 @@ import tempfile
 from contextlib import redirect_stdout
 from functools import lru_cache
 from pathlib import Path
+from unittest.mock import patch
 import pytest
 import torch
 from flux4d.background import init_data
-from flux4d.baselines import motion_prior_alone
+from flux4d.baselines import BASELINES, motion_prior_alone
 from flux4d.cache import LiftCache
 from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
@@ -28,6 +29,7 @@ from flux4d.clip_data import load_views
 from flux4d.lift import clip_data
 from flux4d.view_scores import EvalConfig
 from flux4d.pandaset import PandaSet
+from flux4d.predictor import PredictorConfig
 from flux4d.run_facts import About
 from flux4d.score_clips import Evaluation, evaluate, one_clip_loader
 from flux4d.refine import Flux4D, FullConfig
@@ -52,7 +54,13 @@ SMALL = dict(
     data=dict(image_scale=0.25, loader_threads=1),
     init=dict(fill_blocks=[64, 32]),
     voxel=dict(size=0.4),
-    model=dict(degree=1, unet=dict(widths=[8, 16], blocks=1), hidden=16),
+    # the stored values are those of a ground of one level, without small movers (14_motion_prior)
+    model=dict(
+        degree=1,
+        unet=dict(widths=[8, 16], blocks=1),
+        hidden=16,
+        motion_prior=dict(ground="lowest", small=dict(min_sweeps=0)),
+    ),
     refine=dict(unet=dict(widths=[8, 16], blocks=1)),
     render=dict(backend="torch"),  # the stored values are the readable rasteriser's
     flow=dict(enabled=True),
@@ -92,10 +100,17 @@ def lifted(clip, cfg):
     return init_data(data, cfg.init, cfg.background, 0)
 
 
+def stored_prior(inputs):
+    "The motion prior alone, with the settings that the stored values were made with."
+    model = config_from_dict(SMALL, FullConfig).model
+    cfg = PredictorConfig(degree=1, motion_prior=model.motion_prior, fine_prior=model.fine_prior)
+    return motion_prior_alone(inputs, cfg=cfg)
+
+
 def scene_values(clip, cfg, scale):
     "A lift, the motion prior on it, one rendered view."
     g = lifted(clip, cfg)
-    scene = motion_prior_alone(ClipInputs(clip, lift_scene(clip, g, cfg), cfg))
+    scene = stored_prior(ClipInputs(clip, lift_scene(clip, g, cfg), cfg))
     velocity = scene.velocity
     views = load_views(clip, clip.target_frames[1:2], ("front_camera",), scale)
     out = render(g, velocity, clip.time.duration, views, RenderConfig(backend="torch"))
@@ -171,7 +186,7 @@ def evaluation():
     folder = Path(tempfile.mkdtemp())
     loader = one_clip_loader(city_clips()[:1], trainer.cfg, LiftCache(folder / "cache"))
     cfg = EvalConfig(save_renders=0)
-    with redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()), patch.dict(BASELINES, motion_prior=stored_prior):
         found = evaluate(
             About("test", "seen logs"),
             Evaluation(model.reconstruct, loader, folder, ("lift", "zero_motion"), cfg, videos=0),

@@ -485,7 +485,8 @@ def test_packages_imported_are_declared():
         IPython="ipykernel",
         annotated_types="annotated-types",
         nbclient="papermill",
-        nbformat="papermill",  # the last three come with these
+        nbformat="papermill",  # the last ones come with these
+        psutil="ipykernel",
         markdown_it="markdown-it-py",
         imageio_ffmpeg="imageio-ffmpeg",
     )

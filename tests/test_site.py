@@ -1,6 +1,6 @@
 """The site: its pages as they are written from the notebooks, and, where it was built, as a browser shows them offline.
 
-`make docs` builds it; `FLUX4D_SITE=_docs pytest tests/test_site.py` then looks at eight pages in three widths, light
+`make docs` builds it; `FLUX4D_SITE=_docs pytest tests/test_site.py` then looks at nine pages in three widths, light
 and dark."""
 
 import json
@@ -15,12 +15,13 @@ from flux4d.notebooks import Notebook, read_notebooks
 from flux4d.reading_page import notebook_page, source_text
 from flux4d.reference import defined_names, names_used
 from flux4d.records import repo_root
+from flux4d.scene_file import load_scene
 from flux4d.site import page_name, site_link, write_site
 from flux4d.site_check import built_page, raw_words, site_faults
 
 ROOT = repo_root(Path(__file__).parent)
 NOTEBOOKS = read_notebooks(ROOT)
-PAGES = "index", "10_lift", "14_motion_prior", "50_refine", "api", "configuration", "gallery", "command_help"
+PAGES = "index", "scene", "10_lift", "14_motion_prior", "50_refine", "api", "configuration", "gallery", "command_help"
 WIDTHS = 390, 1280, 1920
 
 
@@ -91,6 +92,23 @@ def test_names_on_a_page_are_its_own_or_imported():
     used = names_used(lift, defined_names(NOTEBOOKS))
     assert {"lift_sweep", "project", "Gaussians"} <= set(used)
     assert "Trainer" not in used
+
+
+def test_the_gallery_has_pictures_of_the_stages_and_says_what_they_are(pages):
+    text = (pages / "gallery.md").read_text()
+    for digit in "01345":
+        assert f"\n## {digit} " in text, digit
+    assert "## 6 whole data set" in text and "(runs.md)" in text
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", text)
+    assert len(captions) > 20 and all(len(re.sub("<.*?>", "", words)) > 15 for words in captions)
+
+
+def test_the_kept_scene_is_small_and_says_where_it_comes_from():
+    scene = load_scene(ROOT / "docs/scene/pandaset002.scene")
+    assert (ROOT / "docs/scene/pandaset002.scene").stat().st_size <= 1_400_000
+    assert scene.source["log"] == "002" and "CC BY 4.0" in scene.source["licence"]
+    assert scene.source["reduced_from"] > 5 * len(scene) and "front_camera" in scene.cameras
+    assert f"{len(scene):,} Gaussians" in (ROOT / "docs/scene.md").read_text()
 
 
 # odd cells
@@ -267,10 +285,47 @@ def test_a_scene_is_loaded_on_a_click(built, browser):
     page.on("requestfailed", lambda r: said.append(r.url))
     page.goto(f"file://{built}/scene.html")
     assert page.evaluate("document.querySelectorAll('iframe').length") == 0
+    assert page.locator("div.scene img").is_visible()
     page.click("div.scene button")
     page.wait_for_selector("div.scene iframe")
-    page.frames[1].wait_for_selector("canvas", timeout=60_000)
+    page.frames[1].wait_for_selector("canvas", timeout=120_000)
     assert said == []
+    assert (built / "_static/scene.html").stat().st_size < 4e6
+
+
+MOMENT = """film => {const [window, image] = ['.window', 'img'].map(s => film.querySelector(s).getBoundingClientRect());
+    return [window.height, image.height, window.top - image.top]}"""
+
+
+def test_a_slider_moves_the_time_of_a_film(built, browser):
+    page = browser.new_context(offline=True).new_page()
+    page.goto(f"file://{built}/scene.html")
+    films = page.query_selector_all("div.film")
+    assert len(films) == 2
+    for film in films:
+        moments = int(film.get_attribute("data-moments"))
+        film.scroll_into_view_if_needed()
+        shown = []
+        for k in (0, moments // 2, moments - 1):
+            slider = film.query_selector("input")
+            slider.evaluate("(e, k) => {e.value = k; e.dispatchEvent(new Event('input'))}", k)
+            window, image, place = film.evaluate(MOMENT)
+            assert abs(window - image / moments) < 2 and abs(place - k * image / moments) < 2
+            shown.append((film.query_selector("output").inner_text(), film.query_selector(".window").screenshot()))
+        assert len(set(shown)) == 3
+        slider.focus()
+        page.keyboard.press("ArrowLeft")
+        assert film.query_selector("output").inner_text() != shown[-1][0]
+
+
+def test_without_a_script_pictures_are_left(built, browser):
+    page = browser.new_context(offline=True, java_script_enabled=False).new_page()
+    page.goto(f"file://{built}/scene.html")
+    assert page.locator("div.scene button").count() == page.locator("div.film input").count() == 0
+    assert page.locator("div.scene img").is_visible()
+    for window in page.query_selector_all("div.film .window"):
+        box = window.bounding_box()
+        assert 100 < box["height"] < 1.3 * box["width"]
 
 
 def test_the_search_finds_a_function(built, browser):

@@ -6,8 +6,11 @@ import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 import pytest
+import yaml
+import flux4d
 from flux4d.records import repo_root
 from test_use import eight_lines, small_checkpoint
 
@@ -48,6 +51,29 @@ def installed(wheel, tmp_path_factory):
     theirs = sorted({sysconfig.get_paths()[kind] for kind in ("purelib", "platlib")})
     Path(packages, "running_environment.pth").write_text("\n".join(theirs) + "\n")
     return home
+
+
+def test_the_wheel_is_whole(wheel):
+    "All files of the package, the licence, and what an installer reads."
+    with zipfile.ZipFile(wheel) as held:
+        names = set(held.namelist())
+        (about,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        said = held.read(about).decode()
+    ours = {p for p in (ROOT / "flux4d").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert {str(p.relative_to(ROOT)) for p in ours} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert {name.split("/")[0] for name in names} == {"flux4d", about.split("/")[0]}
+    for line in (f"Version: {flux4d.__version__}", "License-Expression: Apache-2.0", "Requires-Python: >=3.10"):
+        assert line in said.splitlines()
+    for extra in ("viewer", "lenses", "kernels", "lpips", "docs", "dev"):
+        assert f"Provides-Extra: {extra}" in said and f"| `{extra}` |" in (ROOT / "docs/run.md").read_text()
+
+
+def test_the_citation_names_this_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == flux4d.__version__ and cited["license"] == "Apache-2.0"
+    assert cited["references"][0]["title"] in (ROOT / "README.md").read_text()
+    assert f"## {flux4d.__version__}\n" in (ROOT / "docs/changelog.md").read_text()
 
 
 def test_the_eight_lines_from_a_wheel(installed, tmp_path):

@@ -17,7 +17,7 @@ from sphinx.util import logging
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from flux4d import __version__ as release  # noqa: E402
-from flux4d.site import write_city_scene  # noqa: E402
+from flux4d.scene_page import write_scene_files  # noqa: E402
 
 project = "Flux4D in notebooks"
 author = "the Flux4D-in-notebooks authors"
@@ -127,6 +127,18 @@ def link_names(app, page, template, context, doctree):
     context["body"] = CELL.sub(code, CODE.sub(code, body))
 
 
+# sources
+
+REPOSITORY = "https://github.com/flux4d/flux4d-in-notebooks/blob/main"
+
+
+def add_source(app, page, template, context, doctree):
+    "End the page of a notebook with a link to the notebook."
+    if "body" in context and page in app.names["used"]:
+        link = f'<a href="{REPOSITORY}/nbs/{page}.ipynb">nbs/{page}.ipynb</a>'
+        context["body"] += f'<p class="needs">This page is made from the notebook {link}.</p>'
+
+
 # formulas
 
 FORMULAS = LatexToMathML(fancy_error=False)
@@ -152,13 +164,13 @@ def block_formula(translator, node):
 
 
 def add_files(app, exception):
-    "Put the font of formulas beside the style sheet, and a scene that a reader can turn."
+    "Put the font of formulas beside the style sheet, and a scene that a reader can turn and move in time."
     if not exception:
         static = Path(app.outdir) / "_static"
         fonts = Path(find_spec("ziamath").origin).parent / "fonts"
         shutil.copy(fonts / "STIXTwoMath-Regular.ttf", static)
         if app.builder.name == "html":
-            write_city_scene(static / "scene.html")
+            write_scene_files(HERE.parent / "scene/pandaset002.scene", static)
 
 
 def setup(app):
@@ -169,4 +181,5 @@ def setup(app):
     app.connect("source-read", add_tree)
     app.connect("doctree-read", note_names)
     app.connect("html-page-context", link_names)
+    app.connect("html-page-context", add_source)
     app.connect("build-finished", add_files)
