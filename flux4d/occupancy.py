@@ -16,8 +16,8 @@ from .voxels import VoxelConfig
 
 # %% auto #0
 __all__ = ['USUAL_GAP', 'MOST_REACH', 'LEVEL', 'ConsensusRule', 'SmallMoverConfig', 'MotionPriorConfig', 'SweepPoints',
-           'low_points', 'height_above_ground', 'window_kernels', 'ground_planes', 'GroundPlanes', 'BevGrid',
-           'bev_grid', 'Occupancy', 'occupancy_maps', 'StreetSweeps', 'street_sweeps']
+           'low_points', 'height_above_ground', 'window_kernels', 'planes_around', 'GroundPlanes', 'ground_planes',
+           'BevGrid', 'bev_grid', 'Occupancy', 'occupancy_maps', 'StreetSweeps', 'street_sweeps']
 
 # %% ../nbs/13a_occupancy.ipynb #32d2c078
 class ConsensusRule(NamedTuple):
@@ -203,7 +203,7 @@ def window_kernels(
     return torch.stack([w, w * x, w * y, w * x * x, w * x * y, w * y * y])[:, None]
 
 
-def ground_planes(
+def planes_around(
     low: Tensor,  # (X,Y) height of each cell, m
     weight: Tensor,  # (X,Y) 0..1
     cell: float,  # m
@@ -258,10 +258,10 @@ def ground_planes(
     weight = shown * (low - around < 2 * tolerance).float().clamp_min(0.02)
     low = torch.where(shown, low, 0.0)
     for _ in range(2):
-        planes = ground_planes(low, weight, cell, radius)
+        planes = planes_around(low, weight, cell, radius)
         weight = shown * (low - planes[..., 0] < tolerance).float().clamp_min(0.02)
     known = F.max_pool2d(shown[None, None].float(), 2 * radius + 1, 1, radius)[0, 0] > 0
-    return GroundPlanes(first, cell, ground_planes(low, weight, cell, radius), known)
+    return GroundPlanes(first, cell, planes_around(low, weight, cell, radius), known)
 
 # %% ../nbs/13a_occupancy.ipynb #83cde480
 class BevGrid(NamedTuple):
