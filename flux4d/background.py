@@ -22,7 +22,7 @@ from .lift import checked_cap, lift_returns, no_visible_return, sound_stamps
 from .gap_filling import Blocks, InitConfig, block_sides, clip_blocks, even_opacity, fill_gaps
 
 # %% auto #0
-__all__ = ['BackgroundConfig', 'pixels_at', 'photometric_cost', 'shared_cost', 'shrunk_images', 'far_depth',
+__all__ = ['BackgroundConfig', 'pixels_at', 'shrunk_mask', 'photometric_cost', 'shared_cost', 'shrunk_images', 'far_depth',
            'elevation_in_camera', 'field_top', 'above_field', 'column_depth', 'depth_above', 'far_field',
            'bounding_box', 'draw_hemisphere', 'first_colour', 'drawn_points', 'hemisphere', 'draw_ball', 'inside_ball',
            'near_gaussians', 'near_field', 'background', 'without_taken', 'init_groups', 'init_data', 'clip_groups',
@@ -69,17 +69,26 @@ class BackgroundConfig:
 
 # %% ../nbs/12_background.ipynb #f969ef73
 def pixels_at(
-    images: Tensor,  # (V,h,w,3)
+    images: Tensor,  # (V,h,w,3), or (V,h,w) of numbers
     v: Tensor,  # image of each place, broadcast with uv
     uv: Tensor,  # (...,2) places, in these images' px
-) -> tuple[Tensor, Tensor]:  # colours (...,3); inside (...) bool
+) -> tuple[Tensor, Tensor]:  # colours (...,3), or numbers (...); inside (...) bool
     "The pixels at some places."
     h, w = images.shape[1:3]
     at = uv.floor().long()
     inside = ((at >= 0) & (at < at.new_tensor([w, h]))).all(-1)
     x = at[..., 0].clamp(0, w - 1)
     y = at[..., 1].clamp(0, h - 1)
-    return images.reshape(-1, 3)[(v * h + y) * w + x], inside
+    return images.flatten(0, 2)[(v * h + y) * w + x], inside
+
+# %% ../nbs/12_background.ipynb #r2a00003
+def shrunk_mask(
+    data: ClipData,  # with a mask; V images of h x w px
+    k: int,  # px
+) -> Tensor:  # (V,h/k,w/k) bool, where a square of k by k pixels shows nothing of the own vehicle
+    "The mask for shrunk images, one for each of them."
+    small = -F.max_pool2d(-data.valid[:, None].float(), k)[:, 0] > 0
+    return small.expand(len(data.images), *small.shape).flatten(0, 1)
 
 # %% ../nbs/12_background.ipynb #928568c4
 def photometric_cost(
@@ -103,6 +112,8 @@ def photometric_cost(
     v = torch.arange(V, device=images.device)[:, None]
     other, there = pixels_at(images, v[..., None], patch + moved[:, :, None] / k)
     there &= here & ((z[..., 0] > 1) & (b.image != v))[..., None]
+    if data.valid is not None:  # nor with a pixel that shows the own vehicle
+        there &= pixels_at(shrunk_mask(data, k), v[..., None], patch + moved[:, :, None] / k)[0]
     sees = there.any(-1)
     difference = ((other - own).abs().mean(-1) * there).sum(-1) / there.sum(-1).clamp_min(1)
     return (difference.clamp_max(0.2) * sees).sum(0) / sees.sum(0).clamp_min(1)
@@ -286,6 +297,8 @@ def first_colour(
     for v in range(n * C):
         f, c = divmod(v, C)
         col, row, inside = pixel_index(project(data.K[f, c], se3_inverse(data.pose[f, c]), x)[0], w, h)
+        if data.valid is not None:
+            inside = inside & data.valid[c][row, col]
         first = inside & (image < 0)
         colour = torch.where(first[:, None], data.images[f, c][row, col].float() / 255, colour)
         image = torch.where(first, v, image)
@@ -357,7 +370,7 @@ def inside_ball(
     x = torch.from_numpy(draw_ball(cfg.inside_points, centre, radius, seed)).to(lidar.means.device)
     return drawn_points(groups, x, cfg.scale_factor * spacing, LIDAR, cfg.inside_opacity)
 
-# %% ../nbs/12_background.ipynb #4f5b875e
+# %% ../nbs/12_background.ipynb #r2a00002
 def near_gaussians(
     data: ClipData,  # the clip, its stamps sound
     cfg: InitConfig,  # how to lift and to fill
@@ -377,7 +390,7 @@ def near_gaussians(
         filled = even_opacity(filled, data, cfg.opacity)
     return cat([returns, filled])
 
-
+# %% ../nbs/12_background.ipynb #4f5b875e
 def near_field(
     data: ClipData,  # the clip, its stamps sound
     cfg: InitConfig = InitConfig(),  # how to lift and to fill
@@ -404,7 +417,7 @@ def background(
     parts = [far_field(data, b, lift, cfg) for data, b in zip(groups, blocks)]
     return [even_opacity(g, data, g.opacities) for g, data in zip(parts, groups)] if lift.fill_even else parts
 
-# %% ../nbs/12_background.ipynb #4743381a
+# %% ../nbs/12_background.ipynb #r2a00001
 def without_taken(
     groups: list[ClipData],  # of one clip, one for each size of images
 ) -> list[ClipData]:  # the same; from the second on, `taken` marks what an earlier one sees
@@ -416,7 +429,7 @@ def without_taken(
         taken = taken | data.projected.visible.any(1)
     return rest
 
-
+# %% ../nbs/12_background.ipynb #a67a89bb
 def init_groups(
     groups: list[ClipData],  # of one clip, one for each size of images
     lift_cfg: InitConfig = InitConfig(),  # returns and gaps
@@ -433,7 +446,7 @@ def init_groups(
     ball = [inside_ball(groups, near, bg_cfg, seed)] if bg_cfg.inside_points else []
     return cat([near, *ball, *background(groups, near, blocks, lift_cfg, bg_cfg, seed)])
 
-
+# %% ../nbs/12_background.ipynb #4743381a
 def init_data(
     data: ClipData,  # the clip in memory
     lift_cfg: InitConfig = InitConfig(),  # returns and gaps

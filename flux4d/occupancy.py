@@ -52,6 +52,8 @@ class MotionPriorConfig:
     observed_radius: NonNegativeFloat = 0.75
     # 1/m, score by which a longer displacement must be better, at the same spacing
     zero_motion_penalty: NonNegativeFloat = 0.08
+    # power of the spacing with which that penalty falls where three or more input frames are farther apart
+    penalty_power: Share = 0.5
     margin: NonNegativeFloat = 0.3  # this and the next five: see `ConsensusRule`
     min_cells: NonNegativeInt = 4
     confirmed_margin: NonNegativeFloat = 0.15
@@ -96,7 +98,8 @@ def at_gap(
     reach = min(MOST_REACH, max(1, round(self.reach * gap / USUAL_GAP)))
     if not self.reach or reach == self.reach:
         return self
-    penalty = self.zero_motion_penalty * self.reach / reach
+    power = self.penalty_power if sweeps > 2 and reach > self.reach else 1.0
+    penalty = self.zero_motion_penalty * (self.reach / reach) ** power
     neighbours = max(1, min(self.neighbour_sweeps, sweeps - 1))
     confirm = min(self.min_inliers, max(2, -(-sweeps // 2)))  # half of the sweeps, as 3 of 6
     return replace(
