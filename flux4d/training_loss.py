@@ -24,7 +24,8 @@ def reconstruction_loss(
     duration: float | None = None,  # length of the clip, s; needed where `velocity_unit` is "clip"
 ) -> dict[str, Tensor]:  # scalars: total, rgb, ssim (1 - SSIM), depth (m), vel (speed), psnr (dB, detached)
     "The training loss (Eq. 3), its unweighted terms (Eq. 4, 5), and the PSNR."
-    rendered = rendered._replace(rgb=shown_only(rendered.rgb, views))
+    if getattr(views, "valid", None) is not None:
+        rendered = rendered._replace(rgb=shown_only(rendered.rgb, views))
     fusable = can_fuse(rendered.rgb, views.images, cfg.ssim_window)
     compare = fused_image_terms if fusable else image_terms
     of_images = compare(rendered, views, cfg, weight)
