@@ -16,8 +16,8 @@ from .voxels import VoxelConfig
 
 # %% auto #0
 __all__ = ['USUAL_GAP', 'MOST_REACH', 'LEVEL', 'ConsensusRule', 'SmallMoverConfig', 'MotionPriorConfig', 'SweepPoints',
-           'low_points', 'height_above_ground', 'window_kernels', 'ground_planes', 'GroundPlanes', 'BevGrid',
-           'bev_grid', 'Occupancy', 'occupancy_maps', 'StreetSweeps', 'street_sweeps']
+           'low_points', 'height_above_ground', 'window_kernels', 'window_planes', 'GroundPlanes', 'ground_planes',
+           'BevGrid', 'bev_grid', 'Occupancy', 'occupancy_maps', 'StreetSweeps', 'street_sweeps']
 
 # %% ../nbs/13a_occupancy.ipynb #32d2c078
 class ConsensusRule(NamedTuple):
@@ -79,6 +79,8 @@ class MotionPriorConfig:
     observed_radius: NonNegativeFloat = 0.75
     # 1/m, score taken off per metre of displacement between input frames 0.2 s apart, see `at_gap`
     zero_motion_penalty: NonNegativeFloat = 0.08
+    # power of the spacing with which that penalty falls where three or more input frames are farther apart
+    penalty_power: Share = 0.5
     margin: NonNegativeFloat = 0.3  # this and the next five: see `ConsensusRule`
     min_cells: NonNegativeInt = 4
     confirmed_margin: NonNegativeFloat = 0.15
@@ -124,7 +126,8 @@ def at_gap(
     reach = min(MOST_REACH, max(1, round(self.reach * gap / USUAL_GAP)))
     if not self.reach or reach == self.reach:
         return self
-    penalty = self.zero_motion_penalty * self.reach / reach
+    power = self.penalty_power if sweeps > 2 and reach > self.reach else 1.0
+    penalty = self.zero_motion_penalty * (self.reach / reach) ** power
     neighbours = max(1, min(self.neighbour_sweeps, sweeps - 1))
     confirm = min(self.min_inliers, max(2, -(-sweeps // 2)))  # half of the sweeps, as 3 of 6
     return replace(
@@ -203,7 +206,7 @@ def window_kernels(
     return torch.stack([w, w * x, w * y, w * x * x, w * x * y, w * y * y])[:, None]
 
 
-def ground_planes(
+def window_planes(
     low: Tensor,  # (X,Y) height of each cell, m
     weight: Tensor,  # (X,Y) 0..1
     cell: float,  # m
@@ -258,10 +261,10 @@ def ground_planes(
     weight = shown * (low - around < 2 * tolerance).float().clamp_min(0.02)
     low = torch.where(shown, low, 0.0)
     for _ in range(2):
-        planes = ground_planes(low, weight, cell, radius)
+        planes = window_planes(low, weight, cell, radius)
         weight = shown * (low - planes[..., 0] < tolerance).float().clamp_min(0.02)
     known = F.max_pool2d(shown[None, None].float(), 2 * radius + 1, 1, radius)[0, 0] > 0
-    return GroundPlanes(first, cell, ground_planes(low, weight, cell, radius), known)
+    return GroundPlanes(first, cell, window_planes(low, weight, cell, radius), known)
 
 # %% ../nbs/13a_occupancy.ipynb #83cde480
 class BevGrid(NamedTuple):
