@@ -72,7 +72,7 @@ class MotionPriorConfig:
     height: tuple[float, float] = (0.3, 3.0)
     ground_cell: PositiveFloat = 2.0  # m, edge of the cells in which the ground is found
     ground_share: Share = 0.2  # of a cell's points that may lie below its ground, as reflections do
-    ground: Literal["planes", "lowest"] = "planes"  # a plane around each cell, or the lowest cell around
+    ground: Literal["planes", "lowest"] = "lowest"  # a plane around each cell, or the lowest cell around
     # m by which planes are lowered, since the underside of what drives shows few returns
     ground_slack: NonNegativeFloat = 0.08
     # m, a sweep counts for zero motion only where it has any point this near
@@ -95,7 +95,7 @@ class MotionPriorConfig:
     prior_std: PositiveFloat = 2.0
     refine_steps: NonNegativeInt = 24  # of mean shift; 0 = straight trajectories
     merge_rounds: NonNegativeInt = 3  # times that a trajectory becomes the mean of those that meet it
-    small: SmallMoverConfig = SmallMoverConfig()  # what is followed where nothing is trusted
+    small: SmallMoverConfig = SmallMoverConfig(min_sweeps=0)  # what is followed where nothing is trusted; nothing
 
     @property
     def border(self) -> int:  # cells
@@ -197,7 +197,7 @@ LEVEL = 4.0  # m^2, added to a plane's second moments
 def window_kernels(
     cell: float,  # m
     radius: int,  # cells on each side of the middle
-    device: torch.device,
+    device: torch.device,  # where they are wanted
 ) -> Tensor:  # (6,1,2r+1,2r+1): weight, and weight times x, y, xx, xy, yy
     "A Gaussian window and its moments."
     u = torch.arange(-radius, radius + 1, device=device) * cell
