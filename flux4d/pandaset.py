@@ -412,7 +412,8 @@ def mask(
     path, opened = self.folder / named, self.camera(camera)
     image = _read_mask(str(path), _version(path), opened.lens)
     if image.shape[1::-1] != opened.size:
-        sizes = f"{image.shape[1]} x {image.shape[0]} pixels where images of {camera} have {opened.width} x {opened.height}"
+        found, wanted = (f"{w} x {h}" for w, h in (image.shape[1::-1], (opened.width, opened.height)))
+        sizes = f"{found} pixels where images of {camera} have {wanted}"
         report_fault(path, f"is a mask of {sizes}", "draw it on an image of that camera")
     white = reduce_image(image, scale).min(-1) > 127
     if not white.any():

@@ -305,7 +305,7 @@ def _move_to(self: Viewer, seconds: float) -> None:
 @patch
 def seek(
     self: Viewer,
-    seconds: float,  # since the clip's start, up to a tenth of the clip outside it; raises DataError elsewhere
+    seconds: float,  # since the clip's start; up to a tenth of the clip outside it shows its nearest end; raises DataError elsewhere
 ) -> None:
     "Show the scene at a time."
     reach = self.scene.time.reach
@@ -317,8 +317,7 @@ def seek(
             self.look_from(self.camera)
         if self.layer == "depth":
             self._colour(only_movers=True)
-        shown = min(max(self.seconds, 0.0), self.scene.duration)
-        self._panel.time.value = round(shown, 2)
+        self._panel.time.value = round(self.seconds, 2)
 
 # %% ../nbs/74_viewer.ipynb #eeb7cca9
 @patch

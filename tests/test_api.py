@@ -121,7 +121,7 @@ def test_settings_of_a_scene_change_no_other_scene():
 def test_a_record_that_cannot_be_made_fails():
     call = ["make", "record", "RUN=typo", f"PYTHON={sys.executable}"]
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0 and "typo is no complete run" in done.stdout
+    assert done.returncode != 0 and "typo is no complete run" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("option", [("--log", "002"), ("--start", "3"), ("--device", "cuda")])
