@@ -305,7 +305,7 @@ def _move_to(self: Viewer, seconds: float) -> None:
 @patch
 def seek(
     self: Viewer,
-    seconds: float,  # since the clip's start; up to a tenth of the clip outside it shows its nearest end; raises DataError elsewhere
+    seconds: float,  # since the clip's start; up to a tenth outside the clip is its nearest end, else DataError
 ) -> None:
     "Show the scene at a time."
     reach = self.scene.time.reach
