@@ -22,8 +22,8 @@ from .lift import checked_cap, lift_returns, no_visible_return, sound_stamps
 from .gap_filling import Blocks, InitConfig, block_sides, clip_blocks, even_opacity, fill_gaps
 
 # %% auto #0
-__all__ = ['BackgroundConfig', 'pixels_at', 'motion_between', 'photometric_cost', 'shared_cost', 'shrunk_images', 'best_depth',
-           'far_depth', 'elevation_in_camera', 'field_top', 'above_field', 'column_depth', 'depth_above',
+__all__ = ['BackgroundConfig', 'pixels_at', 'shrunk_mask', 'motion_between', 'photometric_cost', 'shared_cost', 'shrunk_images',
+           'best_depth', 'far_depth', 'elevation_in_camera', 'field_top', 'above_field', 'column_depth', 'depth_above',
            'depth_behind', 'far_field', 'bounding_box', 'draw_hemisphere', 'first_colour', 'drawn_points', 'hemisphere',
            'draw_ball', 'inside_ball', 'near_gaussians', 'near_field', 'background', 'without_taken', 'init_groups',
            'init_data', 'clip_groups', 'init_gaussians']
@@ -69,17 +69,26 @@ class BackgroundConfig:
 
 # %% ../nbs/12_background.ipynb #f969ef73
 def pixels_at(
-    images: Tensor,  # (V,h,w,3)
+    images: Tensor,  # (V,h,w,3), or (V,h,w) of numbers
     v: Tensor,  # image of each place, broadcast with uv
     uv: Tensor,  # (...,2) places, in these images' px
-) -> tuple[Tensor, Tensor]:  # colours (...,3); inside (...) bool
+) -> tuple[Tensor, Tensor]:  # colours (...,3), or numbers (...); inside (...) bool
     "The pixels at some places."
     h, w = images.shape[1:3]
     at = uv.floor().long()
     inside = ((at >= 0) & (at < at.new_tensor([w, h]))).all(-1)
     x = at[..., 0].clamp(0, w - 1)
     y = at[..., 1].clamp(0, h - 1)
-    return images.reshape(-1, 3)[(v * h + y) * w + x], inside
+    return images.flatten(0, 2)[(v * h + y) * w + x], inside
+
+# %% ../nbs/12_background.ipynb #r2a00003
+def shrunk_mask(
+    data: ClipData,  # with a mask; V images of h x w px
+    k: int,  # px
+) -> Tensor:  # (V,h/k,w/k) bool, where a square of k by k pixels shows nothing of the own vehicle
+    "The mask for shrunk images, one for each of them."
+    small = -F.max_pool2d(-data.valid[:, None].float(), k)[:, 0] > 0
+    return small.expand(len(data.images), *small.shape).flatten(0, 1)
 
 # %% ../nbs/12_background.ipynb #928568c4
 def motion_between(
@@ -112,6 +121,8 @@ def photometric_cost(
     v = torch.arange(len(images), device=images.device)[:, None, None]
     other, there = pixels_at(images, v, patch + moved[:, :, None] / k)
     there &= here & ahead[..., None]
+    if data.valid is not None:  # nor with a pixel that shows the own vehicle
+        there &= pixels_at(shrunk_mask(data, k), v, patch + moved[:, :, None] / k)[0]
     sees = there.any(-1)
     difference = ((other - own).abs().mean(-1) * there).sum(-1) / there.sum(-1).clamp_min(1)
     return (difference.clamp_max(0.2) * sees).sum(0) / sees.sum(0).clamp_min(1)
@@ -311,6 +322,8 @@ def first_colour(
     for v in range(n * C):
         f, c = divmod(v, C)
         col, row, inside = pixel_index(project(data.K[f, c], se3_inverse(data.pose[f, c]), x)[0], w, h)
+        if data.valid is not None:
+            inside = inside & data.valid[c][row, col]
         first = inside & (image < 0)
         colour = torch.where(first[:, None], data.images[f, c][row, col].float() / 255, colour)
         image = torch.where(first, v, image)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 import numpy as np
@@ -18,12 +18,13 @@ from .clips import Clip
 from .frames import pixel_index, project, scale_intrinsics, se3_inverse
 from .files import report_fault
 from .log_files import scaled_size
+from .pandaset import Log
 from .visibility import project_sweep, splat_depth, unoccluded
 
 # %% auto #0
-__all__ = ['ClipData', 'stacked', 'padded_sweeps', 'camera_tensors', 'clip_data', 'Returns', 'clip_returns', 'toy_data',
-           'image_numbers', 'ProjectedReturns', 'project_returns', 'Views', 'InputViews', 'TargetViews', 'ViewGroups',
-           'size_groups', 'check_frames', 'load_views']
+__all__ = ['ClipData', 'stacked', 'camera_masks', 'padded_sweeps', 'camera_tensors', 'clip_data', 'Returns', 'clip_returns',
+           'toy_data', 'image_numbers', 'ProjectedReturns', 'project_returns', 'Views', 'InputViews', 'TargetViews',
+           'ViewGroups', 'size_groups', 'check_frames', 'joined_masks', 'shown_only', 'load_views']
 
 # %% ../nbs/07_clip_data.ipynb #f94547ad
 @dataclass
@@ -44,6 +45,7 @@ class ClipData:
     log: str = ""  # id of its log, for messages
     period: float = 0.0  # s from one sweep of the log to the next, 0 = unknown
     taken: Tensor | None = None  # (F,N) bool, returns that cameras of another size have made Gaussians of
+    valid: Tensor | None = None  # (C,H,W) bool, pixels that do not show the own vehicle; None: all
 
     @cached_property
     def focal(self) -> float:  # px
@@ -72,6 +74,19 @@ def stacked(
 ) -> Tensor:
     "As one tensor."
     return torch.from_numpy(np.array(rows))
+
+# %% ../nbs/07_clip_data.ipynb #r2c00001
+def camera_masks(
+    log: Log,  # whose rig may name masks
+    cameras: list[str],  # names, of images of one size
+    scale: float = 1.0,  # image scale
+) -> Tensor | None:  # (C,H,W) bool, False where the own vehicle is seen; None: no camera has a mask
+    "The masks of some cameras."
+    masks = [log.mask(name, scale) for name in cameras]
+    if all(mask is None for mask in masks):
+        return None
+    everywhere = np.ones(next(mask.shape for mask in masks if mask is not None), bool)
+    return stacked([everywhere if mask is None else mask for mask in masks])
 
 # %% ../nbs/07_clip_data.ipynb #7e6c7eef
 def padded_sweeps(
@@ -138,6 +153,7 @@ def clip_data(
         id=clip.id,
         log=log.id,
         period=float(np.median(np.diff(log.lidar_stamps))),
+        valid=camera_masks(log, cameras, image_scale),
     )
 
 # %% ../nbs/07_clip_data.ipynb #7b3b16f2
@@ -234,6 +250,9 @@ def project_returns(
     focal = data.K[..., 0, 0].flatten().float()
     one_axis = [a.flatten(0, 1) for a in (uv, z, inside)]  # frames and cameras as one axis of images
     visible = unoccluded(*one_axis, focal, width, height).view(z.shape)
+    if data.valid is not None:  # the own vehicle hides what is behind it
+        camera = torch.arange(len(data.valid), device=row.device)[:, None]
+        visible &= data.valid[camera, row, column]
     pixel = (image_numbers(data) * height + row) * width + column
     colour = data.images.reshape(-1, 3)[pixel].float() / 255
     return ProjectedReturns(uv, z, visible, colour)
@@ -250,6 +269,7 @@ class Views:
     frame: Tensor  # (V,) int64 log frame ids
     camera: list[str]  # V names
     depth: Tensor  # (V,H,W) m, 0 = no visible return
+    valid: Tensor | None = field(default=None, kw_only=True)  # (V,H,W) bool, not the own vehicle; None: all
 
     def __len__(self) -> int:  # V
         "How many views."
@@ -257,11 +277,9 @@ class Views:
 
     def _map(self, f: Any, camera: list[str] | None = None) -> Views:
         "Apply a function to every tensor."
-        return replace(
-            self,
-            **{k.name: f(getattr(self, k.name)) for k in fields(self) if k.name not in ("camera", "allowed")},
-            camera=self.camera if camera is None else camera,
-        )
+        values = {k.name: getattr(self, k.name) for k in fields(self) if k.name not in ("camera", "allowed")}
+        changed = {name: f(value) for name, value in values.items() if value is not None}
+        return replace(self, **changed, camera=self.camera if camera is None else camera)
 
 # %% ../nbs/07_clip_data.ipynb #ecb94261
 @patch
@@ -376,6 +394,27 @@ def check_frames(
         )
     return dict(allowed=tuple(allowed)) if issubclass(kind, InputViews) else {}
 
+# %% ../nbs/07_clip_data.ipynb #r2c00002
+def joined_masks(
+    masks: list[Tensor | None],  # (H,W) or (1,H,W) bool of each view; None: all of it
+    shape: tuple[int, int],  # H, W
+) -> Tensor | None:  # (V,H,W) bool; None where no view has one
+    "The masks of views as those of one batch."
+    if all(mask is None for mask in masks):
+        return None
+    known = next(mask for mask in masks if mask is not None)
+    everywhere = known.new_ones(shape)
+    return torch.stack([everywhere if mask is None else mask.reshape(shape) for mask in masks])
+
+
+def shown_only(
+    rgb: Tensor,  # (V,H,W,3) a render
+    views: Any,  # what it is compared with
+) -> Tensor:  # (V,H,W,3) with the photo where the own vehicle is seen, so that there is nothing to gain there
+    "Leave the own vehicle out of a comparison."
+    valid = getattr(views, "valid", None)
+    return rgb if valid is None else torch.where(valid[..., None], rgb, views.images)
+
 # %% ../nbs/07_clip_data.ipynb #7b1129db
 def _view(clip: Clip, frame: int, camera: str, scale: float, points: np.ndarray) -> tuple:
     "One row of `load_views`."
@@ -391,14 +430,16 @@ def _view(clip: Clip, frame: int, camera: str, scale: float, points: np.ndarray)
     K = scale_intrinsics(cam.K, scale)
     w2c = se3_inverse(cam.poses[frame])
     depth = splat_depth(*project_sweep(points, K, w2c, w, h), w, h)
-    return image, K, w2c, clip.t_of_camera(camera, frame), frame, camera, depth
+    valid = clip.log.mask(camera, scale)
+    depth = depth if valid is None else depth * valid
+    return image, K, w2c, clip.t_of_camera(camera, frame), frame, camera, depth, valid
 
 # %% ../nbs/07_clip_data.ipynb #5151bb1c
 def _stacked_views(rows: list[tuple], kind: type[Views], **named: Any) -> Views:
     "Rows of `_view` as one batch."
     import torch
 
-    images, K, w2c, t, frame, camera, depth = zip(*rows)
+    images, K, w2c, t, frame, camera, depth, valid = zip(*rows)
 
     def tensor(xs):
         return torch.from_numpy(np.stack(xs).astype(np.float32))
@@ -411,6 +452,7 @@ def _stacked_views(rows: list[tuple], kind: type[Views], **named: Any) -> Views:
         torch.tensor(frame),
         list(camera),
         tensor(depth),
+        valid=joined_masks([None if m is None else torch.from_numpy(m) for m in valid], depth[0].shape),
         **named,
     )
 

@@ -20,9 +20,10 @@ from .settings import Share
 
 # %% auto #0
 __all__ = ['VERTICAL_DISCOUNT', 'GAP_CELL', 'InitConfig', 'block_sides', 'whole_blocks', 'block_moments', 'Tiles', 'cut_blocks',
-           'AngularRaster', 'angular_raster', 'nearest_above', 'nearest_corners', 'CornerEdge', 'edge_between',
-           'interpolation_weights', 'gap_depth', 'Ground', 'fit_planes', 'ground_below', 'Blocks', 'continue_ground',
-           'returns_in_time', 'block_depth', 'block_rays', 'clip_blocks', 'fill_gaps', 'even_opacity']
+           'unmasked_tiles', 'AngularRaster', 'angular_raster', 'nearest_above', 'nearest_corners', 'CornerEdge',
+           'edge_between', 'interpolation_weights', 'gap_depth', 'Ground', 'fit_planes', 'ground_below', 'Blocks',
+           'continue_ground', 'returns_in_time', 'block_depth', 'block_rays', 'clip_blocks', 'fill_gaps',
+           'even_opacity']
 
 # %% ../nbs/11_gap_filling.ipynb #928186a1
 @dataclass(frozen=True)
@@ -114,6 +115,15 @@ def cut_blocks(
         levels.append(Tiles(uv, torch.full_like(x, side).flatten(), mean.flatten(1, 2), kept.flatten(1)))
         alive = split.repeat_interleave(2, 1).repeat_interleave(2, 2)
     return Tiles(*(torch.cat(fields, axis) for fields, axis in zip(zip(*levels), (0, 0, 1, 1))))
+
+# %% ../nbs/11_gap_filling.ipynb #r2d00002
+def unmasked_tiles(
+    valid: Tensor,  # (C,H,W) bool, False where the own vehicle is seen
+    sides: list[int],  # px, as for `cut_blocks`
+) -> Tensor:  # (C,M) bool, in the order of `Tiles`
+    "Which squares show nothing of the own vehicle."
+    whole = whole_blocks(valid[..., None], sides[0])[..., 0][:, None].float()
+    return torch.cat([(-F.max_pool2d(-whole, side)).flatten(1) > 0 for side in sides], 1)
 
 # %% ../nbs/11_gap_filling.ipynb #f1a18a6b
 class AngularRaster(NamedTuple):
@@ -401,7 +411,11 @@ def clip_blocks(
         raise no_visible_return(data)
     h, w = data.images.shape[2:4]
     tiles = cut_blocks(data.images.view(-1, h, w, 3), block_sides(w, cfg.fill_blocks), cfg.fill_detail)
-    v, m = tiles.kept.nonzero(as_tuple=True)
+    kept = tiles.kept
+    if data.valid is not None:
+        unmasked = unmasked_tiles(data.valid, block_sides(w, cfg.fill_blocks))
+        kept = (kept.view(*data.images.shape[:2], -1) & unmasked).flatten(0, 1)
+    v, m = kept.nonzero(as_tuple=True)
     b = Blocks(
         image=v,
         uv=tiles.uv[m],

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from .background import clip_groups, init_groups
 from .cache import LiftCache
 from .clips import Clip
-from .clip_data import InputViews, TargetViews, ViewGroups, Views, check_frames, load_views
+from .clip_data import InputViews, TargetViews, ViewGroups, Views, check_frames, joined_masks, load_views
 from .config import Config
 from .files import DataError
 from .image_velocity import view_gaps
@@ -207,6 +207,7 @@ def _stacked(
         frame=torch.cat([v.frame for v in read]),
         camera=[c for _, c in pairs],
         depth=torch.cat(own or [v.depth for v in read]),
+        valid=joined_masks([v.valid for v in read], read[0].images.shape[1:3]),
     )
 
 # %% ../nbs/33_loader.ipynb #a597ad2a

@@ -16,7 +16,7 @@ from .voxels import VoxelConfig
 
 # %% auto #0
 __all__ = ['USUAL_GAP', 'MOST_REACH', 'LEVEL', 'ConsensusRule', 'SmallMoverConfig', 'MotionPriorConfig', 'SweepPoints',
-           'low_points', 'height_above_ground', 'window_kernels', 'planes_around', 'GroundPlanes', 'ground_planes',
+           'low_points', 'height_above_ground', 'window_kernels', 'window_planes', 'GroundPlanes', 'ground_planes',
            'BevGrid', 'bev_grid', 'Occupancy', 'occupancy_maps', 'StreetSweeps', 'street_sweeps']
 
 # %% ../nbs/13a_occupancy.ipynb #32d2c078
@@ -72,13 +72,15 @@ class MotionPriorConfig:
     height: tuple[float, float] = (0.3, 3.0)
     ground_cell: PositiveFloat = 2.0  # m, edge of the cells in which the ground is found
     ground_share: Share = 0.2  # of a cell's points that may lie below its ground, as reflections do
-    ground: Literal["planes", "lowest"] = "planes"  # a plane around each cell, or the lowest cell around
+    ground: Literal["planes", "lowest"] = "lowest"  # a plane around each cell, or the lowest cell around
     # m by which planes are lowered, since the underside of what drives shows few returns
     ground_slack: NonNegativeFloat = 0.08
     # m, a sweep counts for zero motion only where it has any point this near
     observed_radius: NonNegativeFloat = 0.75
     # 1/m, score taken off per metre of displacement between input frames 0.2 s apart, see `at_gap`
     zero_motion_penalty: NonNegativeFloat = 0.08
+    # power of the spacing with which that penalty falls where three or more input frames are farther apart
+    penalty_power: Share = 0.5
     margin: NonNegativeFloat = 0.3  # this and the next five: see `ConsensusRule`
     min_cells: NonNegativeInt = 4
     confirmed_margin: NonNegativeFloat = 0.15
@@ -93,7 +95,7 @@ class MotionPriorConfig:
     prior_std: PositiveFloat = 2.0
     refine_steps: NonNegativeInt = 24  # of mean shift; 0 = straight trajectories
     merge_rounds: NonNegativeInt = 3  # times that a trajectory becomes the mean of those that meet it
-    small: SmallMoverConfig = SmallMoverConfig()  # what is followed where nothing is trusted
+    small: SmallMoverConfig = SmallMoverConfig(min_sweeps=0)  # what is followed where nothing is trusted; nothing
 
     @property
     def border(self) -> int:  # cells
@@ -124,7 +126,8 @@ def at_gap(
     reach = min(MOST_REACH, max(1, round(self.reach * gap / USUAL_GAP)))
     if not self.reach or reach == self.reach:
         return self
-    penalty = self.zero_motion_penalty * self.reach / reach
+    power = self.penalty_power if sweeps > 2 and reach > self.reach else 1.0
+    penalty = self.zero_motion_penalty * (self.reach / reach) ** power
     neighbours = max(1, min(self.neighbour_sweeps, sweeps - 1))
     confirm = min(self.min_inliers, max(2, -(-sweeps // 2)))  # half of the sweeps, as 3 of 6
     return replace(
@@ -194,7 +197,7 @@ LEVEL = 4.0  # m^2, added to a plane's second moments
 def window_kernels(
     cell: float,  # m
     radius: int,  # cells on each side of the middle
-    device: torch.device,
+    device: torch.device,  # where they are wanted
 ) -> Tensor:  # (6,1,2r+1,2r+1): weight, and weight times x, y, xx, xy, yy
     "A Gaussian window and its moments."
     u = torch.arange(-radius, radius + 1, device=device) * cell
@@ -203,7 +206,7 @@ def window_kernels(
     return torch.stack([w, w * x, w * y, w * x * x, w * x * y, w * y * y])[:, None]
 
 
-def planes_around(
+def window_planes(
     low: Tensor,  # (X,Y) height of each cell, m
     weight: Tensor,  # (X,Y) 0..1
     cell: float,  # m
@@ -258,10 +261,10 @@ def ground_planes(
     weight = shown * (low - around < 2 * tolerance).float().clamp_min(0.02)
     low = torch.where(shown, low, 0.0)
     for _ in range(2):
-        planes = planes_around(low, weight, cell, radius)
+        planes = window_planes(low, weight, cell, radius)
         weight = shown * (low - planes[..., 0] < tolerance).float().clamp_min(0.02)
     known = F.max_pool2d(shown[None, None].float(), 2 * radius + 1, 1, radius)[0, 0] > 0
-    return GroundPlanes(first, cell, planes_around(low, weight, cell, radius), known)
+    return GroundPlanes(first, cell, window_planes(low, weight, cell, radius), known)
 
 # %% ../nbs/13a_occupancy.ipynb #83cde480
 class BevGrid(NamedTuple):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from .frames import far_origin, rotate_vectors, se3_inverse
+from .frames import far_origin, rotate_vectors, se3_inverse, transform_points
 from .files import DataError, listing, quoted, report_fault
 from .lazy_methods import LazyMethods
 from .log_files import CAMERAS, Sweep, open_image, read_image, read_intrinsics, read_poses
@@ -391,6 +391,47 @@ def image(
     lens = self.camera(camera).lens if self.rig.cameras else None
     return _recent_image(str(path), _version(path), scale, lens).copy()
 
+# %% ../nbs/03_pandaset.ipynb #r2b00002
+@functools.lru_cache(maxsize=16)
+def _read_mask(path: str, version: tuple | None, lens: CameraLens | None) -> np.ndarray:
+    "A mask as grey levels (H,W,3), straightened like the images, read again when its file changes."
+    image = read_image(path)
+    return image if lens is None else lens.straighten(image)
+
+# %% ../nbs/03_pandaset.ipynb #r2b00003
+@patch
+def mask(
+    self: Log,
+    camera: str,  # its name
+    scale: float = 1.0,  # image scale, 1.0 = full resolution
+) -> np.ndarray | None:  # (H,W) bool, False where the own vehicle is seen; None: nowhere; raises DataError
+    "Which pixels of a camera show the scene."
+    named = self.rig.cameras.get(camera, CameraRig()).mask
+    if not named:
+        return None
+    path, opened = self.folder / named, self.camera(camera)
+    image = _read_mask(str(path), _version(path), opened.lens)
+    if image.shape[1::-1] != opened.size:
+        found, wanted = (f"{w} x {h}" for w, h in (image.shape[1::-1], (opened.width, opened.height)))
+        sizes = f"{found} pixels where images of {camera} have {wanted}"
+        report_fault(path, f"is a mask of {sizes}", "draw it on an image of that camera")
+    white = reduce_image(image, scale).min(-1) > 127
+    if not white.any():
+        report_fault(path, "is black everywhere", "leave white what shows the scene")
+    return white
+
+# %% ../nbs/03_pandaset.ipynb #r2b00004
+@patch
+def is_own(
+    self: Log,
+    frame: int,  # frame id in the log
+    points: np.ndarray,  # (N,3) world, m, counted from the log's origin
+) -> np.ndarray:  # (N,) bool
+    "Which returns lie in the box that the rig gives the own vehicle."
+    box = np.array(self.rig.own_box).reshape(3, 2)
+    x = transform_points(se3_inverse(self.ego_pose(frame)), points)
+    return ((x > box[:, 0]) & (x < box[:, 1])).all(1)
+
 # %% ../nbs/03_pandaset.ipynb #6c2f5730
 @patch
 def sweep(
@@ -403,6 +444,8 @@ def sweep(
     whole = _recent_sweep(str(path), _version(path))
     chosen = whole[np.isin(whole.sensor, sensors)]
     chosen.points -= self.origin
+    if self.rig.own_box:
+        chosen = chosen[~self.is_own(frame, chosen.points)]
     if self.rig.return_times == "none":
         chosen.stamps = np.full(len(chosen), self.lidar_stamps[frame] - self.turn / 2)
     return chosen

@@ -134,6 +134,8 @@ def feedback(
         nothing = g.means.new_zeros(len(g), 1).requires_grad_()  # a channel that is zero everywhere
         fresh = replace(scene, gaussians=replace(g, **raw), velocity=scene.velocity.detach())
         found = [fresh.render(views, features=nothing) for views in groups]
+        if any(views.valid is not None for views in groups):
+            found = [out._replace(rgb=shown_only(out.rgb, views)) for out, views in zip(found, groups)]
         slopes = [
             slope
             for out, views in zip(found, groups)

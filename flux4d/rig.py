@@ -85,12 +85,17 @@ class Rig:
     # "order": the files of a folder in the order of their names, whatever their numbers, belong to the entries of
     # the lists; "number": file NN belongs to entry NN, counted from 0
     numbering: Literal["number", "order"] = "number"
+    # m, the vehicle's own returns in its axes: from and to along x (forward), y (left) and z (up); (): none
+    own_box: tuple[float, ...] = ()
     cameras: dict[str, Any] = field(default_factory=dict)  # a `CameraRig` by the name of its folder
 
     def __post_init__(self) -> None:
         "Refuse axes that no frame has, and read what is said of the cameras."
         if self.lidar_axes is not None:
             axes_matrix(self.lidar_axes)
+        box = self.own_box
+        if len(box) not in (0, 6) or any(low >= high for low, high in zip(box[::2], box[1::2])):
+            raise ValueError(f"own_box: is {list(box)}; give six numbers in m, from and to along x, y and z.")
         cameras = {name: read_settings(CameraRig, about, f"cameras.{name}") for name, about in self.cameras.items()}
         object.__setattr__(self, "cameras", cameras)
 
@@ -149,9 +154,12 @@ def read_rig(
 def rig_bytes(
     log: str | Path,  # the log's folder
 ) -> bytes:  # b"" without a description
-    "What a log's identity takes from its description."
+    "What a log's identity takes from its description, masks included."
     path = _find_rig(Path(log))
-    return b"" if path is None else path.read_bytes()
+    if path is None:
+        return b""
+    masks = [Path(log) / about.mask for about in read_rig(log).cameras.values() if about.mask]
+    return b"".join(p.read_bytes() for p in (path, *masks) if p.is_file())
 
 # %% ../nbs/02i_rig.ipynb #0d4a1509
 def poses_at(

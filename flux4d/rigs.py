@@ -39,7 +39,7 @@ def target_psnr(
     found = []
     for frame in clip.interpolation_frames:
         view = load_views(clip, [frame], (camera,), with_depth=False)
-        found.append(float(psnr(scene.render(view).rgb, view.images)))
+        found.append(float(psnr(scene.render(view).rgb, view.images, view.valid)))
     return float(np.mean(found)) if found else float("nan")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 from torch import Tensor
 from .losses import LossConfig, image_terms, psnr_of_mse, speed_unit, velocity_loss
+from .clip_data import shown_only
 from .losses_fused import can_fuse, fused_image_terms
 
 # %% auto #0
@@ -23,6 +24,8 @@ def reconstruction_loss(
     duration: float | None = None,  # length of the clip, s; needed where `velocity_unit` is "clip"
 ) -> dict[str, Tensor]:  # scalars: total, rgb, ssim (1 - SSIM), depth (m), vel (speed), psnr (dB, detached)
     "The training loss (Eq. 3), its unweighted terms (Eq. 4, 5), and the PSNR."
+    if getattr(views, "valid", None) is not None:
+        rendered = rendered._replace(rgb=shown_only(rendered.rgb, views))
     fusable = can_fuse(rendered.rgb, views.images, cfg.ssim_window)
     compare = fused_image_terms if fusable else image_terms
     of_images = compare(rendered, views, cfg, weight)

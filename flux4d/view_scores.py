@@ -97,7 +97,7 @@ def region_rows(
     cfg: MetricConfig,  # SSIM window and depth range
 ) -> list[dict]:  # one row of each of IMAGE_METRICS
     "Compare a view with its photo inside a region."
-    where = None if region == "full" else mask
+    where = None if region == "full" and view.valid is None else mask
     hit = mask & (view.depth > 0)
     if cfg.max_depth is not None:
         hit = hit & (view.depth <= cfg.max_depth)
@@ -118,7 +118,9 @@ def view_rows(
     cfg: MetricConfig = MetricConfig(),  # SSIM window and depth range
 ) -> pd.DataFrame:  # region, label, speed_bin, metric, value, count, reason
     "Everything measured about one rendered view."
-    rows = region_rows(out, view, "full", torch.ones_like(view.depth, dtype=torch.bool), cfg)
+    valid = torch.ones_like(view.depth, dtype=torch.bool) if view.valid is None else view.valid
+    moving, sky = None if moving is None else moving & valid[0], sky & valid[0]
+    rows = region_rows(out, view, "full", valid, cfg)
     if moving is not None and moving.any():
         rows += region_rows(out, view, "dynamic", moving[None], cfg)
     else:

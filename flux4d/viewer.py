@@ -305,9 +305,9 @@ def _move_to(self: Viewer, seconds: float) -> None:
 @patch
 def seek(
     self: Viewer,
-    seconds: float,  # since the clip's start; raises DataError more than a tenth of the clip outside it
+    seconds: float,  # since the clip's start; up to a tenth outside the clip is its nearest end, else DataError
 ) -> None:
-    "Show the scene at a time; what lies a little outside the clip shows its nearest end."
+    "Show the scene at a time."
     reach = self.scene.time.reach
     if not -reach <= seconds / self.scene.duration <= 1 + reach:
         raise DataError(f"seconds: is {seconds}; choose a time from 0 to {self.scene.duration:.2f}.")
