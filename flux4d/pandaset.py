@@ -221,15 +221,6 @@ def _in_order(path: Path) -> tuple:
     stem = path.name.partition(".")[0]
     return (not stem.isdecimal(), int(stem) if stem.isdecimal() else 0, path.name)
 
-# %% ../nbs/03_pandaset.ipynb #6cd27917
-@patch
-def sweep_path(
-    self: Log,
-    frame: int,  # frame id in the log
-) -> Path:  # lidar/NN.pkl.gz
-    "File of a frame's LiDAR sweep."
-    return self._frame_file("lidar", frame, ".pkl.gz")
-
 # %% ../nbs/03_pandaset.ipynb #4eac5c5c
 @patch
 def _ordered_files(
@@ -261,6 +252,15 @@ def _frame_file(
         return usual
     files = self._ordered_files(folder)
     return files[frame] if frame < len(files) else usual
+
+# %% ../nbs/03_pandaset.ipynb #6cd27917
+@patch
+def sweep_path(
+    self: Log,
+    frame: int,  # frame id in the log
+) -> Path:  # lidar/NN.pkl.gz
+    "File of a frame's LiDAR sweep."
+    return self._frame_file("lidar", frame, ".pkl.gz")
 
 # %% ../nbs/03_pandaset.ipynb #464c5aad
 @patch
