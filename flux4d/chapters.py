@@ -4,7 +4,6 @@
 
 # %% ../nbs/90d_chapters.ipynb #851ff6a3
 from __future__ import annotations
-import re
 from typing import NamedTuple
 from .notebooks import NOTEBOOK_PARTS, Notebook
 
@@ -63,9 +62,11 @@ def part_page(
 
 def notebook_line(
     nb: Notebook,  # that the list names
-) -> str:  # of a list
+) -> str:  # of a list, indented where its number has a letter
     "A notebook with what it shows."
-    return f"- [{nb.path.stem.partition('_')[0]} {nb.title}]({nb.path.stem}.md): {nb.subtitle}"
+    number = nb.path.stem.partition("_")[0]
+    indent = "" if number.isdigit() else "  "
+    return f"{indent}- [{number} {nb.title}]({nb.path.stem}.md): {nb.subtitle}"
 
 # %% ../nbs/90d_chapters.ipynb #f3ae29a9
 def part_text(
@@ -73,12 +74,8 @@ def part_text(
     notebooks: list[Notebook],  # of the part
 ) -> str:  # Markdown
     "The page of a part."
-    on_path = [nb for nb in notebooks if re.match(r"\d+_", nb.path.name)]
-    beside_it = [nb for nb in notebooks if nb not in on_path]
-    parts = [f"# {digit} {NOTEBOOK_PARTS[digit].capitalize()}", "\n".join(map(notebook_line, on_path))]
-    if beside_it:
-        parts += ["## Off the reading path", "\n".join(map(notebook_line, beside_it))]
-    return "\n\n".join(parts) + "\n"
+    lines = [notebook_line(nb) for nb in notebooks]
+    return f"# {digit} {NOTEBOOK_PARTS[digit].capitalize()}\n\n" + "\n".join(lines) + "\n"
 
 # %% ../nbs/90d_chapters.ipynb #f400ed49
 class PageEntry(NamedTuple):
