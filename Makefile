@@ -1,6 +1,7 @@
 # The two commands of a newcomer are `make demo` and `make test`. What they need is made once: .venv, packages, made-up logs.
 #   make demo   train and evaluate on made-up logs, print five numbers and where the report and the film are
 #   make test   modules in step with notebooks, code style, notebooks run, README current, pytest     FLAGS="gpu data" runs those cells too
+#   make notebook NB=22_scene   that one notebook, tested as make test does
 #   make docs   the site, in _docs/           make lab     JupyterLab on the notebooks     LAB="--no-browser --port 9000" is passed on
 #   make export modules from notebooks        make readme  README.md from nbs/00_index.ipynb, tables
 #   make record RUN=name   add a run's small files to git      make clean   remove what was made, except .venv and runs
@@ -11,7 +12,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test times docs lab export readme record clean
+.PHONY: help demo test notebook times docs lab export readme record clean
 .DELETE_ON_ERROR:
 
 BASE_PYTHON ?= python3
@@ -34,7 +35,7 @@ CITY_PARAMS ?= --logs 3 --frames 50 --scale 0.25 --seed 0
 DEMO_PARAMS ?= -p data_root data/city -p out_dir $(DEMO) -p preset draft -p image_scale 0.5 -p iters 65 -p minutes 2 -p eval_every 0 -p save_renders 1
 
 help:
-	@sed -n '2,7s/^# *//p' Makefile
+	@sed -n '2,8s/^# *//p' Makefile
 
 .venv/.ready: pyproject.toml
 	@echo "making .venv: once, a few minutes"
@@ -68,6 +69,9 @@ test: $(READY)
 	@echo "cells flagged gpu, slow or data run only when asked for (FLAGS='gpu data'); asked for: $(or $(FLAGS),none)"
 	$(PYTHON) -c "from nbdev.test import nbdev_test; nbdev_test(n_workers=$(WORKERS), flags='$(FLAGS)', timing=True)" | tee build/tests.txt
 	$(PYTHON) -m pytest -q -rs
+
+notebook: $(READY)
+	OMP_NUM_THREADS=1 $(PYTHON) -c "from nbdev.test import nbdev_test; nbdev_test('nbs/$(NB).ipynb', n_workers=0, flags='$(FLAGS)', timing=True)"
 
 times: $(READY)
 	$(REPO) times build/tests.txt
