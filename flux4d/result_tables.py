@@ -46,10 +46,11 @@ def run_row(
     report = f"papermill_runs/{run.name}/report.md"
     name = f"[{run.name}]({report})" if (run / "report.md").is_file() else run.name
     trained = f"{runtime['iters']} steps, {runtime['train_seconds']:.0f} s" if runtime.get("iters") else "nothing"
-    circumstances = [literal(str(metrics["evaluated_on"])), trained, literal(str(runtime["machine"]))]
+    circumstances = [literal(str(metrics["evaluated_on"])), trained]
     seconds = (runtime.get("reconstruction") or {}).get("total")
     took = "-" if seconds is None else f"{seconds:.4g}"
-    return [name, *circumstances, *(shown_quantity(metrics, path) for path in RUN_COLUMNS.values()), took]
+    shown = [shown_quantity(metrics, path) for path in RUN_COLUMNS.values()]
+    return [name, *circumstances, *shown, took, literal(str(runtime["machine"]))]
 
 # %% ../nbs/91a_result_tables.ipynb #809624aa
 def runs_table(
@@ -58,8 +59,8 @@ def runs_table(
     "The runs of record, a row each; those that measured something else are summed up below."
     runs = {run: read_metrics(run / "metrics.json") for run in runs_of_record(root)}
     scored = {run: m for run, m in runs.items() if {"nvs", "scene_flow", "runtime"} <= set(m)}
-    head = ["run", "evaluated on", "trained", "machine", *RUN_COLUMNS, "reconstruction s"]
-    made = [markdown_table(head, [run_row(run, m) for run, m in scored.items()], texts=4)] if scored else []
+    head = ["run", "evaluated on", "trained", *RUN_COLUMNS, "reconstruction s", "machine"]
+    made = [markdown_table(head, [run_row(run, m) for run, m in scored.items()], texts=3)] if scored else []
     made += [run_summary(run) for run in runs if run not in scored]
     return "\n\n".join(made) or "No run of record is committed yet."
 
