@@ -275,6 +275,28 @@ def is_lesson(cell):
     )
 
 
+def twice_defined(source):
+    "Names that the top level of a module defines more than once; methods that are patched in count by their class."
+    names = [
+        (n.name, ast.unparse(n.args.args[0].annotation) if is_patched(n) else "")
+        for n in ast.parse(source).body
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef))
+    ]
+    return sorted({name for name, owner in names if names.count((name, owner)) > 1})
+
+
+def is_patched(n):
+    "Whether a definition is a method of a class that stands elsewhere."
+    decorators = [ast.unparse(d) for d in n.decorator_list]
+    return any(d.startswith("patch") for d in decorators) and isinstance(n, ast.FunctionDef) and bool(n.args.args)
+
+
+def test_no_module_defines_a_name_twice():
+    of_two = "@patch\ndef to(self: A): pass\n\n@patch\ndef to(self: B): pass\n"
+    assert twice_defined(of_two) == [] and twice_defined("def f(): pass\n\ndef f(x): pass\n") == ["f"]
+    assert {p.name: twice_defined(p.read_text()) for p in MODULES if twice_defined(p.read_text())} == {}
+
+
 def is_export(cell):
     return (
         cell["cell_type"] == "code"
