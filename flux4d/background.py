@@ -111,6 +111,7 @@ def photometric_cost(
     k: int,  # px
     b: Blocks,  # B blocks
     depth: float | Tensor,  # m, where they are put; (B,1) when each has its own
+    shown: Tensor | None = None,  # (V,h,w) bool from `shrunk_mask`; None: no image shows the own vehicle
 ) -> Tensor:  # (B,) mean colour difference over the other images that see them, 0..0.2; 0 where none does
     "How differently the other images see the blocks, if that is their depth."
     moved, ahead = motion_between(data, b, depth)
@@ -121,8 +122,8 @@ def photometric_cost(
     v = torch.arange(len(images), device=images.device)[:, None, None]
     other, there = pixels_at(images, v, patch + moved[:, :, None] / k)
     there &= here & ahead[..., None]
-    if data.valid is not None:  # nor with a pixel that shows the own vehicle
-        there &= pixels_at(shrunk_mask(data, k), v, patch + moved[:, :, None] / k)[0]
+    if shown is not None:
+        there &= pixels_at(shown, v, patch + moved[:, :, None] / k)[0]
     sees = there.any(-1)
     difference = ((other - own).abs().mean(-1) * there).sum(-1) / there.sum(-1).clamp_min(1)
     return (difference.clamp_max(0.2) * sees).sum(0) / sees.sum(0).clamp_min(1)
@@ -162,8 +163,9 @@ def best_depth(
 ) -> Tensor:  # (B,) m
     "The depths at which the input images agree."
     small = shrunk_images(data, k)
-    cost = torch.stack([photometric_cost(data, small, k, b, d[:, None]) for d in depths.unbind(1)], 1)
-    cost = shared_cost(cost, b, cell, (len(small), *data.images.shape[2:4]))
+    shown = None if data.valid is None else shrunk_mask(data, k)
+    cost = [photometric_cost(data, small, k, b, d[:, None], shown) for d in depths.unbind(1)]
+    cost = shared_cost(torch.stack(cost, 1), b, cell, (len(small), *data.images.shape[2:4]))
     best, which = cost.min(1)
     return torch.where(cost[:, 0] - best > gain, depths.gather(1, which[:, None])[:, 0], depths[:, 0])
 

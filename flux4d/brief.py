@@ -5,12 +5,11 @@
 # %% ../nbs/09h_brief.ipynb #a09h0004
 from __future__ import annotations
 from pathlib import Path
-from typing import Any
-from .records import one_line, read_metrics, table_cell
+from .records import one_line, read_metrics, shown_quantity
 from .terminal import duration_said
 
 # %% auto #0
-__all__ = ['FIVE_NUMBERS', 'mean_at', 'compared', 'five_lines', 'made_line', 'brief_lines']
+__all__ = ['FIVE_NUMBERS', 'compared', 'five_lines', 'made_line', 'brief_lines']
 
 # %% ../nbs/09h_brief.ipynb #a09h0007
 FIVE_NUMBERS = {  # what is measured -> keys in metrics, form of the number
@@ -20,17 +19,6 @@ FIVE_NUMBERS = {  # what is measured -> keys in metrics, form of the number
     "depth error (RMSE), m": ("nvs full interpolation depth_rmse", ".2f"),
     "motion error of movers, m a frame": ("scene_flow epe_3way FD", ".3f"),
 }
-
-
-def mean_at(
-    block: dict,  # with nvs and scene_flow
-    keys: str,  # with blanks between them
-) -> float | None:  # None: not measured
-    "The mean of one quantity."
-    found: Any = block
-    for key in (*keys.split(), "mean"):
-        found = found.get(key) if isinstance(found, dict) else None
-    return found
 
 # %% ../nbs/09h_brief.ipynb #a09h0008
 def compared(
@@ -54,7 +42,7 @@ def five_lines(
     columns = compared(m)
     rows = [["", *columns]]
     for what, (keys, form) in FIVE_NUMBERS.items():
-        rows.append([what, *(table_cell(mean_at(block, keys), form) for block in columns.values())])
+        rows.append([what, *(shown_quantity(block, keys, form) for block in columns.values())])
     return [f"  {what:<34}" + "".join(f"{cell:>14}" for cell in cells) for what, *cells in rows]
 
 # %% ../nbs/09h_brief.ipynb #a09h0011

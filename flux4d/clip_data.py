@@ -409,11 +409,10 @@ def joined_masks(
 
 def shown_only(
     rgb: Tensor,  # (V,H,W,3) a render
-    views: Any,  # what it is compared with
+    views: Views,  # what it is compared with
 ) -> Tensor:  # (V,H,W,3) with the photo where the own vehicle is seen, so that there is nothing to gain there
     "Leave the own vehicle out of a comparison."
-    valid = getattr(views, "valid", None)
-    return rgb if valid is None else torch.where(valid[..., None], rgb, views.images)
+    return rgb if views.valid is None else torch.where(views.valid[..., None], rgb, views.images)
 
 # %% ../nbs/07_clip_data.ipynb #7b1129db
 def _view(clip: Clip, frame: int, camera: str, scale: float, points: np.ndarray) -> tuple:

@@ -251,6 +251,6 @@ def estimate_motion_prior(
         fine = single_scale_prior(returns, grid, fine_prior, query, heights)
         chosen = fine.where(~prior.trusted & fine.trusted & prior.may_move, prior)
         prior = chosen._replace(may_move=prior.may_move)
-    if len(torch.unique(returns.frame)) < max(cfg.small.min_sweeps, 1) or not cfg.small.min_sweeps:
+    if not cfg.small.min_sweeps or len(torch.unique(returns.frame)) < cfg.small.min_sweeps:
         return prior
     return with_small_movers(prior, returns, query, heights, grid, cfg.small)

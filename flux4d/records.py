@@ -14,9 +14,9 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['MARKUP', 'RUN_FILES', 'repo_root', 'printable', 'one_line', 'literal', 'as_sentence', 'table_cell', 'markdown_table',
-           'measured', 'MeasuredGroup', 'measured_groups', 'metrics_table', 'is_number', 'check_measured',
-           'read_metrics', 'run_circumstances', 'run_summary', 'show_run', 'run_file', 'check_pictures', 'record_files',
-           'git_files', 'runs_of_record', 'kept_runs']
+           'measured', 'shown_quantity', 'MeasuredGroup', 'measured_groups', 'metrics_table', 'is_number',
+           'check_measured', 'read_metrics', 'run_circumstances', 'run_summary', 'show_run', 'run_file',
+           'check_pictures', 'record_files', 'git_files', 'runs_of_record', 'kept_runs']
 
 # %% ../nbs/09a_records.ipynb #701fc258
 def repo_root(
@@ -103,6 +103,18 @@ def measured(
         else:
             found += measured(value, (*at, key))
     return found
+
+# %% ../nbs/09a_records.ipynb #22caa527
+def shown_quantity(
+    metrics: dict,  # the content of a metrics.json
+    path: str,  # keys with blanks between them; * stands for interpolation and future
+    form: str = ".4g",  # of a number
+) -> str:  # such as 24.98 / 22.06; a dash for what was not measured
+    "A quantity of a run as text."
+    found = {" ".join(keys): mean for keys, mean, _ in measured(metrics)}
+    when = ("interpolation", "future") if "*" in path else ("",)
+    means = [found.get(path.replace("*", w)) for w in when]
+    return " / ".join(table_cell(m, form) for m in means)
 
 # %% ../nbs/09a_records.ipynb #1869d99d
 @dataclass

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from annotated_types import Interval
 from pydantic import NonNegativeFloat
 from .attribute_kernels import apply_change, fused_feedback, kernels_change
-from .clip_data import InputViews, ViewGroups, Views, size_groups
+from .clip_data import InputViews, ViewGroups, Views, shown_only, size_groups
 from .config import Config
 from .frames import mat_to_quat, quat_mul, rotate_vectors, transform_points
 from .gaussians import FLAT, Gaussians
@@ -134,8 +134,7 @@ def feedback(
         nothing = g.means.new_zeros(len(g), 1).requires_grad_()  # a channel that is zero everywhere
         fresh = replace(scene, gaussians=replace(g, **raw), velocity=scene.velocity.detach())
         found = [fresh.render(views, features=nothing) for views in groups]
-        if any(views.valid is not None for views in groups):
-            found = [out._replace(rgb=shown_only(out.rgb, views)) for out, views in zip(found, groups)]
+        found = [out._replace(rgb=shown_only(out.rgb, views)) for out, views in zip(found, groups)]
         slopes = [
             slope
             for out, views in zip(found, groups)

@@ -6,23 +6,10 @@
 from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
-from .records import literal, markdown_table, measured, read_metrics, run_summary, runs_of_record, table_cell
+from .records import literal, markdown_table, read_metrics, run_summary, runs_of_record, shown_quantity
 
 # %% auto #0
-__all__ = ['RUN_COLUMNS', 'RESULT_COLUMNS', 'RESULT_ROWS', 'PAPER_ROW', 'shown_quantity', 'run_row', 'runs_table', 'ResultRow',
-           'results_table']
-
-# %% ../nbs/91a_result_tables.ipynb #22caa527
-def shown_quantity(
-    metrics: dict,  # the content of a metrics.json
-    path: str,  # keys with blanks between them; * stands for interpolation and future
-    form: str = ".4g",  # of a number
-) -> str:  # such as 24.98 / 22.06; a dash for what was not measured
-    "A quantity of a run as text."
-    found = {" ".join(keys): mean for keys, mean, _ in measured(metrics)}
-    when = ("interpolation", "future") if "*" in path else ("",)
-    means = [found.get(path.replace("*", w)) for w in when]
-    return " / ".join(table_cell(m, form) for m in means)
+__all__ = ['RUN_COLUMNS', 'RESULT_COLUMNS', 'RESULT_ROWS', 'PAPER_ROW', 'run_row', 'runs_table', 'ResultRow', 'results_table']
 
 # %% ../nbs/91a_result_tables.ipynb #b04d8f4a
 RUN_COLUMNS = {
