@@ -16,8 +16,8 @@ from .voxels import VoxelConfig
 
 # %% auto #0
 __all__ = ['USUAL_GAP', 'MOST_REACH', 'LEVEL', 'ConsensusRule', 'SmallMoverConfig', 'MotionPriorConfig', 'SweepPoints',
-           'low_points', 'height_above_ground', 'window_kernels', 'window_planes', 'GroundPlanes', 'ground_planes',
-           'BevGrid', 'bev_grid', 'Occupancy', 'occupancy_maps', 'StreetSweeps', 'street_sweeps']
+           'low_points', 'height_above_ground', 'solve_3x3', 'window_kernels', 'window_planes', 'GroundPlanes',
+           'ground_planes', 'BevGrid', 'bev_grid', 'Occupancy', 'occupancy_maps', 'StreetSweeps', 'street_sweeps']
 
 # %% ../nbs/13a_occupancy.ipynb #32d2c078
 class ConsensusRule(NamedTuple):
@@ -190,6 +190,18 @@ def height_above_ground(
     inside = torch.minimum(torch.maximum((query[:, :2] / cell).floor().long(), low), high)
     return (query[:, 2] - around[number(inside)]).nan_to_num(0.0, 0.0, 0.0)
 
+# %% ../nbs/13a_occupancy.ipynb #6f0a11c0
+def solve_3x3(
+    a: Tensor,  # (...,3) first column of the matrices
+    b: Tensor,  # (...,3) second column
+    c: Tensor,  # (...,3) third column
+    right: Tensor,  # (...,3)
+) -> Tensor:  # (...,3) x with x_0 a + x_1 b + x_2 c = right
+    "Three equations each, by Cramer's rule: no library of linear algebra that threads would load at once."
+    across = torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)
+    determinant = (a * across[0]).sum(-1)
+    return torch.stack([(right * normal).sum(-1) / determinant for normal in across], -1)
+
 # %% ../nbs/13a_occupancy.ipynb #6f0a11d2
 LEVEL = 4.0  # m^2, added to a plane's second moments
 
@@ -216,9 +228,9 @@ def window_planes(
     kernels = window_kernels(cell, radius, low.device)
     m = F.conv2d(weight[None, None], kernels, padding=radius)[0]
     right = F.conv2d((weight * low)[None, None], kernels[:3], padding=radius)[0]
-    rows = [m[0] + 1e-4, m[1], m[2], m[1], m[3] + LEVEL, m[4], m[2], m[4], m[5] + LEVEL]
-    left = torch.stack(rows, -1).unflatten(-1, (3, 3))
-    return torch.linalg.solve(left.double(), right.permute(1, 2, 0).double()).float()
+    columns = [m[0] + 1e-4, m[1], m[2]], [m[1], m[3] + LEVEL, m[4]], [m[2], m[4], m[5] + LEVEL]
+    a, b, c = (torch.stack(column, -1).double() for column in columns)
+    return solve_3x3(a, b, c, right.permute(1, 2, 0).double()).float()
 
 # %% ../nbs/13a_occupancy.ipynb #6f0a11d3
 class GroundPlanes(NamedTuple):
@@ -255,7 +267,8 @@ def ground_planes(
     ij = (points[:, :2] / cell).floor().long()
     first = ij.amin(0)
     X, Y = (ij.amax(0) - first + 1).tolist()
-    low = low_points(points[:, 2], (ij - first) @ ij.new_tensor([Y, 1]), X * Y, share, least).view(X, Y)
+    x, y = (ij - first).unbind(1)
+    low = low_points(points[:, 2], x * Y + y, X * Y, share, least).view(X, Y)
     shown = low.isfinite()
     around = -F.max_pool2d(-low[None, None], 3, 1, 1)[0, 0]  # the lowest of a cell and its neighbours
     weight = shown * (low - around < 2 * tolerance).float().clamp_min(0.02)
