@@ -8,13 +8,13 @@ from typing import NamedTuple
 from .notebooks import NOTEBOOK_PARTS, Notebook
 
 # %% auto #0
-__all__ = ['CHAPTERS', 'LAST', 'CHAPTER_TITLES', 'LISTS', 'ABOUT', 'part_page', 'notebook_line', 'part_text', 'PageEntry',
-           'site_tree', 'list_pages']
+__all__ = ['CHAPTERS', 'LAST', 'CHAPTER_TITLES', 'LISTS', 'ABOUT', 'POINTERS', 'SUBJECTS', 'part_page', 'notebook_line',
+           'part_text', 'PageEntry', 'site_tree', 'list_pages']
 
 # %% ../nbs/90d_chapters.ipynb #7e392540
 CHAPTERS = {  # page -> pages below it
     "index": ("method", "run", "own_data", "reference", "runs", "project"),
-    "method": ("00_index", "01a_annotated", "glossary", "paper"),
+    "method": ("how_it_works", "01a_annotated", "00_index", "glossary", "paper"),
     "run": ("commands", "presets", "weights"),
     "own_data": ("format", "data"),
     "reference": ("api", "command_help", "configuration"),
@@ -31,6 +31,7 @@ CHAPTER_TITLES = {  # page -> its name in the navigation, where the page's own t
     "runs": "Results",
     "project": "Project",
     "00_index": "Overview",
+    "how_it_works": "How it works, with formulas",
     "api": "Python names",
     "command_help": "Commands, in full",
     "commands": "Commands, in the order of work",
@@ -47,7 +48,7 @@ ABOUT = {  # page -> what a list says of it
     "configuration": "Each field with type, default, meaning, and its value in the presets.",
     "notebooks": "All notebooks with one line each, in reading order.",
     "coverage": "What the development log of an earlier reproduction demands, and where each is shown.",
-    "repository": "Where things are, tests, trust, licences.",
+    "repository": "Where things are, tests, trust, licences (license of code, text and data).",
     "contributing": "How to add a notebook, make it pass, and record a run.",
     "changelog": "What is new.",
 }
@@ -58,6 +59,17 @@ def part_page(
 ) -> str:
     "The name of a part's page."
     return f"part_{digit}"
+
+
+POINTERS = {  # digit of a part -> what a reader seeks there and finds elsewhere
+    "1": "The motion prior (13 to 14) stands here because it is made of the same sweeps as the lift; what a network makes "
+    "of it is in [30c Decoding](30c_decode.md), and how it is scored in [40](40_flow.md).",
+    "3": "The sparse convolution of the U-Net is [13e](13e_sparse_convolution.md), beside the voxels it works on.",
+    "4": "Motion is spread over the parts: a first guess, the [motion prior](14_motion_prior.md), is in part 1; what the "
+    "network makes of it, [decoding the velocity](30c_decode.md), in part 3; [velocity in the image](24_image_velocity.md), "
+    "which weighs the loss, in part 2; its [scores](53_flow_metrics.md) in part 5.",
+    "6": "No run of the [ablation](62_ablation.md) is of record yet; [the runs that are](runs.md).",
+}
 
 
 def notebook_line(
@@ -75,7 +87,36 @@ def part_text(
 ) -> str:  # Markdown
     "The page of a part."
     lines = [notebook_line(nb) for nb in notebooks]
-    return f"# {digit} {NOTEBOOK_PARTS[digit].capitalize()}\n\n" + "\n".join(lines) + "\n"
+    pointer = [f"{POINTERS[digit]}\n"] if digit in POINTERS and len(lines) > 2 else []
+    return "\n".join([f"# {digit} {NOTEBOOK_PARTS[digit].capitalize()}\n", *pointer, *lines]) + "\n"
+
+# %% ../nbs/90d_chapters.ipynb #96a54615
+SUBJECTS = {  # page -> what a reader types who should come to it
+    "how_it_works": ("how it works", "method", "equations", "formulas"),
+    "run": ("install", "installation", "requirements", "train on PandaSet", "GPU"),
+    "own_data": ("own data", "your data", "custom data", "nuScenes", "Waymo"),
+    "runs": ("results", "runs of record", "scores", "FD EPE", "benchmark"),
+    "glossary": ("glossary", "words", "EPE", "V_RMSE", "Acc5", "velocity"),
+    "configuration": ("configuration", "settings", "fields", "hyperparameters"),
+    "paper": ("differences from the paper",),
+    "repository": ("license", "licence", "licenses", "tests"),
+    "weights": ("weights", "checkpoint", "half precision", "model card"),
+    "14_motion_prior": ("motion prior",),
+    "30c_decode": ("velocity", "dead zone", "residual"),
+    "23_losses": ("loss", "losses"),
+    "50_refine": ("refinement", "feedback"),
+    "53_flow_metrics": ("EPE", "scene flow", "FD EPE", "Acc5"),
+    "61_evaluate": ("evaluation", "evaluate"),
+    "62_ablation": ("ablation",),
+    "70_use": ("video", "Python"),
+    "71a_filming": ("video", "videos", "film", "films"),
+    "72_export": ("export", "ply"),
+    "73_actors": ("actors", "editing"),
+    "74_viewer": ("viewer",),
+    "75_own_data": ("KITTI",),
+    "76_rigs": ("other rigs", "sensor rig"),
+    "80_bench": ("GPU memory", "memory", "speed", "time"),
+}
 
 # %% ../nbs/90d_chapters.ipynb #f400ed49
 class PageEntry(NamedTuple):

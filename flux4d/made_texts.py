@@ -18,6 +18,7 @@ from flux4d.notebooks import (
     relink,
     write_notebook,
 )
+from .figures import SOURCES
 from .result_tables import results_table, runs_table
 
 # %% auto #0
@@ -98,10 +99,11 @@ def pages_of_text(
 def readme_text(
     root: Path,  # the repository
 ) -> str:  # the README that the index stands for
-    "The index as README: its links start one folder higher."
+    "The index as README: its links start one folder higher, and the sources of its figures stay in the index."
     note = "<!-- Made from nbs/00_index.ipynb by `make readme`: edit that. -->"
     index = with_tables(as_markdown(read_notebook(root / "nbs/00_index.ipynb")), root, "nbs")
-    return f"{note}\n\n{rebase(index, 'nbs', '')}"
+    shown = re.sub(r"\n{3,}", "\n\n", SOURCES.sub("", index))
+    return f"{note}\n\n{rebase(shown, 'nbs', '')}"
 
 # %% ../nbs/91b_made_texts.ipynb #4f09dfcb
 def has_old_tables(

@@ -37,7 +37,7 @@ def argument_row(
     code = f"<code>{html.escape(a.type, quote=False)}</code>" if a.type else ""
     default = f"<code>{html.escape(a.default, quote=False)}</code>" if a.default else ""
     cells = [name, code, *[default] * has_defaults, inline_html(a.meaning)]
-    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    return "<tr>" + " ".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"  # blanks part the words for a search
 
 # %% ../nbs/90b_reading_page.ipynb #10ff6ffe
 def argument_table(

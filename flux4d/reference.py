@@ -72,7 +72,7 @@ def name_row(
     kind = "" if d.definition.kind == "function" else f" <small>{d.definition.kind}</small>"
     said = " ".join(d.definition.doc.split("\n\n")[0].split())
     link = f'<a href="{d.url}"><code>{d.definition.name}</code></a>'
-    return f"<tr><td>{link}{kind}</td><td>{inline_html(said)}</td></tr>"
+    return f"<tr><td>{link}{kind}</td> <td>{inline_html(said)}</td></tr>"
 
 # %% ../nbs/90c_reference.ipynb #9939d0b7
 def api_page(
@@ -190,11 +190,12 @@ def group_section(
             continue
         name = f"{at}.{f.name}".lstrip(".")
         said = comments.get(f.name)
-        type_ = f"<br><small><code>{html.escape(said.type)}</code></small>" if said else ""
+        link = f'<a class="headerlink" href="#{name}" title="Link to this field">#</a>'
+        type_ = f" <br><small><code>{html.escape(said.type)}</code></small>" if said else ""
         value = html.escape(json.dumps(default.get(name)))
         meaning = inline_html(said.meaning) if said else ""
-        cells = [f"<code>{name}</code>{type_}", f"<code>{value}</code>", preset_values(name, flat), meaning]
-        rows.append(f'<tr id="{name}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        cells = [f"<code>{name}</code> {link}{type_}", f"<code>{value}</code>", preset_values(name, flat), meaning]
+        rows.append(f'<tr id="{name}">' + " ".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     where = f'<a href="{names[cls.__name__].url}"><code>{cls.__name__}</code></a>: ' if cls.__name__ in names else ""
     about = f"<p>{where}{inline_html(' '.join((cls.__doc__ or '').split()))}</p>"
     return "\n".join([f"## {at or 'run'}", "", about, "", '<table class="fields">', *rows, "</tbody></table>"])

@@ -13,13 +13,13 @@ from typing import Any, Callable
 from .notebooks import Notebook, page_anchor, read_notebooks, relink
 from .reading_page import definition_id, notebook_page, without_comments
 from .reference import api_page, command_page, configuration_page, defined_names, gallery_page, names_used
-from .chapters import list_pages, site_tree
+from .chapters import SUBJECTS, list_pages, site_tree
 from .made_texts import pages_of_text, rebased
 
 # %% auto #0
 __all__ = ['PICTURE_ENDINGS', 'RENAMED_PAGES', 'MADE', 'LINK_WITH_TEXT', 'page_name', 'site_link', 'digest', 'made_before',
-           'remove_pages', 'source_url', 'text_page', 'turner', 'pictures_of', 'pages_and_pictures',
-           'presets_of_package', 'reference_pages', 'generator_lists', 'write_site']
+           'remove_pages', 'source_url', 'text_page', 'turner', 'pictures_of', 'as_overview', 'results_first',
+           'pages_and_pictures', 'presets_of_package', 'reference_pages', 'generator_lists', 'write_site']
 
 # %% ../nbs/91c_site.ipynb #5ef6a46e
 PICTURE_ENDINGS = ".jpg", ".png", ".svg", ".gif", ".webp"
@@ -139,6 +139,29 @@ def pictures_of(
     found = re.findall(r"!\[[^\]]*\]\((?!\w+:)([^)\s#]+)\)", text)
     return {p for link in found if (p := (folder / link).resolve()).is_file() and p.suffix in PICTURE_ENDINGS}
 
+# %% ../nbs/91c_site.ipynb #ff2ae5d9
+def as_overview(
+    text: str,  # page of the index
+) -> str:
+    "The index as a page beside the home page: without its name, its picture and its pointer to itself."
+    text = re.sub(r"\A# .*", "# Overview", text)
+    return re.sub(r"^!\[[^\]]*\]\([^)]*hero[^)]*\)\n\n\*.*\*\n\n", "", text, count=1, flags=re.M)
+
+
+def results_first(
+    runs: str,  # page of the runs of record
+    home: str,  # the home page
+) -> str:
+    "The page of runs: results of the home page, how to read them, and the table of all runs at the end."
+    table = re.search(r"^\| run \|[\s\S]*?(?=^## |\Z)", runs, re.M)
+    results = re.search(r"^## Results\n[\s\S]*?(?=^## |\Z)", home, re.M)
+    if not (table and results):
+        return runs
+    rest = re.sub(r"\A# .*", "# Results: runs of record", runs.replace(table[0], "")).rstrip()
+    title, _, after = rest.partition("\n")
+    lead = results[0].replace("## Results\n", "").strip()
+    return f"{title}\n\n{lead}\n{after}\n\n## All runs\n\n{table[0].strip()}\n"
+
 # %% ../nbs/91c_site.ipynb #c422c09e
 def pages_and_pictures(
     root: Path,  # the repository
@@ -157,6 +180,10 @@ def pages_and_pictures(
     for path in [*(nb.path for nb in notebooks), *pages_of_text(root)]:
         for picture in pictures_of(path.read_text(encoding="utf-8"), path.parent):
             made[page_name(str(picture.relative_to(root.resolve())))] = picture.read_bytes()
+    if "00_index.md" in made:
+        made["00_index.md"] = as_overview(made["00_index.md"])
+    if "runs.md" in made and "index.md" in made:
+        made["runs.md"] = results_first(made["runs.md"], made["index.md"])
     return made | {"gallery.md": gallery_page(reading, made.get("runs.md", ""))}
 
 # %% ../nbs/91c_site.ipynb #5d0c71b2
@@ -185,8 +212,9 @@ def reference_pages(
 def generator_lists(
     notebooks: list[Notebook],  # all of the repository
     pages: set[str],  # names without ending
+    fields: list[str] = (),  # dotted names of a configuration, which are anchors of its page
 ) -> dict[str, str]:  # file name -> JSON
-    "What a generator cannot know from the pages: their order, and where names are defined."
+    "What a generator cannot know from the pages: their order, what they are searched for, where names are defined."
     defined, known = defined_names(notebooks), {}
     for d in defined:
         said = " ".join(d.definition.doc.split())
@@ -195,7 +223,8 @@ def generator_lists(
     used = {nb.path.stem: names_used(nb, defined) for nb in notebooks}
     return {
         "tree.json": json.dumps(site_tree(notebooks, pages)),
-        "names.json": json.dumps(dict(names=known, used=used)),
+        "names.json": json.dumps(dict(names=known, used=used, fields=fields)),
+        "subjects.json": json.dumps({page: words for page, words in SUBJECTS.items() if page in pages}),
     }
 
 # %% ../nbs/91c_site.ipynb #a7e3f019
@@ -213,7 +242,8 @@ def write_site(
     made |= reference_pages(root, notebooks) if (is_package if reference is None else reference) else {}
     lists = {f"{page}.md": text for page, text in list_pages(notebooks).items()}
     pages = {Path(name).stem for name in {**made, **lists} if name.endswith(".md")}
-    made |= lists | generator_lists(notebooks, pages)
+    fields = re.findall(r'<tr id="([\w.]+)">', made.get("configuration.md", ""))
+    made |= lists | generator_lists(notebooks, pages, fields)
     digests = {}
     for name, content in made.items():
         (out / name).write_bytes(content if isinstance(content, bytes) else content.encode())

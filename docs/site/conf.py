@@ -8,10 +8,12 @@ import json
 import re
 import shutil
 import sys
+import sphinx.search
 from importlib.util import find_spec
 from pathlib import Path
 from docutils import nodes
 from math_core import LatexError, LatexToMathML
+from sphinx.search import WordCollector
 from sphinx.util import logging
 
 HERE = Path(__file__).parent
@@ -34,6 +36,8 @@ suppress_warnings = ["myst.header"]  # a notebook may leave out a level
 nitpicky = True
 html_theme = "pydata_sphinx_theme"
 html_title = project
+html_favicon = str(HERE / "static/favicon.svg")
+html_search_scorer = str(HERE / "search_scorer.js")
 html_static_path = [str(HERE / "static")]
 html_css_files = ["site.css"]
 html_js_files = ["site.js"]
@@ -79,6 +83,29 @@ def add_tree(app, docname, source):
         source[0] += f"\n\n```{{toctree}}\n:hidden:\n:maxdepth: 2\n\n{listed}\n```\n"
 
 
+# the search
+
+
+def add_subjects(app, docname, source):
+    "Say what a page is searched for, as entries of the index."
+    entries = app.subjects.get(docname)
+    if entries:
+        listed = "\n".join(f"single: {subject}" for subject in entries)
+        source[0] = source[0].replace("\n", f"\n\n```{{index}}\n{listed}\n```\n", 1)
+
+
+class ProseCollector(WordCollector):
+    "Words for the search, without Python code: names of definitions are found as objects."
+
+    def dispatch_visit(self, node):
+        if isinstance(node, nodes.literal_block) and node.get("language") == "python":
+            raise nodes.SkipNode
+        super().dispatch_visit(node)
+
+
+sphinx.search.WordCollector = ProseCollector
+
+
 # names
 
 
@@ -90,6 +117,9 @@ def note_names(app, doctree):
         if known["page"] == page:
             kind = {"constant": "data", "property": "property", "class": "class"}.get(known["kind"], "function")
             python.note_object(anchor, kind, anchor, location=doctree)
+    if page == "configuration":
+        for anchor in app.names["fields"]:
+            python.note_object(anchor, "attribute", anchor, location=doctree)
 
 
 SPAN = re.compile(
@@ -174,11 +204,12 @@ def add_files(app, exception):
 
 
 def setup(app):
-    for name in ("tree", "names"):
+    for name in ("tree", "names", "subjects"):
         setattr(app, name, json.loads((Path(app.srcdir) / f"{name}.json").read_text(encoding="utf-8")))
     app.add_html_math_renderer("mathml", (inline_formula, None), (block_formula, None))
     app.config.html_math_renderer = "mathml"
     app.connect("source-read", add_tree)
+    app.connect("source-read", add_subjects)
     app.connect("doctree-read", note_names)
     app.connect("html-page-context", link_names)
     app.connect("html-page-context", add_source)
