@@ -16,8 +16,8 @@ from .definitions import Argument, Definition, definitions
 # %% auto #0
 __all__ = ['FLAGS', 'PICTURE_TYPES', 'NEEDS_WIDTH', 'inline_html', 'argument_row', 'argument_table', 'fenced', 'definition_id',
            'definition_text', 'directives', 'only_imports', 'folded', 'source_text', 'ReadingPage', 'plain_html',
-           'without_comments', 'without_headings', 'picture_text', 'output_part', 'split_headings', 'beside',
-           'code_text', 'notebook_page']
+           'first_sentence', 'without_comments', 'without_headings', 'picture_text', 'output_part', 'split_headings',
+           'beside', 'code_text', 'notebook_page']
 
 # %% ../nbs/90b_reading_page.ipynb #9f148f35
 def inline_html(
@@ -163,7 +163,8 @@ class ReadingPage:
     section: str = ""  # heading that the cell stands under
     parts: list[str] = field(default_factory=list)
     pictures: dict[str, bytes] = field(default_factory=dict)  # file name -> content
-    captions: dict[str, str] = field(default_factory=dict)  # file name -> section, of pictures of the real log
+    captions: dict[str, str] = field(default_factory=dict)  # file name -> a sentence, of pictures of the real log
+    said: str = ""  # text above the cell
     title: str = ""  # of the notebook
 
 # %% ../nbs/90b_reading_page.ipynb #bd2bd42e
@@ -173,6 +174,24 @@ def plain_html(
     "HTML that Markdown leaves alone."
     text = re.sub(r"<style[\s\S]*?</style>| border=\"\d+\"| style=\"[^\"]*\"", "", text)
     return "\n".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def first_sentence(
+    text: str,  # markdown
+    longest: int = 240,  # characters; longer ones end at a comma or a semicolon
+) -> str:  # without markup; empty where there is none
+    "What a text begins with: its first sentence outside lists, tables, formulas and code."
+    text = re.sub(r"(?s)```.*?```|<!--.*?-->|\$\$.*?\$\$", "", text)
+    prose = [p for p in text.split("\n\n") if p.strip() and not re.match(r"\s*([|#>*-] |\||!\[|<|\d+\. )", p)]
+    if not prose:
+        return ""
+    plain = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(prose[0].split()))
+    plain = re.sub(r"[`*_$\\]|\[|\]", "", plain)
+    found = re.match(r".+?[.:?](?= [A-Z]|$)", plain)
+    sentence = (found[0] if found else plain).rstrip(":")
+    if len(sentence) > longest:
+        sentence = re.split(r"[,;:] (?!.*[,;:] )", sentence[:longest])[0]
+    return sentence
 
 
 def without_comments(
@@ -201,7 +220,8 @@ def picture_text(
     name = f"{page.stem}-{len(page.pictures) + 1:02d}{PICTURE_TYPES[kind]}"
     page.pictures[name] = base64.b64decode("".join(data[kind]))
     if real:
-        page.captions[name] = page.section
+        said = first_sentence(page.said)
+        page.captions[name] = f"{page.section}. {said}" if said else page.section
     title = re.sub(r"[\[\]`$*_\\]", "", page.section)
     return f"![{title}: picture {len(page.pictures)}]({name})"
 
@@ -289,6 +309,7 @@ def notebook_page(
         if source is None:
             continue
         if cell["cell_type"] == "code":
+            page.said = text or page.said
             codes.append(code_text(page, cell, nb.module))
             continue
         for heading, body in split_headings(without_comments(turn(source))):

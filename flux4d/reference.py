@@ -15,14 +15,15 @@ import re
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple
 from unittest.mock import patch as replaced
+from PIL import Image
 from .notebooks import NOTEBOOK_PARTS, Notebook
 from .definitions import Definition, definitions
 from .reading_page import ReadingPage, definition_id, directives, fenced, inline_html
 
 # %% auto #0
 __all__ = ['Defined', 'defined_names', 'names_used', 'name_row', 'api_page', 'command_help', 'stage_parameters', 'command_page',
-           'config_groups', 'field_comments', 'preset_values', 'group_section', 'configuration_page', 'gallery_figure',
-           'run_figures', 'gallery_page']
+           'config_groups', 'field_comments', 'preset_values', 'group_section', 'configuration_page', 'is_wide',
+           'gallery_figure', 'run_figures', 'gallery_page']
 
 # %% ../nbs/90c_reference.ipynb #966fd1d1
 class Defined(NamedTuple):
@@ -219,6 +220,17 @@ def configuration_page(
     return "\n\n".join(parts) + "\n"
 
 # %% ../nbs/90c_reference.ipynb #e27a2ee6
+def is_wide(
+    content: bytes,  # of a picture's file; empty: not known
+    least: float = 1.9,  # width per height
+) -> bool:
+    "Whether a picture needs the page's width: several parts side by side."
+    if not content:
+        return False
+    width, height = Image.open(io.BytesIO(content)).size
+    return width > least * height
+
+
 def gallery_figure(
     page: ReadingPage,  # with its captions
     name: str,  # of one of its pictures
@@ -227,7 +239,8 @@ def gallery_figure(
     number, title = page.stem.partition("_")[0], page.title or page.stem
     words = re.sub(r"[\[\]`$*_\\]", "", f"{title}: {page.captions[name]}")
     caption = f"<figcaption><b>{number}</b> {html.escape(words)}</figcaption>"
-    return f"<figure>\n\n[![{words}]({name})]({page.stem}.md)\n\n{caption}</figure>"
+    kind = ' class="wide"' if is_wide(page.pictures.get(name, b"")) else ""
+    return f"<figure{kind}>\n\n[![{words}]({name})]({page.stem}.md)\n\n{caption}</figure>"
 
 
 def run_figures(
@@ -237,7 +250,7 @@ def run_figures(
     shown = re.findall(r"!\[([^\]]+)\]\(([^)\s]+)\)", text)
     captions = [f"<figcaption>{html.escape(words)}</figcaption>" for words, _ in shown]
     return [
-        f"<figure>\n\n[![{words}]({name})](runs.md)\n\n{caption}</figure>"
+        f'<figure class="wide">\n\n[![{words}]({name})](runs.md)\n\n{caption}</figure>'
         for (words, name), caption in zip(shown, captions)
     ]
 

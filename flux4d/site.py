@@ -18,8 +18,9 @@ from .made_texts import pages_of_text, rebased
 
 # %% auto #0
 __all__ = ['PICTURE_ENDINGS', 'RENAMED_PAGES', 'MADE', 'LINK_WITH_TEXT', 'page_name', 'site_link', 'digest', 'made_before',
-           'remove_pages', 'source_url', 'text_page', 'turner', 'pictures_of', 'as_overview', 'results_first',
-           'pages_and_pictures', 'presets_of_package', 'reference_pages', 'generator_lists', 'write_site']
+           'remove_pages', 'source_url', 'text_page', 'turner', 'pictures_of', 'with_narrow_pipeline', 'as_overview',
+           'results_first', 'pages_and_pictures', 'presets_of_package', 'reference_pages', 'generator_lists',
+           'write_site']
 
 # %% ../nbs/91c_site.ipynb #5ef6a46e
 PICTURE_ENDINGS = ".jpg", ".png", ".svg", ".gif", ".webp"
@@ -140,6 +141,15 @@ def pictures_of(
     return {p for link in found if (p := (folder / link).resolve()).is_file() and p.suffix in PICTURE_ENDINGS}
 
 # %% ../nbs/91c_site.ipynb #ff2ae5d9
+def with_narrow_pipeline(
+    text: str,  # of a page
+) -> str:
+    "The picture of the pipeline, and its upright form beside it for a narrow screen."
+    found = re.search(r"^!\[([^\]]*)\]\(docs-pipeline\.svg\)$", text, re.M)
+    narrow = '<img class="narrow" src="_static/pipeline_narrow.svg" alt="{}">'
+    return text.replace(found[0], f"{found[0]}\n\n{narrow.format(found[1])}") if found else text
+
+
 def as_overview(
     text: str,  # page of the index
 ) -> str:
@@ -180,6 +190,7 @@ def pages_and_pictures(
     for path in [*(nb.path for nb in notebooks), *pages_of_text(root)]:
         for picture in pictures_of(path.read_text(encoding="utf-8"), path.parent):
             made[page_name(str(picture.relative_to(root.resolve())))] = picture.read_bytes()
+    made |= {name: with_narrow_pipeline(text) for name, text in made.items() if name.endswith(".md")}
     if "00_index.md" in made:
         made["00_index.md"] = as_overview(made["00_index.md"])
     if "runs.md" in made and "index.md" in made:

@@ -1,10 +1,11 @@
-// A switch that unfolds all code of a page, remembered from page to page.
+// A reader's choice, remembered from page to page; without storage it holds for the page.
+const remembered = (key) => { try { return localStorage.getItem(key) === "yes"; } catch { return false; } };
+const remember = (key, chosen) => { try { localStorage.setItem(key, chosen ? "yes" : "no"); } catch { /* no storage */ } };
 document.addEventListener("DOMContentLoaded", () => {
+  // a switch that unfolds all code of a page, and one that leaves only prose, formulas and pictures
   const folds = document.querySelectorAll("details.code");
   const key = "flux4d-unfolded";
-  let stored = null;
-  try { stored = localStorage.getItem(key); } catch { /* no storage: the switch works for this page */ }
-  let unfolded = stored === "yes";
+  let unfolded = remembered(key);
   const show = () => folds.forEach((fold) => { fold.open = unfolded; });
   const title = document.querySelector("article h1");
   if (folds.length && title) {
@@ -13,13 +14,77 @@ document.addEventListener("DOMContentLoaded", () => {
     const say = () => { button.textContent = unfolded ? "Fold all code" : "Unfold all code"; };
     button.addEventListener("click", () => {
       unfolded = !unfolded;
-      try { localStorage.setItem(key, unfolded ? "yes" : "no"); } catch { /* as above */ }
+      remember(key, unfolded);
       show();
       say();
     });
     say();
     title.after(button);
     if (unfolded) show();
+  }
+  const root = document.documentElement;
+  const proseKey = "flux4d-prose-only";
+  const showProse = (only) => {
+    root.classList.toggle("prose-only", only);
+    document.querySelectorAll("button.prose").forEach((b) => { b.textContent = only ? "Show code" : "Prose only"; });
+  };
+  if (title && document.querySelector("article .show .highlight-python, article .definition")) {
+    const button = document.createElement("button");
+    button.className = "unfold prose";
+    button.title = "Hide code, parameter tables and tests; formulas, pictures and tables stay";
+    button.addEventListener("click", () => {
+      const only = !root.classList.contains("prose-only");
+      remember(proseKey, only);
+      showProse(only);
+    });
+    (document.querySelector("button.unfold") || title).after(button);
+    showProse(remembered(proseKey));
+  }
+  // the navigation on the left can be folded away
+  const sidebar = document.querySelector(".bd-sidebar-primary");
+  const place = document.querySelector(".navbar-header-items__start");
+  if (sidebar && place && !sidebar.classList.contains("hide-on-wide")) {
+    const button = document.createElement("button");
+    button.className = "fold-navigation";
+    button.type = "button";
+    const fold = (folded) => {
+      root.classList.toggle("navigation-folded", folded);
+      button.textContent = folded ? "\u25b8" : "\u25c2";
+      button.title = folded ? "Show the list of pages" : "Hide the list of pages";
+      button.setAttribute("aria-label", button.title);
+      button.setAttribute("aria-expanded", String(!folded));
+    };
+    button.addEventListener("click", () => {
+      const folded = !root.classList.contains("navigation-folded");
+      remember("flux4d-navigation-folded", folded);
+      fold(folded);
+    });
+    fold(remembered("flux4d-navigation-folded"));
+    place.append(button);
+  }
+  // on a narrow screen a wide table is shown row by row, each cell with the name of its column
+  document.querySelectorAll("article table").forEach((table) => {
+    const heads = [...table.querySelectorAll("thead th")].map((head) => head.textContent.trim());
+    if (heads.length < 3) return;
+    table.classList.add("as-cards");
+    table.querySelectorAll("tbody tr").forEach((row) => [...row.cells].forEach((cell, k) => {
+      if (heads[k]) cell.dataset.label = heads[k];
+    }));
+  });
+  // a formula that is wider than the page says that it can be moved
+  document.querySelectorAll(".formula").forEach((formula) => {
+    const say = () => formula.classList.toggle("wide", formula.scrollWidth > formula.clientWidth + 1);
+    new ResizeObserver(say).observe(formula);
+  });
+  // excerpts of search results are prose
+  if (typeof Search !== "undefined") {
+    const whole = Search.htmlToText;
+    Search.htmlToText = (text, anchor) => {
+      const page = new DOMParser().parseFromString(text, "text/html");
+      page.querySelectorAll(".highlight-python, details.code, table.arguments").forEach((code) => code.remove());
+      page.querySelectorAll("td, th").forEach((cell) => cell.append(" "));
+      return whole(page.documentElement.outerHTML, anchor);
+    };
   }
   // a scene is loaded when it is asked for
   document.querySelectorAll("div.scene").forEach((place) => {
@@ -74,6 +139,7 @@ document.addEventListener("DOMContentLoaded", () => {
   const reveal = () => {
     const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
     for (let e = target; e; e = e.parentElement) if (e.tagName === "DETAILS") e.open = true;
+    if (target && !target.checkVisibility()) showProse(false);
     if (target) target.scrollIntoView();
   };
   addEventListener("hashchange", reveal);
