@@ -90,8 +90,8 @@ def add_subjects(app, docname, source):
     "Say what a page is searched for, as entries of the index."
     entries = app.subjects.get(docname)
     if entries:
-        listed = "\n".join(f"single: {subject}" for subject in entries)
-        source[0] = source[0].replace("\n", f"\n\n```{{index}}\n{listed}\n```\n", 1)
+        listed = "\n\n".join(f"```{{index}} ! {subject}\n```" for subject in entries)
+        source[0] = source[0].replace("\n", f"\n\n{listed}\n", 1)
 
 
 class ProseCollector(WordCollector):
