@@ -22,12 +22,12 @@ from .config import RETIRED, flattened, merged
 
 # %% auto #0
 __all__ = ['ABLATIONS', 'NO_VELOCITY_TERM', 'ABLATION_TABLES', 'PAPER_FIGURES', 'SWITCHES', 'FIELDS', 'WHEN', 'NVS_METRICS',
-           'ABLATION_COLUMNS', 'BUDGET', 'NO_EFFECT', 'NOTHING_LEARNED', 'MOVING', 'NOT_COMPARABLE', 'STEPS',
-           'CHART_PANELS', 'differing_fields', 'is_variant', 'variant_of', 'AblationParameters', 'variant_parameters',
-           'execute', 'run_variant', 'value_of_entry', 'pace', 'circumstances_mark', 'finished_run', 'ablation_row',
-           'as_table', 'variant_line', 'paper_tables', 'circumstances', 'clips_helped', 'difference', 'changes',
-           'draw_bars', 'ablation_chart', 'time_table', 'took_equally_long', 'near_in_time', 'recorded', 'paired',
-           'group_report', 'ablation_report']
+           'ABLATION_COLUMNS', 'BUDGET', 'NO_EFFECT', 'NOTHING_LEARNED', 'MOVING', 'MOST_COLUMNS', 'NOT_COMPARABLE',
+           'STEPS', 'LEAST_SPAN', 'CHART_PANELS', 'differing_fields', 'is_variant', 'variant_of', 'AblationParameters',
+           'variant_parameters', 'execute', 'run_variant', 'value_of_entry', 'pace', 'circumstances_mark',
+           'finished_run', 'ablation_row', 'as_table', 'variant_line', 'paper_tables', 'circumstances', 'clips_helped',
+           'difference', 'changes', 'at_least_as_wide', 'draw_bars', 'ablation_chart', 'time_table',
+           'took_equally_long', 'near_in_time', 'recorded', 'paired', 'group_report', 'ablation_report']
 
 # %% ../nbs/62_ablation.ipynb #72670efe
 ABLATIONS = dict(
@@ -275,17 +275,23 @@ def ablation_row(
     return row | {"steps/s": pace(logged)}
 
 # %% ../nbs/62_ablation.ipynb #dc07b172
+MOST_COLUMNS = 7  # of a table on a page; one with more is turned, its columns become lines
+
+
 def as_table(
     rows: list[dict],  # by column
     columns: list[str],  # in their order
 ) -> str:  # markdown
-    "Rows as a table; what is None is a dash."
+    "Rows as a table, turned where it would be too wide; what is None is a dash."
 
     def cell(value):
         return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    cells = [columns, ["---"] * len(columns), *([cell(row.get(c)) for c in columns] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    lines = [columns, *([cell(row.get(c)) for c in columns] for row in rows)]
+    if len(columns) > MOST_COLUMNS:
+        lines = [list(line) for line in zip(*lines)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 # %% ../nbs/62_ablation.ipynb #9cb42442
 NOT_COMPARABLE = "paper: PSNR / SSIM / D_RMSE / V_RMSE (not comparable: other logs, 30,000 iterations)"
@@ -307,7 +313,7 @@ def paper_tables(
     by_variant = {row["variant"]: row for row in rows}
     measured = [row["prior"] for row in rows if any(v is not None for v in row["prior"].values())]
     last = dict(variant=NOTHING_LEARNED) | (measured[0] if measured else {})
-    columns = ["variant", *MOVING, NOT_COMPARABLE]
+    columns = ["variant", *MOVING, NOT_COMPARABLE]  # more than a page holds: each becomes a line
     parts = []
     for title, variants in ABLATION_TABLES.items():
         lines = [variant_line(v, by_variant.get(v, {})) for v in variants]
@@ -368,6 +374,19 @@ def changes(
     return found
 
 # %% ../nbs/62_ablation.ipynb #e6efcaeb
+LEAST_SPAN = {"PSNR": 0.5, "SSIM": 0.02, "D_RMSE": 0.5, "V_RMSE": 0.02, "full PSNR": 0.5}  # less looks like nothing
+
+
+def at_least_as_wide(
+    limits: tuple[float, float],  # of an axis
+    least: float,  # of their difference
+) -> tuple[float, float]:
+    "Limits of an axis on which a difference that means nothing is drawn small."
+    low, high = limits
+    more = max(0.0, least - (high - low)) / 2
+    return low - more, high + more
+
+
 CHART_PANELS = {"PSNR": "dB", "SSIM": "", "D_RMSE": "m", "V_RMSE": "m per 0.1 s", "full PSNR": "dB"}  # metric -> unit
 
 
@@ -385,27 +404,31 @@ def draw_bars(
         widths = [value - start for _, value in values]
         ax.barh(places, widths, 0.34, color=colour, label=column.partition(", ")[2] or None)
         for place, width, (_, value) in zip(places, widths, values):
-            ax.text(width, place, f" {value:.4g} ", fontsize=8, va="center", ha="left" if width >= 0 else "right")
+            ax.text(width, place, f" {value:.4g} ", fontsize=9, va="center", ha="left" if width >= 0 else "right")
 
 # %% ../nbs/62_ablation.ipynb #a9bdfba6
 def ablation_chart(
     rows: list[dict],  # paired runs
 ) -> Figure:  # one panel a metric
     "Every run against the first."
-    fig = Figure(figsize=(14, 1.6 + 0.5 * len(rows)), layout="constrained")
-    axs = fig.subplots(1, len(CHART_PANELS), sharey=True)
+    fig = Figure(figsize=(11, 2 * (1.7 + 0.45 * len(rows))), layout="constrained")
+    grid = fig.subplots(2, 3, sharey=True)
+    axs = grid.flat[: len(CHART_PANELS)]
+    for ax in grid.flat[len(CHART_PANELS) :]:
+        ax.set_axis_off()
     for ax, (metric, unit) in zip(axs, CHART_PANELS.items()):
         draw_bars(ax, rows, [c for c in ABLATION_COLUMNS if c.split(", ")[0] == metric])
         ax.set_title(f"{metric}{' (less is better)' if 'RMSE' in metric else ''}", fontsize=10)
-        ax.set_xlabel(f"difference to the first row{f', {unit}' if unit else ''}", fontsize=8)
+        ax.set_xlabel(f"difference to the first row{f', {unit}' if unit else ''}", fontsize=9)
         ax.axvline(0, color="k", lw=0.6)
         ax.margins(x=0.3)
-        ax.locator_params(axis="x", nbins=4)
-        ax.tick_params(labelsize=8)
+        ax.locator_params(axis="x", nbins=3)
+        ax.tick_params(labelsize=10)
+        ax.set_xlim(*at_least_as_wide(ax.get_xlim(), LEAST_SPAN[metric]))
         if not ax.patches:
             ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", fontsize=9)
             ax.set_xticks([])
-    axs[0].set_yticks(range(len(rows)), [row["variant"] or row["run"] for row in rows], fontsize=9)
+    axs[0].set_yticks(range(len(rows)), [row["variant"] or row["run"] for row in rows], fontsize=10)
     axs[0].invert_yaxis()
     fig.legend(*axs[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return fig
