@@ -4,6 +4,7 @@
 
 # %% ../nbs/90d_chapters.ipynb #851ff6a3
 from __future__ import annotations
+import re
 from typing import NamedTuple
 from .notebooks import NOTEBOOK_PARTS, Notebook
 
@@ -62,12 +63,13 @@ def part_page(
 
 
 POINTERS = {  # digit of a part -> what a reader seeks there and finds elsewhere
-    "1": "The motion prior (13 to 14) stands here because it is made of the same sweeps as the lift; what a network makes "
-    "of it is in [30c Decoding](30c_decode.md), and how it is scored in [40](40_flow.md).",
+    "1": "The motion prior (13 to 14) stands here because it is made of the same sweeps as the lift; what a network "
+    "makes of it is in [30c Decoding](30c_decode.md), and how it is scored in [40](40_flow.md).",
     "3": "The sparse convolution of the U-Net is [13e](13e_sparse_convolution.md), beside the voxels it works on.",
-    "4": "Motion is spread over the parts: a first guess, the [motion prior](14_motion_prior.md), is in part 1; what the "
-    "network makes of it, [decoding the velocity](30c_decode.md), in part 3; [velocity in the image](24_image_velocity.md), "
-    "which weighs the loss, in part 2; its [scores](53_flow_metrics.md) in part 5.",
+    "4": "Motion is spread over the parts: a first guess, the [motion prior](14_motion_prior.md), is in part 1; what "
+    "the network makes of it, [decoding the velocity](30c_decode.md), in part 3; "
+    "[velocity in the image](24_image_velocity.md), which weighs the loss, in part 2; "
+    "its [scores](53_flow_metrics.md) in part 5.",
     "6": "No run of the [ablation](62_ablation.md) is of record yet; [the runs that are](runs.md).",
 }
 
@@ -84,10 +86,13 @@ def notebook_line(
 def part_text(
     digit: str,  # of the part
     notebooks: list[Notebook],  # of the part
+    known: set[str] = frozenset(),  # pages that a pointer may lead to
 ) -> str:  # Markdown
-    "The page of a part."
+    "The page of a part, with a pointer to what lies elsewhere where the pages for it are there."
     lines = [notebook_line(nb) for nb in notebooks]
-    pointer = [f"{POINTERS[digit]}\n"] if digit in POINTERS and len(lines) > 2 else []
+    pointer = POINTERS.get(digit, "")
+    leads = set(re.findall(r"\((\w+)\.md\)", pointer))
+    pointer = [f"{pointer}\n"] if leads and leads <= known else []
     return "\n".join([f"# {digit} {NOTEBOOK_PARTS[digit].capitalize()}\n", *pointer, *lines]) + "\n"
 
 # %% ../nbs/90d_chapters.ipynb #96a54615
@@ -153,9 +158,9 @@ def list_pages(
     notebooks: list[Notebook],  # all of the repository
 ) -> dict[str, str]:  # page -> Markdown
     "The pages of parts, and of chapters that have no text of their own."
-    made = {}
+    made, known = {}, {nb.path.stem for nb in notebooks} | {"runs"}
     for digit in sorted({nb.path.name[0] for nb in notebooks}):
-        made[part_page(digit)] = part_text(digit, [nb for nb in notebooks if nb.path.name[0] == digit])
+        made[part_page(digit)] = part_text(digit, [nb for nb in notebooks if nb.path.name[0] == digit], known)
     for page, (title, said) in LISTS.items():
         lines = [f"- [{CHAPTER_TITLES.get(child, child)}]({child}.md): {ABOUT[child]}" for child in CHAPTERS[page]]
         made[page] = f"# {title}\n\n{said}\n\n" + "\n".join(lines) + "\n"

@@ -9,19 +9,33 @@ from pathlib import Path
 from .records import literal, markdown_table, read_metrics, run_summary, runs_of_record, shown_quantity
 
 # %% auto #0
-__all__ = ['RUN_COLUMNS', 'MOTION_COLUMN', 'RESULT_COLUMNS', 'RESULT_ROWS', 'PAPER_ROW', 'run_row', 'runs_table', 'ResultRow',
-           'per_second', 'results_table']
+__all__ = ['FD', 'BS', 'PRIOR', 'RUN_COLUMNS', 'MOTION_COLUMN', 'RESULT_COLUMNS', 'RESULT_ROWS', 'PAPER_ROW', 'RunColumn',
+           'run_row', 'circumstances_line', 'other_run', 'runs_table', 'ResultRow', 'per_second', 'results_table']
 
 # %% ../nbs/91a_result_tables.ipynb #b04d8f4a
+@dataclass(frozen=True)
+class RunColumn:
+    "What a column of the table of runs shows: one quantity or several, of the model and of what it is compared with."
+
+    paths: tuple[str, ...]  # keys of metrics.json with blanks between them; * stands for interpolation and future
+    form: str = ".2f"  # of a number
+
+    def cell(
+        self,
+        metrics: dict,  # the content of a metrics.json
+    ) -> str:  # several quantities have semicolons between them; a dash is not measured
+        "The column of one run."
+        return "; ".join(shown_quantity(metrics, path, self.form) for path in self.paths)
+
+
+FD, BS = "scene_flow epe_3way FD", "scene_flow epe_3way BS"
+PRIOR = "baselines motion_prior "
 RUN_COLUMNS = {
-    "full PSNR dB": "nvs full * psnr",
-    "moving PSNR dB": "nvs dynamic * psnr",
-    "depth RMSE m": "nvs full * depth_rmse",
-    "FD EPE m": "scene_flow epe_3way FD",
-    "FD, motion prior alone": "baselines motion_prior scene_flow epe_3way FD",
-    "at rest": "zero_motion scene_flow epe_3way FD",
-    "BS EPE m": "scene_flow epe_3way BS",
-    "BS, motion prior alone": "baselines motion_prior scene_flow epe_3way BS",
+    "PSNR, dB": RunColumn(("nvs full * psnr",)),
+    "moving, dB": RunColumn(("nvs dynamic * psnr",)),
+    "depth RMSE, m": RunColumn(("nvs full * depth_rmse",)),
+    "FD EPE, m: model; motion prior alone; at rest": RunColumn((FD, PRIOR + FD, "zero_motion " + FD), ".3f"),
+    "BS EPE, m: model; motion prior alone": RunColumn((BS, PRIOR + BS), ".4f"),
 }
 
 # %% ../nbs/91a_result_tables.ipynb #a3315856
@@ -33,23 +47,46 @@ def run_row(
     runtime = metrics["runtime"]
     report = f"papermill_runs/{run.name}/report.md"
     name = f"[{run.name}]({report})" if (run / "report.md").is_file() else run.name
-    trained = f"{runtime['iters']} steps, {runtime['train_seconds']:.0f} s" if runtime.get("iters") else "nothing"
-    circumstances = [literal(str(metrics["evaluated_on"])), trained]
+    trained = f"nothing: {metrics.get('baseline') or 'no model'}"
+    if runtime.get("iters"):
+        trained = f"{runtime['iters']} steps, {runtime['train_seconds']:.0f} s"
     seconds = (runtime.get("reconstruction") or {}).get("total")
-    took = "-" if seconds is None else f"{seconds:.4g}"
-    shown = [shown_quantity(metrics, path) for path in RUN_COLUMNS.values()]
-    return [name, *circumstances, *shown, took, literal(str(runtime["machine"]))]
+    took = "-" if seconds is None else f"{seconds:.2f}"
+    return [name, trained, *(column.cell(metrics) for column in RUN_COLUMNS.values()), took]
+
+
+def circumstances_line(
+    metrics: dict,  # of a run
+) -> str:  # markdown
+    "The kind of frames that a run was evaluated on, and the machine: what the runs of a table share."
+    evaluated, machine = literal(str(metrics["evaluated_on"])), literal(str(metrics["runtime"]["machine"]))
+    return f"**Evaluated on {evaluated}**, {machine}"
+
+
+def other_run(
+    run: Path,  # a run's folder
+    metrics: dict,  # its metrics, of something else than views and motion
+) -> str:  # markdown
+    "A run that has no scores."
+    if "subject" not in metrics:
+        return run_summary(run)
+    runtime = metrics.get("runtime", {})
+    made = "".join(f", {word} {runtime[word]}" for word in ("flux4d", "commit", "torch") if word in runtime)
+    return f"**{run.name}** has no scores but measures something else: {literal(str(metrics['subject']))}{made}."
 
 # %% ../nbs/91a_result_tables.ipynb #809624aa
 def runs_table(
     root: Path,  # the repository
 ) -> str:  # markdown, links as seen from the root
-    "The runs of record, a row each; those that measured something else are summed up below."
+    "The runs of record, a table for each set that was evaluated alike; those without scores are summed up below."
     runs = {run: read_metrics(run / "metrics.json") for run in runs_of_record(root)}
     scored = {run: m for run, m in runs.items() if {"nvs", "scene_flow", "runtime"} <= set(m)}
-    head = ["run", "evaluated on", "trained", *RUN_COLUMNS, "reconstruction s", "machine"]
-    made = [markdown_table(head, [run_row(run, m) for run, m in scored.items()], texts=3)] if scored else []
-    made += [run_summary(run) for run in runs if run not in scored]
+    head = ["run", "trained", *RUN_COLUMNS, "reconstruction, s"]
+    groups = {}
+    for run, metrics in scored.items():
+        groups.setdefault(circumstances_line(metrics), []).append(run_row(run, metrics))
+    made = [f"{said}\n\n{markdown_table(head, rows, texts=2)}" for said, rows in groups.items()]
+    made += [other_run(run, metrics) for run, metrics in runs.items() if run not in scored]
     return "\n\n".join(made) or "No run of record is committed yet."
 
 # %% ../nbs/91a_result_tables.ipynb #6ec5b9c3

@@ -163,7 +163,7 @@ def results_first(
     home: str,  # the home page
 ) -> str:
     "The page of runs: results of the home page, how to read them, and the table of all runs at the end."
-    table = re.search(r"^\| run \|[\s\S]*?(?=^## |\Z)", runs, re.M)
+    table = re.search(r"^(?:\*\*Evaluated on|\| run \|)[\s\S]*?(?=^## |\Z)", runs, re.M)
     results = re.search(r"^## Results\n[\s\S]*?(?=^## |\Z)", home, re.M)
     if not (table and results):
         return runs

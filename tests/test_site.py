@@ -8,10 +8,13 @@ import os
 import re
 from pathlib import Path
 import pytest
+from flux4d.chapters import SUBJECTS
+from flux4d.config import config_to_dict, flattened
 from flux4d.definitions import definitions
 from flux4d.files import DataError
 from flux4d.headless import find_browser
 from flux4d.notebooks import Notebook, read_notebooks
+from flux4d.presets import preset_config
 from flux4d.reading_page import notebook_page, source_text
 from flux4d.reference import defined_names, names_used
 from flux4d.records import repo_root
@@ -22,6 +25,7 @@ from flux4d.site_check import built_page, raw_words, site_faults
 ROOT = repo_root(Path(__file__).parent)
 NOTEBOOKS = read_notebooks(ROOT)
 PAGES = "index", "scene", "10_lift", "14_motion_prior", "50_refine", "api", "configuration", "gallery", "command_help"
+PAGES += "how_it_works", "runs", "62_ablation"
 WIDTHS = 390, 1280, 1920
 
 
@@ -109,6 +113,45 @@ def test_the_kept_scene_is_small_and_says_where_it_comes_from():
     assert scene.source["log"] == "002" and "CC BY 4.0" in scene.source["licence"]
     assert scene.source["reduced_from"] > 5 * len(scene) and "front_camera" in scene.cameras
     assert f"{len(scene):,} Gaussians" in (ROOT / "docs/scene.md").read_text()
+
+
+def test_the_method_in_prose_is_linked_and_hangs_first_below_the_method(pages):
+    for name in ("index.md", "method.md"):
+        assert "(how_it_works.md)" in (pages / name).read_text()
+    assert json.loads((pages / "tree.json").read_text())["method"][0][1] == "how_it_works"
+    text = (pages / "how_it_works.md").read_text()
+    assert text.count("$$") >= 2 * 15
+    assert {f"{n}_" for n in ("10", "14", "20", "23", "24", "31", "50")} <= set(re.findall(r"\((\d\d_)", text))
+
+
+def test_the_index_is_an_overview_and_the_results_come_first(pages):
+    overview = (pages / "00_index.md").read_text()
+    assert overview.startswith("# Overview\n") and "hero" not in overview.split("## ")[0]
+    runs = (pages / "runs.md").read_text()
+    assert runs.startswith("# Results: runs of record\n")
+    order = [runs.index(words) for words in ("interpolated / future frames", "## How to read them", "## All runs")]
+    assert order == sorted(order) and runs.index("**Evaluated on") > order[-1]
+
+
+def test_what_differs_from_the_paper_names_fields_that_are_there():
+    text = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
+    fields = flattened(config_to_dict(preset_config("default")))
+    named = re.findall(r"`(\w+\.[\w.]+)`", text)
+    assert len(named) > 15
+    assert [n for n in named if n not in fields and not any(f.startswith(f"{n}.") for f in fields)] == []
+
+
+def test_parts_point_to_what_lies_elsewhere(pages):
+    part = (pages / "part_4.md").read_text()
+    leads = set(re.findall(r"\((\w+)\.md\)", part))
+    assert {"14_motion_prior", "30c_decode", "24_image_velocity"} <= leads
+    assert "(13e_sparse_convolution.md)" in (pages / "part_3.md").read_text()
+    assert "No run of the" in (pages / "part_6.md").read_text()
+
+
+def test_words_of_two_cells_are_two_words_of_a_search(pages):
+    for name in ("10_lift.md", "22_scene.md"):
+        assert not re.search(r"</t[dh]><t[d]", (pages / name).read_text()), name
 
 
 # odd cells
@@ -333,3 +376,143 @@ def test_the_search_finds_a_function(built, browser):
     page.goto(f"file://{built}/search.html?q=lift_sweep")
     page.wait_for_selector("ul.search li a")
     assert "10_lift.html" in page.eval_on_selector("ul.search li a", "a => a.href")
+
+
+SEARCHED = {  # what a reader types -> page that is among the first three
+    "results": "runs",
+    "velocity": "glossary",
+    "motion prior": "14_motion_prior",
+    "GPU memory": "80_bench",
+    "FD EPE": "runs",
+    "install": "run",
+    "own data": "own_data",
+    "license": "repository",
+    "licence": "repository",
+    "video": "71a_filming",
+    "half precision": "weights",
+    "max_gaussians": "configuration#init.max_gaussians",
+    "init.max_gaussians": "configuration#init.max_gaussians",
+    "dead_zone": "configuration#model.dead_zone",
+    "ablation": "62_ablation",
+    "equations": "how_it_works",
+}
+
+
+@pytest.fixture(scope="module")
+def search(built, browser):
+    "What a search lists first."
+    page = browser.new_context(offline=True).new_page()
+
+    def first(query, count=3):
+        page.goto(f"file://{built}/search.html?q={query}")
+        page.wait_for_function("/found/.test(document.querySelector('p.search-summary')?.innerText || '')")
+        addresses = "as => as.map(a => a.getAttribute('href'))"
+        return [a.replace(".html", "") for a in page.eval_on_selector_all("ul.search li a", addresses)][:count]
+
+    return first
+
+
+@pytest.mark.parametrize("query", SEARCHED)
+def test_the_search_answers_first(search, query):
+    found, want = search(query), SEARCHED[query]
+    assert any(f == want or "#" not in want and f.partition("#")[0] == want for f in found), found
+
+
+def test_every_subject_leads_to_its_page(search):
+    for page, subjects in list(SUBJECTS.items())[::4]:
+        assert page in [f.partition("#")[0] for f in search(subjects[0])], (page, subjects[0])
+
+
+def test_tools_stand_behind_what_a_reader_seeks(search):
+    found = [f.partition("#")[0] for f in search("notebook", 200)]
+    tools = [k for k, page in enumerate(found) if re.match(r"9\d[a-z]?_", page)]
+    assert tools and found.index("method") < min(tools)
+
+
+def test_code_of_cells_is_not_searched(built):
+    index = (built / "searchindex.js").read_text(encoding="utf-8")
+    assert '"constrained"' not in index and "subplot" not in index  # words of plots' code alone
+
+
+def test_a_field_has_a_place_of_its_own(built, browser):
+    page = browser.new_context(offline=True).new_page()
+    page.goto(f"file://{built}/configuration.html#init.max_gaussians")
+    row = page.locator("tr[id='init.max_gaussians']")
+    assert row.is_visible() and "max_gaussians" in row.inner_text()
+    assert row.locator("a.headerlink").get_attribute("href") == "#init.max_gaussians"
+    assert row.evaluate("e => e.matches(':target')")
+
+
+def test_prose_alone_can_be_read(built, browser):
+    "One button hides code, parameter tables and tests; it is remembered, and a link to a definition brings them back."
+    page = browser.new_context(offline=True).new_page()
+    page.goto(f"file://{built}/10_lift.html")
+    code = "[...document.querySelectorAll('article :is(.highlight-python, table.arguments, details.code)')]"
+    seen = f"{code}.filter(e => e.checkVisibility()).length"
+    assert page.evaluate(seen) > 20
+    page.click("button.prose")
+    assert page.evaluate(seen) == 0
+    assert page.locator("article math").first.is_visible() and page.locator("article .output img").first.is_visible()
+    page.goto(f"file://{built}/50_refine.html")
+    assert page.evaluate(seen) == 0 and page.inner_text("button.prose") == "Show code"
+    page.goto(f"file://{built}/10_lift.html#flux4d.lift.lift_sweep")
+    assert page.locator("[id='flux4d.lift.lift_sweep']").is_visible()
+    page.click("button.prose")
+    page.click("button.prose")
+    assert page.evaluate(seen) > 20
+
+
+def test_the_navigation_folds_and_stays_folded(built, browser):
+    page = browser.new_context(offline=True, viewport=dict(width=1280, height=900)).new_page()
+    page.goto(f"file://{built}/10_lift.html")
+    width = "document.querySelector('article').getBoundingClientRect().width"
+    before = page.evaluate(width)
+    page.click("button.fold-navigation")
+    assert not page.locator(".bd-sidebar-primary").is_visible() and page.evaluate(width) > before + 150
+    page.goto(f"file://{built}/50_refine.html")
+    assert not page.locator(".bd-sidebar-primary").is_visible()
+    page.click("button.fold-navigation")
+    assert page.locator(".bd-sidebar-primary").is_visible()
+
+
+TOO_WIDE = """([selector]) => [...document.querySelectorAll(selector)].filter(e => e.checkVisibility() &&
+    e.scrollWidth > e.clientWidth + 1)
+    .map(e => `${e.scrollWidth} in ${e.clientWidth}: ${e.textContent.trim().slice(0, 50)}`)"""
+WIDE_PAGES = "index", "runs", "configuration", "62_ablation", "glossary", "23_losses", "how_it_works"
+
+
+@pytest.mark.parametrize("name", WIDE_PAGES)
+@pytest.mark.parametrize("width", [390, 1280])
+def test_tables_and_formulas_fit_the_page(built, browser, name, width):
+    page = browser.new_context(offline=True, viewport=dict(width=width, height=900)).new_page()
+    page.goto(f"file://{built}/{name}.html")
+    assert page.evaluate(TOO_WIDE, ["article table, article .formula, article pre"]) == []
+
+
+def test_the_main_formulas_fit_the_page(built, browser):
+    page = browser.new_context(offline=True, viewport=dict(width=1280, height=900)).new_page()
+    for name in ("20_raster", "24_image_velocity", "50_refine", "31_predictor", "30c_decode", "13b_matching"):
+        page.goto(f"file://{built}/{name}.html")
+        assert page.evaluate(TOO_WIDE, ["article .formula"]) == [], name
+
+
+def test_the_last_column_is_read_on_a_narrow_screen(built, browser):
+    page = browser.new_context(offline=True, viewport=dict(width=390, height=900)).new_page()
+    page.goto(f"file://{built}/index.html")
+    cell = page.locator("article table tbody tr").first.locator("td").last
+    box = cell.bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and "(1.05)" in cell.inner_text()
+    assert "motion error" in cell.get_attribute("data-label")
+    page.goto(f"file://{built}/how_it_works.html")
+    assert page.locator("img.narrow").is_visible() and not page.locator("img[src*=docs-pipeline]").is_visible()
+
+
+def test_a_film_says_where_the_inputs_end(built, browser):
+    page = browser.new_context(offline=True).new_page()
+    page.goto(f"file://{built}/scene.html")
+    for film in page.query_selector_all("div.film"):
+        slider, time = film.query_selector("input"), film.query_selector("output")
+        assert "future" not in time.inner_text()
+        last = int(film.get_attribute("data-moments")) - 1
+        slider.evaluate("(e, k) => {e.value = k; e.dispatchEvent(new Event('input'))}", last)
+        assert time.inner_text() == "1.50 s, future"

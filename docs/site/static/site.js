@@ -111,7 +111,9 @@ document.addEventListener("DOMContentLoaded", () => {
     slider.setAttribute("aria-label", "time");
     const show = () => {
       picture.style.transform = `translateY(${(-100 * slider.value) / moments}%)`;
-      time.textContent = `${seconds(Number(slider.value)).toFixed(2)} s`;
+      const now = seconds(Number(slider.value));
+      const isFuture = film.dataset.inputsEnd && now > Number(film.dataset.inputsEnd) + 1e-6;
+      time.textContent = `${now.toFixed(2)} s${isFuture ? ", future" : ""}`;
       slider.setAttribute("aria-valuetext", time.textContent);
     };
     slider.addEventListener("input", show);
