@@ -8,12 +8,10 @@ import json
 import re
 import shutil
 import sys
-import sphinx.search
 from importlib.util import find_spec
 from pathlib import Path
 from docutils import nodes
 from math_core import LatexError, LatexToMathML
-from sphinx.search import WordCollector
 from sphinx.util import logging
 
 HERE = Path(__file__).parent
@@ -94,16 +92,12 @@ def add_subjects(app, docname, source):
         source[0] = source[0].replace("\n", f"\n\n{listed}\n", 1)
 
 
-class ProseCollector(WordCollector):
-    "Words for the search, without Python code: names of definitions are found as objects."
-
-    def dispatch_visit(self, node):
-        if isinstance(node, nodes.literal_block) and node.get("language") == "python":
-            raise nodes.SkipNode
-        super().dispatch_visit(node)
-
-
-sphinx.search.WordCollector = ProseCollector
+def leave_out_code(app, doctree):
+    "Keep the Python code of notebooks out of the search: what they define is found by name, what they say by its words."
+    if app.env.docname in app.names["used"]:
+        for block in doctree.findall(nodes.literal_block):
+            if block.get("language") == "python":
+                block["classes"].append("no-search")
 
 
 # names
@@ -211,6 +205,7 @@ def setup(app):
     app.connect("source-read", add_tree)
     app.connect("source-read", add_subjects)
     app.connect("doctree-read", note_names)
+    app.connect("doctree-read", leave_out_code)
     app.connect("html-page-context", link_names)
     app.connect("html-page-context", add_source)
     app.connect("build-finished", add_files)
