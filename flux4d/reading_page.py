@@ -14,10 +14,10 @@ from .notebooks import Notebook, output_text, shown_source
 from .definitions import Argument, Definition, definitions
 
 # %% auto #0
-__all__ = ['FLAGS', 'PICTURE_TYPES', 'NEEDS_WIDTH', 'inline_html', 'argument_row', 'argument_table', 'fenced', 'definition_id',
-           'definition_text', 'directives', 'only_imports', 'folded', 'source_text', 'ReadingPage', 'plain_html',
-           'first_sentence', 'without_comments', 'without_headings', 'picture_text', 'output_part', 'split_headings',
-           'beside', 'code_text', 'notebook_page']
+__all__ = ['FLAGS', 'PICTURE_TYPES', 'LEAST_CAPTION', 'NEEDS_WIDTH', 'inline_html', 'argument_row', 'argument_table', 'fenced',
+           'definition_id', 'definition_text', 'directives', 'only_imports', 'folded', 'source_text', 'ReadingPage',
+           'plain_html', 'first_sentence', 'without_comments', 'without_headings', 'picture_text', 'output_part',
+           'split_headings', 'beside', 'code_text', 'notebook_page']
 
 # %% ../nbs/90b_reading_page.ipynb #9f148f35
 def inline_html(
@@ -186,7 +186,7 @@ def first_sentence(
     if not prose:
         return ""
     plain = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(prose[0].split()))
-    plain = re.sub(r"[`*_$\\]|\[|\]", "", plain)
+    plain = re.sub(r"[`*$\\]|\[|\]", "", plain)
     found = re.match(r".+?[.:?](?= [A-Z]|$)", plain)
     sentence = (found[0] if found else plain).rstrip(":")
     if len(sentence) > longest:
@@ -210,6 +210,9 @@ def without_headings(
     return "".join(parts)
 
 # %% ../nbs/90b_reading_page.ipynb #7307e3b2
+LEAST_CAPTION = 25  # characters; a shorter sentence, such as "On the real log.", stands behind its section's title
+
+
 def picture_text(
     page: ReadingPage,  # that takes the picture
     data: dict,  # media types of an output
@@ -221,7 +224,7 @@ def picture_text(
     page.pictures[name] = base64.b64decode("".join(data[kind]))
     if real:
         said = first_sentence(page.said)
-        page.captions[name] = f"{page.section}. {said}" if said else page.section
+        page.captions[name] = said if len(said) >= LEAST_CAPTION else f"{page.section}. {said}".rstrip(". ")
     title = re.sub(r"[\[\]`$*_\\]", "", page.section)
     return f"![{title}: picture {len(page.pictures)}]({name})"
 

@@ -237,7 +237,7 @@ def gallery_figure(
 ) -> str:  # Markdown and HTML
     "A picture with a link to the notebook that made it."
     number, title = page.stem.partition("_")[0], page.title or page.stem
-    words = re.sub(r"[\[\]`$*_\\]", "", f"{title}: {page.captions[name]}")
+    words = re.sub(r"[\[\]`$*\\]", "", f"{title}: {page.captions[name]}")
     caption = f"<figcaption><b>{number}</b> {html.escape(words)}</figcaption>"
     kind = ' class="wide"' if is_wide(page.pictures.get(name, b"")) else ""
     return f"<figure{kind}>\n\n[![{words}]({name})]({page.stem}.md)\n\n{caption}</figure>"
