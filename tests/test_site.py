@@ -478,7 +478,7 @@ def test_the_navigation_folds_and_stays_folded(built, browser):
 TOO_WIDE = """([selector]) => [...document.querySelectorAll(selector)].filter(e => e.checkVisibility() &&
     e.scrollWidth > e.clientWidth + 1)
     .map(e => `${e.scrollWidth} in ${e.clientWidth}: ${e.textContent.trim().slice(0, 50)}`)"""
-WIDE_PAGES = "index", "runs", "configuration", "62_ablation", "glossary", "23_losses", "how_it_works"
+WIDE_PAGES = "index", "runs", "configuration", "62_ablation", "glossary", "23_losses", "how_it_works", "61_evaluate"
 
 
 @pytest.mark.parametrize("name", WIDE_PAGES)

@@ -71,6 +71,12 @@ document.addEventListener("DOMContentLoaded", () => {
       if (heads[k]) cell.dataset.label = heads[k];
     }));
   });
+  // long names in tables break at their underscores
+  document.querySelectorAll("article table td > a, article table td > p > a").forEach((link) => {
+    if (link.childElementCount || !link.textContent.includes("_")) return;
+    const parts = link.textContent.split("_");
+    link.replaceChildren(...parts.flatMap((part, k) => (k ? ["_", document.createElement("wbr"), part] : [part])));
+  });
   // a formula that is wider than the page says that it can be moved
   document.querySelectorAll(".formula").forEach((formula) => {
     const say = () => formula.classList.toggle("wide", formula.scrollWidth > formula.clientWidth + 1);
