@@ -93,7 +93,7 @@ def add_subjects(app, docname, source):
 
 
 def leave_out_code(app, doctree):
-    "Keep the Python code of notebooks out of the search: what they define is found by name, what they say by its words."
+    "Keep the Python code of notebooks out of the search: what they define is found by name."
     if app.env.docname in app.names["used"]:
         for block in doctree.findall(nodes.literal_block):
             if block.get("language") == "python":
