@@ -51,8 +51,8 @@ from .settings import command_parser
 # %% auto #0
 __all__ = ['FEW', 'CURVES', 'SMOOTH', 'SHOWN_EVERY', 'clips_said', 'background_flow', 'validation', 'run_meta', 'Job',
            'begin_run', 'Loaders', 'open_loaders', 'make_trainer', 'training_said', 'validation_said', 'curves_say',
-           'rows_due', 'draw_curve', 'draw_curves', 'time_left', 'state_said', 'training_bar', 'about_run', 'score_run',
-           'refuse_unknown', 'run_stage6', 'stage6_main']
+           'rows_due', 'draw_curve', 'draw_curves', 'time_left', 'state_said', 'ended_early', 'training_bar',
+           'about_run', 'score_run', 'refuse_unknown', 'run_stage6', 'stage6_main']
 
 # %% ../nbs/60_stage6.ipynb #11f29fd1
 def clips_said(
@@ -333,6 +333,16 @@ def state_said(
     return f"{loss}{pace}, {duration_said(time_left(trainer, first, seconds))} left"
 
 # %% ../nbs/60_stage6.ipynb #60aa0024
+def ended_early(
+    trainer: Trainer,  # after its last step
+) -> list[str]:  # a line; none where every step was taken
+    "What ended a training before its last step."
+    tc = trainer.cfg.train
+    if not tc.minutes or trainer.step >= tc.iters:
+        return []
+    return [f"training was ended by minutes={tc.minutes:g} after {trainer.step} of {tc.iters} steps"]
+
+
 def training_bar(
     trainer: Trainer,  # that will train
     show: Callable = open_bar,  # what shows it
@@ -423,10 +433,11 @@ def run_stage6(
         rows = trainer.fit(progress=training_bar(trainer) if processes.first else iter)
     processes.disconnect()
     if processes.first:
+        print(*(f"{line}\n" for line in ended_early(trainer)), sep="", end="", flush=True)
         check_bs_flow([row["bs_flow"] for row in rows if "bs_flow" in row])
         metrics, _ = score_run(job, loaders, trainer, rows)
         print(*curves_say(rows, trainer.step, trainer.skipped), summary_table(metrics), sep="\n")
-        print(*brief_lines(job.run.folder), f"the run is in {job.run.folder}", sep="\n", flush=True)
+        print(*brief_lines(job.run.folder, given.data_root), f"the run is in {job.run.folder}", sep="\n", flush=True)
     return job.run.folder
 
 # %% ../nbs/60_stage6.ipynb #b320d91b
