@@ -8,14 +8,14 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 from .clips import TEST_SCENES
-from .files import DataError
+from .files import DataError, log_names
 from .run import run_folder
 from .settings import find_device
 from .terminal import duration_said
 
 # %% auto #0
-__all__ = ['SMALL_CITY', 'STEP_SECONDS', 'MANY_CPU_STEPS', 'StepSeconds', 'step_seconds', 'logs_below', 'empty_side', 'data_line',
-           'time_line', 'warning_line', 'device_line', 'announcement']
+__all__ = ['SMALL_CITY', 'STEP_SECONDS', 'MANY_CPU_STEPS', 'StepSeconds', 'step_seconds', 'empty_side', 'data_line', 'time_line',
+           'warning_line', 'device_line', 'announcement']
 
 # %% ../nbs/09i_announce.ipynb #a09i0007
 SMALL_CITY = dict(out="data/city_small", logs=2, frames=40, scale=0.125, seed=0)  # where no data is at hand
@@ -51,13 +51,6 @@ def step_seconds(
     return known.small if small else known.small + (known.cpu - known.small) * image_scale**2
 
 # %% ../nbs/09i_announce.ipynb #a09i0010
-def logs_below(
-    root: str | Path,  # data root
-) -> list[str]:  # log ids, sorted
-    "The logs of a data root, whatever is in them."
-    return sorted(p.name for p in Path(root).iterdir() if (p / "lidar").is_dir() and p.name[0] not in "._")
-
-
 def empty_side(
     logs: list[str],  # of the data root
     train_logs: tuple[str, ...],  # () = every log that is not judged by
@@ -79,7 +72,7 @@ def data_line(
     if not root:
         city = f"a made-up city of {SMALL_CITY['logs']} short logs in {SMALL_CITY['out']}"
         return f"data    {city}; for PandaSet set FLUX4D_PANDASET or -p data_root to its folder"
-    logs = logs_below(root)
+    logs = log_names(root)
     made = ", a made-up city" if (Path(root) / "city.json").is_file() else ""
     return f"data    {len(logs)} log{'s' * (len(logs) != 1)} in {root}{made}"
 
@@ -136,7 +129,7 @@ def _check_sides(
     "Refuse a run without clips to train on or to be judged by."
     if root and not p.get("index_path"):
         sides = (_named_logs(p.get(name, "")) for name in ("train_logs", "eval_logs"))
-        if name := empty_side(logs_below(root), *sides):
+        if name := empty_side(log_names(root), *sides):
             raise DataError(f"{name}: is empty.")
 
 

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 from flux4d.ablation import AblationParameters
 from flux4d.actor_scores import ActorScoreConfig
 from flux4d.actors import ActorConfig
+from flux4d.announce import announcement
 from flux4d.baselines import NSFPConfig
 from flux4d.bench import BenchParameters
 from flux4d.clips import ClipConfig, build_index
@@ -572,20 +573,17 @@ def test_one_log_announces_no_run_that_cannot_start(one_log):
     assert announcement(names | dict(train_logs=2, eval_logs="002"))
 
 
-def test_other_logs_are_told_what_to_be_judged_by(tmp_path):
+def test_other_logs_are_told_what_to_be_judged_by(tmp_path_factory):
+    root = tmp_path_factory.mktemp("two")
     for log in ("002", "005"):
-        fabricate_log(tmp_path, log, 20, ("front_camera",))
+        fabricate_log(root, log, 20, ("front_camera",))
     sentence = "(002, 005) is one of the paper's ten test logs; name some, for example with -p eval_logs 005."
     with pytest.raises(DataError, match=re.escape(sentence)):
-        make_index(tmp_path, TrainingParameters())
+        make_index(root, TrainingParameters())
     with pytest.raises(DataError, match=re.escape(sentence)):
-        eval_clips_of(tmp_path, ("front_camera",), ())
-    train, _, judged = split_clips(
-        tmp_path,
-        make_index(tmp_path, TrainingParameters(eval_logs=("005",))),
-        TrainingParameters(eval_logs=("005",)),
-        FullConfig(),
-    )
+        eval_clips_of(root, ("front_camera",), ())
+    p = TrainingParameters(eval_logs=("005",))
+    train, _, judged = split_clips(root, make_index(root, p), p, FullConfig())
     assert {c.log.id for c in train} == {"002"} and {c.log.id for c in judged} == {"005"}
 
 
