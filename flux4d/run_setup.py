@@ -55,21 +55,27 @@ def index_config(
         changed |= dict(interp_stride=stride, future_stride=stride)
     return ClipConfig(cameras=cameras, train_scenes=train_logs or None, **changed)
 
-# %% ../nbs/58_run_setup.ipynb #5f4a3e2d
+# %% ../nbs/58_run_setup.ipynb #58b00002
 def example_split(
     root: Path,  # data root
     log: str,  # one of its logs
     cameras: tuple[str, ...],  # names
 ) -> str:  # parameters as papermill takes them
     "How one log is trained on and judged by: its last clip is held out where training is left enough of it."
-    both = f"-p train_logs {log} -p eval_logs {log}"
+    said = f"-p train_logs {log} -p eval_logs {log}"
     index = build_index(root, index_config(cameras, (log,), (log,)))
     last = select_clips(index, split="test")[-1]["frame_ids"]
-    if all(set(last) & set(entry["frame_ids"]) for entry in select_clips(index, split="train")):
-        return both
-    return f"{both} -p train_without_frames {last[0]}-{last[-1]} -p eval_starts {last[0]}"
+    clips = [Clip(PandaSet(root)[log], entry) for entry in select_clips(index, split="train")]
+    apart = [clip for clip in clips if not set(clip.frames) & set(last)]
+    if apart:
+        said += f" -p train_without_frames {last[0]}-{last[-1]} -p eval_starts {last[0]}"
+    try:
+        keep_aside(apart or clips, 1)
+    except DataError:
+        said += " -p eval_every 0"  # too short for a clip to be kept aside
+    return said
 
-
+# %% ../nbs/58_run_setup.ipynb #58b00003
 def known_logs(
     logs: list[str],  # of a data root
 ) -> str:  # for a sentence
@@ -108,7 +114,7 @@ def check_sides(
     remedy = example_split(root, (named or logs)[-1], cameras)
     raise DataError(f"{name}: is empty, and {fault}; name them, for example with {remedy}.")
 
-
+# %% ../nbs/58_run_setup.ipynb #5f4a3e2d
 def make_index(
     root: Path,  # data root
     p: TrainingParameters,  # read: index_path, cameras, train_logs, eval_logs, train_stride
