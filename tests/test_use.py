@@ -26,6 +26,7 @@ from flux4d.render import Cameras
 from flux4d.scene import Scene
 from flux4d.tensor_file import TensorFile, write_tensors
 from flux4d.unet import UNetConfig
+from flux4d.paths import recorded_path
 from flux4d.weights import averaged_weights, read_weights, save_weights, weights_main
 
 ROOT = repo_root(Path(__file__).parent)
@@ -247,6 +248,31 @@ def test_a_scene_that_cannot_be_written_leaves_nothing(scene, tmp_path):
 def test_an_older_reader_refuses_what_it_does_not_know(scene, tmp_path):
     file = write_tensors(tmp_path / "a", TensorFile({}, {}), "flux4d-scene", 2)
     refused(lambda: flux4d.load_scene(file), "version 2 of flux4d-scene", "pip install -U flux4d")
+
+
+# what an interactive user sees
+
+
+def test_objects_are_shown_in_one_line(scene, clip):
+    picture = scene.render(scene.camera("front_camera").resized(width=64))
+    path = recorded_path(scene, "front_camera")
+    for shown in (scene, scene.gaussians, picture, path, clip, clip.log, flux4d.PandaSet(fixture_city())):
+        assert "\n" not in repr(shown) and len(repr(shown)) < 200 and " object at 0x" not in repr(shown)
+    assert f"{len(scene):,} Gaussians" in repr(scene) and "front_camera" in repr(scene)
+    assert repr(flux4d.PandaSet(fixture_city())).endswith("1 log (001)")
+
+
+def test_a_model_goes_where_the_gpu_is(checkpoint, monkeypatch):
+    asked = []
+    monkeypatch.setattr("flux4d.model.find_device", lambda device: asked.append(device) or "cpu")
+    flux4d.load(checkpoint)
+    flux4d.load(checkpoint, device="cpu")
+    assert asked == ["", "cpu"]  # empty: the GPU where there is one
+
+
+@pytest.mark.parametrize("device", ("cuda:64", "gpu", "cuda:x"))
+def test_a_device_that_is_none(checkpoint, device):
+    refused(lambda: flux4d.load(checkpoint, device=device), "device: is", "choose cpu", "leave it out")
 
 
 # views and clips
