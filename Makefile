@@ -9,6 +9,8 @@
 # PYTHON=/path/to/python uses that interpreter as it is and makes no .venv. TORCH="torch==2.13.0 --index-url ..." chooses the build.
 # Without a GPU PyTorch's own index is asked first: its build for CPUs is 0.2 GB, the usual one brings 3 GB of CUDA.
 
+# MALLOC_...: memory that was freed is kept by glibc and used again, a tenth less time on a CPU.
+
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -62,13 +64,15 @@ $(DEMO)/metrics.json: nbs/60_stage6.ipynb $(wildcard flux4d/*.py flux4d/*/*.py) 
 	  --no-progress-bar --log-level WARNING -k python3 $(DEMO_PARAMS)
 
 test: export OMP_NUM_THREADS := 1
+test demo: export MALLOC_TRIM_THRESHOLD_ := 2147483648
+test demo: export MALLOC_MMAP_THRESHOLD_ := 2147483648
 test: $(READY)
 	@mkdir -p build
 	$(PYTHON) -m ruff check --quiet nbs tests
 	$(REPO) check
 	@echo "cells flagged gpu, slow or data run only when asked for (FLAGS='gpu data'); asked for: $(or $(FLAGS),none)"
 	$(PYTHON) -c "from nbdev.test import nbdev_test; nbdev_test(n_workers=$(WORKERS), flags='$(FLAGS)', timing=True)" | tee build/tests.txt
-	$(PYTHON) -m pytest -q -rs
+	$(PYTHON) -m pytest -q -rs -n $(WORKERS) --dist loadfile
 
 notebook: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) -c "from nbdev.test import nbdev_test; nbdev_test('nbs/$(NB).ipynb', n_workers=0, flags='$(FLAGS)', timing=True)"

@@ -20,7 +20,7 @@ __all__ = ['PAPER_ROWS', 'PRINTED_TABLES', 'PAPER_SECONDS', 'IMAGE_TITLES', 'FLO
            'CLASS_CELLS', 'ALSO', 'TITLES', 'SUMMARY_VIEWS', 'QUANTITIES', 'literal_names', 'printed_rows',
            'entries_at', 'image_row', 'title_of', 'whole_logs', 'scored_scenes', 'beside_paper', 'nvs_tables',
            'flow_tables', 'summary_column', 'paper_column', 'summary_table', 'clip_table', 'class_table',
-           'paths_by_reason', 'report_tables', 'report_text']
+           'camera_table', 'paths_by_reason', 'report_tables', 'report_text']
 
 # %% ../nbs/56_report.ipynb #4d0bb2d1
 def literal_names(
@@ -231,6 +231,18 @@ def class_table(
     rows = [[k, b["mean"], b["points"]] for k, b in m["scene_flow"]["bucketed"]["own"].items()]
     return markdown_table(["class", "normalised error", "returns"], rows)
 
+# %% ../nbs/56_report.ipynb #560000c1
+def camera_table(
+    m: dict,  # metrics, with `per_camera`
+) -> str:  # markdown
+    "One row a camera, where several were scored."
+    rows = []
+    for camera, block in m["per_camera"].items():
+        cells = [block["nvs"][region][setting] for region, setting in SUMMARY_VIEWS.values()]
+        rows.append([camera, *(x[name]["mean"] for x in cells for name in ("psnr", "depth_rmse"))])
+    titles = [f"{view}: {title}" for view in SUMMARY_VIEWS for title in ("PSNR dB", "D_RMSE m")]
+    return markdown_table(["camera", *titles], rows)
+
 # %% ../nbs/56_report.ipynb #6b041cdf
 def paths_by_reason(
     reasons: dict[str, str],  # {dotted path: why it is null}
@@ -252,7 +264,8 @@ def report_tables(
     views = ["Whole logs (paper Table 2)"] if whole_logs(m) else views
     titles = [*views, "Scene flow (paper Table 5)", "Bucketed error (paper Table 6)", "By clip", "By class"]
     bodies = [*nvs_tables(m), *flow_tables(m), clip_table(m), f"{class_table(m)}\n\n{by_label}"]
-    return dict(zip(titles, bodies, strict=True))
+    cameras = {"By camera": camera_table(m)} if "per_camera" in m else {}
+    return dict(zip(titles, bodies, strict=True)) | cameras
 
 # %% ../nbs/56_report.ipynb #550000b1
 def report_text(

@@ -62,6 +62,7 @@ SCHEMA["lpips"] = {setting: (of, None) for setting, of in SCHEMA["lpips"].items(
 SCHEMA["baselines"][...]["nvs"] = (SCHEMA["nvs"], None)  # null: flow alone was scored
 # not every evaluation has these scenes, nor older ones the rest
 OPTIONAL = {k: SCHEMA.pop(k) for k in (*MODEL_SCENES[1:], "scored_with", "left_out")}
+OPTIONAL["per_camera"] = {...: dict(nvs=SCHEMA["nvs"])}  # where several cameras were scored
 
 # %% ../nbs/55b_schema.ipynb #dc9a151e
 def value_faults(

@@ -20,11 +20,11 @@ from .view_scores import IMAGE_METRICS, NO_RETURN, NO_SKY, NOTHING_MOVES, REGION
 
 # %% auto #0
 __all__ = ['SCORE_COLUMNS', 'ABSENT', 'TARGET_SETTINGS', 'MODEL_SCENES', 'SCORES', 'ROOT_MEAN_SQUARES', 'NO_AVERAGE', 'LEAF',
-           'COUNTED', 'VIEW_ENTRIES', 'FLOW_ENTRIES', 'CLIP_VIEWS', 'CLIP_FLOW', 'FACTS', 'RUN_FACTS', 'PLATEAU',
-           'BASELINE', 'TIME_ENTRIES', 'LPIPS_ENTRIES', 'score_table', 'write_scores', 'read_scores', 'averages',
-           'flat', 'nested', 'MetricEntry', 'scene_block', 'bucket_block', 'truth_block', 'flow_block',
-           'blocks_of_clip', 'worst_frames', 'shortfall', 'moving_error', 'emptiness', 'null_reasons', 'reasons_of',
-           'facts_of', 'baseline_block', 'analysis_block', 'metrics_from']
+           'COUNTED', 'VIEW_ENTRIES', 'FLOW_ENTRIES', 'CLIP_VIEWS', 'CLIP_FLOW', 'CAMERA_VIEWS', 'FACTS', 'RUN_FACTS',
+           'PLATEAU', 'BASELINE', 'TIME_ENTRIES', 'LPIPS_ENTRIES', 'score_table', 'write_scores', 'read_scores',
+           'averages', 'flat', 'nested', 'MetricEntry', 'scene_block', 'bucket_block', 'truth_block', 'flow_block',
+           'blocks_of_clip', 'worst_frames', 'blocks_of_camera', 'shortfall', 'moving_error', 'emptiness',
+           'null_reasons', 'reasons_of', 'facts_of', 'baseline_block', 'analysis_block', 'metrics_from']
 
 # %% ../nbs/55_scores.ipynb #55000007
 SCORE_COLUMNS = dict(
@@ -279,6 +279,20 @@ def worst_frames(
     rows = rows.sort_values("value", kind="stable").head(keep).rename(columns=dict(value="psnr"))
     return rows[["psnr", "clip", "setting", "frame", "camera"]].to_dict("records")
 
+# %% ../nbs/55_scores.ipynb #550000c1
+CAMERA_VIEWS = {path: entry for path, entry in VIEW_ENTRIES.items() if path.startswith("nvs.")}
+
+
+def blocks_of_camera(
+    table: pd.DataFrame,  # rows of all scenes
+) -> dict[str, dict]:  # per_camera {camera: {nvs: as of all}}; nothing where one camera was scored
+    "Images of the model, by camera."
+    rows = table[(table.scene == "model") & (table.metric == "psnr")]
+    cameras = list(rows.camera.unique())
+    if len(cameras) < 2:
+        return {}
+    return dict(per_camera={c: scene_block(table[table.camera == c], "model", CAMERA_VIEWS) for c in cameras})
+
 # %% ../nbs/55_scores.ipynb #55000023
 def shortfall(
     table: pd.DataFrame,  # rows of all scenes
@@ -418,7 +432,8 @@ def metrics_from(
     flow, still = (flow_block(table, s) for s in ("model", "zero_motion"))
     beside = [s for s in table.scene.unique() if s.startswith(BASELINE)]
     lpips = scene_block(table, "model", LPIPS_ENTRIES)
-    m = views.pop("model") | views | {k: facts[k] for k in FACTS} | blocks_of_clip(table) | dict(
+    parts = blocks_of_clip(table) | blocks_of_camera(table)
+    m = views.pop("model") | views | {k: facts[k] for k in FACTS} | parts | dict(
         scene_flow=flow,
         zero_motion=dict(scene_flow=still),
         baselines={s.removeprefix(BASELINE): baseline_block(table, s, facts["source_frames"]) for s in beside},
