@@ -441,7 +441,8 @@ flux4d/__pycache__/frames.cpython-311.pyc nbs/.ipynb_checkpoints/10_lift-checkpo
 papermill_runs/run_001/ckpt_last.pt papermill_runs/run_001/metrics.json papermill_runs/run_001/config.yaml
 papermill_runs/run_001/out.ipynb papermill_runs/run_001/renders/01.png papermill_runs/demo/60_stage6.ipynb
 flux4d.egg-info/PKG-INFO .pytest_cache/x .ruff_cache/x
-data/pandaset_full_clips.pkl papermill_runs/cache/001.npz indices/pandaset_full_clips.pkl a.scene a.ply a.mp4 out.ipynb""".split()
+data/pandaset_full_clips.pkl papermill_runs/cache/001.npz indices/pandaset_full_clips.pkl
+a.scene a.ply a.mp4 out.ipynb""".split()
 
 
 def test_what_runs_produce_is_ignored():
