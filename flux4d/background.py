@@ -23,10 +23,10 @@ from .gap_filling import Blocks, InitConfig, block_sides, clip_blocks, even_opac
 
 # %% auto #0
 __all__ = ['BackgroundConfig', 'pixels_at', 'shrunk_mask', 'motion_between', 'photometric_cost', 'shared_cost', 'shrunk_images',
-           'best_depth', 'far_depth', 'elevation_in_camera', 'field_top', 'above_field', 'column_depth', 'depth_above',
-           'depth_behind', 'far_field', 'bounding_box', 'draw_hemisphere', 'first_colour', 'drawn_points', 'hemisphere',
-           'draw_ball', 'inside_ball', 'near_gaussians', 'near_field', 'background', 'without_taken', 'init_groups',
-           'init_data', 'clip_groups', 'init_gaussians']
+           'agreed_depth', 'one_camera', 'best_depth', 'far_depth', 'elevation_in_camera', 'field_top', 'above_field',
+           'column_depth', 'depth_above', 'depth_behind', 'far_field', 'bounding_box', 'draw_hemisphere',
+           'first_colour', 'drawn_points', 'hemisphere', 'draw_ball', 'inside_ball', 'near_gaussians', 'near_field',
+           'background', 'without_taken', 'init_groups', 'init_data', 'clip_groups', 'init_gaussians']
 
 # %% ../nbs/12_background.ipynb #380a93b9
 @dataclass(frozen=True)
@@ -136,11 +136,12 @@ def shared_cost(
     shape: tuple[int, int, int],  # V images, their height and width, px
 ) -> Tensor:  # (B,D) mean of a block's cost and that of its cell, weighted by the blocks' sides
     "Let neighbouring blocks decide together."
-    V, h, w = shape
+    rows, columns = (int(side / cell) + 1 for side in shape[1:])
     at = (b.uv / cell).long()
-    key = (b.image * h + at[:, 1]) * w + at[:, 0]
+    key = (b.image * rows + at[:, 1]) * columns + at[:, 0]
     weighted = torch.cat([cost, torch.ones_like(cost[:, :1])], 1) * b.side[:, None]
-    total = cost.new_zeros(V * h * w, cost.shape[1] + 1).index_add_(0, key, weighted)[key]
+    cells = cost.new_zeros(shape[0] * rows * columns, cost.shape[1] + 1)
+    total = cells.index_add_(0, key, weighted)[key]
     return (cost + total[:, :-1] / total[:, -1:]) / 2
 
 # %% ../nbs/12_background.ipynb #ab615450
@@ -153,21 +154,47 @@ def shrunk_images(
     return F.avg_pool2d(images, k).permute(0, 2, 3, 1).contiguous()
 
 # %% ../nbs/12_background.ipynb #921b671b
-def best_depth(
-    data: ClipData,  # images and cameras
+def agreed_depth(
+    data: ClipData,  # images of one camera
     b: Blocks,  # B blocks
     depths: Tensor,  # (B,D) m, D depths of each; the first is kept where no other is clearly better
     cell: float,  # px, side of the cells whose blocks share their cost
     gain: float,  # by which another depth must lower the photometric cost
     k: int,  # px, side of the smallest blocks
 ) -> Tensor:  # (B,) m
-    "The depths at which the input images agree."
+    "The depths at which the images agree."
     small = shrunk_images(data, k)
     shown = None if data.valid is None else shrunk_mask(data, k)
     cost = [photometric_cost(data, small, k, b, d[:, None], shown) for d in depths.unbind(1)]
     cost = shared_cost(torch.stack(cost, 1), b, cell, (len(small), *data.images.shape[2:4]))
     best, which = cost.min(1)
     return torch.where(cost[:, 0] - best > gain, depths.gather(1, which[:, None])[:, 0], depths[:, 0])
+
+# %% ../nbs/12_background.ipynb #921b67c1
+def one_camera(
+    data: ClipData,  # images of C cameras
+    camera: int,  # 0..C-1
+) -> ClipData:
+    "The same clip, seen by one of its cameras."
+    own = {name: getattr(data, name)[:, camera : camera + 1] for name in ("images", "K", "pose", "shutter")}
+    valid = None if data.valid is None else data.valid[camera : camera + 1]
+    return replace(data, **own, valid=valid)
+
+
+def best_depth(
+    data: ClipData,  # images and cameras
+    b: Blocks,  # B blocks
+    depths: Tensor,  # (B,D) m, as of `agreed_depth`
+    *how: Any,  # cell, gain and k of `agreed_depth`
+) -> Tensor:  # (B,) m
+    "The depths at which the images of each block's own camera agree."
+    z, cameras = depths[:, 0].clone(), data.shutter.shape[1]
+    for c in range(cameras):
+        rows = (b.image % cameras == c).nonzero()[:, 0]
+        own = Blocks(*(a[rows] for a in b))
+        own = own._replace(image=own.image // cameras)
+        z[rows] = agreed_depth(one_camera(data, c), own, depths[rows], *how)
+    return z
 
 # %% ../nbs/12_background.ipynb #5f55efd6
 def far_depth(
