@@ -1,5 +1,5 @@
 # The two commands of a newcomer are `make demo` and `make test`. What they need is made once: .venv, packages, made-up logs.
-#   make demo   train and evaluate on made-up logs, print five numbers and where the report and the film are
+#   make demo   train and evaluate on made-up logs, print scores and where report, film and weights are
 #   make test   modules in step with notebooks, code style, notebooks run, README current, pytest     FLAGS="gpu data" runs those cells too
 #   make notebook NB=22_scene   that one notebook, tested as make test does
 #   make docs   the site, in _docs/           make lab     JupyterLab on the notebooks     LAB="--no-browser --port 9000" is passed on
@@ -55,7 +55,7 @@ help:
 demo: export OMP_NUM_THREADS := 1
 demo: export NUMBA_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
 demo: $(READY)
-	@if $(MAKE) -q $(DEMO)/metrics.json; then $(REPO) brief $(DEMO); else $(MAKE) --no-print-directory $(DEMO)/metrics.json; fi
+	@if $(MAKE) -q $(DEMO)/metrics.json; then $(REPO) brief $(DEMO) | sed 's|DATA_ROOT|data/city|'; else $(MAKE) --no-print-directory $(DEMO)/metrics.json; fi
 
 $(DEMO)/metrics.json: nbs/60_stage6.ipynb $(wildcard flux4d/*.py flux4d/*/*.py) | $(READY)
 	@rm -rf $(DEMO) && mkdir -p $(DEMO)

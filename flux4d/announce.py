@@ -7,13 +7,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import NamedTuple
-from .files import DataError
+from .clips import TEST_SCENES
+from .files import DataError, log_names
 from .run import run_folder
 from .settings import find_device
 from .terminal import duration_said
 
 # %% auto #0
-__all__ = ['SMALL_CITY', 'STEP_SECONDS', 'MANY_CPU_STEPS', 'StepSeconds', 'step_seconds', 'data_line', 'time_line',
+__all__ = ['SMALL_CITY', 'STEP_SECONDS', 'MANY_CPU_STEPS', 'StepSeconds', 'step_seconds', 'empty_side', 'data_line', 'time_line',
            'warning_line', 'device_line', 'announcement']
 
 # %% ../nbs/09i_announce.ipynb #a09i0007
@@ -50,6 +51,17 @@ def step_seconds(
     return known.small if small else known.small + (known.cpu - known.small) * image_scale**2
 
 # %% ../nbs/09i_announce.ipynb #a09i0010
+def empty_side(
+    logs: list[str],  # of the data root
+    train_logs: tuple[str, ...],  # () = every log that is not judged by
+    eval_logs: tuple[str, ...],  # () = the paper's ten test logs, as far as they are there
+) -> str:  # "eval_logs" where nothing can be judged by, "train_logs" where nothing is left to train on, ""
+    "Which of the two parameters has to be given."
+    judged = eval_logs or [log for log in logs if log in TEST_SCENES]
+    trained = train_logs or [log for log in logs if log not in (eval_logs or TEST_SCENES)]
+    return "eval_logs" if not judged else "train_logs" if not trained else ""
+
+
 MANY_CPU_STEPS = 100  # beyond them a run without a GPU is warned of
 
 
@@ -60,7 +72,7 @@ def data_line(
     if not root:
         city = f"a made-up city of {SMALL_CITY['logs']} short logs in {SMALL_CITY['out']}"
         return f"data    {city}; for PandaSet set FLUX4D_PANDASET or -p data_root to its folder"
-    logs = [p for p in Path(root).iterdir() if (p / "lidar").is_dir()]
+    logs = log_names(root)
     made = ", a made-up city" if (Path(root) / "city.json").is_file() else ""
     return f"data    {len(logs)} log{'s' * (len(logs) != 1)} in {root}{made}"
 
@@ -102,6 +114,25 @@ def device_line(
     return f"device  {device}, {torch.cuda.get_device_name(device)}"
 
 # %% ../nbs/09i_announce.ipynb #a09i0014
+def _named_logs(
+    given: object,  # "001, 002", 2, ("001",) or nothing
+) -> tuple[str, ...]:  # log ids
+    "Logs as a command line names them."
+    words = given if isinstance(given, (list, tuple)) else str(given).split(",")
+    return tuple(str(word).strip().zfill(3) for word in words if str(word).strip())
+
+
+def _check_sides(
+    p: dict,  # parameters: index_path, train_logs, eval_logs
+    root: str,  # as asked for; "": none
+) -> None:  # raises DataError; another sentence says more
+    "Refuse a run without clips to train on or to be judged by."
+    if root and not p.get("index_path"):
+        sides = (_named_logs(p.get(name, "")) for name in ("train_logs", "eval_logs"))
+        if name := empty_side(log_names(root), *sides):
+            raise DataError(f"{name}: is empty.")
+
+
 def announcement(
     parameters: dict,  # of 60_stage6, as they were given
 ) -> list[str]:  # empty where they cannot be used; another sentence says why
@@ -114,6 +145,7 @@ def announcement(
         folder = run_folder(str(p["resume_from"]), str(p["out_dir"]))
         step = step_seconds(str(p["preset"]), device, float(p["image_scale"]), not root)
         data = data_line(root)
+        _check_sides(p, root)
     except (DataError, OSError, TypeError, ValueError, KeyError):
         return []
     do = f"train {iters:,} steps with the preset {p['preset']}, then evaluate" if iters else "evaluate, train nothing"

@@ -9,7 +9,7 @@ from .records import one_line, read_metrics, shown_quantity
 from .terminal import duration_said
 
 # %% auto #0
-__all__ = ['FIVE_NUMBERS', 'compared', 'five_lines', 'made_line', 'brief_lines']
+__all__ = ['FIVE_NUMBERS', 'compared', 'five_lines', 'made_line', 'weights_lines', 'brief_lines']
 
 # %% ../nbs/09h_brief.ipynb #a09h0007
 FIVE_NUMBERS = {  # what is measured -> keys in metrics, form of the number
@@ -58,10 +58,24 @@ def made_line(
     return one_line(f"{trained} on {runtime.get('machine', 'an unknown machine')}, {seen}")
 
 
+def weights_lines(
+    run: Path,  # a run's folder
+    m: dict,  # its metrics
+    data_root: str,  # that it used, as it was typed; "": not known
+) -> list[str]:  # two; none where the folder keeps no weights
+    "Where a run's weights are, and the command that shows what they make of a log."
+    kept = [run / name for name in ("ckpt_best.pt", "ckpt_last.pt") if (run / name).is_file()]
+    if not kept:
+        return []
+    log = next(iter(m.get("logs", [])), "LOG")
+    return [f"model  {kept[0]}", f"look   flux4d-view {kept[0]} {data_root or 'DATA_ROOT'} --log {log}"]
+
+
 def brief_lines(
     run: Path,  # a run's folder; raises ValueError where it holds no scores
-) -> list[str]:  # ten, or nine where no film was made
-    "A finished run in ten lines."
+    data_root: str = "",  # that it used, as it was typed; "": not known
+) -> list[str]:  # twelve; fewer where no film was made or no weights are kept
+    "A finished run in a dozen lines."
     if not (run / "metrics.json").is_file():
         raise ValueError(f"{run.name} has no metrics.json: the run did not reach its evaluation.")
     m = read_metrics(run / "metrics.json")
@@ -71,4 +85,5 @@ def brief_lines(
     films = sorted([*run.glob("videos/*.mp4"), *run.glob("videos/*.webp")])
     paths = {"report": reports[:1], "film": films[:1]}
     where = [f"{what:<7}{path}" for what, found in paths.items() for path in found]
+    where += weights_lines(run, m, data_root)
     return [f"{run}: {made_line(m)}", *five_lines(m), *where, f"more   flux4d-repo show {run}"]

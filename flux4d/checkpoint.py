@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .files import DataError, atomic_write, plain_fault
+from .files import DataError, atomic_write, plain_fault, refuse_absent
 from .tensor_file import is_tensor_file
 
 # %% auto #0
@@ -198,8 +198,7 @@ def _is_want_of_memory(e: Exception) -> bool:
 # %% ../nbs/09b_checkpoint.ipynb #1bde2694
 def _refuse_other_files(path: Path) -> None:
     "Raise DataError where there is no file, or one that holds weights alone."
-    if not path.is_file():
-        raise DataError(f"{path.name}: no such checkpoint in {path.parent.name or '.'}; check the path.")
+    refuse_absent(path)
     if is_tensor_file(path):
         raise DataError(
             f"{path.name}: holds weights without an optimiser, no checkpoint; take a ckpt_step file of its run."

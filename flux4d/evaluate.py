@@ -30,7 +30,7 @@ from .weights import read_weights
 from .run import logged_rows
 from .run_facts import About, training_overlap
 from .score_clips import METHODS
-from .run_setup import index_config
+from .run_setup import check_judged, index_config
 from .run import next_run
 from .scene import Scene
 from .settings import Device, Distinct, FilePath, LogId, Name, find_device, read_parameters, refuse_missing
@@ -262,6 +262,7 @@ def eval_clips_of(
     refuse_missing("eval_logs", logs, data.log_ids, "logs of the data root")
     if long_log:
         return spread_evenly(chains_of_clips(data, cameras, logs, starts), limit), {}
+    check_judged(data.log_ids, logs)
     index = build_index(root, index_config(cameras, (), logs))
     lost = [entry for entry in index["meta"]["left_out"] if not logs or entry["scene_id"] in logs]
     left_out = {entry["clip_id"]: entry["reason"] for entry in lost}

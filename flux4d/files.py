@@ -22,8 +22,9 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 # %% auto #0
-__all__ = ['DataError', 'short_path', 'report_fault', 'quoted', 'plain_fault', 'listing', 'find_misnamed', 'counts_otherwise',
-           'missing_text', 'report_missing', 'remove_unfinished', 'WriteError', 'writing', 'atomic_write']
+__all__ = ['KEPT_ENDINGS', 'DataError', 'short_path', 'typed_path', 'report_fault', 'quoted', 'plain_fault', 'listing',
+           'refuse_absent', 'log_names', 'find_logs', 'find_misnamed', 'counts_otherwise', 'missing_text',
+           'report_missing', 'remove_unfinished', 'WriteError', 'writing', 'atomic_write']
 
 # %% ../nbs/02a_files.ipynb #9994b2b9
 class DataError(ValueError):
@@ -38,6 +39,13 @@ def short_path(
     inner = [i for i, part in enumerate(parts) if part in ("camera", "lidar", "meta", "annotations")]
     in_a_log = inner and inner[-1] > 0
     return "/".join(parts[inner[-1] - 1 :] if in_a_log else parts[-2:])
+
+
+def typed_path(
+    path: str | Path,  # as somebody typed it
+) -> str:  # the same where it is relative; of an absolute one the end
+    "A path for a sentence, without the folders of this machine."
+    return short_path(path) if Path(path).is_absolute() else str(path)
 
 # %% ../nbs/02a_files.ipynb #5ccf5e79
 def report_fault(
@@ -180,6 +188,50 @@ def _alike(kind: str, ending: str) -> bool:
     "Do files of these two endings hold the same sort of content?"
     first, second = (e.lower().split(".")[0] for e in (kind, ending))
     return any({first, second} <= group for group in (_IMAGES, _NUMBERS))
+
+# %% ../nbs/02a_files.ipynb #02atyped1
+KEPT_ENDINGS = ".pt", ".safetensors", ".scene"  # of checkpoints, weights and scenes
+
+
+def refuse_absent(
+    path: str | Path,  # of a file, as it was typed
+    endings: tuple[str, ...] = KEPT_ENDINGS,  # of files that may have been meant
+) -> None:  # raises DataError
+    "Refuse a path that is no file, and say which files are there."
+    path = Path(path)
+    if path.is_file():
+        return
+    folder = path if path.is_dir() else path.parent
+    there = ", ".join([p.name for p in listing(folder) if p.suffix in endings][:5])
+    if path.is_dir():
+        fault, remedy = "is a folder", f"name a file in it ({there or 'none is there that can be read'})"
+    elif not folder.is_dir():
+        fault, remedy = "does not exist, nor does its folder", "check the path"
+    else:
+        fault, remedy = "does not exist", f"its folder holds {there}" if there else "check the path"
+    raise DataError(f"{typed_path(path)}: {fault}; {remedy}.")
+
+
+def log_names(
+    root: str | Path,  # data root
+) -> list[str]:  # sorted
+    "The logs of a data root: folders with LiDAR sweeps."
+    folders = [p for p in listing(root) if not p.name.startswith("_")]
+    return [p.name for p in folders if (p / "lidar").is_dir()]
+
+
+def find_logs(
+    root: str | Path,  # data root, as it was typed
+) -> list[str]:  # at least one; raises DataError
+    "The logs of a data root, or what is wrong with it."
+    root, found = Path(root), log_names(root)
+    if found:
+        return found
+    fault = "holds no logs" if root.is_dir() else "is a file" if root.exists() else "does not exist"
+    if (root / "lidar").is_dir():
+        fault = "is a log and not the folder above it"
+    remedy = "give the folder that contains 001, 002 and so on as the data root"
+    raise DataError(f"{typed_path(root)}: {fault}; {remedy}.")
 
 # %% ../nbs/02a_files.ipynb #541bbb85
 def _stamp_count(there: list[Path]) -> int | None:

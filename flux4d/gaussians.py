@@ -70,6 +70,10 @@ class Gaussians:
         "Number of Gaussians."
         return len(self.means)
 
+    def __repr__(self) -> str:  # one line
+        "How many there are, and where they are kept."
+        return f"<Gaussians: {len(self):,} on {self.means.device}>"
+
 # %% ../nbs/02_gaussians.ipynb #7da96b3c
 def _one_each(
     ids: Tensor | int,  # (N,) or one for all

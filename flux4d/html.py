@@ -22,11 +22,10 @@ from .gaussians import colour_inv, opacity_inv, scale_inv
 from .image_metrics import psnr
 from .scene import Scene
 from .splat_groups import SplatGroup, covariances_of, in_ego0, splat_groups, thinned, widened
-from .viewer import asked_scene, clip_parser, load_viser, place_eye, scene_actors, start_server
+from .viewer import place_eye, scene_actors, start_server
 
 # %% auto #0
-__all__ = ['CENTRE_BITS', 'rounded', 'as_stored', 'storage_cost', 'step_times', 'recording_page', 'capped', 'finished_page',
-           'html_main']
+__all__ = ['CENTRE_BITS', 'rounded', 'as_stored', 'storage_cost', 'step_times', 'recording_page', 'capped', 'finished_page']
 
 # %% ../nbs/74a_html.ipynb #4049c3ee
 CENTRE_BITS = 15  # significant bits of a coordinate in the file
@@ -203,29 +202,3 @@ def to_html(
     with atomic_write(path) as tmp:
         tmp.write_text(finished_page(page, title, bool(actors)), encoding="utf-8")
     return Path(path)
-
-# %% ../nbs/74a_html.ipynb #d288f39d
-_HTML_EXAMPLE = """examples:
-  flux4d-html ckpt_best.pt data/pandaset --log 002 --start 0 --out scene.html
-  flux4d-html a.scene --rate 20                                                a file that scene.save wrote"""
-
-# %% ../nbs/74a_html.ipynb #99c990e8
-def html_main(
-    argv: list[str] | None = None,  # command line, None: the process's own
-) -> int:  # 0, or 1 after an error
-    "Command `flux4d-html`: reconstruct a clip and write it as one page."
-    p = clip_parser("flux4d-html", "Reconstruct a clip and write it as one HTML file.", _HTML_EXAMPLE)
-    p.add_argument("--out", default="scene.html", help="the file to write, default scene.html")
-    p.add_argument("--rate", type=float, default=10.0, help="steps a second, default 10")
-    p.add_argument("--most", type=int, default=400_000, help="Gaussians at most, default 400000")
-    args = p.parse_args(argv)
-    try:
-        load_viser()
-        scene = asked_scene(args)
-        actors = () if args.no_actors else None
-        path = scene.to_html(args.out, args.rate, actors, args.most)
-    except DataError as e:
-        print(e)
-        return 1
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in any browser.")
-    return 0

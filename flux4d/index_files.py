@@ -231,24 +231,38 @@ def inspect_index(
 
 # %% ../nbs/04b_index_files.ipynb #0fd2d65a
 _EXAMPLE = """example:
-  flux4d-index data/pandaset indices --test-scenes 001 011
-  flux4d-index --inspect indices/pandaset_full_clips.pkl --clip 3"""
+  flux4d-index data/pandaset data/index --test-scenes 001 011
+  flux4d-index --inspect data/index/pandaset_full_clips.pkl --clip 3"""
 
 # %% ../nbs/04b_index_files.ipynb #ad41855d
+_LISTS = dict(
+    cameras="cameras that a clip holds, default front_camera",
+    test_scenes="logs that give evaluation clips, default the paper's ten test logs",
+    train_scenes="logs that give training clips, default all that are no test logs",
+    tiny_scenes="logs of the tiny index, default 001 002, or the first two",
+)
+_NUMBERS = dict(
+    fps="frames a second by which seconds become frames, default 10; 0: the log's mean rate",
+    debug_len_s="length of a clip of the preset debug in seconds, default 1.5",
+    debug_stride_s="seconds from one clip of the preset debug to the next, default 1.5",
+)
+
+
 def _parser() -> argparse.ArgumentParser:
     "Options of `flux4d-index`; every default is `ClipConfig`'s."
     d = ClipConfig()
     p = command_parser("flux4d-index", "Cut PandaSet logs into clips.", _EXAMPLE)
     p.add_argument("data_root", nargs="?", help="folder that holds 001, 002 and so on")
-    p.add_argument("out_dir", nargs="?", default="indices", help="folder for the two index files, default indices")
-    p.add_argument("--preset", choices=CLIP_PRESETS, default=d.preset)
-    for k in ("cameras", "test_scenes", "train_scenes", "tiny_scenes"):
-        p.add_argument(f"--{k}".replace("_", "-"), nargs="*", default=getattr(d, k))
+    p.add_argument("out_dir", nargs="?", default="data/index", help="folder for both files, default data/index")
+    how = "paper (default): inputs and targets as in the paper; debug: equal pieces; long_log: whole logs as chains"
+    p.add_argument("--preset", choices=CLIP_PRESETS, default=d.preset, help=how)
+    for k, what in _LISTS.items():
+        p.add_argument(f"--{k}".replace("_", "-"), nargs="*", default=getattr(d, k), metavar="NAME", help=what)
     p.add_argument("--tiny-count", type=int, help="this many logs in the tiny index instead of --tiny-scenes")
-    for k in ("fps", "debug_len_s", "debug_stride_s"):
-        p.add_argument(f"--{k}".replace("_", "-"), type=float, default=getattr(d, k))
+    for k, what in _NUMBERS.items():
+        p.add_argument(f"--{k}".replace("_", "-"), type=float, default=getattr(d, k), help=what)
     p.add_argument("--inspect", metavar="INDEX", help="print this index instead of building one")
-    p.add_argument("--clip", type=int, default=0, help="which record to print")
+    p.add_argument("--clip", type=int, default=0, help="number of the clip to print, default 0")
     p.add_argument("--stop", action="store_true", help="stop in the debugger")
     return p
 

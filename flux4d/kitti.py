@@ -17,14 +17,14 @@ from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 from .city.logs import dump_table, pose_records, write_json
 from .columns import need_pandas
-from .files import DataError, atomic_write, listing, report_fault, report_missing, writing
+from .files import DataError, atomic_write, listing, report_fault, report_missing, typed_path, writing
 from .frames import se3, se3_inverse, transform_points
 from .log_files import GET_AGAIN, open_image
 
 # %% auto #0
-__all__ = ['find_drives', 'drive_name', 'Calibration', 'read_calibration', 'read_kitti_stamps', 'VehiclePath', 'read_path',
-           'azimuth_times', 'compensated', 'read_scan', 'upright_misfit', 'turned_about', 'Turn', 'fitted_heading',
-           'DriveFrames', 'drive_frames', 'convert_drive', 'convert_main']
+__all__ = ['KITTI_AXES', 'find_drives', 'drive_name', 'Calibration', 'read_calibration', 'read_kitti_stamps', 'VehiclePath',
+           'read_path', 'azimuth_times', 'compensated', 'read_scan', 'upright_misfit', 'turned_about', 'Turn',
+           'fitted_heading', 'DriveFrames', 'drive_frames', 'convert_drive', 'convert_main']
 
 # %% ../nbs/07j_kitti.ipynb #9c8376a6
 def find_drives(
@@ -36,7 +36,8 @@ def find_drives(
     found += [p.parent for pattern in ("*", "*/*") for p in listing(source, f"{pattern}/velodyne_points")]
     if not found:
         remedy = "give a folder such as 2011_09_26/2011_09_26_drive_0013_sync, or one that holds it"
-        report_fault(source, "holds no drive of KITTI raw (no velodyne_points)", remedy)
+        fault = "holds no drive of KITTI raw (no velodyne_points)" if source.exists() else "does not exist"
+        raise DataError(f"{typed_path(source)}: {fault}; {remedy}.")
     return sorted(found)
 
 
@@ -359,6 +360,9 @@ def _drive_heading(drive: Path, frames: DriveFrames, path: VehiclePath, calibrat
     return fitted_heading([(turn(k), turn(k + 4)) for k in firsts], path, calibration)
 
 # %% ../nbs/07j_kitti.ipynb #a8bf4187
+KITTI_AXES = "forward left up"  # of KITTI's scanner, whose poses a log keeps
+
+
 def convert_drive(
     drive: str | Path,  # folder of one drive of KITTI raw
     out: str | Path,  # data root to write into
@@ -382,6 +386,8 @@ def convert_drive(
         shutil.rmtree(part, ignore_errors=True)
         for name, content in _log_lists(path, calibration, frames).items():
             write_json(content, part / f"{name}.json")
+        with atomic_write(part / "rig.yaml") as tmp:
+            tmp.write_text(f"lidar_axes: {KITTI_AXES}\n")
         write_json(dict(source=drive.name, frames=frames.numbers, heading_deg=heading), part / "meta/converted.json")
         turns = zip(frames.numbers, zip(frames.start, frames.end))
         for k, (f, turn) in enumerate(tqdm(turns, log.name, len(frames.numbers), disable=not progress)):
@@ -421,7 +427,7 @@ def _say(log: Path, drive: Path) -> None:
     gaps = f", {len(frames.left_out)} frames without all files left out" if frames.left_out else ""
     seconds = frames.end[-1] - frames.end[0]
     heading = json.loads((log / "meta/converted.json").read_text())["heading_deg"]
-    turned = f", scanner turned against the IMU by {heading:g} degrees" if heading else ""
+    turned = f"; corrected: the calibration's heading of the IMU, by {abs(heading):g} degrees" if heading else ""
     print(f"{log}: {len(frames.numbers)} frames, {seconds:.1f} s{gaps}{turned}")
 
 # %% ../nbs/07j_kitti.ipynb #3115d164

@@ -214,10 +214,10 @@ def _asks_for_more(
 # %% ../nbs/32_model.ipynb #59642410
 def load_model(
     path: str | Path,  # weights that `flux4d-weights` wrote, or a checkpoint
-    device: Any = "cpu",  # where the model goes
+    device: Any = "",  # where the model goes; "": the GPU where there is one, else the CPU
 ) -> Flux4DBase:  # with its averaged weights, in eval mode; its configuration is `cfg`; raises DataError
     "The model of a file of weights or a checkpoint; `flux4d.load` is this function."
-    device = find_device(str(device))
+    device = find_device(str(device or ""))
     name = Path(path).name
     weights = read_weights(path, device)
     values = without_retired(weights.config)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from .frames import far_origin, rotate_vectors, se3_inverse, transform_points
-from .files import DataError, listing, quoted, report_fault
+from .files import DataError, find_logs, listing, quoted, report_fault
 from .lazy_methods import LazyMethods
 from .log_files import CAMERAS, Sweep, open_image, read_image, read_intrinsics, read_poses
 from .log_files import read_stamps, read_sweep, reduce_image
@@ -42,11 +42,12 @@ class PandaSet:
     ) -> None:
         "Open a data root."
         self.root = Path(root)
-        folders = [p for p in listing(self.root) if not p.name.startswith("_")]
-        self.log_ids = [p.name for p in folders if (p / "lidar").is_dir()]
-        if not self.log_ids:
-            remedy = "give the folder that contains 001, 002 and so on as the data root"
-            report_fault(self.root, "holds no logs", remedy)
+        self.log_ids = find_logs(self.root)
+
+    def __repr__(self) -> str:  # one line
+        "Name the data root and its logs."
+        some = ", ".join(self.log_ids[:5]) + (" ..." if len(self.log_ids) > 5 else "")
+        return f"PandaSet {self.root}: {len(self.log_ids)} log{'s' * (len(self.log_ids) != 1)} ({some})"
 
     def __getitem__(
         self,

@@ -77,6 +77,10 @@ class FilmPath:
         "Refuse key frames that are none."
         check_keys(self.keys)
 
+    def __repr__(self) -> str:  # one line
+        "How long it is, and through how many key frames it runs."
+        return f"<FilmPath {self.duration:.2f} s, {len(self.keys)} key frames, {self.width}x{self.height} px>"
+
     @property
     def duration(self) -> float:  # s
         "How long the film lasts."

@@ -82,6 +82,11 @@ class Rendered(NamedTuple):
     alpha: Tensor  # (V,H,W) 0..1
     features: Tensor | None  # (V,H,W,F) blended like colours, over zero
 
+    def __repr__(self) -> str:  # one line
+        "The shapes, not the pixels."
+        V, H, W, _ = self.rgb.shape
+        return f"<Rendered {V} x {W}x{H} px: rgb, depth, alpha{', features' * (self.features is not None)}>"
+
 # %% ../nbs/21_render.ipynb #ad37bece
 def drawn_scales(
     g: Gaussians,  # N Gaussians

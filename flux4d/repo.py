@@ -147,7 +147,7 @@ def repo_main(
 ) -> int:  # exit status
     "Check and make what is derived from the notebooks; show and keep runs."
     ap = command_parser("flux4d-repo", repo_main.__doc__, REPO_EXAMPLES)
-    ap.add_argument("command", choices=COMMANDS)
+    ap.add_argument("command", choices=COMMANDS, help="what to do; examples below")
     folder = "show, brief, record: a run's folder; pages: the folder to write, new or written by this command before; "
     folder += "site: the folder of the built site; times: a file that holds what make test printed"
     ap.add_argument("path", nargs="?", type=Path, help=folder)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # what needs torch is imported where it is used: `flux4d-report --help` answers at once
 
 # %% auto #0
-__all__ = ['CSS', 'POLICY', 'PAGE', 'PLAYER', 'FILM_ENDINGS', 'PICTURES', 'BEGINNINGS', 'REPORT_EXAMPLES', 'below',
+__all__ = ['CSS', 'POLICY', 'PAGE', 'PLAYER', 'FILM_ENDINGS', 'PICTURES', 'BEGINNINGS', 'MAIN_ROWS', 'REPORT_EXAMPLES', 'below',
            'picture_source', 'picture_html', 'safe_markdown', 'to_html', 'write_report_pages', 'write_report', 'leaves',
            'film_faults', 'relation_faults', 'foreign_faults', 'table_faults', 'read_record', 'same_frames',
            'with_baselines', 'stated', 'side_by_side', 'report_again', 'read_runs', 'report_main']
@@ -290,15 +290,22 @@ def stated(
     return f"{x:.4g}" if isinstance(x, (int, float)) else str(x or "-")
 
 # %% ../nbs/56a_report_pages.ipynb #19167c0a
+MAIN_ROWS = re.compile(  # quantities of a run's model that a comparison shows first
+    r"nvs (full|dynamic) (interpolation|future) (psnr|ssim|depth_rmse)|scene_flow (epe3d|epe_3way \w+)"
+    r"|(lift|zero_velocity|baselines motion_prior) nvs full (interpolation|future) psnr"
+)
+
+
 def side_by_side(
     records: dict[str, dict],  # metrics by run
+    whole: bool = True,  # every quantity, not the main ones alone
 ) -> str:  # lines of text, one a quantity, one column a run
     "The measured means of runs."
     facts = "evaluated_on", "comparable", "machine", "iters", "seconds_per_clip", "seconds_per_frame"
     rows = [["", *records]] + [[k, *(stated(m, k) for m in records.values())] for k in facts]
     found = [{" ".join(k): (v, c) for k, v, c in measured(m) if v is not None} for m in records.values()]
     for key in dict.fromkeys(k for m in records.values() for k in (" ".join(path) for path, _, _ in measured(m))):
-        if any(key in f for f in found):
+        if any(key in f for f in found) and (whole or MAIN_ROWS.fullmatch(key)):
             rows.append([key, *(f"{f[key][0]:.4g} ({f[key][1]})" if key in f else "-" for f in found)])
     width = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join([r[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(r[1:], width[1:]))]) for r in rows]
@@ -307,6 +314,7 @@ def side_by_side(
 # %% ../nbs/56a_report_pages.ipynb #ca431f0b
 REPORT_EXAMPLES = """examples:
   flux4d-report papermill_runs/run_001 papermill_runs/run_002              two runs, side by side
+  flux4d-report papermill_runs/run_001 papermill_runs/run_002 --all        with every quantity that was measured
   flux4d-report papermill_runs/run_001 papermill_runs/baselines --report   a report, with the baselines beside it"""
 
 # %% ../nbs/56a_report_pages.ipynb #105d6964
@@ -346,6 +354,7 @@ def report_main(
     ap.add_argument("run", nargs="+", help="a run's folder, or its metrics.json")
     what = "write report.md and report.html of the first run, the baselines of the others beside its own"
     ap.add_argument("--report", action="store_true", help=what)
+    ap.add_argument("--all", action="store_true", help="every quantity that was measured, not the main ones alone")
     a = ap.parse_args(argv)
     try:
         records, folder = read_runs([Path(p) for p in a.run], a.report)
@@ -353,7 +362,10 @@ def report_main(
             (_, m), *others = records.items()
             print(*(p.name for p in report_again(folder, m, dict(others))))
         else:
-            print(timings_beside(records) if hold_timings(records) else side_by_side(records))
+            timings = hold_timings(records)
+            print(timings_beside(records) if timings else side_by_side(records, a.all))
+            if not (timings or a.all):
+                print("--all shows every quantity that was measured")
         return 0
     except (DataError, OSError) as e:
         print(as_sentence(e), file=sys.stderr)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from functools import partial
-from .announce import SMALL_CITY
-from .clips import Clip, ClipConfig, build_index, select_clips
+from .announce import SMALL_CITY, empty_side
+from .clips import TEST_SCENES, Clip, ClipConfig, build_index, select_clips
 from .index_files import load_index
 from .config import config_to_dict
 from .files import DataError
@@ -25,8 +25,9 @@ from .resume import read_resumable
 from .terminal import progress_bar
 
 # %% auto #0
-__all__ = ['find_data', 'index_config', 'make_index', 'check_images', 'frames_used', 'keep_aside', 'check_fixed_frame',
-           'first_frames', 'split_clips', 'RunClips', 'choose_clips', 'resume_point', 'open_run', 'resolved']
+__all__ = ['find_data', 'index_config', 'example_split', 'known_logs', 'check_judged', 'check_sides', 'make_index',
+           'check_images', 'frames_used', 'keep_aside', 'check_fixed_frame', 'first_frames', 'split_clips', 'RunClips',
+           'choose_clips', 'resume_point', 'open_run', 'resolved']
 
 # %% ../nbs/58_run_setup.ipynb #b8656bfb
 def find_data(
@@ -54,6 +55,65 @@ def index_config(
         changed |= dict(interp_stride=stride, future_stride=stride)
     return ClipConfig(cameras=cameras, train_scenes=train_logs or None, **changed)
 
+# %% ../nbs/58_run_setup.ipynb #58b00002
+def example_split(
+    root: Path,  # data root
+    log: str,  # one of its logs
+    cameras: tuple[str, ...],  # names
+) -> str:  # parameters as papermill takes them
+    "How one log is trained on and judged by: its last clip is held out where training is left enough of it."
+    said = f"-p train_logs {log} -p eval_logs {log}"
+    index = build_index(root, index_config(cameras, (log,), (log,)))
+    last = select_clips(index, split="test")[-1]["frame_ids"]
+    clips = [Clip(PandaSet(root)[log], entry) for entry in select_clips(index, split="train")]
+    apart = [clip for clip in clips if not set(clip.frames) & set(last)]
+    if apart:
+        said += f" -p train_without_frames {last[0]}-{last[-1]} -p eval_starts {last[0]}"
+    try:
+        keep_aside(apart or clips, 1)
+    except DataError:
+        said += " -p eval_every 0"  # too short for a clip to be kept aside
+    return said
+
+# %% ../nbs/58_run_setup.ipynb #58b00003
+def known_logs(
+    logs: list[str],  # of a data root
+) -> str:  # for a sentence
+    "The first logs of a data root."
+    return ", ".join(logs[:5]) + (" ..." if len(logs) > 5 else "")
+
+
+def check_judged(
+    logs: list[str],  # of the data root
+    eval_logs: tuple[str, ...],  # () = the paper's ten test logs, as far as they are there
+) -> None:  # raises DataError
+    "Refuse an evaluation that has no log."
+    if not eval_logs and not set(logs) & set(TEST_SCENES):
+        fault = f"none of the data root's logs ({known_logs(logs)}) is one of the paper's ten test logs"
+        raise DataError(f"eval_logs: is empty, and {fault}; name some, for example with -p eval_logs {logs[-1]}.")
+
+
+def check_sides(
+    root: Path,  # data root
+    train_logs: tuple[str, ...],  # () = every log that is not judged by
+    eval_logs: tuple[str, ...],  # () = the paper's ten test logs
+    cameras: tuple[str, ...],  # names
+) -> None:  # raises DataError, with parameters that work
+    "Refuse a choice of logs that leaves nothing to train on or nothing to be judged by."
+    logs = PandaSet(root).log_ids
+    name = empty_side(logs, train_logs, eval_logs)
+    if not name:
+        return
+    named = train_logs or eval_logs
+    if name == "eval_logs" and len(logs) > 1 and not named:
+        check_judged(logs, eval_logs)  # training takes the others
+    whose = f"of the data root's logs ({known_logs(logs)})"
+    fault = f"none {whose} is one of the paper's ten test logs"
+    if name == "train_logs":
+        fault = f"all {whose} are there to be judged by"
+    remedy = example_split(root, (named or logs)[-1], cameras)
+    raise DataError(f"{name}: is empty, and {fault}; name them, for example with {remedy}.")
+
 # %% ../nbs/58_run_setup.ipynb #5f4a3e2d
 def make_index(
     root: Path,  # data root
@@ -65,6 +125,8 @@ def make_index(
     whose = "logs of the index" if index else "logs of the data root"
     refuse_missing("train_logs", p.train_logs, there, whose)
     refuse_missing("eval_logs", p.eval_logs, there, whose)
+    if not index:
+        check_sides(root, p.train_logs, p.eval_logs, p.cameras)
     return index or build_index(root, index_config(p.cameras, p.train_logs, p.eval_logs, p.train_stride))
 
 # %% ../nbs/58_run_setup.ipynb #cc3c6f60

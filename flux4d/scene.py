@@ -5,7 +5,6 @@
 # %% ../nbs/22_scene.ipynb #56f4da26
 from __future__ import annotations
 import math
-import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 import numpy as np
@@ -81,6 +80,13 @@ class Scene(LazyMethods):
         "Number of Gaussians."
         return len(self.gaussians)
 
+    def __repr__(self) -> str:  # one line
+        "What it is a scene of, and how large it is."
+        name = self.source.get("clip", "without a name")
+        moves = "" if self.velocity is not None else ", at rest"
+        seen = ", ".join(self.cameras) or "no recorded camera"
+        return f"<Scene {name}: {len(self):,} Gaussians, {self.time.duration:.2f} s{moves}; {seen}>"
+
 # %% ../nbs/22_scene.ipynb #8e6a67fa
 @patch(as_prop=True)
 def duration(self: Scene) -> float:  # s
@@ -150,20 +156,19 @@ def render(
 def t_of(
     self: Scene,
     seconds: float,  # since the clip's start
-) -> float:  # normalised time; raises DataError where `seconds` is no finite number
-    "Normalised time of a moment; warns where it lies more than a tenth of the clip outside it."
+    beyond: bool = False,  # also where nothing was observed, more than a tenth of the clip outside it
+) -> float:  # normalised time; raises DataError where `seconds` is no such moment
+    "Normalised time of a moment of the clip, or of a tenth of it before and after."
     try:
         t = float(seconds) / self.duration
     except (TypeError, ValueError):
         t = math.nan
     if not math.isfinite(t):
         raise DataError(f"seconds: is {seconds!r}; choose a number from 0 to {self.duration:.2f}, the clip's length.")
-    if not -self.time.reach <= t <= 1 + self.time.reach:
-        warnings.warn(
-            f"seconds: lies more than a tenth of the clip outside its 0 to {self.duration:.2f} s; what moves is "
-            "carried on as it moved, and the camera stays where it was recorded last.",
-            stacklevel=3,
-        )
+    reach = self.time.reach
+    if not (beyond or -reach <= t <= 1 + reach):
+        known = f"from {-reach * self.duration:.2f} to {(1 + reach) * self.duration:.2f} s since the clip's start"
+        raise DataError(f"seconds: is {seconds}; choose a moment {known}, or say beyond=True.")
     return t
 
 # %% ../nbs/22_scene.ipynb #c0b94f28
@@ -172,12 +177,13 @@ def camera(
     self: Scene,
     name: str,  # of a recorded camera
     seconds: float = 0.0,  # since the clip's start
+    beyond: bool = False,  # also where nothing was observed: the camera stays, what moves goes on
 ) -> Cameras:  # one view, on the scene's device; raises DataError for a camera or a time that is none
     "A recorded camera at any time of the clip."
     if name not in self.cameras:
         there = ", ".join(self.cameras) or "none: it was made without recorded cameras"
         raise DataError(f"camera: {name!r} is not in this scene; choose from {there}.")
-    path, t = self.cameras[name], self.t_of(seconds)
+    path, t = self.cameras[name], self.t_of(seconds, beyond)
     world_to_cam = np.linalg.inv(path.pose_at(t))
     as_tensor = [torch.as_tensor(np.asarray(x)[None], dtype=torch.float32) for x in (path.K, world_to_cam, t)]
     slack = max(TIME_SLACK, -t, t - 1)

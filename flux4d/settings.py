@@ -355,11 +355,14 @@ def find_device(
     "Choose the device that a run uses."
     import torch  # loaded only where a device is chosen
 
+    try:
+        asked = torch.device(device or "cpu")
+    except RuntimeError:
+        raise DataError(f"device: is {device!r}; choose cpu, cuda, cuda:1 and the like, or leave it out.") from None
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    kind, _, number = device.partition(":")
-    if kind == "cuda" and int(number or 0) >= count:
+    if asked.type == "cuda" and (asked.index or 0) >= count:
         there = f"{count or 'no'} GPU{'s' if count > 1 else ''}"
-        raise DataError(f"device: is {device!r}, but torch finds {there} here; choose cpu, or leave it empty.")
+        raise DataError(f"device: is {device!r}, but torch finds {there} here; choose cpu, or leave it out.")
     return device or ("cuda" if count else "cpu")
 
 # %% ../nbs/02c_settings.ipynb #5bfb8000

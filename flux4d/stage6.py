@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
+from textwrap import wrap
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -51,8 +52,8 @@ from .settings import command_parser
 # %% auto #0
 __all__ = ['FEW', 'CURVES', 'SMOOTH', 'SHOWN_EVERY', 'clips_said', 'background_flow', 'validation', 'run_meta', 'Job',
            'begin_run', 'Loaders', 'open_loaders', 'make_trainer', 'training_said', 'validation_said', 'curves_say',
-           'rows_due', 'draw_curve', 'draw_curves', 'time_left', 'state_said', 'training_bar', 'about_run', 'score_run',
-           'refuse_unknown', 'run_stage6', 'stage6_main']
+           'rows_due', 'draw_curve', 'draw_curves', 'time_left', 'state_said', 'ended_early', 'training_bar',
+           'about_run', 'score_run', 'refuse_unknown', 'run_stage6', 'parameters_said', 'stage6_main']
 
 # %% ../nbs/60_stage6.ipynb #11f29fd1
 def clips_said(
@@ -333,6 +334,16 @@ def state_said(
     return f"{loss}{pace}, {duration_said(time_left(trainer, first, seconds))} left"
 
 # %% ../nbs/60_stage6.ipynb #60aa0024
+def ended_early(
+    trainer: Trainer,  # after its last step
+) -> list[str]:  # a line; none where every step was taken
+    "What ended a training before its last step."
+    tc = trainer.cfg.train
+    if not tc.minutes or trainer.step >= tc.iters:
+        return []
+    return [f"training was ended by minutes={tc.minutes:g} after {trainer.step} of {tc.iters} steps"]
+
+
 def training_bar(
     trainer: Trainer,  # that will train
     show: Callable = open_bar,  # what shows it
@@ -423,10 +434,12 @@ def run_stage6(
         rows = trainer.fit(progress=training_bar(trainer) if processes.first else iter)
     processes.disconnect()
     if processes.first:
+        for line in ended_early(trainer):
+            print(line, flush=True)
         check_bs_flow([row["bs_flow"] for row in rows if "bs_flow" in row])
         metrics, _ = score_run(job, loaders, trainer, rows)
         print(*curves_say(rows, trainer.step, trainer.skipped), summary_table(metrics), sep="\n")
-        print(*brief_lines(job.run.folder), f"the run is in {job.run.folder}", sep="\n", flush=True)
+        print(*brief_lines(job.run.folder, given.data_root), f"the run is in {job.run.folder}", sep="\n", flush=True)
     return job.run.folder
 
 # %% ../nbs/60_stage6.ipynb #b320d91b
@@ -435,12 +448,22 @@ _EXAMPLE = """example:
   accelerate launch --multi_gpu --num_processes 2 -m flux4d.stage6 -p data_root data/pandaset -p iters 30000"""
 
 # %% ../nbs/60_stage6.ipynb #60aa0013
+def parameters_said() -> str:  # lines
+    "The parameters of a run with their defaults, for the command's help."
+    shown = {f.name: getattr(TrainingParameters(), f.name) for f in fields(TrainingParameters)}
+    plain = {name: ",".join(map(str, x)) if isinstance(x, (tuple, frozenset)) else x for name, x in shown.items()}
+    named = [f"{name}={'' if x is None or x == {} else x}" for name, x in plain.items()]
+    lines = wrap(", ".join(named), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    why = "what each means: papermill --help-notebook nbs/60_stage6.ipynb"
+    return "\n".join(["parameters and their defaults (nothing: the preset's, or all):", *lines, why])
+
+
 def stage6_main(
     argv: list[str] | None = None,  # command line, None: the process's own
 ) -> int:  # 0, or 1 after an error or an interruption
     "Command `python -m flux4d.stage6`: train and evaluate, in as many processes as a launcher started."
     what = "Train and evaluate; the parameters are those of 60_stage6."
-    p = command_parser("python -m flux4d.stage6", what, _EXAMPLE)
+    p = command_parser("python -m flux4d.stage6", what, f"{parameters_said()}\n\n{_EXAMPLE}")
     p.add_argument("-p", nargs=2, metavar=("NAME", "VALUE"), action="append", default=[], help="one parameter")
     given = dict(p.parse_args(argv).p)
     processes = ALONE

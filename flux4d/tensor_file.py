@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from .files import DataError, atomic_write, plain_fault, quoted
+from .files import DataError, atomic_write, plain_fault, quoted, refuse_absent
 
 # %% auto #0
 __all__ = ['TensorFile', 'write_tensors', 'halved', 'is_tensor_file', 'read_tensors']
@@ -138,8 +138,7 @@ def read_tensors(
 ) -> TensorFile:  # on the CPU; raises DataError
     "Read what `write_tensors` wrote."
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path.name}: no such file in {path.parent.name or '.'}; check the path.")
+    refuse_absent(path)
     try:
         header, tensors = _open_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError):

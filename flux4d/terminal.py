@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from .files import DataError
 
 # %% auto #0
-__all__ = ['in_kernel', 'lines_are_shown', 'inherited_stderr', 'Terminal', 'as_lines', 'terminal', 'tell', 'open_bar',
-           'progress_bar', 'duration_said']
+__all__ = ['in_kernel', 'lines_are_shown', 'inherited_stderr', 'Terminal', 'as_lines', 'terminal', 'tell', 'say_faults_shortly',
+           'open_bar', 'progress_bar', 'duration_said']
 
 # %% ../nbs/09g_terminal.ipynb #a09g0007
 def in_kernel() -> bool:
@@ -108,9 +109,20 @@ def tell(
     *lines: str,  # whole lines
 ) -> None:
     "Say lines in the cell's output, and in the terminal where the notebook runs headless."
+    if not lines:
+        return
     print(*lines, sep="\n", flush=True)
     if terminal() and not lines_are_shown():
         terminal().write("".join(f"{line}\n" for line in lines))
+
+# %% ../nbs/09g_terminal.ipynb #a09g0016
+def say_faults_shortly() -> None:
+    "From here on a `DataError` that ends a cell is shown as its sentence, without the way through the code."
+
+    def shown(fault: DataError) -> list[str]:
+        return [f"{type(fault).__name__}: {fault}"]
+
+    DataError._render_traceback_ = shown  # IPython asks an error for it; papermill prints what it gets
 
 # %% ../nbs/09g_terminal.ipynb #a09g0014
 _STATE = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt} of {total_fmt} {unit}{postfix}"

@@ -4,7 +4,6 @@
 
 # %% ../nbs/74_viewer.ipynb #335edcc2
 from __future__ import annotations
-import argparse
 import contextlib
 import importlib
 import io
@@ -21,20 +20,16 @@ import torch
 from fastcore.basics import patch
 from PIL import Image
 from scipy.spatial.transform import Rotation
-from tqdm.auto import tqdm
 from .files import DataError, atomic_write
-from .model import load_model
-from .pandaset import PandaSet
 from .render import background_colour
 from .scene import CameraPath, Scene
-from .scene_file import load_scene
 from .splat_groups import LEGEND_TEXT, VIEWER_LAYERS, SplatGroup, check_layer, in_ego0, layer_colours, legend
 from .splat_groups import splat_groups
-from .settings import command_parser
+
 
 # %% auto #0
 __all__ = ['load_viser', 'start_server', 'field_of_view', 'quaternion', 'send_group', 'place_eye', 'ViewerPanel', 'add_panel',
-           'Viewer', 'scene_actors', 'clip_parser', 'refuse_clip_options', 'asked_scene', 'view_parser', 'view_main']
+           'Viewer', 'scene_actors']
 
 # %% ../nbs/74_viewer.ipynb #59120708
 def load_viser() -> Any:  # the package; raises DataError where it is missing
@@ -475,84 +470,3 @@ def view(
     if browser:
         webbrowser.open(viewer.url)
     return viewer
-
-# %% ../nbs/74_viewer.ipynb #03a6ade2
-_VIEW_EXAMPLE = """examples:
-  flux4d-view ckpt_best.pt data/pandaset --log 002 --start 0
-  flux4d-view ckpt_best.pt data/pandaset --log 002 --host 0.0.0.0 --no-browser   for other machines to look
-  flux4d-view a.scene                                                            a file that scene.save wrote"""
-
-# %% ../nbs/74_viewer.ipynb #d11b4099
-def clip_parser(
-    name: str,  # of the command
-    description: str,  # what it does
-    example: str,  # how it is called
-) -> argparse.ArgumentParser:
-    "Options that name weights and a clip."
-    p = command_parser(name, description, example)
-    p.add_argument("source", help="a checkpoint or weights file; without a data root, a scene that was saved")
-    p.add_argument("data_root", nargs="?", help="folder that holds 001, 002 and so on")
-    p.add_argument("--log", help="log id, such as 002")
-    p.add_argument("--start", type=int, default=0, help="first frame of the clip, default 0")
-    p.add_argument("--device", help="default: the GPU where there is one, else the CPU")
-    p.add_argument("--no-actors", action="store_true", help="no switch for each moving thing")
-    return p
-
-# %% ../nbs/74_viewer.ipynb #beffbe32
-def refuse_clip_options(
-    args: argparse.Namespace,  # of `clip_parser`, without a data root
-) -> None:  # raises DataError
-    "A saved scene is one clip on the CPU already: options that choose one would do nothing."
-    given = dict(log=args.log, start=args.start or None, device=args.device)
-    for name, value in given.items():
-        if value is not None:
-            remedy = "leave it out, or name weights and a data root"
-            raise DataError(f"--{name}: is {value}, but {args.source} is a scene that was saved; {remedy}.")
-
-# %% ../nbs/74_viewer.ipynb #beffbe33
-def asked_scene(
-    args: argparse.Namespace,  # of `clip_parser`
-) -> Scene:  # on the CPU; raises DataError
-    "The scene that the options ask for."
-    if args.data_root is None:
-        refuse_clip_options(args)
-        return load_scene(args.source)
-    if args.log is None:
-        raise DataError("--log: is missing; name a log of the data root, such as --log 002.")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with tqdm(total=2, desc="loading weights", leave=False, delay=1) as bar:
-        model = load_model(args.source, device)
-        bar.update()
-        bar.set_description("reconstructing the clip")
-        scene = model.reconstruct(PandaSet(args.data_root)[args.log].clip(start=args.start))
-        bar.update()
-    return scene.to("cpu")
-
-# %% ../nbs/74_viewer.ipynb #b93f1bd9
-def view_parser() -> argparse.ArgumentParser:
-    "The options of `flux4d-view`."
-    p = clip_parser("flux4d-view", "Reconstruct a clip and look at it in a browser.", _VIEW_EXAMPLE)
-    p.add_argument("--port", type=int, default=8080, help="first port to try, default 8080")
-    p.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines look, default 127.0.0.1")
-    p.add_argument("--no-browser", action="store_true", help="only print the address")
-    return p
-
-# %% ../nbs/74_viewer.ipynb #0809f4b3
-def view_main(
-    argv: list[str] | None = None,  # command line, None: the process's own
-) -> int:  # 0, or 1 after an error
-    "Command `flux4d-view`: reconstruct a clip and open it in a browser."
-    args = view_parser().parse_args(argv)
-    try:
-        load_viser()
-        scene = asked_scene(args)
-        actors = () if args.no_actors else None
-        viewer = scene.view(args.port, args.host, not args.no_browser, actors)
-    except DataError as e:
-        print(e)
-        return 1
-    print(f"{viewer.url} shows {len(scene):,} Gaussians; end with Ctrl-C.", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        threading.Event().wait()
-    viewer.close()
-    return 0

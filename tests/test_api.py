@@ -15,7 +15,7 @@ from flux4d.processes import ALONE
 from flux4d.records import repo_root
 from flux4d.render import RenderConfig
 from flux4d.scene import scene_of
-from flux4d.viewer import asked_scene, clip_parser
+from flux4d.scene_commands import check_source, clip_parser
 
 ROOT = repo_root(Path(__file__).parent)
 
@@ -126,6 +126,6 @@ def test_a_record_that_cannot_be_made_fails():
 
 @pytest.mark.parametrize("option", [("--log", "002"), ("--start", "3"), ("--device", "cuda")])
 def test_options_that_a_saved_scene_cannot_follow_are_refused(option):
-    args = clip_parser("flux4d-view", "", "").parse_args(["a.scene", *option])
-    with pytest.raises(DataError, match=f"{option[0]}: is {option[1]}, but a.scene is a scene that was saved"):
-        asked_scene(args)
+    args = clip_parser("flux4d-view", "", "").parse_args([str(ROOT / "docs/scene/pandaset002.scene"), *option])
+    with pytest.raises(DataError, match=f"{option[0]}: is {option[1]}, but .*pandaset002.scene is a scene that was"):
+        check_source(args)

@@ -193,7 +193,13 @@ def test_log_not_there(sound, tmp_path):
     sentence(e, sound.name + "/777", "choose one of 001", "not among the logs")
     with pytest.raises(DataError) as e:
         PandaSet(tmp_path / "nowhere")
-    sentence(e, tmp_path.name + "/nowhere", "data root", "holds no logs")
+    sentence(e, tmp_path.name + "/nowhere", "data root", "does not exist")
+    with pytest.raises(DataError) as e:
+        PandaSet(sound / "001")
+    sentence(e, sound.name + "/001", "data root", "is a log")
+    with pytest.raises(DataError) as e:
+        PandaSet(sound / "001/lidar")
+    sentence(e, "001/lidar", "data root", "holds no logs")
 
 
 def test_index_of_other_data(sound, tmp_path):

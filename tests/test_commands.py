@@ -1,12 +1,17 @@
 """The commands: help that answers at once and shows an example, faults that are sentences, and nothing
 deleted that a command did not make."""
 
+import importlib
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 import pytest
+from flux4d import scene_commands
+from flux4d.check import check_main
 from flux4d.city.logs import city_main
+from flux4d.kitti import convert_main
 from flux4d.notebooks import new_notebook, write_notebook
 from flux4d.records import repo_root
 from flux4d.repo import repo_main
@@ -17,7 +22,11 @@ COMMANDS = {
     "flux4d-repo": "repo:repo_main",
     "flux4d-city": "city:city_main",
     "flux4d-report": "report_pages:report_main",
+    "flux4d-view": "scene_commands:view_main",
+    "flux4d-html": "scene_commands:html_main",
+    "flux4d-film": "scene_commands:film_main",
 }
+ALL_COMMANDS = dict(re.findall(r'^(flux4d-\w+) = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M))
 
 
 def sentence(said):
@@ -66,6 +75,67 @@ print("\\n".join(sys.modules))"""
     text, _, _ = done.stdout.partition("\nsys\n")
     assert "examples:" in text and f"\n  {name} " in text
     assert not {"torch", "spconv", "gsplat", "scipy"} & set(done.stdout.splitlines())  # they take seconds
+
+
+@pytest.mark.parametrize("name", ALL_COMMANDS)
+def test_every_option_says_what_it_is(name, monkeypatch):
+    module, main = ALL_COMMANDS[name].split(":")
+    silent = []
+
+    def parse(parser, *words):
+        silent.extend(action.dest for action in parser._actions if not action.help)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("argparse.ArgumentParser.parse_args", parse)
+    with pytest.raises(SystemExit):
+        getattr(importlib.import_module(module), main)([])
+    assert silent == []
+
+
+@pytest.mark.parametrize("main", ("view_main", "html_main", "film_main"))
+def test_a_mistyped_path_is_answered_before_anything_is_loaded(main, tmp_path):
+    (tmp_path / "ckpt_last.pt").write_bytes(b"PK")
+    words = [str(tmp_path / "ckpt_best.pt"), str(tmp_path / "no"), "--log", "002"]
+    call = f"print({main}({words!r}), 'torch' in sys.modules)"
+    code = f"import sys; from flux4d.scene_commands import {main}; {call}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    said, status = done.stdout.splitlines()
+    assert status == "1 False"
+    assert sentence(said).endswith("ckpt_best.pt: does not exist; its folder holds ckpt_last.pt.")
+
+
+@pytest.mark.parametrize("main", (scene_commands.view_main, scene_commands.film_main))
+def test_weights_without_a_recording(said, tmp_path, main):
+    (tmp_path / "ckpt_last.pt").write_bytes(b"PK")
+    code, text = said(main, tmp_path / "ckpt_last.pt", "--log", "002")
+    assert code == 1 and "data_root: is missing" in sentence(text) and "holds weights" in text
+
+
+def test_a_saved_scene_is_filmed(said, tmp_path):
+    scene = ROOT / "docs/scene/pandaset002.scene"
+    words = [scene, "--out", tmp_path / "new/a.mp4", "--fps", 1, "--size", 64, "--device", "cpu"]
+    code, text = said(scene_commands.film_main, *words)
+    assert code == 0 and (tmp_path / "new/a.mp4").stat().st_size > 500, text
+
+
+@pytest.mark.parametrize("main, words", [(check_main, ()), (convert_main, ("kitti",))])
+def test_what_is_absent_is_not_called_empty(said, tmp_path, monkeypatch, main, words):
+    monkeypatch.chdir(tmp_path)
+    Path("data/empty").mkdir(parents=True)
+    rest = ("out",) if words else ()
+    for folder, fault in (("data/nowhere", "does not exist"), ("data/empty", "holds no ")):
+        code, text = said(main, *words, folder, *rest)
+        assert code == 1 and sentence(text).startswith(f"{folder}: {fault}"), text
+
+
+def test_two_runs_are_compared_on_one_screen(said):
+    runs = [ROOT / "papermill_runs" / name for name in ("pandaset002_full", "pandaset002_full_heldout")]
+    code, text = said(report_main, *runs)
+    assert code == 0 and 20 < len(text.splitlines()) < 40 and "nvs full future psnr" in text and "--all" in text
+    short, whole = (
+        [line.split() for line in lines.splitlines()] for lines in (text, said(report_main, *runs, "--all")[1])
+    )
+    assert len(whole) > 100 and all(words in whole for words in short[:-1])  # columns are as wide as they must
 
 
 # what is not a command's own stays

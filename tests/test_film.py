@@ -9,7 +9,7 @@ import torch
 from scipy.spatial.transform import Rotation
 import flux4d.mp4
 from flux4d.files import DataError
-from flux4d.filming import film_main
+from flux4d.scene_commands import film_main
 from flux4d.frames import ClipTime, se3
 from flux4d.gaussians import gaussians_from
 from flux4d.mp4 import read_film, write_film
@@ -208,7 +208,7 @@ def test_a_scene_without_cameras_is_filmed_through_views(scene, tmp_path):
 
 
 @pytest.mark.parametrize("words, sentence", [
-    (["no.pt", "nowhere", "--log", "001"], "no.pt: no such checkpoint"),
+    (["no.pt", "nowhere", "--log", "001"], "no.pt: does not exist"),
 ])  # fmt: skip
 def test_the_command_says_what_is_wrong(words, sentence, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -221,4 +221,4 @@ def test_the_command_says_what_is_wrong(words, sentence, capsys, tmp_path, monke
 def test_the_command_has_an_example(capsys):
     with pytest.raises(SystemExit) as e:
         film_main(["--help"])
-    assert e.value.code == 0 and "example:\n  flux4d-film ckpt_best.pt" in capsys.readouterr().out
+    assert e.value.code == 0 and "examples:\n  flux4d-film docs/scene/pandaset002.scene" in capsys.readouterr().out

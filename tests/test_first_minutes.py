@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest
 from traitlets.config import Config
+from flux4d.brief import brief_lines
 from flux4d.notebooks import read_notebook, write_notebook
 from flux4d.records import repo_root
 
@@ -97,6 +98,41 @@ def test_a_run_speaks_before_it_loads_anything():
     code = "import sys, flux4d.announce; print({'spconv', 'gsplat', 'matplotlib', 'numba'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
+
+
+FAULT = """from flux4d.files import DataError
+from flux4d.terminal import say_faults_shortly
+say_faults_shortly()
+def somewhere_deep():
+    raise DataError("eval_logs: is empty; name some.")
+somewhere_deep()"""
+
+
+def test_a_fault_of_the_data_ends_a_headless_notebook_with_its_sentence(toy):
+    said = []
+    for source in (FAULT, FAULT.replace("say_faults_shortly()\n", "")):
+        content = json.loads(toy.read_text())
+        content["cells"][0]["source"] = source
+        toy.write_text(json.dumps(content))
+        said.append(shown(toy))
+    short, long = (text.partition('Exception encountered at "In [1]":')[2].strip() for text in said)
+    assert short == "DataError: eval_logs: is empty; name some." and "somewhere_deep()" in long
+
+
+def test_both_notebooks_that_measure_say_faults_shortly_and_where_the_result_is():
+    for name in ("60_stage6", "61_evaluate"):
+        source = "\n".join(c["source"] for c in read_notebook(ROOT / f"nbs/{name}.ipynb").cells)
+        assert "\nsay_faults_shortly()\n" in source and "\ntell(*brief_lines(" in f"\n{source}"
+
+
+def test_what_ends_the_demo_names_weights_and_the_next_command(tmp_path):
+    run = tmp_path / "demo"
+    shutil.copytree(ROOT / "papermill_runs/city_full", run, ignore=shutil.ignore_patterns("*.jpg"))
+    (run / "ckpt_last.pt").touch()
+    model, look = brief_lines(run, "data/city")[-3:-1]
+    assert model.split() == ["model", f"{run}/ckpt_last.pt"]
+    log = json.loads((run / "metrics.json").read_text())["logs"][0]
+    assert look.split(None, 1)[1] == f"flux4d-view {run}/ckpt_last.pt data/city --log {log}"
 
 
 # which PyTorch the demo installs

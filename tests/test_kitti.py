@@ -129,6 +129,8 @@ def test_nothing_is_written_over(drive, tmp_path):
 
 def test_command_line(drive, tmp_path, capsys):
     assert convert_main(["kitti", str(tmp_path / "nowhere"), str(tmp_path / "logs")]) == 1
+    assert "nowhere: does not exist" in capsys.readouterr().out
+    assert convert_main(["kitti", str(drive / "oxts"), str(tmp_path / "logs")]) == 1
     assert "holds no drive of KITTI raw" in capsys.readouterr().out
     for wrong in (["kitti"], ["waymo", "a", "b"], ["kitti", "a", "b", "--quality", "0"]):
         with pytest.raises(SystemExit) as stop:

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 from flux4d.ablation import AblationParameters
 from flux4d.actor_scores import ActorScoreConfig
 from flux4d.actors import ActorConfig
+from flux4d.announce import announcement
 from flux4d.baselines import NSFPConfig
 from flux4d.bench import BenchParameters
 from flux4d.clips import ClipConfig, build_index
@@ -537,6 +538,53 @@ def test_logs_choose_among_the_clips_of_an_index(logs, elsewhere, tmp_path_facto
     p = read_parameters(TrainingParameters, dict(train_logs="002", eval_logs="001"))
     train, _, judged = split_clips(logs, index, p, FullConfig())
     assert ({c.log.id for c in train}, {c.log.id for c in judged}) == ({"002"}, {"001"})
+
+
+# one log, which is none of the paper's test logs
+
+
+@pytest.fixture(scope="module")
+def one_log(tmp_path_factory):
+    root = tmp_path_factory.mktemp("one")
+    fabricate_log(root, "002", 56, ("front_camera",))
+    return root
+
+
+@pytest.mark.parametrize("given", ({}, dict(train_logs="002"), dict(eval_logs="002")), ids=("none", "train", "eval"))
+def test_one_log_is_told_which_parameters_work(one_log, given):
+    p = read_parameters(TrainingParameters, given)
+    with pytest.raises(DataError) as e:
+        make_index(one_log, p)
+    said = str(e.value)
+    assert said.startswith(("eval_logs: is empty", "train_logs: is empty")[bool(given.get("eval_logs"))])
+    words = said.partition("for example with ")[2].removesuffix(".").split()
+    assert words[::3] == ["-p"] * 4
+    named = dict(zip(words[1::3], words[2::3]))
+    p = read_parameters(TrainingParameters, named)
+    train, watched, judged = split_clips(one_log, make_index(one_log, p), p, FullConfig(), aside=3)
+    assert train and watched and [c.frames[0] for c in judged] == [40]
+    assert not {f for c in [*train, *watched] for f in c.frames} & set(judged[0].frames)
+
+
+def test_one_log_announces_no_run_that_cannot_start(one_log):
+    names = dict(preset="default", device="cpu", iters=3, minutes=0.0, image_scale=1.0, out_dir="", resume_from="")
+    names |= dict(data_root=str(one_log), index_path="", train_logs="", eval_logs="")
+    assert announcement(names) == []
+    assert announcement(names | dict(train_logs=2, eval_logs="002"))
+
+
+def test_other_logs_are_told_what_to_be_judged_by(tmp_path_factory):
+    root = tmp_path_factory.mktemp("two")
+    for log in ("002", "005"):
+        fabricate_log(root, log, 20, ("front_camera",))
+    sentence = "(002, 005) is one of the paper's ten test logs; name some, for example with -p eval_logs 005."
+    with pytest.raises(DataError, match=re.escape(sentence)):
+        make_index(root, TrainingParameters())
+    with pytest.raises(DataError, match=re.escape(sentence)):
+        eval_clips_of(root, ("front_camera",), ())
+    p = TrainingParameters(eval_logs=("005",))
+    train, _, judged = split_clips(root, make_index(root, p), p, FullConfig())
+    assert {c.log.id for c in train} == {"002"} and {c.log.id for c in judged} == {"005"}
 
 
 # the notebooks themselves

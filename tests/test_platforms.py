@@ -47,7 +47,7 @@ assert all(p.isfinite().all() for p in trainer.model.parameters())
 USE = """
 import flux4d
 from flux4d.city.logs import fixture_city
-model = flux4d.load(sys.argv[1])
+model = flux4d.load(sys.argv[1], device="cpu")
 scene = model.reconstruct(flux4d.PandaSet(fixture_city())["001"].clip(start=0))
 assert scene.render(scene.camera("front_camera", seconds=0.75)).rgb.isfinite().all()
 scene.save(sys.argv[2])
@@ -80,7 +80,7 @@ def test_weights_make_the_same_scene(tmp_path):
     run_without(USE, tmp_path / "ckpt_best.pt", tmp_path / "a.scene")
     without = flux4d.load_scene(tmp_path / "a.scene")
     clip = flux4d.PandaSet(fixture_city())["001"].clip(start=0)
-    scene = flux4d.load(tmp_path / "ckpt_best.pt").reconstruct(clip)
+    scene = flux4d.load(tmp_path / "ckpt_best.pt", device="cpu").reconstruct(clip)
     assert len(scene) == len(without)
     for name in ("means", "log_scales", "colour_logits", "opacity_logits"):
         a, b = (getattr(s.gaussians, name) for s in (scene, without))

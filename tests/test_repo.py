@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 import pytest
 import torch
+from PIL import Image
 from flux4d.cache import LiftCache
 from flux4d.city.logs import fixture_city
 from flux4d.config import Config, config_from_dict
@@ -360,23 +361,34 @@ SMALL = dict(
 
 @pytest.fixture
 def user_folder(tmp_path, monkeypatch):
-    "A folder as the README's reader has it: a data set with log 002, and a checkpoint."
+    "A folder as the README's reader has it after make demo: a saved scene, logs of the city, and a checkpoint."
     torch.set_num_threads(1)
-    shutil.copytree(fixture_city() / "001", tmp_path / "data/pandaset/002")
+    (tmp_path / "docs/scene").mkdir(parents=True)
+    shutil.copy(ROOT / "docs/scene/pandaset002.scene", tmp_path / "docs/scene")
+    shutil.copytree(fixture_city() / "001", tmp_path / "data/city/001")
     cfg = config_from_dict(SMALL, Config)
-    clip = PandaSet(tmp_path / "data/pandaset")["002"].clip(start=0, cameras=("front_camera",))
+    clip = PandaSet(tmp_path / "data/city")["001"].clip(start=0, cameras=("front_camera",))
     loader = Loader([clip], cfg, LiftCache(tmp_path / "lifts"))
-    shutil.copy(Trainer(cfg, loader, Run(tmp_path / "run")).save(), tmp_path / "ckpt_best.pt")
+    saved = Trainer(cfg, loader, Run(tmp_path / "run")).save()
+    (tmp_path / "papermill_runs/demo").mkdir(parents=True)
+    shutil.copy(saved, tmp_path / "papermill_runs/demo/ckpt_last.pt")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_the_snippet_of_the_readme_runs(user_folder):
-    found = {}
-    exec(re.search(r"```python\n(.*?)```", page("README.md"), re.S)[1], found)
+def test_the_snippets_of_the_readme_run(user_folder):
+    found, (scene, weights) = {}, re.findall(r"```python\n(.*?)```", page("README.md"), re.S)
+    exec(scene, found)
     height, width = found["view"].height, found["view"].width
     assert found["picture"].shape == (1, height, width, 3)
     assert found["scene"].source["log"] == "002" and 0.2 < found["picture"].mean() < 0.8  # not an empty picture
+    with Image.open("papermill_runs/picture.png") as kept:
+        assert kept.size == (width, height)
+    exec(weights, found)
+    assert found["scene"].source["log"] == "001"
+    written = [Path("papermill_runs") / name for name in ("a.scene", "a.ply", "a.mp4")]
+    assert min(path.stat().st_size for path in written) > 10_000
+    assert {path.name for path in Path().iterdir()} <= {"docs", "data", "lifts", "run", "papermill_runs"}
 
 
 def commands():
@@ -429,7 +441,8 @@ flux4d/__pycache__/frames.cpython-311.pyc nbs/.ipynb_checkpoints/10_lift-checkpo
 papermill_runs/run_001/ckpt_last.pt papermill_runs/run_001/metrics.json papermill_runs/run_001/config.yaml
 papermill_runs/run_001/out.ipynb papermill_runs/run_001/renders/01.png papermill_runs/demo/60_stage6.ipynb
 flux4d.egg-info/PKG-INFO .pytest_cache/x .ruff_cache/x
-data/pandaset_full_clips.pkl papermill_runs/cache/001.npz indices/pandaset_full_clips.pkl""".split()
+data/pandaset_full_clips.pkl papermill_runs/cache/001.npz indices/pandaset_full_clips.pkl
+a.scene a.ply a.mp4 out.ipynb""".split()
 
 
 def test_what_runs_produce_is_ignored():

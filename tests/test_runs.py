@@ -627,7 +627,7 @@ def test_where_a_run_starts_and_writes(trainer, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="this run is finished"):
         resume_point("last", "")
     (own / "ckpt_last.pt").unlink()
-    with pytest.raises(DataError, match="ckpt_last.pt: no such checkpoint in run_001"):
+    with pytest.raises(DataError, match=r"run_001/ckpt_last.pt: does not exist; "):
         resume_point("last", str(own))
 
 
@@ -687,7 +687,7 @@ def test_wrong_checkpoints_are_refused_in_a_sentence(trainer, tmp_path, what):
         trainer("second").resume(tmp_path / "wrong.pt")
     if what.split()[0] in ("ema", "kind", "config"):
         with pytest.raises(DataError, match=r"^wrong\.pt: [^\n]*\.$"):
-            load_model(tmp_path / "wrong.pt")
+            load_model(tmp_path / "wrong.pt", device="cpu")
 
 
 OLDER = {
@@ -703,7 +703,7 @@ def test_checkpoints_of_earlier_versions_are_met_with_a_sentence(trainer, tmp_pa
     torch.save(s, tmp_path / "older.pt")
     sentence = r"^older\.pt: [^\n]*(is 'model.motion_prior' now|flux4d.train:Flux4DBase', which this version)[^\n]*\.$"
     with pytest.raises(DataError, match=sentence):
-        load_model(tmp_path / "older.pt")
+        load_model(tmp_path / "older.pt", device="cpu")
     for optimizer in (True, False):
         with pytest.raises(DataError, match=sentence):
             trainer("second", overwrite=True).resume(tmp_path / "older.pt", optimizer)
@@ -726,7 +726,7 @@ def test_a_field_that_is_retired_is_met_with_a_sentence_and_read_over_in_a_check
     s = trainer("first").state()
     s["config"]["data"] |= dict(keep_frames=1200, keep_clips=200)
     torch.save(s, tmp_path / "older.pt")
-    load_model(tmp_path / "older.pt")
+    load_model(tmp_path / "older.pt", device="cpu")
     trainer("second").resume(tmp_path / "older.pt")
 
 
@@ -744,7 +744,7 @@ def test_an_optimizer_or_generator_that_does_not_fit_is_refused(trainer, tmp_pat
         torch.save(trainer(f"first{k}").state() | change, tmp_path / "odd.pt")
         with pytest.raises(DataError, match=r"^odd\.pt: "):
             if "kind" in change:
-                load_model(tmp_path / "odd.pt")
+                load_model(tmp_path / "odd.pt", device="cpu")
             else:
                 trainer(f"second{k}").resume(tmp_path / "odd.pt")
 

@@ -1,4 +1,4 @@
-"The eight lines that a user writes, as 70_use prints them, and the files that they read and write."
+"The nine lines that a user writes, as 70_use prints them, and the files that they read and write."
 
 import json
 import re
@@ -26,6 +26,7 @@ from flux4d.render import Cameras
 from flux4d.scene import Scene
 from flux4d.tensor_file import TensorFile, write_tensors
 from flux4d.unet import UNetConfig
+from flux4d.paths import recorded_path
 from flux4d.weights import averaged_weights, read_weights, save_weights, weights_main
 
 ROOT = repo_root(Path(__file__).parent)
@@ -72,25 +73,25 @@ def clip():
 
 @pytest.fixture(scope="module")
 def scene(checkpoint, clip):
-    return load_model(checkpoint).reconstruct(clip)
+    return load_model(checkpoint, device="cpu").reconstruct(clip)
 
 
-def eight_lines():
+def nine_lines():
     "The program of 70_use, for a CPU and the city."
     page = next(nb for nb in read_notebooks(ROOT) if nb.path.name == "70_use.ipynb")
-    code = re.search(r"## In eight lines\n\n```python\n(.*?)```", "\n".join(c["source"] for c in page.cells), re.S)[1]
-    here = {'device="cuda"': 'device="cpu"', "data/pandaset": str(fixture_city()), '"002"': '"001"'}
+    code = re.search(r"## In nine lines\n\n```python\n(.*?)```", "\n".join(c["source"] for c in page.cells), re.S)[1]
+    here = {'"ckpt_best.pt"': '"ckpt_best.pt", device="cpu"', "data/pandaset": str(fixture_city()), '"002"': '"001"'}
     for theirs, ours in here.items():
         assert theirs in code
         code = code.replace(theirs, ours)
     return code
 
 
-def test_the_eight_lines(checkpoint, tmp_path, monkeypatch):
+def test_the_nine_lines(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ckpt_best.pt").symlink_to(checkpoint.resolve())
     names = {}
-    exec(eight_lines(), names)
+    exec(nine_lines(), names)
     view, picture = names["view"], names["picture"]
     assert picture.shape == (1, view.height, view.width, 3) and picture.isfinite().all() and picture.std() > 0.05
     written = {p.name: p.stat().st_size for p in tmp_path.iterdir() if p.is_file() and not p.is_symlink()}
@@ -105,10 +106,10 @@ def test_the_eight_lines(checkpoint, tmp_path, monkeypatch):
 
 def test_weights_give_the_same_scene_bit_for_bit(checkpoint, clip, scene, tmp_path):
     file = save_weights(tmp_path / "w.bin", read_weights(checkpoint))  # known by content, not by name
-    again = flux4d.load(file).reconstruct(clip)
+    again = flux4d.load(file, device="cpu").reconstruct(clip)
     assert torch.equal(again.gaussians.flat(), scene.gaussians.flat()) and torch.equal(again.velocity, scene.velocity)
     assert again.source["model"].endswith("w.bin, step 7")
-    half = flux4d.load(save_weights(tmp_path / "h.bin", read_weights(checkpoint), half=True))
+    half = flux4d.load(save_weights(tmp_path / "h.bin", read_weights(checkpoint), half=True), device="cpu")
     assert all(p.dtype == torch.float32 for p in half.parameters())
     assert (half.reconstruct(clip).velocity - scene.velocity).abs().max() < 0.1
     assert (tmp_path / "h.bin").stat().st_size < 0.65 * file.stat().st_size < 0.65 * checkpoint.stat().st_size
@@ -151,7 +152,7 @@ def refused(call, *words):
 def test_files_given_in_the_wrong_place(checkpoint, scene, tmp_path):
     weights = save_weights(tmp_path / "w.bin", read_weights(checkpoint))
     saved = scene.save(tmp_path / "s.bin")
-    refused(lambda: flux4d.load(saved), "s.bin", "flux4d.load_scene")
+    refused(lambda: flux4d.load(saved, device="cpu"), "s.bin", "flux4d.load_scene")
     refused(lambda: flux4d.load_scene(weights), "w.bin", "read it with flux4d.load")
     refused(lambda: flux4d.load_scene(checkpoint), "not a readable flux4d-scene")
     refused(lambda: load_checkpoint(weights), "weights without an optimiser", "ckpt_step")
@@ -249,6 +250,31 @@ def test_an_older_reader_refuses_what_it_does_not_know(scene, tmp_path):
     refused(lambda: flux4d.load_scene(file), "version 2 of flux4d-scene", "pip install -U flux4d")
 
 
+# what an interactive user sees
+
+
+def test_objects_are_shown_in_one_line(scene, clip):
+    picture = scene.render(scene.camera("front_camera").resized(width=64))
+    path = recorded_path(scene, "front_camera")
+    for shown in (scene, scene.gaussians, picture, path, clip, clip.log, flux4d.PandaSet(fixture_city())):
+        assert "\n" not in repr(shown) and len(repr(shown)) < 200 and " object at 0x" not in repr(shown)
+    assert f"{len(scene):,} Gaussians" in repr(scene) and "front_camera" in repr(scene)
+    assert repr(flux4d.PandaSet(fixture_city())).endswith("1 log (001)")
+
+
+def test_a_model_goes_where_the_gpu_is(checkpoint, monkeypatch):
+    asked = []
+    monkeypatch.setattr("flux4d.model.find_device", lambda device: asked.append(device) or "cpu")
+    flux4d.load(checkpoint)
+    flux4d.load(checkpoint, device="cpu")
+    assert asked == ["", "cpu"]  # empty: the GPU where there is one
+
+
+@pytest.mark.parametrize("device", ("cuda:64", "gpu", "cuda:x"))
+def test_a_device_that_is_none(checkpoint, device):
+    refused(lambda: flux4d.load(checkpoint, device=device), "device: is", "choose cpu", "leave it out")
+
+
 # views and clips
 
 
@@ -258,8 +284,9 @@ def test_times_outside_the_clip(scene):
         for seconds in (0, 0.75, scene.duration, -0.1, scene.duration + 0.1, np.float64(0.5), torch.tensor(0.5)):
             scene.camera("front_camera", seconds=seconds)
     for seconds in (-1.0, 2 * scene.duration):
-        with pytest.warns(UserWarning, match="outside its 0 to"):
-            view = scene.camera("front_camera", seconds=seconds)
+        refused(lambda: scene.camera("front_camera", seconds=seconds), "seconds: is", "beyond=True")
+        refused(lambda: scene.export_ply("a.ply", seconds=seconds), "seconds: is")
+        view = scene.camera("front_camera", seconds=seconds, beyond=True)
         assert scene.render(view.moved(left=1.0).turned(yaw=3).resized(0.5)).rgb.isfinite().all()
     for seconds in (float("nan"), -float("inf"), "now", None, [1, 2]):
         refused(lambda: scene.camera("front_camera", seconds=seconds), "seconds")
@@ -273,7 +300,7 @@ def test_what_a_clip_asks_for_is_what_is_read(checkpoint):
     for asked in odd:
         refused(lambda: log.clip(**asked), "")
     refused(lambda: flux4d.PandaSet(fixture_city())["999"], "choose one of 001")
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, device="cpu")
     assert log.clip(lidar=0).input_lidar == (0,) and log.clip(cameras="front_camera").input_cameras == ("front_camera",)
     plain, named = (model.reconstruct(c) for c in (log.clip(), log.clip(cameras="front_camera", lidar=0)))
     assert torch.equal(plain.gaussians.flat(), named.gaussians.flat())

@@ -19,14 +19,16 @@ from PIL import Image
 from flux4d.city.logs import fixture_city
 from flux4d.files import DataError
 from flux4d.headless import HeadlessBrowser, find_browser
-from flux4d.html import CENTRE_BITS, as_stored, html_main, rounded
+from flux4d.html import CENTRE_BITS, as_stored, rounded
+from flux4d.scene_commands import html_main
 from flux4d.model import build_model
 from flux4d.pandaset import PandaSet
 from flux4d.panel import ScenePanel
 from flux4d.presets import preset_config
 from flux4d.records import repo_root
 from flux4d.splat_groups import in_ego0, moving_rows, splat_groups, thinned
-from flux4d.viewer import load_viser, view_main
+from flux4d.viewer import load_viser
+from flux4d.scene_commands import view_main
 
 ROOT = repo_root(Path(__file__).parent)
 SIZE = 800, 400  # px of the browser, 320 of it the viewer's controls
@@ -199,7 +201,8 @@ def test_without_viser_the_sentence_brings_it(scene, monkeypatch, capsys, tmp_pa
     for act in (lambda: scene.view(browser=False), lambda: scene.to_html(tmp_path / "a.html")):
         with pytest.raises(DataError, match=r"pip install 'viser>=1.0,<2'"):
             act()
-    assert view_main(["a.scene"]) == 1 and html_main(["a.scene"]) == 1
+    saved = str(scene.save(tmp_path / "a.scene"))
+    assert view_main([saved]) == 1 and html_main([saved]) == 1
     assert capsys.readouterr().out.count("pip install") == 2
     assert scene.panel(actors=()).drawn == 1  # the panel does without
 
@@ -255,7 +258,7 @@ def test_what_the_file_holds_is_what_was_measured(scene):
 def test_the_command_serves_until_it_is_interrupted(scene, tmp_path):
     pytest.importorskip("viser")
     scene.save(tmp_path / "a.scene")
-    code = "import sys; from flux4d.viewer import view_main; sys.exit(view_main())"
+    code = "import sys; from flux4d.scene_commands import view_main; sys.exit(view_main())"
     words = [sys.executable, "-c", code, str(tmp_path / "a.scene"), "--no-browser", "--no-actors"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 import flux4d
 from flux4d.records import repo_root
-from test_use import eight_lines, small_checkpoint
+from test_use import nine_lines, small_checkpoint
 
 ROOT = repo_root(Path(__file__).parent)
 
@@ -76,12 +76,12 @@ def test_the_citation_names_this_version():
     assert f"## {flux4d.__version__}\n" in (ROOT / "docs/changelog.md").read_text()
 
 
-def test_the_eight_lines_from_a_wheel(installed, tmp_path):
+def test_the_nine_lines_from_a_wheel(installed, tmp_path):
     small_checkpoint(tmp_path / "made")
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "ckpt_best.pt").write_bytes((tmp_path / "made/ckpt_best.pt").read_bytes())
-    (empty / "program.py").write_text(eight_lines() + "print(flux4d.__file__)\n")
+    (empty / "program.py").write_text(nine_lines() + "print(flux4d.__file__)\n")
     out = run([installed / "bin/python", "program.py"], empty)
     assert Path(out.splitlines()[-1]).resolve().is_relative_to(installed.resolve())
     assert {"a.scene", "a.ply", "a.mp4"} <= {p.name for p in empty.iterdir()}

@@ -510,7 +510,7 @@ def city_parser() -> argparse.ArgumentParser:
     p.add_argument("--frames", type=int, default=80, help="of a log, ten a second, default 80")
     p.add_argument("--scale", type=float, default=0.25, help="of the 1920x1080 images, default 0.25")
     p.add_argument("--seed", type=int, default=0, help="another one is another city")
-    p.add_argument("--cameras", nargs="+", default=["front_camera"], choices=list(RIG))
+    p.add_argument("--cameras", nargs="+", default=["front_camera"], choices=list(RIG), help="default front_camera")
     p.add_argument("--workers", type=int, help="processes, default one per core")
     p.add_argument("--step", type=float, default=0.25, help=beams)
     return p
