@@ -430,7 +430,8 @@ def _view(clip: Clip, frame: int, camera: str, scale: float, points: np.ndarray)
     w2c = se3_inverse(cam.poses[frame])
     depth = splat_depth(*project_sweep(points, K, w2c, w, h), w, h)
     valid = clip.log.mask(camera, scale)
-    depth = depth if valid is None else depth * valid
+    if valid is not None:
+        image, depth = image * valid[..., None], depth * valid  # black: no window of a score reaches behind the mask
     return image, K, w2c, clip.t_of_camera(camera, frame), frame, camera, depth, valid
 
 # %% ../nbs/07_clip_data.ipynb #5151bb1c

@@ -13,7 +13,7 @@ from scipy.ndimage import minimum_filter1d
 from torch import Tensor
 from pydantic import NonNegativeInt, PositiveInt
 from .clips import Clip
-from .clip_data import Views
+from .clip_data import Views, shown_only
 from .files import short_path
 from .box_motion import CuboidConfig, dynamic_mask
 from .cuboids import class_ids, load_cuboids
@@ -98,14 +98,15 @@ def region_rows(
 ) -> list[dict]:  # one row of each of IMAGE_METRICS
     "Compare a view with its photo inside a region."
     where = None if region == "full" and view.valid is None else mask
+    rgb = shown_only(out.rgb, view)
     hit = mask & (view.depth > 0)
     if cfg.max_depth is not None:
         hit = hit & (view.depth <= cfg.max_depth)
     pixels, returns = int(mask.sum()), int(hit.sum())
     depth = float(depth_rmse(out.depth, view.depth, where, cfg)) if returns else None
     return [
-        score_row("psnr", float(psnr(out.rgb, view.images, where)), pixels, region),
-        score_row("ssim", float(ssim_metric(out.rgb, view.images, where, cfg)), pixels, region),
+        score_row("psnr", float(psnr(rgb, view.images, where)), pixels, region),
+        score_row("ssim", float(ssim_metric(rgb, view.images, where, cfg)), pixels, region),
         score_row("depth_rmse", depth, returns, region, reason=NO_RETURN),
     ]
 

@@ -336,16 +336,16 @@ def test_an_older_record_can_be_compared(record, run, capsys):
 def test_tables_of_runs_show_names_as_text(tmp_path, record, name):
     "The README and the site have these tables."
     from markdown_it import MarkdownIt
-    from flux4d.result_tables import RUN_COLUMNS, run_row
+    from flux4d.result_tables import RUN_COLUMNS, circumstances_line, run_row
     from flux4d.records import run_summary
 
     record["evaluated_on"] = record["runtime"]["machine"] = name
     (tmp_path / "run").mkdir()
     keep(tmp_path / "run", record)
     row = f"| {' | '.join(run_row(tmp_path / 'run', record))} |"
-    columns = 5 + len(RUN_COLUMNS)  # name, evaluated on, trained, machine, reconstruction
+    columns = 3 + len(RUN_COLUMNS)  # name, trained, reconstruction
     head = "| " + " | ".join("a" * columns) + " |\n" + "| --- " * columns + "|\n"
-    for text in (head + row, run_summary(tmp_path / "run")):
+    for text in (f"{circumstances_line(record)}\n\n{head}{row}", run_summary(tmp_path / "run")):
         page = Page(
             MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
         )  # as a site renders it
