@@ -72,7 +72,7 @@ test: $(READY)
 	$(REPO) check
 	@echo "cells flagged gpu, slow or data run only when asked for (FLAGS='gpu data'); asked for: $(or $(FLAGS),none)"
 	$(PYTHON) -c "from nbdev.test import nbdev_test; nbdev_test(n_workers=$(WORKERS), flags='$(FLAGS)', timing=True)" | tee build/tests.txt
-	$(PYTHON) -m pytest -q -rs -n $(WORKERS) --dist loadfile
+	$(PYTHON) -m pytest -q -rs -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 notebook: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) -c "from nbdev.test import nbdev_test; nbdev_test('nbs/$(NB).ipynb', n_workers=0, flags='$(FLAGS)', timing=True)"

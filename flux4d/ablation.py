@@ -386,7 +386,7 @@ def at_least_as_wide(
     more = max(0.0, least - (high - low)) / 2
     return low - more, high + more
 
-
+# %% ../nbs/62_ablation.ipynb #1b0e2724
 CHART_PANELS = {"PSNR": "dB", "SSIM": "", "D_RMSE": "m", "V_RMSE": "m per 0.1 s", "full PSNR": "dB"}  # metric -> unit
 
 

@@ -28,7 +28,7 @@ class StepSeconds(NamedTuple):
     cpu: float  # one core, PandaSet's full images
     small: float  # one core, the small city
 
-
+# %% ../nbs/09i_announce.ipynb #58a75484
 STEP_SECONDS = {
     "default": StepSeconds(0.22, 80.0, 10.0),
     "paper": StepSeconds(0.34, 120.0, 15.0),
@@ -61,7 +61,7 @@ def empty_side(
     trained = train_logs or [log for log in logs if log not in (eval_logs or TEST_SCENES)]
     return "eval_logs" if not judged else "train_logs" if not trained else ""
 
-
+# %% ../nbs/09i_announce.ipynb #5cf2acd0
 MANY_CPU_STEPS = 100  # beyond them a run without a GPU is warned of
 
 
@@ -76,7 +76,7 @@ def data_line(
     made = ", a made-up city" if (Path(root) / "city.json").is_file() else ""
     return f"data    {len(logs)} log{'s' * (len(logs) != 1)} in {root}{made}"
 
-
+# %% ../nbs/09i_announce.ipynb #778e2b98
 def time_line(
     iters: int,  # steps
     minutes: float,  # budget of training, 0: none
@@ -121,7 +121,7 @@ def _named_logs(
     words = given if isinstance(given, (list, tuple)) else str(given).split(",")
     return tuple(str(word).strip().zfill(3) for word in words if str(word).strip())
 
-
+# %% ../nbs/09i_announce.ipynb #a8e3c8e3
 def _check_sides(
     p: dict,  # parameters: index_path, train_logs, eval_logs
     root: str,  # as asked for; "": none
@@ -132,7 +132,7 @@ def _check_sides(
         if name := empty_side(log_names(root), *sides):
             raise DataError(f"{name}: is empty.")
 
-
+# %% ../nbs/09i_announce.ipynb #b5cf996e
 def announcement(
     parameters: dict,  # of 60_stage6, as they were given
 ) -> list[str]:  # empty where they cannot be used; another sentence says why

@@ -211,7 +211,7 @@ def refuse_absent(
         fault, remedy = "does not exist", f"its folder holds {there}" if there else "check the path"
     raise DataError(f"{typed_path(path)}: {fault}; {remedy}.")
 
-
+# %% ../nbs/02a_files.ipynb #69edfe3f
 def log_names(
     root: str | Path,  # data root
 ) -> list[str]:  # sorted
@@ -219,7 +219,7 @@ def log_names(
     folders = [p for p in listing(root) if not p.name.startswith("_")]
     return [p.name for p in folders if (p / "lidar").is_dir()]
 
-
+# %% ../nbs/02a_files.ipynb #83678f40
 def find_logs(
     root: str | Path,  # data root, as it was typed
 ) -> list[str]:  # at least one; raises DataError

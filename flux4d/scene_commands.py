@@ -54,7 +54,7 @@ def kind_of_file(
         return ""
     return {"flux4d-weights": "weights", "flux4d-scene": "scene"}.get(str(name), "")
 
-
+# %% ../nbs/74c_scene_commands.ipynb #38b235e0
 def refuse_clip_options(
     args: argparse.Namespace,  # of `clip_parser`, without a data root
     names: tuple[str, ...],  # options that choose a clip
@@ -67,7 +67,7 @@ def refuse_clip_options(
             fault = f"is {value}, but {typed_path(args.source)} is a scene that was saved"
             raise DataError(f"--{name}: {fault}; {remedy}.")
 
-
+# %% ../nbs/74c_scene_commands.ipynb #1d5cd0bc
 def check_source(
     args: argparse.Namespace,  # of `clip_parser`
     clip_options: tuple[str, ...] = ("log", "start", "device"),  # that a saved scene cannot follow
@@ -200,7 +200,7 @@ def film_parser() -> argparse.ArgumentParser:
     p.add_argument("--size", type=int, help="width of a panel in px, default as recorded, at most 1920 for all")
     return p
 
-
+# %% ../nbs/74c_scene_commands.ipynb #8e78abfd
 def film_cameras(
     args: argparse.Namespace,  # of `film_parser`
 ) -> tuple[str, ...] | None:  # names; None for a saved scene
@@ -211,7 +211,7 @@ def film_cameras(
 
     return tuple(read_weights(args.source).config.get("data", {}).get("cameras", ())) or None
 
-
+# %% ../nbs/74c_scene_commands.ipynb #51dc6db7
 def film_main(
     argv: list[str] | None = None,  # command line, None: the process's own
 ) -> int:  # 0, or 1 after an error

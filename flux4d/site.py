@@ -149,7 +149,7 @@ def with_narrow_pipeline(
     narrow = '<img class="narrow" src="_static/pipeline_narrow.svg" alt="{}">'
     return text.replace(found[0], f"{found[0]}\n\n{narrow.format(found[1])}") if found else text
 
-
+# %% ../nbs/91c_site.ipynb #06c5ffc4
 def as_overview(
     text: str,  # page of the index
 ) -> str:
@@ -157,7 +157,7 @@ def as_overview(
     text = re.sub(r"\A# .*", "# Overview", text)
     return re.sub(r"^!\[[^\]]*\]\([^)]*hero[^)]*\)\n\n\*.*\*\n\n", "", text, count=1, flags=re.M)
 
-
+# %% ../nbs/91c_site.ipynb #947a6165
 def results_first(
     runs: str,  # page of the runs of record
     home: str,  # the home page

@@ -343,7 +343,7 @@ def ended_early(
         return []
     return [f"training was ended by minutes={tc.minutes:g} after {trainer.step} of {tc.iters} steps"]
 
-
+# %% ../nbs/60_stage6.ipynb #c9cc5823
 def training_bar(
     trainer: Trainer,  # that will train
     show: Callable = open_bar,  # what shows it
@@ -457,7 +457,7 @@ def parameters_said() -> str:  # lines
     why = "what each means: papermill --help-notebook nbs/60_stage6.ipynb"
     return "\n".join(["parameters and their defaults (nothing: the preset's, or all):", *lines, why])
 
-
+# %% ../nbs/60_stage6.ipynb #b8660890
 def stage6_main(
     argv: list[str] | None = None,  # command line, None: the process's own
 ) -> int:  # 0, or 1 after an error or an interruption
