@@ -175,7 +175,7 @@ def plain_html(
     text = re.sub(r"<style[\s\S]*?</style>| border=\"\d+\"| style=\"[^\"]*\"", "", text)
     return "\n".join(line.strip() for line in text.splitlines() if line.strip())
 
-# %% ../nbs/90b_reading_page.ipynb #7c22ebda
+
 def first_sentence(
     text: str,  # markdown
     longest: int = 240,  # characters; longer ones end at a comma or a semicolon
@@ -193,7 +193,7 @@ def first_sentence(
         sentence = re.split(r"[,;:] (?!.*[,;:] )", sentence[:longest])[0]
     return sentence
 
-# %% ../nbs/90b_reading_page.ipynb #48eea076
+
 def without_comments(
     text: str,  # markdown
 ) -> str:

@@ -54,7 +54,7 @@ def run_row(
     took = "-" if seconds is None else f"{seconds:.2f}"
     return [name, trained, *(column.cell(metrics) for column in RUN_COLUMNS.values()), took]
 
-# %% ../nbs/91a_result_tables.ipynb #ea544012
+
 def circumstances_line(
     metrics: dict,  # of a run
 ) -> str:  # markdown
@@ -62,7 +62,7 @@ def circumstances_line(
     evaluated, machine = literal(str(metrics["evaluated_on"])), literal(str(metrics["runtime"]["machine"]))
     return f"**Evaluated on {evaluated}**, {machine}"
 
-# %% ../nbs/91a_result_tables.ipynb #9742e5bb
+
 def other_run(
     run: Path,  # a run's folder
     metrics: dict,  # its metrics, of something else than views and motion

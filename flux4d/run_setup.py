@@ -82,7 +82,7 @@ def known_logs(
     "The first logs of a data root."
     return ", ".join(logs[:5]) + (" ..." if len(logs) > 5 else "")
 
-# %% ../nbs/58_run_setup.ipynb #ec4901aa
+
 def check_judged(
     logs: list[str],  # of the data root
     eval_logs: tuple[str, ...],  # () = the paper's ten test logs, as far as they are there
@@ -92,7 +92,7 @@ def check_judged(
         fault = f"none of the data root's logs ({known_logs(logs)}) is one of the paper's ten test logs"
         raise DataError(f"eval_logs: is empty, and {fault}; name some, for example with -p eval_logs {logs[-1]}.")
 
-# %% ../nbs/58_run_setup.ipynb #d3a31725
+
 def check_sides(
     root: Path,  # data root
     train_logs: tuple[str, ...],  # () = every log that is not judged by
