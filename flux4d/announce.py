@@ -122,15 +122,15 @@ def _named_logs(
     return tuple(str(word).strip().zfill(3) for word in words if str(word).strip())
 
 # %% ../nbs/09i_announce.ipynb #a8e3c8e3
-def _check_sides(
+def _is_one_sided(
     p: dict,  # parameters: index_path, train_logs, eval_logs
     root: str,  # as asked for; "": none
-) -> None:  # raises DataError; another sentence says more
-    "Refuse a run without clips to train on or to be judged by."
-    if root and not p.get("index_path"):
-        sides = (_named_logs(p.get(name, "")) for name in ("train_logs", "eval_logs"))
-        if name := empty_side(log_names(root), *sides):
-            raise DataError(f"{name}: is empty.")
+) -> bool:
+    "Whether a run would have no clips to train on or none to be judged by."
+    if not root or p.get("index_path"):
+        return False
+    sides = (_named_logs(p.get(name, "")) for name in ("train_logs", "eval_logs"))
+    return bool(empty_side(log_names(root), *sides))
 
 # %% ../nbs/09i_announce.ipynb #b5cf996e
 def announcement(
@@ -145,8 +145,10 @@ def announcement(
         folder = run_folder(str(p["resume_from"]), str(p["out_dir"]))
         step = step_seconds(str(p["preset"]), device, float(p["image_scale"]), not root)
         data = data_line(root)
-        _check_sides(p, root)
+        one_sided = _is_one_sided(p, root)
     except (DataError, OSError, TypeError, ValueError, KeyError):
+        return []
+    if one_sided:
         return []
     do = f"train {iters:,} steps with the preset {p['preset']}, then evaluate" if iters else "evaluate, train nothing"
     warning = warning_line(iters, minutes, step) if device.startswith("cpu") else ""

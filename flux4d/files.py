@@ -23,7 +23,7 @@ except ImportError:  # Windows has no such locks
 
 # %% auto #0
 __all__ = ['KEPT_ENDINGS', 'DataError', 'short_path', 'typed_path', 'report_fault', 'quoted', 'plain_fault', 'listing',
-           'refuse_absent', 'log_names', 'find_logs', 'find_misnamed', 'counts_otherwise', 'missing_text',
+           'refuse_absent', 'log_names', 'known_logs', 'find_logs', 'find_misnamed', 'counts_otherwise', 'missing_text',
            'report_missing', 'remove_unfinished', 'WriteError', 'writing', 'atomic_write']
 
 # %% ../nbs/02a_files.ipynb #9994b2b9
@@ -220,6 +220,13 @@ def log_names(
     return [p.name for p in folders if (p / "lidar").is_dir()]
 
 # %% ../nbs/02a_files.ipynb #83678f40
+def known_logs(
+    logs: list[str],  # of a data root
+) -> str:  # for a sentence
+    "The first logs of a data root."
+    return ", ".join(logs[:5]) + (" ..." if len(logs) > 5 else "")
+
+
 def find_logs(
     root: str | Path,  # data root, as it was typed
 ) -> list[str]:  # at least one; raises DataError

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from .frames import far_origin, rotate_vectors, se3_inverse, transform_points
-from .files import DataError, find_logs, listing, quoted, report_fault
+from .files import DataError, find_logs, known_logs, listing, quoted, report_fault
 from .lazy_methods import LazyMethods
 from .log_files import CAMERAS, Sweep, open_image, read_image, read_intrinsics, read_poses
 from .log_files import read_stamps, read_sweep, reduce_image
@@ -46,8 +46,8 @@ class PandaSet:
 
     def __repr__(self) -> str:  # one line
         "Name the data root and its logs."
-        some = ", ".join(self.log_ids[:5]) + (" ..." if len(self.log_ids) > 5 else "")
-        return f"PandaSet {self.root}: {len(self.log_ids)} log{'s' * (len(self.log_ids) != 1)} ({some})"
+        count = len(self.log_ids)
+        return f"PandaSet {self.root}: {count} log{'s' * (count != 1)} ({known_logs(self.log_ids)})"
 
     def __getitem__(
         self,

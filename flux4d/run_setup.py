@@ -12,7 +12,7 @@ from .announce import SMALL_CITY, empty_side
 from .clips import TEST_SCENES, Clip, ClipConfig, build_index, select_clips
 from .index_files import load_index
 from .config import config_to_dict
-from .files import DataError
+from .files import DataError, known_logs
 from .log_files import scaled_size
 from .view_scores import EvalConfig, check_clip
 from .pandaset import PandaSet
@@ -25,9 +25,9 @@ from .resume import read_resumable
 from .terminal import progress_bar
 
 # %% auto #0
-__all__ = ['find_data', 'index_config', 'example_split', 'known_logs', 'check_judged', 'check_sides', 'make_index',
-           'check_images', 'frames_used', 'keep_aside', 'check_fixed_frame', 'first_frames', 'split_clips', 'RunClips',
-           'choose_clips', 'resume_point', 'open_run', 'resolved']
+__all__ = ['find_data', 'index_config', 'example_split', 'check_judged', 'check_sides', 'make_index', 'check_images',
+           'frames_used', 'keep_aside', 'check_fixed_frame', 'first_frames', 'split_clips', 'RunClips', 'choose_clips',
+           'resume_point', 'open_run', 'resolved']
 
 # %% ../nbs/58_run_setup.ipynb #b8656bfb
 def find_data(
@@ -76,13 +76,6 @@ def example_split(
     return said
 
 # %% ../nbs/58_run_setup.ipynb #58b00003
-def known_logs(
-    logs: list[str],  # of a data root
-) -> str:  # for a sentence
-    "The first logs of a data root."
-    return ", ".join(logs[:5]) + (" ..." if len(logs) > 5 else "")
-
-
 def check_judged(
     logs: list[str],  # of the data root
     eval_logs: tuple[str, ...],  # () = the paper's ten test logs, as far as they are there

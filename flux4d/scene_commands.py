@@ -10,7 +10,7 @@ import json
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
-from .files import DataError, find_logs, refuse_absent, typed_path
+from .files import DataError, find_logs, known_logs, refuse_absent, typed_path
 from .settings import command_parser, exit_status
 
 if TYPE_CHECKING:
@@ -85,11 +85,11 @@ def check_source(
         remedy = "leave data root, log and start out"
         raise DataError(f"data_root: is {root}, but {source} is a scene that was saved; {remedy}.")
     logs = find_logs(args.data_root)
-    some = ", ".join(logs[:5]) + (" ..." if len(logs) > 5 else "")
+    choice = f"choose one of {known_logs(logs)}"
     if args.log is None:
-        raise DataError(f"--log: is missing; choose one of {some}, as in --log {logs[0]}.")
+        raise DataError(f"--log: is missing; {choice}, as in --log {logs[0]}.")
     if args.log not in logs:
-        raise DataError(f"--log: {args.log!r} is not among the logs of {root}; choose one of {some}.")
+        raise DataError(f"--log: {args.log!r} is not among the logs of {root}; {choice}.")
 
 # %% ../nbs/74c_scene_commands.ipynb #beffbe33
 def asked_scene(

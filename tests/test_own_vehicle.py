@@ -21,7 +21,8 @@ from flux4d.loader import Loader
 from flux4d.pandaset import PandaSet
 from flux4d.refine import Flux4D, FullConfig
 from flux4d.run import Run
-from flux4d.score_clips import About, Evaluation, evaluate, one_clip_loader
+from flux4d.run_facts import About
+from flux4d.score_clips import Evaluation, evaluate, one_clip_loader
 from flux4d.train import Trainer
 from flux4d.view_scores import EvalConfig
 
