@@ -16,6 +16,7 @@ from flux4d.gaussians import Gaussians
 from flux4d.losses import LossConfig, image_terms
 from flux4d.losses_fused import can_fuse, fused_image_terms
 from flux4d.splat_kernels import kernels_work
+from flux4d.tile_kernels import TILE, Splats2D, TileLists, blend_plain, tile_gradients
 from flux4d.network_inputs import describe_points
 from flux4d.refine import Feedback, RefineConfig, feedback_features
 from flux4d.render import Cameras, RenderConfig, render
@@ -111,6 +112,50 @@ def test_terms_without_a_gradient():
         found = fused_image_terms(out, views, LossConfig())
     assert not found.rgb.requires_grad
     assert torch.allclose(torch.stack([*found]), torch.stack([*image_terms(out, views, LossConfig())]), atol=1e-5)
+
+
+def flat_splats(V, N, channels, height, width):
+    "Splats of V pictures, some beside them and some opaque, and lists in which most tiles miss some of them."
+    gen = torch.Generator().manual_seed(channels)
+    size = torch.tensor([width, height])
+    means = (1.2 * torch.rand(V, N, 2, generator=gen) - 0.1) * size
+    axes = 2 * torch.randn(V, N, 2, 2, generator=gen)
+    inverse = torch.linalg.inv(axes @ axes.mT + 0.3 * torch.eye(2))
+    conics = torch.stack([inverse[..., 0, 0], inverse[..., 0, 1], inverse[..., 1, 1]], -1)
+    opacities = (1.2 * torch.rand(V, N, generator=gen)).clamp(0.02, 1)
+    s = Splats2D(means, conics, torch.randn(V, N, channels, generator=gen), opacities)
+    rows, columns = -(-height // TILE), -(-width // TILE)
+    offsets, ids = [], []
+    for view in range(V):
+        for middle in torch.cartesian_prod(torch.arange(rows) + 0.5, torch.arange(columns) + 0.5) * TILE:
+            offsets.append(len(ids))
+            near = (means[view].flip(-1) - middle).abs().amax(-1) < 16
+            ids += (view * N + near.nonzero()[:, 0]).tolist()
+    offsets = torch.tensor(offsets, dtype=torch.int32).view(V, rows, columns)
+    return s, TileLists(offsets, torch.tensor(ids, dtype=torch.int32), height, width)
+
+
+@with_kernels
+@pytest.mark.parametrize("channels", [5, 8, 9])
+def test_tiles_go_back_as_autograd_does(channels):
+    s, lists = flat_splats(2, 60, channels, 13, 19)
+    leaves = [x.double().requires_grad_() for x in s]
+    image, alpha, last = blend_plain(Splats2D(*leaves), lists)
+    assert (last > 0).any() and alpha.max() > 0.999
+    gen = torch.Generator().manual_seed(1)
+    d_image, d_alpha = (torch.randn(x.shape, generator=gen, dtype=x.dtype) for x in (image, alpha))
+    wanted = torch.autograd.grad((image * d_image).sum() + (alpha * d_alpha).sum(), leaves)
+
+    def there(x):
+        return x.detach().to(DEVICE, torch.float32 if x.is_floating_point() else x.dtype).contiguous()
+
+    lists = lists._replace(offsets=there(lists.offsets), ids=there(lists.ids))
+    drawn = there(image), there(alpha), there(last)
+    found = tile_gradients(Splats2D(*map(there, s)), lists, drawn, there(d_image), there(d_alpha))
+    # features go through the matrix units with eleven binary digits, the others with twenty-two; float32 does the rest
+    for name, bound in dict(means=3e-5, conics=3e-5, features=5e-4, opacities=3e-5).items():
+        a, b = getattr(found, name).cpu(), wanted[Splats2D._fields.index(name)]
+        assert (a - b).abs().max() < bound * b.abs().max(), name
 
 
 # A loop over a number of the launch: Triton 3.6 makes an index of an array for it, which NumPy refuses from 2.5 on.
