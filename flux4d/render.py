@@ -20,6 +20,7 @@ from .raster import DrawRules, Ellipsoids, Pinhole, rasterise
 from .raster_compiled import have_numba, rasterise_compiled
 from .splat_kernels import Placement, finish_pictures, kernels_work, place_splats
 from .tile_kernels import Splats2D, TILE, TileLists, blend_tiles, tiles_take
+from .tile_lists import order_fits, tile_lists
 
 # %% auto #0
 __all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'tile_size_for', 'pick_backend', 'background_colour',
@@ -203,13 +204,13 @@ def _project_with_gsplat(
     return *splats, opacities if compensation is None else opacities * compensation
 
 # %% ../nbs/21_render.ipynb #7d20a003
-def _tile_lists(
+def _gsplat_lists(
     radii: Tensor,  # (V,N,2) int32 px, of splats
     means: Tensor,  # (V,N,2) px
     depths: Tensor,  # (V,N) m
     views: Any,  # V views
 ) -> TileLists:
-    "The splats of each tile, nearest first, as gsplat sorts them."
+    "The splats whose box touches a tile, nearest first, as gsplat sorts them."
     from gsplat import isect_offset_encode, isect_tiles
 
     across, down = -(-views.width // TILE), -(-views.height // TILE)
@@ -229,7 +230,10 @@ def _with_tiles(
     if tile_size_for(e, values) != TILE or not tiles_take(values):
         return _with_gsplat(e, values, views, cfg)
     radii, means, depths, conics, opacities = _project_with_gsplat(e, views, cfg)
-    return blend_tiles(Splats2D(means, conics, values, opacities), _tile_lists(radii, means, depths, views))
+    splats, size, planes = Splats2D(means, conics, values, opacities), (views.height, views.width), (cfg.near, cfg.far)
+    if order_fits(len(means), *planes):
+        return blend_tiles(splats, tile_lists(splats, radii, depths.detach(), size, planes))
+    return blend_tiles(splats, _gsplat_lists(radii, means, depths, views))
 
 # %% ../nbs/21_render.ipynb #4fda22ce
 def pick_backend(
