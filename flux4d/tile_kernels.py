@@ -21,9 +21,9 @@ except ImportError:  # without a GPU there is none; gsplat's or the CPU's raster
 
 # %% auto #0
 __all__ = ['RECORD', 'MOST_CHANNELS', 'TILE', 'BUCKET', 'REGISTERS', 'RECORD_BLOCK', 'record_kernel', 'halves', 'record_columns',
-           'rounded', 'multiply', 'pixel_powers', 'column', 'tile_pixels', 'add_to', 'tile_grad_kernel', 'Splats2D',
-           'TileLists', 'tile_gradients', 'gsplat_channels', 'pixel_strengths', 'blend_plain', 'gsplat_blend',
-           'BlendTiles', 'tiles_take', 'blend_tiles']
+           'to_tf32', 'multiply', 'pixel_powers', 'block_column', 'tile_pixels', 'add_to', 'tile_grad_kernel',
+           'Splats2D', 'TileLists', 'pixel_strengths', 'blend_plain', 'tile_gradients', 'gsplat_channels',
+           'gsplat_blend', 'BlendTiles', 'tiles_take', 'blend_tiles']
 
 # %% ../nbs/20d_tile_kernels.ipynb #2ea8e44d
 RECORD = 16  # numbers of a splat's record: 2 of its centre, 3 of its conic, 1 of its opacity, the rest channels
@@ -80,9 +80,9 @@ def record_columns(
     left = tl.split(c0) + tl.split(c2) + tl.split(c4) + tl.split(c6)
     return left + tl.split(c8) + tl.split(c10) + tl.split(c12) + tl.split(c14)
 
-# %% ../nbs/20d_tile_kernels.ipynb #3164e0bb
+# %% ../nbs/20d_tile_kernels.ipynb #9e60cc9e
 @kernel
-def rounded(
+def to_tf32(
     x: tl.tensor,  # float32
 ) -> tl.tensor:
     "Numbers of eleven binary digits, the nearest."
@@ -110,9 +110,9 @@ def pixel_powers(
     square = tl.where(k == 3, x * x, 0.0) + tl.where(k == 4, x * y, 0.0) + tl.where(k == 5, y * y, 0.0)
     return linear + square
 
-# %% ../nbs/20d_tile_kernels.ipynb #aa11029b
+# %% ../nbs/20d_tile_kernels.ipynb #3eb20b4d
 @kernel
-def column(
+def block_column(
     x: tl.tensor,  # (ROWS,COLUMNS)
     K: tl.constexpr,  # which
     COLUMNS: tl.constexpr,  # how many there are
@@ -194,7 +194,7 @@ def tile_grad_kernel(
     clear = 1.0 - tl.load(alpha_ptr + pixel, mask=here, other=0.0)
     behind = tl.sum(g * shown, 1) - clear * tl.load(d_alpha_ptr + pixel, mask=here, other=0.0)
     light = tl.full([SIDE * SIDE], 1.0, tl.float32)
-    rounded_g = rounded(g)
+    rounded_g = to_tf32(g)
     c = tl.arange(0, 16)[None, :]
     place = first + tl.arange(0, BUCKET)
     next_id = tl.load(ids_ptr + place, mask=place < end, other=0)
@@ -220,21 +220,21 @@ def tile_grad_kernel(
         weight = rate * after
         w = tl.zeros([BUCKET, SIDE * SIDE], tl.float32)
         for q in tl.static_range(CHANNELS):
-            w += columns[6 + q][:, None] * column(g, q, WIDE)[None, :]
+            w += columns[6 + q][:, None] * block_column(g, q, WIDE)[None, :]
         part = weight * w
         rest = behind[None, :] - tl.cumsum(part, 0)
         u = tl.where(strength <= 0.999, rate * (rest - after * w), 0.0)
         light = tl.min(after, 0)
         behind -= tl.sum(part, 0)
-        of_features = tl.dot(rounded(weight), rounded_g, input_precision="tf32")
-        rough = rounded(u)
+        of_features = tl.dot(to_tf32(weight), rounded_g, input_precision="tf32")
+        rough = to_tf32(u)
         m = tl.dot(rough, powers, input_precision="tf32")
         m = tl.dot(u - rough, powers, m, input_precision="tf32")
-        s, sx, sy = column(m, 0, 8), column(m, 1, 8), column(m, 2, 8)
+        s, sx, sy = block_column(m, 0, 8), block_column(m, 1, 8), block_column(m, 2, 8)
         ux, uy = mx * s - sx, my * s - sy
-        uxx = mx * (ux - sx) + column(m, 3, 8)
-        uxy = mx * uy - my * sx + column(m, 4, 8)
-        uyy = my * (uy - sy) + column(m, 5, 8)
+        uxx = mx * (ux - sx) + block_column(m, 3, 8)
+        uxy = mx * uy - my * sx + block_column(m, 4, 8)
+        uyy = my * (uy - sy) + block_column(m, 5, 8)
         A, B, C = columns[2] * -1.3862943611198906, columns[3] * -0.6931471805599453, columns[4] * -1.3862943611198906
         some = there & (s != 0.0)
         add_to(d_means_ptr, id, 0, 2, A * ux + B * uy, some)
@@ -269,33 +269,6 @@ class TileLists(NamedTuple):
     ids: Tensor  # (pairs,) int32, view * N + splat
     height: int  # px, of a picture
     width: int  # px
-
-# %% ../nbs/20d_tile_kernels.ipynb #74e2d8bd
-def tile_gradients(
-    s: Splats2D,  # as drawn
-    lists: TileLists,  # as drawn
-    drawn: tuple[Tensor, Tensor, Tensor],  # image (V,H,W,C), alpha (V,H,W,1), last (V,H,W) int32, as gsplat gives them
-    d_image: Tensor,  # (V,H,W,C) gradient of the image
-    d_alpha: Tensor,  # (V,H,W,1) of its opacity
-) -> Splats2D:  # gradients of the splats
-    "Call the kernels: records, then one program for each tile."
-    rows, channels = s.opacities.numel(), s.features.shape[-1]
-    records = s.means.new_empty(rows, RECORD)
-    record_kernel[(triton.cdiv(rows, RECORD_BLOCK),)](*s, records, rows, channels, RECORD_BLOCK)
-    out = Splats2D(*(torch.zeros_like(x) for x in s))
-    slopes = d_image.contiguous(), d_alpha.contiguous()
-    sizes = len(lists.ids), lists.height, lists.width, channels, 8 if channels <= 8 else 16, TILE, BUCKET
-    how = dict(num_warps=1, num_stages=1) | (dict(maxnreg=REGISTERS) if s.means.is_cuda else {})
-    tile_grad_kernel[(lists.offsets.numel(),)](records, lists.offsets, lists.ids, *drawn, *slopes, *out, *sizes, **how)
-    return out
-
-# %% ../nbs/20d_tile_kernels.ipynb #5c6dab3f
-def gsplat_channels(
-    channels: int,  # that are drawn
-) -> int:
-    "How many channels gsplat's kernel draws then."
-    compiled = 1, 2, 3, 4, 5, 8, 9
-    return min(n for n in compiled if n >= channels)
 
 # %% ../nbs/20d_tile_kernels.ipynb #e5252278
 def pixel_strengths(
@@ -337,6 +310,33 @@ def blend_plain(
         last[part] = torch.where(rank > 0, bounds[tile] + rank - 1, 0).view(TILE, TILE)
     H, W = lists.height, lists.width
     return tuple(x[:, :H, :W].contiguous() for x in (image, alpha, last))
+
+# %% ../nbs/20d_tile_kernels.ipynb #74e2d8bd
+def tile_gradients(
+    s: Splats2D,  # as drawn
+    lists: TileLists,  # as drawn
+    drawn: tuple[Tensor, Tensor, Tensor],  # image (V,H,W,C), alpha (V,H,W,1), last (V,H,W) int32, as gsplat gives them
+    d_image: Tensor,  # (V,H,W,C) gradient of the image
+    d_alpha: Tensor,  # (V,H,W,1) of its opacity
+) -> Splats2D:  # gradients of the splats
+    "Call the kernels: records, then one program for each tile."
+    rows, channels = s.opacities.numel(), s.features.shape[-1]
+    records = s.means.new_empty(rows, RECORD)
+    record_kernel[(triton.cdiv(rows, RECORD_BLOCK),)](*s, records, rows, channels, RECORD_BLOCK)
+    out = Splats2D(*(torch.zeros_like(x) for x in s))
+    slopes = d_image.contiguous(), d_alpha.contiguous()
+    sizes = len(lists.ids), lists.height, lists.width, channels, 8 if channels <= 8 else 16, TILE, BUCKET
+    how = dict(num_warps=1, num_stages=1) | (dict(maxnreg=REGISTERS) if s.means.is_cuda else {})
+    tile_grad_kernel[(lists.offsets.numel(),)](records, lists.offsets, lists.ids, *drawn, *slopes, *out, *sizes, **how)
+    return out
+
+# %% ../nbs/20d_tile_kernels.ipynb #5c6dab3f
+def gsplat_channels(
+    channels: int,  # that are drawn
+) -> int:
+    "How many channels gsplat's kernel draws then."
+    compiled = 1, 2, 3, 4, 5, 8, 9
+    return min(n for n in compiled if n >= channels)
 
 # %% ../nbs/20d_tile_kernels.ipynb #8c419a51
 @lru_cache

@@ -114,9 +114,9 @@ def list_kernel(
     if not WRITE:
         tl.store(counts_ptr + i, total, mask=here)
 
-# %% ../nbs/20e_tile_lists.ipynb #667a96a8
+# %% ../nbs/20e_tile_lists.ipynb #f3028efa
 def float_bits(
-    x: float,
+    x: float,  # more than 0
 ) -> int:
     "The bits of a positive float32; they grow with it."
     return torch.tensor(x, dtype=torch.float32).view(torch.int32).item()
