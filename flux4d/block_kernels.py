@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from .splat_kernels import kernels_work, rows_of
+from .kernels import kernels_work
+from .splat_kernels import rows_of
 
 try:
     import triton
@@ -23,7 +24,7 @@ __all__ = ['CONV_ROWS', 'READY', 'CHUNKS', 'NORM_ROWS', 'NORM_COLS', 'ReadTable'
            'beside_rows', 'coarse_voxels', 'same_layer', 'strided_layers', 'network_tables', 'network_kernel', 'launch',
            'convolve_kernel', 'weight_kernel', 'moments_kernel', 'norm_kernel', 'norm_slope', 'slopes_kernel',
            'norm_back_kernel', 'share_out', 'units', 'channel_block', 'convolve_rows', 'weight_gradient', 'Normed',
-           'normalise', 'normalise_back', 'BlockRule', 'FusedBlock', 'fused_block', 'kernels_convolve']
+           'norm_and_bend', 'norm_and_bend_back', 'BlockRule', 'FusedBlock', 'fused_block', 'kernels_convolve']
 
 # %% ../nbs/20d_block_kernels.ipynb #b14cda40
 class ReadTable(NamedTuple):
@@ -528,8 +529,8 @@ class Normed(NamedTuple):
     out: Tensor  # (n,C) normalised and bent
     stats: Tensor  # (2,C) mean, 1/standard deviation
 
-# %% ../nbs/20d_block_kernels.ipynb #19bad2fc
-def normalise(
+# %% ../nbs/20d_block_kernels.ipynb #4a37cde1
+def norm_and_bend(
     parts: Tensor,  # (parts,n,C) from `convolve_rows`
     scale: Tensor,  # (C,) of the norm
     shift: Tensor,  # (C,) of the norm
@@ -549,11 +550,11 @@ def normalise(
     launch(norm_kernel, (-(-n // NORM_ROWS), blocks, 1), given, (n, C, size, eps, slope), (CHUNKS, *block))
     return Normed(y, out, sums[CHUNKS])
 
-# %% ../nbs/20d_block_kernels.ipynb #59528d46
-def normalise_back(
+# %% ../nbs/20d_block_kernels.ipynb #cba9e289
+def norm_and_bend_back(
     d: Tensor,  # (n,C) gradient of the block's result
     y: Tensor,  # (n,C) convolved features
-    stats: Tensor,  # (2,C) from `normalise`
+    stats: Tensor,  # (2,C) from `norm_and_bend`
     scale: Tensor,  # (C,) of the norm
     shift: Tensor,  # (C,) of the norm
     slope: float,  # of LeakyReLU below zero
@@ -594,7 +595,7 @@ class FusedBlock(torch.autograd.Function):
     ) -> Tensor:  # (n,n_out)
         "Three kernels."
         parts = convolve_rows(x, weight, table.there, rule.precision)
-        made = normalise(parts, scale, shift, rule.eps, rule.slope)
+        made = norm_and_bend(parts, scale, shift, rule.eps, rule.slope)
         ctx.save_for_backward(x, weight, scale, shift, made.y, made.stats)
         ctx.table, ctx.rule = table, rule
         return made.out
@@ -608,7 +609,7 @@ class FusedBlock(torch.autograd.Function):
         "Four kernels, and the sums over their parts."
         x, weight, scale, shift, y, stats = ctx.saved_tensors
         table, rule = ctx.table, ctx.rule
-        d, of_norm = normalise_back(rows_of(d), y, stats, scale, shift, rule.slope)
+        d, of_norm = norm_and_bend_back(rows_of(d), y, stats, scale, shift, rule.slope)
         of_weight = weight_gradient(x, d, weight, table, rule.precision)
         of_x = None
         if ctx.needs_input_grad[0]:

@@ -15,7 +15,7 @@ from flux4d.decode import AttributeBounds, decode_residual
 from flux4d.gaussians import Gaussians
 from flux4d.losses import LossConfig, image_terms
 from flux4d.losses_fused import can_fuse, fused_image_terms
-from flux4d.splat_kernels import kernels_work
+from flux4d.kernels import kernels_work
 from flux4d.network_inputs import describe_points
 from flux4d.refine import Feedback, RefineConfig, feedback_features
 from flux4d.render import Cameras, RenderConfig, render
