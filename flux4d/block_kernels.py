@@ -20,11 +20,13 @@ except ImportError:  # without a GPU there is none; spconv or tensor operations 
     triton = None
 
 # %% auto #0
-__all__ = ['CONV_ROWS', 'READY', 'CHUNKS', 'NORM_ROWS', 'NORM_COLS', 'ReadTable', 'LayerTable', 'read_table', 'table_pairs',
-           'beside_rows', 'coarse_voxels', 'same_layer', 'strided_layers', 'network_tables', 'network_kernel', 'launch',
-           'convolve_kernel', 'weight_kernel', 'moments_kernel', 'norm_kernel', 'norm_slope', 'slopes_kernel',
-           'norm_back_kernel', 'share_out', 'units', 'channel_block', 'convolve_rows', 'weight_gradient', 'Normed',
-           'norm_and_bend', 'norm_and_bend_back', 'BlockRule', 'FusedBlock', 'fused_block', 'kernels_convolve']
+__all__ = ['CONV_ROWS', 'READY', 'TABLE_ROWS', 'CHUNKS', 'NORM_ROWS', 'NORM_COLS', 'ReadTable', 'Pairs', 'LayerTable',
+           'network_kernel', 'launch', 'use_kernel', 'group_kernel', 'beside_kernel', 'fused_read_table',
+           'fused_beside_rows', 'read_table', 'table_pairs', 'beside_rows', 'coarse_voxels', 'same_layer',
+           'strided_layers', 'network_tables', 'convolve_kernel', 'weight_kernel', 'moments_kernel', 'norm_kernel',
+           'norm_slope', 'slopes_kernel', 'norm_back_kernel', 'share_out', 'units', 'channel_block', 'convolve_rows',
+           'weight_gradient', 'Normed', 'norm_and_bend', 'norm_and_bend_back', 'BlockRule', 'FusedBlock', 'fused_block',
+           'kernels_convolve']
 
 # %% ../nbs/20d_block_kernels.ipynb #b14cda40
 class ReadTable(NamedTuple):
@@ -32,7 +34,19 @@ class ReadTable(NamedTuple):
 
     rows: Tensor  # (K,n) int32 rows read, -1 where there is none
     order: Tensor  # (n,) int32 rows written, in the order in which programs take them
-    cells: Tensor  # (programs,1+K) int32 how many cells of the kernel a program's rows use, and then which
+    cells: Tensor  # (groups,1+K) int32 how many cells of the kernel a group of rows uses, and then which
+
+# %% ../nbs/20d_block_kernels.ipynb #6ee6ff47
+class Pairs(NamedTuple):
+    "A table without gaps: P pairs of a row read and a row written, kernel cell after kernel cell."
+
+    read: Tensor  # (P,) int32
+    written: Tensor  # (P,) int32
+    starts: Tensor  # (K+1,) int32 where the pairs of each kernel cell begin, and where the last end
+
+    def turned(self) -> Pairs:
+        "The pairs of the layer that goes back."
+        return Pairs(self.written, self.read, self.starts)
 
 # %% ../nbs/20d_block_kernels.ipynb #7554e1d6
 class LayerTable(NamedTuple):
@@ -40,36 +54,169 @@ class LayerTable(NamedTuple):
 
     there: ReadTable  # of the convolution
     back: ReadTable  # of its gradient by the features
-    pairs: Tensor | None  # (2,P) int32 rows read and rows written, kernel cell after kernel cell; None = no gradient
-    starts: Tensor | None  # (K+1,) int32 where the pairs of each kernel cell begin, and where the last end
+    pairs: Pairs | None  # the same as `there`, for the gradient by the weights; None = no gradient
     mirrored: bool  # `back` counts the cells of the kernel from the other end
 
-# %% ../nbs/20d_block_kernels.ipynb #8b200b05
-CONV_ROWS = 64  # voxels of a program
+# %% ../nbs/20d_block_kernels.ipynb #f53c612b
+CONV_ROWS = 64  # voxels that share a list of kernel cells
+
+# %% ../nbs/20d_block_kernels.ipynb #b92565d2
+def network_kernel(
+    f: Callable,  # a Triton kernel whose pointers end in _ptr and whose constants are in capitals
+) -> Callable:  # compiled at its first call, once for all sizes
+    "Make a function a kernel where Triton is installed."
+    if triton is None:
+        return f
+    names = f.__code__.co_varnames[: f.__code__.co_argcount]
+    return triton.jit(f, do_not_specialize=[k for k in names if k.islower() and not k.endswith("_ptr")])
+
+# %% ../nbs/20d_block_kernels.ipynb #d7d58984
+READY = {}  # compiled kernels by function, constants and device
+
+# %% ../nbs/20d_block_kernels.ipynb #c260ae53
+def launch(
+    f: Callable,  # from `network_kernel`
+    grid: tuple[int, int, int],  # programs
+    tensors: tuple[Tensor, ...],  # its pointers
+    numbers: tuple[float, ...],  # its other arguments
+    constants: tuple,  # its constants
+) -> None:
+    "Start a kernel; from the second time on without asking Triton which of its compilations fits."
+    device = tensors[0].device
+    key = f, constants, device.index
+    pointers = [x.data_ptr() for x in tensors]
+    compiled = READY.get(key)
+    if compiled is None or any([p % 16 for p in pointers]):  # compiled code may rely on whole 16 bytes
+        READY[key] = f[grid](*tensors, *numbers, *constants)
+        return
+    stream = triton.runtime.driver.active.get_current_stream(device.index)
+    how = compiled.function, compiled.packed_metadata, None, None, None
+    compiled.run(*grid, stream, *how, *pointers, *numbers, *constants)
+
+# %% ../nbs/20d_block_kernels.ipynb #f8db578d
+@network_kernel
+def use_kernel(
+    rows_ptr: tl.tensor,  # (K,n) rows read, -1 where there is none
+    out_ptr: tl.tensor,  # out: (n,) a bit for each cell of the kernel that is used
+    n: tl.tensor,  # voxels written
+    cells: tl.tensor,  # K
+    ROWS: tl.constexpr,  # voxels of a program
+) -> None:
+    "Which cells of the kernel a voxel uses."
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    used = tl.zeros([ROWS], tl.int32)
+    for cell in range(cells):
+        source = tl.load(rows_ptr + cell * n + i, mask=i < n, other=-1)
+        used += tl.where(source >= 0, 1, 0) << cell
+    tl.store(out_ptr + i, used, mask=i < n)
+
+# %% ../nbs/20d_block_kernels.ipynb #f7c215ae
+@network_kernel
+def group_kernel(
+    rows_ptr: tl.tensor,  # (K,n) rows read, -1 where there is none
+    order_ptr: tl.tensor,  # (n,) rows written
+    out_ptr: tl.tensor,  # out: (groups,1+K) how many cells of the kernel are used, and which
+    n: tl.tensor,  # voxels written
+    cells: tl.tensor,  # K
+    ROWS: tl.constexpr,  # voxels of a group
+) -> None:
+    "Which cells of the kernel a group of voxels uses."
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.load(order_ptr + i, mask=i < n, other=0)
+    out = out_ptr + tl.program_id(0) * (cells + 1)
+    count = 0
+    for cell in range(cells):
+        source = tl.load(rows_ptr + cell * n + row, mask=i < n, other=-1)
+        used = tl.max(source, 0) >= 0
+        tl.store(out + 1 + count, cell, mask=used)
+        count += used.to(tl.int32)
+    tl.store(out, count)
+
+# %% ../nbs/20d_block_kernels.ipynb #95e7e639
+@network_kernel
+def beside_kernel(
+    number_ptr: tl.tensor,  # (n,) int64 number of each voxel
+    ascending_ptr: tl.tensor,  # (n,) int64 the same, sorted
+    order_ptr: tl.tensor,  # (n,) int64 rows in that order
+    rows_ptr: tl.tensor,  # out: (27,n) int32 rows of the voxels around each, -1 where there is none
+    n: tl.tensor,  # voxels
+    along_x: tl.tensor,  # numbers from a cell to the next along x
+    along_y: tl.tensor,  # numbers from a cell to the next along y
+    halvings: tl.tensor,  # 2 to this power is more than n
+    ROWS: tl.constexpr,  # voxels of a program
+) -> None:
+    "Look for one neighbour of each voxel by halving."
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cell = tl.program_id(1)
+    step = (cell // 9 - 1).to(tl.int64) * along_x + (cell // 3 % 3 - 1) * along_y + (cell % 3 - 1)
+    wanted = tl.load(number_ptr + i, mask=i < n, other=0) + step
+    low = tl.zeros([ROWS], tl.int32)  # the first place whose number is not less lies in low..high
+    high = low + n
+    for _ in range(halvings):
+        middle = (low + high) // 2
+        less = tl.load(ascending_ptr + middle, mask=middle < n, other=0) < wanted
+        open_ = low < high
+        low = tl.where(open_ & less, middle + 1, low)
+        high = tl.where(open_ & ~less, middle, high)
+    there = (low < n) & (i < n)
+    there &= tl.load(ascending_ptr + low, mask=there, other=-1) == wanted
+    row = tl.load(order_ptr + low, mask=there, other=-1).to(tl.int32)
+    tl.store(rows_ptr + cell * n + i, tl.where(there, row, -1), mask=i < n)
+
+# %% ../nbs/20d_block_kernels.ipynb #b8e0df64
+TABLE_ROWS = 128  # voxels of a program that makes tables
+
+# %% ../nbs/20d_block_kernels.ipynb #4bc57a4f
+def fused_read_table(
+    rows: Tensor,  # (K,n) int32 rows read, -1 where there is none
+) -> ReadTable:
+    "What `read_table` gives, in two kernels and a sort."
+    K, n = rows.shape
+    used, groups = rows.new_empty(n), -(-n // CONV_ROWS)
+    cells = rows.new_empty(groups, 1 + K)
+    launch(use_kernel, (-(-n // TABLE_ROWS), 1, 1), (rows, used), (n, K), (TABLE_ROWS,))
+    order = used.sort(stable=True).indices.int()
+    launch(group_kernel, (groups, 1, 1), (rows, order, cells), (n, K), (CONV_ROWS,))
+    return ReadTable(rows, order, cells)
+
+# %% ../nbs/20d_block_kernels.ipynb #ea3db870
+def fused_beside_rows(
+    number: Tensor,  # (V,) int64 number of each voxel
+    along: tuple[int, int],  # numbers from a cell to the next along x and y
+) -> Tensor:  # (27,V) int32
+    "What `beside_rows` gives, in a sort and a kernel."
+    n = len(number)
+    ascending, order = number.sort()
+    rows = torch.empty(27, n, dtype=torch.int32, device=number.device)
+    given = number, ascending, order, rows
+    launch(beside_kernel, (-(-n // TABLE_ROWS), 27, 1), given, (n, *along, n.bit_length() + 1), (TABLE_ROWS,))
+    return rows
 
 # %% ../nbs/20d_block_kernels.ipynb #e33240aa
 def read_table(
     rows: Tensor,  # (K,n) int32 rows read, -1 where there is none
 ) -> ReadTable:
     "Sort the voxels by the cells of the kernel that they use, so that programs can leave out whole cells."
+    if kernels_work(rows.device):
+        return fused_read_table(rows)
     K, n = rows.shape
     cell = torch.arange(K, device=rows.device)
     used = rows >= 0
     order = (used.long() << cell[:, None]).sum(0).sort(stable=True).indices
     of_program = F.pad(used[:, order], (0, -n % CONV_ROWS)).view(K, -1, CONV_ROWS).any(2).T
     first_used = torch.where(of_program, cell, cell + K).sort(1).values % K
-    cells = torch.cat([of_program.sum(1, keepdim=True), first_used], 1)
+    cells = torch.cat([of_program.sum(1, keepdim=True), first_used], 1)  # after those come the others, never read
     return ReadTable(rows.contiguous(), order.int(), cells.int())
 
 # %% ../nbs/20d_block_kernels.ipynb #7a258368
 def table_pairs(
     rows: Tensor,  # (K,n) int32 rows read, -1 where there is none
-) -> tuple[Tensor, Tensor]:  # (2,P) int32 rows read and written; (K+1,) int32 where each kernel cell's begin
+) -> Pairs:
     "The same table as a list without gaps."
     used = rows >= 0
     cell, written = used.nonzero().unbind(1)
     starts = F.pad(used.sum(1).cumsum(0), (1, 0))
-    return torch.stack([rows[cell, written], written.int()]), starts.int()
+    return Pairs(rows[cell, written], written.int(), starts.int())
 
 # %% ../nbs/20d_block_kernels.ipynb #a26d4ad9
 def beside_rows(
@@ -80,6 +227,8 @@ def beside_rows(
     _, ny, nz = (n + 2 for n in shape)
     x, y, z = (at + 1).unbind(1)
     number = (x * ny + y) * nz + z
+    if kernels_work(at.device):
+        return fused_beside_rows(number, (ny * nz, nz))
     a = torch.arange(-1, 2, device=at.device)
     step = ((a[:, None, None] * ny + a[:, None]) * nz + a).flatten()
     ascending, order = number.sort()
@@ -109,7 +258,7 @@ def same_layer(
     "The table of a 3x3x3 convolution that keeps its voxels."
     rows = beside_rows(at, shape)
     table = read_table(rows)
-    return LayerTable(table, table, *(table_pairs(rows) if train else (None, None)), mirrored=True)
+    return LayerTable(table, table, table_pairs(rows) if train else None, mirrored=True)
 
 # %% ../nbs/20d_block_kernels.ipynb #bcb63f1e
 def strided_layers(
@@ -122,10 +271,10 @@ def strided_layers(
     row = torch.arange(len(parent), device=parent.device)
     up = parent.new_full((8, len(parent)), -1).index_put((part, row), parent).int()
     down = parent.new_full((8, coarse), -1).index_put((part, parent), row).int()
-    pairs, starts = table_pairs(up) if train else (None, None)
+    pairs = table_pairs(up) if train else None
     down, up = read_table(down), read_table(up)
-    there = LayerTable(down, up, pairs.flip(0) if train else None, starts, mirrored=False)
-    return there, LayerTable(up, down, pairs, starts, mirrored=False)
+    there = LayerTable(down, up, pairs.turned() if train else None, mirrored=False)
+    return there, LayerTable(up, down, pairs, mirrored=False)
 
 # %% ../nbs/20d_block_kernels.ipynb #f62c24b6
 def network_tables(
@@ -145,39 +294,6 @@ def network_tables(
             tables[f"down{i}", "down"], tables[f"down{i}", "up"] = layers
     return tables
 
-# %% ../nbs/20d_block_kernels.ipynb #b92565d2
-def network_kernel(
-    f: Callable,  # a Triton kernel whose pointers end in _ptr and whose constants are in capitals
-) -> Callable:  # compiled at its first call, once for all sizes
-    "Make a function a kernel where Triton is installed."
-    if triton is None:
-        return f
-    names = f.__code__.co_varnames[: f.__code__.co_argcount]
-    return triton.jit(f, do_not_specialize=[k for k in names if k.islower() and not k.endswith("_ptr")])
-
-# %% ../nbs/20d_block_kernels.ipynb #d7d58984
-READY = {}  # compiled kernels by function, constants and device
-
-# %% ../nbs/20d_block_kernels.ipynb #c260ae53
-def launch(
-    f: Callable,  # from `network_kernel`
-    grid: tuple[int, int, int],  # programs
-    tensors: tuple[Tensor, ...],  # its pointers
-    numbers: tuple[float, ...],  # its other arguments
-    constants: tuple,  # its constants
-) -> None:
-    "Start a kernel; from the second time on without asking Triton which of its compilations fits."
-    device = tensors[0].device
-    key = f, constants, device.index
-    pointers = [x.data_ptr() for x in tensors]
-    compiled = READY.get(key)
-    if compiled is None or any(p % 16 for p in pointers):  # compiled code may rely on whole 16 bytes
-        READY[key] = f[grid](*tensors, *numbers, *constants)
-        return
-    stream = triton.runtime.driver.active.get_current_stream(device.index)
-    how = compiled.function, compiled.packed_metadata, None, None, None
-    compiled.run(*grid, stream, *how, *pointers, *numbers, *constants)
-
 # %% ../nbs/20d_block_kernels.ipynb #1e79e424
 @network_kernel
 def convolve_kernel(
@@ -185,7 +301,7 @@ def convolve_kernel(
     w_ptr: tl.tensor,  # (n_out,K,n_in) weights; where BACK (n_in,K,n_out)
     rows_ptr: tl.tensor,  # (K,n) rows read
     order_ptr: tl.tensor,  # (n,) rows written
-    cells_ptr: tl.tensor,  # (programs,1+K) kernel cells used
+    cells_ptr: tl.tensor,  # (groups,1+K) kernel cells used
     out_ptr: tl.tensor,  # out: (parts,n,n_out), whose sum over the parts is the convolution
     n: tl.tensor,  # voxels written
     cells: tl.tensor,  # K
@@ -196,6 +312,7 @@ def convolve_kernel(
     UNIT: tl.constexpr,  # 16 where all of these are whole multiples of it, else 1
     BACK: tl.constexpr,  # whether the weights are read from their other side
     MIRRORED: tl.constexpr,  # and their cells from the other end
+    GROUP: tl.constexpr,  # voxels that share a list of kernel cells
     ROWS: tl.constexpr,  # voxels of a program
     READ: tl.constexpr,  # channels read at a time
     WRITE: tl.constexpr,  # channels written by a program
@@ -208,7 +325,7 @@ def convolve_kernel(
     j = (tl.program_id(1) * WRITE + tl.arange(0, WRITE))[None, :]
     here = place < n
     row = tl.load(order_ptr + place, mask=here, other=0)
-    used = cells_ptr + tl.program_id(0) * (cells + 1)
+    used = cells_ptr + tl.program_id(0) * ROWS // GROUP * (cells + 1)
     steps = tl.cdiv(n_in, READ)
     total_steps = tl.load(used) * steps
     total = tl.zeros([ROWS, WRITE], tl.float32)
@@ -489,10 +606,11 @@ def convolve_rows(
     n_in, n_out = x.shape[1], weight.shape[4 if back else 0]
     unit, *sizes = units(x.stride(0), n_in, n_out)
     read, write = min(channel_block(n_in), 32), channel_block(n_out)
-    tiles, blocks = len(table.cells), -(-n_out // write)
+    rows = 32 if back else CONV_ROWS  # tensor cores read transposed weights faster in small blocks
+    tiles, blocks = -(-n // rows), -(-n_out // write)
     parts = share_out(tiles * blocks, 528, 8)
     out = x.new_empty(parts, n, n_out)
-    how = unit, back, mirrored, CONV_ROWS, read, write, "tf32" if precision == "tf32" else "ieee"
+    how = unit, back, mirrored, CONV_ROWS, rows, read, write, "tf32" if precision == "tf32" else "ieee"
     launch(convolve_kernel, (tiles, blocks, parts), (x, weight, *table, out), (n, cells, parts, *sizes), how)
     return out
 
@@ -508,12 +626,12 @@ def weight_gradient(
     n_in, n_out = x.shape[1], d.shape[1]
     cells = len(table.there.rows)
     unit, *sizes = units(x.stride(0), n_in, n_out)
-    read, write = channel_block(n_in), channel_block(n_out)
+    read, write = min(channel_block(n_in), 32), min(channel_block(n_out), 32)
     blocks = -(-n_in // read) * -(-n_out // write)
-    parts = share_out(cells * blocks, 864, 32)
+    parts = share_out(cells * blocks, 1728, 64)
     out = x.new_empty(parts, *weight.shape)
     how = unit, 32, read, write, "tf32" if precision == "tf32" else "ieee"
-    given = x, d, *table.pairs.unbind(0), table.starts, out
+    given = x, d, *table.pairs, out
     launch(weight_kernel, (cells, blocks, parts), given, (cells, parts, *sizes), how)
     return out[0] if parts == 1 else out.sum(0)
 

@@ -286,7 +286,7 @@ class Kernels:
     "Whose kernels convolve on a GPU, and which precision spconv has chosen its own for."
 
     precision: str | None = None  # None until spconv's first convolution on a GPU
-    fused: bool = False  # whether blocks whose norm is 'clip' run in the kernels of `block_kernels`
+    fused: bool = True  # blocks whose norm is 'clip' run in the kernels of `block_kernels`; False = in spconv's
 
 # %% ../nbs/30_unet.ipynb #e110ecc1
 def use_precision(
