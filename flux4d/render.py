@@ -18,9 +18,11 @@ from .gaussians import FLAT, Gaussians, LIDAR, advance
 from .lazy_methods import LazyMethods
 from .raster import DrawRules, Ellipsoids, Pinhole, rasterise
 from .raster_compiled import have_numba, rasterise_compiled
-from .splat_kernels import Placement, finish_pictures, kernels_work, place_splats
+from .splat_kernels import Placement, finish_pictures, place_splats
+from .kernels import kernels_work
 from .tile_kernels import Splats2D, TILE, TileLists, blend_tiles, tiles_take
 from .tile_lists import order_fits, tile_lists
+
 
 # %% auto #0
 __all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'tile_size_for', 'pick_backend', 'background_colour',

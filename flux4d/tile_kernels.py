@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from .raster import ALPHA_MAX, ALPHA_MIN, T_MIN
-from .splat_kernels import kernel, kernels_work
+from .kernels import kernel, kernels_work
 
 try:
     import triton

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import torch
 from torch import Tensor
-from .splat_kernels import kernel
+from .kernels import kernel
 from .tile_kernels import Splats2D, TILE, TileLists
 
 try:

@@ -16,7 +16,7 @@ from flux4d.frames import quat_to_mat
 from flux4d.gaussians import Gaussians
 from flux4d.losses import LossConfig, image_terms
 from flux4d.losses_fused import can_fuse, fused_image_terms
-from flux4d.splat_kernels import kernels_work
+from flux4d.kernels import kernels_work
 from flux4d.tile_kernels import TILE, Splats2D, TileLists, blend_plain, pixel_strengths, tile_gradients
 from flux4d.tile_lists import tile_lists
 from flux4d.network_inputs import describe_points
