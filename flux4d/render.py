@@ -20,8 +20,8 @@ from .raster import DrawRules, Ellipsoids, Pinhole, rasterise
 from .raster_compiled import have_numba, rasterise_compiled
 from .splat_kernels import Placement, finish_pictures, place_splats
 from .kernels import kernels_work
-from .tile_kernels import Splats2D, TILE, TileLists, blend_tiles, tiles_take
-from .tile_lists import order_fits, tile_lists
+from .tile_kernels import Splats2D, TILE_SIDE, TileLists, draw_lists, tiles_take
+from .tile_lists import list_splats, order_fits
 
 
 # %% auto #0
@@ -215,8 +215,8 @@ def _gsplat_lists(
     "The splats whose box touches a tile, nearest first, as gsplat sorts them."
     from gsplat import isect_offset_encode, isect_tiles
 
-    across, down = -(-views.width // TILE), -(-views.height // TILE)
-    _, keys, ids = isect_tiles(means.detach(), radii, depths.detach(), TILE, across, down)
+    across, down = -(-views.width // TILE_SIDE), -(-views.height // TILE_SIDE)
+    _, keys, ids = isect_tiles(means.detach(), radii, depths.detach(), TILE_SIDE, across, down)
     offsets = isect_offset_encode(keys, len(means), across, down).view(len(means), down, across)
     return TileLists(offsets, ids, views.height, views.width)
 
@@ -227,15 +227,15 @@ def _with_tiles(
     views: Any,  # V views
     cfg: RenderConfig,  # planes, widening, mode
 ) -> tuple[Tensor, Tensor]:  # values (V,H,W,C), alpha (V,H,W)
-    "gsplat's pictures, with the gradient of `blend_tiles` where one is wanted and it can be."
+    "gsplat's pictures, with the gradient of `draw_lists` where one is wanted and it can be."
     _gsplat_rasterization(e.means.device)
-    if tile_size_for(e, values) != TILE or not tiles_take(values):
+    if tile_size_for(e, values) != TILE_SIDE or not tiles_take(values):
         return _with_gsplat(e, values, views, cfg)
     radii, means, depths, conics, opacities = _project_with_gsplat(e, views, cfg)
     splats, size, planes = Splats2D(means, conics, values, opacities), (views.height, views.width), (cfg.near, cfg.far)
     if order_fits(len(means), *planes):
-        return blend_tiles(splats, tile_lists(splats, radii, depths.detach(), size, planes))
-    return blend_tiles(splats, _gsplat_lists(radii, means, depths, views))
+        return draw_lists(splats, list_splats(splats, radii, depths.detach(), size, planes))
+    return draw_lists(splats, _gsplat_lists(radii, means, depths, views))
 
 # %% ../nbs/21_render.ipynb #4fda22ce
 def pick_backend(

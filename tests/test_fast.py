@@ -17,8 +17,8 @@ from flux4d.gaussians import Gaussians
 from flux4d.losses import LossConfig, image_terms
 from flux4d.losses_fused import can_fuse, fused_image_terms
 from flux4d.kernels import kernels_work
-from flux4d.tile_kernels import TILE, Splats2D, TileLists, blend_plain, pixel_strengths, tile_gradients
-from flux4d.tile_lists import tile_lists
+from flux4d.tile_kernels import TILE_SIDE, Splats2D, TileLists, blend_plain, pixel_strengths, tile_gradients
+from flux4d.tile_lists import list_splats
 from flux4d.network_inputs import describe_points
 from flux4d.raster import Ellipsoids
 from flux4d.refine import Feedback, RefineConfig, feedback_features
@@ -127,10 +127,10 @@ def flat_splats(V, N, channels, height, width):
     conics = torch.stack([inverse[..., 0, 0], inverse[..., 0, 1], inverse[..., 1, 1]], -1)
     opacities = (1.2 * torch.rand(V, N, generator=gen)).clamp(0.02, 1)
     s = Splats2D(means, conics, torch.randn(V, N, channels, generator=gen), opacities)
-    rows, columns = -(-height // TILE), -(-width // TILE)
+    rows, columns = -(-height // TILE_SIDE), -(-width // TILE_SIDE)
     offsets, ids = [], []
     for view in range(V):
-        for middle in torch.cartesian_prod(torch.arange(rows) + 0.5, torch.arange(columns) + 0.5) * TILE:
+        for middle in torch.cartesian_prod(torch.arange(rows) + 0.5, torch.arange(columns) + 0.5) * TILE_SIDE:
             offsets.append(len(ids))
             near = (means[view].flip(-1) - middle).abs().amax(-1) < 16
             ids += (view * N + near.nonzero()[:, 0]).tolist()
@@ -165,8 +165,8 @@ def tile_pixels(tile, lists):
     "View of a tile and centres of its pixels."
     _, rows, columns = lists.offsets.shape
     row, column = tile // columns % rows, tile % columns
-    at = torch.stack(torch.meshgrid(torch.arange(TILE), torch.arange(TILE), indexing="xy"), -1).view(-1, 2)
-    return tile // (rows * columns), at + torch.tensor([column, row]) * TILE + 0.5
+    at = torch.stack(torch.meshgrid(torch.arange(TILE_SIDE), torch.arange(TILE_SIDE), indexing="xy"), -1).view(-1, 2)
+    return tile // (rows * columns), at + torch.tensor([column, row]) * TILE_SIDE + 0.5
 
 
 @with_kernels
@@ -177,7 +177,7 @@ def test_each_tile_lists_what_it_draws_nearest_first():
     radii = torch.ones(2, 60, 2, dtype=torch.int32)
     radii[1, 7] = 0
     there = Splats2D(*(x.to(DEVICE) for x in s))
-    lists = TileLists(*tile_lists(there, radii.to(DEVICE), depths.to(DEVICE), size, (0.1, 1e4)))
+    lists = TileLists(*list_splats(there, radii.to(DEVICE), depths.to(DEVICE), size, (0.1, 1e4)))
     ids, bounds = lists.ids.cpu(), [*lists.offsets.flatten().tolist(), len(lists.ids)]
     more = 0
     for tile in range(len(bounds) - 1):
@@ -240,7 +240,7 @@ def test_no_splat_is_seen():
     s, size = flat_splats(1, 10, 5, 20, 20)[0], (20, 20)
     there = Splats2D(*(x.to(DEVICE) for x in s))
     unseen = torch.zeros(1, 10, 2, dtype=torch.int32, device=DEVICE)
-    lists = tile_lists(there, unseen, torch.ones(1, 10, device=DEVICE), size, (0.1, 1e4))
+    lists = list_splats(there, unseen, torch.ones(1, 10, device=DEVICE), size, (0.1, 1e4))
     assert len(lists.ids) == 0 and (lists.offsets == 0).all()
 
 
