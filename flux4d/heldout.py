@@ -43,11 +43,11 @@ from .terminal import duration_said, open_bar, tell
 from .view_scores import IMAGE_METRICS, REGIONS
 
 # %% auto #0
-__all__ = ['WINDOWS', 'WINDOW_FRAMES', 'DeviceId', 'PROTOCOL', 'SHARED', 'JOINED', 'KEPT_BY_WINDOW', 'WINDOW_COLUMNS',
-           'HeldoutParameters', 'WindowRun', 'window_parameters', 'window_runs', 'is_finished', 'check_left_out',
-           'fault_of_run', 'serve_windows', 'WindowWorker', 'Ended', 'device_ids', 'places', 'run_windows', 'same',
-           'named_once', 'joint_runtime', 'mean_course', 'joint_facts', 'window_facts', 'copy_worst', 'write_record',
-           'score_cells', 'windows_table']
+__all__ = ['WINDOWS', 'WINDOW_FRAMES', 'DeviceId', 'PROTOCOL', 'SHARED', 'UNTRAINED', 'JOINED', 'KEPT_BY_WINDOW',
+           'WINDOW_COLUMNS', 'HeldoutParameters', 'WindowRun', 'window_parameters', 'window_runs', 'is_finished',
+           'check_left_out', 'fault_of_run', 'serve_windows', 'WindowWorker', 'Ended', 'device_ids', 'places',
+           'run_windows', 'same', 'named_once', 'joint_runtime', 'mean_course', 'joint_facts', 'window_facts',
+           'copy_worst', 'write_record', 'score_cells', 'windows_table']
 
 # %% ../nbs/61a_heldout.ipynb #61a41750
 WINDOWS = 0, 20, 40  # first frames; what is left of a log of 56 frames is trained on
@@ -402,6 +402,7 @@ def joint_facts(
     trained = f"{len(parts)} trainings of {runtime['iters']} steps, each without its window"
     return joint | dict(
         subject=f"{what}, {trained if runtime['iters'] else 'nothing trained'}",
+        evaluated_on=same("evaluated_on", of["evaluated_on"], what) if runtime["iters"] else UNTRAINED,
         clips=sum(of["clips"]),
         views=sum(of["views"]),
         logs=sorted({log for logs in of["logs"] for log in logs}),
@@ -413,7 +414,8 @@ def joint_facts(
     )
 
 
-JOINED = "subject", "clips", "views", "logs", "videos", "left_out"  # facts that differ from window to window
+UNTRAINED = "clips that nothing was trained on"
+JOINED = "subject", "evaluated_on", "clips", "views", "logs", "videos", "left_out"  # facts that differ from window to window
 
 # %% ../nbs/61a_heldout.ipynb #61a5786e
 KEPT_BY_WINDOW = [  # numbers of metrics.json that meta.json repeats for each window
