@@ -381,6 +381,10 @@ def joint_runtime(
     )
 
 # %% ../nbs/61a_heldout.ipynb #61a6fc71
+UNTRAINED = "clips that nothing was trained on"
+JOINED = "subject", "evaluated_on", "clips", "views", "logs", "videos", "left_out"  # may differ by window
+
+
 def mean_course(
     logged: list[list[dict]],  # rows of each window's metrics.jsonl
 ) -> list[dict]:  # step, psnr; of the steps that all have logged
@@ -412,10 +416,6 @@ def joint_facts(
         runtime=runtime,
         no_lpips=named_once([part["no_lpips"] for part in parts]) or "",
     )
-
-
-UNTRAINED = "clips that nothing was trained on"
-JOINED = "subject", "evaluated_on", "clips", "views", "logs", "videos", "left_out"  # facts that differ from window to window
 
 # %% ../nbs/61a_heldout.ipynb #61a5786e
 KEPT_BY_WINDOW = [  # numbers of metrics.json that meta.json repeats for each window
