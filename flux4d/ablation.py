@@ -102,9 +102,9 @@ LABELS = dict(
     one_stage="default without refinement (one stage)",
     full_unregularised="default without the velocity term",
     polynomial="default without re-weighting",
-    refinement="... and without polynomial motion",
-    base="... and without refinement",
-    unregularised="default without re-weighting and velocity term",
+    refinement="default without re-weighting, polynomial motion",
+    base="default without these two and refinement",
+    unregularised="default without re-weighting, velocity term",
 )
 
 # %% ../nbs/62_ablation.ipynb #62ab0003
@@ -573,7 +573,7 @@ def ablation_chart(
     rows: list[dict],  # paired runs
 ) -> Figure:  # one panel a metric
     "Every run against the first."
-    fig = Figure(figsize=(11, 2 * (1.7 + 0.45 * len(rows))), layout="constrained")
+    fig = Figure(figsize=(11, 2 * (1.5 + 0.3 * len(rows))), layout="constrained")
     grid = fig.subplots(2, 3, sharey=True)
     axs = grid.flat[: len(CHART_PANELS)]
     for ax in grid.flat[len(CHART_PANELS) :]:
@@ -590,7 +590,7 @@ def ablation_chart(
         if not ax.patches:
             ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", fontsize=9)
             ax.set_xticks([])
-    axs[0].set_yticks(range(len(rows)), [row["variant"] or row["run"] for row in rows], fontsize=10)
+    axs[0].set_yticks(range(len(rows)), [LABELS.get(row["variant"], row["run"]) for row in rows], fontsize=10)
     axs[0].invert_yaxis()
     fig.legend(*axs[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return fig
