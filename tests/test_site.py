@@ -323,16 +323,22 @@ def test_folds_open_by_the_button_and_stay_open(built, browser):
     assert page.evaluate(unfolded) == page.evaluate(folds)
 
 
+NOT_OURS = r"THREE\.Clock: This module has been deprecated|GL Driver Message"  # of viser, and of drawing by software
+
+
 def test_a_scene_is_loaded_on_a_click(built, browser):
     page, said = browser.new_context(offline=True).new_page(), []
     page.on("requestfailed", lambda r: said.append(r.url))
+    page.on("pageerror", lambda e: said.append(str(e)))
+    page.on("console", lambda m: said.append(m.text) if m.type in ("error", "warning") else None)
     page.goto(f"file://{built}/scene.html")
     assert page.evaluate("document.querySelectorAll('iframe').length") == 0
     assert page.locator("div.scene img").is_visible()
     page.click("div.scene button")
     page.wait_for_selector("div.scene iframe")
     page.frames[1].wait_for_selector("canvas", timeout=120_000)
-    assert said == []
+    page.wait_for_timeout(8_000)  # the splats are drawn a little after their canvas is there
+    assert [words for words in said if not re.search(NOT_OURS, words)] == []
     assert (built / "_static/scene.html").stat().st_size < 4e6
 
 
