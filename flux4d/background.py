@@ -19,6 +19,7 @@ from .clips import Clip
 from .clip_data import ClipData, clip_data, image_numbers
 from .settings import OpenShare, Share
 from .lift import checked_cap, lift_returns, no_visible_return, sound_stamps
+from .camera_colours import clip_tones, in_reference_colours
 from .camera_overlap import coarser_blocks
 from .gap_filling import Blocks, InitConfig, block_sides, clip_blocks, even_opacity, fill_gaps
 
@@ -582,5 +583,9 @@ def init_gaussians(
     device: Any = "cpu",  # where it is lifted
 ) -> Gaussians:  # kinds LIDAR, then BACKGROUND; world, on the device
     "Everything a reconstruction starts from, of a clip on disk."
-    groups = clip_groups(clip, lift_cfg.lidar_sensors, cameras, image_scale)
-    return init_groups([data.to(device) for data in groups], lift_cfg, bg_cfg, seed)
+    cameras = clip.cameras if cameras is None else cameras
+    read = clip_groups(clip, lift_cfg.lidar_sensors, cameras, image_scale)
+    tones = clip_tones(clip, cameras, lift_cfg.lidar_sensors) if lift_cfg.match_colours else {}
+    of_group = clip.log.by_size(cameras)
+    groups = [in_reference_colours(data.to(device), names, tones) for data, names in zip(read, of_group)]
+    return init_groups(groups, lift_cfg, bg_cfg, seed)

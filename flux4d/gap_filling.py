@@ -46,6 +46,7 @@ class InitConfig(LiftConfig):
     # several cameras: leave a block out where another camera of its frame shows the place with pixels this many times
     # smaller; None: keep all
     fill_finer: Annotated[float, Interval(ge=1)] | None = 1.3
+    match_colours: bool = True  # several cameras: lift in the first camera's colours, draw each camera in its own
     return_px: PositiveFloat = 1.0  # px, largest standard deviation of a return when gaps are filled
 
 # %% ../nbs/11_gap_filling.ipynb #4d82bafc
