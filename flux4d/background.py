@@ -559,9 +559,9 @@ def init_groups(
 ) -> Gaussians:  # kinds LIDAR, then BACKGROUND; world, on the data's device
     "Everything a reconstruction starts from, of cameras of any size."
     groups = without_taken([sound_stamps(data, lift_cfg.late_after) for data in groups])
-    cut = lift_cfg.fill or bg_cfg.mode == "grid"
-    blocks = [clip_blocks(data, lift_cfg) if cut else None for data in groups]
-    behind = [far_blocks(data, b, lift_cfg, bg_cfg) if bg_cfg.mode == "grid" else None for data, b in zip(groups, blocks)]
+    grid = bg_cfg.mode == "grid"
+    blocks = [clip_blocks(data, lift_cfg) if grid or lift_cfg.fill else None for data in groups]
+    behind = [far_blocks(data, b, lift_cfg, bg_cfg) if grid else None for data, b in zip(groups, blocks)]
     blocks, behind = without_coarser(groups, blocks, behind, lift_cfg)
     parts = [near_gaussians(data, lift_cfg, seed, b) for data, b in zip(groups, blocks)]
     cameras = torch.cat([data.pose.flatten(0, 1) for data in groups])
