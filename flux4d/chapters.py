@@ -45,7 +45,7 @@ LISTS = {  # pages that do nothing but lead to others -> title and introduction
 }
 ABOUT = {  # page -> what a list says of it
     "api": "Every exported function, class and constant, with the page that explains it.",
-    "command_help": "The help of each command, and the parameters of each stage notebook.",
+    "command_help": "The help of each command, and the parameters of each notebook that papermill runs.",
     "configuration": "Each field with type, default, meaning, and its value in the presets.",
     "notebooks": "All notebooks with one line each, in reading order.",
     "coverage": "What the development log of an earlier reproduction demands, and where each is shown.",
@@ -112,6 +112,7 @@ SUBJECTS = {  # page -> what a reader types who should come to it
     "50_refine": ("refinement", "feedback"),
     "53_flow_metrics": ("EPE", "scene flow", "FD EPE", "Acc5"),
     "61_evaluate": ("evaluation", "evaluate"),
+    "61a_heldout": ("held-out windows",),
     "62_ablation": ("ablation",),
     "70_use": ("video", "Python"),
     "71a_filming": ("video", "videos", "film", "films"),
