@@ -414,6 +414,9 @@ SEARCHED = {  # what a reader types -> page that is among the first three
     "dead_zone": "configuration#model.dead_zone",
     "ablation": "62_ablation",
     "equations": "how_it_works",
+    "stage": "50_refine",
+    "future": "04_clips",
+    "learning rate": "33c_optimiser",
 }
 
 
