@@ -9,7 +9,7 @@ from .records import one_line, read_metrics, shown_quantity
 from .terminal import duration_said
 
 # %% auto #0
-__all__ = ['FIVE_NUMBERS', 'compared', 'five_lines', 'made_line', 'weights_lines', 'brief_lines']
+__all__ = ['FIVE_NUMBERS', 'compared', 'flow_unit', 'five_lines', 'made_line', 'weights_lines', 'brief_lines']
 
 # %% ../nbs/09h_brief.ipynb #a09h0007
 FIVE_NUMBERS = {  # what is measured -> keys in metrics, form of the number
@@ -17,7 +17,7 @@ FIVE_NUMBERS = {  # what is measured -> keys in metrics, form of the number
     "PSNR after the inputs, dB": ("nvs full future psnr", ".2f"),
     "PSNR where things move, dB": ("nvs dynamic interpolation psnr", ".2f"),
     "depth error (RMSE), m": ("nvs full interpolation depth_rmse", ".2f"),
-    "motion error of movers, m a frame": ("scene_flow epe_3way FD", ".3f"),
+    "motion error of movers, {unit}": ("scene_flow epe_3way FD", ".3f"),
 }
 
 # %% ../nbs/09h_brief.ipynb #a09h0008
@@ -35,6 +35,14 @@ def compared(
     return {name: block for name, block in columns.items() if "nvs" in block}
 
 
+def flow_unit(
+    m: dict,  # metrics
+) -> str:  # such as "m per 0.1 s"
+    "The unit of errors of displacement, which are taken from one frame to the next."
+    fd = m.get("analysis", {}).get("fd", {})
+    return f"m per {fd['epe'] / fd['m_per_s']:.2g} s" if fd.get("m_per_s") else "m a frame"
+
+
 def five_lines(
     m: dict,  # metrics
 ) -> list[str]:  # a head and five rows, as wide as each other
@@ -42,8 +50,9 @@ def five_lines(
     columns = compared(m)
     rows = [["", *columns]]
     for what, (keys, form) in FIVE_NUMBERS.items():
-        rows.append([what, *(shown_quantity(block, keys, form) for block in columns.values())])
-    return [f"  {what:<34}" + "".join(f"{cell:>14}" for cell in cells) for what, *cells in rows]
+        said = what.format(unit=flow_unit(m))
+        rows.append([said, *(shown_quantity(block, keys, form) for block in columns.values())])
+    return [f"  {what:<36}" + "".join(f"{cell:>14}" for cell in cells) for what, *cells in rows]
 
 # %% ../nbs/09h_brief.ipynb #a09h0011
 def made_line(

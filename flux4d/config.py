@@ -58,7 +58,7 @@ class TrainConfig:
     ema: Annotated[float, Interval(ge=0, lt=1)] = 0.99  # decay of the averaged weights that are evaluated
     views_per_step: PositiveInt = 2  # target views rendered in one call
     grad_accum_steps: PositiveInt = 1  # micro-steps a step averages over
-    supervise_inputs: bool = True  # input frames are supervised beside the targets
+    supervise_inputs: bool = True  # input frames are supervised beside the targets; preset default: False
     random_background: bool = True  # supervised views are drawn over another colour at every step
     fixed_target_frame: NonNegativeInt | None = None  # clip-relative frame that every step trains on
     prefetch: Annotated[int, Interval(ge=0, le=1000)] = 4  # micro-steps loaded ahead

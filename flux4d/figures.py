@@ -107,6 +107,7 @@ NOT_PROSE = re.compile(
     r"|`[^`\n]*`"
     r"|\]\([^)]*\)"  # the target of a link
     r"|\$[^$\n]*\$"  # a formula
+    r"|per 0\.1 s(?!\w)"  # the unit of errors of displacement
     r"|<!-- made by \w+ -->[\s\S]*?<!-- end -->"  # a table that is made from runs
     r"|<!--[\s\S]*?-->"
     r"|^    .*$"

@@ -24,9 +24,10 @@ from .render import Cameras, Rendered
 from .scene import Scene
 
 # %% auto #0
-__all__ = ['LAYERS', 'OF_PHOTO', 'OF_VELOCITY', 'shrink', 'as_bytes', 'save_pair', 'Panel', 'letter_height', 'strip_height',
-           'scale_colours', 'CaptionLayout', 'caption_layout', 'captioned', 'FrameData', 'paint_wheel', 'check_layers',
-           'grid_columns', 'tiled', 'frame_picture', 'film_strip', 'draw_frame', 'clip_frames', 'film_clip']
+__all__ = ['LAYERS', 'OF_PHOTO', 'OF_VELOCITY', 'FUTURE', 'shrink', 'as_bytes', 'save_pair', 'Panel', 'letter_height',
+           'strip_height', 'scale_colours', 'CaptionLayout', 'caption_layout', 'captioned', 'FrameData', 'paint_wheel',
+           'check_layers', 'grid_columns', 'tiled', 'future_label', 'frame_picture', 'film_strip', 'draw_frame',
+           'clip_frames', 'film_clip']
 
 # %% ../nbs/26_film.ipynb #14e2af6c
 def shrink(
@@ -67,6 +68,7 @@ class Panel(NamedTuple):
     title: str  # what it shows
     colours: str = ""  # matplotlib's name of the colour bar; "": no bar
     ends: tuple[str, str] = ("", "")  # values at the ends of the bar; without a bar the second is a note
+    paper: str = "white"  # colour of the caption's ground
 
 # %% ../nbs/26_film.ipynb #1ddd62c6
 def letter_height(
@@ -149,7 +151,7 @@ def captioned(
     height, width = panel.picture.shape[:2]
     strip = strip_height(height)
     shown, at = caption_layout(panel, width, letter_height(height))
-    image = Image.new("RGB", (width, height + strip), "white")
+    image = Image.new("RGB", (width, height + strip), shown.paper)
     image.paste(Image.fromarray(as_bytes(panel.picture)), (0, strip))
     draw = ImageDraw.Draw(image)
     texts = (at.gap, shown.title), (at.first, shown.ends[0]), (at.last, shown.ends[1])
@@ -172,6 +174,7 @@ class FrameData(NamedTuple):
     step: str = "to the next frame"  # during which an image velocity is counted
     rgb: str = "prediction"  # what the layer of that name is called
     note: str = ""  # what stands at the end of its caption, such as the time
+    future: float = 0.0  # s after the last input of the scene; 0: not after it
 
 # %% ../nbs/26_film.ipynb #4cf1ba38
 @patch(as_prop=True)
@@ -179,10 +182,17 @@ def fastest_text(self: FrameData) -> str:
     "End of the scale of image velocity, in words."
     return f"{self.fastest:.3g} px {self.step}"
 
+
+@patch(as_prop=True)
+def future_text(self: FrameData) -> str:  # empty where it is not the future
+    "How far a frame lies after the last input, in words."
+    return f"future, +{self.future:.2f} s" if self.future else ""
+
 # %% ../nbs/26_film.ipynb #a2b98371
 def _rgb(frame: FrameData, width: int) -> Panel:
     "Colours of the render."
-    return Panel(shrink(frame.out.rgb[0].clamp(0, 1), width).cpu(), frame.rgb, "", ("", frame.note))
+    note = ": ".join(filter(None, (frame.note, frame.future_text)))
+    return Panel(shrink(frame.out.rgb[0].clamp(0, 1), width).cpu(), frame.rgb, "", ("", note))
 
 
 def _photo(frame: FrameData, width: int) -> Panel:
@@ -285,16 +295,36 @@ def tiled(
     return page
 
 # %% ../nbs/26_film.ipynb #7c3dd287
+FUTURE = "#ffd770"  # ground of what is said of frames after the last input
+
+
+def future_label(
+    picture: Image.Image,  # is painted on
+    text: str,  # what it says
+) -> Image.Image:  # the same
+    "A label in the lower left corner."
+    size = letter_height(picture.height)
+    font = _font(size)
+    width, height = min(round(font.getlength(text)) + size, picture.width), round(1.6 * size)
+    label = Image.new("RGB", (width, height), FUTURE)
+    ImageDraw.Draw(label).text((size // 2, height // 2), text, fill="black", font=font, anchor="lm")
+    picture.paste(label, (0, picture.height - height))
+    return picture
+
+
 def frame_picture(
     frame: FrameData,  # what is shown
     layers: Iterable[str] = tuple(LAYERS),  # names of LAYERS
     width: int = 640,  # px of a panel, at most
 ) -> Image.Image:
-    "The layers of one frame, each with its caption; colours alone need none."
+    "The layers of one frame, each with its caption; colours alone need none. What lies after the last input is marked."
     names = tuple(layers)
     panels = [LAYERS[name](frame, width) for name in names]
     if names == ("rgb",):
-        return Image.fromarray(as_bytes(panels[0].picture))
+        plain = Image.fromarray(as_bytes(panels[0].picture))
+        return future_label(plain, frame.future_text) if frame.future else plain
+    if frame.future:
+        panels = [panel._replace(paper=FUTURE) for panel in panels]
     return tiled([captioned(panel) for panel in panels], grid_columns(len(panels)))
 
 # %% ../nbs/26_film.ipynb #427da652
@@ -304,7 +334,7 @@ def film_strip(
     columns: int = 2,  # frames in a row
     width: int = 1200,  # px of the picture, at most
 ) -> Image.Image:
-    "Some frames of a film in rows, each with its time."
+    "Some frames of a film in rows, each with its time in the film."
     total = max(count_frames(path), 1)
     film = read_film(path)
     wanted = set(np.linspace(0, total - 1, count).round().astype(int).tolist())
@@ -312,7 +342,7 @@ def film_strip(
     for k, frame in enumerate(film.frames):
         if k in wanted:
             small = shrink(torch.as_tensor(frame.copy()).float() / 255, width // columns)
-            shown.append(captioned(Panel(small, f"{k / film.fps:.2f} s")))
+            shown.append(captioned(Panel(small, f"{k / film.fps:.2f} s of the film")))
     return tiled(shown, columns)
 
 # %% ../nbs/26_film.ipynb #ce92c032
@@ -342,7 +372,9 @@ def clip_frames(
     for frame in clip.frames:
         view = view_of(frame)
         out = draw_frame(scene, view, layers, view_gaps(clip, view), flow)
-        yield FrameData(out, view.images[0], fastest=flow.clip_px)
+        seconds = float(view.t[0]) * scene.duration
+        note = f"{seconds:.2f} s" + (", input" if frame in clip.input_frames else "")
+        yield FrameData(out, view.images[0], fastest=flow.clip_px, note=note, future=scene.future(seconds))
 
 # %% ../nbs/26_film.ipynb #721c2a5a
 def film_clip(

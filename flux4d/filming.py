@@ -83,8 +83,8 @@ def path_frames(
         key = path.at(s)
         view = view_at(key, path, size, scene)
         out = draw_frame(scene, view, layers, STEP, FlowConfig(clip_px=fastest))
-        note = f"{key.seconds:.2f} s"
-        yield FrameData(out, None, fastest=fastest, step=f"in {STEP:g} s", rgb="colours", note=note)
+        frame = FrameData(out, None, fastest=fastest, step=f"in {STEP:g} s", rgb="colours")
+        yield frame._replace(note=f"{key.seconds:.2f} s", future=scene.future(key.seconds))
 
 # %% ../nbs/71a_filming.ipynb #34945b18
 def check_moments(
@@ -109,6 +109,7 @@ def film(
     fps: float = 30.0,  # frames a second
     seconds: float | None = None,  # how long the film lasts; None: as the path says
     size: Any = None,  # px of a panel, width or (width, height); None: as recorded, at most 1920 wide for all
+    mark: bool = True,  # say in each picture after the last input that it is the future
 ) -> Path:  # the film; raises DataError
     "Film the scene along a path."
     names = check_layers(layers, with_photo=False)
@@ -119,7 +120,8 @@ def film(
     check_moments(self, (way.at(s).seconds for s in moments))
     panel = panel_size(size, way, grid_columns(len(names)))
     frames = path_frames(self, way, moments, names, panel)
-    pictures = (frame_picture(frame, names, panel.width) for frame in frames)
+    said = frames if mark else (frame._replace(future=0.0) for frame in frames)
+    pictures = (frame_picture(frame, names, panel.width) for frame in said)
     return write_film(file, pictures, fps, total=len(moments))
 
 # %% ../nbs/71a_filming.ipynb #459c75b4

@@ -165,6 +165,20 @@ addEventListener("load", () => {
   }, 200);
 });
 </script>"""
+_SPLAT_CORNERS = """<script>
+window.__THREE_DEVTOOLS__ = new EventTarget();
+__THREE_DEVTOOLS__.addEventListener("observe", ({ detail: scene }) => {
+  if (!scene.isScene) return;
+  scene.onBeforeRender = () => scene.traverse((mesh) => {
+    const corners = mesh.geometry?.attributes.position;
+    if (corners?.itemSize !== 2) return;
+    const inSpace = new Float32Array(3 * corners.count);
+    for (let k = 0; k < corners.count; k++) inSpace.set([corners.getX(k), corners.getY(k)], 3 * k);
+    mesh.geometry.setAttribute("position", new corners.constructor(inSpace, 3));
+    mesh.frustumCulled = false;
+  });
+});
+</script>"""
 
 # %% ../nbs/74a_html.ipynb #0fc62da4
 def finished_page(
@@ -172,10 +186,10 @@ def finished_page(
     title: str,  # of the browser's tab
     open_list: bool,  # whether the list of actors is open at first
 ) -> str:
-    "Viser's page with a title, and its list opened."
-    head = f"<title>{html.escape(title)}</title>" + (_OPEN_LIST if open_list else "")
+    "Viser's page with a title, its splats mended, and its list opened."
+    head = f"<title>{html.escape(title)}</title>" + _SPLAT_CORNERS + (_OPEN_LIST if open_list else "")
     page = re.sub(r"<title>.*?</title>", "", page, count=1, flags=re.DOTALL)
-    at = page.index("</head>")
+    at = page.index("<script")
     return page[:at] + head + page[at:]
 
 # %% ../nbs/74a_html.ipynb #c875e444

@@ -31,7 +31,7 @@ __all__ = ['FlowConfig', 'frame_gaps', 'clip_gaps', 'view_gaps', 'image_velocity
 class FlowConfig:
     "Rendered velocity and the weight it gives to a pixel (supp. A.1)."
 
-    enabled: bool = False  # weigh the colour term of training by 1 + |v_r|; the preset default has it on
+    enabled: bool = False  # weigh the colour term of training by 1 + |v_r|; preset default: True
     clip_px: PositiveFloat = 10.0  # longest displacement to the next frame, px
     alpha_threshold: Share = 0.5  # v_r is valid where alpha is above this
     blur_sigma: NonNegativeFloat = 0.0  # px, standard deviation of the blur of the weights; 0 = none

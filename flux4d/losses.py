@@ -23,13 +23,13 @@ class LossConfig:
 
     rgb: NonNegativeFloat = 0.8  # weight of the colour term
     ssim: NonNegativeFloat = 0.2  # weight of 1 - SSIM
-    depth: NonNegativeFloat = 0.01  # weight of the depth term, 1/m
+    depth: NonNegativeFloat = 0.01  # weight of the depth term, 1/m; preset default: 0.1
     velocity: NonNegativeFloat = 5e-3  # weight of the mean speed, per unit of `velocity_unit`
     # what speed is counted in: "second" = m/s; "clip" = metres per clip, the paper's normalised time (supp. A.2)
     velocity_unit: Literal["second", "clip"] = "second"
     use_depth: bool = True  # False: no depth supervision
     max_depth: PositiveFloat | None = None  # returns beyond do not supervise, m; None = every return counts
-    berhu: PositiveFloat | None = None  # depth errors beyond count by their square, m; None = L1 throughout (paper)
+    berhu: PositiveFloat | None = None  # depth errors beyond it are squared, m; None = L1 (paper); preset default: 8
     ssim_window: PositiveInt = 11  # side of the Gaussian window, px
     ssim_sigma: PositiveFloat = 1.5  # its standard deviation, px
 

@@ -93,7 +93,7 @@ def overfit_gate(
     start: int = 100,  # centre of the early window, from half of it to twice it
     window: float = 0.1,  # length of the late windows, as a share of the run
 ) -> dict:  # loss ratio late/early, PSNR gain in dB, relative change of the mean speed over the last window
-    "The three numbers of the stage-3 gate that are measured on the log."
+    "The three numbers of the gate that are measured on the log."
     step = np.array([r["step"] for r in rows])
     n = max(1, int(window * step[-1]))
     early = (step >= start / 2) & (step <= 2 * start)
@@ -182,7 +182,7 @@ def gate_faults(
     scores: dict,  # of `gate_scores`
     full: bool,  # True: a run of 10,000 steps or more; a short run is asked for less
 ) -> list[str]:  # a sentence for each number that does not reach its bound; [] = passed
-    "What keeps a run from passing the gate of stage 3."
+    "What keeps a run from passing the gate."
     reached = _bounds_of_scores(scores, 2.0 if full else 1.0) | _bounds_of_run(gate, full)
     return [sentence for sentence, enough in reached.items() if not enough]
 

@@ -36,7 +36,7 @@ class PredictorConfig:
 
     unet: UNetConfig = UNetConfig()  # the network from voxels to voxels
     hidden: PositiveInt = 96  # width of the two hidden layers of each head
-    degree: Annotated[int, Interval(ge=0, le=5)] = 0  # l of the motion polynomial: l+1 velocity blocks (supp. A.1)
+    degree: Annotated[int, Interval(ge=0, le=5)] = 0  # l of the motion polynomial (supp. A.1); preset default: 1
     time_bins: Annotated[int, Interval(ge=1, le=256)] = 8  # groups of voxel channels that keep capture times apart
     bin_seconds: PositiveFloat = 0.2  # width of one bin, s; the input frames are 0.2 s apart
     bin_shift: NonNegativeFloat = 0.15  # first bin before the clip's start, s; returns end at their sweep's stamp

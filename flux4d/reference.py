@@ -21,9 +21,9 @@ from .definitions import Definition, definitions
 from .reading_page import ReadingPage, definition_id, directives, fenced, inline_html
 
 # %% auto #0
-__all__ = ['Defined', 'defined_names', 'names_used', 'name_row', 'api_page', 'command_help', 'stage_parameters', 'command_page',
-           'config_groups', 'field_comments', 'preset_values', 'group_section', 'configuration_page', 'is_wide',
-           'gallery_figure', 'run_figures', 'gallery_page']
+__all__ = ['Defined', 'defined_names', 'names_used', 'name_row', 'api_page', 'command_help', 'papermill_parameters',
+           'command_page', 'config_groups', 'field_comments', 'preset_values', 'group_section', 'configuration_page',
+           'is_wide', 'gallery_figure', 'run_figures', 'gallery_page']
 
 # %% ../nbs/90c_reference.ipynb #966fd1d1
 class Defined(NamedTuple):
@@ -111,7 +111,7 @@ def command_help(
     return said.getvalue().strip()
 
 # %% ../nbs/90c_reference.ipynb #fc510f5e
-def stage_parameters(
+def papermill_parameters(
     notebooks: list[Notebook],  # all of the repository
 ) -> Iterator[tuple[Notebook, str]]:  # and the source of its cell of parameters
     "Notebooks that papermill runs with parameters."
@@ -125,16 +125,16 @@ def command_page(
     root: Path,  # the repository
     notebooks: list[Notebook],  # all of it
 ) -> str:  # Markdown
-    "Help of all commands, and parameters of the stage notebooks."
+    "Help of all commands, and parameters of the notebooks that papermill runs."
     listed = re.findall(r'^(flux4d-\w+) = "([\w.:]+)"', (root / "pyproject.toml").read_text(encoding="utf-8"), re.M)
     parts = [
         "# Commands, in full",
-        "What each command says to `--help`, and what each stage notebook takes as `-p name value`. "
+        "What each command says to `--help`, and what each notebook that papermill runs takes as `-p name value`. "
         "Examples in the order of work are on [another page](commands.md).",
     ]
     for name, entry in listed:
         parts.append(f"## {name}\n\n" + fenced(command_help(entry), "text"))
-    for nb, source in stage_parameters(notebooks):
+    for nb, source in papermill_parameters(notebooks):
         stem = nb.path.stem
         parts += [f"## papermill nbs/{stem}.ipynb", f"[{nb.title}]({stem}.md)", fenced(source, "python")]
     return "\n\n".join(parts) + "\n"
@@ -213,7 +213,7 @@ def configuration_page(
         "# Configuration, field by field",
         "Every value of a run that can be chosen. In Python: "
         "`preset_config(\"default\", dict(init=dict(scale_factor=1.0)))`; "
-        "on the command line of a stage notebook: `-y \"{overrides: {init: {scale_factor: 1.0}}}\"`. "
+        "on the command line of papermill: `-y \"{overrides: {init: {scale_factor: 1.0}}}\"`. "
         "Only fields in which presets differ: [presets](presets.md).",
         *(group_section(at, cfg, names, flat) for at, cfg in config_groups(first)),
     ]
@@ -262,7 +262,7 @@ def gallery_page(
     "The pictures of the real log."
     parts = [
         "# Gallery",
-        "What the stages make of PandaSet log 002, in their order; each picture leads to the page that explains it. "
+        "What the method makes of PandaSet log 002, step by step in the order of the parts; each picture leads to the page that explains it. "
         "A film is on the [front page](index.md), and [a scene to walk through](scene.md) has its own.",
     ]
     for digit, title in NOTEBOOK_PARTS.items():

@@ -11,16 +11,17 @@ from typing import Any
 from urllib.parse import quote
 import yaml
 from jinja2 import Environment
+from .brief import flow_unit
 from .records import literal, markdown_table
 
 # what needs torch is imported where it is used: `flux4d-report --help` answers at once
 
 # %% auto #0
 __all__ = ['PAPER_ROWS', 'PRINTED_TABLES', 'PAPER_SECONDS', 'IMAGE_TITLES', 'FLOW_CELLS', 'CLASSES_SHOWN', 'BY_CLASS',
-           'CLASS_CELLS', 'ALSO', 'TITLES', 'SUMMARY_VIEWS', 'QUANTITIES', 'literal_names', 'printed_rows',
-           'entries_at', 'image_row', 'title_of', 'whole_logs', 'scored_scenes', 'beside_paper', 'nvs_tables',
-           'flow_tables', 'summary_column', 'paper_column', 'summary_table', 'clip_table', 'class_table',
-           'camera_table', 'paths_by_reason', 'report_tables', 'report_text']
+           'CLASS_CELLS', 'ALSO', 'TITLES', 'SUMMARY_VIEWS', 'literal_names', 'printed_rows', 'entries_at', 'image_row',
+           'title_of', 'whole_logs', 'scored_scenes', 'beside_paper', 'nvs_tables', 'flow_titles', 'flow_tables',
+           'quantities', 'summary_column', 'paper_column', 'summary_table', 'clip_table', 'class_table', 'camera_table',
+           'paths_by_reason', 'report_tables', 'report_text']
 
 # %% ../nbs/56_report.ipynb #4d0bb2d1
 def literal_names(
@@ -46,12 +47,12 @@ PRINTED_TABLES = {number: printed_rows(figures) for number, figures in PAPER_ROW
 PAPER_SECONDS = "0.31"  # of a reconstruction, a source frame
 
 # %% ../nbs/56_report.ipynb #29da02e4
-IMAGE_TITLES = "PSNR", "SSIM", "D_RMSE m", "V_RMSE"
+IMAGE_TITLES = "PSNR", "SSIM", "D_RMSE, m", "V_RMSE, m per 0.1 s"
 FLOW_CELLS = {
-    "EPE3D m": "scene_flow.epe3d.mean",
+    "EPE3D": "scene_flow.epe3d.mean",
     "Acc5": "scene_flow.acc5.mean",
     "Acc10": "scene_flow.acc10.mean",
-    "theta rad": "scene_flow.theta_moving.mean",
+    "theta, rad": "scene_flow.theta_moving.mean",
     "EPE-BS": "scene_flow.epe_3way.BS.mean",
     "EPE-FS": "scene_flow.epe_3way.FS.mean",
     "EPE-FD": "scene_flow.epe_3way.FD.mean",
@@ -156,6 +157,13 @@ def nvs_tables(
     return [by_time, beside_paper(4, [*IMAGE_TITLES, "images"], ahead, m["comparable"])]
 
 # %% ../nbs/56_report.ipynb #b3485eb0
+def flow_titles(
+    m: dict,  # metrics
+) -> list[str]:  # as FLOW_CELLS
+    "What is measured of scene flow, with units."
+    return [f"{q}, {flow_unit(m)}" if q.startswith("EPE") else q for q in FLOW_CELLS]
+
+
 def flow_tables(
     m: dict,  # metrics
 ) -> list[str]:  # two tables
@@ -164,7 +172,7 @@ def flow_tables(
     ours |= {title_of(n): x for n, x in m["baselines"].items() if n not in ALSO}
     by_group = {k: entries_at(x, [*FLOW_CELLS.values(), "scene_flow.count"]) for k, x in ours.items()}
     by_class = {k: entries_at(x, CLASS_CELLS.values()) for k, x in ours.items()}
-    five = beside_paper(5, [*FLOW_CELLS, "frames"], by_group, m["comparable"])
+    five = beside_paper(5, [*flow_titles(m), "frames"], by_group, m["comparable"])
     return [five, beside_paper(6, CLASS_CELLS, by_class, m["comparable"])]
 
 # %% ../nbs/56_report.ipynb #3c62a914
@@ -173,18 +181,24 @@ SUMMARY_VIEWS = {
     "interpolation, full": ("full", "interpolation"),
     "future, full": ("full", "future"),
 }
-QUANTITIES = [
-    *(f"{views}: {q}" for views in SUMMARY_VIEWS for q in ("PSNR dB", *IMAGE_TITLES[1:])),
-    *(f"flow: {q}{' m' if q.startswith('EPE-') else ''}" for q in FLOW_CELLS),
-    *(f"flow by class: {q}" for q in CLASS_CELLS),
-    "reconstruction, s a source frame",
-]
+
+
+def quantities(
+    m: dict,  # metrics
+) -> list[str]:  # names of rows
+    "What the summary compares."
+    return [
+        *(f"{views}: {q}" for views in SUMMARY_VIEWS for q in ("PSNR, dB", *IMAGE_TITLES[1:])),
+        *(f"flow: {q}" for q in flow_titles(m)),
+        *(f"flow by class: {q}" for q in CLASS_CELLS),
+        "reconstruction, s a source frame",
+    ]
 
 # %% ../nbs/56_report.ipynb #86c37f1a
 def summary_column(
     block: dict,  # with `nvs` and `scene_flow`
     seconds: float | None,  # of a reconstruction, a source frame
-) -> list:  # as QUANTITIES
+) -> list:  # as `quantities`
     "Every metric of one scene."
     images = [x for of in SUMMARY_VIEWS.values() for x in image_row(block, *of)]
     return [*images, *entries_at(block, [*FLOW_CELLS.values(), *CLASS_CELLS.values()]), seconds]
@@ -192,7 +206,7 @@ def summary_column(
 # %% ../nbs/56_report.ipynb #a8b848be
 def paper_column(
     m: dict,  # metrics
-) -> list:  # as QUANTITIES
+) -> list:  # as `quantities`
     "The paper's full model, of whole logs where ours are."
     full = {n: rows[-1][1:] for n, rows in PRINTED_TABLES.items()}
     images = full[2] + [None] * 4 if whole_logs(m) else full[1][:8] + full[4]
@@ -208,7 +222,7 @@ def summary_table(
         columns["static"] = summary_column(m["zero_velocity"] | m["zero_motion"], None)
     columns |= {title_of(k): summary_column(x, x["seconds_per_frame"]) for k, x in m["baselines"].items()}
     note = "" if m["comparable"] == "yes" else " (not comparable: other logs)"
-    rows = [list(row) for row in zip(QUANTITIES, *columns.values(), paper_column(m))]
+    rows = [list(row) for row in zip(quantities(m), *columns.values(), paper_column(m))]
     return markdown_table(["metric", *columns, f"Flux4D, paper{note}"], rows)
 
 # %% ../nbs/56_report.ipynb #03738067
@@ -216,7 +230,8 @@ def clip_table(
     m: dict,  # metrics
 ) -> str:  # markdown
     "One row a clip."
-    head = ["clip", "interpolation dB", "future dB", "EPE3D m", "FD m", "flow frames"]
+    errors = [f"{q}, {flow_unit(m)}" for q in ("EPE3D", "FD")]
+    head = ["clip", "interpolation, dB", "future, dB", *errors, "flow frames"]
     rows = []
     for clip, flow in m["per_clip_flow"].items():
         psnr = m["per_clip"][clip]["model"]
@@ -240,7 +255,7 @@ def camera_table(
     for camera, block in m["per_camera"].items():
         cells = [block["nvs"][region][setting] for region, setting in SUMMARY_VIEWS.values()]
         rows.append([camera, *(x[name]["mean"] for x in cells for name in ("psnr", "depth_rmse"))])
-    titles = [f"{view}: {title}" for view in SUMMARY_VIEWS for title in ("PSNR dB", "D_RMSE m")]
+    titles = [f"{view}: {title}" for view in SUMMARY_VIEWS for title in ("PSNR, dB", "D_RMSE, m")]
     return markdown_table(["camera", *titles], rows)
 
 # %% ../nbs/56_report.ipynb #6b041cdf
@@ -281,6 +296,7 @@ def report_text(
         settings=list(m["nvs"]["full"]),
         flow=m["scene_flow"],
         fd=m["analysis"]["fd"],
+        unit=flow_unit(m),
         peak=m["analysis"]["plateau"],
         run=m["runtime"],
         timed=m["runtime"]["reconstruction"],

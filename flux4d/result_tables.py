@@ -34,8 +34,8 @@ RUN_COLUMNS = {
     "PSNR, dB": RunColumn(("nvs full * psnr",)),
     "moving, dB": RunColumn(("nvs dynamic * psnr",)),
     "depth RMSE, m": RunColumn(("nvs full * depth_rmse",)),
-    "FD EPE, m: model; motion prior alone; at rest": RunColumn((FD, PRIOR + FD, "zero_motion " + FD), ".3f"),
-    "BS EPE, m: model; motion prior alone": RunColumn((BS, PRIOR + BS), ".4f"),
+    "FD EPE, m per 0.1 s: model; motion prior alone; at rest": RunColumn((FD, PRIOR + FD, "zero_motion " + FD), ".3f"),
+    "BS EPE, m per 0.1 s: model; motion prior alone": RunColumn((BS, PRIOR + BS), ".4f"),
 }
 
 # %% ../nbs/91a_result_tables.ipynb #a3315856

@@ -12,6 +12,7 @@ import torch
 from scipy.spatial.transform import Rotation, Slerp
 from torch import Tensor
 from fastcore.basics import patch
+from .camera_colours import as_cameras_see
 from .clips import Clip
 from .files import DataError
 from .frames import TIME_SLACK, ClipTime
@@ -21,7 +22,7 @@ from .render import Cameras, RenderConfig, Rendered
 from .render import render as draw
 
 # %% auto #0
-__all__ = ['CameraPath', 'recorded_cameras', 'Scene', 'scene_of']
+__all__ = ['CameraPath', 'recorded_cameras', 'Scene', 'end_of_inputs', 'scene_of']
 
 # %% ../nbs/22_scene.ipynb #8f1f64db
 class CameraPath(NamedTuple):
@@ -74,6 +75,8 @@ class Scene(LazyMethods):
     cameras: dict[str, CameraPath] = field(default_factory=dict)  # recorded ones, by name
     source: dict[str, Any] = field(default_factory=dict)  # what it was made from: log, clip, model
     render_cfg: RenderConfig = field(default_factory=RenderConfig)  # how it is drawn
+    # by camera: the curve from its colours to those of the Gaussians; none: the camera has their colours
+    tones: dict[str, Tensor] = field(default_factory=dict)
     inputs: Any = None  # `ClipInputs` that it was reconstructed from, for a polish; None: not known
 
     def __len__(self) -> int:  # N
@@ -100,6 +103,15 @@ def device(self: Scene) -> torch.device:
     return self.gaussians.means.device
 
 # %% ../nbs/22_scene.ipynb #ac1964eb
+def end_of_inputs(
+    clip: Clip,  # with its input frames
+) -> float:  # s since its start
+    "When the last input was recorded: the last input sweep's stamp, or an image's where one is later."
+    last = max(clip.input_frames)
+    stamps = [clip.log.lidar_stamps[last], *(clip.log.camera(name).stamps[last] for name in clip.cameras)]
+    return round(float(max(stamps)) - clip.time.start, 4)
+
+
 def scene_of(
     clip: Clip,  # whose clock, ego0 and cameras the scene takes
     gaussians: Gaussians,  # N Gaussians, world
@@ -108,7 +120,7 @@ def scene_of(
     scale: float = 1.0,  # size of its recorded cameras' pictures, as a share of the recorded size
 ) -> Scene:
     "A scene of a clip."
-    source = dict(log=clip.log.id, clip=clip.id)
+    source = dict(log=clip.log.id, clip=clip.id, inputs_end=end_of_inputs(clip))
     return Scene(gaussians, velocity, clip.time, clip.ego0, recorded_cameras(clip, scale), source, cfg)
 
 # %% ../nbs/22_scene.ipynb #4ff57f0b
@@ -128,7 +140,8 @@ def to(
 ) -> Scene:
     "A copy on another device."
     velocity = None if self.velocity is None else self.velocity.to(device)
-    return replace(self, gaussians=self.gaussians.to(device), velocity=velocity)
+    tones = {name: curve.to(device) for name, curve in self.tones.items()}
+    return replace(self, gaussians=self.gaussians.to(device), velocity=velocity, tones=tones)
 
 # %% ../nbs/22_scene.ipynb #7de25656
 @patch
@@ -148,8 +161,9 @@ def render(
     cfg: RenderConfig | None = None,  # how to draw; None: as the scene says
     features: Tensor | None = None,  # (N,F) or (V,N,F) values that are blended like colours
 ) -> Rendered:  # V pictures: rgb, depth, alpha, features
-    "Draw the scene as each view sees it at its own time."
-    return draw(self.gaussians, self.velocity, self.duration, views, cfg or self.render_cfg, features)
+    "Draw the scene as each view sees it at its own time; a view that names its camera, in that camera's colours."
+    out = draw(self.gaussians, self.velocity, self.duration, views, cfg or self.render_cfg, features)
+    return out._replace(rgb=as_cameras_see(out.rgb, getattr(views, "camera", ()), self.tones))
 
 # %% ../nbs/22_scene.ipynb #5b12bb4e
 @patch
@@ -188,3 +202,15 @@ def camera(
     as_tensor = [torch.as_tensor(np.asarray(x)[None], dtype=torch.float32) for x in (path.K, world_to_cam, t)]
     slack = max(TIME_SLACK, -t, t - 1)
     return Cameras(*as_tensor, path.height, path.width, slack).to(self.device)
+
+# %% ../nbs/22_scene.ipynb #38d05b91
+@patch
+def future(
+    self: Scene,
+    seconds: float,  # since the clip's start
+) -> float:  # s after the last input; 0: not after it, or the scene does not say when its inputs end
+    "How far a moment lies in the future of what was read."
+    end = self.source.get("inputs_end")
+    known = isinstance(end, (int, float)) and math.isfinite(end)
+    later = seconds - end if known else 0.0
+    return later if later > 1e-3 else 0.0

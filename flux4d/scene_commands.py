@@ -198,6 +198,7 @@ def film_parser() -> argparse.ArgumentParser:
     p.add_argument("--fps", type=float, default=30.0, help="frames a second, default 30")
     p.add_argument("--seconds", type=float, help="how long the film lasts, default as the path says")
     p.add_argument("--size", type=int, help="width of a panel in px, default as recorded, at most 1920 for all")
+    p.add_argument("--no-mark", action="store_true", help="do not mark the frames that lie after the last input")
     return p
 
 # %% ../nbs/74c_scene_commands.ipynb #8e78abfd
@@ -222,6 +223,7 @@ def film_main(
         check_source(args, ("log", "start", "cameras"))
         scene = asked_scene(args, film_cameras(args))
         print(f"{scene.source.get('clip', args.source)}: {len(scene):,} Gaussians", flush=True)
-        print("wrote", scene.film(args.out, args.path, args.layers, args.fps, args.seconds, args.size))
+        asked = args.path, args.layers, args.fps, args.seconds, args.size
+        print("wrote", scene.film(args.out, *asked, mark=not args.no_mark))
 
     return exit_status(work, args.out)

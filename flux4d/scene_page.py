@@ -18,7 +18,7 @@ from .frames import se3_inverse, transform_points
 from .motion_prior import estimate_motion_prior
 from .occupancy import SweepPoints
 from .paths import recorded_path
-from .scene import Scene
+from .scene import Scene, end_of_inputs
 from .scene_file import load_scene
 from .voxels import VoxelConfig
 
@@ -151,7 +151,7 @@ def prior_picture(
     ax.set(xlim=shown.x, ylim=shown.y, aspect="equal", xlabel="x, m", ylabel="y, m")
     when = "given" if frame in clip.input_frames else "not given"
     if frame > max(clip.input_frames):
-        when = "after the last that was given"
+        when = f"future, +{seconds - end_of_inputs(clip):.2f} s"
     ax.set_title(f"{seconds:.2f} s: black the sweep of frame {frame} ({when}), colours what the prior carries there")
     figure.colorbar(colours, label="speed, m/s")
     ax.legend(loc="lower right", fontsize=8)

@@ -1,5 +1,5 @@
 """Timings are refused where they are none, two runs are laid side by side by the command, a row that fails costs
-itself alone, and what is measured is what the stages do."""
+itself alone, and what is measured is what the method does."""
 
 import copy
 import json

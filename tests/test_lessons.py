@@ -47,7 +47,7 @@ def idle(tmp_path_factory):
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_gate_of_stage_3_fails_an_untrained_model(idle, full):
+def test_gate_of_the_base_model_fails_an_untrained_model(idle, full):
     trainer, clip, rows = idle
     scores = gate_scores(trainer, trainer.loader.batch(0), clip.frames[:4])
     assert scores["trained"] == scores["untrained"]

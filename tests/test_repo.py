@@ -246,7 +246,7 @@ def test_notebook_opens_with_title_and_subtitle(nb):
     [o for o in NOTEBOOKS if o.path.stem in ("04_clips", "10_lift", "30_unet", "35_overfit", "60_stage6")],
     ids=name,
 )
-def test_stage_notebook_ends_with_its_record(nb):
+def test_a_notebook_that_closes_a_part_ends_with_its_record(nb):
     text = "\n".join(c["source"] for c in nb.cells if c["cell_type"] == "markdown")
     assert re.search(r"^## Record\s*$", text, re.M), "no section '## Record'"
     record = re.split(r"^## Record\s*$", text, flags=re.M)[-1]
