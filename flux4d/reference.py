@@ -262,7 +262,8 @@ def gallery_page(
     "The pictures of the real log."
     parts = [
         "# Gallery",
-        "What the method makes of PandaSet log 002, step by step in the order of the parts; each picture leads to the page that explains it. "
+        "What the method makes of PandaSet log 002, step by step in the order of the parts; "
+        "each picture leads to the page that explains it. "
         "A film is on the [front page](index.md), and [a scene to walk through](scene.md) has its own.",
     ]
     for digit, title in NOTEBOOK_PARTS.items():
