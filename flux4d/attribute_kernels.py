@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from .gaussians import Gaussians
-from .splat_kernels import kernel, kernels_work, row_lengths, rows_and_columns, rows_of
+from .kernels import kernel, kernels_work
+from .splat_kernels import row_lengths, rows_and_columns, rows_of
 from .splat_kernels import sigmoid, softplus, unit_back
 
 try:

@@ -114,6 +114,7 @@ SUBJECTS = {  # page -> what a reader types who should come to it
     "50_refine": ("refinement", "stage", "feedback"),
     "53_flow_metrics": ("EPE", "scene flow", "FD EPE", "Acc5"),
     "61_evaluate": ("evaluation", "evaluate"),
+    "61a_heldout": ("held-out windows",),
     "62_ablation": ("ablation",),
     "70_use": ("video", "Python"),
     "71a_filming": ("video", "videos", "film", "films"),

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from .losses import ImageTerms, LossConfig, gaussian_window
-from .splat_kernels import kernel, kernels_work, tile
+from .kernels import kernel, kernels_work
+from .splat_kernels import tile
 
 try:
     import triton

@@ -32,10 +32,11 @@ class BlockMap(NamedTuple):
     ) -> Tensor:  # (...,9) int64 numbers of the block there and of its eight neighbours, K = none
         "The blocks around places; beyond the map there are none."
         padded = F.pad(self.number, (1, 1, 1, 1), value=len(self.place))
+        _, rows, columns = padded.shape
         step = torch.arange(3, device=padded.device)
-        x = (x[..., None] + step.repeat_interleave(3)).clamp(0, padded.shape[1] - 1)
-        y = (y[..., None] + step.repeat(3)).clamp(0, padded.shape[2] - 1)
-        return padded[sweep[..., None], x, y]
+        x = (x[..., None] + step).clamp(0, rows - 1) + sweep[..., None] * rows
+        y = (y[..., None] + step).clamp(0, columns - 1)
+        return padded.flatten()[(x[..., None] * columns + y[..., None, :]).flatten(-2)]
 
 # %% ../nbs/13b_matching.ipynb #488bb24f
 def index_blocks(
@@ -81,7 +82,7 @@ def soft_occupancy(
     return torch.maximum(occupied, 0.5 * F.max_pool2d(occupied, 3, 1, 1))
 
 # %% ../nbs/13b_matching.ipynb #0703c895
-MOST_PAIRS = 2**26  # of a cell and a displacement that are looked up at once
+MOST_PAIRS = 2**24  # of a cell and a displacement that are looked up at once
 
 
 def count_hits(
@@ -101,15 +102,16 @@ def count_hits(
     d = torch.arange(-reach, reach + 1, device=place.device)
     displacement = (d[:, None] * columns + d).flatten()
     hits, compared, zero = (torch.zeros(K, n, device=place.device) for n in (len(displacement), 1, 2))
-    for gap in (g for g in range(-neighbour_sweeps, neighbour_sweeps + 1) if g):
-        p = ((sweep + gap >= 0) & (sweep + gap < S)).nonzero()[:, 0]
-        other = sweep[p] + gap
-        at = place[p]
-        seen = observed[other, at].float()
-        for q in torch.arange(len(p), device=p.device).split(max(1, MOST_PAIRS // len(d) ** 2)):
-            hits.index_add_(0, block_of_cell[p[q]], soft[other[q, None], at[q, None] + gap * displacement])
-        compared.index_add_(0, block_of_cell[p], torch.ones_like(seen)[:, None])
-        zero.index_add_(0, block_of_cell[p], torch.stack([seen * soft[other, at], seen], 1))
+    gap = torch.arange(-neighbour_sweeps, neighbour_sweeps + 1, device=place.device)
+    other = sweep + gap[:, None]
+    g, p = ((other >= 0) & (other < S) & (gap != 0)[:, None]).nonzero().unbind(1)  # pairs of a cell and another sweep
+    other, gap, at, block = other[g, p], gap[g], place[p], block_of_cell[p]
+    seen = observed[other, at].float()
+    some = max(1, MOST_PAIRS // len(displacement))
+    for q in (slice(start, start + some) for start in range(0, len(p), some)):
+        hits.index_add_(0, block[q], soft[other[q, None], at[q, None] + gap[q, None] * displacement])
+    compared.index_add_(0, block, torch.ones_like(seen)[:, None])
+    zero.index_add_(0, block, torch.stack([seen * soft[other, at], seen], 1))
     return HitCounts(hits, compared, zero[:, :1], zero[:, 1:])
 
 # %% ../nbs/13b_matching.ipynb #3e3fadd8
@@ -133,13 +135,15 @@ def match_scores(
     blocks, block_of_cell = index_blocks(cells, len(maps.occupied), bev)
     K = len(blocks.place)
     alone = count_hits(maps, cells, block_of_cell, K, reach, neighbour_sweeps)
-    counts = HitCounts(*(sum_around(v, blocks) for v in alone))
     one = torch.ones(len(cells), 1, device=cells.device)
     cell_count = torch.zeros(K, 1, device=cells.device).index_add_(0, block_of_cell, one)
+    values = *alone, cell_count
+    *counts, cell_count = sum_around(torch.cat(values, 1), blocks).split([v.shape[1] for v in values], 1)
+    counts = HitCounts(*counts)
     return MatchScores(
         score=counts.hits / counts.compared.clamp_min(1),
         zero_motion=counts.zero_hits[:, 0] / counts.zero_compared[:, 0].clamp_min(1),
-        cells=sum_around(cell_count, blocks)[:, 0],
+        cells=cell_count[:, 0],
         blocks=blocks,
     )
 

@@ -92,11 +92,12 @@ class MotionInputs(NamedTuple):
 def group_by_cell(
     points: Tensor,  # (M,3) ego0, m
     edges: Tensor,  # (3,) of a cell, m
-) -> Tensor:  # (M,) int64 number of each point's cell, 0..n-1, every number in use
+) -> tuple[Tensor, int]:  # (M,) int64 number of each point's cell, 0..n-1; n, how many are occupied
     "Number the occupied cells of an endless grid."
     cell = (points.detach() / edges).floor().long()
     key = ((cell - cell.min(0)[0]) * cell.new_tensor([1 << 40, 1 << 20, 1])).sum(1)
-    return torch.unique(key, return_inverse=True)[1]
+    keys, group = torch.unique(key, return_inverse=True)
+    return group, len(keys)
 
 # %% ../nbs/30a_motion_inputs.ipynb #31b71d9f
 class LocalVelocity(NamedTuple):
@@ -114,8 +115,7 @@ def local_velocity(
     ridge: float = 0.02,  # added to the variance of time, s^2
 ) -> LocalVelocity:  # of the M points
     "Least-squares slope of position over time among the points of each cell."
-    group = group_by_cell(points, points.new_tensor([cell, cell, height]))
-    n = int(group.max()) + 1
+    group, n = group_by_cell(points, points.new_tensor([cell, cell, height]))
     x = torch.cat([points, seconds.to(points.dtype)[:, None]], 1)
     x = x - pool_mean(x, group, n)[group]
     covariance, variance = pool_mean(x * x[:, 3:], group, n).split([3, 1], 1)

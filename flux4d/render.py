@@ -18,7 +18,11 @@ from .gaussians import FLAT, Gaussians, LIDAR, advance
 from .lazy_methods import LazyMethods
 from .raster import DrawRules, Ellipsoids, Pinhole, rasterise
 from .raster_compiled import have_numba, rasterise_compiled
-from .splat_kernels import Placement, finish_pictures, kernels_work, place_splats
+from .splat_kernels import Placement, finish_pictures, place_splats
+from .kernels import kernels_work
+from .tile_kernels import Splats2D, TILE_SIDE, TileLists, draw_lists, tiles_take
+from .tile_lists import list_splats, order_fits
+
 
 # %% auto #0
 __all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'tile_size_for', 'pick_backend', 'background_colour',
@@ -29,9 +33,9 @@ __all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'tile_size_for
 class RenderConfig:
     "How Gaussians become pixels; supp. A.2 where it speaks, our choice elsewhere."
 
-    # "gsplat", "compiled" (numba), "torch" (the readable one), or "auto": gsplat for tensors on a GPU,
-    # compiled elsewhere where numba is installed, else torch
-    backend: Literal["auto", "gsplat", "compiled", "torch"] = "auto"
+    # "gsplat", "tiles" (gsplat with a gradient of our own), "compiled" (numba), "torch" (the readable one), or
+    # "auto": tiles for tensors on a GPU, compiled elsewhere where numba is installed, else torch
+    backend: Literal["auto", "gsplat", "tiles", "compiled", "torch"] = "auto"
     near: PositiveFloat = 0.1  # m, nothing nearer is drawn
     far: PositiveFloat = 10_000.0  # m, nothing farther is drawn; the sky lies at 1 to 3 km
     max_scale: PositiveFloat = 1.0  # m, largest standard deviation of a LiDAR Gaussian when drawn (supp. A.2)
@@ -182,15 +186,66 @@ def _with_gsplat(
     image, alpha, _ = rasterization(*splats, *cameras, views.width, views.height, **rules, **how)
     return image[:, 0], alpha[:, 0, ..., 0]
 
+# %% ../nbs/21_render.ipynb #7d20a002
+def _project_with_gsplat(
+    e: Ellipsoids,  # means (V,N,3) at each view's time, world, m; the rest of the N Gaussians, or copies for each view
+    views: Any,  # V views
+    cfg: RenderConfig,  # planes, widening, mode
+) -> tuple[Tensor, ...]:  # radii (V,N,2) int32 px, means (V,N,2) px, depths (V,N) m, conics (V,N,3), opacities (V,N)
+    "Splats of each view; those that it does not see have radius 0."
+    from gsplat import fully_fused_projection
+
+    quats, scales, opacities = e[1:]
+    if opacities.dim() == 1:
+        quats, scales, opacities = (v.expand(len(e.means), *v.shape) for v in e[1:])
+    cameras = views.world_to_cam.to(e.means)[:, None], views.K.to(e.means)[:, None]
+    rules = dict(near_plane=cfg.near, far_plane=cfg.far, eps2d=cfg.eps2d, calc_compensations=cfg.antialiased)
+    size = views.width, views.height
+    found = fully_fused_projection(e.means, None, quats, scales, *cameras, *size, opacities=opacities, **rules)
+    *splats, compensation = (x if x is None else x[:, 0] for x in found)
+    return *splats, opacities if compensation is None else opacities * compensation
+
+# %% ../nbs/21_render.ipynb #7d20a003
+def _gsplat_lists(
+    radii: Tensor,  # (V,N,2) int32 px, of splats
+    means: Tensor,  # (V,N,2) px
+    depths: Tensor,  # (V,N) m
+    views: Any,  # V views
+) -> TileLists:
+    "The splats whose box touches a tile, nearest first, as gsplat sorts them."
+    from gsplat import isect_offset_encode, isect_tiles
+
+    across, down = -(-views.width // TILE_SIDE), -(-views.height // TILE_SIDE)
+    _, keys, ids = isect_tiles(means.detach(), radii, depths.detach(), TILE_SIDE, across, down)
+    offsets = isect_offset_encode(keys, len(means), across, down).view(len(means), down, across)
+    return TileLists(offsets, ids, views.height, views.width)
+
+# %% ../nbs/21_render.ipynb #7d20a004
+def _with_tiles(
+    e: Ellipsoids,  # means (V,N,3) at each view's time, world, m; the rest of the N Gaussians
+    values: Tensor,  # (V,N,C) what each Gaussian shows to each view
+    views: Any,  # V views
+    cfg: RenderConfig,  # planes, widening, mode
+) -> tuple[Tensor, Tensor]:  # values (V,H,W,C), alpha (V,H,W)
+    "gsplat's pictures, with the gradient of `draw_lists` where one is wanted and it can be."
+    _gsplat_rasterization(e.means.device)
+    if tile_size_for(e, values) != TILE_SIDE or not tiles_take(values):
+        return _with_gsplat(e, values, views, cfg)
+    radii, means, depths, conics, opacities = _project_with_gsplat(e, views, cfg)
+    splats, size, planes = Splats2D(means, conics, values, opacities), (views.height, views.width), (cfg.near, cfg.far)
+    if order_fits(len(means), *planes):
+        return draw_lists(splats, list_splats(splats, radii, depths.detach(), size, planes))
+    return draw_lists(splats, _gsplat_lists(radii, means, depths, views))
+
 # %% ../nbs/21_render.ipynb #4fda22ce
 def pick_backend(
-    backend: str,  # "auto", "gsplat", "compiled" or "torch"
+    backend: str,  # "auto", "gsplat", "tiles", "compiled" or "torch"
     device: torch.device,  # of the Gaussians
 ) -> Callable:  # the function that draws
     "The back end's function."
     on_cpu = _with_numba if have_numba() else _with_torch
-    auto = _with_gsplat if device.type == "cuda" else on_cpu
-    table = dict(torch=_with_torch, compiled=_with_numba, gsplat=_with_gsplat, auto=auto)
+    auto = _with_tiles if device.type == "cuda" else on_cpu
+    table = dict(torch=_with_torch, compiled=_with_numba, gsplat=_with_gsplat, tiles=_with_tiles, auto=auto)
     if backend not in table:
         raise ValueError(f"unknown render backend {backend!r}: choose one of {', '.join(sorted(table))}")
     return table[backend]
@@ -310,7 +365,7 @@ def render(
     with torch.autocast(g.means.device.type, enabled=False):
         velocity, features = (v if v is None else v.to(g.means.dtype) for v in (velocity, features))
         draw = pick_backend(cfg.backend, g.means.device)
-        fused = draw is _with_gsplat and kernels_take(g, velocity, features, views)
+        fused = draw in (_with_gsplat, _with_tiles) and kernels_take(g, velocity, features, views)
         place, finish = (_place_fused, finish_pictures) if fused else (place_plain, finish_plain)
         e, values = place(g, velocity, duration, views, cfg, features)
         image, alpha = draw(e, values, views, cfg)

@@ -4,14 +4,12 @@
 
 # %% ../nbs/20b_splat_kernels.ipynb #0df667d0
 from __future__ import annotations
-import warnings
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from .gaussians import LIDAR, Gaussians
+from .kernels import kernel, kernels_work
 
 try:
     import triton
@@ -20,41 +18,10 @@ except ImportError:  # without a GPU there is none; tensor operations then do th
     triton = None
 
 # %% auto #0
-__all__ = ['SPLAT_BLOCK', 'PICTURE_BLOCK', 'PICTURE_TILE', 'kernel', 'one_kernel', 'kernels_work', 'softplus', 'sigmoid', 'way',
-           'rows_and_columns', 'tile', 'row_lengths', 'unit_back', 'splat_kernel', 'centre_slope', 'splat_grad_kernel',
-           'Placement', 'rows_of', 'PlaceSplats', 'place_splats', 'row_sum_kernel', 'picture_kernel',
-           'picture_grad_kernel', 'FinishPictures', 'finish_pictures']
-
-# %% ../nbs/20b_splat_kernels.ipynb #07e2981e
-def kernel(
-    f: Callable,  # a Triton kernel
-) -> Callable:  # compiled at its first call
-    "Make a function a kernel where Triton is installed."
-    return f if triton is None else triton.jit(f)
-
-# %% ../nbs/20b_splat_kernels.ipynb #5eea9e9b
-@kernel
-def one_kernel(
-    x_ptr: tl.tensor,  # out: one number
-) -> None:
-    "Write a one."
-    tl.store(x_ptr, 1.0)
-
-# %% ../nbs/20b_splat_kernels.ipynb #f141dc7b
-@lru_cache
-def kernels_work(
-    device: torch.device,  # of the tensors
-) -> bool:
-    "Whether kernels compile and run there."
-    if triton is None or device.type != "cuda":
-        return False
-    try:
-        x = torch.zeros(1, device=device)
-        one_kernel[(1,)](x)
-        return x.item() == 1
-    except Exception as e:  # whatever a compiler says
-        warnings.warn(f"Kernels cannot be compiled here, tensor operations do the work: {type(e).__name__}: {e}")
-        return False
+__all__ = ['SPLAT_BLOCK', 'PICTURE_BLOCK', 'PICTURE_TILE', 'softplus', 'sigmoid', 'way', 'rows_and_columns', 'tile',
+           'row_lengths', 'unit_back', 'splat_kernel', 'centre_slope', 'splat_grad_kernel', 'Placement', 'rows_of',
+           'PlaceSplats', 'place_splats', 'row_sum_kernel', 'picture_kernel', 'picture_grad_kernel', 'FinishPictures',
+           'finish_pictures']
 
 # %% ../nbs/20b_splat_kernels.ipynb #122c90b0
 @kernel

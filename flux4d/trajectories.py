@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from .voxels import VoxelConfig
 from .occupancy import SweepPoints
+from .kernels import kernels_work
 from .matching import BlockMap, blocks_met
+from .search_kernels import RefineRule, fused_refine
 
 # %% auto #0
 __all__ = ['soft_counts', 'DensityMap', 'density_map', 'CellMeans', 'cell_means', 'MemberCells', 'member_cells', 'solve_2x2',
@@ -149,6 +151,9 @@ def refine_trajectories(
     steps: int,  # of mean shift
 ) -> Tensor:  # (K,2,2) [k,0] velocity, m/s, [k,1] acceleration, m/s^2, along x and y, at the block's own sweep
     "Mean shift of trajectories of constant acceleration; a block without member cells keeps its velocity."
+    if kernels_work(velocity.device):
+        rule = RefineRule(density.low, density.cell, blur_std, prior_std, steps)
+        return fused_refine(velocity, times, *members, density.values, rule)
     t = times - times[members.sweep, None]
     base = torch.stack([t, t * t / 2], -1)  # (Q,S,2): displacement is base @ trajectory
     start = torch.stack([velocity, torch.zeros_like(velocity)], 1)

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from annotated_types import MinLen
 from pydantic import PositiveInt
 from .attribute_kernels import fused_mix, kernels_change
+from .block_kernels import fused_block, kernels_convolve, network_tables
 from .settings import Share
 from .sparse_convolution import plain_spconv
 from .voxels import VoxelConfig, Voxels
@@ -282,9 +283,10 @@ def pick_precision(
 
 # %% ../nbs/30_unet.ipynb #f178a39a
 class Kernels:
-    "Which precision spconv has chosen its GPU kernels for."
+    "Whose kernels convolve on a GPU, and which precision spconv has chosen its own for."
 
-    precision: str | None = None  # None until the first convolution on a GPU
+    precision: str | None = None  # None until spconv's first convolution on a GPU
+    fused: bool = True  # blocks whose norm is 'clip' run in the kernels of `block_kernels`; False = in spconv's
 
 # %% ../nbs/30_unet.ipynb #e110ecc1
 def use_precision(
@@ -378,9 +380,12 @@ def forward(
 def again(
     self: ConvBlock,
     features: Tensor,  # (V,n_in) of the input voxels
-    tables: dict,  # from `kept_tables`
+    tables: dict,  # from `kept_tables` or `network_tables`
 ) -> Tensor:  # (W,n_out) of the output voxels
     "The same on voxels whose tables are known."
+    table = tables.get((self.conv.key, self.conv.kind))
+    if table is not None:
+        return fused_block(features, self.conv.weight, self.norm, table, self.slope, tables["precision"])
     return F.leaky_relu(self.norm(self.conv.again(features, tables)), self.slope)
 
 # %% ../nbs/30_unet.ipynb #1bb53857
@@ -450,7 +455,7 @@ def levels(
 def levels_again(
     self: SparseUNet,
     x: Tensor,  # (V,C) features of the first width
-    tables: dict,  # from `kept_tables`
+    tables: dict,  # from `kept_tables` or `network_tables`
 ) -> Tensor:  # (V,n_out) of the same voxels
     "What `levels` does, on voxels whose tables are known."
     skips = []
@@ -465,6 +470,20 @@ def levels_again(
             x = block.again(x, tables)
     return x
 
+# %% ../nbs/30_unet.ipynb #b10cfa5e
+@patch
+def levels_fused(
+    self: SparseUNet,
+    x: Tensor,  # (V,C) features of the first width
+    coords: Tensor,  # (V,3) cells of the voxels
+    shape: list[int],  # cells of the grid, from `padded_shape`
+    known: dict,  # tables of earlier passes over the same voxels; filled here
+) -> Tensor:  # (V,n_out) of the same voxels
+    "What `levels` does, block by block in the kernels of `block_kernels`."
+    if (f"level{len(self.enc) - 1}", "same") not in known:  # a network of fewer levels leaves tables of fewer
+        known.update(network_tables(coords, shape, len(self.enc), torch.is_grad_enabled()))
+    return self.levels_again(x, known | dict(precision=pick_precision(self.cfg.precision, x.device)))
+
 # %% ../nbs/30_unet.ipynb #329c0246
 @patch
 def forward(
@@ -476,10 +495,14 @@ def forward(
     "Features of each voxel and its surroundings."
     device = v.features.device
     shape = self.padded_shape(shape)
-    use_precision(pick_precision(self.cfg.precision, device), device)
-    known = {} if tables is None else tables.setdefault((torch.is_grad_enabled(), *shape), {})
+    precision = pick_precision(self.cfg.precision, device)
+    fused = Kernels.fused and self.cfg.norm == "clip" and kernels_convolve(v.features)
+    known = {} if tables is None else tables.setdefault((fused, torch.is_grad_enabled(), *shape), {})
     with torch.autocast(device.type, enabled=False):
         features = self.stem(v.features.float())
+        if fused:
+            return self.levels_fused(features, v.coords, shape, known)
+        use_precision(precision, device)
         if f"level{len(self.enc) - 1}" in known:  # a network of fewer levels leaves tables of fewer
             return self.levels_again(features, known)
         at = F.pad(v.coords, (1, 0)).int()

@@ -9,14 +9,18 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest
 import torch
-from flux4d import losses_fused, render as render_module, splat_kernels
+from flux4d import losses_fused, render as render_module, splat_kernels, tile_kernels
 from flux4d.attribute_kernels import fused_feedback, fused_mix, fused_point, fused_residual, fused_sum
 from flux4d.decode import AttributeBounds, decode_residual
+from flux4d.frames import quat_to_mat
 from flux4d.gaussians import Gaussians
 from flux4d.losses import LossConfig, image_terms
 from flux4d.losses_fused import can_fuse, fused_image_terms
-from flux4d.splat_kernels import kernels_work
+from flux4d.kernels import kernels_work
+from flux4d.tile_kernels import TILE_SIDE, Splats2D, TileLists, blend_plain, pixel_strengths, tile_gradients
+from flux4d.tile_lists import list_splats
 from flux4d.network_inputs import describe_points
+from flux4d.raster import Ellipsoids
 from flux4d.refine import Feedback, RefineConfig, feedback_features
 from flux4d.render import Cameras, RenderConfig, render
 from flux4d.training_loss import reconstruction_loss
@@ -111,6 +115,133 @@ def test_terms_without_a_gradient():
         found = fused_image_terms(out, views, LossConfig())
     assert not found.rgb.requires_grad
     assert torch.allclose(torch.stack([*found]), torch.stack([*image_terms(out, views, LossConfig())]), atol=1e-5)
+
+
+def flat_splats(V, N, channels, height, width):
+    "Splats of V pictures, some beside them and some opaque, and lists in which most tiles miss some of them."
+    gen = torch.Generator().manual_seed(channels)
+    size = torch.tensor([width, height])
+    means = (1.2 * torch.rand(V, N, 2, generator=gen) - 0.1) * size
+    axes = 2 * torch.randn(V, N, 2, 2, generator=gen)
+    inverse = torch.linalg.inv(axes @ axes.mT + 0.3 * torch.eye(2))
+    conics = torch.stack([inverse[..., 0, 0], inverse[..., 0, 1], inverse[..., 1, 1]], -1)
+    opacities = (1.2 * torch.rand(V, N, generator=gen)).clamp(0.02, 1)
+    s = Splats2D(means, conics, torch.randn(V, N, channels, generator=gen), opacities)
+    rows, columns = -(-height // TILE_SIDE), -(-width // TILE_SIDE)
+    offsets, ids = [], []
+    for view in range(V):
+        for middle in torch.cartesian_prod(torch.arange(rows) + 0.5, torch.arange(columns) + 0.5) * TILE_SIDE:
+            offsets.append(len(ids))
+            near = (means[view].flip(-1) - middle).abs().amax(-1) < 16
+            ids += (view * N + near.nonzero()[:, 0]).tolist()
+    offsets = torch.tensor(offsets, dtype=torch.int32).view(V, rows, columns)
+    return s, TileLists(offsets, torch.tensor(ids, dtype=torch.int32), height, width)
+
+
+@with_kernels
+@pytest.mark.parametrize("channels", [5, 8, 9])
+def test_tiles_go_back_as_autograd_does(channels):
+    s, lists = flat_splats(2, 60, channels, 13, 19)
+    leaves = [x.double().requires_grad_() for x in s]
+    image, alpha, last = blend_plain(Splats2D(*leaves), lists)
+    assert (last > 0).any() and alpha.max() > 0.999
+    gen = torch.Generator().manual_seed(1)
+    d_image, d_alpha = (torch.randn(x.shape, generator=gen, dtype=x.dtype) for x in (image, alpha))
+    wanted = torch.autograd.grad((image * d_image).sum() + (alpha * d_alpha).sum(), leaves)
+
+    def there(x):
+        return x.detach().to(DEVICE, torch.float32 if x.is_floating_point() else x.dtype).contiguous()
+
+    lists = lists._replace(offsets=there(lists.offsets), ids=there(lists.ids))
+    drawn = there(image), there(alpha), there(last)
+    found = tile_gradients(Splats2D(*map(there, s)), lists, drawn, there(d_image), there(d_alpha))
+    # features go through the matrix units with eleven binary digits, the others with twenty-two; float32 does the rest
+    for name, bound in dict(means=3e-5, conics=3e-5, features=5e-4, opacities=3e-5).items():
+        a, b = getattr(found, name).cpu(), wanted[Splats2D._fields.index(name)]
+        assert (a - b).abs().max() < bound * b.abs().max(), name
+
+
+def tile_pixels(tile, lists):
+    "View of a tile and centres of its pixels."
+    _, rows, columns = lists.offsets.shape
+    row, column = tile // columns % rows, tile % columns
+    at = torch.stack(torch.meshgrid(torch.arange(TILE_SIDE), torch.arange(TILE_SIDE), indexing="xy"), -1).view(-1, 2)
+    return tile // (rows * columns), at + torch.tensor([column, row]) * TILE_SIDE + 0.5
+
+
+@with_kernels
+def test_each_tile_lists_what_it_draws_nearest_first():
+    s, size = flat_splats(2, 60, 5, 29, 37)[0], (29, 37)
+    s.opacities[:, :5] = 0.001
+    depths = (1 + 30 * torch.rand(2, 60, generator=torch.Generator().manual_seed(0))).round()  # many are equal
+    radii = torch.ones(2, 60, 2, dtype=torch.int32)
+    radii[1, 7] = 0
+    there = Splats2D(*(x.to(DEVICE) for x in s))
+    lists = TileLists(*list_splats(there, radii.to(DEVICE), depths.to(DEVICE), size, (0.1, 1e4)))
+    ids, bounds = lists.ids.cpu(), [*lists.offsets.flatten().tolist(), len(lists.ids)]
+    more = 0
+    for tile in range(len(bounds) - 1):
+        view, at = tile_pixels(tile, lists)
+        of_view = torch.arange(view * 60, view * 60 + 60)
+        needed = of_view[(pixel_strengths(s, of_view, at) > 0).any(1) & (radii[view, :, 0] > 0)].tolist()
+        found = ids[bounds[tile] : bounds[tile + 1]].tolist()
+        assert {*needed} <= {*found} <= {*of_view.tolist()}
+        assert found == sorted(found, key=lambda i: (depths.flatten()[i], i))
+        more += len(found) - len(needed)
+    assert more <= 0.02 * len(ids)
+
+
+@with_kernels
+@pytest.mark.parametrize("antialiased", [False, True])
+def test_the_tiles_of_a_render(monkeypatch, antialiased):
+    "What is called on a GPU, with tensor operations in place of gsplat's kernels, against the plain rasteriser."
+    gsplat = pytest.importorskip("gsplat", reason="gsplat is not installed")
+    twins = pytest.importorskip("gsplat.cuda._torch_impl")
+
+    def project(means, covars, quats, scales, cameras, K, width, height, opacities, **rules):
+        axes = quat_to_mat(quats) * scales[..., None, :]
+        return twins._fully_fused_projection(means, axes @ axes.mT, cameras, K, width, height, **rules)
+
+    def blend(means, conics, features, opacities, backgrounds, masks, width, height, tile, offsets, ids):
+        with torch.no_grad():
+            lists = TileLists(offsets.cpu(), ids.cpu(), height, width)
+            found = blend_plain(Splats2D(*(x.cpu() for x in (means, conics, features, opacities))), lists)
+            return tuple(x.to(DEVICE) for x in found)
+
+    monkeypatch.setattr(gsplat, "fully_fused_projection", project)
+    monkeypatch.setattr(tile_kernels, "gsplat_blend", lambda: blend)
+    monkeypatch.setattr(render_module, "tiles_take", lambda values: True)
+    monkeypatch.setattr(render_module, "_gsplat_rasterization", lambda device: None)
+    gen = torch.Generator().manual_seed(0)
+    means = (torch.rand(2, 40, 3, generator=gen) - 0.5) * torch.tensor([8.0, 6, 0]) + torch.tensor([0.0, 0, 8])
+    means[..., 2] += torch.arange(40) / 10
+    means[:, :3, 2] *= -1  # behind the cameras
+    quats = torch.nn.functional.normalize(torch.randn(40, 4, generator=gen), dim=1)
+    e = Ellipsoids(means, quats, 0.1 + 0.6 * torch.rand(40, 3, generator=gen), torch.rand(40, generator=gen))
+    leaves = [x.to(DEVICE).requires_grad_() for x in (*e, torch.rand(2, 40, 6, generator=gen))]
+    K = torch.tensor([[20.0, 0, 14], [0, 20, 11], [0, 0, 1]]).repeat(2, 1, 1)
+    views = Cameras(K, torch.eye(4).repeat(2, 1, 1), torch.zeros(2), 21, 29).to(DEVICE)
+    cfg = RenderConfig(antialiased=antialiased)
+
+    def pictures_and_slopes(draw, device):
+        at = [x.detach().to(device).requires_grad_() for x in leaves]
+        image, alpha = draw(Ellipsoids(*at[:4]), at[4], views.to(device), cfg)
+        weights = torch.linspace(-1, 1, image.numel(), device=device).view_as(image)
+        loss = (image * weights).sum() + (alpha * weights[..., 0]).sum()
+        return [x.cpu() for x in (image, alpha, *torch.autograd.grad(loss, at))]
+
+    found = pictures_and_slopes(render_module._with_tiles, DEVICE)
+    for a, b in zip(found, pictures_and_slopes(render_module._with_torch, "cpu")):
+        assert (a - b).abs().max() < 5e-4 * b.abs().max()
+
+
+@with_kernels
+def test_no_splat_is_seen():
+    s, size = flat_splats(1, 10, 5, 20, 20)[0], (20, 20)
+    there = Splats2D(*(x.to(DEVICE) for x in s))
+    unseen = torch.zeros(1, 10, 2, dtype=torch.int32, device=DEVICE)
+    lists = list_splats(there, unseen, torch.ones(1, 10, device=DEVICE), size, (0.1, 1e4))
+    assert len(lists.ids) == 0 and (lists.offsets == 0).all()
 
 
 # A loop over a number of the launch: Triton 3.6 makes an index of an array for it, which NumPy refuses from 2.5 on.

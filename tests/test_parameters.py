@@ -23,6 +23,7 @@ from flux4d.bench import BenchParameters
 from flux4d.clips import ClipConfig, build_index
 from flux4d.evaluate import EvaluationParameters, eval_clips_of, read_evaluation
 from flux4d.flow import FlowParameters
+from flux4d.heldout import HeldoutParameters
 from flux4d.notebooks import read_notebook
 from flux4d.records import repo_root
 from flux4d.view_scores import EvalConfig
@@ -39,6 +40,7 @@ ROOT = repo_root(Path(__file__).parent)
 NOTEBOOKS = {
     "60_stage6": TrainingParameters,
     "61_evaluate": EvaluationParameters,
+    "61a_heldout": HeldoutParameters,
     "62_ablation": AblationParameters,
     "40_flow": FlowParameters,
     "35_overfit": OverfitParameters,

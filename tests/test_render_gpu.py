@@ -85,6 +85,29 @@ def test_twins_agree_on_features_of_each_view(channels):
     check(compare_backends(g, v, 1.0, cameras(), torch.randn(3, len(g), channels, generator=GEN()).cuda()))
 
 
+@pytest.mark.parametrize("channels", [0, 1, 3, 4])  # with colour and depth 5, 6 and 8 (both drawn as 8), 9
+@pytest.mark.parametrize("antialiased", [False, True])
+def test_tiles_are_gsplat_with_another_gradient(channels, antialiased):
+    """Pictures are gsplat's own. Its gradient begins with 1 - alpha, which has lost three digits where a pixel is full,
+    and ours does not; and gradients of features have eleven binary digits in each pixel: hence 1e-3 of the length."""
+    g, v = scene()
+    features = torch.rand(len(g), max(channels, 1), generator=GEN()).cuda()
+    cfg = RenderConfig(antialiased=antialiased)
+    if channels:
+        found = compare_backends(g, v, 1.5, cameras(), features, cfg, backends=("tiles", "gsplat"))
+        print("", *(f"{k:20s}{v:.1e}" for k, v in found.items()), sep="\n  ")
+        assert all(x == 0 for k, x in found.items() if k[:2] != "d ")
+        assert max(x for k, x in found.items() if k[:2] == "d ") < 1e-3
+        return
+    grads = []
+    for backend in ("tiles", "gsplat"):
+        raw = g.flat().detach().requires_grad_()
+        out = render(g.with_flat(raw), v, 1.5, cameras(), RenderConfig(backend=backend, antialiased=antialiased))
+        (d,) = torch.autograd.grad((out.rgb * torch.linspace(0, 1, out.rgb.numel()).cuda().view_as(out.rgb)).sum(), raw)
+        grads.append(d)
+    assert (grads[0] - grads[1]).norm() < 1e-3 * grads[1].norm()
+
+
 def test_a_batch_of_views_is_its_views_one_by_one():
     g, v = scene()
     views = cameras()
