@@ -223,7 +223,7 @@ def configuration_page(
 def is_wide(
     content: bytes,  # of a picture's file; empty: not known
     least: float = 1.9,  # width per height
-    large: int = 1200,  # px of width, from here on it is wide whatever its height
+    large: int = 950,  # px of width, from here on it is wide whatever its height
 ) -> bool:
     "Whether a picture needs the page's width: several parts side by side."
     if not content:
