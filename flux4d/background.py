@@ -26,12 +26,12 @@ from .search_kernels import CostCameras, fused_costs
 from .gap_filling import Blocks, InitConfig, block_sides, clip_blocks, even_opacity, fill_gaps
 
 # %% auto #0
-__all__ = ['BackgroundConfig', 'pixels_at', 'shrunk_mask', 'motion_between', 'photometric_cost', 'photometric_costs',
-           'shared_cost', 'shrunk_images', 'agreed_depth', 'one_camera', 'best_depth', 'far_depth',
-           'elevation_in_camera', 'field_top', 'above_field', 'column_depth', 'depth_above', 'depth_behind',
-           'FarBlocks', 'far_blocks', 'far_gaussians', 'far_field', 'bounding_box', 'draw_hemisphere', 'first_colour',
-           'drawn_points', 'hemisphere', 'draw_ball', 'inside_ball', 'near_gaussians', 'near_field', 'background',
-           'without_taken', 'without_coarser', 'init_groups', 'init_data', 'clip_groups', 'init_gaussians']
+__all__ = ['BackgroundConfig', 'pixels_at', 'shrunk_mask', 'motion_between', 'photometric_cost', 'shared_cost', 'shrunk_images',
+           'photometric_costs', 'agreed_depth', 'one_camera', 'best_depth', 'far_depth', 'elevation_in_camera',
+           'field_top', 'above_field', 'column_depth', 'depth_above', 'depth_behind', 'FarBlocks', 'far_blocks',
+           'far_gaussians', 'far_field', 'bounding_box', 'draw_hemisphere', 'first_colour', 'drawn_points',
+           'hemisphere', 'draw_ball', 'inside_ball', 'near_gaussians', 'near_field', 'background', 'without_taken',
+           'without_coarser', 'init_groups', 'init_data', 'clip_groups', 'init_gaussians']
 
 # %% ../nbs/12_background.ipynb #380a93b9
 @dataclass(frozen=True)
@@ -133,22 +133,6 @@ def photometric_cost(
     difference = ((other - own).abs().mean(-1) * there).sum(-1) / there.sum(-1).clamp_min(1)
     return (difference.clamp_max(0.2) * sees).sum(0) / sees.sum(0).clamp_min(1)
 
-# %% ../nbs/12_background.ipynb #c0575a11
-def photometric_costs(
-    data: ClipData,  # cameras
-    images: Tensor,  # (V,h,w,3) its images, shrunk `k` times
-    k: int,  # px
-    b: Blocks,  # B blocks
-    depths: Tensor,  # (B,D) m, D depths of each
-    shown: Tensor | None = None,  # as of `photometric_cost`
-) -> Tensor:  # (B,D)
-    "The photometric cost at several depths; on a GPU in one kernel."
-    if not kernels_work(images.device):
-        return torch.stack([photometric_cost(data, images, k, b, d[:, None], shown) for d in depths.unbind(1)], 1)
-    K, pose, inverse = data.K, data.pose, se3_inverse(data.pose)
-    cameras = CostCameras(images, shown, K.view(-1, 3, 3), pose.reshape(-1, 4, 4), inverse.view(-1, 4, 4))
-    return fused_costs(cameras, b.image, b.uv, b.side, b.ray, depths, k)
-
 # %% ../nbs/12_background.ipynb #db0d0f99
 def shared_cost(
     cost: Tensor,  # (B,D) of B blocks at D depths
@@ -173,6 +157,22 @@ def shrunk_images(
     "The images, each square of k by k pixels averaged."
     images = data.images.view(-1, *data.images.shape[2:]).permute(0, 3, 1, 2).float() / 255
     return F.avg_pool2d(images, k).permute(0, 2, 3, 1).contiguous()
+
+# %% ../nbs/12_background.ipynb #c0575a11
+def photometric_costs(
+    data: ClipData,  # cameras
+    images: Tensor,  # (V,h,w,3) its images, shrunk `k` times
+    k: int,  # px
+    b: Blocks,  # B blocks
+    depths: Tensor,  # (B,D) m, D depths of each
+    shown: Tensor | None = None,  # as of `photometric_cost`
+) -> Tensor:  # (B,D)
+    "The photometric cost at several depths; on a GPU in one kernel."
+    if not kernels_work(images.device):
+        return torch.stack([photometric_cost(data, images, k, b, d[:, None], shown) for d in depths.unbind(1)], 1)
+    K, pose, inverse = data.K, data.pose, se3_inverse(data.pose)
+    cameras = CostCameras(images, shown, K.view(-1, 3, 3), pose.reshape(-1, 4, 4), inverse.view(-1, 4, 4))
+    return fused_costs(cameras, b.image, b.uv, b.side, b.ray, depths, k)
 
 # %% ../nbs/12_background.ipynb #921b671b
 def agreed_depth(
