@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from pydantic import NonNegativeInt
 from .records import markdown_table, repo_root
 from .files import DataError
-from .heldout import DeviceId, HeldoutParameters, WindowRun, window_runs
+from .heldout import MAIN_SCORES, DeviceId, HeldoutParameters, WindowRun, score_cells, window_runs
 from .presets import preset_config
 from .refine import FullConfig
 from .scores import nested
@@ -29,13 +29,13 @@ from .config import RETIRED, config_to_dict, flattened, merged
 # %% auto #0
 __all__ = ['ADDED', 'ABLATIONS', 'IMPORTANT', 'LABELS', 'FIELDS', 'ABLATION_TABLES', 'PAPER_FIGURES', 'WHEN', 'NVS_METRICS',
            'ABLATION_COLUMNS', 'MEASURED', 'BUDGET', 'NO_EFFECT', 'NOTHING_LEARNED', 'AT_REST', 'MOVING',
-           'MOST_COLUMNS', 'TABLE_COLUMNS', 'NOT_COMPARABLE', 'SIDE_BY_SIDE', 'CHAIN', 'STEPS', 'LEAST_SPAN',
-           'CHART_PANELS', 'chained', 'without', 'variant_config', 'variant_fields', 'differ_in', 'differing_fields',
-           'is_variant', 'variant_of', 'AblationParameters', 'variant_parameters', 'variant_runs', 'execute',
-           'run_variant', 'value_of_entry', 'pace', 'circumstances_mark', 'finished_run', 'still_path', 'ablation_row',
-           'as_table', 'table_cells', 'ablation_table', 'variant_line', 'paper_tables', 'circumstances', 'clips_helped',
-           'difference', 'changes', 'changes_table', 'at_least_as_wide', 'draw_bars', 'ablation_chart', 'time_table',
-           'took_equally_long', 'near_in_time', 'recorded', 'paired', 'group_report', 'ablation_report']
+           'MOST_COLUMNS', 'NOT_COMPARABLE', 'SIDE_BY_SIDE', 'CHAIN', 'STEPS', 'LEAST_SPAN', 'CHART_PANELS', 'chained',
+           'without', 'variant_config', 'variant_fields', 'differ_in', 'differing_fields', 'is_variant', 'variant_of',
+           'AblationParameters', 'variant_parameters', 'variant_runs', 'execute', 'run_variant', 'value_of_entry',
+           'pace', 'circumstances_mark', 'finished_run', 'still_path', 'ablation_row', 'as_table', 'table_cells',
+           'ablation_table', 'variant_line', 'paper_tables', 'circumstances', 'clips_helped', 'difference', 'changes',
+           'changes_table', 'at_least_as_wide', 'draw_bars', 'ablation_chart', 'time_table', 'took_equally_long',
+           'near_in_time', 'recorded', 'paired', 'group_report', 'ablation_report']
 
 # %% ../nbs/62_ablation.ipynb #72670efe
 ADDED = {  # what is added to the paper's choices, in turn -> its fields
@@ -404,29 +404,12 @@ def as_table(
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 # %% ../nbs/62_ablation.ipynb #62ab0005
-TABLE_COLUMNS = {  # column -> column of a run's row, with * for interpolation and future, and form of the number
-    "PSNR, dB": ("full PSNR, *", ".2f"),
-    "SSIM": ("full SSIM, *", ".3f"),
-    "depth RMSE, m": ("full D_RMSE, *", ".2f"),
-    "moving PSNR, dB": ("PSNR, *", ".2f"),
-    "FD EPE, m": ("FD EPE", ".4f"),
-    "BS EPE, m": ("BS EPE", ".4f"),
-}
-
-
 def table_cells(
     values: dict,  # by column of a run's row
-    signed: str = "",  # "+" writes a plus before what is not negative
-) -> list[str]:  # of TABLE_COLUMNS; a dash for what was not measured
+    sign: str = "",  # "+" writes a plus before what is not negative
+) -> list[str]:  # of MAIN_SCORES; a dash for what was not measured
     "The main scores of a run as text."
-
-    def shown(column: str, form: str) -> str:
-        value = values.get(column)
-        return "-" if value is None else f"{value:{signed}{form}}"
-
-    columns = [[c.replace("*", w) for w in WHEN] if "*" in c else [c] for c, _ in TABLE_COLUMNS.values()]
-    forms = [form for _, form in TABLE_COLUMNS.values()]
-    return [" / ".join(shown(column, form) for column in pair) for pair, form in zip(columns, forms)]
+    return score_cells({path.removesuffix(".mean"): values.get(column) for column, path in MEASURED.items()}, sign)
 
 # %% ../nbs/62_ablation.ipynb #62ab0006
 def ablation_table(
@@ -438,7 +421,7 @@ def ablation_table(
     untrained = {AT_REST: named.get("rest", {}), NOTHING_LEARNED: named.get("prior", {})}
     lines = [[label, *table_cells(values)] for label, values in untrained.items()]
     lines += [[LABELS[name], *table_cells(by_variant[name])] for name in ABLATIONS if name in by_variant]
-    return markdown_table(["interpolation / future", *TABLE_COLUMNS], lines)
+    return markdown_table(["interpolation / future", *MAIN_SCORES], lines)
 
 # %% ../nbs/62_ablation.ipynb #9cb42442
 NOT_COMPARABLE = "paper: PSNR / SSIM / D_RMSE / V_RMSE (not comparable: other logs, 30,000 iterations)"
@@ -533,7 +516,7 @@ def changes_table(
 ) -> str:  # markdown
     "What each part alone brings, in the columns of the main table."
     lines = [[row["change"], *table_cells(row, "+"), row["clips helped"]] for row in found]
-    return markdown_table(["change", *TABLE_COLUMNS, "clips helped"], lines)
+    return markdown_table(["change", *MAIN_SCORES, "clips helped"], lines)
 
 # %% ../nbs/62_ablation.ipynb #e6efcaeb
 LEAST_SPAN = {"PSNR": 0.5, "SSIM": 0.02, "D_RMSE": 0.5, "V_RMSE": 0.02, "full PSNR": 0.5}  # less looks like nothing
