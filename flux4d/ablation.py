@@ -506,7 +506,7 @@ def changes(
             continue
         before, after = by_variant[a], by_variant[b]
         row = dict(change=name) | {c: difference(before[c], after[c]) for c in MEASURED}
-        paper = difference(PAPER_FIGURES[a][0], PAPER_FIGURES[b][0]) if b in PAPER_FIGURES else None
+        paper = difference(PAPER_FIGURES[a][0], PAPER_FIGURES[b][0]) if {a, b} <= set(PAPER_FIGURES) else None
         found.append(row | {"clips helped": clips_helped(before, after), "PSNR, paper": paper})
     return found
 
@@ -556,17 +556,19 @@ def ablation_chart(
     rows: list[dict],  # paired runs
 ) -> Figure:  # one panel a metric
     "Every run against the first."
-    fig = Figure(figsize=(11, 2 * (1.5 + 0.3 * len(rows))), layout="constrained")
+    fig = Figure(figsize=(13, 2 * (1.5 + 0.3 * len(rows))), layout="constrained")
     grid = fig.subplots(2, 3, sharey=True)
     axs = grid.flat[: len(CHART_PANELS)]
     for ax in grid.flat[len(CHART_PANELS) :]:
         ax.set_axis_off()
     for ax, (metric, unit) in zip(axs, CHART_PANELS.items()):
         draw_bars(ax, rows, [c for c in ABLATION_COLUMNS if c.split(", ")[0] == metric])
-        ax.set_title(f"{metric}{' (less is better)' if 'RMSE' in metric else ''}", fontsize=10)
+        where = "whole images: " if metric.startswith("full") else "moving regions: "
+        less = " (less is better)" if "RMSE" in metric else ""
+        ax.set_title(f"{where}{metric.removeprefix('full ')}{less}", fontsize=10)
         ax.set_xlabel(f"difference to the first row{f', {unit}' if unit else ''}", fontsize=9)
         ax.axvline(0, color="k", lw=0.6)
-        ax.margins(x=0.3)
+        ax.margins(x=0.5)
         ax.locator_params(axis="x", nbins=3)
         ax.tick_params(labelsize=10)
         ax.set_xlim(*at_least_as_wide(ax.get_xlim(), LEAST_SPAN[metric]))
