@@ -27,15 +27,15 @@ from .settings import Distinct, LogId, Seed, read_parameters
 from .config import RETIRED, config_to_dict, flattened, merged
 
 # %% auto #0
-__all__ = ['ADDED', 'ABLATIONS', 'IMPORTANT', 'LABELS', 'FIELDS', 'ABLATION_TABLES', 'PAPER_FIGURES', 'WHEN', 'NVS_METRICS',
-           'ABLATION_COLUMNS', 'MEASURED', 'BUDGET', 'NO_EFFECT', 'NOTHING_LEARNED', 'AT_REST', 'MOVING',
-           'MOST_COLUMNS', 'NOT_COMPARABLE', 'SIDE_BY_SIDE', 'CHAIN', 'STEPS', 'LEAST_SPAN', 'CHART_PANELS', 'chained',
-           'without', 'variant_config', 'variant_fields', 'differ_in', 'differing_fields', 'is_variant', 'variant_of',
-           'AblationParameters', 'variant_parameters', 'variant_runs', 'execute', 'run_variant', 'value_of_entry',
-           'pace', 'circumstances_mark', 'finished_run', 'still_path', 'ablation_row', 'as_table', 'table_cells',
-           'ablation_table', 'variant_line', 'paper_tables', 'circumstances', 'clips_helped', 'difference', 'changes',
-           'changes_table', 'at_least_as_wide', 'draw_bars', 'ablation_chart', 'time_table', 'took_equally_long',
-           'near_in_time', 'recorded', 'paired', 'group_report', 'ablation_report']
+__all__ = ['ADDED', 'ABLATIONS', 'IMPORTANT', 'VARIANT_LABELS', 'FIELDS', 'ABLATION_TABLES', 'PAPER_FIGURES', 'WHEN',
+           'NVS_METRICS', 'ABLATION_COLUMNS', 'SCORED_COLUMNS', 'BUDGET', 'NO_EFFECT', 'NOTHING_LEARNED', 'AT_REST',
+           'MOVING', 'MOST_COLUMNS', 'NOT_COMPARABLE', 'SIDE_BY_SIDE', 'CHAIN', 'STEPS', 'LEAST_SPAN', 'CHART_PANELS',
+           'chained', 'without', 'variant_config', 'variant_fields', 'differ_in', 'differing_fields', 'is_variant',
+           'variant_of', 'AblationParameters', 'variant_parameters', 'variant_runs', 'execute', 'run_variant',
+           'value_of_entry', 'pace', 'circumstances_mark', 'finished_run', 'still_path', 'ablation_row', 'as_table',
+           'table_cells', 'ablation_table', 'variant_line', 'paper_tables', 'circumstances', 'clips_helped',
+           'difference', 'changes', 'changes_table', 'at_least_as_wide', 'draw_bars', 'ablation_chart', 'time_table',
+           'took_equally_long', 'near_in_time', 'recorded', 'paired', 'group_report', 'ablation_report']
 
 # %% ../nbs/62_ablation.ipynb #72670efe
 ADDED = {  # what is added to the paper's choices, in turn -> its fields
@@ -85,7 +85,7 @@ ABLATIONS = chained() | dict(
     unregularised=without(flow__enabled=False, loss__velocity=0.0),
 )
 IMPORTANT = "full", "paper", "learned"  # are run before the others
-LABELS = dict(
+VARIANT_LABELS = dict(
     paper="the paper's choices",
     depth_loss="+ depth ten times, by its square beyond 8 m",
     far_field="+ far field on an image grid",
@@ -278,7 +278,7 @@ ABLATION_COLUMNS = {  # column -> where it is in metrics.json
     "machine": "runtime.machine",
     "evaluated on": "evaluated_on",
 }
-MEASURED = {column: path for column, path in ABLATION_COLUMNS.items() if path.startswith(("nvs", "scene_flow"))}
+SCORED_COLUMNS = {column: path for column, path in ABLATION_COLUMNS.items() if path.startswith(("nvs", "scene_flow"))}
 
 # %% ../nbs/62_ablation.ipynb #e1cf2a98
 def value_of_entry(
@@ -378,8 +378,8 @@ def ablation_row(
         scale=value_of_entry(config, "data.image_scale"),
         seed=value_of_entry(config, "train.seed"),
         per_clip={clip: scores["model"] for clip, scores in metrics.get("per_clip", {}).items()},
-        prior={c: value_of_entry(metrics, f"baselines.motion_prior.{path}") for c, path in MEASURED.items()},
-        rest={c: value_of_entry(metrics, still_path(path)) for c, path in MEASURED.items()},
+        prior={c: value_of_entry(metrics, f"baselines.motion_prior.{path}") for c, path in SCORED_COLUMNS.items()},
+        rest={c: value_of_entry(metrics, still_path(path)) for c, path in SCORED_COLUMNS.items()},
     )
     row |= {column: value_of_entry(metrics, path) for column, path in ABLATION_COLUMNS.items()}
     return row | {"steps/s": pace(logged)}
@@ -409,7 +409,7 @@ def table_cells(
     sign: str = "",  # "+" writes a plus before what is not negative
 ) -> list[str]:  # of MAIN_SCORES; a dash for what was not measured
     "The main scores of a run as text."
-    return score_cells({path.removesuffix(".mean"): values.get(column) for column, path in MEASURED.items()}, sign)
+    return score_cells({path.removesuffix(".mean"): values.get(column) for column, path in SCORED_COLUMNS.items()}, sign)
 
 # %% ../nbs/62_ablation.ipynb #62ab0006
 def ablation_table(
@@ -420,7 +420,7 @@ def ablation_table(
     named = next((by_variant[name] for name in (*IMPORTANT, *by_variant) if name in by_variant), {})
     untrained = {AT_REST: named.get("rest", {}), NOTHING_LEARNED: named.get("prior", {})}
     lines = [[label, *table_cells(values)] for label, values in untrained.items()]
-    lines += [[LABELS[name], *table_cells(by_variant[name])] for name in ABLATIONS if name in by_variant]
+    lines += [[VARIANT_LABELS[name], *table_cells(by_variant[name])] for name in ABLATIONS if name in by_variant]
     return markdown_table(["interpolation / future", *MAIN_SCORES], lines)
 
 # %% ../nbs/62_ablation.ipynb #9cb42442
@@ -465,7 +465,7 @@ def circumstances(
 
 # %% ../nbs/62_ablation.ipynb #36fb1349
 CHAIN = "paper", *ADDED
-STEPS = {LABELS[name].lstrip("+ "): (before, name) for before, name in zip(CHAIN, CHAIN[1:])} | {
+STEPS = {VARIANT_LABELS[name].lstrip("+ "): (before, name) for before, name in zip(CHAIN, CHAIN[1:])} | {
     "refinement": ("base", "refinement"),
     "polynomial motion": ("refinement", "polynomial"),
     "velocity re-weighting": ("polynomial", "full"),
@@ -505,7 +505,7 @@ def changes(
         if a not in by_variant or b not in by_variant:
             continue
         before, after = by_variant[a], by_variant[b]
-        row = dict(change=name) | {c: difference(before[c], after[c]) for c in MEASURED}
+        row = dict(change=name) | {c: difference(before[c], after[c]) for c in SCORED_COLUMNS}
         paper = difference(PAPER_FIGURES[a][0], PAPER_FIGURES[b][0]) if {a, b} <= set(PAPER_FIGURES) else None
         found.append(row | {"clips helped": clips_helped(before, after), "PSNR, paper": paper})
     return found
@@ -575,7 +575,7 @@ def ablation_chart(
         if not ax.patches:
             ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", fontsize=9)
             ax.set_xticks([])
-    axs[0].set_yticks(range(len(rows)), [LABELS.get(row["variant"], row["run"]) for row in rows], fontsize=10)
+    axs[0].set_yticks(range(len(rows)), [VARIANT_LABELS.get(row["variant"], row["run"]) for row in rows], fontsize=10)
     axs[0].invert_yaxis()
     fig.legend(*axs[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return fig

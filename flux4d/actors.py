@@ -18,15 +18,16 @@ from .gaussians import LIDAR, advance, velocity_at
 from .lazy_methods import LazyMethods
 from .scene import Scene
 from .settings import Share
-from .trails import TrailConfig, find_trails, warped_distance
+from .trails import RoadPoints, TrailConfig, find_trails, road_points, warped_distance
 
 # %% auto #0
 __all__ = ['LEAST', 'TALLEST', 'ActorConfig', 'MovingGaussians', 'moving_gaussians', 'cluster_features', 'cluster_moving',
            'ActorPath', 'cluster_path', 'Extent', 'kind_of_size', 'completed', 'Candidate', 'seen_from', 'fit_box',
            'corners_above', 'area_above', 'common_area', 'iou_above', 'is_same_thing', 'seen_corners', 'join_parts',
            'lidar_by_sweep', 'gain_to_sweep', 'MotionGain', 'in_pictures', 'motion_gain', 'Actor', 'claimed_rows',
-           'actor_of', 'split_clusters', 'is_possible', 'ego_velocity', 'is_moving', 'trail_clusters', 'is_small',
-           'find_candidates', 'find_actors', 'keep_actors']
+           'actor_of', 'split_clusters', 'is_possible', 'ego_velocity', 'is_moving', 'SweepReturns', 'sweep_returns',
+           'RestFacts', 'rest_facts', 'is_ghost', 'trail_candidates', 'box_above', 'distinct_candidates',
+           'scene_candidates', 'find_candidates', 'find_actors', 'keep_actors']
 
 # %% ../nbs/73_actors.ipynb #2f1e5835
 @dataclass(frozen=True)
@@ -58,7 +59,14 @@ class ActorConfig:
     join_overlap: Share = 0.3  # share of what was seen of the smaller inside the larger box, grown
     join_grow: NonNegativeFloat = 0.4  # m by which a vehicle's box is grown on each side for that
     inside_grow: NonNegativeFloat = 0.15  # m, Gaussians inside the seen part grown by this belong to the actor
-    trails: TrailConfig = TrailConfig()  # small things that the scene leaves at rest
+    around: NonNegativeFloat = 10.0  # m around what the scene shows in which returns are looked at
+    max_rest: Share = 0.7  # share of resting returns in a candidate's box
+    thin_rest: Share = 0.15  # the same for what is thin and far
+    thin_width: NonNegativeFloat = 0.08  # m, standard deviation across the motion, what is less is thin
+    thin_distance: NonNegativeFloat = 40.0  # m from the ego vehicle, what is farther is far
+    many: PositiveInt = 200  # Gaussians of a cluster from which its box is preferred to that of a trail
+    max_overlap: Share = 0.1  # of the smaller of two boxes that may lie in the other
+    trails: TrailConfig = TrailConfig()  # what the sweeps show to move
 
 # %% ../nbs/73_actors.ipynb #c2a2faac
 class MovingGaussians(NamedTuple):
@@ -513,7 +521,7 @@ class Actor(LazyMethods):
     seconds: np.ndarray  # (F,) when it was seen, mean of each sweep, since the clip's start
     frames: list[int]  # F log frame ids of these sweeps
     scene: Scene = field(repr=False)  # that it belongs to
-    at_rest: bool = False  # the scene leaves its Gaussians at rest; its motion was seen in the sweeps
+    by_sweeps: bool = False  # its motion was seen in the sweeps; the scene may leave its Gaussians at rest
 
     def __len__(self) -> int:
         "How many Gaussians it has."
@@ -571,7 +579,8 @@ def claimed_rows(
     owner = np.full(len(g), -1)
     for k, c in enumerate(found):
         height = c.path.in_box(c.members.means, c.members.seconds)[:, 2]
-        owner[c.members.rows[height < c.seen.high[2] + cfg.inside_grow]] = k
+        own = c.members.rows[height < c.seen.high[2] + cfg.inside_grow]
+        owner[own[own >= 0]] = k  # a return of a trail may have none
     for k in np.argsort([_footprint(c) for c in found])[::-1]:
         c = found[k]
         far = np.linalg.norm((means - c.path.place_at(seconds))[:, :2], axis=1) > 2 * c.size[:2].sum()
@@ -652,70 +661,160 @@ def is_moving(
 
 
 # %% ../nbs/73_actors.ipynb #7d1e02ac
-def trail_clusters(
+class SweepReturns(NamedTuple):
+    "What the LiDAR measured around a scene, and how much of it rests."
+
+    means: np.ndarray  # (M,3) world, m
+    seconds: np.ndarray  # (M,) when each was seen, since the clip's start
+    frame: np.ndarray  # (M,) int64, log frame id of the sweep
+    road: RoadPoints  # those at the height of what is on a road
+
+
+def sweep_returns(
     scene: Scene,  # a reconstruction
-    free: np.ndarray,  # (N,) bool, Gaussians that belong to no actor yet
-    span: MovingGaussians,  # read: middle, reach
-    cfg: TrailConfig = TrailConfig(),  # how
-) -> list[MovingGaussians]:  # with the velocity that the sweeps say
-    "Gaussians of small things that the scene leaves at rest."
+    cfg: ActorConfig = ActorConfig(),  # read: around, trails
+) -> SweepReturns:
+    "All returns near the scene, seen by a camera or not; of a scene that no longer knows its inputs its Gaussians."
     g = scene.gaussians
-    rows = np.flatnonzero((g.kind == LIDAR).cpu().numpy())
-    means = g.means[rows].double().cpu().numpy()
-    seconds = (g.t[rows].double() * scene.duration).cpu().numpy()
-    frame = g.frame[rows].cpu().numpy()
-    found = []
-    for trail in find_trails(means, seconds, frame, scene.ego0, free[rows], cfg):
-        k = trail.rows
-        velocity = np.tile(trail.velocity, (len(k), 1))
-        place = means[k] + velocity * (span.middle - seconds[k])[:, None]
+    lidar = g.kind == LIDAR
+    means = g.means[lidar].double().cpu().numpy()
+    seconds, frame = (g.t[lidar].double() * scene.duration).cpu().numpy(), g.frame[lidar].cpu().numpy()
+    returns = getattr(scene.inputs, "returns", None)
+    if returns is not None:
+        low, high = (f(transform_points(se3_inverse(scene.ego0), means)[:, :2], 0) for f in (np.min, np.max))
+        means, seconds, frame = (x.cpu().numpy() for x in (returns.points.double(), returns.seconds, returns.frame))
+        place = transform_points(se3_inverse(scene.ego0), means)[:, :2]
+        near = ((place > low - cfg.around) & (place < high + cfg.around)).all(1)
+        means, seconds, frame = means[near], seconds[near], frame[near]
+    return SweepReturns(means, seconds, frame, road_points(means, seconds, frame, scene.ego0, cfg.trails))
+
+# %% ../nbs/73_actors.ipynb #73rest01
+class RestFacts(NamedTuple):
+    "What the returns inside a candidate's box say, as it moves."
+
+    returns: int  # at the height of what is on a road
+    rest: float  # share of resting, mean
+    width: float  # m, standard deviation across the motion
+
+
+def rest_facts(
+    c: Candidate,  # a cluster with its path and box
+    sweeps: SweepReturns,  # of its scene
+) -> RestFacts:
+    "How much of what a candidate's box passes over rests."
+    road = sweeps.road
+    means, seconds = sweeps.means[road.rows], sweeps.seconds[road.rows]
+    near = np.flatnonzero(np.linalg.norm((means - c.path.place_at(seconds))[:, :2], axis=1) < 2 * c.size[:2].sum())
+    x = c.path.in_box(means[near], seconds[near])
+    low, high = np.append(-c.size[:2] / 2 - 0.15, -0.2), np.append(c.size[:2] / 2 + 0.15, c.size[2] + 0.3)
+    inside = ((x >= low) & (x <= high)).all(1)
+    if not inside.any():
+        return RestFacts(0, 1.0, 0.0)
+    return RestFacts(int(inside.sum()), float(road.rest[near[inside]].mean()), float(x[inside, 1].std()))
+
+
+def is_ghost(
+    c: Candidate,  # a cluster with its path and box
+    scene: Scene,  # that it was found in
+    sweeps: SweepReturns,  # of it
+    cfg: ActorConfig = ActorConfig(),  # read: max_rest, thin_rest, thin_width, thin_distance
+) -> bool:
+    "Whether a candidate is something at rest along which the beams travel: most of it rests, or it is thin and far."
+    facts = rest_facts(c, sweeps)
+    distance = np.linalg.norm((c.path.place - scene.ego0[:3, 3])[:2])
+    thin = facts.width < cfg.thin_width and distance > cfg.thin_distance
+    return facts.rest > cfg.max_rest or bool(thin and facts.rest > cfg.thin_rest)
+
+# %% ../nbs/73_actors.ipynb #73trail1
+def trail_candidates(
+    sweeps: SweepReturns,  # around a scene
+    scene: Scene,  # that they are of
+    span: MovingGaussians,  # read: middle, reach
+    cfg: ActorConfig = ActorConfig(),  # read: trails
+) -> list[Candidate]:  # surest first; their members are returns, whose row is -1 where the scene has no Gaussian
+    "What the sweeps show to move, with its box."
+    eye, found = seen_from(scene, span.middle), []
+    lidar = np.flatnonzero((scene.gaussians.kind == LIDAR).cpu().numpy())
+    gaussians = cKDTree(scene.gaussians.means[lidar].double().cpu().numpy())
+    for trail in find_trails(*sweeps[:3], scene.ego0, cfg.trails, sweeps.road):
+        means, seconds, frame = (a[trail.rows] for a in sweeps[:3])
+        velocity = np.tile(trail.velocity, (len(means), 1))
+        place = means + velocity * (span.middle - seconds)[:, None]
         motion = place, velocity, np.zeros_like(velocity)
-        found.append(MovingGaussians(rows[k], means[k], seconds[k], frame[k], *motion, span.middle, span.reach))
+        off, nearest = gaussians.query(means, distance_upper_bound=0.02)
+        rows = np.where(np.isfinite(off), np.append(lidar, -1)[nearest], -1)
+        found.append(fit_box(MovingGaussians(rows, means, seconds, frame, *motion, span.middle, span.reach), eye, cfg))
     return found
 
-
-def is_small(
+# %% ../nbs/73_actors.ipynb #73trail2
+def box_above(
     c: Candidate,  # a cluster with its path and box
-    cfg: TrailConfig = TrailConfig(),  # read: max_length, min_top
-) -> bool:
-    "Whether a candidate can be a person, on foot or on a cycle."
-    length, width, height = c.seen.size
-    kind = kind_of_size(c.seen, float(np.linalg.norm(c.path.velocity[:2])))
-    return kind in ("person", "cycle") and length < cfg.max_length and width < 1.2 and height > cfg.min_top
+) -> np.ndarray:  # (4,2) world, m, counter-clockwise
+    "A candidate's whole box from above, at the middle time."
+    return corners_above(c.path.pose(c.path.middle), c.size)
+
+
+def distinct_candidates(
+    found: list[Candidate],  # the preferred ones first
+    most: float,  # of the smaller box that may lie in the larger
+) -> list[int]:  # places of those that are kept
+    "Of candidates whose boxes overlap the first."
+    above = [box_above(c) for c in found]
+    area = [area_above(a) for a in above]
+    middle = np.array([a.mean(0) for a in above])
+    kept = []
+    for k, c in enumerate(found):
+        beside = [j for j in kept if np.linalg.norm(middle[j] - middle[k]) < c.size[0] + found[j].size[0]]
+        if all(common_area(above[j], above[k]) <= most * min(area[j], area[k]) for j in beside):
+            kept.append(k)
+    return kept
 
 # %% ../nbs/73_actors.ipynb #7d1e02ad
+def scene_candidates(
+    scene: Scene,  # a reconstruction
+    moving: MovingGaussians,  # of it
+    sweeps: SweepReturns,  # around it
+    cfg: ActorConfig = ActorConfig(),  # how
+) -> list[Candidate]:
+    "What the scene's own motion says to move, and the sweeps confirm."
+    eye, by_sweep = seen_from(scene, moving.middle), lidar_by_sweep(scene)
+    clusters = join_parts(split_clusters(moving, scene, eye, cfg), eye, cfg)
+    named = tqdm(clusters, desc="actors", unit="cluster", delay=2, leave=False)
+    confirmed = [c for c in named if is_possible(c, cfg) and is_moving(c, scene, by_sweep, cfg)]
+    return [c for c in confirmed if not is_ghost(c, scene, sweeps, cfg)]
+
+
 def find_candidates(
     scene: Scene,  # a reconstruction
     cfg: ActorConfig = ActorConfig(),  # how
-) -> tuple[list[Candidate], int]:  # and how many of them, at the end, the scene leaves at rest
-    "Things that move: by the scene's motion, then by the sweeps where the scene knows of none."
+) -> tuple[list[Candidate], list[bool]]:  # and which of them are known from the sweeps alone
+    "Things that move: clusters with many Gaussians, then what the sweeps say, then small clusters."
     moving = moving_gaussians(scene, cfg.min_speed)
     if not len(moving.rows):
-        return [], 0
-    eye = seen_from(scene, moving.middle)
-    sweeps = lidar_by_sweep(scene)
-
-    def confirmed(candidates: list[Candidate]) -> list[Candidate]:
-        named = tqdm(candidates, desc="actors", unit="cluster", delay=2, leave=False)
-        return [c for c in named if is_possible(c, cfg) and is_moving(c, scene, sweeps, cfg)]
-
-    found = confirmed(join_parts(split_clusters(moving, scene, eye, cfg), eye, cfg))
-    free = claimed_rows(found, scene, cfg) < 0
-    trails = [fit_box(cluster, eye, cfg) for cluster in trail_clusters(scene, free, moving, cfg.trails)]
-    small = confirmed([c for c in trails if is_small(c, cfg.trails)])
-    return found + small, len(small)
+        return [], []
+    sweeps = sweep_returns(scene, cfg)
+    by_scene = scene_candidates(scene, moving, sweeps, cfg)
+    owned = np.bincount(claimed_rows(by_scene, scene, cfg) + 1, minlength=len(by_scene) + 1)[1:]
+    trails = [c for c in trail_candidates(sweeps, scene, moving, cfg) if is_possible(c, cfg)]
+    order = np.argsort(-owned, kind="stable")
+    many, few = ([by_scene[k] for k in order if (owned[k] >= cfg.many) == large] for large in (True, False))
+    found = many + trails + few
+    kept = distinct_candidates(found, cfg.max_overlap)
+    return [found[k] for k in kept], [len(many) <= k < len(many) + len(trails) for k in kept]
 
 
 def find_actors(
     scene: Scene,  # a reconstruction
     cfg: ActorConfig = ActorConfig(),  # how
 ) -> list[Actor]:  # most Gaussians first
-    "What moves in a scene."
-    found, at_rest = find_candidates(scene, cfg)
+    "What moves in a scene, as far as two sweeps of it have Gaussians there."
+    found, by_sweeps = find_candidates(scene, cfg)
     owner = claimed_rows(found, scene, cfg)
-    order = np.argsort([-(owner == k).sum() for k in range(len(found))], kind="stable")
-    actors = [actor_of(found[k], index, owner == k, scene) for index, k in enumerate(order)]
-    return [replace(a, at_rest=bool(k >= len(found) - at_rest)) for a, k in zip(actors, order)]
+    frame = scene.gaussians.frame.cpu().numpy()
+    shown = [k for k in range(len(found)) if len(np.unique(frame[owner == k])) > 1]
+    shown.sort(key=dict(enumerate(-np.bincount(owner + 1, minlength=len(found) + 1)[1:])).get)
+    actors = [actor_of(found[k], index, owner == k, scene) for index, k in enumerate(shown)]
+    return [replace(a, by_sweeps=by_sweeps[k]) for a, k in zip(actors, shown)]
 
 # %% ../nbs/73_actors.ipynb #0236a25a
 def keep_actors(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,17 +19,19 @@ from .clips import Clip
 from .clip_data import ClipData, clip_data, image_numbers
 from .settings import OpenShare, Share
 from .lift import checked_cap, lift_returns, no_visible_return, sound_stamps
+from .camera_colours import clip_tones, in_reference_colours
+from .camera_overlap import coarser_blocks
 from .kernels import kernels_work
 from .search_kernels import CostCameras, fused_costs
 from .gap_filling import Blocks, InitConfig, block_sides, clip_blocks, even_opacity, fill_gaps
 
 # %% auto #0
-__all__ = ['BackgroundConfig', 'pixels_at', 'shrunk_mask', 'motion_between', 'photometric_cost', 'photometric_costs',
-           'shared_cost', 'shrunk_images', 'agreed_depth', 'one_camera', 'best_depth', 'far_depth',
-           'elevation_in_camera', 'field_top', 'above_field', 'column_depth', 'depth_above', 'depth_behind',
-           'far_field', 'bounding_box', 'draw_hemisphere', 'first_colour', 'drawn_points', 'hemisphere', 'draw_ball',
-           'inside_ball', 'near_gaussians', 'near_field', 'background', 'without_taken', 'init_groups', 'init_data',
-           'clip_groups', 'init_gaussians']
+__all__ = ['BackgroundConfig', 'pixels_at', 'shrunk_mask', 'motion_between', 'photometric_cost', 'shared_cost', 'shrunk_images',
+           'photometric_costs', 'agreed_depth', 'one_camera', 'best_depth', 'far_depth', 'elevation_in_camera',
+           'field_top', 'above_field', 'column_depth', 'depth_above', 'depth_behind', 'FarBlocks', 'far_blocks',
+           'far_gaussians', 'far_field', 'bounding_box', 'draw_hemisphere', 'first_colour', 'drawn_points',
+           'hemisphere', 'draw_ball', 'inside_ball', 'near_gaussians', 'near_field', 'background', 'without_taken',
+           'without_coarser', 'init_groups', 'init_data', 'clip_groups', 'init_gaussians']
 
 # %% ../nbs/12_background.ipynb #380a93b9
 @dataclass(frozen=True)
@@ -131,22 +133,6 @@ def photometric_cost(
     difference = ((other - own).abs().mean(-1) * there).sum(-1) / there.sum(-1).clamp_min(1)
     return (difference.clamp_max(0.2) * sees).sum(0) / sees.sum(0).clamp_min(1)
 
-# %% ../nbs/12_background.ipynb #c0575a11
-def photometric_costs(
-    data: ClipData,  # cameras
-    images: Tensor,  # (V,h,w,3) its images, shrunk `k` times
-    k: int,  # px
-    b: Blocks,  # B blocks
-    depths: Tensor,  # (B,D) m, D depths of each
-    shown: Tensor | None = None,  # as of `photometric_cost`
-) -> Tensor:  # (B,D)
-    "The photometric cost at several depths; on a GPU in one kernel."
-    if not kernels_work(images.device):
-        return torch.stack([photometric_cost(data, images, k, b, d[:, None], shown) for d in depths.unbind(1)], 1)
-    K, pose, inverse = data.K, data.pose, se3_inverse(data.pose)
-    cameras = CostCameras(images, shown, K.view(-1, 3, 3), pose.reshape(-1, 4, 4), inverse.view(-1, 4, 4))
-    return fused_costs(cameras, b.image, b.uv, b.side, b.ray, depths, k)
-
 # %% ../nbs/12_background.ipynb #db0d0f99
 def shared_cost(
     cost: Tensor,  # (B,D) of B blocks at D depths
@@ -171,6 +157,22 @@ def shrunk_images(
     "The images, each square of k by k pixels averaged."
     images = data.images.view(-1, *data.images.shape[2:]).permute(0, 3, 1, 2).float() / 255
     return F.avg_pool2d(images, k).permute(0, 2, 3, 1).contiguous()
+
+# %% ../nbs/12_background.ipynb #c0575a11
+def photometric_costs(
+    data: ClipData,  # cameras
+    images: Tensor,  # (V,h,w,3) its images, shrunk `k` times
+    k: int,  # px
+    b: Blocks,  # B blocks
+    depths: Tensor,  # (B,D) m, D depths of each
+    shown: Tensor | None = None,  # as of `photometric_cost`
+) -> Tensor:  # (B,D)
+    "The photometric cost at several depths; on a GPU in one kernel."
+    if not kernels_work(images.device):
+        return torch.stack([photometric_cost(data, images, k, b, d[:, None], shown) for d in depths.unbind(1)], 1)
+    K, pose, inverse = data.K, data.pose, se3_inverse(data.pose)
+    cameras = CostCameras(images, shown, K.view(-1, 3, 3), pose.reshape(-1, 4, 4), inverse.view(-1, 4, 4))
+    return fused_costs(cameras, b.image, b.uv, b.side, b.ray, depths, k)
 
 # %% ../nbs/12_background.ipynb #921b671b
 def agreed_depth(
@@ -313,6 +315,48 @@ def depth_behind(
     return z, rows
 
 # %% ../nbs/12_background.ipynb #196323f4
+class FarBlocks(NamedTuple):
+    "Blocks of the far field, and how far away they are put."
+
+    blocks: Blocks  # B blocks, each with its depth
+    above: Tensor  # (B,) bool, above the LiDAR's field
+
+
+def far_blocks(
+    data: ClipData,  # the clip
+    blocks: Blocks,  # of its images
+    lift: InitConfig,  # read: fill, fill_blocks
+    cfg: BackgroundConfig,  # read: distance, depth_candidates, gain, cost_cell, above_*
+) -> FarBlocks:
+    "Put the blocks that no return supports far away."
+    b = blocks.part(blocks.z == 0) if lift.fill else blocks
+    z, rows = depth_behind(data, b, cfg, block_sides(data.images.shape[3], lift.fill_blocks)[-1])
+    above = torch.zeros_like(b.image, dtype=torch.bool).index_fill_(0, rows, True)
+    return FarBlocks(b._replace(z=z), above)
+
+# %% ../nbs/12_background.ipynb #196323f5
+def far_gaussians(
+    data: ClipData,  # the clip
+    far: FarBlocks,  # of its images
+    lift: InitConfig,  # read: fill_scale
+    cfg: BackgroundConfig,  # read: opacity, above_opacity
+) -> Gaussians:  # kind BACKGROUND, world
+    "Far blocks as Gaussians that project to their block."
+    b = far.blocks
+    means = data.pose[..., :3, 3].reshape(-1, 3)[b.image] + b.z[:, None] * b.ray
+    g = gaussians_from(
+        means.float(),
+        lift.fill_scale * b.side * b.z / data.K[..., 0, 0].flatten()[b.image].float(),
+        b.colour,
+        t=(data.shutter.flatten()[b.image] / data.duration).float(),
+        frame=data.frames[b.image // data.shutter.shape[1]],
+        kind=BACKGROUND,
+        opacity=cfg.opacity,
+    )
+    unsure = opacity_inv(b.z.new_tensor(cfg.above_opacity))
+    return replace(g, opacity_logits=torch.where(far.above, unsure, g.opacity_logits))
+
+
 def far_field(
     data: ClipData,  # the clip
     blocks: Blocks,  # of its images
@@ -320,21 +364,7 @@ def far_field(
     cfg: BackgroundConfig,  # read: distance, depth_candidates, gain, cost_cell, opacity, above_*
 ) -> Gaussians:  # kind BACKGROUND, world
     "Unsupported blocks as far Gaussians that project to their block."
-    b = blocks.part(blocks.z == 0) if lift.fill else blocks
-    z, above = depth_behind(data, b, cfg, block_sides(data.images.shape[3], lift.fill_blocks)[-1])
-    means = data.pose[..., :3, 3].reshape(-1, 3)[b.image] + z[:, None] * b.ray
-    g = gaussians_from(
-        means.float(),
-        lift.fill_scale * b.side * z / data.K[..., 0, 0].flatten()[b.image].float(),
-        b.colour,
-        t=(data.shutter.flatten()[b.image] / data.duration).float(),
-        frame=data.frames[b.image // data.shutter.shape[1]],
-        kind=BACKGROUND,
-        opacity=cfg.opacity,
-    )
-    if len(above):
-        g.opacity_logits[above] = opacity_inv(z.new_tensor(cfg.above_opacity))
-    return g
+    return far_gaussians(data, far_blocks(data, blocks, lift, cfg), lift, cfg)
 
 # %% ../nbs/12_background.ipynb #3afe7cfe
 def bounding_box(
@@ -477,8 +507,8 @@ def near_field(
 def background(
     groups: list[ClipData],  # of one clip, one for each size of images
     lidar: Gaussians,  # what it stands behind
-    blocks: list[Blocks | None],  # of the images of each group, used by the grid
-    lift: InitConfig,  # read by the grid: fill, fill_scale, fill_even
+    far: list[FarBlocks | None],  # of the images of each group, used by the grid
+    lift: InitConfig,  # read by the grid: fill_scale, fill_even
     cfg: BackgroundConfig,  # which and how
     seed: int = 0,  # of the hemisphere
 ) -> list[Gaussians]:  # kind BACKGROUND, none when there is none
@@ -487,7 +517,7 @@ def background(
         return []
     if cfg.mode == "hemisphere":
         return [hemisphere(groups, lidar, cfg, seed)]
-    parts = [far_field(data, b, lift, cfg) for data, b in zip(groups, blocks)]
+    parts = [far_gaussians(data, b, lift, cfg) for data, b in zip(groups, far)]
     return [even_opacity(g, data, g.opacities) for g, data in zip(parts, groups)] if lift.fill_even else parts
 
 # %% ../nbs/12_background.ipynb #4743381a
@@ -502,6 +532,24 @@ def without_taken(
         taken = taken | data.projected.visible.any(1)
     return rest
 
+# %% ../nbs/12_background.ipynb #ov120002
+def without_coarser(
+    groups: list[ClipData],  # of one clip, one for each size of images
+    blocks: list[Blocks | None],  # of each group's images
+    far: list[FarBlocks | None],  # those of the far field
+    cfg: InitConfig,  # read: fill, fill_blocks, fill_finer
+) -> tuple[list[Blocks | None], list[FarBlocks | None]]:  # of several cameras; of one camera the same objects
+    "Leave out the blocks that another camera of their frame shows finer."
+    if cfg.fill_finer is None or blocks[0] is None or sum(data.shutter.shape[1] for data in groups) == 1:
+        return blocks, far
+    near = [b.part((b.z > 0) & cfg.fill) for b in blocks]
+    placed = [n if f is None else Blocks(*(torch.cat(a) for a in zip(n, f.blocks))) for n, f in zip(near, far)]
+    cells = [block_sides(data.images.shape[3], cfg.fill_blocks)[-1] for data in groups]
+    kept = [~coarser for coarser in coarser_blocks(groups, placed, cfg.fill_finer, cells)]
+    near_kept = [n.part(k[: len(n.z)]) for n, k in zip(near, kept)]
+    far_kept = [k[len(n.z) :] for n, k in zip(near, kept)]
+    return near_kept, [f and FarBlocks(f.blocks.part(k), f.above[k]) for f, k in zip(far, far_kept)]
+
 # %% ../nbs/12_background.ipynb #50533b30
 def init_groups(
     groups: list[ClipData],  # of one clip, one for each size of images
@@ -511,13 +559,15 @@ def init_groups(
 ) -> Gaussians:  # kinds LIDAR, then BACKGROUND; world, on the data's device
     "Everything a reconstruction starts from, of cameras of any size."
     groups = without_taken([sound_stamps(data, lift_cfg.late_after) for data in groups])
-    cut = lift_cfg.fill or bg_cfg.mode == "grid"
-    blocks = [clip_blocks(data, lift_cfg) if cut else None for data in groups]
+    grid = bg_cfg.mode == "grid"
+    blocks = [clip_blocks(data, lift_cfg) if grid or lift_cfg.fill else None for data in groups]
+    behind = [far_blocks(data, b, lift_cfg, bg_cfg) if grid else None for data, b in zip(groups, blocks)]
+    blocks, behind = without_coarser(groups, blocks, behind, lift_cfg)
     parts = [near_gaussians(data, lift_cfg, seed, b) for data, b in zip(groups, blocks)]
     cameras = torch.cat([data.pose.flatten(0, 1) for data in groups])
     near = checked_cap(cat(parts), groups[0], lift_cfg.max_gaussians, cameras)
     ball = [inside_ball(groups, near, bg_cfg, seed)] if bg_cfg.inside_points else []
-    return cat([near, *ball, *background(groups, near, blocks, lift_cfg, bg_cfg, seed)])
+    return cat([near, *ball, *background(groups, near, behind, lift_cfg, bg_cfg, seed)])
 
 # %% ../nbs/12_background.ipynb #d797d1dd
 def init_data(
@@ -551,5 +601,9 @@ def init_gaussians(
     device: Any = "cpu",  # where it is lifted
 ) -> Gaussians:  # kinds LIDAR, then BACKGROUND; world, on the device
     "Everything a reconstruction starts from, of a clip on disk."
-    groups = clip_groups(clip, lift_cfg.lidar_sensors, cameras, image_scale)
-    return init_groups([data.to(device) for data in groups], lift_cfg, bg_cfg, seed)
+    cameras = clip.cameras if cameras is None else cameras
+    read = clip_groups(clip, lift_cfg.lidar_sensors, cameras, image_scale)
+    tones = clip_tones(clip, cameras, lift_cfg.lidar_sensors) if lift_cfg.match_colours else {}
+    of_group = clip.log.by_size(cameras)
+    groups = [in_reference_colours(data.to(device), names, tones) for data, names in zip(read, of_group)]
+    return init_groups(groups, lift_cfg, bg_cfg, seed)

@@ -23,7 +23,8 @@ import torch
 from fastcore.basics import patch
 from numpy.lib import format as npy
 from . import frames, gaussians, files, unpickle, lazy_methods, columns, tables, log_files, pandaset, rig
-from . import clips, visibility, clip_data, lift, gap_filling, background
+from . import clips, visibility, clip_data, lift, gap_filling, kernels, search_kernels
+from . import camera_overlap, camera_colours, background
 from .files import atomic_write, remove_unfinished, short_path
 from .gaussians import BACKGROUND, LIDAR, Gaussians
 from .clips import Clip
@@ -127,7 +128,8 @@ def load_arrays(
 # %% ../nbs/12a_cache.ipynb #db7e99a1
 _MODULES = (
     *(frames, gaussians, files, unpickle, lazy_methods, columns, tables, log_files, rig, pandaset),  # reading
-    *(clips, visibility, clip_data, lift, gap_filling, background),  # lifting
+    *(clips, visibility, clip_data, lift, gap_filling, kernels, search_kernels),  # lifting
+    *(camera_overlap, camera_colours, background),
 )
 _CODE = hashlib.sha256(b"".join(Path(m.__file__).read_bytes() for m in _MODULES)).hexdigest()
 

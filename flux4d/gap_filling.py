@@ -6,10 +6,11 @@
 from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from annotated_types import Interval
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from fastcore.basics import patch
 from .frames import project, pixel_index, unproject, se3_inverse
@@ -42,6 +43,10 @@ class InitConfig(LiftConfig):
     # share by which what is filled lies behind the surface, so that returns are drawn over it
     fill_behind: Share = 0.01
     fill_even: bool = True  # make what few input images see more opaque, so that all directions end alike
+    # several cameras: leave a block out where another camera of its frame shows the place with pixels this many times
+    # smaller; None: keep all
+    fill_finer: Annotated[float, Interval(ge=1)] | None = 1.3
+    match_colours: bool = True  # several cameras: lift in the first camera's colours, draw each camera in its own
     return_px: PositiveFloat = 1.0  # px, largest standard deviation of a return when gaps are filled
 
 # %% ../nbs/11_gap_filling.ipynb #4d82bafc

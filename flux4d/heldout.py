@@ -43,14 +43,14 @@ from .terminal import duration_said, open_bar, tell
 from .view_scores import IMAGE_METRICS, REGIONS
 
 # %% auto #0
-__all__ = ['WINDOWS', 'WINDOW_FRAMES', 'DeviceId', 'PROTOCOL', 'SHARED', 'UNTRAINED', 'JOINED', 'KEPT_BY_WINDOW', 'MAIN_SCORES',
-           'HeldoutParameters', 'WindowRun', 'window_parameters', 'window_runs', 'is_finished', 'check_left_out',
-           'fault_of_run', 'serve_windows', 'WindowWorker', 'Ended', 'device_ids', 'places', 'run_windows', 'same',
-           'named_once', 'joint_runtime', 'mean_course', 'joint_facts', 'window_facts', 'copy_worst', 'write_record',
-           'score_cells', 'windows_table']
+__all__ = ['HELDOUT_WINDOWS', 'WINDOW_FRAMES', 'DeviceId', 'PROTOCOL', 'SHARED', 'UNTRAINED', 'JOINED', 'KEPT_BY_WINDOW',
+           'MAIN_SCORES', 'HeldoutParameters', 'WindowRun', 'window_parameters', 'window_runs', 'is_finished',
+           'check_left_out', 'fault_of_run', 'serve_windows', 'WindowWorker', 'Ended', 'device_ids', 'places',
+           'run_windows', 'same', 'named_once', 'joint_runtime', 'mean_course', 'joint_facts', 'window_facts',
+           'copy_worst', 'write_record', 'score_cells', 'windows_table']
 
 # %% ../nbs/61a_heldout.ipynb #61a41750
-WINDOWS = 0, 20, 40  # first frames; what is left of a log of 56 frames is trained on
+HELDOUT_WINDOWS = 0, 20, 40  # first frames; what is left of a log of 56 frames is trained on
 WINDOW_FRAMES = ClipConfig.future_len  # of a log of ten frames a second
 
 
@@ -141,7 +141,7 @@ def window_runs(
 ) -> list[WindowRun]:  # one a window; raises DataError for a parameter that a window cannot have
     "The runs that a record is made of; those of all records in a folder share their lifted clips."
     runs = []
-    for first in p.windows or WINDOWS:
+    for first in p.windows or HELDOUT_WINDOWS:
         folder = out.parent / "windows" / f"{out.name}_{first:02d}"
         parameters = window_parameters(p, first) | dict(out_dir=str(folder))
         refuse_unknown(parameters)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from .attribute_kernels import apply_change
 from .background import init_gaussians
+from .camera_colours import clip_tones
 from .clips import Clip
 from .clip_data import InputViews, load_views
 from .config import Config, config_from_dict, config_to_dict, flattened, refuse_renamed, without_retired
@@ -48,10 +49,14 @@ def with_sensors_of(
 def lift_scene(
     clip: Clip,  # its input frames are lifted
     gaussians: Gaussians,  # G_init of it, world
-    cfg: Config,  # read: render, data.image_scale
+    cfg: Config,  # read: render, init.match_colours, data
 ) -> Scene:  # at rest
     "The lift as a scene."
-    return scene_of(clip, gaussians, cfg=cfg.render, scale=cfg.data.image_scale)
+    scene = scene_of(clip, gaussians, cfg=cfg.render, scale=cfg.data.image_scale)
+    if not cfg.init.match_colours:
+        return scene
+    tones = clip_tones(clip, list(cfg.data.cameras), cfg.init.lidar_sensors)
+    return replace(scene, tones={name: curve.to(scene.device) for name, curve in tones.items()})
 
 # %% ../nbs/32_model.ipynb #dad9784f
 def _input_views(clip: Clip, cfg: Config) -> InputViews:

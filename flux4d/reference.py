@@ -223,12 +223,13 @@ def configuration_page(
 def is_wide(
     content: bytes,  # of a picture's file; empty: not known
     least: float = 1.9,  # width per height
+    large: int = 950,  # px of width, from here on it is wide whatever its height
 ) -> bool:
     "Whether a picture needs the page's width: several parts side by side."
     if not content:
         return False
     width, height = Image.open(io.BytesIO(content)).size
-    return width > least * height
+    return width > least * height or width >= large
 
 
 def gallery_figure(
@@ -262,7 +263,8 @@ def gallery_page(
     "The pictures of the real log."
     parts = [
         "# Gallery",
-        "What the method makes of PandaSet log 002, step by step in the order of the parts; each picture leads to the page that explains it. "
+        "What the method makes of PandaSet log 002, step by step in the order of the parts; "
+        "each picture leads to the page that explains it. "
         "A film is on the [front page](index.md), and [a scene to walk through](scene.md) has its own.",
     ]
     for digit, title in NOTEBOOK_PARTS.items():

@@ -12,6 +12,7 @@ import torch
 from scipy.spatial.transform import Rotation, Slerp
 from torch import Tensor
 from fastcore.basics import patch
+from .camera_colours import as_cameras_see
 from .clips import Clip
 from .files import DataError
 from .frames import TIME_SLACK, ClipTime
@@ -74,6 +75,8 @@ class Scene(LazyMethods):
     cameras: dict[str, CameraPath] = field(default_factory=dict)  # recorded ones, by name
     source: dict[str, Any] = field(default_factory=dict)  # what it was made from: log, clip, model
     render_cfg: RenderConfig = field(default_factory=RenderConfig)  # how it is drawn
+    # by camera: the curve from its colours to those of the Gaussians; none: the camera has their colours
+    tones: dict[str, Tensor] = field(default_factory=dict)
     inputs: Any = None  # `ClipInputs` that it was reconstructed from, for a polish; None: not known
 
     def __len__(self) -> int:  # N
@@ -137,7 +140,8 @@ def to(
 ) -> Scene:
     "A copy on another device."
     velocity = None if self.velocity is None else self.velocity.to(device)
-    return replace(self, gaussians=self.gaussians.to(device), velocity=velocity)
+    tones = {name: curve.to(device) for name, curve in self.tones.items()}
+    return replace(self, gaussians=self.gaussians.to(device), velocity=velocity, tones=tones)
 
 # %% ../nbs/22_scene.ipynb #7de25656
 @patch
@@ -157,8 +161,9 @@ def render(
     cfg: RenderConfig | None = None,  # how to draw; None: as the scene says
     features: Tensor | None = None,  # (N,F) or (V,N,F) values that are blended like colours
 ) -> Rendered:  # V pictures: rgb, depth, alpha, features
-    "Draw the scene as each view sees it at its own time."
-    return draw(self.gaussians, self.velocity, self.duration, views, cfg or self.render_cfg, features)
+    "Draw the scene as each view sees it at its own time; a view that names its camera, in that camera's colours."
+    out = draw(self.gaussians, self.velocity, self.duration, views, cfg or self.render_cfg, features)
+    return out._replace(rgb=as_cameras_see(out.rgb, getattr(views, "camera", ()), self.tones))
 
 # %% ../nbs/22_scene.ipynb #5b12bb4e
 @patch

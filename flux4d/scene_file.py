@@ -66,6 +66,7 @@ def scene_content(
     tensors = _of_gaussians(scene.gaussians, half)
     if scene.velocity is not None:
         tensors["velocity"] = halved(scene.velocity, "velocity") if half else scene.velocity
+    tensors |= {f"tones.{name}": curve for name, curve in scene.tones.items()}
     tensors["ego0"] = torch.from_numpy(np.array(scene.ego0, np.float64))
     for name, path in scene.cameras.items():
         tensors |= _of_camera(name, path)
@@ -154,6 +155,18 @@ def _read_cameras(
         raise DataError(f"does not say which cameras it has; {_AGAIN}.")
     return {name: _read_camera(content, name, size) for name, size in sizes.items()}
 
+# %% ../nbs/22a_scene_file.ipynb #c11ee8e0
+def _read_tones(
+    content: TensorFile,  # of a scene
+) -> dict[str, Tensor]:  # raises DataError
+    "The colour curves of a scene's cameras; files without any have none."
+    names = [key.removeprefix("tones.") for key in content.tensors if key.startswith("tones.")]
+    found = {name: _take(content, f"tones.{name}", (3, 256)).float() for name in names}
+    for name, curve in found.items():
+        if not (curve.diff(dim=1) > 0).all():
+            raise DataError(f"has a colour curve of camera {name!r} that does not rise; {_AGAIN}.")
+    return found
+
 # %% ../nbs/22a_scene_file.ipynb #c11ee8e1
 def _read_clock(
     content: TensorFile,  # of a scene
@@ -181,6 +194,7 @@ def scene_from(
         time=_read_clock(content),
         ego0=_take(content, "ego0", (4, 4)).double().numpy(),
         cameras=_read_cameras(content),
+        tones=_read_tones(content),
         source=source if isinstance(source, dict) else {},
         render_cfg=read_settings(RenderConfig, content.about.get("render", {}), "render"),
     )

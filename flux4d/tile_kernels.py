@@ -22,8 +22,8 @@ except ImportError:  # without a GPU there is none; gsplat's or the CPU's raster
 # %% auto #0
 __all__ = ['RECORD', 'MOST_CHANNELS', 'TILE_SIDE', 'BUCKET', 'REGISTERS', 'RECORD_BLOCK', 'record_kernel', 'halves',
            'record_columns', 'to_tf32', 'multiply', 'pixel_powers', 'block_column', 'tile_pixels', 'add_to',
-           'tile_grad_kernel', 'Splats2D', 'TileLists', 'pixel_strengths', 'blend_plain', 'tile_gradients',
-           'gsplat_channels', 'gsplat_blend', 'BlendTiles', 'tiles_take', 'draw_lists']
+           'tile_grad_kernel', 'Splats2D', 'TileLists', 'pixel_strengths', 'blend_plain', 'zeros_like_all',
+           'tile_gradients', 'gsplat_channels', 'gsplat_blend', 'BlendTiles', 'tiles_take', 'draw_lists']
 
 # %% ../nbs/20e_tile_kernels.ipynb #2ea8e44d
 RECORD = 16  # numbers of a splat's record: 2 of its centre, 3 of its conic, 1 of its opacity, the rest channels
@@ -80,12 +80,12 @@ def record_columns(
     left = tl.split(c0) + tl.split(c2) + tl.split(c4) + tl.split(c6)
     return left + tl.split(c8) + tl.split(c10) + tl.split(c12) + tl.split(c14)
 
-# %% ../nbs/20e_tile_kernels.ipynb #9e60cc9e
+# %% ../nbs/20e_tile_kernels.ipynb #9902eb60
 @kernel
 def to_tf32(
     x: tl.tensor,  # float32
 ) -> tl.tensor:
-    "Numbers of eleven binary digits, the nearest."
+    "The nearest numbers of eleven binary digits."
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 # %% ../nbs/20e_tile_kernels.ipynb #ee45d5a4
@@ -194,7 +194,6 @@ def tile_grad_kernel(
     clear = 1.0 - tl.load(alpha_ptr + pixel, mask=here, other=0.0)
     behind = tl.sum(g * shown, 1) - clear * tl.load(d_alpha_ptr + pixel, mask=here, other=0.0)
     light = tl.full([SIDE * SIDE], 1.0, tl.float32)
-    rounded_g = to_tf32(g)
     c = tl.arange(0, 16)[None, :]
     place = first + tl.arange(0, BUCKET)
     next_id = tl.load(ids_ptr + place, mask=place < end, other=0)
@@ -226,7 +225,7 @@ def tile_grad_kernel(
         u = tl.where(strength <= 0.999, rate * (rest - after * w), 0.0)
         light = tl.min(after, 0)
         behind -= tl.sum(part, 0)
-        of_features = tl.dot(to_tf32(weight), rounded_g, input_precision="tf32")
+        of_features = tl.dot(weight, g, input_precision="tf32x3")
         rough = to_tf32(u)
         m = tl.dot(rough, powers, input_precision="tf32")
         m = tl.dot(u - rough, powers, m, input_precision="tf32")
@@ -311,7 +310,16 @@ def blend_plain(
     H, W = lists.height, lists.width
     return tuple(x[:, :H, :W].contiguous() for x in (image, alpha, last))
 
-# %% ../nbs/20e_tile_kernels.ipynb #74e2d8bd
+# %% ../nbs/20e_tile_kernels.ipynb #636edbdd
+def zeros_like_all(
+    s: Splats2D,  # splats
+) -> Splats2D:  # as many zeros
+    "Zeros in one piece of memory; each part begins at a multiple of 16 bytes, as kernels are compiled for."
+    sizes = [-(-x.numel() // 4) * 4 for x in s]
+    parts = s.means.new_zeros(sum(sizes)).split(sizes)
+    return Splats2D(*(part[: x.numel()].view_as(x) for part, x in zip(parts, s)))
+
+
 def tile_gradients(
     s: Splats2D,  # as drawn
     lists: TileLists,  # as drawn
@@ -323,11 +331,11 @@ def tile_gradients(
     rows, channels = s.opacities.numel(), s.features.shape[-1]
     records = s.means.new_empty(rows, RECORD)
     record_kernel[(triton.cdiv(rows, RECORD_BLOCK),)](*s, records, rows, channels, RECORD_BLOCK)
-    out = Splats2D(*(torch.zeros_like(x) for x in s))
+    out = zeros_like_all(s)
     slopes = d_image.contiguous(), d_alpha.contiguous()
-    sizes = len(lists.ids), lists.height, lists.width, channels, 8 if channels <= 8 else 16, TILE_SIDE, BUCKET
-    how = dict(num_warps=1, num_stages=1) | (dict(maxnreg=REGISTERS) if s.means.is_cuda else {})
-    tile_grad_kernel[(lists.offsets.numel(),)](records, lists.offsets, lists.ids, *drawn, *slopes, *out, *sizes, **how)
+    how = len(lists.ids), lists.height, lists.width, channels, 8 if channels <= 8 else 16, TILE_SIDE, BUCKET
+    built = dict(num_warps=1, num_stages=1) | (dict(maxnreg=REGISTERS) if s.means.is_cuda else {})
+    tile_grad_kernel[(lists.offsets.numel(),)](records, lists.offsets, lists.ids, *drawn, *slopes, *out, *how, **built)
     return out
 
 # %% ../nbs/20e_tile_kernels.ipynb #5c6dab3f

@@ -497,7 +497,7 @@ def forward(
     shape = self.padded_shape(shape)
     precision = pick_precision(self.cfg.precision, device)
     fused = Kernels.fused and self.cfg.norm == "clip" and kernels_convolve(v.features)
-    known = {} if tables is None else tables.setdefault((fused, torch.is_grad_enabled(), *shape), {})
+    known = {} if tables is None else tables.setdefault((torch.is_grad_enabled(), *shape, fused), {})
     with torch.autocast(device.type, enabled=False):
         features = self.stem(v.features.float())
         if fused:

@@ -89,7 +89,7 @@ def test_twins_agree_on_features_of_each_view(channels):
 @pytest.mark.parametrize("antialiased", [False, True])
 def test_tiles_are_gsplat_with_another_gradient(channels, antialiased):
     """Pictures are gsplat's own. Its gradient begins with 1 - alpha, which has lost three digits where a pixel is full,
-    and ours does not; and gradients of features have eleven binary digits in each pixel: hence 1e-3 of the length."""
+    and ours does not: hence 5e-4 of the length, and 3e-5 between ours and float64 in `test_fast.py`."""
     g, v = scene()
     features = torch.rand(len(g), max(channels, 1), generator=GEN()).cuda()
     cfg = RenderConfig(antialiased=antialiased)
@@ -97,7 +97,7 @@ def test_tiles_are_gsplat_with_another_gradient(channels, antialiased):
         found = compare_backends(g, v, 1.5, cameras(), features, cfg, backends=("tiles", "gsplat"))
         print("", *(f"{k:20s}{v:.1e}" for k, v in found.items()), sep="\n  ")
         assert all(x == 0 for k, x in found.items() if k[:2] != "d ")
-        assert max(x for k, x in found.items() if k[:2] == "d ") < 1e-3
+        assert max(x for k, x in found.items() if k[:2] == "d ") < 5e-4
         return
     grads = []
     for backend in ("tiles", "gsplat"):
@@ -105,7 +105,7 @@ def test_tiles_are_gsplat_with_another_gradient(channels, antialiased):
         out = render(g.with_flat(raw), v, 1.5, cameras(), RenderConfig(backend=backend, antialiased=antialiased))
         (d,) = torch.autograd.grad((out.rgb * torch.linspace(0, 1, out.rgb.numel()).cuda().view_as(out.rgb)).sum(), raw)
         grads.append(d)
-    assert (grads[0] - grads[1]).norm() < 1e-3 * grads[1].norm()
+    assert (grads[0] - grads[1]).norm() < 5e-4 * grads[1].norm()
 
 
 def test_a_batch_of_views_is_its_views_one_by_one():

@@ -112,6 +112,7 @@ def test_the_kept_scene_is_small_and_says_where_it_comes_from():
     assert (ROOT / "docs/scene/pandaset002.scene").stat().st_size <= 1_400_000
     assert scene.source["log"] == "002" and "CC BY 4.0" in scene.source["licence"]
     assert scene.source["reduced_from"] > 5 * len(scene) and "front_camera" in scene.cameras
+    assert scene.future(1.0) == 0.0 and abs(scene.future(1.45) - 0.45) < 0.01  # its last input is at 1.0 s
     assert f"{len(scene):,} Gaussians" in (ROOT / "docs/scene.md").read_text()
 
 
@@ -414,6 +415,9 @@ SEARCHED = {  # what a reader types -> page that is among the first three
     "dead_zone": "configuration#model.dead_zone",
     "ablation": "62_ablation",
     "equations": "how_it_works",
+    "stage": "50_refine",
+    "future": "04_clips",
+    "learning rate": "33c_optimiser",
 }
 
 
@@ -534,4 +538,4 @@ def test_a_film_says_where_the_inputs_end(built, browser):
         assert "future" not in time.inner_text()
         last = int(film.get_attribute("data-moments")) - 1
         slider.evaluate("(e, k) => {e.value = k; e.dispatchEvent(new Event('input'))}", last)
-        assert time.inner_text() == "1.50 s, future"
+        assert time.inner_text() == film.get_attribute("data-seconds").split()[-1].ljust(4, "0") + " s, future"

@@ -53,7 +53,7 @@ html_theme_options = {
     "show_nav_level": 1,
     "navigation_depth": 3,
     "show_toc_level": 2,
-    "secondary_sidebar_items": ["page-toc"],
+    "secondary_sidebar_items": {"**": ["page-toc"], "gallery": []},  # pictures need the width
     "footer_start": ["copyright"],
     "footer_end": [],
     "back_to_top_button": False,
