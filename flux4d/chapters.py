@@ -70,7 +70,7 @@ POINTERS = {  # digit of a part -> what a reader seeks there and finds elsewhere
     "the network makes of it, [decoding the velocity](30c_decode.md), in part 3; "
     "[velocity in the image](24_image_velocity.md), which weighs the loss, in part 2; "
     "its [scores](53_flow_metrics.md) in part 5.",
-    "6": "No run of the [ablation](62_ablation.md) is of record yet; [the runs that are](runs.md).",
+    "6": "What each choice is worth is in the [ablation](62_ablation.md); [all runs](runs.md).",
 }
 
 

@@ -44,7 +44,7 @@ from .view_scores import IMAGE_METRICS, REGIONS
 
 # %% auto #0
 __all__ = ['HELDOUT_WINDOWS', 'WINDOW_FRAMES', 'DeviceId', 'PROTOCOL', 'SHARED', 'UNTRAINED', 'JOINED', 'KEPT_BY_WINDOW',
-           'WINDOW_COLUMNS', 'HeldoutParameters', 'WindowRun', 'window_parameters', 'window_runs', 'is_finished',
+           'MAIN_SCORES', 'HeldoutParameters', 'WindowRun', 'window_parameters', 'window_runs', 'is_finished',
            'check_left_out', 'fault_of_run', 'serve_windows', 'WindowWorker', 'Ended', 'device_ids', 'places',
            'run_windows', 'same', 'named_once', 'joint_runtime', 'mean_course', 'joint_facts', 'window_facts',
            'copy_worst', 'write_record', 'score_cells', 'windows_table']
@@ -479,27 +479,28 @@ def write_record(
     return metrics
 
 # %% ../nbs/61a_heldout.ipynb #61ab36d2
-WINDOW_COLUMNS = {  # column -> entries of a window; interpolation / future
+MAIN_SCORES = {  # column -> entry of metrics.json, with * for interpolation and future, and form of the number
     "PSNR, dB": ("nvs.full.*.psnr", ".2f"),
     "SSIM": ("nvs.full.*.ssim", ".3f"),
     "depth RMSE, m": ("nvs.full.*.depth_rmse", ".2f"),
     "moving PSNR, dB": ("nvs.dynamic.*.psnr", ".2f"),
-    "FD EPE, m": ("scene_flow.epe_3way.FD", ".4f"),
-    "BS EPE, m": ("scene_flow.epe_3way.BS", ".4f"),
+    "FD EPE, m per 0.1 s": ("scene_flow.epe_3way.FD", ".4f"),
+    "BS EPE, m per 0.1 s": ("scene_flow.epe_3way.BS", ".4f"),
 }
 
 
 def score_cells(
     values: dict,  # scores by dotted path
-) -> list[str]:  # of WINDOW_COLUMNS; a dash for what was not measured
+    sign: str = "",  # "+" writes a plus before what is not negative
+) -> list[str]:  # of MAIN_SCORES; a dash for what was not measured
     "The main scores of a window or of a record as text."
 
     def shown(path, form):
         value = values.get(path)
-        return "-" if value is None else f"{value:{form}}"
+        return "-" if value is None else f"{value:{sign}{form}}"
 
     cells = []
-    for path, form in WINDOW_COLUMNS.values():
+    for path, form in MAIN_SCORES.values():
         paths = [path.replace("*", w) for w in ("interpolation", "future")] if "*" in path else [path]
         cells.append(" / ".join(shown(path, form) for path in paths))
     return cells
@@ -514,4 +515,4 @@ def windows_table(
     mean = {path.removesuffix(".mean"): value for path, value in flat(metrics).items()}
     lasts = {first: int(first) + WINDOW_FRAMES - 1 for first in by_window}
     rows = [[f"frames {first} to {lasts[first]}", *score_cells(flat(x))] for first, x in by_window.items()]
-    return markdown_table(["window", *WINDOW_COLUMNS], [*rows, ["mean", *score_cells(mean)]])
+    return markdown_table(["window", *MAIN_SCORES], [*rows, ["mean", *score_cells(mean)]])
