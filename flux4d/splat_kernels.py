@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from .gaussians import LIDAR, Gaussians
-from .kernels import kernel, kernels_work
+from .kernels import kernel
 
 try:
     import triton

@@ -290,14 +290,16 @@ def blend_plain(
 ) -> tuple[Tensor, Tensor, Tensor]:  # image (V,H,W,C), alpha (V,H,W,1), last (V,H,W) int32
     "What gsplat's kernel draws, tile by tile in tensor operations."
     V, rows, columns = lists.offsets.shape
+    side = torch.arange(TILE_SIDE)
+    pixels = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).flatten(0, 1) + 0.5
     image = s.features.new_zeros(V, rows * TILE_SIDE, columns * TILE_SIDE, s.features.shape[-1])
     alpha, last = image.new_zeros(*image.shape[:3], 1), torch.zeros(image.shape[:3], dtype=torch.int32)
     bounds = [*lists.offsets.flatten().tolist(), len(lists.ids)]
     for tile in range(V * rows * columns):
         view, row, column = tile // (rows * columns), tile // columns % rows, tile % columns
-        part = view, slice(row * TILE_SIDE, (row + 1) * TILE_SIDE), slice(column * TILE_SIDE, (column + 1) * TILE_SIDE)
-        at = torch.stack(torch.meshgrid(torch.arange(TILE_SIDE), torch.arange(TILE_SIDE), indexing="xy"), -1).flatten(0, 1)
-        at = at + 0.5 + torch.tensor([column * TILE_SIDE, row * TILE_SIDE])
+        top, left = row * TILE_SIDE, column * TILE_SIDE
+        part = view, slice(top, top + TILE_SIDE), slice(left, left + TILE_SIDE)
+        at = pixels + torch.tensor([left, top])
         ids = lists.ids[bounds[tile] : bounds[tile + 1]].long()
         a = pixel_strengths(s, ids, at.to(image))
         after = (1 - a).cumprod(0)
@@ -305,7 +307,8 @@ def blend_plain(
         light = torch.cat([torch.ones_like(after[:1]), after[:-1]])
         image[part] = ((a * light).T @ s.features.flatten(0, 1)[ids]).view(TILE_SIDE, TILE_SIDE, -1)
         alpha[part] = 1 - (1 - a).prod(0).view(TILE_SIDE, TILE_SIDE, 1)
-        rank = torch.cat([torch.zeros(1, TILE_SIDE * TILE_SIDE), torch.arange(1, len(ids) + 1)[:, None] * (a > 0)]).amax(0)
+        ranks = torch.arange(1, len(ids) + 1)[:, None] * (a > 0)
+        rank = torch.cat([torch.zeros(1, TILE_SIDE * TILE_SIDE), ranks]).amax(0)
         last[part] = torch.where(rank > 0, bounds[tile] + rank - 1, 0).view(TILE_SIDE, TILE_SIDE)
     H, W = lists.height, lists.width
     return tuple(x[:, :H, :W].contiguous() for x in (image, alpha, last))

@@ -16,10 +16,10 @@ from .occupancy import ground_planes
 from .settings import Share
 
 # %% auto #0
-__all__ = ['SMALL', 'LARGE', 'TrailSize', 'TrailConfig', 'height_above_planes', 'SeenCells', 'seen_cells', 'RoadPoints',
-           'rest_share', 'road_points', 'warped_distance', 'groups_from_above', 'TrailBlobs', 'blobs_of', 'TrailLines',
-           'fitted_lines', 'blobs_near', 'linked_blobs', 'lines_of_blobs', 'LineFacts', 'line_facts', 'is_trail',
-           'distinct_lines', 'Trail', 'trails_of', 'find_trails']
+__all__ = ['PERSON_BLOBS', 'VEHICLE_BLOBS', 'TrailSize', 'TrailConfig', 'height_above_planes', 'SeenCells', 'seen_cells',
+           'RoadPoints', 'rest_share', 'road_points', 'warped_distance', 'groups_from_above', 'TrailBlobs', 'blobs_of',
+           'TrailLines', 'fitted_lines', 'blobs_near', 'linked_blobs', 'lines_of_blobs', 'LineFacts', 'line_facts',
+           'is_trail', 'distinct_lines', 'Trail', 'trails_of', 'find_trails']
 
 # %% ../nbs/72a_trails.ipynb #241cd1b6
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TrailSize:
     least_residual: PositiveFloat = 0.05  # m, of such a trail
 
 
-SMALL = TrailSize(
+PERSON_BLOBS = TrailSize(
     reach=0.3,
     growth=0.006,
     max_length=2.3,
@@ -65,7 +65,7 @@ SMALL = TrailSize(
     min_sweeps=4,
     least_sweeps=3,
 )  # people, on foot or on a cycle
-LARGE = TrailSize(
+VEHICLE_BLOBS = TrailSize(
     reach=0.7,
     growth=0.02,
     max_length=13.0,
@@ -103,8 +103,8 @@ class TrailConfig:
     pair_sweeps: PositiveInt = 3  # sweeps apart that two blobs suggest a line
     slow: NonNegativeFloat = 2.5  # m/s, up to which tolerance and residual stay
     min_ratio: PositiveFloat = 4.0  # so many times farther blobs are from their mean than from the line
-    small: TrailSize = SMALL
-    large: TrailSize = LARGE
+    small: TrailSize = PERSON_BLOBS
+    large: TrailSize = VEHICLE_BLOBS
 
 # %% ../nbs/72a_trails.ipynb #098c8697
 def height_above_planes(

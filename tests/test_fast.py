@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest
 import torch
-from flux4d import losses_fused, render as render_module, splat_kernels, tile_kernels
+from flux4d import kernels, losses_fused, render as render_module, splat_kernels, tile_kernels
 from flux4d.attribute_kernels import fused_feedback, fused_mix, fused_point, fused_residual, fused_sum
 from flux4d.decode import AttributeBounds, decode_residual
 from flux4d.frames import quat_to_mat
@@ -303,7 +303,7 @@ def test_a_machine_that_cannot_compile_says_so_and_goes_on(monkeypatch):
         def __getitem__(self, grid):
             raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(splat_kernels, "one_kernel", Broken())
+    monkeypatch.setattr(kernels, "one_kernel", Broken())
     kernels_work.cache_clear()
     with pytest.warns(UserWarning, match="tensor operations do the work: RuntimeError: no compiler"):
         assert not kernels_work(torch.device("cuda", 0))
