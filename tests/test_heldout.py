@@ -40,6 +40,7 @@ class Pretended:
 
     def run(self, run):
         Pretended.given.append(run.folder.name)
+        sleep(0.1)  # the other places have begun meanwhile
         if "bad" in run.folder.name:
             return "iters: is -1; choose a whole number at least 0."
         run.folder.mkdir(parents=True)
