@@ -410,7 +410,8 @@ def table_cells(
     sign: str = "",  # "+" writes a plus before what is not negative
 ) -> list[str]:  # of MAIN_SCORES; a dash for what was not measured
     "The main scores of a run as text."
-    return score_cells({path.removesuffix(".mean"): values.get(column) for column, path in SCORED_COLUMNS.items()}, sign)
+    scores = {path.removesuffix(".mean"): values.get(column) for column, path in SCORED_COLUMNS.items()}
+    return score_cells(scores, sign)
 
 # %% ../nbs/62_ablation.ipynb #62ab0006
 def untrained_scores(
