@@ -160,7 +160,7 @@ def test_parts_point_to_what_lies_elsewhere(pages):
     leads = set(re.findall(r"\((\w+)\.md\)", part))
     assert {"14_motion_prior", "30c_decode", "24_image_velocity"} <= leads
     assert "(13e_sparse_convolution.md)" in (pages / "part_3.md").read_text()
-    assert "No run of the" in (pages / "part_6.md").read_text()
+    assert "[ablation](62_ablation.md)" in (pages / "part_6.md").read_text()
 
 
 def test_words_of_two_cells_are_two_words_of_a_search(pages):
