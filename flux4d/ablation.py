@@ -459,7 +459,7 @@ def paper_tables(
     return "\n\n".join(parts)
 
 # %% ../nbs/62_ablation.ipynb #0cd375a1
-SIDE_BY_SIDE = 6  # runs whose circumstances stand in one table
+SIDE_BY_SIDE = 3  # runs whose circumstances stand in one table
 
 
 def circumstances(
