@@ -141,7 +141,7 @@ def beside_rows(
 def coarse_voxels(
     at: Tensor,  # (V,3) int64 cells of the voxels
     shape: list[int],  # cells of the grid, even numbers
-) -> tuple[Tensor, Tensor, Tensor]:  # (W,3) coarse voxels; (V,) row of each voxel's; (V,) which of its eight parts it is
+) -> tuple[Tensor, Tensor, Tensor]:  # (W,3) coarse voxels; (V,) row of each voxel's; (V,) which eighth of it
     "Halve the resolution."
     _, ny, nz = (n // 2 for n in shape)
     x, y, z = (at // 2).unbind(1)
