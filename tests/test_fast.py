@@ -9,10 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest
 import torch
-from flux4d import kernels, losses_fused, render as render_module, splat_kernels, tile_kernels
+from flux4d import block_kernels, kernels, losses_fused, render as render_module, splat_kernels, tile_kernels, unet
+from flux4d.background import photometric_cost
 from flux4d.attribute_kernels import fused_feedback, fused_mix, fused_point, fused_residual, fused_sum
 from flux4d.decode import AttributeBounds, decode_residual
-from flux4d.frames import quat_to_mat
+from flux4d.frames import quat_to_mat, se3_inverse
+from flux4d.gap_filling import Blocks
 from flux4d.gaussians import Gaussians
 from flux4d.losses import LossConfig, image_terms
 from flux4d.losses_fused import can_fuse, fused_image_terms
@@ -23,7 +25,10 @@ from flux4d.network_inputs import describe_points
 from flux4d.raster import Ellipsoids
 from flux4d.refine import Feedback, RefineConfig, feedback_features
 from flux4d.render import Cameras, RenderConfig, render
+from flux4d.search_kernels import CostCameras, RefineRule, fused_costs, fused_refine
+from flux4d.sparse_convolution import convolve_pairs
 from flux4d.training_loss import reconstruction_loss
+from flux4d.trajectories import DensityMap, MemberCells, refine_trajectories
 from flux4d.unet import SparseUNet, UNetConfig, mix_voxels, voxelise
 from flux4d.voxels import VoxelConfig
 
@@ -497,7 +502,6 @@ def test_a_convolution_on_known_voxels_gives_spconv_what_its_layers_do(monkeypat
     from spconv.core import ConvAlgo
     from spconv.pytorch import SparseConvTensor
     from spconv.pytorch.core import ImplicitGemmIndiceData
-    from flux4d import unet
 
     def table(name, n_in, n_out, subm):
         made = {k: f"{name}.{k}" for k in ("pair_fwd", "pair_bwd", "masks")}
@@ -545,7 +549,9 @@ def test_a_convolution_on_known_voxels_gives_spconv_what_its_layers_do(monkeypat
 
 @on_gpu
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-def test_a_second_pass_over_the_same_voxels_is_the_first():
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_second_pass_over_the_same_voxels_is_the_first(monkeypatch, fused):
+    monkeypatch.setattr(unet.Kernels, "fused", fused)
     gen = torch.Generator().manual_seed(0)
     points = torch.rand(4000, 3, generator=gen) * torch.tensor([40.0, 30, 3])
     v = voxelise(points.cuda(), points.cuda(), VoxelConfig())
@@ -562,3 +568,128 @@ def test_a_second_pass_over_the_same_voxels_is_the_first():
         assert (a - b).norm() <= 1e-3 * b.norm()
     for y in still:
         assert (y - found[0][0]).norm() <= 1e-3 * y.norm()
+
+
+def voxels_of_a_street(n=130):
+    "Cells of a wavy surface in no order, and their grid."
+    gen = torch.Generator().manual_seed(0)
+    points = torch.rand(n, 3, generator=gen) * torch.tensor([15.0, 11, 1])
+    points[:, 2] += 3 + 2 * torch.sin(points[:, 0] / 3)
+    at = points.long().unique(dim=0)
+    return at[torch.randperm(len(at), generator=gen)], [16, 12, 8]
+
+
+def plain_block(x, weight, norm, table, slope):
+    "A block of the network by tensor operations."
+    pairs, counts = torch.stack(table.pairs[:2]).long(), table.pairs.starts.diff().tolist()
+    y = convolve_pairs(x, weight, pairs, counts, table.there.rows.shape[1])
+    return torch.nn.functional.leaky_relu(norm(y), slope)
+
+
+@with_kernels
+@pytest.mark.parametrize("name, kind, n_in, n_out", [
+    ("level0", "same", 16, 20), ("level0", "same", 5, 40), ("down0", "down", 16, 32), ("down0", "up", 40, 16)
+])
+def test_a_block_is_what_tensor_operations_give(monkeypatch, name, kind, n_in, n_out):
+    at, grid = voxels_of_a_street()
+    table = block_kernels.network_tables(at.to(DEVICE), grid, 2, train=True)[name, kind]
+    plain_table = block_kernels.network_tables(at, grid, 2, train=True)[name, kind]
+    monkeypatch.setattr(block_kernels, "share_out", lambda programs, wanted, most: 2)  # parts are added up, too
+    gen = torch.Generator().manual_seed(1)
+    size = 3 if kind == "same" else 2
+    x = torch.randn(int(plain_table.there.rows.max()) + 1, n_in, generator=gen)
+    weight = torch.randn(n_out, size, size, size, n_in, generator=gen) / 8
+    norm = torch.nn.BatchNorm1d(n_out, track_running_stats=False)
+    norm.weight.data, norm.bias.data = torch.rand(n_out, generator=gen), torch.randn(n_out, generator=gen)
+    d = torch.randn(plain_table.there.rows.shape[1], 2 * n_out, generator=gen)[:, :n_out]  # rows have gaps
+    found = []
+    for device, block in ((DEVICE, block_kernels.fused_block), ("cpu", plain_block)):
+        a, w = (v.to(device).detach().requires_grad_() for v in (x, weight))
+        norm, given = norm.to(device), (table if block is block_kernels.fused_block else plain_table)
+        y = block(a, w, norm, given, 0.1, *(["float32"] if block is block_kernels.fused_block else []))
+        grads = torch.autograd.grad(y, (a, w, norm.weight, norm.bias), grad_outputs=d.to(device))
+        found.append([v.detach().cpu() for v in (y, *grads)])
+    for a, b in zip(*found):
+        assert a.shape == b.shape and (a - b).norm() < 1e-5 * b.norm()
+
+
+@with_kernels
+def test_tables_made_by_kernels_are_those_made_by_tensor_operations():
+    at, grid = voxels_of_a_street()
+    rows = block_kernels.beside_rows(at, grid)
+    _, ny, nz = (n + 2 for n in grid)
+    x, y, z = (at + 1).unbind(1)
+    number = ((x * ny + y) * nz + z).to(DEVICE)
+    assert torch.equal(block_kernels.fused_beside_rows(number, (ny * nz, nz)).cpu(), rows)
+    coarse, parent, part = block_kernels.coarse_voxels(at, grid)
+    down, up = block_kernels.strided_layers(parent, part, len(coarse), train=False)
+    for table in (block_kernels.read_table(rows), down.there, up.there):
+        made = block_kernels.fused_read_table(table.rows.to(DEVICE))
+        assert torch.equal(made.order.cpu(), table.order)
+        for one, other in zip(made.cells.cpu(), table.cells, strict=True):
+            assert torch.equal(one[: 1 + one[0]], other[: 1 + other[0]])
+
+
+@with_kernels
+def test_trajectories_are_refined_as_by_tensor_operations():
+    gen = torch.Generator().manual_seed(2)
+    sweeps, blocks, cells = 5, 12, 90
+    times = 0.2 * torch.arange(sweeps) + 0.01 * torch.rand(sweeps, generator=gen)
+    sweep = torch.randint(0, sweeps, (blocks,), generator=gen)
+    maps = torch.rand(sweeps, 3, 40, 30, generator=gen)
+    maps[:, 1:] = 2 * maps[:, 1:] - 1
+    block = torch.randint(0, blocks - 2, (cells,), generator=gen)  # two blocks have no cells
+    xy = torch.rand(cells, 2, generator=gen) * torch.tensor([12.0, 9]) - torch.tensor([3.0, 4])  # some lie outside
+    velocity = 5 * torch.randn(blocks, 2, generator=gen)
+    density = DensityMap(maps, (-2.0, -3.0), 0.25)
+    wanted = refine_trajectories(velocity, times, MemberCells(block, xy, sweep[block]), density, 0.15, 2.0, 6)
+    given = [x.to(DEVICE) for x in (velocity, times, block, xy, sweep[block], maps)]
+    found = fused_refine(*given, RefineRule(density.low, density.cell, 0.15, 2.0, 6))
+    assert (found.cpu() - wanted).abs().max() < 1e-3 and (found.cpu() - wanted).abs().median() < 1e-5
+
+
+@with_kernels
+@pytest.mark.parametrize("masked", [True, False])
+def test_depths_cost_what_they_do_by_tensor_operations(masked):
+    gen = torch.Generator().manual_seed(3)
+    V, B, side = 3, 20, 32
+    pose = torch.eye(4, dtype=torch.float64).repeat(V, 1, 1)
+    pose[:, :3, 3] = 4 * torch.rand(V, 3, generator=gen, dtype=torch.float64)
+    pose[2, 0, 0] = pose[2, 2, 2] = -1  # looks the other way
+    K = torch.tensor([[30.0, 0, 16], [0, 31, 15], [0, 0, 1]], dtype=torch.float64).repeat(V, 1, 1)
+    images = 0.2 * torch.rand(V, side // 4, side // 4, 3, generator=gen)
+    shown = torch.rand(V, side // 4, side // 4, generator=gen) < 0.8 if masked else None
+    uv = side * torch.rand(B, 2, generator=gen)
+    ray = torch.cat([(uv.double() - 16) / 30, torch.ones(B, 1)], 1)
+    depths = 1 + 10 * torch.rand(B, 3, generator=gen, dtype=torch.float64)
+    zero = torch.zeros(B)
+    image = torch.randint(0, V, (B,), generator=gen)
+    blocks = Blocks(image, uv, torch.zeros(B, 3), torch.full((B,), 4.0), ray, zero, zero.double())
+    data = SimpleNamespace(pose=pose[:, None], K=K[:, None])
+    wanted = torch.stack([photometric_cost(data, images, 4, blocks, d[:, None], shown) for d in depths.unbind(1)], 1)
+    cameras = CostCameras(images, shown, K, pose, se3_inverse(pose))
+    cameras = CostCameras(*(x if x is None else x.to(DEVICE) for x in cameras))
+    given = [x.to(DEVICE) for x in (image, uv, blocks.side, ray, depths)]
+    assert (wanted > 0).any() and (wanted == 0).any()
+    assert (fused_costs(cameras, *given, 4).cpu() - wanted).abs().max() < 1e-6
+
+
+@on_gpu
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_a_network_of_fused_blocks_is_one_of_plain_ones(monkeypatch, precision):
+    gen = torch.Generator().manual_seed(0)
+    points = (torch.rand(20_000, 3, generator=gen) * torch.tensor([40.0, 30, 1])).cuda()
+    v = voxelise(points, points, VoxelConfig())
+    torch.manual_seed(0)
+    net = SparseUNet(3, UNetConfig(widths=(32, 64, 128), precision=precision)).cuda()
+    weights = torch.randn(len(v), net.n_out, generator=gen).cuda()
+    found = []
+    for block in (block_kernels.fused_block, lambda *a: plain_block(*a[:-1])):
+        monkeypatch.setattr(unet, "fused_block", block)
+        y = net(v, VoxelConfig().shape)
+        grads = torch.autograd.grad((y * weights).mean(), list(net.parameters()))
+        found.append((y.detach(), torch.cat([g.flatten() for g in grads])))
+    most = dict(float32=(1e-4, 1e-2), tf32=(5e-3, 0.2))[precision]
+    for a, b, limit in zip(*found, most):
+        assert (a - b).norm() < limit * b.norm()
