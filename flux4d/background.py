@@ -210,6 +210,8 @@ def best_depth(
 ) -> Tensor:  # (B,) m
     "The depths at which the images of each block's own camera agree."
     z, cameras = depths[:, 0].clone(), data.shutter.shape[1]
+    if cameras == 1:
+        return agreed_depth(data, b, depths, *how)
     for c in range(cameras):
         rows = (b.image % cameras == c).nonzero()[:, 0]
         own = Blocks(*(a[rows] for a in b))
@@ -248,8 +250,13 @@ def field_top(
     tops = []
     for pose in data.pose.unbind(1):  # (F,4,4)
         x = transform_points(se3_inverse(pose), data.points)
-        e = elevation_in_camera(x)[x.norm(dim=-1) > nearest]  # padding is NaN, which is not farther than anything
-        tops.append(e.kthvalue(math.ceil(share * len(e))).values if len(e) else e.new_tensor(math.inf))
+        far = x.norm(dim=-1) > nearest  # padding is NaN, which is not farther than anything
+        e = torch.where(far, elevation_in_camera(x), -math.inf).flatten()
+        n = far.sum()
+        higher = n - torch.ceil(share * n.double()).long()  # returns; counted where they are, a GPU need not be asked
+        highest = e.topk(min(len(e), int((1 - share) * len(e)) + 2)).values
+        top = highest.index_select(0, higher.clamp_max(len(highest) - 1).view(1))[0]
+        tops.append(torch.where(n > 0, top, math.inf))
     return torch.stack(tops)
 
 # %% ../nbs/12_background.ipynb #12ab0003
