@@ -104,7 +104,7 @@ def motion_between(
     "How far each block would lie in each image from where it lies in its own."
     V = data.pose[..., 0, 0].numel()
     place = data.pose[..., :3, 3].reshape(-1, 3)[b.image] + depth * b.ray
-    world_to_cam = se3_inverse(data.pose).view(V, 1, 4, 4)
+    world_to_cam = data.world_to_cam.view(V, 1, 4, 4)
     uv, z = project(data.K.view(V, 1, 3, 3), world_to_cam, place[None, :, None])
     other = b.image != torch.arange(V, device=b.image.device)[:, None]
     return uv[:, :, 0].float().nan_to_num(-1e6) - b.uv, (z[..., 0] > 1) & other
@@ -170,7 +170,7 @@ def photometric_costs(
     "The photometric cost at several depths; on a GPU in one kernel."
     if not kernels_work(images.device):
         return torch.stack([photometric_cost(data, images, k, b, d[:, None], shown) for d in depths.unbind(1)], 1)
-    K, pose, inverse = data.K, data.pose, se3_inverse(data.pose)
+    K, pose, inverse = data.K, data.pose, data.world_to_cam
     cameras = CostCameras(images, shown, K.view(-1, 3, 3), pose.reshape(-1, 4, 4), inverse.view(-1, 4, 4))
     return fused_costs(cameras, b.image, b.uv, b.side, b.ray, depths, k)
 
@@ -248,8 +248,8 @@ def field_top(
 ) -> Tensor:  # (C,) deg, in the axes of each camera; infinite without such returns
     "Where the LiDAR's field ends."
     tops = []
-    for pose in data.pose.unbind(1):  # (F,4,4)
-        x = transform_points(se3_inverse(pose), data.points)
+    for world_to_cam in data.world_to_cam.unbind(1):  # (F,4,4)
+        x = transform_points(world_to_cam, data.points)
         far = x.norm(dim=-1) > nearest  # padding is NaN, which is not farther than anything
         e = torch.where(far, elevation_in_camera(x), -math.inf).flatten()
         n = far.sum()

@@ -56,6 +56,11 @@ class ClipData:
         return float(self.K[..., 0, 0].min())
 
     @cached_property
+    def world_to_cam(self) -> Tensor:  # (F,C,4,4) float64
+        "The inverse of the cameras' poses."
+        return se3_inverse(self.pose)
+
+    @cached_property
     def projected(self) -> ProjectedReturns:  # every sweep in the images of its own frame
         "The sweeps as the cameras see them, computed when first needed."
         return project_returns(self)
@@ -252,7 +257,7 @@ def projected_by_kernels(
     seen = fused_projection(
         points=data.points,
         K=data.K.flatten(0, 1),
-        world_to_cam=se3_inverse(data.pose).flatten(0, 1),
+        world_to_cam=data.world_to_cam.flatten(0, 1),
         images=data.images.flatten(0, 1),
         rule=Occlusion(rows, columns, angle, up, aside, MARGIN),
         keep=keep if keep is None else keep.flatten(0, 1),
@@ -269,7 +274,7 @@ def project_returns(
     if kernels_work(data.points.device):
         return projected_by_kernels(data, keep)
     height, width = data.images.shape[2:4]
-    uv, z = (a.float() for a in project(data.K, se3_inverse(data.pose), data.points[:, None]))
+    uv, z = (a.float() for a in project(data.K, data.world_to_cam, data.points[:, None]))
     column, row, inside = pixel_index(uv, width, height)
     if keep is not None:
         inside = inside & keep

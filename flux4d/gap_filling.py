@@ -14,7 +14,7 @@ from torch import Tensor
 from annotated_types import Interval
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from fastcore.basics import patch
-from .frames import project, pixel_index, unproject, se3_inverse
+from .frames import project, pixel_index, unproject
 from .gaussians import Gaussians, gaussians_from, opacity_inv, LIDAR
 from .clip_data import ClipData, image_numbers
 from .gap_kernels import BlockImages, BlockReturns, GapRule, RasterShape, fused_blocks, fused_cut, fused_layers
@@ -527,11 +527,11 @@ def even_opacity(
     h, w = data.images.shape[2:4]
     if kernels_work(g.means.device):
         each = opacity if torch.is_tensor(opacity) else g.means.new_full((1,), opacity)
-        cameras = data.K.view(V, 3, 3), se3_inverse(data.pose).view(V, 4, 4)
+        cameras = data.K.view(V, 3, 3), data.world_to_cam.view(V, 4, 4)
         return replace(g, opacity_logits=fused_layers(g.means, each, *cameras, frames, (w, h), most))
     x = g.means.double()[None]
     some = max(1, 4_000_000 // max(1, len(g)))  # views at a time, for memory
-    cameras = zip(data.K.view(V, 3, 3).split(some), se3_inverse(data.pose).view(V, 4, 4).split(some))
+    cameras = zip(data.K.view(V, 3, 3).split(some), data.world_to_cam.view(V, 4, 4).split(some))
     n = sum(pixel_index(project(K, T, x)[0], w, h)[2].sum(0) for K, T in cameras)
     layers = frames / n.clamp(1, frames)
     return replace(g, opacity_logits=opacity_inv((1 - (1 - opacity) ** layers).clamp_max(most)))
