@@ -18,20 +18,21 @@ from .gaussians import Gaussians, gaussians_from, cat, opacity_inv, BACKGROUND, 
 from .clips import Clip
 from .clip_data import ClipData, clip_data, image_numbers
 from .settings import OpenShare, Share
-from .lift import checked_cap, lift_returns, no_visible_return, sound_stamps
+from .lift import checked_cap, gaussians_of, lift_returns, no_visible_return, sound_stamps
 from .camera_colours import clip_tones, in_reference_colours
 from .camera_overlap import coarser_blocks
 from .kernels import kernels_work
 from .search_kernels import CostCameras, fused_costs
-from .gap_filling import Blocks, InitConfig, block_sides, clip_blocks, even_opacity, fill_gaps
+from .gap_kernels import block_gaussians
+from .gap_filling import Blocks, InitConfig, block_sides, clip_blocks, even_opacity, fill_gaps, placed_blocks
 
 # %% auto #0
 __all__ = ['BackgroundConfig', 'pixels_at', 'shrunk_mask', 'motion_between', 'photometric_cost', 'shared_cost', 'shrunk_images',
            'photometric_costs', 'agreed_depth', 'one_camera', 'best_depth', 'far_depth', 'elevation_in_camera',
            'field_top', 'above_field', 'column_depth', 'depth_above', 'depth_behind', 'FarBlocks', 'far_blocks',
-           'far_gaussians', 'far_field', 'bounding_box', 'draw_hemisphere', 'first_colour', 'drawn_points',
-           'hemisphere', 'draw_ball', 'inside_ball', 'near_gaussians', 'near_field', 'background', 'without_taken',
-           'without_coarser', 'init_groups', 'init_data', 'clip_groups', 'init_gaussians']
+           'placed_far', 'stored_far', 'far_gaussians', 'far_field', 'bounding_box', 'draw_hemisphere', 'first_colour',
+           'drawn_points', 'hemisphere', 'draw_ball', 'inside_ball', 'near_gaussians', 'near_field', 'background',
+           'without_taken', 'without_coarser', 'init_groups', 'init_data', 'clip_groups', 'init_gaussians']
 
 # %% ../nbs/12_background.ipynb #380a93b9
 @dataclass(frozen=True)
@@ -342,16 +343,15 @@ def far_blocks(
     return FarBlocks(b._replace(z=z), above)
 
 # %% ../nbs/12_background.ipynb #196323f5
-def far_gaussians(
+def placed_far(
     data: ClipData,  # the clip
-    far: FarBlocks,  # of its images
+    b: Blocks,  # of its images, with depth
     lift: InitConfig,  # read: fill_scale
-    cfg: BackgroundConfig,  # read: opacity, above_opacity
+    cfg: BackgroundConfig,  # read: opacity
 ) -> Gaussians:  # kind BACKGROUND, world
-    "Far blocks as Gaussians that project to their block."
-    b = far.blocks
+    "Far blocks as Gaussians of one opacity."
     means = data.pose[..., :3, 3].reshape(-1, 3)[b.image] + b.z[:, None] * b.ray
-    g = gaussians_from(
+    return gaussians_from(
         means.float(),
         lift.fill_scale * b.side * b.z / data.K[..., 0, 0].flatten()[b.image].float(),
         b.colour,
@@ -360,6 +360,29 @@ def far_gaussians(
         kind=BACKGROUND,
         opacity=cfg.opacity,
     )
+
+
+def stored_far(
+    data: ClipData,  # the clip
+    b: Blocks,  # of its images, with depth
+    lift: InitConfig,  # read: fill_scale
+    cfg: BackgroundConfig,  # read: opacity
+) -> Gaussians:  # kind BACKGROUND, world
+    "Far blocks as Gaussians of one opacity, on a GPU, in one kernel."
+    rows = torch.arange(len(b.z), device=b.z.device)
+    given = *placed_blocks(data, b, data.shutter.flatten()), False, data.duration, lift.fill_scale
+    return gaussians_of(block_gaussians(rows, *given), BACKGROUND, cfg.opacity)
+
+
+def far_gaussians(
+    data: ClipData,  # the clip
+    far: FarBlocks,  # of its images
+    lift: InitConfig,  # read: fill_scale
+    cfg: BackgroundConfig,  # read: opacity, above_opacity
+) -> Gaussians:  # kind BACKGROUND, world
+    "Far blocks as Gaussians that project to their block."
+    b = far.blocks
+    g = stored_far(data, b, lift, cfg) if kernels_work(b.z.device) else placed_far(data, b, lift, cfg)
     unsure = opacity_inv(b.z.new_tensor(cfg.above_opacity))
     return replace(g, opacity_logits=torch.where(far.above, unsure, g.opacity_logits))
 

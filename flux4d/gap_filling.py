@@ -17,10 +17,11 @@ from fastcore.basics import patch
 from .frames import project, pixel_index, unproject
 from .gaussians import Gaussians, gaussians_from, opacity_inv, LIDAR
 from .clip_data import ClipData, image_numbers
-from .gap_kernels import BlockImages, BlockReturns, GapRule, RasterShape, fused_blocks, fused_cut, fused_layers
-from .gap_kernels import fused_raster
+from .gap_kernels import BlockCameras, BlockImages, BlockReturns, GapRule, PlacedBlocks, RasterShape
+from .gap_kernels import block_gaussians, fused_blocks, fused_cut, fused_layers, fused_raster
 from .kernels import kernels_work
-from .lift import LiftConfig, capture_times, from_shutter, nearest_return, no_visible_return, random_quats
+from .lift import LiftConfig, capture_times, from_shutter, gaussians_of, nearest_return, no_visible_return
+from .lift import random_quats
 from .settings import Share
 
 # %% auto #0
@@ -28,7 +29,8 @@ __all__ = ['VERTICAL_DISCOUNT', 'EDGE_WEIGHT', 'GAP_CELL', 'InitConfig', 'block_
            'tile_places', 'cut_blocks', 'unmasked_tiles', 'AngularRaster', 'angular_raster', 'nearest_above',
            'nearest_corners', 'CornerEdge', 'edge_between', 'interpolation_weights', 'gap_depth', 'Ground',
            'fit_planes', 'ground_below', 'Blocks', 'continue_ground', 'in_time', 'corner_reach', 'returns_in_time',
-           'block_depth', 'block_rays', 'blocks_by_kernels', 'clip_blocks', 'fill_gaps', 'even_opacity']
+           'block_depth', 'block_rays', 'blocks_by_kernels', 'clip_blocks', 'placed_blocks', 'gaps_by_kernels',
+           'fill_gaps', 'even_opacity']
 
 # %% ../nbs/11_gap_filling.ipynb #928186a1
 @dataclass(frozen=True)
@@ -453,7 +455,7 @@ def blocks_by_kernels(
     tiles: Tiles,  # of its V images
     chosen: Tensor,  # (B,2) int64 image and square of each block
 ) -> Blocks:  # with depth and stamp where there is support
-    "What `block_depth` gives, on a GPU, in five kernels."
+    "What `block_depth` gives, on a GPU, in four kernels."
     raster = RasterShape(*angular_raster(data, GAP_CELL, (1, corner_reach(cfg))))
     uv, z, visible, colour = (a.flatten(0, 1) for a in data.projected)
     K, pose, shutter = data.K.flatten(0, 1), data.pose.flatten(0, 1), data.shutter.flatten()
@@ -493,6 +495,31 @@ def clip_blocks(
     return block_depth(data, cfg, b)
 
 # %% ../nbs/11_gap_filling.ipynb #45460974
+def placed_blocks(
+    data: ClipData,  # the clip
+    blocks: Blocks,  # of its images
+    seconds: Tensor,  # (B,) of each block, or (V,) of each image
+) -> tuple[PlacedBlocks, BlockCameras]:
+    "What a kernel needs to make Gaussians of blocks."
+    b = PlacedBlocks(blocks.image, blocks.colour, blocks.side, blocks.ray, blocks.z, seconds)
+    return b, BlockCameras(data.K.flatten(0, 1), data.pose.flatten(0, 1), data.frames)
+
+
+def gaps_by_kernels(
+    data: ClipData,  # the clip
+    blocks: Blocks,  # of its images
+    cfg: InitConfig,  # read: fill_behind, fill_scale, opacity, time_source, rotation
+    rng: torch.Generator,  # of the rotations
+) -> Gaussians:  # kind LIDAR, world
+    "What `fill_gaps` gives, on a GPU, in one kernel."
+    rows = (blocks.z > 0).nonzero()[:, 0]
+    own = cfg.time_source == "return"
+    seconds = blocks.stamp if own else data.sweep_stamps[:, None].expand_as(data.shutter).flatten()
+    given = *placed_blocks(data, blocks, seconds), own, data.duration, cfg.fill_scale, cfg.fill_behind
+    quats = random_quats(len(rows), rng) if cfg.rotation == "random" else None
+    return gaussians_of(block_gaussians(rows, *given), LIDAR, cfg.opacity, quats)
+
+
 def fill_gaps(
     data: ClipData,  # the clip
     blocks: Blocks,  # of its images
@@ -500,6 +527,8 @@ def fill_gaps(
     rng: torch.Generator,  # of the rotations
 ) -> Gaussians:  # kind LIDAR, world
     "Supported blocks as Gaussians that project to their block, behind the returns around them."
+    if kernels_work(blocks.z.device):
+        return gaps_by_kernels(data, blocks, cfg, rng)
     b = blocks.part(blocks.z > 0)
     f = b.image // data.shutter.shape[1]
     z = b.z * (1 + cfg.fill_behind)

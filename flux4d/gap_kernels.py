@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from .kernels import kernel
-from .return_kernels import empty_keys, keep_nearest
+from .return_kernels import StoredGaussians, empty_keys, keep_nearest, room_for, stored_scale, stored_share
 
 try:
     import triton
@@ -20,7 +20,8 @@ except ImportError:  # without a GPU there is none; tensor operations then do th
 __all__ = ['square_sums', 'cut_kernel', 'fused_cut', 'raster_kernel', 'columns_kernel', 'RasterShape', 'fused_raster',
            'ColumnReturns', 'column_returns', 'solve_three', 'lowest_rows', 'ground_kernel', 'fused_ground', 'cheapest',
            'corner_pair', 'corner_edge', 'four', 'colour_difference', 'corner_depth', 'ground_depth', 'store_ray',
-           'block_kernel', 'BlockImages', 'BlockReturns', 'GapRule', 'fused_blocks', 'layers_kernel', 'fused_layers']
+           'block_kernel', 'BlockImages', 'BlockReturns', 'GapRule', 'fused_blocks', 'gaussian_kernel', 'PlacedBlocks',
+           'BlockCameras', 'block_gaussians', 'layers_kernel', 'fused_layers']
 
 # %% ../nbs/10b_gap_kernels.ipynb #10bc0011
 @kernel
@@ -635,6 +636,92 @@ def fused_blocks(
         block_kernel[(triton.cdiv(B, 32),)](*given, *out, *sizes, *how)
     return out
 
+# %% ../nbs/10b_gap_kernels.ipynb #10bc0061
+@kernel
+def gaussian_kernel(
+    rows_ptr: tl.tensor,  # (P,) int64, which blocks
+    image_ptr: tl.tensor,  # (B,) int64
+    colour_ptr: tl.tensor,  # (B,3) float32
+    side_ptr: tl.tensor,  # (B,) float32 px
+    ray_ptr: tl.tensor,  # (B,3) float64
+    z_ptr: tl.tensor,  # (B,) m
+    seconds_ptr: tl.tensor,  # (B,) or (V,) float64 s
+    lens_ptr: tl.tensor,  # (V,3,3) float64 pinhole matrices
+    pose_ptr: tl.tensor,  # (V,4,4) float64 camera-to-world
+    frames_ptr: tl.tensor,  # (F,) int64 log frame ids
+    means_out: tl.tensor,  # out: (P,3) float32 m
+    scales_out: tl.tensor,  # out: (P,3) float32 stored
+    colours_out: tl.tensor,  # out: (P,3) float32 stored
+    t_out: tl.tensor,  # out: (P,) float32
+    frame_out: tl.tensor,  # out: (P,) int64
+    count: tl.tensor,  # P
+    cameras: tl.tensor,  # images of a frame
+    duration: tl.tensor,  # s
+    share: tl.tensor,  # standard deviation per side
+    behind: tl.tensor,  # share of the depth
+    OWN: tl.constexpr,  # whether each block has its own time
+    BLOCK: tl.constexpr,  # blocks of a program
+) -> None:
+    "Gaussians of blocks."
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = i < count
+    row = tl.load(rows_ptr + i, mask=here, other=0)
+    image = tl.load(image_ptr + row)
+    z = tl.load(z_ptr + row).to(tl.float32) * (1.0 + behind)
+    focal = tl.load(lens_ptr + image * 9).to(tl.float32)
+    scale = stored_scale(share * tl.load(side_ptr + row) * z / focal)
+    for axis in tl.static_range(3):
+        origin = tl.load(pose_ptr + image * 16 + axis * 4 + 3)
+        place = origin + z * tl.load(ray_ptr + row * 3 + axis)
+        tl.store(means_out + i * 3 + axis, place.to(tl.float32), mask=here)
+        tl.store(scales_out + i * 3 + axis, scale, mask=here)
+        colour = tl.load(colour_ptr + row * 3 + axis)
+        tl.store(colours_out + i * 3 + axis, stored_share(colour), mask=here)
+    if OWN:
+        seconds = tl.load(seconds_ptr + row)
+    else:
+        seconds = tl.load(seconds_ptr + image)
+    tl.store(t_out + i, (seconds / duration).to(tl.float32), mask=here)
+    tl.store(frame_out + i, tl.load(frames_ptr + image // cameras), mask=here)
+
+# %% ../nbs/10b_gap_kernels.ipynb #10bc0063
+class PlacedBlocks(NamedTuple):
+    "B blocks with their depth."
+
+    image: Tensor  # (B,) int64
+    colour: Tensor  # (B,3) float32
+    side: Tensor  # (B,) float32 px
+    ray: Tensor  # (B,3) float64
+    z: Tensor  # (B,) m
+    seconds: Tensor  # (B,) float64 s of each block, or (V,) of each image
+
+
+class BlockCameras(NamedTuple):
+    "V images of F frames."
+
+    K: Tensor  # (V,3,3) float64 pinhole matrices, px
+    pose: Tensor  # (V,4,4) float64 camera-to-world
+    frames: Tensor  # (F,) int64 log frame ids
+
+
+def block_gaussians(
+    rows: Tensor,  # (P,) int64, which blocks
+    blocks: PlacedBlocks,  # B blocks
+    cameras: BlockCameras,  # of their images
+    own: bool,  # each block has its own time; False: its image's
+    duration: float,  # s, of the clip
+    share: float,  # standard deviation per side
+    behind: float = 0.0,  # share of the depth
+) -> StoredGaussians:
+    "What `fill_gaps` and `far_gaussians` make of blocks, in one kernel."
+    P = len(rows)
+    out = room_for(P, rows.device)
+    if P:
+        sizes = P, len(cameras.K) // len(cameras.frames), float(duration), float(share), float(behind), own, 128
+        given = (x.contiguous() for x in (rows, *blocks, *cameras))
+        gaussian_kernel[(triton.cdiv(P, 128),)](*given, *out, *sizes)
+    return out
+
 # %% ../nbs/10b_gap_kernels.ipynb #10bc0051
 @kernel
 def layers_kernel(
@@ -672,8 +759,7 @@ def layers_kernel(
     layers = frames / tl.minimum(tl.maximum(count, 1.0), frames)
     through = 1.0 - tl.load(opacity_ptr + i * stride, mask=here, other=0.5)
     opacity = tl.minimum(1.0 - tl.exp2(layers * tl.log2(through)), most)
-    opacity = tl.minimum(tl.maximum(opacity, 1e-4), 1 - 1e-4)
-    tl.store(out_ptr + i, tl.log(opacity / (1.0 - opacity)), mask=here)
+    tl.store(out_ptr + i, stored_share(opacity), mask=here)
 
 # %% ../nbs/10b_gap_kernels.ipynb #10bc0053
 def fused_layers(

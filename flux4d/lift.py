@@ -18,12 +18,13 @@ from torch.nn.utils.rnn import pad_sequence
 from pydantic import PositiveFloat, PositiveInt
 from fastcore.basics import patch
 from .frames import pixel_index, project, se3_inverse, transform_points
-from .gaussians import Gaussians, gaussians_from, LIDAR
+from .gaussians import Gaussians, gaussians_from, opacity_inv, LIDAR
 from .files import DataError
 from .clips import Clip
 from .clip_data import ClipData, clip_data, project_returns
 from .kernels import kernels_work
-from .return_kernels import Directions, fused_nearest, fused_neighbours
+from .return_kernels import Directions, ReturnImages, StoredGaussians, fused_nearest, fused_neighbours
+from .return_kernels import fused_returns
 from .visibility import project_sweep
 from .settings import OpenShare, Some
 
@@ -32,9 +33,9 @@ __all__ = ['WINDOWS', 'lift_sweep', 'LiftConfig', 'voxel_downsample', 'thin_swee
            'DirectionRaster', 'window_distances', 'Query', 'queries_of', 'from_cameras', 'window_neighbours',
            'neighbours_by_kernels', 'knn_distance', 'from_shutter', 'colour_late', 'colour_returns', 'outside_clip',
            'check_own_times', 'warn_of_stamps', 'sound_stamps', 'capture_times', 'random_quats', 'return_sizes',
-           'lift_returns', 'direction_cells', 'ranks_in_cells', 'cap_by_coverage', 'no_visible_return', 'checked_cap',
-           'lift_data', 'lift_clip', 'draw_dots', 'blue_to_red', 'bird_view', 'sweep_from_above', 'shades',
-           'alignment_set', 'alignment_pictures']
+           'gaussians_of', 'returns_by_kernels', 'lift_returns', 'direction_cells', 'ranks_in_cells', 'cap_by_coverage',
+           'no_visible_return', 'checked_cap', 'lift_data', 'lift_clip', 'draw_dots', 'blue_to_red', 'bird_view',
+           'sweep_from_above', 'shades', 'alignment_set', 'alignment_pictures']
 
 # %% ../nbs/10_lift.ipynb #0f84ced7
 def lift_sweep(
@@ -468,6 +469,41 @@ def return_sizes(
     return torch.minimum(scale, largest_px * data.projected.z[f, c, n] / data.K[f, c, 0, 0].float())
 
 # %% ../nbs/10_lift.ipynb #6166992e
+def gaussians_of(
+    stored: StoredGaussians,  # (P) from a kernel
+    kind: int,  # LIDAR or BACKGROUND
+    opacity: float,  # of each
+    quats: Tensor | None = None,  # (P,4) w,x,y,z; identity when left out
+) -> Gaussians:  # world
+    "What a kernel wrote, and what it did not, as Gaussians."
+    n, device = len(stored.means), stored.means.device
+    if quats is None:
+        quats = torch.zeros(n, 4, device=device)
+        quats[:, 0] = 1
+    logits = torch.full((n,), opacity_inv(torch.tensor(float(opacity), device="cpu")).item(), device=device)
+    means, log_scales, colours, t, frame = stored
+    return Gaussians(means, quats, log_scales, logits, colours, t, frame, torch.full_like(frame, kind))
+
+
+def returns_by_kernels(
+    data: ClipData,  # the clip
+    cfg: LiftConfig,  # read: knn, neighbours, scale_factor, time_source, rotation, opacity
+    at: tuple[Tensor, Tensor, Tensor],  # (P,) frame, camera and place in its sweep of each return
+    colour: Tensor,  # (F,C,N,3) of all returns
+    rng: torch.Generator,  # of the rotations
+    largest_px: float | None,  # px, no return is drawn with a larger standard deviation; None: no limit
+) -> Gaussians:  # kind LIDAR, world
+    "Returns as Gaussians on a GPU: their neighbours, then one kernel."
+    f, _, n = at
+    distance = knn_distance(data, f, n, cfg.knn, cfg.neighbours == "clip")
+    seconds = data.stamps if cfg.time_source == "return" else data.sweep_stamps
+    seen = ReturnImages(data.points, seconds, data.projected.z, colour, data.K, data.frames)
+    largest = math.inf if largest_px is None else largest_px
+    stored = fused_returns(at, distance, seen, data.duration, cfg.scale_factor, largest)
+    quats = random_quats(len(f), rng) if cfg.rotation == "random" else None
+    return gaussians_of(stored, LIDAR, cfg.opacity, quats)
+
+
 def lift_returns(
     data: ClipData,  # the clip
     cfg: LiftConfig,  # how to lift
@@ -483,6 +519,8 @@ def lift_returns(
     f, n = usable.any(1).nonzero(as_tuple=True)
     one = usable.shape[1] == 1
     c = torch.zeros_like(f) if one else usable[f, :, n].int().argmax(1)  # the first camera that sees it
+    if kernels_work(f.device):
+        return returns_by_kernels(data, cfg, (f, c, n), colour, rng, largest_px)
     return gaussians_from(
         data.points[f, n].float(),
         return_sizes(data, cfg, (f, c, n), largest_px),

@@ -20,7 +20,8 @@ except ImportError:  # without a GPU there is none; tensor operations then do th
 __all__ = ['EMPTY_KEY', 'keep_nearest', 'nearest_kernel', 'empty_keys', 'fused_nearest', 'in_image', 'coarse_cell',
            'project_kernel', 'near_depth', 'quadrants_depth', 'visible_kernel', 'SeenReturns', 'Occlusion',
            'fused_projection', 'direction_cell', 'direction_kernel', 'neighbour_keys', 'neighbour_kernel', 'Directions',
-           'direction_keys', 'fused_neighbours']
+           'direction_keys', 'fused_neighbours', 'stored_scale', 'stored_share', 'return_kernel', 'StoredGaussians',
+           'room_for', 'ReturnImages', 'fused_returns']
 
 # %% ../nbs/04c_return_kernels.ipynb #c04c0011
 EMPTY_KEY = 2**63 - 1  # of a cell without a return; its lower half is -1
@@ -451,3 +452,118 @@ def fused_neighbours(
         how = n, sweeps, *shape, border, cell, reach, reach * math.radians(cell), k, others, 64
         neighbour_kernel[(n,)](key, returns.x, row, *wanted, sweep, best, unsure, *how, num_warps=1)
     return best
+
+# %% ../nbs/04c_return_kernels.ipynb #c04c0041
+@kernel
+def stored_scale(
+    s: tl.tensor,  # block of float32, m
+) -> tl.tensor:  # float32
+    "Metres to stored scale, `scale_inv`."
+    small = tl.maximum(s, 1e-8).to(tl.float64)
+    return s + tl.log(1.0 - tl.exp(-small)).to(tl.float32)
+
+
+@kernel
+def stored_share(
+    x: tl.tensor,  # block of float32, 0..1
+) -> tl.tensor:  # float32
+    "A colour or an opacity to its logit, `opacity_inv`."
+    x = tl.minimum(tl.maximum(x, 1e-4), 1.0 - 1e-4)
+    return tl.log(x / (1.0 - x))
+
+# %% ../nbs/04c_return_kernels.ipynb #c04c0043
+@kernel
+def return_kernel(
+    f_ptr: tl.tensor,  # (P,) int64 frame of each return
+    c_ptr: tl.tensor,  # (P,) int64 its camera
+    n_ptr: tl.tensor,  # (P,) int64 its place in its sweep
+    distance_ptr: tl.tensor,  # (P,) float32 m, to its neighbours
+    points_ptr: tl.tensor,  # (F,N,3) float64 m
+    seconds_ptr: tl.tensor,  # (F,N) or (F,) float64 s
+    z_ptr: tl.tensor,  # (F,C,N) float32 m
+    colour_ptr: tl.tensor,  # (F,C,N,3) float32
+    lens_ptr: tl.tensor,  # (F,C,3,3) float64 pinhole matrices
+    frames_ptr: tl.tensor,  # (F,) int64 log frame ids
+    means_out: tl.tensor,  # out: (P,3) float32 m
+    scales_out: tl.tensor,  # out: (P,3) float32 stored
+    colours_out: tl.tensor,  # out: (P,3) float32 stored
+    t_out: tl.tensor,  # out: (P,) float32
+    frame_out: tl.tensor,  # out: (P,) int64
+    count: tl.tensor,  # P
+    returns: tl.tensor,  # N
+    cameras: tl.tensor,  # C
+    duration: tl.tensor,  # s
+    share: tl.tensor,  # standard deviation per distance
+    largest: tl.tensor,  # px, largest standard deviation
+    OWN: tl.constexpr,  # whether each return has its own time
+    BLOCK: tl.constexpr,  # returns of a program
+) -> None:
+    "Gaussians of returns."
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = i < count
+    f = tl.load(f_ptr + i, mask=here, other=0)
+    n = tl.load(n_ptr + i, mask=here, other=0)
+    image = f * cameras + tl.load(c_ptr + i, mask=here, other=0)
+    z = tl.load(z_ptr + image * returns + n)
+    focal = tl.load(lens_ptr + image * 9).to(tl.float32)
+    scale = share * tl.load(distance_ptr + i, mask=here, other=1.0)
+    scale = stored_scale(tl.minimum(scale, largest * z / focal))
+    for axis in tl.static_range(3):
+        place = tl.load(points_ptr + (f * returns + n) * 3 + axis).to(tl.float32)
+        colour = tl.load(colour_ptr + (image * returns + n) * 3 + axis)
+        tl.store(means_out + i * 3 + axis, place, mask=here)
+        tl.store(scales_out + i * 3 + axis, scale, mask=here)
+        tl.store(colours_out + i * 3 + axis, stored_share(colour), mask=here)
+    if OWN:
+        seconds = tl.load(seconds_ptr + f * returns + n)
+    else:
+        seconds = tl.load(seconds_ptr + f)
+    tl.store(t_out + i, (seconds / duration).to(tl.float32), mask=here)
+    tl.store(frame_out + i, tl.load(frames_ptr + f), mask=here)
+
+# %% ../nbs/04c_return_kernels.ipynb #c04c0044
+class StoredGaussians(NamedTuple):
+    "P Gaussians as they are stored, but for rotation, opacity and kind."
+
+    means: Tensor  # (P,3) float32, world, m
+    log_scales: Tensor  # (P,3) float32
+    colour_logits: Tensor  # (P,3) float32
+    t: Tensor  # (P,) float32
+    frame: Tensor  # (P,) int64
+
+
+def room_for(
+    count: int,  # P
+    device: torch.device,  # where
+) -> StoredGaussians:
+    "Tensors that a kernel writes Gaussians into."
+    three = [torch.empty(count, 3, device=device) for _ in range(3)]
+    return StoredGaussians(*three, torch.empty(count, device=device), three[0].new_empty(count, dtype=torch.int64))
+
+
+class ReturnImages(NamedTuple):
+    "F sweeps and the images of their frames, C each."
+
+    points: Tensor  # (F,N,3) float64 m
+    seconds: Tensor  # (F,N) float64 s of each return, or (F,) of each sweep
+    z: Tensor  # (F,C,N) float32 m
+    colour: Tensor  # (F,C,N,3) float32
+    K: Tensor  # (F,C,3,3) float64 pinhole matrices, px
+    frames: Tensor  # (F,) int64 log frame ids
+
+
+def fused_returns(
+    at: tuple[Tensor, Tensor, Tensor],  # (P,) int64 frame, camera and place in its sweep of each return
+    distance: Tensor,  # (P,) m, to its neighbours
+    seen: ReturnImages,  # where they are read
+    duration: float,  # s, of the clip
+    share: float,  # standard deviation per distance
+    largest: float,  # px, largest standard deviation
+) -> StoredGaussians:
+    "What `lift_returns` makes of returns, in one kernel."
+    P, (C, N) = len(distance), seen.z.shape[1:]
+    out = room_for(P, distance.device)
+    if P:
+        sizes = P, N, C, float(duration), float(share), float(largest), seen.seconds.dim() == 2, 128
+        return_kernel[(triton.cdiv(P, 128),)](*(x.contiguous() for x in (*at, distance, *seen)), *out, *sizes)
+    return out

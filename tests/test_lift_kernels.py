@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from flux4d import clip_data, gap_filling, lift
-from flux4d.background import field_top
+from flux4d import background, clip_data, gap_filling, lift
+from flux4d.background import BackgroundConfig, FarBlocks, far_gaussians, field_top
 from flux4d.clip_data import project_returns, toy_data
 from flux4d.frames import transform_points
-from flux4d.gap_filling import InitConfig, clip_blocks, cut_blocks, even_opacity
+from flux4d.gap_filling import InitConfig, clip_blocks, cut_blocks, even_opacity, fill_gaps
 from flux4d.gaussians import gaussians_from
 from flux4d.kernels import kernels_work
 from flux4d.return_kernels import triton
@@ -30,7 +30,7 @@ def both(monkeypatch, f):
     "What a function gives by tensor operations, and by kernels."
     found = []
     for works in (False, True):
-        for module in (clip_data, lift, gap_filling):
+        for module in (clip_data, lift, gap_filling, background):
             monkeypatch.setattr(module, "kernels_work", lambda device, works=works: works)
         found.append(f())
     return found
@@ -159,6 +159,31 @@ def test_a_clip_without_returns_in_time_has_no_depth(monkeypatch):
     data = replace(data, stamps=data.stamps + 1)
     wanted, found = both(monkeypatch, lambda: clip_blocks(replace(data), InitConfig(fill_blocks=(120, 60))))
     assert not wanted.z.any() and not found.z.any()
+
+
+@with_kernels
+@pytest.mark.parametrize("cameras, cfg", [
+    (1, InitConfig(fill_blocks=(120, 60))),
+    (2, InitConfig(fill_blocks=(120, 60), time_source="sweep", rotation="identity", opacity=0.3)),
+])
+def test_gaussians_are_those_of_tensor_operations(monkeypatch, cameras, cfg):
+    monkeypatch.setattr(lift, "WINDOWS", ((0.6, 3),))
+    data = street(returns=60, cameras=cameras)
+    data.projected  # by tensor operations
+    blocks = clip_blocks(data, cfg)
+    far = FarBlocks(blocks._replace(z=20 + blocks.side), blocks.side > 3)
+
+    def sets():
+        rng = torch.Generator(DEVICE).manual_seed(0)
+        returns = lift.lift_returns(data, cfg, rng, largest_px=0.7)
+        return returns, fill_gaps(data, blocks, cfg, rng), far_gaussians(data, far, cfg, BackgroundConfig())
+
+    for wanted, found in zip(*both(monkeypatch, sets)):
+        assert len(wanted) > 20 and len(found) == len(wanted)
+        for name in wanted.__dataclass_fields__:
+            one, other = getattr(found, name), getattr(wanted, name)
+            assert one.dtype == other.dtype and one.shape == other.shape
+            close(one, other, 1e-5)
 
 
 @with_kernels
