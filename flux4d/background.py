@@ -24,7 +24,8 @@ from .camera_overlap import coarser_blocks
 from .kernels import kernels_work
 from .search_kernels import CostCameras, fused_costs
 from .gap_kernels import block_gaussians
-from .gap_filling import Blocks, InitConfig, block_sides, clip_blocks, even_opacity, fill_gaps, placed_blocks
+from .gap_filling import Blocks, InitConfig, block_sides, clip_blocks, even_opacity, fill_gaps
+from .gap_filling import placed_blocks
 
 # %% auto #0
 __all__ = ['BackgroundConfig', 'pixels_at', 'shrunk_mask', 'motion_between', 'photometric_cost', 'shared_cost', 'shrunk_images',

@@ -448,7 +448,7 @@ def block_rays(
     one = torch.ones(V, len(uv), dtype=torch.float64, device=uv.device)
     return unproject(K, pose, uv.double()[None], one) - pose[:, None, :3, 3]
 
-# %% ../nbs/11_gap_filling.ipynb #b9a2eefa
+# %% ../nbs/11_gap_filling.ipynb #11blk001
 def blocks_by_kernels(
     data: ClipData,  # the clip
     cfg: InitConfig,  # read: lidar_sensors, late_after, fill_gap, fill_agree, fill_ground
@@ -466,7 +466,7 @@ def blocks_by_kernels(
     images = BlockImages(tiles.uv, tiles.side, tiles.colour, K, pose, shutter)
     return Blocks(*fused_blocks(chosen, images, raster, key, BlockReturns(uv, z, colour, data.stamps), rule))
 
-
+# %% ../nbs/11_gap_filling.ipynb #b9a2eefa
 def clip_blocks(
     data: ClipData,  # the clip
     cfg: InitConfig,  # read: lidar_sensors, late_after, fill_*
@@ -494,7 +494,7 @@ def clip_blocks(
     )
     return block_depth(data, cfg, b)
 
-# %% ../nbs/11_gap_filling.ipynb #45460974
+# %% ../nbs/11_gap_filling.ipynb #11gap001
 def placed_blocks(
     data: ClipData,  # the clip
     blocks: Blocks,  # of its images
@@ -519,7 +519,7 @@ def gaps_by_kernels(
     quats = random_quats(len(rows), rng) if cfg.rotation == "random" else None
     return gaussians_of(block_gaussians(rows, *given), LIDAR, cfg.opacity, quats)
 
-
+# %% ../nbs/11_gap_filling.ipynb #45460974
 def fill_gaps(
     data: ClipData,  # the clip
     blocks: Blocks,  # of its images

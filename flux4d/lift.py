@@ -23,7 +23,7 @@ from .files import DataError
 from .clips import Clip
 from .clip_data import ClipData, clip_data, project_returns
 from .kernels import kernels_work
-from .return_kernels import Directions, ReturnImages, StoredGaussians, fused_nearest, fused_neighbours
+from .return_kernels import PlaceDirections, ReturnImages, StoredGaussians, fused_nearest, fused_neighbours
 from .return_kernels import fused_returns
 from .visibility import project_sweep
 from .settings import OpenShare, Some
@@ -296,11 +296,11 @@ def neighbours_by_kernels(
 ) -> Tensor:  # (P,) float32 m, infinite where there are fewer
     "What `window_neighbours` gives, on a GPU, in one kernel for each window."
     x = from_cameras(data)
-    returns = Directions(x.view(-1, 3), *(a.flatten() for a in directions(x)))
+    returns = PlaceDirections(x.view(-1, 3), *(a.flatten() for a in directions(x)))
     wanted, row = returns, (f * x.shape[1] + n)[None]
     if clip:
         queries = queries_of(data, f, n, clip)
-        wanted = Directions(*(torch.cat([getattr(q, name) for q in queries]) for name in Directions._fields))
+        wanted = PlaceDirections(*(torch.cat([getattr(q, name) for q in queries]) for name in PlaceDirections._fields))
         row = torch.arange(len(wanted.x), device=x.device).view(len(queries), -1)
     return fused_neighbours(returns, wanted, row, f, len(x), WINDOWS, k)
 
@@ -468,7 +468,7 @@ def return_sizes(
         return scale
     return torch.minimum(scale, largest_px * data.projected.z[f, c, n] / data.K[f, c, 0, 0].float())
 
-# %% ../nbs/10_lift.ipynb #6166992e
+# %% ../nbs/10_lift.ipynb #10ret001
 def gaussians_of(
     stored: StoredGaussians,  # (P) from a kernel
     kind: int,  # LIDAR or BACKGROUND
@@ -503,7 +503,7 @@ def returns_by_kernels(
     quats = random_quats(len(f), rng) if cfg.rotation == "random" else None
     return gaussians_of(stored, LIDAR, cfg.opacity, quats)
 
-
+# %% ../nbs/10_lift.ipynb #6166992e
 def lift_returns(
     data: ClipData,  # the clip
     cfg: LiftConfig,  # how to lift

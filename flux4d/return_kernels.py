@@ -19,9 +19,9 @@ except ImportError:  # without a GPU there is none; tensor operations then do th
 # %% auto #0
 __all__ = ['EMPTY_KEY', 'keep_nearest', 'nearest_kernel', 'empty_keys', 'fused_nearest', 'in_image', 'coarse_cell',
            'project_kernel', 'near_depth', 'quadrants_depth', 'visible_kernel', 'SeenReturns', 'Occlusion',
-           'fused_projection', 'direction_cell', 'direction_kernel', 'neighbour_keys', 'neighbour_kernel', 'Directions',
-           'direction_keys', 'fused_neighbours', 'stored_scale', 'stored_share', 'return_kernel', 'StoredGaussians',
-           'room_for', 'ReturnImages', 'fused_returns']
+           'fused_projection', 'direction_cell', 'direction_kernel', 'neighbour_keys', 'neighbour_kernel',
+           'PlaceDirections', 'direction_keys', 'fused_neighbours', 'stored_scale', 'stored_share', 'return_kernel',
+           'StoredGaussians', 'room_for', 'ReturnImages', 'fused_returns']
 
 # %% ../nbs/04c_return_kernels.ipynb #c04c0011
 EMPTY_KEY = 2**63 - 1  # of a cell without a return; its lower half is -1
@@ -405,7 +405,7 @@ def neighbour_kernel(
         tl.store(unsure_ptr + p, (far > radians * distance).to(tl.uint8))
 
 # %% ../nbs/04c_return_kernels.ipynb #c04c0036
-class Directions(NamedTuple):
+class PlaceDirections(NamedTuple):
     "Places as seen from the cameras."
 
     x: Tensor  # (M,3) float32, from the cameras, world axes, m
@@ -415,7 +415,7 @@ class Directions(NamedTuple):
 
 
 def direction_keys(
-    returns: Directions,  # (F N) of all sweeps, NaN where there is none
+    returns: PlaceDirections,  # (F N) of all sweeps, NaN where there is none
     sweeps: int,  # F
     shape: tuple[int, int],  # rows and columns of the raster
     border: int,  # empty rows above and below
@@ -431,8 +431,8 @@ def direction_keys(
 
 
 def fused_neighbours(
-    returns: Directions,  # (F N) of all sweeps, NaN where there is none
-    wanted: Directions,  # (M) places whose neighbours are wanted
+    returns: PlaceDirections,  # (F N) of all sweeps, NaN where there is none
+    wanted: PlaceDirections,  # (M) places whose neighbours are wanted
     row: Tensor,  # (S,P) int64, each place among them, from its own sweep's cameras, then from the next one's
     sweep: Tensor,  # (P,) int64, own sweep of each place, 0..F-1
     sweeps: int,  # F
