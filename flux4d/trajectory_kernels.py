@@ -28,23 +28,19 @@ __all__ = ['share_kernel', 'blur_kernel', 'blurred_along', 'slope_kernel', 'fuse
 @kernel
 def share_kernel(
     points_ptr: tl.tensor,  # (M,3) ego0, m
-    height_ptr: tl.tensor,  # (M,) above ground, m
     sweep_ptr: tl.tensor,  # (M,) int64
     count_ptr: tl.tensor,  # out: (S,X,Y), 0 before
     n: tl.tensor,  # M
     low_x: tl.tensor,  # m
     low_y: tl.tensor,  # m
     cell: tl.tensor,  # m
-    lowest: tl.tensor,  # m above ground, from which returns are matched
-    highest: tl.tensor,  # m above ground, up to which they are
     X: tl.tensor,  # cells
     Y: tl.tensor,  # cells
     BLOCK: tl.constexpr,  # returns of a program
 ) -> None:
     "Share each return bilinearly by four cells."
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    height = tl.load(height_ptr + m, mask=m < n, other=0.0)
-    here = (m < n) & (height > lowest) & (height < highest)
+    here = m < n
     sweep = tl.load(sweep_ptr + m, mask=here, other=0)
     u = tl.div_rn(tl.load(points_ptr + m * 3, mask=here, other=0.0) - low_x, cell) - 0.5
     v = tl.div_rn(tl.load(points_ptr + m * 3 + 1, mask=here, other=0.0) - low_y, cell) - 0.5
@@ -133,20 +129,19 @@ def slope_kernel(
 
 # %% ../nbs/13h_trajectory_kernels.ipynb #13h00011
 def fused_density(
-    returns: SweepPoints,  # M returns; `frame` counts the sweeps from 0 on
-    height: Tensor,  # (M,) above ground, m
+    matched: SweepPoints,  # M returns at matched heights; `frame` counts the sweeps from 0 on
     sweeps: int,  # S
     grid: VoxelConfig,  # whose extent in the plane is covered
-    cfg: MotionPriorConfig,  # read: height, fine_cell, blur_std
+    cfg: MotionPriorConfig,  # read: fine_cell, blur_std
 ) -> DensityMap:
-    "What `density_map` gives for the returns at matched heights."
+    "What `density_map` gives, in three kernels."
     cell = cfg.fine_cell
     size = [int((high - low) / cell) for low, high in zip(grid.low[:2], grid.high[:2])]
-    count = torch.zeros(sweeps, *size, device=height.device)
-    given = returns.points.contiguous(), height.contiguous(), returns.frame.contiguous()
-    M, cells = len(height), count.numel()
+    count = torch.zeros(sweeps, *size, device=matched.points.device)
+    given = matched.points.contiguous(), matched.frame.contiguous()
+    M, cells = len(matched.points), count.numel()
     if M:
-        share_kernel[(triton.cdiv(M, 512),)](*given, count, M, *grid.low[:2], cell, *cfg.height, *size, 512)
+        share_kernel[(triton.cdiv(M, 512),)](*given, count, M, *grid.low[:2], cell, *size, 512)
     radius = round(3 * cfg.blur_std / cell)
     width = cfg.blur_std / cell
     total = sum(math.exp(-0.5 * (a / width) ** 2) for a in range(-radius, radius + 1))
@@ -164,13 +159,13 @@ def merge_kernel(
     trusted_ptr: tl.tensor,  # (K,) uint8
     number_ptr: tl.tensor,  # (S,X,Y) int64
     place_ptr: tl.tensor,  # (K,3) int64
+    times_ptr: tl.tensor,  # (S,) s, of the sweeps
     out_ptr: tl.tensor,  # out: (K,2,2)
     K: tl.tensor,  # blocks
     sweeps: tl.tensor,  # S
     X: tl.tensor,  # blocks
     Y: tl.tensor,  # blocks
     edge: tl.tensor,  # m, of a block
-    gap: tl.tensor,  # s from sweep to sweep
     tolerance: tl.tensor,  # m/s, largest difference of velocity
     GAPS: tl.constexpr,  # a power of two, 2 S - 1 or more
 ) -> None:
@@ -179,7 +174,8 @@ def merge_kernel(
     own = path_ptr + k * 4
     vx, vy, ax, ay = tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)
     later = (tl.arange(0, GAPS) - sweeps + 1)[:, None]
-    t = later.to(tl.float32) * gap
+    duration = tl.load(times_ptr + sweeps - 1) - tl.load(times_ptr)
+    t = later.to(tl.float32) * duration / (sweeps - 1)
     dx, dy = vx * t + ax * (t * t / 2), vy * t + ay * (t * t / 2)
     near = load_near(number_ptr, place_ptr, k, dx, dy, later, later < sweeps, edge, sweeps, X, Y, K)
     there = near < K
@@ -204,18 +200,18 @@ def fused_merge(
     trajectory: Tensor,  # (K,2,2) velocity, m/s, and acceleration, m/s^2
     trusted: Tensor,  # (K,) bool
     blocks: BlockMap,  # the K blocks
-    gap: float,  # s from sweep to sweep
+    times: Tensor,  # (S,) of the sweeps, s
     cfg: MotionPriorConfig,  # read: merge_rounds, inlier_speed
 ) -> Tensor:  # (K,2,2)
     "What `merge_trajectories` gives after all rounds."
     K = len(trajectory)
     trajectory = trajectory.contiguous()
     given = trusted.contiguous().view(torch.uint8), blocks.number.contiguous(), blocks.place.contiguous()
-    numbers = K, *blocks.number.shape, blocks.edge, gap, cfg.inlier_speed
+    numbers = K, *blocks.number.shape, blocks.edge, cfg.inlier_speed
     gaps = triton.next_power_of_2(2 * len(blocks.number) - 1)
     for _ in range(cfg.merge_rounds if K else 0):
         before, trajectory = trajectory, torch.empty_like(trajectory)
-        merge_kernel[(K,)](before, *given, trajectory, *numbers, gaps)
+        merge_kernel[(K,)](before, *given, times, trajectory, *numbers, gaps)
     return trajectory
 
 # %% ../nbs/13h_trajectory_kernels.ipynb #13h00020
