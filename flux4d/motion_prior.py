@@ -14,6 +14,7 @@ from .occupancy import BevGrid, MotionPriorConfig, SmallMoverConfig, SweepPoints
 from .occupancy import ground_planes, height_above_ground, occupancy_maps
 from .matching import BlockMap, Consensus, Displacement, best_displacement, consensus, match_scores
 from .matching_kernels import BlockMatches, fused_matches
+from .ground_kernels import fused_heights
 from .small_movers import find_small_movers, query_small_movers
 from .trajectories import cell_means, density_map, member_cells, merge_trajectories, refine_trajectories
 from .trajectory_kernels import fused_density, fused_merge, fused_query
@@ -231,6 +232,8 @@ def ground_heights(
     if cfg.ground == "planes":
         surface = ground_planes(points, cfg.ground_cell, cfg.ground_share)
         return GroundHeights(*(surface.above(p) + cfg.ground_slack for p in (points, query)))
+    if kernels_work(points.device):
+        return GroundHeights(*fused_heights(points, query, cfg.ground_cell, cfg.ground_share))
     both = height_above_ground(points, cfg.ground_cell, cfg.ground_share, query=torch.cat([points, query]))
     return GroundHeights(*both.split((len(points), len(query))))
 
