@@ -17,7 +17,7 @@ from .matching_kernels import BlockMatches, fused_matches
 from .ground_kernels import fused_heights
 from .small_movers import find_small_movers, query_small_movers
 from .trajectories import cell_means, density_map, member_cells, merge_trajectories, refine_trajectories
-from .trajectory_kernels import fused_density, fused_merge, fused_query
+from .trajectory_kernels import fused_query, fused_trajectories
 
 # %% auto #0
 __all__ = ['FINE_PRIOR', 'MotionPrior', 'no_motion', 'BlockMotion', 'sweep_times', 'mean_gap', 'SweepClock', 'sweep_clock',
@@ -151,18 +151,14 @@ def fit_trajectories(
     velocity = agreed.xy / mean_gap(times)
     if not cfg.refine_steps:
         return torch.stack([velocity, torch.zeros_like(velocity)], 1)
-    kernels = kernels_work(velocity.device)
-    if kernels:
-        density = fused_density(matched, len(times), grid, cfg)
-    else:
-        density = density_map(matched, len(times), grid, cfg.fine_cell, cfg.blur_std)
+    if kernels_work(velocity.device):
+        return fused_trajectories(velocity, agreed.trusted, matched, blocks, times, grid, cfg)
+    density = density_map(matched, len(times), grid, cfg.fine_cell, cfg.blur_std)
     cells = cell_means(matched, density.low, cfg.fine_cell)
     members = member_cells(cells, agreed.trusted, blocks, density.low)
     trajectory = refine_trajectories(
         velocity, times, members, density, cfg.blur_std, cfg.prior_std, cfg.refine_steps
     )
-    if kernels:
-        return fused_merge(trajectory, agreed.trusted, blocks, times, cfg)
     for _ in range(cfg.merge_rounds):
         trajectory = merge_trajectories(trajectory, agreed.trusted, blocks, times, cfg.inlier_speed)
     return trajectory

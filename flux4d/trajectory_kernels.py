@@ -11,7 +11,8 @@ from .voxels import VoxelConfig
 from .kernels import kernel
 from .occupancy import BevGrid, MotionPriorConfig, SweepPoints
 from .matching import BlockMap
-from .trajectories import DensityMap
+from .trajectories import CellMeans, DensityMap, cell_means
+from .search_kernels import refine_kernel
 from .matching_kernels import cell_along, load_near
 
 try:
@@ -22,7 +23,7 @@ except ImportError:  # without a GPU there is none; tensor operations then do th
 
 # %% auto #0
 __all__ = ['share_kernel', 'blur_kernel', 'blurred_along', 'slope_kernel', 'fused_density', 'merge_kernel', 'fused_merge',
-           'query_kernel', 'fused_query']
+           'member_kernel', 'fused_members', 'fused_trajectories', 'query_kernel', 'fused_query']
 
 # %% ../nbs/13h_trajectory_kernels.ipynb #13h00008
 @kernel
@@ -213,6 +214,87 @@ def fused_merge(
         before, trajectory = trajectory, torch.empty_like(trajectory)
         merge_kernel[(K,)](before, *given, times, trajectory, *numbers, gaps)
     return trajectory
+
+# %% ../nbs/13h_trajectory_kernels.ipynb #13h00025
+@kernel
+def member_kernel(
+    xy_ptr: tl.tensor,  # (C,2) points of occupied cells, ego0, m
+    sweep_ptr: tl.tensor,  # (C,) int64
+    trusted_ptr: tl.tensor,  # (K,) uint8
+    number_ptr: tl.tensor,  # (S,X,Y) int64 number of the block at each place, K where there is none
+    next_ptr: tl.tensor,  # (K,) int64 members counted, or where the next one is written; raised
+    out_ptr: tl.tensor,  # out where WRITE: (Q,2) the cells, block after block
+    n: tl.tensor,  # C
+    K: tl.tensor,  # blocks
+    low_x: tl.tensor,  # m
+    low_y: tl.tensor,  # m
+    edge: tl.tensor,  # m, of a block
+    X: tl.tensor,  # blocks
+    Y: tl.tensor,  # blocks
+    WRITE: tl.constexpr,  # or only count
+    BLOCK: tl.constexpr,  # cells of a program
+) -> None:
+    "Count the cells of each trusted block, or list them."
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = i < n
+    x = tl.load(xy_ptr + i * 2, mask=here, other=0.0)
+    y = tl.load(xy_ptr + i * 2 + 1, mask=here, other=0.0)
+    sweep = tl.load(sweep_ptr + i, mask=here, other=0)
+    at_x, at_y = cell_along(x, low_x, edge, X), cell_along(y, low_y, edge, Y)
+    for a in range(9):
+        row, column = at_x + a // 3 - 1, at_y + a % 3 - 1
+        there = here & (row >= 0) & (row < X) & (column >= 0) & (column < Y)
+        k = tl.load(number_ptr + (sweep * X + row) * Y + column, mask=there, other=K)
+        there &= k < K
+        there &= tl.load(trusted_ptr + k, mask=there, other=0) != 0
+        at = tl.atomic_add(next_ptr + k, tl.full([BLOCK], 1, tl.int64), mask=there)
+        if WRITE:
+            tl.store(out_ptr + at * 2, x, mask=there)
+            tl.store(out_ptr + at * 2 + 1, y, mask=there)
+
+# %% ../nbs/13h_trajectory_kernels.ipynb #13h00026
+def fused_members(
+    cells: CellMeans,  # C occupied cells
+    trusted: Tensor,  # (K,) bool, blocks whose cells are wanted
+    blocks: BlockMap,  # K blocks
+    low: tuple[float, float],  # m, x and y of the first block's corner
+) -> tuple[Tensor, Tensor]:  # (9C,2) cells, block after block, ego0, m; (K+1,) int64 where those of each begin
+    "What `member_cells` gives, as lists."
+    C, K = len(cells.xy), len(trusted)
+    starts = torch.zeros(K + 1, dtype=torch.int64, device=trusted.device)
+    xy = cells.xy.new_empty(9 * C, 2)
+    flags = trusted.contiguous().view(torch.uint8)
+    given = cells.xy.contiguous(), cells.sweep, flags, blocks.number.contiguous()
+    numbers = C, K, *low, blocks.edge, *blocks.number.shape[1:]
+    if C and K:
+        programs = (triton.cdiv(C, 256),)
+        member_kernel[programs](*given, starts[1:], xy, *numbers, False, 256)
+        starts = starts.cumsum(0)
+        member_kernel[programs](*given, starts[:-1].clone(), xy, *numbers, True, 256)
+    return xy, starts
+
+# %% ../nbs/13h_trajectory_kernels.ipynb #13h00029
+def fused_trajectories(
+    velocity: Tensor,  # (K,2) by consensus, m/s
+    trusted: Tensor,  # (K,) bool
+    matched: SweepPoints,  # returns at matched heights; `frame` counts the sweeps from 0 on
+    blocks: BlockMap,  # the K blocks
+    times: Tensor,  # (S,) of the sweeps, s
+    grid: VoxelConfig,  # whose extent in the plane is covered
+    cfg: MotionPriorConfig,  # with the settings of density map, refinement and merging
+) -> Tensor:  # (K,2,2) velocity, m/s, and acceleration, m/s^2
+    "What the rest of `fit_trajectories` of 14_motion_prior gives by tensor operations."
+    K, S = len(velocity), len(times)
+    density = fused_density(matched, S, grid, cfg)
+    xy, starts = fused_members(cell_means(matched, density.low, cfg.fine_cell), trusted, blocks, density.low)
+    out = velocity.new_empty(K, 2, 2)
+    given = density.values, times.contiguous(), xy, starts, blocks.place[:, 0].contiguous(), velocity.contiguous()
+    prior = (cfg.blur_std / cfg.prior_std) ** 2
+    places = S, *density.values.shape[2:], *density.low, density.cell
+    if K:
+        how = cfg.blur_std, prior, cfg.refine_steps, triton.next_power_of_2(S), 16
+        refine_kernel[(K,)](*given, out, *places, *how)
+    return fused_merge(out, trusted, blocks, times, cfg)
 
 # %% ../nbs/13h_trajectory_kernels.ipynb #13h00020
 @kernel

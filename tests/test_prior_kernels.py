@@ -16,14 +16,14 @@ from flux4d.clip_data import Returns
 from flux4d.frames import se3_inverse, transform_points
 from flux4d.grid_kernels import cell_tables, fused_local_velocity, fused_neighbours, fused_place
 from flux4d.ground_kernels import fused_heights
-from flux4d.matching import Displacement, best_displacement, consensus, match_scores
+from flux4d.matching import Consensus, Displacement, best_displacement, consensus, match_scores
 from flux4d.matching_kernels import fused_matches
 from flux4d.motion_inputs import local_velocity, street_gaussians
-from flux4d.motion_prior import block_prior, estimate_block_motion, query_motion
+from flux4d.motion_prior import block_prior, estimate_block_motion, fit_trajectories, mean_gap, query_motion
 from flux4d.occupancy import MotionPriorConfig, SweepPoints, bev_grid, height_above_ground, occupancy_maps
 from flux4d.predictor import PredictorConfig, make_grid_index
 from flux4d.trajectories import density_map, merge_trajectories
-from flux4d.trajectory_kernels import fused_density, fused_merge, fused_query
+from flux4d.trajectory_kernels import fused_density, fused_merge, fused_query, fused_trajectories
 from flux4d.unet import grid_position, neighbours, voxelise
 from flux4d.voxels import VoxelConfig
 
@@ -114,6 +114,23 @@ def test_density_is_that_of_tensor_operations():
     found = fused_density(there(returns), 4, GRID, COARSE)
     assert far(found.values, wanted.values) < 1e-5 and wanted.values.abs().max() > 0.1
     assert found[1:] == wanted[1:]
+
+
+@with_kernels
+def test_trajectories_are_fitted_as_by_tensor_operations():
+    returns = scene()
+    motion = estimate_block_motion(returns, returns.points[:, 2].contiguous(), GRID, replace(COARSE, refine_steps=0))
+    gen = torch.Generator().manual_seed(8)
+    velocity = motion.prior.velocity[:-1, :2] + 0.3 * torch.randn(len(motion.prior.score) - 1, 2, generator=gen)
+    trusted = torch.rand(len(velocity), generator=gen) < 0.5
+    times = torch.tensor([0.0, 0.21, 0.4, 0.6])
+    cfg = replace(COARSE, refine_steps=3, fine_cell=0.25)
+    agreed = Consensus(velocity * mean_gap(times), trusted)
+    wanted = fit_trajectories(returns, agreed, motion.blocks, times, GRID, cfg)
+    found = fused_trajectories(*map(there, (velocity, trusted, returns, motion.blocks, times)), GRID, cfg)
+    assert far(found, wanted) < 1e-3 and wanted[:, 1].abs().max() > 0.05
+    still = fused_trajectories(*map(there, (velocity, trusted & False, returns, motion.blocks, times)), GRID, cfg)
+    assert far(still[:, 0], velocity) < 1e-4  # without a trusted block nothing is moved
 
 
 def some_motion():
