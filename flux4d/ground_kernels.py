@@ -29,7 +29,7 @@ def key_kernel(
     edge: tl.tensor,  # m, of a cell
     first_x: tl.tensor,  # cell of the first row
     first_y: tl.tensor,  # cell of the first column
-    columns: tl.tensor,
+    columns: tl.tensor,  # cells along y
     BLOCK: tl.constexpr,  # returns of a program
 ) -> None:
     "Number each return by cell and height, and count the returns of each cell."
@@ -78,8 +78,8 @@ def height_kernel(
     edge: tl.tensor,  # m, of a cell
     first_x: tl.tensor,  # cell of the first row
     first_y: tl.tensor,  # cell of the first column
-    rows: tl.tensor,
-    columns: tl.tensor,
+    rows: tl.tensor,  # cells along x
+    columns: tl.tensor,  # cells along y
     BLOCK: tl.constexpr,  # points of a program
 ) -> None:
     "Height above the lowest ground of a point's cell and those around; 0 where there is none."

@@ -90,8 +90,8 @@ def spread_kernel(
     worth_ptr: tl.tensor,  # out: (S,rows,columns) uint8, half hits
     wide_ptr: tl.tensor,  # out: (S,rows,columns) uint8, observed here or up to `radius` rows away
     n: tl.tensor,  # S rows columns
-    rows: tl.tensor,
-    columns: tl.tensor,
+    rows: tl.tensor,  # cells along x
+    columns: tl.tensor,  # cells along y
     radius: tl.tensor,  # cells
     BLOCK: tl.constexpr,  # cells of a program
 ) -> None:
@@ -121,12 +121,12 @@ def hits_kernel(
     hits_ptr: tl.tensor,  # out: (K,D) int16 or int32, half hits
     counts_ptr: tl.tensor,  # out: (K,4) int32 pairs compared; half hits at rest; pairs of it; occupied cells
     sweeps: tl.tensor,  # S
-    rows: tl.tensor,
-    columns: tl.tensor,
+    rows: tl.tensor,  # cells along x
+    columns: tl.tensor,  # cells along y
     border: tl.tensor,  # cells
     edge: tl.tensor,  # cells of a block
-    blocks_x: tl.tensor,
-    blocks_y: tl.tensor,
+    blocks_x: tl.tensor,  # blocks along x
+    blocks_y: tl.tensor,  # blocks along y
     reach: tl.tensor,  # cells
     neighbours: tl.tensor,  # sweeps on each side
     radius: tl.tensor,  # cells around a return that count as observed

@@ -326,8 +326,8 @@ def query_kernel(
     Y: tl.tensor,  # cells
     border: tl.tensor,  # B
     edge: tl.tensor,  # cells of a block
-    blocks_x: tl.tensor,
-    blocks_y: tl.tensor,
+    blocks_x: tl.tensor,  # blocks along x
+    blocks_y: tl.tensor,  # blocks along y
     BLOCK: tl.constexpr,  # points of a program
 ) -> None:
     "What is known around each point."
