@@ -9,7 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest
 import torch
-from flux4d import block_kernels, kernels, losses_fused, render as render_module, splat_kernels, tile_kernels, unet
+from flux4d import block_kernels, kernels, level_tables, losses_fused, render as render_module, splat_kernels
+from flux4d import tile_kernels, unet
 from flux4d.background import photometric_cost
 from flux4d.attribute_kernels import fused_feedback, fused_mix, fused_point, fused_residual, fused_sum
 from flux4d.decode import AttributeBounds, decode_residual
@@ -614,20 +615,29 @@ def test_a_block_is_what_tensor_operations_give(monkeypatch, name, kind, n_in, n
 
 
 @with_kernels
-def test_tables_made_by_kernels_are_those_made_by_tensor_operations():
-    at, grid = voxels_of_a_street()
-    rows = block_kernels.beside_rows(at, grid)
-    _, ny, nz = (n + 2 for n in grid)
-    x, y, z = (at + 1).unbind(1)
-    number = ((x * ny + y) * nz + z).to(DEVICE)
-    assert torch.equal(block_kernels.fused_beside_rows(number, (ny * nz, nz)).cpu(), rows)
-    coarse, parent, part = block_kernels.coarse_voxels(at, grid)
-    down, up = block_kernels.strided_layers(parent, part, len(coarse), train=False)
-    for table in (block_kernels.read_table(rows), down.there, up.there):
-        made = block_kernels.fused_read_table(table.rows.to(DEVICE))
-        assert torch.equal(made.order.cpu(), table.order)
-        for one, other in zip(made.cells.cpu(), table.cells, strict=True):
-            assert torch.equal(one[: 1 + one[0]], other[: 1 + other[0]])
+@pytest.mark.parametrize("levels, points", [(1, 130), (3, 130), (5, 900), (2, 1)])
+def test_tables_made_by_kernels_are_those_made_by_tensor_operations(levels, points):
+    at, grid = voxels_of_a_street(points)
+    wanted = block_kernels.network_tables(at, [16 * n for n in grid], levels, train=True)
+    found = level_tables.fused_tables(at.to(DEVICE), levels, train=True)
+    assert found.keys() == wanted.keys()
+    for name, layer in wanted.items():
+        made = found[name]
+        assert made.mirrored == layer.mirrored
+        for one, other in ((made.there, layer.there), (made.back, layer.back)):
+            assert torch.equal(one.rows.cpu(), other.rows) and torch.equal(one.order.cpu(), other.order)
+            for counted, plain in zip(one.cells.cpu(), other.cells, strict=True):
+                assert torch.equal(counted[: 1 + counted[0]], plain[: 1 + plain[0]])
+        for one, other in zip(made.pairs, layer.pairs, strict=True):
+            assert torch.equal(one.cpu(), other)
+
+
+@with_kernels
+def test_tables_at_the_ends_of_a_grid():
+    at = torch.tensor([[0, 0, 0], [0, 0, 2], [2**20 - 2, 5, 7], [2**20 - 2, 4, 7], [2**20 - 2, 2**20 - 2, 2**20 - 2]])
+    wanted = block_kernels.network_tables(at, [2**20 - 1] * 3, 1, train=False)["level0", "same"].there
+    found = level_tables.fused_tables(at.to(DEVICE), 1, train=False)["level0", "same"].there
+    assert torch.equal(found.rows.cpu(), wanted.rows) and (wanted.rows >= 0).sum() == 7
 
 
 @with_kernels
