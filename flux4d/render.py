@@ -20,9 +20,8 @@ from .raster import DrawRules, Ellipsoids, Pinhole, rasterise
 from .raster_compiled import have_numba, rasterise_compiled
 from .splat_kernels import Placement, finish_pictures, place_splats
 from .kernels import kernels_work
-from .tile_kernels import Splats2D, TILE_SIDE, TileLists, draw_lists, tiles_take
+from .tile_kernels import Splats2D, TILE_SIDE, TileLists, draw_lists, gsplat_channels, tiles_take
 from .tile_lists import list_splats, order_fits
-
 
 # %% auto #0
 __all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'tile_size_for', 'pick_backend', 'background_colour',
@@ -313,13 +312,15 @@ def place_plain(
 
 # %% ../nbs/21_render.ipynb #1bedae1b
 def finish_plain(
-    image: Tensor,  # (V,H,W,5+F) colour, weight of LiDAR Gaussians, their weighted depth, features
+    image: Tensor,  # (V,H,W,C) colour, weight of LiDAR Gaussians, their weighted depth, F features, the rest unused
     alpha: Tensor,  # (V,H,W)
     background: Tensor,  # (3,)
     reach: int,  # px, see `lidar_depth`
+    features: int | None = None,  # F; None = all that follow
 ) -> tuple[Tensor, Tensor, Tensor]:  # rgb (V,H,W,3), depth (V,H,W) m, features (V,H,W,F)
     "Pictures of what the rasteriser drew."
     colour, weight, weighted, blended = image.split([3, 1, 1, image.shape[-1] - 5], -1)
+    blended = blended if features is None else blended[..., :features]
     rgb = colour + (1 - alpha)[..., None] * background
     return rgb, lidar_depth(weighted[..., 0], weight[..., 0], reach), blended
 
@@ -346,10 +347,12 @@ def _place_fused(
     views: Any,  # V views
     cfg: RenderConfig,  # read: max_scale
     features: Tensor | None,  # (N,F) or (V,N,F)
-) -> tuple[Ellipsoids, Tensor]:  # of each view: V copies of the N Gaussians; values (V,N,5+F)
-    "What `place_plain` gives, copied for each view."
+) -> tuple[Ellipsoids, Tensor]:  # of each view: V copies of the N Gaussians; values (V,N,C), C at least 5+F
+    "What `place_plain` gives, copied for each view, with as many channels as gsplat draws."
     times, cameras = views.t.to(g.means), views.world_to_cam.to(g.means)
-    placed = place_splats(g, velocity, features, Placement(g.t, g.kind, times, cameras, duration, cfg.max_scale))
+    at = Placement(g.t, g.kind, times, cameras, duration, cfg.max_scale)
+    channels = 5 + (0 if features is None else features.shape[-1])
+    placed = place_splats(g, velocity, features, at, gsplat_channels(channels))
     return Ellipsoids(*placed[:4]), placed[4]
 
 # %% ../nbs/21_render.ipynb #bd9fdecc
@@ -370,7 +373,8 @@ def render(
         e, values = place(g, velocity, duration, views, cfg, features)
         image, alpha = draw(e, values, views, cfg)
         reach = round(cfg.depth_reach * views.width / 1920)
-        rgb, depth, blended = finish(image, alpha, background_colour(g, cfg), reach)
+        count = 0 if features is None else features.shape[-1]
+        rgb, depth, blended = finish(image, alpha, background_colour(g, cfg), reach, count)
         return Rendered(rgb, depth, alpha, None if features is None else blended)
 
 # %% ../nbs/21_render.ipynb #6de67195

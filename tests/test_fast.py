@@ -350,6 +350,8 @@ def test_splats_are_placed_as_by_tensor_operations(orders, features):
     found = []
     for place in (render_module._place_fused, render_module.place_plain):
         e, values = place(g, velocity, 1.5, three_cameras(), RenderConfig(), drawn)
+        values, unused = values.split([5 + (size or [0])[-1], values.shape[-1] - 5 - (size or [0])[-1]], -1)
+        assert not unused.any()
         parts = [x if len(x) == 3 and x.dim() > 1 else x.expand(3, *x.shape) for x in (*e, values)]
         weights = [torch.linspace(-1, 1, x.numel(), device=DEVICE).view(x.shape).sin() for x in parts]
         total = sum((x * w).sum() for x, w in zip(parts, weights))
@@ -359,8 +361,8 @@ def test_splats_are_placed_as_by_tensor_operations(orders, features):
 
 
 @with_kernels
-@pytest.mark.parametrize("channels,reach", [(5, 2), (6, 0), (7, 8)])
-def test_pictures_are_finished_as_by_tensor_operations(channels, reach):
+@pytest.mark.parametrize("channels,reach,features", [(5, 2, 0), (6, 0, 1), (7, 8, 2), (8, 2, 1), (8, 0, 0)])
+def test_pictures_are_finished_as_by_tensor_operations(channels, reach, features):
     gen = torch.Generator().manual_seed(0)
     image = torch.rand(2, 21, 70, channels, generator=gen)
     empty = torch.rand(2, 21, 70, generator=gen) < 0.3
@@ -371,7 +373,7 @@ def test_pictures_are_finished_as_by_tensor_operations(channels, reach):
     background = torch.tensor([0.1, 0.5, 0.9], device=DEVICE)
     found = []
     for finish in (splat_kernels.finish_pictures, render_module.finish_plain):
-        pictures = [x for x in finish(*inputs, background, reach) if x is not None and x.shape[-1]]
+        pictures = [x for x in finish(*inputs, background, reach, features) if x is not None and x.shape[-1]]
         total = sum((x * torch.linspace(-1, 1, x.numel(), device=DEVICE).view(x.shape)).sum() for x in pictures)
         found.append((pictures, torch.autograd.grad(total, inputs)))
     for a, b in zip(found[0][0], found[1][0]):
