@@ -24,7 +24,7 @@ except ImportError:  # without a GPU there is none; tensor operations then do th
 __all__ = ['ATTRIBUTE_BLOCK', 'bend', 'bend_slope', 'log1p', 'rotated', 'load_three', 'load_four', 'store_three', 'product',
            'length_of', 'mean_scale', 'residual_kernel', 'FusedResidual', 'fused_residual', 'is_turned', 'sum_kernel',
            'sum_grad_kernel', 'FusedSum', 'fused_sum', 'store_turns', 'point_kernel', 'fused_point', 'feedback_kernel',
-           'fused_feedback', 'mix_kernel', 'FusedMix', 'fused_mix', 'kernels_change', 'apply_change']
+           'scale_kernel', 'fused_feedback', 'mix_kernel', 'FusedMix', 'fused_mix', 'kernels_change', 'apply_change']
 
 # %% ../nbs/20c_attribute_kernels.ipynb #c5753a18
 @kernel
@@ -546,6 +546,28 @@ def _feedback(
     return out, sums.sum(1)
 
 # %% ../nbs/20c_attribute_kernels.ipynb #27ed99c2
+@kernel
+def scale_kernel(
+    features_ptr: tl.tensor,  # in and out: (N,15) from `feedback_kernel`
+    sums_ptr: tl.tensor,  # (5,) sums of squares of centre, turn, scales, opacity; how many Gaussians count
+    n: tl.tensor,  # N
+    BLOCK: tl.constexpr,  # Gaussians of a program
+) -> None:
+    "Divide each attribute by its root mean square and bend it."
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = i < n
+    count = tl.load(sums_ptr + 4)
+    for c in tl.static_range(11):
+        part = 0 if c < 3 else (1 if c < 7 else (2 if c < 10 else 3))
+        columns = 4 if part == 1 else (1 if part == 3 else 3)
+        rms = tl.maximum(tl.sqrt(tl.load(sums_ptr + part) / tl.maximum(count * columns, 1.0)), 1e-4)
+        x = tl.load(features_ptr + i * 15 + c, mask=here, other=0.0) / rms
+        size = tl.abs(x)
+        asinh = log1p(size + size * size / (1.0 + tl.sqrt(size * size + 1.0)))
+        asinh = tl.where(size > 1e8, tl.log(size) + 0.6931471805599453, asinh)
+        tl.store(features_ptr + i * 15 + c, tl.where(x < 0, -asinh, asinh), mask=here)
+
+
 def fused_feedback(
     grad: Tensor,  # (N,14) gradient of the raw numbers, world
     filled: Tensor,  # (N,) px
@@ -555,13 +577,7 @@ def fused_feedback(
 ) -> Tensor:  # (N,15) of order one, in ego0 axes
     "What `feedback_features` gives where it scales."
     out, sums = _feedback(grad, filled, g, to_ego, floor)
-    *squares, count = sums.unbind(0)
-    start = 0
-    for total, columns in zip(squares, (3, 4, 3, 1)):
-        rms = (total / (count * columns).clamp_min(1)).sqrt().clamp_min(1e-4)
-        out[:, start : start + columns].div_(rms)
-        start += columns
-    out[:, :11].asinh_()
+    scale_kernel[(triton.cdiv(len(g), ATTRIBUTE_BLOCK),)](out, sums, len(g), ATTRIBUTE_BLOCK)
     return out
 
 # %% ../nbs/20c_attribute_kernels.ipynb #a4e6099f

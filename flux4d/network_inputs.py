@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from .attribute_kernels import fused_point, kernels_change
+from .input_kernels import fused_means, fused_slots
 from .frames import quat_to_mat, transform_points
 from .gaussians import Gaussians
 from .voxels import VoxelConfig, Voxels
@@ -119,13 +120,18 @@ def time_slots(
     voxel: Tensor,  # (M,) int64, voxel of each point
     n: int,  # voxels
     bins: TimeBins,  # the bins
+    points: Tensor | None = None,  # (n,) int64 points of each voxel; None = counted here
 ) -> TimeSlots:
-    "Sort points by voxel and time bin."
+    "Sort points by voxel and time bin; on a GPU by two kernels."
+    points = count_rows(voxel, n) if points is None else points
+    if len(seconds) and kernels_change(seconds):
+        return TimeSlots(*fused_slots(seconds, voxel, points, bins))
     time = time_in_bin(seconds, bins)
     slot = voxel * bins.count + time.number
     count = count_rows(slot, n * bins.count)
     s = seconds[:, None]
-    spread = pool_mean((s - pool_mean(s, voxel, n)[voxel]) ** 2, voxel, n).sqrt()
+    off = s - pool_mean(s, voxel, n, points)[voxel]
+    spread = pool_mean(off**2, voxel, n, points).sqrt()
     return TimeSlots(slot, time.place[:, None], count, count[:, None].log1p(), spread)
 
 # %% ../nbs/30b_network_inputs.ipynb #d0d983b8
@@ -152,8 +158,10 @@ def voxel_features(
     bins: TimeBins,  # the bins
     slots: TimeSlots | None = None,  # of the same points; None = found here
 ) -> Tensor:  # (V,C+2+N_BIN*bins.count)
-    "What the U-Net sees of each voxel: means, spread of time, count, time bins."
-    slots = time_slots(seconds, v.voxel, len(v), bins) if slots is None else slots
+    "What the U-Net sees of each voxel: means, spread of time, count, time bins; on a GPU by two kernels."
+    slots = time_slots(seconds, v.voxel, len(v), bins, v.count) if slots is None else slots
+    if len(v) and kernels_change(channels, slots.place):
+        return fused_means(channels, v.voxel, v.count, slots, bins.count)
     mean = pool_mean(channels, v.voxel, len(v), v.count)
     binned = binned_features(point, seconds, v.voxel, len(v), bins, slots)
     return torch.cat([mean, 4 * slots.spread, v.count[:, None].log1p() / 3, binned], 1)

@@ -19,6 +19,7 @@ from .clip_data import Returns
 from .voxels import VoxelConfig, Voxels
 from .occupancy import MotionPriorConfig, SweepPoints
 from .motion_prior import FINE_PRIOR, MotionPrior
+from .input_kernels import gaussian_rows
 from .unet import SparseUNet, UNetConfig, grid_position, mix_voxels, neighbours, voxelise
 from .motion_inputs import MotionInputs, motion_feature_count, motion_features, unpack_prior
 from .network_inputs import N_POINT, TimeBins, TimeSlots, describe_points, time_slots
@@ -160,7 +161,7 @@ def slots(
 ) -> TimeSlots:  # of the M Gaussians
     "The Gaussians by voxel and time bin, sorted once for all passes."
     if bins not in self.kept:
-        self.kept[bins] = time_slots(self.seconds, self.voxels.voxel, len(self.voxels), bins)
+        self.kept[bins] = time_slots(self.seconds, self.voxels.voxel, len(self.voxels), bins, self.voxels.count)
     return self.kept[bins]
 
 # %% ../nbs/31_predictor.ipynb #567b97ec
@@ -259,7 +260,7 @@ def forward(
     velocity = g.means.new_zeros(len(g), self.cfg.degree + 1, 3) if self.motion else None
     if not len(index.inside):
         return dG, velocity
-    some = g[index.inside]
+    some = gaussian_rows(g, index.inside)
     features = self.encode(some, index, None if extra is None else extra[index.inside])
     residual = decode_residual(self.attributes(features).to(dG.dtype), some, index.to_world, self.cfg.bounds)
     dG = dG.index_copy(0, index.inside, residual)

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from annotated_types import Interval
 from pydantic import NonNegativeFloat
 from .attribute_kernels import apply_change, fused_feedback, kernels_change
+from .input_kernels import fused_far, fused_slopes, gaussian_rows
 from .clip_data import InputViews, ViewGroups, Views, shown_only, size_groups
 from .config import Config
 from .frames import mat_to_quat, quat_mul, rotate_vectors, transform_points
@@ -30,7 +31,7 @@ from .voxels import VoxelConfig
 # %% auto #0
 __all__ = ['N_FEEDBACK', 'RefineConfig', 'FullConfig', 'feedback_error', 'feedback_slopes', 'Feedback', 'refuse_targets',
            'feedback', 'feedback_features', 'in_residual_terms', 'rms_over', 'plain_features', 'Refiner',
-           'far_features', 'Flux4D']
+           'far_features', 'far_channels', 'Flux4D']
 
 # %% ../nbs/50_refine.ipynb #6d44b00e
 @dataclass
@@ -87,7 +88,7 @@ def feedback_slopes(
     cfg: RefineConfig,  # read: error, rgb, depth
     loss: LossConfig = LossConfig(),  # read where `error` is "training"
 ) -> tuple[Tensor, Tensor]:  # (V,H,W,3) by colour, (V,H,W) by depth
-    "Gradient of `feedback_error` by the pictures."
+    "Gradient of `feedback_error` by the pictures; on a GPU by one kernel where the error is robust."
     rgb, depth = out.rgb.detach(), out.depth.detach()
     if cfg.error == "training":
         pictures = rgb.requires_grad_(), depth.requires_grad_()
@@ -95,6 +96,8 @@ def feedback_slopes(
             error = feedback_error(out._replace(rgb=rgb, depth=depth), inputs, cfg, loss)
         found = torch.autograd.grad(error, pictures, allow_unused=True)
         return tuple(torch.zeros_like(p) if d is None else d for p, d in zip(pictures, found))
+    if kernels_change(rgb, depth, inputs.images, inputs.depth):
+        return fused_slopes(rgb, depth, inputs.images, inputs.depth, (cfg.rgb, cfg.depth))
     off = depth - inputs.depth
     of_depth = cfg.depth * off.sign() / inputs.depth.clamp_min(1e-6)
     return cfg.rgb * (rgb - inputs.images), torch.where(inputs.depth > 0, of_depth, 0.0)
@@ -228,8 +231,8 @@ class Refiner(nn.Module):
     ) -> Tensor:  # (N,14) dG, world
         "The residual of one stage."
         residual, _ = self.net(g, index, extra)
-        far = g[index.background]
-        x = torch.cat([far_features(far, index), extra[index.background]], 1).float()
+        far = gaussian_rows(g, index.background)
+        x = far_channels(far, index, extra)
         of_far = decode_residual(self.far(x).to(residual.dtype), far, index.to_world, self.cfg.bounds)
         return residual.index_copy(0, index.background, of_far)
 
@@ -251,6 +254,16 @@ def far_features(
         ],
         1,
     )
+
+def far_channels(
+    far: Gaussians,  # (B) background Gaussians, world
+    index: GridIndex,  # read: to_ego, background
+    extra: Tensor,  # (N,15) feedback of all Gaussians
+) -> Tensor:  # (B,26) float32, of order one
+    "What the far field's head reads; on a GPU by one kernel."
+    if kernels_change(far.means, far.log_scales, far.opacity_logits, far.colour_logits, far.t, extra):
+        return fused_far(far, index.to_ego, extra, index.background)
+    return torch.cat([far_features(far, index), extra[index.background]], 1).float()
 
 # %% ../nbs/50_refine.ipynb #f179fe1e
 class Flux4D(Flux4DBase):

@@ -22,16 +22,17 @@ from flux4d.losses_fused import can_fuse, fused_image_terms
 from flux4d.kernels import kernels_work
 from flux4d.tile_kernels import TILE_SIDE, Splats2D, TileLists, blend_plain, pixel_strengths, tile_gradients
 from flux4d.tile_lists import list_splats
-from flux4d.network_inputs import describe_points
+from flux4d.input_kernels import fused_far, fused_means, fused_rows, fused_slopes, fused_slots
+from flux4d.network_inputs import PointFeatures, TimeBins, describe_points, time_slots, voxel_features
 from flux4d.raster import Ellipsoids
-from flux4d.refine import Feedback, RefineConfig, feedback_features
+from flux4d.refine import Feedback, RefineConfig, far_channels, feedback_features, feedback_slopes
 from flux4d.render import Cameras, RenderConfig, render
 from flux4d.search_kernels import CostCameras, RefineRule, fused_costs, fused_refine
 from flux4d.sparse_convolution import convolve_pairs
 from flux4d.training_loss import reconstruction_loss
 from flux4d.trajectories import DensityMap, MemberCells, refine_trajectories
 from flux4d.unet import SparseUNet, UNetConfig, mix_voxels, voxelise
-from flux4d.voxels import VoxelConfig
+from flux4d.voxels import VoxelConfig, Voxels
 
 ROOT = Path(__file__).parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -483,6 +484,62 @@ def test_feedback_is_read_as_by_tensor_operations():
     zero = torch.zeros(300, 14, device=DEVICE), torch.zeros(300, device=DEVICE)
     none = fused_feedback(*zero, g.to(DEVICE), turn_and_move().to(DEVICE), 1.0)
     assert not none.any()
+
+
+@with_kernels
+def test_some_gaussians_are_those_of_an_index():
+    g, *_ = gaussians(device="cpu")
+    g = g.map(torch.Tensor.detach)
+    rows = torch.randint(0, 300, (170,), generator=torch.Generator().manual_seed(10))
+    for some in (rows, rows[:0]):
+        found, wanted = fused_rows(g.to(DEVICE), some.to(DEVICE)), g[some]
+        for name, x in vars(wanted).items():
+            made = getattr(found, name)
+            assert made.dtype == x.dtype and torch.equal(made.cpu(), x), name
+
+
+@with_kernels
+def test_the_far_field_is_described_as_by_tensor_operations():
+    g, *_ = gaussians(device="cpu")
+    g = g.map(torch.Tensor.detach)
+    rows = torch.arange(3, 300, 2)
+    extra = torch.randn(300, 15, generator=torch.Generator().manual_seed(11))
+    index = SimpleNamespace(to_ego=turn_and_move(), background=rows)
+    wanted = far_channels(g[rows], index, extra)
+    given = (g[rows].to(DEVICE), *(x.to(DEVICE) for x in (turn_and_move(), extra, rows)))
+    close(fused_far(*given).split(1, 1), wanted.split(1, 1))
+
+
+@with_kernels
+def test_the_slope_of_an_error_is_that_of_tensor_operations():
+    out, views, _ = pictures((2, 21, 50, 3), device="cpu")
+    views.depth[0, :5] = out.depth[0, :5].detach()  # measured just so
+    cfg = RefineConfig(rgb=0.7, depth=3.0)
+    wanted = feedback_slopes(out, views, cfg)
+    given = [x.detach().to(DEVICE) for x in (out.rgb, out.depth, views.images, views.depth)]
+    close(fused_slopes(*given, (cfg.rgb, cfg.depth)), wanted)
+
+
+@with_kernels
+@pytest.mark.parametrize("bins, extra", [(TimeBins(), 15), (TimeBins(3, 0.4, 0.0), 0)])
+def test_voxels_are_averaged_as_by_tensor_operations(bins, extra):
+    gen = torch.Generator().manual_seed(12)
+    n, V = 400, 37
+    seconds, voxel = 1.7 * torch.rand(n, generator=gen) - 0.1, torch.randint(0, V, (n,), generator=gen)
+    seconds[:9] = 0.2 * torch.arange(9) - 0.15  # on the edges of bins
+    channels = torch.randn(n, 14 + extra, generator=gen)
+    count = torch.bincount(voxel, minlength=V)
+    point = PointFeatures(*channels[:, :14].split([3, 3, 1, 3, 1, 3], 1))
+    slots = time_slots(seconds, voxel, V, bins)
+    moved = [x.to(DEVICE) for x in (seconds, voxel, count)]
+    made = fused_slots(*moved, bins)
+    for name in ("slot", "count"):
+        assert torch.equal(getattr(made, name).cpu(), getattr(slots, name))
+    close([made.place, made.log_count, made.spread], [slots.place, slots.log_count, slots.spread])
+    v = Voxels(torch.arange(V), None, None, count, voxel, None)
+    wanted = voxel_features(channels, point, seconds, v, bins, slots)
+    found = fused_means(channels.to(DEVICE), *moved[1:], made, bins.count)
+    assert found.shape == wanted.shape and (found.cpu() - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 @with_kernels
