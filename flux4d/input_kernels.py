@@ -10,7 +10,7 @@ from torch import Tensor
 from .kernels import kernel
 from .gaussians import Gaussians
 from .splat_kernels import rows_of, sigmoid, softplus
-from .attribute_kernels import ATTRIBUTE_BLOCK, kernels_change, load_three, log1p, store_three
+from .attribute_kernels import ATTRIBUTE_BLOCK, kernels_change, load_three, log1p
 
 try:
     import triton
@@ -20,7 +20,7 @@ except ImportError:  # without a GPU there is none; tensor operations then do th
 
 # %% auto #0
 __all__ = ['SLOPE_BLOCK', 'ADD_BLOCK', 'MEAN_BLOCK', 'rows_kernel', 'fused_rows', 'gaussian_rows', 'far_kernel', 'fused_far',
-           'picture_slope_kernel', 'fused_slopes', 'slot_kernel', 'time_spread_kernel', 'SlotParts', 'fused_slots',
+           'image_slope_kernel', 'fused_slopes', 'slot_kernel', 'time_spread_kernel', 'SlotParts', 'fused_slots',
            'add_kernel', 'mean_kernel', 'fused_means']
 
 # %% ../nbs/20h_input_kernels.ipynb #inpu0009
@@ -149,46 +149,65 @@ def fused_far(
 
 # %% ../nbs/20h_input_kernels.ipynb #inpu0017
 @kernel
-def picture_slope_kernel(
-    rgb_ptr: tl.tensor,  # (P,3) as rendered, P pixels of all views
-    depth_ptr: tl.tensor,  # (P,)
+def image_slope_kernel(
+    image_ptr: tl.tensor,  # (P,CHANNELS) as drawn, P pixels of all views
+    alpha_ptr: tl.tensor,  # (P,)
+    background_ptr: tl.tensor,  # (3,)
     images_ptr: tl.tensor,  # (P,3) the input views
     measured_ptr: tl.tensor,  # (P,) m, 0 = no return
-    of_rgb_ptr: tl.tensor,  # out: (P,3)
-    of_depth_ptr: tl.tensor,  # out: (P,)
+    of_image_ptr: tl.tensor,  # out: (P,CHANNELS)
+    of_alpha_ptr: tl.tensor,  # out: (P,)
     pixels: tl.tensor,  # P
     of_colour: tl.tensor,  # weight of the squared colour error
     of_return: tl.tensor,  # weight of the relative depth error
+    FEATURES: tl.constexpr,  # channels behind the first five whose sum is wanted
+    CHANNELS: tl.constexpr,  # that were drawn
+    WIDTH: tl.constexpr,  # the next power of two
     BLOCK: tl.constexpr,  # pixels of a program
 ) -> None:
-    "Gradient of the error by the pictures."
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    "Gradient of the error by what was drawn, and of the sum of some channels."
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
     here = at < pixels
+    k = tl.arange(0, WIDTH)[None, :]
+    pixel = image_ptr + at * CHANNELS
+    clear = 1.0 - tl.load(alpha_ptr + at, mask=here, other=0.0)
+    out = tl.where((k >= 5) & (k < 5 + FEATURES), 1.0, 0.0) + tl.zeros([BLOCK, 1], tl.float32)
+    of_alpha = tl.zeros([BLOCK, 1], tl.float32)
     for c in tl.static_range(3):
-        off = tl.load(rgb_ptr + at * 3 + c, mask=here) - tl.load(images_ptr + at * 3 + c, mask=here)
-        tl.store(of_rgb_ptr + at * 3 + c, of_colour * off, mask=here)
+        behind = tl.load(background_ptr + c)
+        shown = tl.load(pixel + c, mask=here, other=0.0) + clear * behind
+        d = of_colour * (shown - tl.load(images_ptr + at * 3 + c, mask=here, other=0.0))
+        of_alpha -= d * behind
+        out += tl.where(k == c, d, 0.0)
+    weight = tl.load(pixel + 3, mask=here, other=0.0)
+    divisor = tl.maximum(weight, 1e-10)
+    depth = tl.load(pixel + 4, mask=here, other=0.0) / divisor
     measured = tl.load(measured_ptr + at, mask=here, other=0.0)
-    off = tl.load(depth_ptr + at, mask=here, other=0.0) - measured
-    sign = tl.where(off > 0, 1.0, tl.where(off < 0, -1.0, 0.0))
-    slope = of_return * sign / tl.maximum(measured, 1e-6)
-    tl.store(of_depth_ptr + at, tl.where(measured > 0, slope, 0.0), mask=here)
+    sign = tl.where(depth > measured, 1.0, tl.where(depth < measured, -1.0, 0.0))
+    d = of_return * sign / tl.maximum(measured, 1e-6) / divisor
+    d = tl.where((measured > 0) & (weight > 0), d, 0.0)
+    out += tl.where(k == 3, tl.where(weight >= 1e-10, -d * depth, 0.0), 0.0)
+    out += tl.where(k == 4, d, 0.0)
+    tl.store(of_image_ptr + at * CHANNELS + k, out, mask=here & (k < CHANNELS))
+    tl.store(of_alpha_ptr + at, of_alpha, mask=here)
 
 # %% ../nbs/20h_input_kernels.ipynb #inpu0018
-SLOPE_BLOCK = 512  # pixels of a program
+SLOPE_BLOCK = 128  # pixels of a program
 
 
 def fused_slopes(
-    rgb: Tensor,  # (V,H,W,3) as rendered
-    depth: Tensor,  # (V,H,W) m
+    drawn: tuple[Tensor, Tensor, Tensor],  # image (V,H,W,C), alpha (V,H,W), background (3,), without gradient
     images: Tensor,  # (V,H,W,3) the input views
     measured: Tensor,  # (V,H,W) m, 0 = no return
     weights: tuple[float, float],  # of the squared colour error, of the relative depth error
-) -> tuple[Tensor, Tensor]:  # (V,H,W,3) by colour, (V,H,W) by depth
-    "What `feedback_slopes` gives where its error is robust."
-    read = [x.contiguous() for x in (rgb, depth, images, measured)]
+    features: int,  # channels behind the first five whose sum is wanted
+) -> tuple[Tensor, Tensor]:  # (V,H,W,C) by the image, (V,H,W) by alpha
+    "Gradient of the robust error of some views by what was drawn."
+    read = [x.contiguous() for x in (*drawn, images, measured)]
     out = torch.empty_like(read[0]), torch.empty_like(read[1])
-    blocks = (triton.cdiv(depth.numel(), SLOPE_BLOCK),)
-    picture_slope_kernel[blocks](*read, *out, depth.numel(), *weights, SLOPE_BLOCK)
+    pixels, C = measured.numel(), read[0].shape[-1]
+    how = pixels, *weights, features, C, triton.next_power_of_2(C), SLOPE_BLOCK
+    image_slope_kernel[(triton.cdiv(pixels, SLOPE_BLOCK),)](*read, *out, *how)
     return out
 
 # %% ../nbs/20h_input_kernels.ipynb #inpu0021

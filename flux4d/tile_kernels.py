@@ -408,4 +408,4 @@ def draw_lists(
     more = gsplat_channels(channels) - channels
     features = F.pad(s.features, (0, more)) if more else s.features
     image, alpha = BlendTiles.apply(s.means, s.conics, features, s.opacities, lists)
-    return image[..., :channels], alpha[..., 0]
+    return image[..., :channels] if more else image, alpha.squeeze(-1)

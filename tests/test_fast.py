@@ -511,13 +511,25 @@ def test_the_far_field_is_described_as_by_tensor_operations():
 
 
 @with_kernels
-def test_the_slope_of_an_error_is_that_of_tensor_operations():
-    out, views, _ = pictures((2, 21, 50, 3), device="cpu")
-    views.depth[0, :5] = out.depth[0, :5].detach()  # measured just so
-    cfg = RefineConfig(rgb=0.7, depth=3.0)
-    wanted = feedback_slopes(out, views, cfg)
-    given = [x.detach().to(DEVICE) for x in (out.rgb, out.depth, views.images, views.depth)]
-    close(fused_slopes(*given, (cfg.rgb, cfg.depth)), wanted)
+@pytest.mark.parametrize("channels, features", [(8, 1), (5, 0), (7, 2)])
+def test_the_slope_of_an_error_is_that_of_tensor_operations(channels, features):
+    gen = torch.Generator().manual_seed(13)
+    image, alpha = torch.rand(2, 21, 30, channels, generator=gen), torch.rand(2, 21, 30, generator=gen)
+    image[..., 4] *= 60
+    image[0, :9, :, 3:5] = 0  # nothing of the LiDAR is drawn there
+    image[1, 3, 4, 3:5] = 1e-12
+    views = SimpleNamespace(images=torch.rand(2, 21, 30, 3, generator=gen), depth=60 * torch.rand(2, 21, 30, generator=gen))
+    views.depth[:, ::3] = 0
+    views.depth[0, 9:12] = (image[..., 4] / image[..., 3])[0, 9:12]  # measured just so
+    cfg, background = RefineConfig(rgb=0.7, depth=3.0), torch.tensor([0.1, 0.5, 0.9])
+    inputs = [x.clone().requires_grad_() for x in (image, alpha)]
+    rgb, depth, drawn = render_module.finish_plain(*inputs, background, 2, features)
+    slopes = feedback_slopes(SimpleNamespace(rgb=rgb, depth=depth), views, cfg)
+    wanted = torch.autograd.grad((rgb, depth, drawn), inputs, (*slopes, torch.ones_like(drawn)))
+    given = [x.to(DEVICE) for x in (image, alpha, background, views.images, views.depth)]
+    found = fused_slopes(given[:3], *given[3:], (cfg.rgb, cfg.depth), features)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.shape == b.shape and ((a.cpu() - b).abs() <= 1e-5 * b.abs() + 1e-5).all()
 
 
 @with_kernels
