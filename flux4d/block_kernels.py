@@ -25,7 +25,7 @@ __all__ = ['READY', 'CONV_ROWS', 'Z_BITS', 'CHUNKS', 'NORM_ROWS', 'NORM_COLS', '
            'strided_layers', 'strided_rows', 'network_tables', 'convolve_kernel', 'weight_kernel', 'moments_kernel',
            'norm_kernel', 'norm_slope', 'slopes_kernel', 'norm_back_kernel', 'share_out', 'units', 'channel_block',
            'convolve_rows', 'weight_gradient', 'Normed', 'norm_and_bend', 'norm_and_bend_back', 'BlockRule',
-           'FusedBlock', 'fused_block', 'kernels_convolve']
+           'block_features', 'FusedBlock', 'fused_block', 'kernels_convolve']
 
 # %% ../nbs/20d_block_kernels.ipynb #3096967d
 def network_kernel(
@@ -611,6 +611,17 @@ class BlockRule(NamedTuple):
     precision: str  # of the convolution, 'tf32' or 'float32'
 
 
+def block_features(
+    x: Tensor,  # (V,n_in)
+    weight: Tensor,  # (n_out,K,K,K,n_in)
+    norm: tuple[Tensor, Tensor],  # (n_out,) scale and shift
+    table: LayerTable,  # of the layer
+    rule: BlockRule,  # eps, slope, precision
+) -> Normed:  # (n,n_out)
+    "Three kernels."
+    return norm_and_bend(convolve_rows(x, weight, table.there, rule.precision), *norm, rule.eps, rule.slope)
+
+
 class FusedBlock(torch.autograd.Function):
     "Convolution, norm with the clip's own statistics, LeakyReLU."
 
@@ -624,9 +635,8 @@ class FusedBlock(torch.autograd.Function):
         table: LayerTable,  # of the layer
         rule: BlockRule,  # eps, slope, precision
     ) -> Tensor:  # (n,n_out)
-        "Three kernels."
-        parts = convolve_rows(x, weight, table.there, rule.precision)
-        made = norm_and_bend(parts, scale, shift, rule.eps, rule.slope)
+        "What `block_features` gives, and what its gradient needs."
+        made = block_features(x, weight, (scale, shift), table, rule)
         ctx.save_for_backward(x, weight, scale, shift, made.y, made.stats)
         ctx.table, ctx.rule = table, rule
         return made.out
@@ -658,7 +668,10 @@ def fused_block(
     precision: str,  # 'tf32' or 'float32'
 ) -> Tensor:  # (n,n_out)
     "A block of a network on voxels whose table is known."
-    return FusedBlock.apply(rows_of(x), weight, norm.weight, norm.bias, table, BlockRule(norm.eps, slope, precision))
+    given, rule = (norm.weight, norm.bias), BlockRule(norm.eps, slope, precision)
+    if not torch.is_grad_enabled():
+        return block_features(rows_of(x), weight, given, table, rule).out
+    return FusedBlock.apply(rows_of(x), weight, *given, table, rule)
 
 
 def kernels_convolve(

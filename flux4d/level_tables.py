@@ -213,6 +213,7 @@ def use_kernel(
     places_ptr: tl.tensor,  # (tables,5) int64
     keys_ptr: tl.tensor,  # out: (rows of all tables,) the table, and a bit for each cell of the kernel that is used
     tables: tl.tensor,  # how many
+    WIDE: tl.constexpr,  # whether keys are int64, not int32
     ROWS: tl.constexpr,  # voxels of a program
 ) -> None:
     "Which cells of the kernel a voxel uses."
@@ -223,7 +224,8 @@ def use_kernel(
     for cell in range(27):
         source = tl.load(rows_ptr + base + cell * n + i, mask=i < tl.where(cell < K, n, 0), other=0)
         used += tl.where(source >= 0, tl.where(cell < K, 1, 0), 0).to(tl.int64) << cell
-    tl.store(keys_ptr + start + tl.arange(0, ROWS), (table.to(tl.int64) << 27) + used)
+    key = (table.to(tl.int64) << 27) + used
+    tl.store(keys_ptr + start + tl.arange(0, ROWS), key if WIDE else key.to(tl.int32))
 
 # %% ../nbs/20g_level_tables.ipynb #tabl0027
 @network_kernel
@@ -325,9 +327,9 @@ def all_read_tables(
 ) -> list[ReadTable]:  # as `table_places` lays them
     "Sort the voxels of all tables by the cells of the kernel that they use."
     *places, end = v.places
-    wide = torch.int32 if len(places) <= 16 else torch.int64  # a sort of int32 is faster
-    keys = torch.empty(end.first, dtype=wide, device=rows.device)
-    launch(use_kernel, (programs(end.first), 1, 1), (rows, v.on_device, keys), (len(places),), (TABLE_ROWS,))
+    wide = len(places) > 16  # a sort of int32 is faster
+    keys = torch.empty(end.first, dtype=torch.int64 if wide else torch.int32, device=rows.device)
+    launch(use_kernel, (programs(end.first), 1, 1), (rows, v.on_device, keys), (len(places),), (wide, TABLE_ROWS))
     indices = keys.sort(stable=True).indices
     order, cells = rows.new_empty(end.first), rows.new_empty(end.cells)
     given = rows, v.on_device, indices, order, cells

@@ -263,10 +263,10 @@ def forward(
     some = gaussian_rows(g, index.inside)
     features = self.encode(some, index, None if extra is None else extra[index.inside])
     residual = decode_residual(self.attributes(features).to(dG.dtype), some, index.to_world, self.cfg.bounds)
-    dG = dG.index_copy(0, index.inside, residual)
+    dG.index_copy_(0, index.inside, residual)
     if self.motion:
         raw = self.motion(features).to(dG.dtype)
         dead_zone = not self.training
         found = decode_velocity(raw, index.prior, index.seconds, index.to_world, self.cfg.decoding, dead_zone)
-        velocity = velocity.index_copy(0, index.inside, found)
+        velocity.index_copy_(0, index.inside, found)
     return dG, velocity

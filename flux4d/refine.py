@@ -257,7 +257,7 @@ class Refiner(nn.Module):
         far = gaussian_rows(g, index.background)
         x = far_channels(far, index, extra)
         of_far = decode_residual(self.far(x).to(residual.dtype), far, index.to_world, self.cfg.bounds)
-        return residual.index_copy(0, index.background, of_far)
+        return residual.index_copy_(0, index.background, of_far)
 
 # %% ../nbs/50_refine.ipynb #e76323c4
 def far_features(
