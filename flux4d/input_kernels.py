@@ -10,7 +10,7 @@ from torch import Tensor
 from .kernels import kernel
 from .gaussians import Gaussians
 from .splat_kernels import rows_of, sigmoid, softplus
-from .attribute_kernels import ATTRIBUTE_BLOCK, kernels_change, load_three, log1p
+from .attribute_kernels import ATTRIBUTE_BLOCK, fused_point, kernels_change, load_three, log1p
 
 try:
     import triton
@@ -19,9 +19,9 @@ except ImportError:  # without a GPU there is none; tensor operations then do th
     triton = None
 
 # %% auto #0
-__all__ = ['SLOPE_BLOCK', 'ADD_BLOCK', 'MEAN_BLOCK', 'rows_kernel', 'fused_rows', 'gaussian_rows', 'far_kernel', 'fused_far',
-           'image_slope_kernel', 'fused_slopes', 'slot_kernel', 'time_spread_kernel', 'SlotParts', 'fused_slots',
-           'add_kernel', 'mean_kernel', 'fused_means']
+__all__ = ['SLOPE_BLOCK', 'COPY_BLOCK', 'ADD_BLOCK', 'MEAN_BLOCK', 'rows_kernel', 'fused_rows', 'gaussian_rows', 'far_kernel',
+           'fused_far', 'image_slope_kernel', 'fused_slopes', 'slot_kernel', 'time_spread_kernel', 'SlotParts',
+           'fused_slots', 'copy_kernel', 'fused_channels', 'add_kernel', 'mean_kernel', 'fused_means']
 
 # %% ../nbs/20h_input_kernels.ipynb #inpu0009
 @kernel
@@ -289,14 +289,59 @@ def fused_slots(
 
 # %% ../nbs/20h_input_kernels.ipynb #inpu0026
 @kernel
+def copy_kernel(
+    motion_ptr: tl.tensor,  # (n,F)
+    extra_ptr: tl.tensor,  # (n,E); not read where E is 0
+    out_ptr: tl.tensor,  # out: (n,F+E), with a stride of its own
+    n: tl.tensor,  # points
+    stride: tl.tensor,  # numbers from a row to the next
+    F: tl.constexpr,  # channels of motion
+    E: tl.constexpr,  # further channels
+    WIDTH: tl.constexpr,  # the next power of two of both together
+    BLOCK: tl.constexpr,  # points of a program
+) -> None:
+    "Copy two tables side by side."
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    c = tl.arange(0, WIDTH)[None, :]
+    here = i < n
+    x = tl.load(motion_ptr + i * F + c, mask=here & (c < F), other=0.0)
+    x += tl.load(extra_ptr + i * E + c - F, mask=here & (c >= F) & (c < F + E), other=0.0)
+    tl.store(out_ptr + i * stride + c, x, mask=here & (c < F + E))
+
+# %% ../nbs/20h_input_kernels.ipynb #inpu0027
+COPY_BLOCK = 32  # points of a program
+
+
+def fused_channels(
+    g: Gaussians,  # n Gaussians in the grid, world, without gradient
+    place: tuple[Tensor, Tensor, Tensor, Tensor],  # seconds, cells, world-to-ego0, grid, as `fused_point` has them
+    motion: Tensor,  # (n,F) float32 channels of motion
+    extra: Tensor | None,  # (n,E) float32 further channels
+    room: int,  # columns that are left empty behind
+) -> tuple[Tensor, int]:  # (n,C+9+room): C = 14+F+E channels, nine of orientation, room; C
+    "A point's own channels, motion, further ones; orientation; room for the network's features."
+    n, F = motion.shape
+    E = 0 if extra is None else extra.shape[1]
+    C = 14 + F + E
+    table = motion.new_empty(n, C + 9 + room)
+    fused_point(g, *place, (table[:, :14], table[:, C : C + 9]))
+    if n and F + E:
+        both = motion.contiguous(), motion if extra is None else extra.contiguous()
+        how = n, table.stride(0), F, E, triton.next_power_of_2(F + E), COPY_BLOCK
+        copy_kernel[(triton.cdiv(n, COPY_BLOCK),)](*both, table[:, 14:], *how)
+    return table, C
+
+# %% ../nbs/20h_input_kernels.ipynb #inpu0030
+@kernel
 def add_kernel(
-    channels_ptr: tl.tensor,  # (n,C) of points; colour in columns 7 to 9, offset in 11 to 13
+    channels_ptr: tl.tensor,  # (n,C) of points, with a stride; colour in columns 7 to 9, offset in 11 to 13
     place_ptr: tl.tensor,  # (n,) time within the bin
     voxel_ptr: tl.tensor,  # (n,) int64 voxel of each point
     slot_ptr: tl.tensor,  # (n,) int64 time bin of each point
     sums_ptr: tl.tensor,  # in and out, begun with zeros: (voxels,C)
     bins_ptr: tl.tensor,  # in and out, begun with zeros: (voxels*bins,7)
     n: tl.tensor,  # points
+    stride: tl.tensor,  # numbers from a row of channels to the next
     C: tl.constexpr,  # channels
     WIDTH: tl.constexpr,  # the next power of two
     BLOCK: tl.constexpr,  # points of a program
@@ -307,16 +352,17 @@ def add_kernel(
     voxel = tl.load(voxel_ptr + i, mask=here, other=0)
     c = tl.arange(0, WIDTH)[None, :]
     both = here[:, None] & (c < C)
-    x = tl.load(channels_ptr + i[:, None] * C + c, mask=both, other=0.0)
+    x = tl.load(channels_ptr + i[:, None] * stride + c, mask=both, other=0.0)
     tl.atomic_add(sums_ptr + voxel[:, None] * C + c, x, mask=both, sem="relaxed")
     slot = tl.load(slot_ptr + i, mask=here, other=0)
     k = tl.arange(0, 8)[None, :]
     from_channels = here[:, None] & (k < 6)
-    y = tl.load(channels_ptr + i[:, None] * C + tl.where(k < 3, 7 + k, 8 + k), mask=from_channels, other=0.0)
+    column = tl.where(k < 3, 7 + k, 8 + k)
+    y = tl.load(channels_ptr + i[:, None] * stride + column, mask=from_channels, other=0.0)
     y += tl.load(place_ptr + i[:, None] + 0 * k, mask=here[:, None] & (k == 6), other=0.0)
     tl.atomic_add(bins_ptr + slot[:, None] * 7 + k, y, mask=here[:, None] & (k < 7), sem="relaxed")
 
-# %% ../nbs/20h_input_kernels.ipynb #inpu0027
+# %% ../nbs/20h_input_kernels.ipynb #inpu0031
 @kernel
 def mean_kernel(
     sums_ptr: tl.tensor,  # (voxels,C) from `add_kernel`
@@ -349,7 +395,7 @@ def mean_kernel(
     columns = C + 2 + 8 * BINS
     tl.store(out_ptr + v * columns + c, out, mask=there & (c < columns))
 
-# %% ../nbs/20h_input_kernels.ipynb #inpu0028
+# %% ../nbs/20h_input_kernels.ipynb #inpu0032
 ADD_BLOCK, MEAN_BLOCK = 32, 16  # points and voxels of a program
 
 
@@ -363,8 +409,10 @@ def fused_means(
     "What `voxel_features` gives."
     (n, C), V = channels.shape, len(points)
     sums, binned = channels.new_zeros(V * (C + 7 * bins)).split([V * C, 7 * V * bins])
-    read = channels.contiguous(), slots.place, voxel, slots.slot, sums, binned
-    add_kernel[(triton.cdiv(n, ADD_BLOCK),)](*read, n, C, triton.next_power_of_2(C), ADD_BLOCK)
+    channels = rows_of(channels)
+    how = n, channels.stride(0), C, triton.next_power_of_2(C), ADD_BLOCK
+    read = channels, slots.place, voxel, slots.slot, sums, binned
+    add_kernel[(triton.cdiv(n, ADD_BLOCK),)](*read, *how)
     columns = C + 2 + 8 * bins
     out = channels.new_empty(V, columns)
     given = sums, binned, points, slots.count, slots.spread, out, V, C, bins, triton.next_power_of_2(columns)

@@ -15,8 +15,9 @@ from .voxels import VoxelConfig, Voxels
 from .unet import constants, count_rows, grid_position, pool_mean
 
 # %% auto #0
-__all__ = ['N_POINT', 'N_BIN', 'PointFeatures', 'point_features', 'orientation', 'describe_points', 'TimeBins', 'TimeInBin',
-           'time_in_bin', 'TimeSlots', 'time_slots', 'binned_features', 'voxel_features', 'voxel_feature_count']
+__all__ = ['N_POINT', 'N_BIN', 'PointFeatures', 'point_features', 'orientation', 'grid_numbers', 'describe_points', 'TimeBins',
+           'TimeInBin', 'time_in_bin', 'TimeSlots', 'time_slots', 'binned_features', 'voxel_features',
+           'voxel_feature_count']
 
 # %% ../nbs/30b_network_inputs.ipynb #d030d7a3
 class PointFeatures(NamedTuple):
@@ -61,6 +62,14 @@ def orientation(
     return (to_ego[:3, :3].to(quats.dtype) @ quat_to_mat(quats)).reshape(-1, 9).float()
 
 # %% ../nbs/30b_network_inputs.ipynb #831b7bcf
+def grid_numbers(
+    voxel: VoxelConfig,  # the grid
+    like: Tensor,  # whose type and device they get
+) -> Tensor:  # (7,) lower corner, cells along each axis, edge of a voxel
+    "The grid as kernels read it."
+    return constants((*voxel.low, *voxel.shape, voxel.size), like)
+
+
 def describe_points(
     g: Gaussians,  # M Gaussians in the grid, world
     seconds: Tensor,  # (M,) since the clip's start
@@ -70,8 +79,7 @@ def describe_points(
 ) -> tuple[PointFeatures, Tensor]:  # of the M Gaussians; (M,9) float32, rotation matrix in ego0
     "A point's own features and its orientation."
     if kernels_change(g.means, g.quats, g.log_scales, g.opacity_logits, g.colour_logits):
-        grid = constants((*voxel.low, *voxel.shape, voxel.size), to_ego)
-        channels, turn = fused_point(g, seconds, cell, to_ego, grid)
+        channels, turn = fused_point(g, seconds, cell, to_ego, grid_numbers(voxel, to_ego))
         return PointFeatures(*channels.split([3, 3, 1, 3, 1, 3], 1)), turn
     points = transform_points(to_ego, g.means.double())
     return point_features(g, points, seconds, cell, voxel), orientation(g.quats, to_ego)

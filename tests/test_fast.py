@@ -22,8 +22,8 @@ from flux4d.losses_fused import can_fuse, fused_image_terms
 from flux4d.kernels import kernels_work
 from flux4d.tile_kernels import TILE_SIDE, Splats2D, TileLists, blend_plain, pixel_strengths, tile_gradients
 from flux4d.tile_lists import list_splats
-from flux4d.input_kernels import fused_far, fused_means, fused_rows, fused_slopes, fused_slots
-from flux4d.network_inputs import PointFeatures, TimeBins, describe_points, time_slots, voxel_features
+from flux4d.input_kernels import fused_channels, fused_far, fused_means, fused_rows, fused_slopes, fused_slots
+from flux4d.network_inputs import PointFeatures, TimeBins, describe_points, grid_numbers, time_slots, voxel_features
 from flux4d.raster import Ellipsoids
 from flux4d.refine import Feedback, RefineConfig, far_channels, feedback_features, feedback_slopes
 from flux4d.render import Cameras, RenderConfig, render
@@ -562,11 +562,38 @@ def test_voxels_are_mixed_as_by_tensor_operations(channels):
     w = torch.rand(70, 8, generator=gen) * (torch.rand(70, 8, generator=gen) < 0.6)
     weights = torch.randn(70, channels, generator=gen)
     found = []
-    for mix, device in ((fused_mix, DEVICE), (mix_voxels, "cpu")):
+    for mix, device in ((fused_mix, DEVICE), (fused_mix_behind, DEVICE), (mix_voxels, "cpu")):
         x = features.to(device).requires_grad_()
         y = mix(x, row.to(device), w.to(device))
         found.append((y.detach(), torch.autograd.grad((y * weights.to(device)).sum(), x)[0]))
-    close(*found)
+    for one in found[:2]:
+        close(one, found[2])
+
+
+def fused_mix_behind(features, row, w):
+    "Mixed into the last columns of a table."
+    table = torch.full((len(row), 3 + features.shape[1]), 7.0, device=features.device)
+    mixed = fused_mix(features, row, w, table, 3)
+    assert mixed.data_ptr() == table.data_ptr() and (mixed[:, :3] == 7).all()
+    return mixed[:, 3:]
+
+
+@with_kernels
+@pytest.mark.parametrize("extra", [0, 4])
+def test_a_table_of_channels_is_their_tables_side_by_side(extra):
+    g, *_ = gaussians(device="cpu")
+    g = g.map(torch.Tensor.detach)
+    gen = torch.Generator().manual_seed(14)
+    seconds, voxel, motion = torch.rand(300, generator=gen), VoxelConfig(), torch.randn(300, 5, generator=gen)
+    cells = torch.randint(0, 100, (300, 3), generator=gen)
+    more = torch.randn(300, extra, generator=gen) if extra else None
+    point, turn = describe_points(g, seconds, cells, turn_and_move(), voxel)
+    wanted = [*point, motion, *([more] if extra else []), turn]
+    place = [x.to(DEVICE) for x in (seconds, cells, turn_and_move(), grid_numbers(voxel, turn_and_move()))]
+    given = motion.to(DEVICE), more if more is None else more.to(DEVICE)
+    table, own = fused_channels(g.to(DEVICE), place, *given, 6)
+    assert own == 19 + extra and table.shape == (300, own + 9 + 6)
+    close(table[:, :-6].split([x.shape[1] for x in wanted], 1), wanted)
 
 
 def test_a_convolution_on_known_voxels_gives_spconv_what_its_layers_do(monkeypatch):
