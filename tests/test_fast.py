@@ -5,27 +5,31 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
 import torch
-from flux4d import block_kernels, kernels, level_tables, losses_fused, render as render_module, splat_kernels
-from flux4d import tile_kernels, unet
+from flux4d import attribute_kernels, block_kernels, kernels, level_tables, losses_fused, splat_kernels
+from flux4d import render as render_module, tile_kernels, unet
 from flux4d.background import photometric_cost
 from flux4d.attribute_kernels import fused_feedback, fused_mix, fused_point, fused_residual, fused_sum
 from flux4d.decode import AttributeBounds, decode_residual
 from flux4d.frames import quat_to_mat, se3_inverse
 from flux4d.gap_filling import Blocks
-from flux4d.gaussians import Gaussians
+from flux4d.gaussians import BACKGROUND, LIDAR, Gaussians
 from flux4d.losses import LossConfig, image_terms
 from flux4d.losses_fused import can_fuse, fused_image_terms
 from flux4d.kernels import kernels_work
 from flux4d.tile_kernels import TILE_SIDE, Splats2D, TileLists, blend_plain, pixel_strengths, tile_gradients
 from flux4d.tile_lists import list_splats
 from flux4d.input_kernels import fused_channels, fused_far, fused_means, fused_rows, fused_slopes, fused_slots
+from flux4d.motion_inputs import street_gaussians
 from flux4d.network_inputs import PointFeatures, TimeBins, describe_points, grid_numbers, time_slots, voxel_features
 from flux4d.raster import Ellipsoids
-from flux4d.refine import Feedback, RefineConfig, far_channels, feedback_features, feedback_slopes
+from flux4d.occupancy import MotionPriorConfig
+from flux4d.predictor import BasePredictor, PredictorConfig
+from flux4d.refine import Feedback, RefineConfig, Refiner, far_channels, feedback_features, feedback_slopes
 from flux4d.render import Cameras, RenderConfig, render
 from flux4d.search_kernels import CostCameras, RefineRule, fused_costs, fused_refine
 from flux4d.sparse_convolution import convolve_pairs
@@ -518,7 +522,8 @@ def test_the_slope_of_an_error_is_that_of_tensor_operations(channels, features):
     image[..., 4] *= 60
     image[0, :9, :, 3:5] = 0  # nothing of the LiDAR is drawn there
     image[1, 3, 4, 3:5] = 1e-12
-    views = SimpleNamespace(images=torch.rand(2, 21, 30, 3, generator=gen), depth=60 * torch.rand(2, 21, 30, generator=gen))
+    photos, returns = torch.rand(2, 21, 30, 3, generator=gen), 60 * torch.rand(2, 21, 30, generator=gen)
+    views = SimpleNamespace(images=photos, depth=returns)
     views.depth[:, ::3] = 0
     views.depth[0, 9:12] = (image[..., 4] / image[..., 3])[0, 9:12]  # measured just so
     cfg, background = RefineConfig(rgb=0.7, depth=3.0), torch.tensor([0.1, 0.5, 0.9])
@@ -594,6 +599,41 @@ def test_a_table_of_channels_is_their_tables_side_by_side(extra):
     table, own = fused_channels(g.to(DEVICE), place, *given, 6)
     assert own == 19 + extra and table.shape == (300, own + 9 + 6)
     close(table[:, :-6].split([x.shape[1] for x in wanted], 1), wanted)
+
+
+@with_kernels
+def test_networks_with_kernels_are_those_without(monkeypatch):
+    "Base and refiner on a small street, with gradients."
+    gen = torch.Generator().manual_seed(15)
+    g = street_gaussians(n_ground=20, n_box=8).gaussians
+    g = replace(g, kind=torch.where(torch.arange(len(g)) % 9 == 0, BACKGROUND, LIDAR))
+    unet_cfg = UNetConfig(widths=(16, 16), blocks=1, precision="float32")
+    bare = MotionPriorConfig(reach=0)
+    cfg = PredictorConfig(unet=unet_cfg, hidden=8, motion_prior=bare, fine_prior=bare, degree=1)
+    grid = VoxelConfig(0.5, (-4.0, -20.0, -3.0), (36.0, 20.0, 3.0))
+    torch.manual_seed(0)
+    base, refiner = BasePredictor(cfg, grid), Refiner(cfg, grid)
+    for head in (base.attributes, base.motion, refiner.net.attributes, refiner.far):
+        torch.nn.init.normal_(head[-1].weight, std=0.1)
+    extra = torch.randn(len(g), 15, generator=gen)
+    weight = torch.randn(len(g), 14, generator=gen)
+    found = []
+    for device, fused in (("cpu", False), (DEVICE, True)):
+        if INTERPRETED:
+            for module in (attribute_kernels, block_kernels, level_tables):
+                monkeypatch.setattr(module, "kernels_work", lambda device: fused)
+        elif fused:
+            assert kernels_work(torch.device(device))
+        there, nets = g.to(device), [net.to(device) for net in (base, refiner)]
+        index = nets[0].grid_index(there, torch.eye(4), 1.2, None)
+        results = *nets[0](there, index), nets[1](there, index, extra.to(device))
+        with torch.no_grad():
+            close(nets[1](there, index, extra.to(device)).split(14, 1), results[2].split(14, 1))
+        totals = [(results[k] * weight.to(device)).sum() for k in (0, 2)]
+        grads = [torch.autograd.grad(t, list(n.unet.parameters())) for t, n in zip(totals, (nets[0], nets[1].net))]
+        found.append([x.detach().cpu() for x in (*results, *grads[0], *grads[1])])
+    for a, b in zip(*found, strict=True):
+        assert a.shape == b.shape and (a - b).norm() <= 1e-3 * a.norm() + 1e-6
 
 
 def test_a_convolution_on_known_voxels_gives_spconv_what_its_layers_do(monkeypatch):
