@@ -18,7 +18,7 @@ except ImportError:  # without a GPU there is none; tensor operations then do th
 
 # %% auto #0
 __all__ = ['square_sums', 'cut_kernel', 'fused_cut', 'raster_kernel', 'columns_kernel', 'RasterShape', 'fused_raster',
-           'ColumnReturns', 'column_returns', 'solve_three', 'lowest_rows', 'ground_kernel', 'fused_ground', 'cheapest',
+           'ColumnReturns', 'column_returns', 'solve_three', 'lowest_rows', 'road_kernel', 'fused_ground', 'cheapest',
            'corner_pair', 'corner_edge', 'four', 'colour_difference', 'corner_depth', 'ground_depth', 'store_ray',
            'block_kernel', 'BlockImages', 'BlockReturns', 'GapRule', 'fused_blocks', 'gaussian_kernel', 'PlacedBlocks',
            'BlockCameras', 'block_gaussians', 'layers_kernel', 'fused_layers']
@@ -271,7 +271,7 @@ def lowest_rows(
 
 # %% ../nbs/10b_gap_kernels.ipynb #10bc0034
 @kernel
-def ground_kernel(
+def road_kernel(
     key_ptr: tl.tensor,  # (V,rows,columns) int64 keys
     low_ptr: tl.tensor,  # (V,columns) int32
     seen_ptr: tl.tensor,  # (R,2) float32 px of the returns
@@ -344,7 +344,7 @@ def fused_ground(
     V, rows, width = key.shape
     plane, border = torch.empty(V, 3, device=key.device), torch.empty(V, width, device=key.device)
     sizes = rows, width, raster.border[0], deep, rounds, columns // 2, triton.next_power_of_2(width), 4
-    ground_kernel[(V,)](key, low, uv, raster.px, plane, border, *sizes, num_warps=16)
+    road_kernel[(V,)](key, low, uv, raster.px, plane, border, *sizes, num_warps=16)
     return plane, border
 
 # %% ../nbs/10b_gap_kernels.ipynb #10bc0041

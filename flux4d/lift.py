@@ -23,7 +23,7 @@ from .files import DataError
 from .clips import Clip
 from .clip_data import ClipData, clip_data, project_returns
 from .kernels import kernels_work
-from .return_kernels import PlaceDirections, ReturnImages, StoredGaussians, fused_nearest, fused_neighbours
+from .return_kernels import PlaceDirections, ReturnImages, StoredGaussians, fused_nearest, fused_return_neighbours
 from .return_kernels import fused_returns
 from .visibility import project_sweep
 from .settings import OpenShare, Some
@@ -302,7 +302,7 @@ def neighbours_by_kernels(
         queries = queries_of(data, f, n, clip)
         wanted = PlaceDirections(*(torch.cat([getattr(q, name) for q in queries]) for name in PlaceDirections._fields))
         row = torch.arange(len(wanted.x), device=x.device).view(len(queries), -1)
-    return fused_neighbours(returns, wanted, row, f, len(x), WINDOWS, k)
+    return fused_return_neighbours(returns, wanted, row, f, len(x), WINDOWS, k)
 
 
 def knn_distance(

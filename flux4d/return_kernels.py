@@ -19,9 +19,9 @@ except ImportError:  # without a GPU there is none; tensor operations then do th
 # %% auto #0
 __all__ = ['EMPTY_KEY', 'keep_nearest', 'nearest_kernel', 'empty_keys', 'fused_nearest', 'in_image', 'coarse_cell',
            'project_kernel', 'near_depth', 'quadrants_depth', 'visible_kernel', 'SeenReturns', 'Occlusion',
-           'fused_projection', 'direction_cell', 'direction_kernel', 'neighbour_keys', 'neighbour_kernel',
-           'PlaceDirections', 'direction_keys', 'fused_neighbours', 'stored_scale', 'stored_share', 'return_kernel',
-           'StoredGaussians', 'room_for', 'ReturnImages', 'fused_returns']
+           'fused_projection', 'direction_cell', 'direction_kernel', 'neighbour_keys', 'return_neighbour_kernel',
+           'PlaceDirections', 'direction_keys', 'fused_return_neighbours', 'stored_scale', 'stored_share',
+           'return_kernel', 'StoredGaussians', 'room_for', 'ReturnImages', 'fused_returns']
 
 # %% ../nbs/04c_return_kernels.ipynb #c04c0011
 EMPTY_KEY = 2**63 - 1  # of a cell without a return; its lower half is -1
@@ -355,7 +355,7 @@ def neighbour_keys(
 
 # %% ../nbs/04c_return_kernels.ipynb #c04c0033
 @kernel
-def neighbour_kernel(
+def return_neighbour_kernel(
     key_ptr: tl.tensor,  # (F,rows,columns) int64 keys
     x_ptr: tl.tensor,  # (F N,3) float32 returns, m
     row_ptr: tl.tensor,  # (OTHERS,P) int64, where each place stands below, for each sweep that is asked
@@ -430,7 +430,7 @@ def direction_keys(
     return key
 
 
-def fused_neighbours(
+def fused_return_neighbours(
     returns: PlaceDirections,  # (F N) of all sweeps, NaN where there is none
     wanted: PlaceDirections,  # (M) places whose neighbours are wanted
     row: Tensor,  # (S,P) int64, each place among them, from its own sweep's cameras, then from the next one's
@@ -450,7 +450,7 @@ def fused_neighbours(
             held_cell, shape = cell, (math.ceil(90 / cell) + 2 * border, round(360 / cell))
             key = direction_keys(returns, sweeps, shape, border, cell)
         how = n, sweeps, *shape, border, cell, reach, reach * math.radians(cell), k, others, 64
-        neighbour_kernel[(n,)](key, returns.x, row, *wanted, sweep, best, unsure, *how, num_warps=1)
+        return_neighbour_kernel[(n,)](key, returns.x, row, *wanted, sweep, best, unsure, *how, num_warps=1)
     return best
 
 # %% ../nbs/04c_return_kernels.ipynb #c04c0041
