@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from annotated_types import MinLen
 from pydantic import PositiveInt
 from .attribute_kernels import fused_mix, kernels_change
-from .block_kernels import fused_block, kernels_convolve, network_tables
+from .block_kernels import fused_block, kernels_convolve
+from .level_tables import level_tables
 from .settings import Share
 from .sparse_convolution import plain_spconv
 from .kernels import kernels_work
@@ -486,7 +487,7 @@ def levels_fused(
 ) -> Tensor:  # (V,n_out) of the same voxels
     "What `levels` does, block by block in the kernels of `block_kernels`."
     if (f"level{len(self.enc) - 1}", "same") not in known:  # a network of fewer levels leaves tables of fewer
-        known.update(network_tables(coords, shape, len(self.enc), torch.is_grad_enabled()))
+        known.update(level_tables(coords, shape, len(self.enc), torch.is_grad_enabled()))
     return self.levels_again(x, known | dict(precision=pick_precision(self.cfg.precision, x.device)))
 
 # %% ../nbs/30_unet.ipynb #329c0246
@@ -502,7 +503,8 @@ def forward(
     shape = self.padded_shape(shape)
     precision = pick_precision(self.cfg.precision, device)
     fused = Kernels.fused and self.cfg.norm == "clip" and kernels_convolve(v.features)
-    known = {} if tables is None else tables.setdefault((torch.is_grad_enabled(), *shape, fused), {})
+    of_grid = () if fused else shape  # the fused blocks' tables do not depend on the grid's padding
+    known = {} if tables is None else tables.setdefault((torch.is_grad_enabled(), *of_grid, fused), {})
     with torch.autocast(device.type, enabled=False):
         features = self.stem(v.features.float())
         if fused:
