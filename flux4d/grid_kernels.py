@@ -19,12 +19,12 @@ except ImportError:  # without a GPU there is none; tensor operations then do th
     triton = None
 
 # %% auto #0
-__all__ = ['grid_doubles', 'place_kernel', 'fused_place', 'corner_kernel', 'fused_corners', 'CellTables', 'cell_tables',
+__all__ = ['place_numbers', 'place_kernel', 'fused_place', 'neighbour_kernel', 'fused_neighbours', 'CellTables', 'cell_tables',
            'cell_row', 'sums_kernel', 'products_kernel', 'slopes_of_points_kernel', 'fused_local_velocity']
 
 # %% ../nbs/13i_grid_kernels.ipynb #13i00008
 @lru_cache
-def grid_doubles(
+def place_numbers(
     cfg: VoxelConfig,  # the grid
     device: torch.device,  # where they are wanted
 ) -> Tensor:  # (7,) float64 low, m; size, m; shape
@@ -36,7 +36,7 @@ def grid_doubles(
 def place_kernel(
     points_ptr: tl.tensor,  # (N,3) world, m
     pose_ptr: tl.tensor,  # (4,4) float64 ego0-to-world
-    grid_ptr: tl.tensor,  # (7,) float64, from `grid_doubles`
+    grid_ptr: tl.tensor,  # (7,) float64, from `place_numbers`
     out_ptr: tl.tensor,  # out: (N,3) float64 ego0, m
     inside_ptr: tl.tensor,  # out: (N,) uint8
     n: tl.tensor,  # N
@@ -67,14 +67,14 @@ def fused_place(
     n = len(points)
     out = torch.empty(n, 3, dtype=torch.float64, device=points.device)
     inside = torch.empty(n, dtype=torch.bool, device=points.device)
-    given = points.contiguous(), to_world.contiguous(), grid_doubles(cfg, points.device)
+    given = points.contiguous(), to_world.contiguous(), place_numbers(cfg, points.device)
     if n:
         place_kernel[(triton.cdiv(n, 512),)](*given, out, inside.view(torch.uint8), n, 512)
     return out, inside
 
 # %% ../nbs/13i_grid_kernels.ipynb #13i00013
 @kernel
-def corner_kernel(
+def neighbour_kernel(
     keys_ptr: tl.tensor,  # (V,) int64, ascending
     points_ptr: tl.tensor,  # (N,3) float32 ego0, m
     row_ptr: tl.tensor,  # out: (N,8) int64
@@ -120,7 +120,7 @@ def corner_kernel(
     tl.store(weight_ptr + i * 8 + corner, tl.div_rn(weight, total + 0.0 * weight), mask=here & (corner < 8))
 
 # %% ../nbs/13i_grid_kernels.ipynb #13i00014
-def fused_corners(
+def fused_neighbours(
     keys: Tensor,  # (V,) int64, ascending
     points: Tensor,  # (N,3) ego0, m
     cfg: VoxelConfig,  # read: low, size, shape
@@ -131,7 +131,7 @@ def fused_corners(
     weight = torch.empty(n, 8, device=points.device)
     numbers = n, V, V.bit_length(), *cfg.low, cfg.size, *cfg.shape
     if n:
-        corner_kernel[(triton.cdiv(n, 64),)](keys, points.contiguous(), row, weight, *numbers, 64)
+        neighbour_kernel[(triton.cdiv(n, 64),)](keys, points.contiguous(), row, weight, *numbers, 64)
     return row, weight
 
 # %% ../nbs/13i_grid_kernels.ipynb #13i00017

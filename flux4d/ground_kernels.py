@@ -16,7 +16,7 @@ except ImportError:  # without a GPU there is none; tensor operations then do th
     triton = None
 
 # %% auto #0
-__all__ = ['key_kernel', 'low_kernel', 'height_kernel', 'fused_heights']
+__all__ = ['key_kernel', 'ground_kernel', 'height_kernel', 'fused_heights']
 
 # %% ../nbs/13j_ground_kernels.ipynb #13j00008
 @kernel
@@ -44,7 +44,7 @@ def key_kernel(
 
 # %% ../nbs/13j_ground_kernels.ipynb #13j00011
 @kernel
-def low_kernel(
+def ground_kernel(
     key_ptr: tl.tensor,  # (M,) int64, sorted
     count_ptr: tl.tensor,  # (cells,) int32
     last_ptr: tl.tensor,  # (cells,) int64 running sum of the counts
@@ -115,7 +115,7 @@ def fused_heights(
     key_kernel[(triton.cdiv(M, 512),)](points, key, count, M, cell, *low, columns, 512)
     ground = points.new_empty(cells)
     given = key.sort().values, count, count.cumsum(0)
-    low_kernel[(triton.cdiv(cells, 256),)](*given, ground, M, cells, share, least, 256)
+    ground_kernel[(triton.cdiv(cells, 256),)](*given, ground, M, cells, share, least, 256)
     heights = points.new_empty(M), points.new_empty(len(query))
     for p, height in zip((points, query), heights):
         if len(p):

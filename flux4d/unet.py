@@ -24,7 +24,7 @@ from .settings import Share
 from .sparse_convolution import plain_spconv
 from .kernels import kernels_work
 from .voxels import VoxelConfig, Voxels
-from .grid_kernels import fused_corners
+from .grid_kernels import fused_neighbours
 
 try:
     with warnings.catch_warnings():
@@ -140,7 +140,7 @@ def neighbours(
 ) -> tuple[Tensor, Tensor]:  # (N,8) int64 rows of `keys`; (N,8) weights, 0 for an absent voxel, else with sum 1
     "Which voxels to mix for each point."
     if kernels_work(points.device) and points.dtype == torch.float32 and len(keys):
-        return fused_corners(keys, points, cfg)
+        return fused_neighbours(keys, points, cfg)
     cell, w = trilinear_corners(points, cfg)
     key = cell_key(cell, cfg)
     row = torch.searchsorted(keys, key).clamp_max(len(keys) - 1)

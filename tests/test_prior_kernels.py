@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flux4d import grid_kernels, motion_inputs, motion_prior, predictor, unet
 from flux4d.clip_data import Returns
 from flux4d.frames import se3_inverse, transform_points
-from flux4d.grid_kernels import cell_tables, fused_local_velocity, fused_corners, fused_place
+from flux4d.grid_kernels import cell_tables, fused_local_velocity, fused_neighbours, fused_place
 from flux4d.ground_kernels import fused_heights
 from flux4d.matching import Consensus, Displacement, best_displacement, consensus, match_scores
 from flux4d.matching_kernels import fused_matches
@@ -204,7 +204,7 @@ def test_neighbours_are_those_of_tensor_operations():
     points = torch.rand(90, 3, generator=gen) * torch.tensor([3.0, 3, 1]) + torch.tensor([-10.0, -50, -6])
     for some in (points[:60], points[:1]):
         keys = voxelise(some, some[:, :0], VoxelConfig()).keys
-        row, weight = fused_corners(there(keys), there(points), VoxelConfig())
+        row, weight = fused_neighbours(there(keys), there(points), VoxelConfig())
         wanted = neighbours(keys, points, VoxelConfig())
         assert far(row, wanted[0]) == 0 and far(weight, wanted[1]) < 1e-6
     assert (wanted[1] > 0).any()
