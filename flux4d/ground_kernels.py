@@ -4,7 +4,6 @@
 
 # %% ../nbs/13j_ground_kernels.ipynb #13j00005
 from __future__ import annotations
-from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor

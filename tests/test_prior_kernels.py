@@ -238,10 +238,9 @@ class Count(TorchDispatchMode):
 
 @on_gpu
 def test_a_grid_index_by_kernels_is_one_by_tensor_operations(monkeypatch):
-    g, _, _ = street_gaussians(n_ground=9000, n_box=2500)
+    g, _, _ = street_gaussians(velocity=torch.tensor([6.0, 1.5, 0]), n_ground=9000, n_box=2500)
     g = g.to("cuda")
-    frame = (g.frame // 2).cuda()
-    returns = Returns(g.means.double(), g.t.clone(), frame)
+    returns = Returns(g.means.double(), g.t.clone(), g.frame)
     given = g, torch.eye(4, dtype=torch.float64), 1.0, VoxelConfig(), PredictorConfig().motion_inputs, returns
     make_grid_index(*given)
     with Count() as count:
