@@ -16,7 +16,9 @@ from .frames import se3_inverse, transform_points
 from .settings import OpenShare
 from .gaussians import BACKGROUND, LIDAR, Gaussians
 from .clip_data import Returns
+from .kernels import kernels_work
 from .voxels import VoxelConfig, Voxels
+from .grid_kernels import fused_place
 from .occupancy import MotionPriorConfig, SweepPoints
 from .motion_prior import FINE_PRIOR, MotionPrior
 from .attribute_kernels import fused_mix, kernels_change
@@ -29,7 +31,8 @@ from .decode import AttributeBounds, MotionDecoding, decode_residual, decode_vel
 from .decode import motion_head_width
 
 # %% auto #0
-__all__ = ['PredictorConfig', 'returns_in_grid', 'gaussians_in_grid', 'GridIndex', 'make_grid_index', 'BasePredictor']
+__all__ = ['PredictorConfig', 'ego_in_grid', 'returns_in_grid', 'gaussians_in_grid', 'GridIndex', 'make_grid_index',
+           'BasePredictor']
 
 # %% ../nbs/31_predictor.ipynb #fc4def75
 @dataclass(frozen=True)
@@ -104,6 +107,18 @@ def decoding(self: PredictorConfig) -> MotionDecoding:
         dead_zone=self.dead_zone,
     )
 
+# %% ../nbs/31_predictor.ipynb #31e60c01
+def ego_in_grid(
+    points: Tensor,  # (N,3) float64 world, m
+    to_world: Tensor,  # (4,4) float64 ego0-to-world
+    voxel: VoxelConfig,  # the network's grid
+) -> tuple[Tensor, Tensor]:  # (N,3) float64 ego0, m; (N,) bool, in the grid
+    "Points in the vehicle's frame, and which of them the network's grid holds."
+    if kernels_work(points.device):
+        return fused_place(points, to_world, voxel)
+    points = transform_points(se3_inverse(to_world), points)
+    return points, grid_position(points, voxel)[1]
+
 # %% ../nbs/31_predictor.ipynb #2c89c552
 def returns_in_grid(
     returns: Returns,  # world, on the device of `to_world`
@@ -111,9 +126,9 @@ def returns_in_grid(
     voxel: VoxelConfig,  # the network's grid
 ) -> SweepPoints:  # those in the grid, ego0, float32
     "The returns inside the network's grid."
-    points = transform_points(se3_inverse(to_world), returns.points)
-    kept = grid_position(points, voxel)[1]
-    return SweepPoints(points[kept].float(), returns.seconds[kept].float(), returns.frame[kept])
+    points, inside = ego_in_grid(returns.points, to_world, voxel)
+    kept = SweepPoints(points, returns.seconds, returns.frame).part(inside)
+    return kept._replace(points=kept.points.float(), seconds=kept.seconds.float())
 
 # %% ../nbs/31_predictor.ipynb #e61ab770
 def gaussians_in_grid(
@@ -123,8 +138,8 @@ def gaussians_in_grid(
     voxel: VoxelConfig,  # the network's grid
 ) -> tuple[Tensor, SweepPoints]:  # (M,) int64 their rows; their centres, float64 ego0, with seconds and frames
     "The LiDAR Gaussians inside the network's grid."
-    points = transform_points(se3_inverse(to_world), g.means.double())
-    inside = (grid_position(points, voxel)[1] & (g.kind == LIDAR)).nonzero()[:, 0]
+    points, there = ego_in_grid(g.means.double(), to_world, voxel)
+    inside = (there & (g.kind == LIDAR)).nonzero()[:, 0]
     return inside, SweepPoints(points[inside], (g.t[inside] * duration).float(), g.frame[inside])
 
 # %% ../nbs/31_predictor.ipynb #1acb7e59

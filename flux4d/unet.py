@@ -22,7 +22,9 @@ from .block_kernels import fused_block, kernels_convolve
 from .level_tables import level_tables
 from .settings import Share
 from .sparse_convolution import plain_spconv
+from .kernels import kernels_work
 from .voxels import VoxelConfig, Voxels
+from .grid_kernels import fused_neighbours
 
 try:
     with warnings.catch_warnings():
@@ -109,12 +111,13 @@ def voxelise(
     "Group points by cell and average their features; the twin of `voxelise_np`."
     at, inside = grid_position(points, cfg)
     _, ny, nz = cfg.shape
-    key = cell_key(at[inside].detach().floor().long(), cfg)
+    rows = inside.nonzero()[:, 0]
+    key = cell_key(at[rows].detach().floor().long(), cfg)
     keys, row, count = torch.unique(key, return_inverse=True, return_counts=True)
     voxel = torch.full((len(points),), -1, device=points.device)
-    voxel[inside] = row
+    voxel[rows] = row
     coords = torch.stack([keys // (ny * nz), keys // nz % ny, keys % nz], 1)
-    return Voxels(keys, coords, pool_mean(features[inside], row, len(keys)), count, voxel, inside)
+    return Voxels(keys, coords, pool_mean(features[rows], row, len(keys), count), count, voxel, inside)
 
 # %% ../nbs/30_unet.ipynb #87ac6688
 def trilinear_corners(
@@ -136,6 +139,8 @@ def neighbours(
     cfg: VoxelConfig,  # read: low, size, shape
 ) -> tuple[Tensor, Tensor]:  # (N,8) int64 rows of `keys`; (N,8) weights, 0 for an absent voxel, else with sum 1
     "Which voxels to mix for each point."
+    if kernels_work(points.device) and points.dtype == torch.float32 and len(keys):
+        return fused_neighbours(keys, points, cfg)
     cell, w = trilinear_corners(points, cfg)
     key = cell_key(cell, cfg)
     row = torch.searchsorted(keys, key).clamp_max(len(keys) - 1)

@@ -813,7 +813,7 @@ def test_depths_cost_what_they_do_by_tensor_operations(masked):
     zero = torch.zeros(B)
     image = torch.randint(0, V, (B,), generator=gen)
     blocks = Blocks(image, uv, torch.zeros(B, 3), torch.full((B,), 4.0), ray, zero, zero.double())
-    data = SimpleNamespace(pose=pose[:, None], K=K[:, None])
+    data = SimpleNamespace(pose=pose[:, None], K=K[:, None], world_to_cam=se3_inverse(pose)[:, None])
     wanted = torch.stack([photometric_cost(data, images, 4, blocks, d[:, None], shown) for d in depths.unbind(1)], 1)
     cameras = CostCameras(images, shown, K, pose, se3_inverse(pose))
     cameras = CostCameras(*(x if x is None else x.to(DEVICE) for x in cameras))
