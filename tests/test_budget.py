@@ -12,7 +12,7 @@ from flux4d.config import Config, DataConfig, TrainConfig
 from flux4d.files import DataError
 from flux4d.gap_filling import InitConfig
 from flux4d.loader import Loader
-from flux4d.motion_prior import MotionPriorConfig
+from flux4d.occupancy import MotionPriorConfig
 from flux4d.pandaset import PandaSet
 from flux4d.predictor import PredictorConfig
 from flux4d.run import Run

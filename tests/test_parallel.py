@@ -21,7 +21,7 @@ from flux4d.config import DataConfig, TrainConfig
 from flux4d.files import DataError
 from flux4d.gap_filling import InitConfig
 from flux4d.loader import Loader
-from flux4d.motion_prior import MotionPriorConfig
+from flux4d.occupancy import MotionPriorConfig
 from flux4d.pandaset import PandaSet
 from flux4d.predictor import PredictorConfig
 from flux4d.processes import ALONE, Processes, SilentRun, group_processes
@@ -37,7 +37,7 @@ STEPS = dict(iters=5, warmup=1, eval_every=0, log_every=1, save_ckpt_every=0, vi
 
 
 def small_config(norm: str = "clip", reach: int = 0, **train: object) -> FullConfig:
-    "A model of two stages, small enough for some steps a second; without the motion prior, which takes a second a clip."
+    "A model of two stages, small enough for some steps a second; `reach` 0: no motion prior, a second a clip."
     unet = UNetConfig(widths=(4, 8), blocks=1, norm=norm)
     return FullConfig(
         data=DataConfig(image_scale=0.25, loader_threads=1),
