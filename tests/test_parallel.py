@@ -296,6 +296,7 @@ def command(launcher: list, *parameters: str) -> list:
         data_root=fixture_city(),
         train_logs="001",
         eval_logs="001",
+        max_train_clips=2,
         max_eval_clips=1,
         preset="draft",
         image_scale=0.25,
@@ -304,7 +305,7 @@ def command(launcher: list, *parameters: str) -> list:
         save_renders=0,
         baselines="",
         log_every=1,
-        overrides="{model: {unet: {widths: [4, 8], blocks: 1}}}",
+        overrides="{model: {unet: {widths: [4, 8], blocks: 1}, hidden: 16, motion_prior: {reach: 0}}}",
     )
     given = [x for name, value in how.items() for x in ("-p", name, str(value))]
     return [sys.executable, *launcher, "flux4d.stage6", *given, *parameters]
