@@ -61,13 +61,11 @@ def roots(tmp_path_factory):
     return [log_with(work / f"log{seed}", seed, rig) for seed in (1, 2)]
 
 
-def config(**init):
-    return config_from_dict(merged(SMALL, dict(init=init)), FullConfig)
+FEWER = dict(data=dict(image_scale=0.5), init=dict(voxel_downsample=1.0))  # pixels and returns: a step is short
 
 
-def fewer():
-    "For what is trained: fewer returns, so that a step is short."
-    return config(voxel_downsample=1.0)
+def config(**changed):
+    return config_from_dict(merged(SMALL, changed), FullConfig)
 
 
 def lifted(root, cfg):
@@ -90,8 +88,8 @@ def trained(roots, tmp_path_factory):
     found = []
     for root in roots:
         folder = tmp_path_factory.mktemp("runs")
-        loader = Loader([PandaSet(root)["001"].clip(0)], fewer(), LiftCache(folder / "cache"))
-        trainer = Trainer(fewer(), loader, Run(folder / "run"), kind=Flux4D)
+        loader = Loader([PandaSet(root)["001"].clip(0)], config(**FEWER), LiftCache(folder / "cache"))
+        trainer = Trainer(config(**FEWER), loader, Run(folder / "run"), kind=Flux4D)
         with redirect_stdout(io.StringIO()):
             trainer.fit()
         found.append(trainer)
@@ -116,7 +114,7 @@ def test_scores_see_nothing_behind_the_mask(roots, trained, tmp_path):
     model = trained[0].ema.module.eval()
     found = []
     for k, root in enumerate(roots):
-        loader = one_clip_loader([PandaSet(root)["001"].clip(0)], fewer(), LiftCache(tmp_path / f"cache{k}"))
+        loader = one_clip_loader([PandaSet(root)["001"].clip(0)], config(**FEWER), LiftCache(tmp_path / f"cache{k}"))
         how = Evaluation(
             model.reconstruct, loader, tmp_path / str(k), ("lift",), EvalConfig(save_renders=0), videos=0
         )
