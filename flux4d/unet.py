@@ -29,8 +29,12 @@ from .grid_kernels import fused_neighbours
 try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # spconv uses names that newer torch versions deprecate
+        from spconv import constants as spconv_constants, core as spconv_core
+
+        if not torch.backends.cuda.is_built():
+            # spconv describes each of its kernels for GPUs when it is imported, for seconds; a CPU runs none of them
+            spconv_core.ALL_NATIVE_PARAMS, spconv_core.ALL_IMPGEMM_PARAMS = [], []
         import spconv.pytorch as spconv
-        from spconv import constants as spconv_constants
         from spconv.core import ConvAlgo
         from spconv.pytorch import functional as spconv_functional, ops as spconv_ops
         from spconv.tools import CUDAKernelTimer
