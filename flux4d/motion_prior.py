@@ -11,7 +11,8 @@ from torch import Tensor
 from .voxels import VoxelConfig
 from .occupancy import BevGrid, MotionPriorConfig, SmallMoverConfig, SweepPoints, bev_grid
 from .occupancy import ground_planes, height_above_ground, occupancy_maps
-from .matching import BlockMap, Consensus, Displacement, best_displacement, consensus, match_scores
+from .matching import BlockMap, Consensus, Displacement
+from .matching import adopt_displacements, best_displacement, consensus, match_scores
 from .small_movers import find_small_movers, query_small_movers
 from .trajectories import cell_means, density_map, member_cells, merge_trajectories, refine_trajectories
 
@@ -138,6 +139,8 @@ def estimate_block_motion(
     scores = match_scores(maps, bev, cfg.reach, cfg.neighbour_sweeps)
     found = best_displacement(scores.score, scores.zero_motion, cfg.cell, cfg.zero_motion_penalty)
     agreed = consensus(found, scores, mean_gap(times), cfg.consensus_rule)
+    if cfg.adopt_rounds:
+        agreed = adopt_displacements(agreed, found, scores, cfg.cell, cfg.confirmed_margin, cfg.adopt_rounds)
     matched = (height > cfg.height[0]) & (height < cfg.height[1])
     matched = SweepPoints(returns.points, returns.seconds, sweep).part(matched)
     trajectory = fit_trajectories(matched, agreed, scores.blocks, times, grid, cfg)

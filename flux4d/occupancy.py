@@ -87,6 +87,10 @@ class MotionPriorConfig:
     inlier_speed: NonNegativeFloat = 2.5  # m/s
     min_inliers: NonNegativeInt = 3
     consensus_rounds: NonNegativeInt = 3
+    # passes in which blocks take over a trusted neighbour's displacement, see `adopt_displacements`
+    adopt_rounds: NonNegativeInt = 0
+    # the same where three or more input frames are farther apart than 0.2 s
+    far_adopt_rounds: NonNegativeInt = 3
     # m above the ground, of what moves with the occupied cell that it shares
     movable_height: tuple[float, float] = (0.1, 4.0)
     fine_cell: PositiveFloat = 0.125  # m, edge of the cells of the density map that trajectories are refined on
@@ -126,12 +130,18 @@ def at_gap(
     reach = min(MOST_REACH, max(1, round(self.reach * gap / USUAL_GAP)))
     if not self.reach or reach == self.reach:
         return self
-    power = self.penalty_power if sweeps > 2 and reach > self.reach else 1.0
+    far = sweeps > 2 and reach > self.reach
+    power = self.penalty_power if far else 1.0
     penalty = self.zero_motion_penalty * (self.reach / reach) ** power
     neighbours = max(1, min(self.neighbour_sweeps, sweeps - 1))
     confirm = min(self.min_inliers, max(2, -(-sweeps // 2)))  # half of the sweeps, as 3 of 6
     return replace(
-        self, reach=reach, zero_motion_penalty=penalty, neighbour_sweeps=neighbours, min_inliers=confirm
+        self,
+        reach=reach,
+        zero_motion_penalty=penalty,
+        neighbour_sweeps=neighbours,
+        min_inliers=confirm,
+        adopt_rounds=self.far_adopt_rounds if far else self.adopt_rounds,
     )
 
 # %% ../nbs/13a_occupancy.ipynb #b476b8a8
