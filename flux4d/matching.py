@@ -240,6 +240,8 @@ def consensus(
         near = blocks_met(blocks, k[:, None] * xy[:, None], k)
         xy, sweeps = inlier_mean(xy, inlier, near, rule.inlier_speed * gap)
         inlier = (margin > rule.confirmed_margin) & (sweeps >= enough)
+        if rule.few_inliers:
+            inlier = inlier | ((margin > rule.few_margin) & (sweeps >= rule.few_inliers))
     return Consensus(xy, inlier)
 
 # %% ../nbs/13b_matching.ipynb #adopt002

