@@ -24,6 +24,7 @@ from .image_velocity import FlowConfig, render_velocity, velocity_weight
 from .losses import LossConfig
 from .training_loss import reconstruction_loss
 from .model import ClipInputs
+from .poses import PoseConfig, carried, correction_rows, corrected, fit_poses
 from .render import RenderConfig
 from .scene import Scene
 from .settings import Seed, Share
@@ -60,6 +61,7 @@ class PolishConfig:
     random_background: bool = True  # views are drawn over another colour at every step
     loss: LossConfig = field(default_factory=lambda: LossConfig(depth=0.1, berhu=8.0))
     flow: FlowConfig = field(default_factory=lambda: FlowConfig(enabled=True))  # weight of what moves
+    poses: PoseConfig | None = None  # small corrections of the input images' poses; None: poses are taken as they are
     seed: Seed = 0  # of the order of views and of the backgrounds
 
 # %% ../nbs/52_polish.ipynb #52p00021
@@ -269,6 +271,9 @@ class Polisher:
         velocity = None if scene.velocity is None else scene.velocity.detach()
         self.start = replace(scene, gaussians=scene.gaussians.map(Tensor.detach), velocity=velocity)
         self.views = views.to(scene.device)
+        self.aimed = self.views  # from corrected poses, where poses are corrected
+        self.poses = torch.zeros(len(views), 6, dtype=torch.float64, device=scene.device)  # see `fit_poses`
+        self.rounds = 0  # fits of poses so far
         middle = float(views.t.min() + views.t.max()) / 2
         self.groups = motion_groups(self.start, middle, cfg)
         self.seconds = middle * scene.duration
@@ -327,6 +332,24 @@ def render_settings(self: Polisher) -> RenderConfig:  # over which the next view
         return self.start.render_cfg
     return replace(self.start.render_cfg, background=tuple(self.rng.random(3).tolist()))
 
+# %% ../nbs/52_polish.ipynb #52p00057
+@patch
+def fit_views(
+    self: Polisher,
+    done: float,  # share of the steps or of the time that is over, 0..1
+) -> None:
+    "Fit the poses of the input views where a round is due."
+    cfg = self.cfg.poses
+    due = 0 if cfg is None else sum(done >= share for share in cfg.rounds)
+    if self.rounds >= due:
+        return
+    with torch.no_grad():
+        found = fit_poses(self.scene(), self.views, cfg, start=self.poses)
+        self.start = carried(self.start, self.views, found - self.poses)
+        self.raw = self.start.gaussians.flat()
+    self.poses, self.aimed = found, corrected(self.views, found)
+    self.rounds = due
+
 # %% ../nbs/52_polish.ipynb #f24323f0
 @patch
 @torch.enable_grad()
@@ -335,8 +358,9 @@ def advance(
     done: float,  # share of the steps or of the time that is over, 0..1
 ) -> dict[str, Tensor]:  # terms of the loss before the step, see `reconstruction_loss`
     "Draw one view, compare it, take one step."
+    self.fit_views(done)
     k = self.next_view()
-    view, weight = self.views[k], None if self.weights is None else self.weights[k : k + 1]
+    view, weight = self.aimed[k], None if self.weights is None else self.weights[k : k + 1]
     now = self.scene()
     out = now.render(view, self.render_settings())
     kind = now.gaussians.kind
@@ -445,4 +469,6 @@ def polish(
     check_finite(polished)
     self.gaussians, self.velocity = polished.gaussians, polished.velocity
     self.source = self.source | dict(polish_steps=polisher.step)
+    if cfg.poses:
+        self.source["pose_corrections"] = correction_rows(polisher.views, polisher.poses)
     return self
