@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 from .box_motion import CuboidConfig
-from .clip_data import TargetViews, load_views
+from .clip_data import TargetViews
 from .clips import Clip
 from .files import DataError
 from .image_metrics import psnr

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from .clip_data import Views
-from .frames import se3_inverse
+from .frames import rotate_vectors, se3_inverse
 from .gaussians import velocity_at
 from .render import Cameras
 from .scene import Scene
@@ -21,8 +21,8 @@ from .settings import Share, Some
 # %% auto #0
 __all__ = ['cross_matrix', 'rotation_of', 'corrected', 'PoseConfig', 'correction_units', 'without_frame', 'PicturePair',
            'moving_share', 'picture_pair', 'square_means', 'smaller_pair', 'MovedPixels', 'moved_pixels', 'sampled',
-           'NormalEquations', 'normal_equations', 'pose_groups', 'without_mean', 'fit_step', 'carried', 'fit_poses',
-           'correction_rows']
+           'NormalEquations', 'normal_equations', 'pose_groups', 'without_mean', 'fit_step', 'carried', 'turn_of_fit',
+           'fit_poses', 'correction_rows']
 
 # %% ../nbs/51a_poses.ipynb #51a00012
 def cross_matrix(
@@ -264,20 +264,38 @@ def carried(
     scene: Scene,  # N Gaussians
     views: Views,  # V views
     change: Tensor,  # (V,6) their corrections
-) -> Scene:  # Gaussians of other frames stay
+) -> Scene:  # Gaussians of other frames stay; the same object where there are no others
     "Gaussians moved as the images of their frame are."
     means = scene.gaussians.means.clone()
+    moved = False
     pose = se3_inverse(views.world_to_cam.double())
-    turn, shift = ((pose[:, :3, :3] @ x[..., None])[..., 0] for x in (change[:, :3], change[:, 3:]))  # world
+    turn, shift = (rotate_vectors(pose, x[:, None])[:, 0] for x in (change[:, :3], change[:, 3:]))  # in the world
     for frame in views.frame.unique():
         own, rows = views.frame == frame, (scene.gaussians.frame == frame).nonzero()[:, 0]
+        moved = moved or len(rows) > 0
         centre = pose[own, :3, 3].mean(0)
-        arm = means[rows].double() - centre
-        turned = arm @ rotation_of(-turn[own].mean(0)).T
-        means[rows] = (centre + turned - shift[own].mean(0)).to(means)
-    return replace(scene, gaussians=replace(scene.gaussians, means=means))
+        arm = (means[rows].double() - centre) @ rotation_of(-turn[own].mean(0)).T
+        means[rows] = (centre + arm - shift[own].mean(0)).to(means)
+    return replace(scene, gaussians=replace(scene.gaussians, means=means)) if moved else scene
 
 # %% ../nbs/51a_poses.ipynb #51a00078
+def turn_of_fit(
+    pairs: list[PicturePair],  # of V views
+    group: list[int],  # of each view, see `pose_groups`
+    change: Tensor,  # (G,6) float64, corrections so far
+    to_cam: Tensor | None,  # (G,3,3) axes in which their mean stays zero; None: it may change
+    cfg: PoseConfig,  # read: pools, pull and the units
+) -> Tensor:  # (G,6) float64
+    "Steps from coarse to fine on pictures as they are."
+    for pool in cfg.pools:
+        compared = [smaller_pair(pair, pool) for pair in pairs]
+        of_group = [[pair for pair, own in zip(compared, group) if own == g] for g in range(len(change))]
+        change = torch.stack([fit_step(own, x, cfg) for own, x in zip(of_group, change)])
+        if to_cam is not None:
+            change = without_mean(change, to_cam)
+    return change
+
+# %% ../nbs/51a_poses.ipynb #51a00079
 @torch.no_grad()
 def fit_poses(
     scene: Scene,  # stays as it is
@@ -292,14 +310,13 @@ def fit_poses(
     start = torch.zeros(len(views), 6) if start is None else start
     start = start.to(scene.device, torch.float64)
     change, to_cam = start[first], views.world_to_cam[first, :3, :3].double()
+    masks = [None] * len(views) if where is None else where
+    pairs = []
     for _ in range(cfg.turns):
         now = carried(scene, views, change[group] - start)
-        pairs = [picture_pair(now, views[k], None if where is None else where[k], cfg) for k in range(len(views))]
-        for pool in cfg.pools:
-            compared = [smaller_pair(pair, pool) for pair in pairs]
-            of_group = [[pair for pair, own in zip(compared, group) if own == g] for g in range(len(first))]
-            change = torch.stack([fit_step(own, x, cfg) for own, x in zip(of_group, change)])
-            change = without_mean(change, to_cam) if hold else change
+        if not pairs or now is not scene:
+            pairs = [picture_pair(now, views[k], mask, cfg) for k, mask in enumerate(masks)]
+        change = turn_of_fit(pairs, group, change, to_cam if hold else None, cfg)
     return change[group]
 
 # %% ../nbs/51a_poses.ipynb #51a00091
