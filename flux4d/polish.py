@@ -32,8 +32,8 @@ from .settings import Seed, Share
 # %% auto #0
 __all__ = ['WEIGHT_SECONDS', 'PolishConfig', 'MovingPoints', 'moving_points', 'group_mean', 'touching_cells', 'connected_groups',
            'MotionGroups', 'motion_groups', 'GroupMotion', 'group_motion', 'velocity_change', 'step_sizes', 'step_rate',
-           'speed_weights', 'refuse_views', 'Polisher', 'input_views_of', 'is_positive', 'check_budget', 'run_polish',
-           'check_finite']
+           'speed_weights', 'refuse_views', 'refuse_poses', 'Polisher', 'input_views_of', 'is_positive', 'check_budget',
+           'run_polish', 'check_finite']
 
 # %% ../nbs/52_polish.ipynb #52p00011
 @dataclass(frozen=True)
@@ -255,6 +255,15 @@ def refuse_views(
     if not isinstance(views, InputViews):
         raise TypeError(f"polish works on InputViews only, got {type(views).__name__}: it never sees a target.")
 
+
+def refuse_poses(
+    poses: Any,  # of a `PolishConfig`
+) -> None:  # raises DataError
+    "Poses are corrected as a `PoseConfig` says, or not at all."
+    if poses is not None and not isinstance(poses, PoseConfig):
+        raise DataError(f"poses: is {poses!r}; hand over PoseConfig(), or None where poses stay as they are.")
+
+
 # %% ../nbs/52_polish.ipynb #52p00052
 class Polisher:
     "What of a scene is optimised, on which views, and how far it has come."
@@ -267,6 +276,7 @@ class Polisher:
     ) -> None:
         "No change yet."
         refuse_views(views)
+        refuse_poses(cfg.poses)
         self.cfg = cfg
         velocity = None if scene.velocity is None else scene.velocity.detach()
         self.start = replace(scene, gaussians=scene.gaussians.map(Tensor.detach), velocity=velocity)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from .clip_data import Views
+from .files import DataError
 from .frames import rotate_vectors, se3_inverse
 from .gaussians import velocity_at
 from .render import Cameras
@@ -65,12 +66,24 @@ class PoseConfig:
     shift: bool = False  # places are corrected too, not directions alone
     rotation_sd: PositiveFloat = 0.1  # degrees, size of a correction that would not surprise
     shift_sd: PositiveFloat = 0.03  # m, the same of a shift
-    pull: NonNegativeFloat = 1e-3  # weight of a correction's square, in these units; an image's fit counts 1
+    pull: PositiveFloat = 1e-3  # weight of a correction's square, in these units; an image's fit counts 1
     turns: PositiveInt = 3  # pictures are drawn anew, with what came from each image moved by its correction
     pools: tuple[PositiveInt, ...] = (4, 4, 2, 2, 1, 1)  # px, sides of the squares compared, a step for each
     least_alpha: Share = 0.9  # pixels that less of the scene covers are not compared
     least_speed: NonNegativeFloat = 0.5  # m/s, nor are those that show what is faster
     rounds: Some[Share] = (0.0, 0.5)  # shares of a polish's steps after which poses are fitted
+
+    def __post_init__(self) -> None:
+        "Refuse what is no fit."
+        if self.per not in ("image", "camera"):
+            raise DataError(f"per: is {self.per!r}; choose image or camera.")
+        for name in ("rotation_sd", "shift_sd", "pull", "turns"):
+            if not getattr(self, name) > 0:
+                raise DataError(f"{name}: is {getattr(self, name)!r}; choose a number above 0.")
+        if not self.pools or min(self.pools) < 1:
+            raise DataError(f"pools: is {self.pools!r}; choose sides of squares, such as (4, 2, 1).")
+        if not self.rounds or not all(0 <= share <= 1 for share in self.rounds):
+            raise DataError(f"rounds: is {self.rounds!r}; choose shares from 0 to 1, such as (0, 0.5).")
 
 # %% ../nbs/51a_poses.ipynb #51a00022
 def correction_units(
@@ -123,8 +136,8 @@ def picture_pair(
 ) -> PicturePair:
     "Draw what other frames have given from a view's recorded pose."
     others = without_frame(scene, int(view.frame[0]))
-    out = others.render(view, features=moving_share(others, view.t, cfg.least_speed))
-    compared = out.alpha[0] >= cfg.least_alpha
+    out = (others if len(others) else scene).render(view, features=moving_share(others, view.t, cfg.least_speed))
+    compared = (out.alpha[0] >= cfg.least_alpha) & (len(others) > 0)
     if out.features is not None:
         compared = compared & (out.features[0, ..., 0] < 0.1)
     for mask in (where, None if view.valid is None else view.valid[0]):
@@ -139,10 +152,10 @@ def square_means(
     pool: int,  # px, side of a square
 ) -> Tensor:  # (H/pool,W/pool,C)
     "Means of squares of pixels, then a light blur, so that samples between pixels are no smoother than others."
-    small = F.avg_pool2d(x.permute(2, 0, 1)[None], pool)
-    kernel = small.new_tensor([0.25, 0.5, 0.25])
-    wide = F.conv2d(F.pad(small, (1, 1, 1, 1), mode="replicate").transpose(0, 1), (kernel[:, None] * kernel)[None, None])
-    return wide[:, 0].permute(1, 2, 0)
+    small = F.avg_pool2d(x.permute(2, 0, 1)[:, None], pool)
+    weights = small.new_tensor([0.25, 0.5, 0.25])
+    blurred = F.conv2d(F.pad(small, (1, 1, 1, 1), mode="replicate"), torch.outer(weights, weights)[None, None])
+    return blurred[:, 0].permute(1, 2, 0)
 
 
 def smaller_pair(
