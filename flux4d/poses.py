@@ -22,7 +22,7 @@ from .settings import Share, Some
 # %% auto #0
 __all__ = ['cross_matrix', 'rotation_of', 'corrected', 'PoseConfig', 'correction_units', 'without_frame', 'PicturePair',
            'moving_share', 'picture_pair', 'square_means', 'smaller_pair', 'MovedPixels', 'moved_pixels', 'sampled',
-           'NormalEquations', 'normal_equations', 'pose_groups', 'without_mean', 'fit_step', 'carried', 'turn_of_fit',
+           'NormalEquations', 'normal_equations', 'pose_groups', 'without_mean', 'fit_step', 'carried', 'fit_pass',
            'fit_poses', 'correction_rows']
 
 # %% ../nbs/51a_poses.ipynb #51a00012
@@ -67,7 +67,7 @@ class PoseConfig:
     rotation_sd: PositiveFloat = 0.1  # degrees, size of a correction that would not surprise
     shift_sd: PositiveFloat = 0.03  # m, the same of a shift
     pull: PositiveFloat = 1e-3  # weight of a correction's square, in these units; an image's fit counts 1
-    turns: PositiveInt = 3  # pictures are drawn anew, with what came from each image moved by its correction
+    passes: PositiveInt = 3  # pictures are drawn anew, with what came from each image moved by its correction
     pools: tuple[PositiveInt, ...] = (4, 4, 2, 2, 1, 1)  # px, sides of the squares compared, a step for each
     least_alpha: Share = 0.9  # pixels that less of the scene covers are not compared
     least_speed: NonNegativeFloat = 0.5  # m/s, nor are those that show what is faster
@@ -77,7 +77,7 @@ class PoseConfig:
         "Refuse what is no fit."
         if self.per not in ("image", "camera"):
             raise DataError(f"per: is {self.per!r}; choose image or camera.")
-        for name in ("rotation_sd", "shift_sd", "pull", "turns"):
+        for name in ("rotation_sd", "shift_sd", "pull", "passes"):
             if not getattr(self, name) > 0:
                 raise DataError(f"{name}: is {getattr(self, name)!r}; choose a number above 0.")
         if not self.pools or min(self.pools) < 1:
@@ -292,7 +292,7 @@ def carried(
     return replace(scene, gaussians=replace(scene.gaussians, means=means)) if moved else scene
 
 # %% ../nbs/51a_poses.ipynb #51a00078
-def turn_of_fit(
+def fit_pass(
     pairs: list[PicturePair],  # of V views
     group: list[int],  # of each view, see `pose_groups`
     change: Tensor,  # (G,6) float64, corrections so far
@@ -325,11 +325,11 @@ def fit_poses(
     change, to_cam = start[first], views.world_to_cam[first, :3, :3].double()
     masks = [None] * len(views) if where is None else where
     pairs = []
-    for _ in range(cfg.turns):
+    for _ in range(cfg.passes):
         now = carried(scene, views, change[group] - start)
         if not pairs or now is not scene:
             pairs = [picture_pair(now, views[k], mask, cfg) for k, mask in enumerate(masks)]
-        change = turn_of_fit(pairs, group, change, to_cam if hold else None, cfg)
+        change = fit_pass(pairs, group, change, to_cam if hold else None, cfg)
     return change[group]
 
 # %% ../nbs/51a_poses.ipynb #51a00091

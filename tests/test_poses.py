@@ -24,7 +24,7 @@ SMALL = dict(
     init=dict(fill_blocks=[64, 32]),
     model=dict(hidden=16, degree=1, unet=dict(widths=[8, 16], blocks=1)),
 )
-QUICK = PoseConfig(turns=1, pools=(2,), rounds=(0.0, 0.5))
+QUICK = PoseConfig(passes=1, pools=(2,), rounds=(0.0, 0.5))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ WRONG = [
     (dict(rotation_sd=0), "rotation_sd: is 0; choose a number above 0"),
     (dict(shift_sd=float("nan")), "shift_sd: is nan; choose a number above 0"),
     (dict(pull=-1), "pull: is -1; choose a number above 0"),
-    (dict(turns=0), "turns: is 0; choose a number above 0"),
+    (dict(passes=0), "passes: is 0; choose a number above 0"),
     (dict(pools=(0,)), "pools: is .*; choose sides of squares"),
     (dict(rounds=()), "rounds: is .*; choose shares from 0 to 1"),
 ]
