@@ -111,6 +111,11 @@ class MotionPriorConfig:
         return self.reach * self.neighbour_sweeps
 
     @property
+    def far_apart(self) -> bool:  # kernels are written for the usual spacing, and know nothing of these
+        "Whether rules for input frames far apart are on."
+        return bool(self.few_inliers or self.adopt_rounds)
+
+    @property
     def consensus_rule(self) -> ConsensusRule:
         "The settings that decide whether a displacement is trusted."
         return ConsensusRule(
