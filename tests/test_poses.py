@@ -88,7 +88,8 @@ def test_the_mean_of_all_corrections_stays_zero(made):
     change = fit_poses(made, views, replace(QUICK, shift=True))
     to_world = views.world_to_cam[:, :3, :3].double().mT
     in_world = (to_world @ change.unflatten(1, (2, 3)).mT).mean(0)
-    assert change.abs().max() > 1e-5 and in_world.abs().max() < 1e-9
+    assert change.abs().max() > 1e-5
+    assert in_world.abs().max() < 1e-6 * change.abs().max()  # axes are stored in float32
 
 
 def test_what_is_carried_is_where_its_own_image_had_it(made):
