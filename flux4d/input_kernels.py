@@ -181,7 +181,8 @@ def image_slope_kernel(
         out += tl.where(k == c, d, 0.0)
     weight = tl.load(pixel + 3, mask=here, other=0.0)
     divisor = tl.maximum(weight, 1e-10)
-    depth = tl.load(pixel + 4, mask=here, other=0.0) / divisor
+    weighted = tl.load(pixel + 4, mask=here, other=0.0)
+    depth = tl.div_rn(weighted, divisor)  # as a processor divides: the sign of what is measured just so is 0
     measured = tl.load(measured_ptr + at, mask=here, other=0.0)
     sign = tl.where(depth > measured, 1.0, tl.where(depth < measured, -1.0, 0.0))
     d = of_return * sign / tl.maximum(measured, 1e-6) / divisor

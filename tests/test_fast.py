@@ -535,6 +535,7 @@ def test_the_slope_of_an_error_is_that_of_tensor_operations(channels, features):
     found = fused_slopes(given[:3], *given[3:], (cfg.rgb, cfg.depth), features)
     for a, b in zip(found, wanted, strict=True):
         assert a.shape == b.shape and ((a.cpu() - b).abs() <= 1e-5 * b.abs() + 1e-5).all()
+    assert not found[0][0, 9:12, :, 3:5].any()  # a depth that is right has no slope, however it was divided
 
 
 @with_kernels
