@@ -18,7 +18,7 @@ from .motion_prior import FINE_PRIOR, MotionPrior, estimate_motion_prior, sweep_
 # %% auto #0
 __all__ = ['HALF', 'MembershipConfig', 'Offers', 'cell_keys', 'carried', 'offer_motion', 'sums_at', 'offered_at', 'Explained',
            'filled_cells', 'is_filled', 'explain', 'Verdict', 'judge', 'with_membership', 'apply_membership',
-           'tested_motion_prior']
+           'member_motion_prior']
 
 # %% ../nbs/14a_membership.ipynb #14a00008
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def apply_membership(
 
 
 @torch.no_grad()
-def tested_motion_prior(
+def member_motion_prior(
     returns: SweepPoints,  # M returns, which are matched
     grid: VoxelConfig,  # whose extent is covered
     cfg: MotionPriorConfig = MotionPriorConfig(),  # the coarse prior

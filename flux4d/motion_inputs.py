@@ -16,7 +16,7 @@ from .voxels import VoxelConfig
 from .grid_kernels import fused_local_velocity
 from .occupancy import MotionPriorConfig, SweepPoints
 from .motion_prior import FINE_PRIOR, MotionPrior
-from .membership import MembershipConfig, tested_motion_prior
+from .membership import MembershipConfig, member_motion_prior
 from .unet import pool_mean
 
 # %% auto #0
@@ -135,7 +135,7 @@ def prior_of_points(
 ) -> MotionPrior:  # of the M points
     "The motion prior at some points, coarse to fine."
     matched = points if returns is None else returns
-    return tested_motion_prior(matched, voxel, how.motion_prior, how.fine_prior, points, how.membership)
+    return member_motion_prior(matched, voxel, how.motion_prior, how.fine_prior, points, how.membership)
 
 # %% ../nbs/30a_motion_inputs.ipynb #faa0413e
 PRIOR_CHANNELS = dict(velocity=2, acceleration=2, score=1, zero_motion_score=1, trusted=1, may_move=1)

@@ -3,10 +3,9 @@
 from dataclasses import replace
 import pytest
 import torch
-from flux4d.baselines import motion_prior_alone
 from flux4d.config import config_from_dict, config_to_dict
 from flux4d.files import DataError
-from flux4d.membership import MembershipConfig, tested_motion_prior
+from flux4d.membership import MembershipConfig, member_motion_prior
 from flux4d.motion_inputs import MotionInputs, motion_features, unpack_prior
 from flux4d.motion_prior import estimate_motion_prior
 from flux4d.occupancy import SweepPoints, street_sweeps
@@ -42,34 +41,33 @@ def test_a_value_out_of_range_is_named(wrong):
         preset_config("default", dict(model=dict(membership=wrong)))
 
 
-def test_what_the_network_is_shown_and_the_prior_alone_follow_the_switch(street):
+def test_what_the_network_is_shown_follows_the_switch(street):
     returns, part = street
     on = motion_features(returns, None, GRID, MotionInputs(membership=ON))
     off = motion_features(returns, None, GRID, MotionInputs())
     assert torch.equal(on.local, off.local) and not torch.equal(on.prior, off.prior)
     shown = unpack_prior(on.prior, MotionInputs().velocity_scale)
-    assert torch.equal(shown.trusted, tested_motion_prior(returns, GRID, membership=ON).trusted)
-    assert motion_prior_alone.__defaults__[1].membership.edge == 0
+    assert torch.equal(shown.trusted, member_motion_prior(returns, GRID, membership=ON).trusted)
 
 
 def test_points_outside_the_grid_and_sweeps_without_movers_are_no_fault(street):
     returns, part = street
     far = returns.part(part == 1)._replace(points=returns.points[part == 1] + 500.0)
     asked = SweepPoints(*(torch.cat([a, b]) for a, b in zip(returns, far)))
-    found = tested_motion_prior(returns, GRID, query=asked, membership=ON)
+    found = member_motion_prior(returns, GRID, query=asked, membership=ON)
     assert not found.trusted[len(part) :].any()
     rest = returns.part(part != 2)
-    quiet = tested_motion_prior(rest, GRID, membership=ON)
+    quiet = member_motion_prior(rest, GRID, membership=ON)
     plain = estimate_motion_prior(rest, GRID)
     assert quiet.trusted.sum() <= plain.trusted.sum() and quiet.may_move.sum() < plain.may_move.sum()
     none = returns.part(torch.zeros(len(part), dtype=torch.bool))
-    assert same(tested_motion_prior(none, GRID, query=far, membership=ON), estimate_motion_prior(none, GRID, query=far))
+    assert same(member_motion_prior(none, GRID, query=far, membership=ON), estimate_motion_prior(none, GRID, query=far))
 
 
 def test_a_query_changes_nothing(street):
     returns, part = street
     some = part == 2
-    whole = tested_motion_prior(returns, GRID, membership=ON)
-    apart = tested_motion_prior(returns, GRID, query=returns.part(some), membership=ON)
+    whole = member_motion_prior(returns, GRID, membership=ON)
+    apart = member_motion_prior(returns, GRID, query=returns.part(some), membership=ON)
     assert same(apart, type(whole)(*(a[some] for a in whole)))
     assert replace(ON, edge=0.0) == MembershipConfig()
