@@ -15,7 +15,8 @@ from .kernels import kernels_work
 from .voxels import VoxelConfig
 from .grid_kernels import fused_local_velocity
 from .occupancy import MotionPriorConfig, SweepPoints
-from .motion_prior import FINE_PRIOR, MotionPrior, estimate_motion_prior
+from .motion_prior import FINE_PRIOR, MotionPrior
+from .membership import MembershipConfig, member_motion_prior
 from .unet import pool_mean
 
 # %% auto #0
@@ -84,6 +85,7 @@ class MotionInputs(NamedTuple):
     velocity_scale: float = 10.0  # m/s per unit of a channel
     motion_prior: MotionPriorConfig = MotionPriorConfig()  # reach 0 = no prior
     fine_prior: MotionPriorConfig = FINE_PRIOR  # for what is small and slow; reach 0 = none
+    membership: MembershipConfig = MembershipConfig()  # which points move along; edge 0 = as heights say
 
     @property
     def has_prior(self) -> bool:
@@ -133,7 +135,7 @@ def prior_of_points(
 ) -> MotionPrior:  # of the M points
     "The motion prior at some points, coarse to fine."
     matched = points if returns is None else returns
-    return estimate_motion_prior(matched, voxel, how.motion_prior, how.fine_prior, points)
+    return member_motion_prior(matched, voxel, how.motion_prior, how.fine_prior, points, how.membership)
 
 # %% ../nbs/30a_motion_inputs.ipynb #faa0413e
 PRIOR_CHANNELS = dict(velocity=2, acceleration=2, score=1, zero_motion_score=1, trusted=1, may_move=1)
