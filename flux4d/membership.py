@@ -16,9 +16,9 @@ from .occupancy import MotionPriorConfig, SweepPoints
 from .motion_prior import FINE_PRIOR, MotionPrior, estimate_motion_prior, sweep_times
 
 # %% auto #0
-__all__ = ['HALF', 'MembershipConfig', 'Offers', 'cell_keys', 'carried', 'offer_motion', 'sums_at', 'offered_at', 'Explained',
-           'filled_cells', 'is_filled', 'explain', 'Verdict', 'judge', 'with_membership', 'apply_membership',
-           'member_motion_prior']
+__all__ = ['HALF', 'MembershipConfig', 'Offers', 'cell_keys', 'carried_along', 'offer_motion', 'sums_at', 'offered_at',
+           'Explained', 'filled_cells', 'is_filled', 'explain', 'Verdict', 'judge', 'with_membership',
+           'apply_membership', 'member_motion_prior']
 
 # %% ../nbs/14a_membership.ipynb #14a00008
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def cell_keys(
     return ((sweep * (2 * HALF) + x) * (2 * HALF) + y) * (2 * HALF) + z
 
 
-def carried(
+def carried_along(
     points: Tensor,  # (M,3) ego0, m
     motion: Tensor,  # (M,4) velocity x, y, m/s, and acceleration x, y, m/s^2, at their own time
     dt: Tensor,  # (M,) s
@@ -66,7 +66,7 @@ def carried(
 # %% ../nbs/14a_membership.ipynb #14a00011
 def offer_motion(
     movers: SweepPoints,  # M returns that are trusted to move; `frame` counts the sweeps from 0 on
-    motion: Tensor,  # (M,4) of each, see `carried`
+    motion: Tensor,  # (M,4) of each, see `carried_along`
     times: Tensor,  # (S,) of the sweeps, s
     edge: float,  # m, of the cells
 ) -> Offers:
@@ -74,7 +74,7 @@ def offer_motion(
     keys, offered = [], []
     for k in range(len(times)):
         dt = times[k] - times[movers.frame]
-        at = (carried(movers.points, motion, dt) / edge).floor().long()
+        at = (carried_along(movers.points, motion, dt) / edge).floor().long()
         keys.append(cell_keys(torch.full_like(movers.frame, k), at))
         velocity = motion[:, :2] + motion[:, 2:] * dt[:, None]
         offered.append(torch.cat([velocity, motion[:, 2:], torch.ones_like(velocity[:, :1])], 1))
@@ -149,7 +149,7 @@ def is_filled(
 def explain(
     returns: SweepPoints,  # M returns of S sweeps; `frame` counts them from 0 on
     query: SweepPoints,  # N points, their frames counted alike
-    motion: Tensor,  # (N,4) that is offered, see `carried`
+    motion: Tensor,  # (N,4) that is offered, see `carried_along`
     times: Tensor,  # (S,) of the sweeps, s
     grid: VoxelConfig,  # its extent
     cfg: MembershipConfig,  # read: cell, cell_height
@@ -162,7 +162,7 @@ def explain(
     for k in range(len(times)):
         filled = filled_cells(returns.points[returns.frame == k], low, size, cell)
         other = query.frame != k
-        there = carried(query.points, motion, times[k] - times[query.frame])
+        there = carried_along(query.points, motion, times[k] - times[query.frame])
         moving += is_filled(filled, there, low, cell) & other
         rest += is_filled(filled, query.points, low, cell) & other
     return Explained(moving / (len(times) - 1), rest / (len(times) - 1))
