@@ -50,7 +50,7 @@ class PredictorConfig:
     local_velocity_height: PositiveFloat = 0.8  # their height, m; low, so that the road is apart from what drives on it
     motion_prior: MotionPriorConfig = MotionPriorConfig()  # how sweeps are matched; reach 0 = no prior
     fine_prior: MotionPriorConfig = FINE_PRIOR  # how they are matched again for what is small and slow
-    membership: MembershipConfig = MembershipConfig()  # which points move along with a trusted motion; edge 0 = by height
+    membership: MembershipConfig = MembershipConfig()  # which points share a trusted motion; edge 0 = by height
     position_bound: PositiveFloat = 4.0  # largest shift along an axis, in the Gaussian's own standard deviations
     quat_bound: OpenShare = 0.5  # largest quaternion residual per component; below 1, so the sum never vanishes
     scale_bound: PositiveFloat = 3.0  # largest change of the stored scale, about a factor of 20
