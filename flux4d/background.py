@@ -298,7 +298,7 @@ def swept_above(
     data: ClipData,  # images, sweeps and cameras
     b: Blocks,  # B blocks above the LiDAR's field
     z: Tensor,  # (B,) m, their depth so far
-    cfg: BackgroundConfig,  # read: distance, above_cell
+    cfg: BackgroundConfig,  # read: distance, above_gain, above_cell
     k: int,  # px, side of the smallest blocks
 ) -> Tensor:  # (B,) m
     "Depths that a dense sweep finds and another image confirms; where none does, those so far."
@@ -322,14 +322,14 @@ def _swept_by_one(data: ClipData, b: Blocks, z: Tensor, cfg: BackgroundConfig, k
     rows = min(height, int(row.max()) + 1 + window)
     grid = cell_grid(data, k, rows, width)
     shown = None if data.valid is None else shrunk_mask(data, k)
-    swept = plane_sweep(grid, small, shown, _swept_depths(data, cfg, (V, rows, width), k), window)
+    swept = plane_sweep(grid, small, shown, _swept_depths(data, cfg, (V, rows, width), k), window, cfg.above_gain)
     mean, others = agreed_depths(grid, swept)
     place = b.image, row, column
     return torch.where(others[place] > 0, mean[place].to(z), z)
 
 
 def _swept_depths(data: ClipData, cfg: BackgroundConfig, shape: tuple[int, int, int], k: int) -> Tensor:
-    "Depths (V,D,h,w) that are tried, m: around those of the highest returns of each column, and the farthest."
+    "Depths (V,D,h,w) that are tried, m: of the highest returns of each column, around them, and the farthest."
     V, rows, columns = shape
     image = torch.arange(V, device=data.pose.device).repeat_interleave(columns)
     u = ((torch.arange(columns, device=data.pose.device) + 0.5) * k).repeat(V)
@@ -337,8 +337,8 @@ def _swept_depths(data: ClipData, cfg: BackgroundConfig, shape: tuple[int, int, 
     base = column_depth(data, top).float().nan_to_num(cfg.distance).clamp_max(cfg.distance).view(V, 1, 1, columns)
     nearest, farthest, count = SWEPT
     factors = torch.logspace(math.log10(nearest), math.log10(farthest), count, device=base.device).view(1, -1, 1, 1)
-    tried = torch.cat([base * factors, torch.full_like(base, cfg.distance)], 1)
-    return tried.expand(V, count + 1, rows, columns)
+    tried = torch.cat([base, base * factors, torch.full_like(base, cfg.distance)], 1)
+    return tried.expand(-1, -1, rows, -1)
 
 # %% ../nbs/12_background.ipynb #12ab0008
 def depth_above(

@@ -15,7 +15,7 @@ from .clip_data import ClipData
 from .gap_filling import block_rays
 
 # %% auto #0
-__all__ = ['MOST', 'SAME_DEPTH', 'CellGrid', 'cell_grid', 'K_units', 'window_mean', 'sweep_cost', 'plane_sweep', 'agreed_depths']
+__all__ = ['MOST', 'SAME_DEPTH', 'CellGrid', 'cell_grid', 'window_mean', 'sweep_cost', 'plane_sweep', 'agreed_depths']
 
 # %% ../nbs/11c_plane_sweep.ipynb #ps000008
 class CellGrid(NamedTuple):
@@ -40,16 +40,9 @@ def cell_grid(
     local[:, :3, 3] -= centre
     y, x = torch.meshgrid(*(torch.arange(n, device=pose.device) + 0.5 for n in (rows, columns)), indexing="ij")
     ray = block_rays(data, torch.stack([x, y], -1).view(-1, 2) * k).view(len(pose), rows, columns, 3)
-    K = data.K.flatten(0, 1) / K_units(k, pose)
+    K = data.K.flatten(0, 1).clone()
+    K[:, :2] /= k
     return CellGrid(local[:, :3, 3].float(), ray.float(), K.float(), se3_inverse(local).float())
-
-
-def K_units(
-    k: int,  # px, side of a cell
-    like: Tensor,  # whose type and device it gets
-) -> Tensor:  # (3,1)
-    "By what the rows of a pinhole matrix are divided to count in cells."
-    return like.new_tensor([[k], [k], [1]])
 
 # %% ../nbs/11c_plane_sweep.ipynb #ps000009
 @patch
@@ -93,6 +86,7 @@ def sweep_cost(
     there = (depth > 1) & (at.abs() < 1).all(-1)
     if shown is not None:
         there &= F.grid_sample(shown[:, None].float(), at, align_corners=False)[:, 0] > 0.99
+        there &= shown[v, : z.shape[0]]
     there[v] = False
     own = small[v, : z.shape[0]].permute(2, 0, 1)
     difference = (colour - own).abs().mean(1).clamp_max(MOST) * there
@@ -106,14 +100,17 @@ def plane_sweep(
     grid: CellGrid,  # V images
     small: Tensor,  # (V,H,W,3) these images, a pixel for each cell, 0..1
     shown: Tensor | None,  # (V,H,W) bool, as of `sweep_cost`
-    depths: Tensor,  # (V,D,h,w) m, that are tried
+    depths: Tensor,  # (V,D,h,w) m, that are tried, D > 1
     window: int,  # cells, odd
-) -> Tensor:  # (V,h,w) m
+    gain: float,  # by which a depth must lower the cost of the first one, 0..1
+) -> Tensor:  # (V,h,w) m, NaN where no depth is that much better than the first
     "The depth of each cell at which the images look most alike."
     best = []
     for v, tried in enumerate(depths):
         cost = torch.stack([sweep_cost(grid, small, shown, v, z, window) for z in tried])
-        best.append(tried.gather(0, cost.argmin(0, keepdim=True))[0])
+        least, which = cost.min(0, keepdim=True)
+        found = tried.gather(0, which)[0]
+        best.append(torch.where(cost[0] - least[0] > gain, found, math.nan))
     return torch.stack(best)
 
 # %% ../nbs/11c_plane_sweep.ipynb #ps000015
@@ -122,7 +119,7 @@ SAME_DEPTH = 0.1  # share by which the depths of two images may differ
 
 def agreed_depths(
     grid: CellGrid,  # V images
-    z: Tensor,  # (V,h,w) m, depth of their cells
+    z: Tensor,  # (V,h,w) m, depth of their cells, NaN: not known
 ) -> tuple[Tensor, Tensor]:  # (V,h,w) m, geometric mean of those that agree; (V,h,w) int64, how many others do
     "Depths that other images found too."
     V, h, w = z.shape
@@ -136,5 +133,5 @@ def agreed_depths(
         off = (found / depth.clamp_min(1e-6)).log()
         same = inside & (off.abs() < SAME_DEPTH)  # itself among them, with no difference
         means.append(z[v] * (torch.where(same, off, 0).sum(0) / same.sum(0).clamp_min(1)).exp())
-        others.append(same.sum(0) - 1)
+        others.append((same.sum(0) - 1).clamp_min(0))
     return torch.stack(means), torch.stack(others)
