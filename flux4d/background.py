@@ -27,8 +27,8 @@ from .plane_sweep import agreed_depths, cell_grid, plane_sweep
 from .gap_filling import Blocks, InitConfig, block_sides, clip_blocks, even_opacity, fill_gaps
 
 # %% auto #0
-__all__ = ['SWEPT', 'BackgroundConfig', 'pixels_at', 'shrunk_mask', 'motion_between', 'photometric_cost', 'shared_cost',
-           'shrunk_images', 'photometric_costs', 'agreed_depth', 'one_camera', 'best_depth', 'far_depth',
+__all__ = ['SWEPT', 'SWEPT_GAIN', 'BackgroundConfig', 'pixels_at', 'shrunk_mask', 'motion_between', 'photometric_cost',
+           'shared_cost', 'shrunk_images', 'photometric_costs', 'agreed_depth', 'one_camera', 'best_depth', 'far_depth',
            'elevation_in_camera', 'field_top', 'above_field', 'column_depth', 'swept_above', 'depth_above',
            'depth_behind', 'FarBlocks', 'far_blocks', 'far_gaussians', 'far_field', 'bounding_box', 'draw_hemisphere',
            'first_colour', 'drawn_points', 'hemisphere', 'draw_ball', 'inside_ball', 'near_gaussians', 'near_field',
@@ -292,13 +292,14 @@ def column_depth(
 
 # %% ../nbs/12_background.ipynb #ps120002
 SWEPT = 0.4, 2.5, 25  # nearest and farthest depth that is swept, per depth of the returns below, and how many
+SWEPT_GAIN = 0.001  # a swept depth must lower the photometric cost by this much: a car that stands learns nothing
 
 
 def swept_above(
     data: ClipData,  # images, sweeps and cameras
     b: Blocks,  # B blocks above the LiDAR's field
     z: Tensor,  # (B,) m, their depth so far
-    cfg: BackgroundConfig,  # read: distance, above_gain, above_cell
+    cfg: BackgroundConfig,  # read: distance, above_cell
     k: int,  # px, side of the smallest blocks
 ) -> Tensor:  # (B,) m
     "Depths that a dense sweep finds and another image confirms; where none does, those so far."
@@ -322,7 +323,7 @@ def _swept_by_one(data: ClipData, b: Blocks, z: Tensor, cfg: BackgroundConfig, k
     rows = min(height, int(row.max()) + 1 + window)
     grid = cell_grid(data, k, rows, width)
     shown = None if data.valid is None else shrunk_mask(data, k)
-    swept = plane_sweep(grid, small, shown, _swept_depths(data, cfg, (V, rows, width), k), window, cfg.above_gain)
+    swept = plane_sweep(grid, small, shown, _swept_depths(data, cfg, (V, rows, width), k), window, SWEPT_GAIN)
     mean, others = agreed_depths(grid, swept)
     place = b.image, row, column
     return torch.where(others[place] > 0, mean[place].to(z), z)

@@ -114,7 +114,7 @@ def _each_view(
     cfg: RenderConfig,  # planes, widening, mode
 ) -> tuple[Tensor, Tensor]:  # values (V,H,W,C), alpha (V,H,W)
     "Pictures of a rasteriser that draws one view at a time."
-    opacities = e.opacities.expand(e.means.shape[:2])
+    opacities = [e.opacities] * len(e.means) if e.opacities.dim() == 1 else e.opacities
     rules = DrawRules(cfg.near, cfg.far, cfg.eps2d, cfg.antialiased)
     K, world_to_cam = views.K.to(e.means), views.world_to_cam.to(e.means)
     drawn = [
