@@ -292,7 +292,7 @@ def column_depth(
 
 # %% ../nbs/12_background.ipynb #ps120002
 SWEPT = 0.4, 2.5, 25  # nearest and farthest depth that is swept, per depth of the returns below, and how many
-SWEPT_GAIN = 0.001  # a swept depth must lower the photometric cost by this much: a car that stands learns nothing
+SWEPT_GAIN = 0.001  # by which the least cost must lie below the mean: a car that stands tells no depths apart
 
 
 def swept_above(
@@ -330,7 +330,7 @@ def _swept_by_one(data: ClipData, b: Blocks, z: Tensor, cfg: BackgroundConfig, k
 
 
 def _swept_depths(data: ClipData, cfg: BackgroundConfig, shape: tuple[int, int, int], k: int) -> Tensor:
-    "Depths (V,D,h,w) that are tried, m: of the highest returns of each column, around them, and the farthest."
+    "Depths (V,D,h,w) that are tried, m: around those of the highest returns of each column, and the farthest."
     V, rows, columns = shape
     image = torch.arange(V, device=data.pose.device).repeat_interleave(columns)
     u = ((torch.arange(columns, device=data.pose.device) + 0.5) * k).repeat(V)
@@ -338,7 +338,7 @@ def _swept_depths(data: ClipData, cfg: BackgroundConfig, shape: tuple[int, int, 
     base = column_depth(data, top).float().nan_to_num(cfg.distance).clamp_max(cfg.distance).view(V, 1, 1, columns)
     nearest, farthest, count = SWEPT
     factors = torch.logspace(math.log10(nearest), math.log10(farthest), count, device=base.device).view(1, -1, 1, 1)
-    tried = torch.cat([base, base * factors, torch.full_like(base, cfg.distance)], 1)
+    tried = torch.cat([base * factors, torch.full_like(base, cfg.distance)], 1)
     return tried.expand(-1, -1, rows, -1)
 
 # %% ../nbs/12_background.ipynb #12ab0008

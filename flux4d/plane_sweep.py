@@ -102,15 +102,15 @@ def plane_sweep(
     shown: Tensor | None,  # (V,H,W) bool, as of `sweep_cost`
     depths: Tensor,  # (V,D,h,w) m, that are tried, D > 1
     window: int,  # cells, odd
-    gain: float,  # by which a depth must lower the cost of the first one, 0..1
-) -> Tensor:  # (V,h,w) m, NaN where no depth is that much better than the first
+    gain: float,  # by which the least cost must lie below the mean of all depths, 0..1
+) -> Tensor:  # (V,h,w) m, NaN where depths are not told apart
     "The depth of each cell at which the images look most alike."
     best = []
     for v, tried in enumerate(depths):
         cost = torch.stack([sweep_cost(grid, small, shown, v, z, window) for z in tried])
         least, which = cost.min(0, keepdim=True)
         found = tried.gather(0, which)[0]
-        best.append(torch.where(cost[0] - least[0] > gain, found, math.nan))
+        best.append(torch.where(cost.mean(0) - least[0] > gain, found, math.nan))
     return torch.stack(best)
 
 # %% ../nbs/11c_plane_sweep.ipynb #ps000015
