@@ -28,12 +28,13 @@ from .gap_filling import Blocks, InitConfig, block_sides, clip_blocks, even_opac
 from .gap_filling import placed_blocks
 
 # %% auto #0
-__all__ = ['BackgroundConfig', 'pixels_at', 'shrunk_mask', 'motion_between', 'photometric_cost', 'shared_cost', 'shrunk_images',
-           'photometric_costs', 'agreed_depth', 'one_camera', 'best_depth', 'far_depth', 'elevation_in_camera',
-           'field_top', 'above_field', 'column_depth', 'depth_above', 'depth_behind', 'FarBlocks', 'far_blocks',
-           'placed_far', 'stored_far', 'far_gaussians', 'far_field', 'bounding_box', 'draw_hemisphere', 'first_colour',
-           'drawn_points', 'hemisphere', 'draw_ball', 'inside_ball', 'near_gaussians', 'near_field', 'background',
-           'without_taken', 'without_coarser', 'init_groups', 'init_data', 'clip_groups', 'init_gaussians']
+__all__ = ['SWEPT', 'SWEPT_GAIN', 'BackgroundConfig', 'pixels_at', 'shrunk_mask', 'motion_between', 'photometric_cost',
+           'shared_cost', 'shrunk_images', 'photometric_costs', 'agreed_depth', 'one_camera', 'best_depth', 'far_depth',
+           'elevation_in_camera', 'field_top', 'above_field', 'column_depth', 'swept_above', 'depth_above',
+           'depth_behind', 'FarBlocks', 'far_blocks', 'placed_far', 'stored_far', 'far_gaussians', 'far_field',
+           'bounding_box', 'draw_hemisphere', 'first_colour', 'drawn_points', 'hemisphere', 'draw_ball', 'inside_ball',
+           'near_gaussians', 'near_field', 'background', 'without_taken', 'without_coarser', 'init_groups', 'init_data',
+           'clip_groups', 'init_gaussians']
 
 # %% ../nbs/12_background.ipynb #380a93b9
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class BackgroundConfig:
     above_gain: Share = 0.005  # grid: another depth must lower the photometric cost there by this much, 0..1
     above_cell: PositiveFloat = 1.9  # deg, grid: side of the cells whose blocks share their cost there
     above_opacity: OpenShare = 0.35  # grid: of blocks there, whose depth is less sure: more layers are averaged
+    # grid: try many depths for each small cell there, and keep what another image finds too
+    above_sweep: bool = False
     scale_factor: PositiveFloat = 0.5  # hemisphere: rendered standard deviation per mean spacing of the points
     opacity: OpenShare = 0.5  # grid: six input images overlap, so each may be half transparent
     # hemisphere: one layer, scattered at random; 0.5 is the paper's opacity of every Gaussian (supp. A.2)
@@ -295,11 +298,62 @@ def column_depth(
     around = F.avg_pool1d(sums.view(2 * V, columns), 2 * reach + 1, 1, reach).view(2, -1)
     return (around[0] / around[1]).exp()[b.image * columns + (b.uv[:, 0] / px[b.image]).long().clamp_max(columns - 1)]
 
+# %% ../nbs/12_background.ipynb #ps120002
+SWEPT = 0.4, 2.5, 25  # nearest and farthest depth that is swept, per depth of the returns below, and how many
+SWEPT_GAIN = 0.001  # by which the least cost must lie below the mean: a car that stands tells no depths apart
+
+
+def swept_above(
+    data: ClipData,  # images, sweeps and cameras
+    b: Blocks,  # B blocks above the LiDAR's field
+    z: Tensor,  # (B,) m, their depth so far
+    cfg: BackgroundConfig,  # read: distance, above_cell
+    k: int,  # px, side of the smallest blocks
+) -> Tensor:  # (B,) m
+    "Depths that a dense sweep finds and another image confirms; where none does, those so far."
+    z, cameras = z.clone(), data.shutter.shape[1]
+    for c in range(cameras):
+        rows = (b.image % cameras == c).nonzero()[:, 0]
+        if len(rows):
+            own = Blocks(*(a[rows] for a in b))
+            own = own._replace(image=own.image // cameras)
+            z[rows] = _swept_by_one(one_camera(data, c), own, z[rows], cfg, k)
+    return z
+
+
+def _swept_by_one(data: ClipData, b: Blocks, z: Tensor, cfg: BackgroundConfig, k: int) -> Tensor:
+    "As `swept_above`, of one camera."
+    small = shrunk_images(data, k)
+    V, height, width = small.shape[:3]
+    column, row = (b.uv / k).long().unbind(-1)
+    column, row = column.clamp_max(width - 1), row.clamp_max(height - 1)
+    window = 2 * round(math.radians(cfg.above_cell) * data.focal / k / 2) + 1
+    rows = min(height, int(row.max()) + 1 + window)
+    grid = cell_grid(data, k, rows, width)
+    shown = None if data.valid is None else shrunk_mask(data, k)
+    swept = plane_sweep(grid, small, shown, _swept_depths(data, cfg, (V, rows, width), k), window, SWEPT_GAIN)
+    mean, others = agreed_depths(grid, swept)
+    place = b.image, row, column
+    return torch.where(others[place] > 0, mean[place].to(z), z)
+
+
+def _swept_depths(data: ClipData, cfg: BackgroundConfig, shape: tuple[int, int, int], k: int) -> Tensor:
+    "Depths (V,D,h,w) that are tried, m: around those of the highest returns of each column, and the farthest."
+    V, rows, columns = shape
+    image = torch.arange(V, device=data.pose.device).repeat_interleave(columns)
+    u = ((torch.arange(columns, device=data.pose.device) + 0.5) * k).repeat(V)
+    top = Blocks(image, torch.stack([u, torch.zeros_like(u)], 1), *[None] * 5)
+    base = column_depth(data, top).float().nan_to_num(cfg.distance).clamp_max(cfg.distance).view(V, 1, 1, columns)
+    nearest, farthest, count = SWEPT
+    factors = torch.logspace(math.log10(nearest), math.log10(farthest), count, device=base.device).view(1, -1, 1, 1)
+    tried = torch.cat([base * factors, torch.full_like(base, cfg.distance)], 1)
+    return tried.expand(-1, -1, rows, -1)
+
 # %% ../nbs/12_background.ipynb #12ab0008
 def depth_above(
     data: ClipData,  # images, sweeps and cameras
     b: Blocks,  # B blocks above the LiDAR's field
-    cfg: BackgroundConfig,  # read: distance, above_factors, above_gain, above_cell
+    cfg: BackgroundConfig,  # read: distance, above_factors, above_gain, above_cell, above_sweep
     k: int = 4,  # px, side of the smallest blocks
 ) -> Tensor:  # (B,) m
     "The depth of the highest returns below, or one at which the input images agree clearly better."
@@ -307,7 +361,8 @@ def depth_above(
     factors = base.new_tensor((1.0, *cfg.above_factors))
     depths = torch.cat([base[:, None] * factors, torch.full_like(base[:, None], cfg.distance)], 1)
     cell = max(1.0, math.radians(cfg.above_cell) * data.focal)
-    return best_depth(data, b, depths, cell, cfg.above_gain, k)
+    z = best_depth(data, b, depths, cell, cfg.above_gain, k)
+    return swept_above(data, b, z, cfg, k) if cfg.above_sweep else z
 
 # %% ../nbs/12_background.ipynb #9a0e76f1
 def depth_behind(

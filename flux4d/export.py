@@ -71,8 +71,9 @@ def splats_of(
     "The Gaussians of a scene at a moment, in the values of 3DGS files."
     g = scene.gaussians
     kept = torch.ones(len(g), dtype=torch.bool, device=scene.device) if background else g.kind == LIDAR
-    means = scene.means_at(check_seconds(scene, seconds) / scene.duration)[kept]
-    g = g[kept]
+    t = check_seconds(scene, seconds) / scene.duration
+    means = scene.means_at(t)[kept]
+    g = scene.of_moment(t).gaussians[kept]
     values = dict(
         means=means,
         f_dc=(g.colours - 0.5) / SH_C0,

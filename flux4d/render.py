@@ -23,10 +23,11 @@ from .kernels import kernels_work
 from .tile_kernels import Splats2D, TILE_SIDE, TileLists, draw_lists, gsplat_channels, tiles_take
 from .tile_lists import list_splats, order_fits
 
+
 # %% auto #0
-__all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'tile_size_for', 'pick_backend', 'background_colour',
-           'lidar_depth', 'place_plain', 'finish_plain', 'kernels_take', 'draws_fused', 'draw_image', 'render',
-           'compare_backends']
+__all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'for_each_view', 'tile_size_for', 'pick_backend',
+           'background_colour', 'lidar_depth', 'opacities_at', 'place_plain', 'finish_plain', 'kernels_take',
+           'draws_fused', 'draw_image', 'render', 'compare_backends']
 
 # %% ../nbs/21_render.ipynb #e542d582
 @dataclass(frozen=True)
@@ -45,11 +46,15 @@ class RenderConfig:
     depth_reach: NonNegativeFloat = 8.0
     # colour where no Gaussian is; None: the mean colour of the LiDAR Gaussians
     background: tuple[Share, Share, Share] | None = None
+    # s: what was recorded farther in time from a view counts less, 1/e after this time; None: all of it alike
+    fade: PositiveFloat | None = None
 
     def __post_init__(self) -> None:
-        "Refuse a range without depth."
+        "Refuse a range without depth, and a time that is none."
         if self.near >= self.far:
             raise ValueError(f"near: is {self.near}; choose less than far, which is {self.far}.")
+        if self.fade is not None and not self.fade > 0:
+            raise ValueError(f"fade: is {self.fade}; choose seconds above 0, or None.")
 
 # %% ../nbs/21_render.ipynb #7ee051f9
 @dataclass
@@ -108,11 +113,12 @@ def _each_view(
     cfg: RenderConfig,  # planes, widening, mode
 ) -> tuple[Tensor, Tensor]:  # values (V,H,W,C), alpha (V,H,W)
     "Pictures of a rasteriser that draws one view at a time."
+    opacities = [e.opacities] * len(e.means) if e.opacities.dim() == 1 else e.opacities
     rules = DrawRules(cfg.near, cfg.far, cfg.eps2d, cfg.antialiased)
     K, world_to_cam = views.K.to(e.means), views.world_to_cam.to(e.means)
     drawn = [
-        draw(e._replace(means=m), f, Pinhole(k, T, views.width, views.height), rules)
-        for m, f, k, T in zip(e.means, values, K, world_to_cam)
+        draw(e._replace(means=m, opacities=o), f, Pinhole(k, T, views.width, views.height), rules)
+        for m, o, f, k, T in zip(e.means, opacities, values, K, world_to_cam)
     ]
     return torch.stack([d.features for d in drawn]), torch.stack([d.alpha for d in drawn])
 
@@ -157,6 +163,14 @@ def _gsplat_rasterization(
         ) from e
     return rasterization
 
+# %% ../nbs/21_render.ipynb #fd210001
+def for_each_view(
+    e: Ellipsoids,  # means (V,N,3); the rest of the N Gaussians, or copied for each view already
+) -> list[Tensor]:  # quats (V,N,4), scales (V,N,3), opacities (V,N)
+    "What gsplat wants of each view."
+    dims = 3, 3, 2
+    return [v if v.dim() == n else v.expand(len(e.means), *v.shape) for v, n in zip(e[1:], dims)]
+
 # %% ../nbs/21_render.ipynb #46085644
 def tile_size_for(
     e: Ellipsoids,  # what is drawn
@@ -175,9 +189,7 @@ def _with_gsplat(
 ) -> tuple[Tensor, Tensor]:  # values (V,H,W,C), alpha (V,H,W)
     "gsplat's pictures; the Gaussians may be copied for each view already, as by `place_splats`."
     rasterization = _gsplat_rasterization(e.means.device)
-    quats, scales, opacities = e[1:]
-    if opacities.dim() == 1:
-        quats, scales, opacities = (v.expand(len(e.means), *v.shape) for v in e[1:])
+    quats, scales, opacities = for_each_view(e)
     cameras = views.world_to_cam.to(e.means)[:, None], views.K.to(e.means)[:, None]
     splats = e.means, quats, scales, opacities, values
     rules = dict(near_plane=cfg.near, far_plane=cfg.far, eps2d=cfg.eps2d)
@@ -195,9 +207,7 @@ def _project_with_gsplat(
     "Splats of each view; those that it does not see have radius 0."
     from gsplat import fully_fused_projection
 
-    quats, scales, opacities = e[1:]
-    if opacities.dim() == 1:
-        quats, scales, opacities = (v.expand(len(e.means), *v.shape) for v in e[1:])
+    quats, scales, opacities = for_each_view(e)
     cameras = views.world_to_cam.to(e.means)[:, None], views.K.to(e.means)[:, None]
     rules = dict(near_plane=cfg.near, far_plane=cfg.far, eps2d=cfg.eps2d, calc_compensations=cfg.antialiased)
     size = views.width, views.height
@@ -296,6 +306,19 @@ def _channels(
     parts = [each_view(g.colours), each_view(is_lidar[:, None]), (z * is_lidar)[..., None]]
     return torch.cat(parts + ([] if features is None else [each_view(features)]), -1)
 
+# %% ../nbs/21_render.ipynb #fd210003
+def opacities_at(
+    g: Gaussians,  # N Gaussians
+    opacities: Tensor,  # (N,) or (V,N) of these, 0..1
+    t: Tensor,  # (V,) moments, normalised
+    duration: float,  # length of the clip, s
+    cfg: RenderConfig,  # read: fade
+) -> Tensor:  # (V,N) 0..1; the same tensor where nothing fades
+    "Opacities as a view of a moment draws them."
+    if cfg.fade is None:
+        return opacities
+    return faded(opacities, nearness(g.t, t.to(g.t), duration, cfg.fade))
+
 # %% ../nbs/21_render.ipynb #a523010e
 def place_plain(
     g: Gaussians,  # N Gaussians, world
@@ -309,7 +332,8 @@ def place_plain(
     slack = getattr(views, "slack", TIME_SLACK)
     means = advance(g.means, velocity, g.t, views.t, duration, slack)
     values = _channels(g, means, views.world_to_cam.to(means), features)
-    return Ellipsoids(means, g.unit_quats, drawn_scales(g, cfg.max_scale), g.opacities), values
+    opacities = opacities_at(g, g.opacities, views.t, duration, cfg)
+    return Ellipsoids(means, g.unit_quats, drawn_scales(g, cfg.max_scale), opacities), values
 
 # %% ../nbs/21_render.ipynb #1bedae1b
 def finish_plain(
@@ -354,7 +378,8 @@ def _place_fused(
     at = Placement(g.t, g.kind, times, cameras, duration, cfg.max_scale)
     channels = 5 + (0 if features is None else features.shape[-1])
     placed = place_splats(g, velocity, features, at, gsplat_channels(channels))
-    return Ellipsoids(*placed[:4]), placed[4]
+    means, quats, scales, opacities, values = placed
+    return Ellipsoids(means, quats, scales, opacities_at(g, opacities, times, duration, cfg)), values
 
 # %% ../nbs/21_render.ipynb #bd9fdecc
 def draws_fused(

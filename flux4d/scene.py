@@ -16,9 +16,9 @@ from .camera_colours import as_cameras_see
 from .clips import Clip
 from .files import DataError
 from .frames import TIME_SLACK, ClipTime
-from .gaussians import Gaussians, advance
+from .gaussians import Gaussians, advance, opacity_inv
 from .lazy_methods import LazyMethods
-from .render import Cameras, RenderConfig, Rendered
+from .render import Cameras, RenderConfig, Rendered, opacities_at
 from .render import render as draw
 
 # %% auto #0
@@ -214,3 +214,17 @@ def future(
     known = isinstance(end, (int, float)) and math.isfinite(end)
     later = seconds - end if known else 0.0
     return later if later > 1e-3 else 0.0
+
+# %% ../nbs/22_scene.ipynb #fd220002
+@patch
+def of_moment(
+    self: Scene,
+    t: float,  # normalised time
+) -> Scene:  # the same object where nothing fades
+    "The scene with the opacities of one moment, whenever it is drawn; what moves goes on moving."
+    cfg, g = self.render_cfg, self.gaussians
+    if cfg.fade is None:
+        return self
+    opacity = opacities_at(g, g.opacities, g.t.new_tensor([t]), self.duration, cfg)[0]
+    fixed = replace(g, opacity_logits=opacity_inv(opacity))
+    return replace(self, gaussians=fixed, render_cfg=replace(cfg, fade=None))

@@ -187,7 +187,7 @@ def merged_scene(
     flat = {name: torch.cat([getattr(g, name) for g, _ in parts]) for name in Gaussians.__dataclass_fields__}
     velocity = None if scene.velocity is None else torch.cat([v for _, v in parts])
     backdrop = tuple(background_colour(scene.gaussians, scene.render_cfg).tolist())
-    drawn = replace(scene.render_cfg, background=backdrop)
+    drawn = replace(scene.render_cfg, background=backdrop, fade=None)  # merged Gaussians have no time of their own
     return replace(scene, gaussians=Gaussians(**flat), velocity=velocity, render_cfg=drawn, inputs=None)
 
 # %% ../nbs/73e_small_scene.ipynb #a05eb128
@@ -233,7 +233,8 @@ def reduced(
         raise DataError(f"reduced: {name} sees nothing of this scene; name another camera.")
     small = merged_scene(whole, count, weights, cfg)
     with torch.no_grad():
-        wanted = [whole.render(view, small.render_cfg).rgb for view in views]
+        as_whole = replace(small.render_cfg, fade=whole.render_cfg.fade)
+        wanted = [whole.render(view, as_whole).rgb for view in views]
     with torch.enable_grad():
         small = fitted(small, views, wanted, cfg)
     path = {name: whole.cameras[name]}
