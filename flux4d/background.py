@@ -26,6 +26,7 @@ from .search_kernels import CostCameras, fused_costs
 from .gap_kernels import block_gaussians
 from .gap_filling import Blocks, InitConfig, block_sides, clip_blocks, even_opacity, fill_gaps
 from .gap_filling import placed_blocks
+from .plane_sweep import agreed_depths, cell_grid, plane_sweep
 
 # %% auto #0
 __all__ = ['SWEPT', 'SWEPT_GAIN', 'BackgroundConfig', 'pixels_at', 'shrunk_mask', 'motion_between', 'photometric_cost',

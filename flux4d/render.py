@@ -22,7 +22,7 @@ from .splat_kernels import Placement, finish_pictures, place_splats
 from .kernels import kernels_work
 from .tile_kernels import Splats2D, TILE_SIDE, TileLists, draw_lists, gsplat_channels, tiles_take
 from .tile_lists import list_splats, order_fits
-
+from .fading import faded, nearness
 
 # %% auto #0
 __all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'for_each_view', 'tile_size_for', 'pick_backend',
