@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_fast import LOOP
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux4d import grid_kernels, motion_inputs, motion_prior, predictor, unet
@@ -63,14 +64,21 @@ def there(x):
 def far(a, b):
     "The largest difference of two tensors."
     assert a.shape == b.shape and a.dtype == b.dtype
+    if not a.numel():
+        return 0
     return (a.cpu().double() - b.cpu().double()).abs().max().item()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-def test_these_kernels_in_the_interpreter():
+def test_these_kernels_in_the_interpreter(tmp_path):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     env = os.environ | dict(TRITON_INTERPRET="1")
+    probe = tmp_path / "probe.py"
+    probe.write_text(LOOP)
+    tried = subprocess.run([sys.executable, probe], env=env, capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"Triton's interpreter fails here: {tried.stderr.strip().splitlines()[-1]}")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stdout[-2000:]
