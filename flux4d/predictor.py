@@ -266,7 +266,7 @@ def encode(
     around = mix_voxels(voxels, index.corners, index.weights)
     return torch.cat([channels, turn, around], 1)
 
-# %% ../nbs/31_predictor.ipynb #f1ba07e5
+
 @patch
 def _encode_fused(
     self: BasePredictor,

@@ -119,7 +119,7 @@ def refuse_targets(
                 "a reconstruction never sees its targets."
             )
 
-# %% ../nbs/50_refine.ipynb #76161817
+# %% ../nbs/50_refine.ipynb #76161818
 def plain_pictures(
     scene: Scene,  # as it is drawn
     views: InputViews,  # of one size
@@ -150,7 +150,7 @@ def shown_and_slopes(
     slopes = *feedback_slopes(out, views, cfg, loss), torch.ones_like(out.features)
     return [out.rgb, out.depth, out.features], [*slopes]
 
-# %% ../nbs/50_refine.ipynb #76161818
+
 def feedback(
     scene: Scene,  # N Gaussians
     inputs: InputViews | ViewGroups,  # raises TypeError for any other views

@@ -364,6 +364,18 @@ def kernels_take(
     plain = any(x.dtype != torch.float32 for x in raw) or any(x.requires_grad for x in fixed)
     return some and not plain and kernels_work(g.means.device)
 
+
+def draws_fused(
+    g: Gaussians,  # N Gaussians
+    velocity: Tensor | None,  # (N,l+1,3)
+    views: Any,  # V views
+    cfg: RenderConfig,  # read: backend
+    features: Tensor | None,  # (N,F) or (V,N,F)
+) -> bool:
+    "Whether the kernels of `20b_splat_kernels` stand before and after the rasteriser."
+    draw = pick_backend(cfg.backend, g.means.device)
+    return draw in (_with_gsplat, _with_tiles) and kernels_take(g, velocity, features, views)
+
 # %% ../nbs/21_render.ipynb #a5a98ed6
 def _place_fused(
     g: Gaussians,  # N Gaussians on a GPU, world
@@ -381,18 +393,6 @@ def _place_fused(
     means, quats, scales, opacities, values = placed
     return Ellipsoids(means, quats, scales, opacities_at(g, opacities, times, duration, cfg)), values
 
-# %% ../nbs/21_render.ipynb #bd9fdecc
-def draws_fused(
-    g: Gaussians,  # N Gaussians
-    velocity: Tensor | None,  # (N,l+1,3)
-    views: Any,  # V views
-    cfg: RenderConfig,  # read: backend
-    features: Tensor | None,  # (N,F) or (V,N,F)
-) -> bool:
-    "Whether the kernels of `20b_splat_kernels` stand before and after the rasteriser."
-    draw = pick_backend(cfg.backend, g.means.device)
-    return draw in (_with_gsplat, _with_tiles) and kernels_take(g, velocity, features, views)
-
 
 def draw_image(
     g: Gaussians,  # N Gaussians, world
@@ -407,7 +407,7 @@ def draw_image(
     e, values = place(g, velocity, duration, views, cfg, features)
     return pick_backend(cfg.backend, g.means.device)(e, values, views, cfg)
 
-# %% ../nbs/21_render.ipynb #bd9fdecd
+# %% ../nbs/21_render.ipynb #bd9fdecc
 def render(
     g: Gaussians,  # N Gaussians, world
     velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world; None = nothing moves
