@@ -18,7 +18,8 @@ __all__ = ['SMALL_CITY', 'STEP_SECONDS', 'MANY_CPU_STEPS', 'StepSeconds', 'step_
            'warning_line', 'device_line', 'announcement']
 
 # %% ../nbs/09i_announce.ipynb #a09i0007
-SMALL_CITY = dict(out="data/city_small", logs=2, frames=40, scale=0.125, seed=0)  # where no data is at hand
+# where no data is at hand; half as many columns of beams as in other made-up logs
+SMALL_CITY = dict(out="data/city_short", logs=2, frames=40, scale=0.125, seed=0, step=0.5)
 
 
 class StepSeconds(NamedTuple):

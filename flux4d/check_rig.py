@@ -81,12 +81,13 @@ def check_frame_rate(
     if not numbers.step > 0:
         return
     usual = ClipConfig()
-    cut = at_rate(usual, 1 / numbers.step)
+    fps = round(1 / numbers.step, 3)  # as clips are cut
+    cut = at_rate(usual, fps)
     if cut == usual:
         return
     seconds = (cut.future_len - 1) * numbers.step
     apart = (cut.input_frames[1] - cut.input_frames[0]) * numbers.step
-    what = f"has {1 / numbers.step:.3g} frames a second, where clips are cut for ten"
+    what = f"has {fps:.3g} frames a second, where clips are cut for ten"
     cause = f"a clip has {cut.future_len} frames ({seconds:.2g} s) with input frames {apart:.2g} s apart"
     if apart > 0.3:
         cause += ", between which what moves fast is hard to follow"

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 from .files import DataError
+from .records import markdown_table
 
 # %% auto #0
 __all__ = ['STEADY_FROM', 'LOSS_ROWS', 'growth_after', 'Milestone', 'milestone', 'milestones_said', 'seconds_of_step']

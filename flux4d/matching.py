@@ -14,7 +14,7 @@ from .occupancy import BevGrid, ConsensusRule, Occupancy
 # %% auto #0
 __all__ = ['MOST_PAIRS', 'BlockMap', 'index_blocks', 'sum_around', 'HitCounts', 'soft_occupancy', 'count_hits', 'MatchScores',
            'match_scores', 'Displacement', 'best_displacement', 'blocks_met', 'InlierMean', 'inlier_mean', 'Consensus',
-           'consensus']
+           'consensus', 'score_of', 'adopt_displacements']
 
 # %% ../nbs/13b_matching.ipynb #00dedd18
 class BlockMap(NamedTuple):
@@ -240,4 +240,40 @@ def consensus(
         near = blocks_met(blocks, k[:, None] * xy[:, None], k)
         xy, sweeps = inlier_mean(xy, inlier, near, rule.inlier_speed * gap)
         inlier = (margin > rule.confirmed_margin) & (sweeps >= enough)
+        if rule.few_inliers:
+            inlier = inlier | ((margin > rule.few_margin) & (sweeps >= rule.few_inliers))
     return Consensus(xy, inlier)
+
+# %% ../nbs/13b_matching.ipynb #adopt002
+def score_of(
+    score: Tensor,  # (K,(2R+1)^2) share of hits by displacement
+    xy: Tensor,  # (K,n,2) displacements of each block, m
+    cell: float,  # m, unit of the displacements
+) -> Tensor:  # (K,n) share of hits at the nearest displacement that was tried
+    "Look up the scores of given displacements."
+    S = math.isqrt(score.shape[-1])
+    R = S // 2
+    row, column = ((xy / cell).round().long().clamp(-R, R) + R).unbind(-1)
+    return score.gather(1, row * S + column)
+
+
+def adopt_displacements(
+    agreed: Consensus,  # of K blocks
+    found: Displacement,  # of the same blocks
+    scores: MatchScores,  # of the same blocks
+    cell: float,  # m, unit of the displacements
+    margin: float,  # score by which a neighbour's displacement must beat zero motion
+    rounds: int,  # passes; in each, what was taken over is handed on
+) -> Consensus:
+    "Trust a neighbour's displacement where a block's own cells confirm it."
+    xy, trusted = agreed
+    near = scores.blocks.around(*scores.blocks.place.T)
+    for _ in range(rounds):
+        theirs = F.pad(xy, (0, 0, 0, 1))[near]
+        offered = F.pad(trusted, (0, 1))[near]
+        best, which = score_of(scores.score, theirs, cell).masked_fill(~offered, -1.0).max(1)
+        takes = ~trusted & (best - found.zero_motion > margin)
+        chosen = theirs[torch.arange(len(xy), device=xy.device), which]
+        xy = torch.where(takes[:, None], chosen, xy)
+        trusted = trusted | takes
+    return Consensus(xy, trusted)

@@ -30,6 +30,8 @@ class ConsensusRule(NamedTuple):
     min_inliers: int  # sweeps with an agreeing inlier that are needed, its own counted; all, if there are fewer
     rounds: int  # passes over all blocks; in each, those confirmed by the last one are the inliers
     neighbour_sweeps: int  # sweeps on each side of its own in which inliers are looked for
+    few_inliers: int = 0  # sweeps with an inlier that are enough for a displacement of `few_margin`; 0 = none are
+    few_margin: float = 0.0  # score by which it must then beat zero motion
 
 # %% ../nbs/13a_occupancy.ipynb #5a11c0f6
 @dataclass(frozen=True)
@@ -87,6 +89,12 @@ class MotionPriorConfig:
     inlier_speed: NonNegativeFloat = 2.5  # m/s
     min_inliers: NonNegativeInt = 3
     consensus_rounds: NonNegativeInt = 3
+    few_inliers: NonNegativeInt = 0  # these two: see `ConsensusRule`; `at_gap` asks for few where there are few
+    few_margin: NonNegativeFloat = 0.45
+    # passes in which blocks take over a trusted neighbour's displacement, see `adopt_displacements`
+    adopt_rounds: NonNegativeInt = 0
+    # the same where three or more input frames are farther apart than 0.2 s
+    far_adopt_rounds: NonNegativeInt = 3
     # m above the ground, of what moves with the occupied cell that it shares
     movable_height: tuple[float, float] = (0.1, 4.0)
     fine_cell: PositiveFloat = 0.125  # m, edge of the cells of the density map that trajectories are refined on
@@ -103,6 +111,11 @@ class MotionPriorConfig:
         return self.reach * self.neighbour_sweeps
 
     @property
+    def far_apart(self) -> bool:  # kernels are written for the usual spacing, and know nothing of these
+        "Whether rules for input frames far apart are on."
+        return bool(self.few_inliers or self.adopt_rounds)
+
+    @property
     def consensus_rule(self) -> ConsensusRule:
         "The settings that decide whether a displacement is trusted."
         return ConsensusRule(
@@ -113,6 +126,8 @@ class MotionPriorConfig:
             min_inliers=self.min_inliers,
             rounds=self.consensus_rounds,
             neighbour_sweeps=self.neighbour_sweeps,
+            few_inliers=self.few_inliers,
+            few_margin=self.few_margin,
         )
 
 # %% ../nbs/13a_occupancy.ipynb #5e2ec082
@@ -122,16 +137,23 @@ def at_gap(
     gap: float,  # s, between input frames
     sweeps: int,  # input frames, which bound the sweeps that are compared and that must agree
 ) -> MotionPriorConfig:  # the same where they are about 0.2 s apart
-    "Search the same speeds at another spacing; where it differs, at most half of the sweeps must agree."
+    "Search the same speeds at another spacing; where it differs, half of the sweeps may be enough."
     reach = min(MOST_REACH, max(1, round(self.reach * gap / USUAL_GAP)))
     if not self.reach or reach == self.reach:
         return self
-    power = self.penalty_power if sweeps > 2 and reach > self.reach else 1.0
+    far = sweeps > 2 and reach > self.reach
+    power = self.penalty_power if far else 1.0
     penalty = self.zero_motion_penalty * (self.reach / reach) ** power
     neighbours = max(1, min(self.neighbour_sweeps, sweeps - 1))
     confirm = min(self.min_inliers, max(2, -(-sweeps // 2)))  # half of the sweeps, as 3 of 6
     return replace(
-        self, reach=reach, zero_motion_penalty=penalty, neighbour_sweeps=neighbours, min_inliers=confirm
+        self,
+        reach=reach,
+        zero_motion_penalty=penalty,
+        neighbour_sweeps=neighbours,
+        min_inliers=self.min_inliers if far else confirm,
+        few_inliers=confirm if far else self.few_inliers,
+        adopt_rounds=self.far_adopt_rounds if far else self.adopt_rounds,
     )
 
 # %% ../nbs/13a_occupancy.ipynb #b476b8a8
@@ -147,6 +169,8 @@ class SweepPoints(NamedTuple):
         rows: Tensor,  # (M,) bool or (R,) int64
     ) -> SweepPoints:
         "Some of the points."
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero()[:, 0]  # once for all fields
         return SweepPoints(*(a[rows] for a in self))
 
 # %% ../nbs/13a_occupancy.ipynb #475e3613

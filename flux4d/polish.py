@@ -24,6 +24,7 @@ from .image_velocity import FlowConfig, render_velocity, velocity_weight
 from .losses import LossConfig
 from .training_loss import reconstruction_loss
 from .model import ClipInputs
+from .poses import PoseConfig, carried, correction_rows, corrected, fit_poses
 from .render import RenderConfig
 from .scene import Scene
 from .settings import Seed, Share
@@ -31,8 +32,8 @@ from .settings import Seed, Share
 # %% auto #0
 __all__ = ['WEIGHT_SECONDS', 'PolishConfig', 'MovingPoints', 'moving_points', 'group_mean', 'touching_cells', 'connected_groups',
            'MotionGroups', 'motion_groups', 'GroupMotion', 'group_motion', 'velocity_change', 'step_sizes', 'step_rate',
-           'speed_weights', 'refuse_views', 'Polisher', 'input_views_of', 'is_positive', 'check_budget', 'run_polish',
-           'check_finite']
+           'speed_weights', 'refuse_views', 'refuse_poses', 'Polisher', 'input_views_of', 'is_positive', 'check_budget',
+           'run_polish', 'check_finite']
 
 # %% ../nbs/52_polish.ipynb #52p00011
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class PolishConfig:
     random_background: bool = True  # views are drawn over another colour at every step
     loss: LossConfig = field(default_factory=lambda: LossConfig(depth=0.1, berhu=8.0))
     flow: FlowConfig = field(default_factory=lambda: FlowConfig(enabled=True))  # weight of what moves
+    poses: PoseConfig | None = None  # small corrections of the input images' poses; None: poses are taken as they are
     seed: Seed = 0  # of the order of views and of the backgrounds
 
 # %% ../nbs/52_polish.ipynb #52p00021
@@ -253,6 +255,15 @@ def refuse_views(
     if not isinstance(views, InputViews):
         raise TypeError(f"polish works on InputViews only, got {type(views).__name__}: it never sees a target.")
 
+
+def refuse_poses(
+    poses: Any,  # of a `PolishConfig`
+) -> None:  # raises DataError
+    "Poses are corrected as a `PoseConfig` says, or not at all."
+    if poses is not None and not isinstance(poses, PoseConfig):
+        raise DataError(f"poses: is {poses!r}; hand over PoseConfig(), or None where poses stay as they are.")
+
+
 # %% ../nbs/52_polish.ipynb #52p00052
 class Polisher:
     "What of a scene is optimised, on which views, and how far it has come."
@@ -265,10 +276,14 @@ class Polisher:
     ) -> None:
         "No change yet."
         refuse_views(views)
+        refuse_poses(cfg.poses)
         self.cfg = cfg
         velocity = None if scene.velocity is None else scene.velocity.detach()
         self.start = replace(scene, gaussians=scene.gaussians.map(Tensor.detach), velocity=velocity)
         self.views = views.to(scene.device)
+        self.aimed = self.views  # from corrected poses, where poses are corrected
+        self.poses = torch.zeros(len(views), 6, dtype=torch.float64, device=scene.device)  # see `fit_poses`
+        self.rounds = 0  # fits of poses so far
         middle = float(views.t.min() + views.t.max()) / 2
         self.groups = motion_groups(self.start, middle, cfg)
         self.seconds = middle * scene.duration
@@ -327,6 +342,24 @@ def render_settings(self: Polisher) -> RenderConfig:  # over which the next view
         return self.start.render_cfg
     return replace(self.start.render_cfg, background=tuple(self.rng.random(3).tolist()))
 
+# %% ../nbs/52_polish.ipynb #52p00057
+@patch
+def fit_views(
+    self: Polisher,
+    done: float,  # share of the steps or of the time that is over, 0..1
+) -> None:
+    "Fit the poses of the input views where a round is due."
+    cfg = self.cfg.poses
+    due = 0 if cfg is None else sum(done >= share for share in cfg.rounds)
+    if self.rounds >= due:
+        return
+    with torch.no_grad():
+        found = fit_poses(self.scene(), self.views, cfg, start=self.poses)
+        self.start = carried(self.start, self.views, found - self.poses)
+        self.raw = self.start.gaussians.flat()
+    self.poses, self.aimed = found, corrected(self.views, found)
+    self.rounds = due
+
 # %% ../nbs/52_polish.ipynb #f24323f0
 @patch
 @torch.enable_grad()
@@ -335,8 +368,9 @@ def advance(
     done: float,  # share of the steps or of the time that is over, 0..1
 ) -> dict[str, Tensor]:  # terms of the loss before the step, see `reconstruction_loss`
     "Draw one view, compare it, take one step."
+    self.fit_views(done)
     k = self.next_view()
-    view, weight = self.views[k], None if self.weights is None else self.weights[k : k + 1]
+    view, weight = self.aimed[k], None if self.weights is None else self.weights[k : k + 1]
     now = self.scene()
     out = now.render(view, self.render_settings())
     kind = now.gaussians.kind
@@ -445,4 +479,6 @@ def polish(
     check_finite(polished)
     self.gaussians, self.velocity = polished.gaussians, polished.velocity
     self.source = self.source | dict(polish_steps=polisher.step)
+    if cfg.poses:
+        self.source["pose_corrections"] = correction_rows(polisher.views, polisher.poses)
     return self

@@ -269,13 +269,14 @@ def record_files(
     evaluates = any(p.name.startswith("61_evaluate") for p in notebooks)  # a checkpoint of another run
     if metrics.get("runtime", {}).get("iters", 1) and not evaluates:  # what trained nothing has no log of steps
         needed.append(run / "metrics.jsonl")
-    missing = [p.name for p in needed if not p.is_file()] + ["the executed notebook"] * (not notebooks)
+    told = notebooks or [p for p in (run / "train.log",) if p.is_file()]  # the latter of a run from the shell
+    missing = [p.name for p in needed if not p.is_file()] + ["the executed notebook"] * (not told)
     if missing:
         raise FileNotFoundError(
             f"{run.name} is no complete run: {', '.join(missing)} missing; run it to its end first"
         )
     optional = [run / name for name in ("report.md", "meta.json", "scores.csv.gz") if (run / name).is_file()]
-    return [*notebooks, *needed, *optional, *pictures]
+    return [*told, *needed, *optional, *pictures]
 
 # %% ../nbs/09a_records.ipynb #1153ac7d
 def git_files(

@@ -61,12 +61,14 @@ def lift_scores(
     clip: Clip,  # any clip with labels or exact truth
     cameras: tuple[str, ...] = ("front_camera",),  # that are lifted and scored
     cfg: Config | None = None,  # of the lift and the prior; None: as they stand
+    moments: list[int] | None = None,  # input frames at which motion is scored; None: all
 ) -> LiftScores:
     "Score a clip by its lift and its motion prior."
     cfg = cfg or Config(data=DataConfig(cameras=cameras))
     inputs = read_inputs(clip, cfg)
     lift, prior = still(inputs), motion_prior_alone(inputs)
     truth = clip_truth(clip, cameras=list(cameras))
+    truth = truth._replace(frames=[t for t in truth.frames if moments is None or t.frame in moments])
     return LiftScores(
         gaussians=len(lift),
         psnr={camera: target_psnr(lift, clip, camera) for camera in cameras},

@@ -10,7 +10,9 @@ from flux4d.cache import LiftCache
 from flux4d.city.logs import fixture_city
 from flux4d.config import Config, DataConfig, TrainConfig
 from flux4d.files import DataError
+from flux4d.gap_filling import InitConfig
 from flux4d.loader import Loader
+from flux4d.occupancy import MotionPriorConfig
 from flux4d.pandaset import PandaSet
 from flux4d.predictor import PredictorConfig
 from flux4d.run import Run
@@ -25,7 +27,10 @@ def config(**data: object) -> Config:
     "A small model; which memory and which processes it uses is given."
     return Config(
         data=DataConfig(image_scale=0.25, **data),
-        model=PredictorConfig(unet=UNetConfig(widths=(4, 8), blocks=1)),
+        init=InitConfig(fill_blocks=(64, 32), voxel_downsample=1.0),
+        model=PredictorConfig(
+            unet=UNetConfig(widths=(4, 8), blocks=1), hidden=16, motion_prior=MotionPriorConfig(reach=0)
+        ),
         train=TrainConfig(iters=STEPS, warmup=1, eval_every=0, log_every=1, save_ckpt_every=0, views_per_step=2),
     )
 

@@ -60,6 +60,7 @@ SMALL = dict(
         unet=dict(widths=[8, 16], blocks=1),
         hidden=16,
         motion_prior=dict(ground="lowest", small=dict(min_sweeps=0)),
+        membership=dict(edge=0.0),  # 14a_membership
     ),
     refine=dict(unet=dict(widths=[8, 16], blocks=1)),
     render=dict(backend="torch"),  # the stored values are the readable rasteriser's

@@ -15,7 +15,7 @@ from PIL import Image
 from flux4d.background import init_gaussians
 from flux4d.cache import LiftCache
 from flux4d.city.logs import fixture_city
-from flux4d.config import config_from_dict
+from flux4d.config import config_from_dict, merged
 from flux4d.files import DataError
 from flux4d.loader import Loader
 from flux4d.pandaset import PandaSet
@@ -61,8 +61,11 @@ def roots(tmp_path_factory):
     return [log_with(work / f"log{seed}", seed, rig) for seed in (1, 2)]
 
 
-def config():
-    return config_from_dict(SMALL, FullConfig)
+FEWER = dict(data=dict(image_scale=0.5), init=dict(voxel_downsample=1.0))  # pixels and returns: a step is short
+
+
+def config(**changed):
+    return config_from_dict(merged(SMALL, changed), FullConfig)
 
 
 def lifted(root, cfg):
@@ -85,8 +88,8 @@ def trained(roots, tmp_path_factory):
     found = []
     for root in roots:
         folder = tmp_path_factory.mktemp("runs")
-        loader = Loader([PandaSet(root)["001"].clip(0)], config(), LiftCache(folder / "cache"))
-        trainer = Trainer(config(), loader, Run(folder / "run"), kind=Flux4D)
+        loader = Loader([PandaSet(root)["001"].clip(0)], config(**FEWER), LiftCache(folder / "cache"))
+        trainer = Trainer(config(**FEWER), loader, Run(folder / "run"), kind=Flux4D)
         with redirect_stdout(io.StringIO()):
             trainer.fit()
         found.append(trainer)
@@ -111,7 +114,7 @@ def test_scores_see_nothing_behind_the_mask(roots, trained, tmp_path):
     model = trained[0].ema.module.eval()
     found = []
     for k, root in enumerate(roots):
-        loader = one_clip_loader([PandaSet(root)["001"].clip(0)], config(), LiftCache(tmp_path / f"cache{k}"))
+        loader = one_clip_loader([PandaSet(root)["001"].clip(0)], config(**FEWER), LiftCache(tmp_path / f"cache{k}"))
         how = Evaluation(
             model.reconstruct, loader, tmp_path / str(k), ("lift",), EvalConfig(save_renders=0), videos=0
         )

@@ -19,7 +19,9 @@ from flux4d.city.logs import fixture_city
 from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.config import DataConfig, TrainConfig
 from flux4d.files import DataError
+from flux4d.gap_filling import InitConfig
 from flux4d.loader import Loader
+from flux4d.occupancy import MotionPriorConfig
 from flux4d.pandaset import PandaSet
 from flux4d.predictor import PredictorConfig
 from flux4d.processes import ALONE, Processes, SilentRun, group_processes
@@ -34,12 +36,13 @@ PRELOAD = ["torch._dynamo", "flux4d.train", "flux4d.refine", "flux4d.city.logs",
 STEPS = dict(iters=5, warmup=1, eval_every=0, log_every=1, save_ckpt_every=0, views_per_step=1, prefetch=1)
 
 
-def small_config(norm: str = "clip", **train: object) -> FullConfig:
-    "A model of two stages, small enough for some steps a second."
+def small_config(norm: str = "clip", reach: int = 0, **train: object) -> FullConfig:
+    "A model of two stages, small enough for some steps a second; `reach` 0: no motion prior, a second a clip."
     unet = UNetConfig(widths=(4, 8), blocks=1, norm=norm)
     return FullConfig(
         data=DataConfig(image_scale=0.25, loader_threads=1),
-        model=PredictorConfig(unet=unet),
+        init=InitConfig(fill_blocks=(64, 32), voxel_downsample=1.0),
+        model=PredictorConfig(unet=unet, hidden=16, motion_prior=MotionPriorConfig(reach=reach)),
         refine=RefineConfig(steps=2, unet=unet),
         train=TrainConfig(**STEPS | train),
     )
@@ -127,7 +130,7 @@ def alike(a: list, b: list) -> bool:
 def test_two_processes_are_one_with_two_micro_steps(tmp_path, norm):
     "Weights, averages, optimiser and record after three steps."
     torch.set_num_threads(1)
-    cfg = small_config(norm, iters=3)
+    cfg = small_config(norm, MotionPriorConfig().reach, iters=3)
     whole = replace(cfg, train=replace(cfg.train, grad_accum_steps=2))
     small_trainer(tmp_path / "one", whole).fit()
     assert in_two(tmp_path / "two", cfg) == ["ended at step 3"] * 2
@@ -293,6 +296,7 @@ def command(launcher: list, *parameters: str) -> list:
         data_root=fixture_city(),
         train_logs="001",
         eval_logs="001",
+        max_train_clips=2,
         max_eval_clips=1,
         preset="draft",
         image_scale=0.25,
@@ -301,7 +305,7 @@ def command(launcher: list, *parameters: str) -> list:
         save_renders=0,
         baselines="",
         log_every=1,
-        overrides="{model: {unet: {widths: [4, 8], blocks: 1}}}",
+        overrides="{model: {unet: {widths: [4, 8], blocks: 1}, hidden: 16, motion_prior: {reach: 0}}}",
     )
     given = [x for name, value in how.items() for x in ("-p", name, str(value))]
     return [sys.executable, *launcher, "flux4d.stage6", *given, *parameters]

@@ -1,6 +1,7 @@
 "Other machines: without spconv, without the locks of Unix, with another Python, and what pip takes for each."
 
 import ast
+import importlib
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 import pytest
+import torch
 from packaging.requirements import Requirement
 import flux4d
 from flux4d import files
@@ -142,3 +144,11 @@ def test_modules_are_read_by_python_3_10_to_3_13():
         names = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level}
         names |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         assert not (gone | young) & {str(name).split(".")[0] for name in names}, path.name
+
+
+def test_without_cuda_spconv_describes_no_kernels_for_gpus():
+    "Describing them takes seconds of every process that imports a network."
+    core = pytest.importorskip("spconv.core")
+    importlib.import_module("flux4d.unet")
+    described = bool(core.ALL_NATIVE_PARAMS), bool(core.ALL_IMPGEMM_PARAMS)
+    assert described == (torch.backends.cuda.is_built(),) * 2

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from functools import lru_cache
 from pathlib import Path
@@ -13,37 +14,47 @@ import yaml
 from PIL import Image
 
 from flux4d.background import BackgroundConfig, init_data, init_gaussians, init_groups
+from flux4d.baselines import motion_prior_alone
 from flux4d.check import check_main, examine
 from flux4d.city.logs import make_city
 from flux4d.city.rays import Recording
 from flux4d.clip_data import InputViews, ViewGroups, clip_data, load_views
 from flux4d.clips import Clip, ClipConfig, Cut, _log_lists, at_rate, build_index, clip_entry, fingerprint
+from flux4d.config import Config, DataConfig
 from flux4d.files import DataError
 from flux4d.gap_filling import InitConfig
 from flux4d.log_faults import check_log
+from flux4d.model import read_inputs
 from flux4d.pandaset import Log, PandaSet
 from flux4d.rig import Rig, poses_at, read_rig
+from flux4d.rigs import lift_scores
 
 FRAMES, SCALE, STEP = 4, 0.08, 1.5
 TWO = ("front_camera", "front_left_camera")
 BEND = (-0.3, 0.1, 1e-3, -5e-4, -0.01)
 UTM = (4e5, 5.5e6, 300.0)
+SMALL = Config(data=DataConfig(cameras=TWO[:1]), init=InitConfig(fill_blocks=(64, 32)))
 NO_CV2 = importlib.util.find_spec("cv2") is None
-VARIANTS = {  # how it is recorded, and the note of flux4d-check
-    "start": (Recording(stamps="start"), "other_stamps"),
-    "middle": (Recording(stamps="middle"), "other_stamps"),
-    "no_times": (Recording(return_times=False), "other_stamps"),
-    "hz2": (Recording(fps=2.0), "other_rate"),
-    "hz5": (Recording(fps=5.0), "other_rate"),
-    "hz20": (Recording(fps=20.0), "other_rate"),
-    "x_forward": (Recording(lidar_axes="forward left up"), "other_axes"),
-    "utm": (Recording(origin=UTM), "far_origin"),
-    "cropped": (Recording(cropped=True), "cropped"),
-    "from_37": (Recording(first=37), "other_names"),
-    "three_digits": (Recording(first=118, digits=3), "other_names"),
-    "gaps": (Recording(gaps=(2,)), "other_names"),
-    "bent": (Recording(distortion=BEND), "other_lens"),
+VARIANTS = {  # how it is recorded, the note of flux4d-check, and words of its sentence
+    "start": (Recording(stamps="start"), "other_stamps", "stamps are of the start of a turn.*0.1 s later"),
+    "middle": (Recording(stamps="middle"), "other_stamps", "stamps are of the middle of a turn.*0.05 s later"),
+    "no_times": (Recording(return_times=False), "other_stamps", "returns have no times of their own"),
+    "hz2": (Recording(fps=2.0), "other_rate", "has 2 frames a second.*4 frames .* input frames 1 s apart"),
+    "hz5": (Recording(fps=5.0), "other_rate", "has 5 frames a second.*9 frames .* input frames 0.4 s apart"),
+    "hz20": (Recording(fps=20.0), "other_rate", "has 20 frames a second.*31 frames .* input frames 0.2 s apart"),
+    "x_forward": (Recording(lidar_axes="forward left up"), "other_axes", "x, y, z of the LiDAR point forward left up"),
+    "utm": (Recording(origin=UTM), "far_origin", "starts 5515 km from the world's origin"),
+    "cropped": (Recording(cropped=True), "cropped", "returns in only .* of the directions.*cropped"),
+    "from_37": (Recording(first=37), "other_names", "in their order, 37.pkl.gz to 40.pkl.gz"),
+    "three_digits": (Recording(first=118, digits=3), "other_names", "in their order, 118.pkl.gz to 121.pkl.gz"),
+    "past_99": (Recording(first=98), "other_names", "in their order, 98.pkl.gz to 101.pkl.gz"),
+    "gaps": (Recording(gaps=(2,)), "uneven_steps", "steps by 0.2 at frame 1 .*; frames were lost there"),
+    "sizes": (Recording(sizes=(1.0, 0.5)), "image_sizes", "front_left_camera.*"),
+    "bent": (Recording(distortion=BEND), "other_lens", "front_camera has a radial-tangential lens"),
 }
+
+
+SAME_GEOMETRY = "start", "middle", "x_forward", "utm", "from_37", "three_digits", "past_99", "gaps", "sizes"
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +70,6 @@ def made(work):
     def log_of(name):
         recording = Recording() if name in ("plain", "two") else VARIANTS[name][0] if name in VARIANTS else None
         cameras = TWO if name in ("two", "sizes") else TWO[:1]
-        if name == "sizes":
-            recording = Recording(sizes=(1.0, 0.5))
         make_city(work / name, 1, FRAMES, SCALE, cameras=cameras, workers=1, step=STEP, recording=recording)
         return PandaSet(work / name)["001"]
 
@@ -85,14 +94,15 @@ def test_each_variant_is_checked_indexed_and_lifted(made, name):
         pytest.skip("OpenCV is not installed")
     found = examine(log)
     assert [f.check for f in found if f.severity == "fault"] == [], found
-    assert VARIANTS[name][1] in [f.check for f in found]
+    _, check, words = VARIANTS[name]
+    said = [f.text for f in found if f.check == check]
+    assert len(said) == 1 and re.search(words, said[0]), found
     assert build_index(log.root, ClipConfig(input_frames=(0,), future_len=2, test_scenes=("001",)))["clips"]
     length = 2 if name == "gaps" else FRAMES
     g = init_gaussians(clip_of(log, (0,), length), InitConfig(fill_blocks=(64, 32)), cameras=TWO[:1])
     wanted = init_gaussians(clip_of(plain, (0,), length), InitConfig(fill_blocks=(64, 32)), cameras=TWO[:1])
     assert 0.8 < len(g) / len(wanted) < 1.25
-    same_geometry = name in ("start", "middle", "x_forward", "utm", "from_37", "three_digits", "gaps")
-    if same_geometry:
+    if name in SAME_GEOMETRY:
         a, b = (torch.sort(x.means[x.kind == 0][:, 2])[0] for x in (g, wanted))
         assert len(a) == len(b) and (a - b).abs().max() < 0.01
 
@@ -158,6 +168,46 @@ def test_rates_are_cut_by_seconds():
         assert cfg.future_len == frames
         assert 1.4 <= (frames - 1) / fps <= 1.6
     assert at_rate(ClipConfig(interp_len=7), 20.0) == ClipConfig(interp_len=7)  # what was chosen stays
+
+
+UNEVEN = np.cumsum([0, 4, 6, 5, 5, 4, 6, 6, 4, 5, 5, 6, 4, 5, 5, 5])  # fiftieths of a second
+LENGTHS = {4: (0, 2), 9: (0, 2, 4), 40: tuple(range(0, 40, 4))}
+
+
+@pytest.fixture(scope="module")
+def uneven(work):
+    "A log whose frames follow each other after 0.08, 0.1 or 0.12 s."
+    lost = np.setdiff1d(np.arange(UNEVEN[-1] + 1), UNEVEN)
+    recording = Recording(fps=50.0, gaps=tuple(int(f) for f in lost))
+    make_city(work / "uneven", 1, 16, 0.0625, workers=1, step=1.0, recording=recording)
+    return PandaSet(work / "uneven")["001"]
+
+
+def test_frames_at_uneven_times_are_cut_lifted_and_moved(uneven):
+    assert np.allclose(np.diff(uneven.lidar_stamps), np.diff(UNEVEN) / 50, atol=1e-5)
+    assert [f.check for f in examine(uneven)] == ["other_names"]  # steps that differ by a fifth are none to speak of
+    index = build_index(uneven.root, ClipConfig(test_scenes=("001",)))
+    assert [c["clip_id"] for c in index["clips"]] == ["001_eval_future_s000_e015"] and not index.get("left_out")
+    scores = lift_scores(uneven.clip(0))
+    assert scores.psnr_prior["front_camera"] > scores.psnr["front_camera"] + 1
+    assert scores.moving_error < 1.0 and scores.static_motion < 0.05
+
+
+def test_a_step_that_is_twice_as_long_is_one_sentence(made):
+    with pytest.raises(DataError, match="gives no clip at all .*steps by 0.200 s at its frame 1 where 0.100 s"):
+        build_index(made("gaps").root, ClipConfig(input_frames=(0, 2), future_len=3, test_scenes=("001",)))
+
+
+@pytest.mark.parametrize("frames", LENGTHS)
+def test_clips_of_any_length_are_lifted_and_moved(work, frames):
+    make_city(work / "long", 1, 40, 0.0625, workers=1, step=1.5)
+    inputs = read_inputs(clip_of(PandaSet(work / "long")["001"], LENGTHS[frames], frames), SMALL)
+    assert inputs.clip.input_frames == list(LENGTHS[frames]) and inputs.clip.frame_ids == list(range(frames))
+    scene = motion_prior_alone(inputs)
+    g = scene.gaussians
+    assert g.t.min() >= -0.1 and g.t.max() <= 1 and set(g.frame[g.kind == 0].tolist()) == set(LENGTHS[frames])
+    speed = scene.velocity[:, 0].norm(dim=1)
+    assert torch.isfinite(scene.velocity).all() and 2 < speed.max() < 40
 
 
 def test_images_of_two_sizes(made):

@@ -11,8 +11,10 @@ from flux4d.checkpoint import load_checkpoint
 from flux4d.city.logs import fixture_city
 from flux4d.config import Config, DataConfig, TrainConfig
 from flux4d.files import DataError, WriteError
+from flux4d.gap_filling import InitConfig
 from flux4d.interrupt import Interrupted
 from flux4d.loader import Loader
+from flux4d.occupancy import MotionPriorConfig
 from flux4d.pandaset import PandaSet
 from flux4d.predictor import PredictorConfig
 from flux4d.run import Run
@@ -21,7 +23,8 @@ from flux4d.unet import UNetConfig
 
 CFG = Config(
     data=DataConfig(image_scale=0.25, loader_threads=1),
-    model=PredictorConfig(unet=UNetConfig(widths=(4, 8), blocks=1)),
+    init=InitConfig(fill_blocks=(64, 32), voxel_downsample=1.0),
+    model=PredictorConfig(unet=UNetConfig(widths=(4, 8), blocks=1), hidden=16, motion_prior=MotionPriorConfig(reach=0)),
     train=TrainConfig(
         iters=5, warmup=1, eval_every=0, log_every=1, save_ckpt_every=0, views_per_step=1, prefetch=0, max_unread=2
     ),
