@@ -24,7 +24,7 @@ except ImportError:  # without a GPU there is none; tensor operations then do th
 __all__ = ['ATTRIBUTE_BLOCK', 'bend', 'bend_slope', 'log1p', 'rotated', 'load_three', 'load_four', 'store_three', 'product',
            'length_of', 'mean_scale', 'residual_kernel', 'FusedResidual', 'fused_residual', 'is_turned', 'sum_kernel',
            'sum_grad_kernel', 'FusedSum', 'fused_sum', 'store_turns', 'point_kernel', 'fused_point', 'feedback_kernel',
-           'fused_feedback', 'mix_kernel', 'FusedMix', 'fused_mix', 'kernels_change', 'apply_change']
+           'scale_kernel', 'fused_feedback', 'mix_kernel', 'FusedMix', 'fused_mix', 'kernels_change', 'apply_change']
 
 # %% ../nbs/20c_attribute_kernels.ipynb #c5753a18
 @kernel
@@ -419,14 +419,16 @@ def point_kernel(
     cells_ptr: tl.tensor,  # (M,3) int64, voxel each was lifted into
     to_ego_ptr: tl.tensor,  # (4,4) float64 world-to-ego0
     grid_ptr: tl.tensor,  # (7,) float64 lower corner, cells along each axis, edge of a voxel
-    out_ptr: tl.tensor,  # out: (M,14)
-    turn_ptr: tl.tensor,  # out: (M,9)
+    out_ptr: tl.tensor,  # out: (M,14), with a stride of its own
+    turn_ptr: tl.tensor,  # out: (M,9), with a stride of its own
     n: tl.tensor,  # M
     means_stride: tl.tensor,  # numbers from a row to the next
     quats_stride: tl.tensor,  # numbers from a row to the next
     scales_stride: tl.tensor,  # numbers from a row to the next
     opacities_stride: tl.tensor,  # numbers from a row to the next
     colours_stride: tl.tensor,  # numbers from a row to the next
+    out_stride: tl.tensor,  # numbers from a row to the next
+    turn_stride: tl.tensor,  # numbers from a row to the next
     BLOCK: tl.constexpr,  # Gaussians of a program
 ) -> None:
     "Channels of points, and rotation matrices in ego0."
@@ -434,7 +436,7 @@ def point_kernel(
     here = i < n
     x, y, z = load_three(means_ptr + i * means_stride, here)
     x, y, z = x.to(tl.float64), y.to(tl.float64), z.to(tl.float64)
-    out = out_ptr + i * 14
+    out = out_ptr + i * out_stride
     for a in tl.static_range(3):
         row = to_ego_ptr + 4 * a
         p = tl.load(row) * x + tl.load(row + 1) * y + tl.load(row + 2) * z + tl.load(row + 3)
@@ -449,7 +451,7 @@ def point_kernel(
     tl.store(out + 10, 2 * tl.load(seconds_ptr + i, mask=here, other=0.0) - 1, mask=here)
     w, qx, qy, qz = load_four(quats_ptr + i * quats_stride, here, 1.0)
     length = length_of(w, qx, qy, qz)
-    store_turns(turn_ptr + i * 9, to_ego_ptr, w / length, qx / length, qy / length, qz / length, here)
+    store_turns(turn_ptr + i * turn_stride, to_ego_ptr, w / length, qx / length, qy / length, qz / length, here)
 
 # %% ../nbs/20c_attribute_kernels.ipynb #7f5f984c
 def fused_point(
@@ -458,12 +460,13 @@ def fused_point(
     cells: Tensor,  # (M,3) int64, the voxel each was lifted into
     to_ego: Tensor,  # (4,4) float64 world-to-ego0
     grid: Tensor,  # (7,) float64 lower corner, cells along each axis, edge of a voxel
+    room: tuple[Tensor, Tensor] | None = None,  # (M,14), (M,9) columns of a table where they go; None = new ones
 ) -> tuple[Tensor, Tensor]:  # (M,14) of `point_features`; (M,9) of `orientation`
     "A point's own channels and its orientation."
     M = len(g)
     raw = [rows_of(x) for x in (g.means, g.quats, g.log_scales, g.opacity_logits, g.colour_logits)]
-    out, turn = g.means.new_empty(M, 14), g.means.new_empty(M, 9)
-    strides = [x.stride(0) for x in raw]
+    out, turn = room or (g.means.new_empty(M, 14), g.means.new_empty(M, 9))
+    strides = [x.stride(0) for x in (*raw, out, turn)]
     around = seconds.float().contiguous(), cells.contiguous(), to_ego.contiguous(), grid
     if M:
         blocks = (triton.cdiv(M, ATTRIBUTE_BLOCK),)
@@ -546,6 +549,28 @@ def _feedback(
     return out, sums.sum(1)
 
 # %% ../nbs/20c_attribute_kernels.ipynb #27ed99c2
+@kernel
+def scale_kernel(
+    features_ptr: tl.tensor,  # in and out: (N,15) from `feedback_kernel`
+    sums_ptr: tl.tensor,  # (5,) sums of squares of centre, turn, scales, opacity; how many Gaussians count
+    n: tl.tensor,  # N
+    BLOCK: tl.constexpr,  # Gaussians of a program
+) -> None:
+    "Divide each attribute by its root mean square and bend it."
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = i < n
+    count = tl.load(sums_ptr + 4)
+    for c in tl.static_range(11):
+        part = 0 if c < 3 else (1 if c < 7 else (2 if c < 10 else 3))
+        columns = 4 if part == 1 else (1 if part == 3 else 3)
+        rms = tl.maximum(tl.sqrt(tl.load(sums_ptr + part) / tl.maximum(count * columns, 1.0)), 1e-4)
+        x = tl.load(features_ptr + i * 15 + c, mask=here, other=0.0) / rms
+        size = tl.abs(x)
+        asinh = log1p(size + size * size / (1.0 + tl.sqrt(size * size + 1.0)))
+        asinh = tl.where(size > 1e8, tl.log(size) + 0.6931471805599453, asinh)
+        tl.store(features_ptr + i * 15 + c, tl.where(x < 0, -asinh, asinh), mask=here)
+
+
 def fused_feedback(
     grad: Tensor,  # (N,14) gradient of the raw numbers, world
     filled: Tensor,  # (N,) px
@@ -555,13 +580,7 @@ def fused_feedback(
 ) -> Tensor:  # (N,15) of order one, in ego0 axes
     "What `feedback_features` gives where it scales."
     out, sums = _feedback(grad, filled, g, to_ego, floor)
-    *squares, count = sums.unbind(0)
-    start = 0
-    for total, columns in zip(squares, (3, 4, 3, 1)):
-        rms = (total / (count * columns).clamp_min(1)).sqrt().clamp_min(1e-4)
-        out[:, start : start + columns].div_(rms)
-        start += columns
-    out[:, :11].asinh_()
+    scale_kernel[(triton.cdiv(len(g), ATTRIBUTE_BLOCK),)](out, sums, len(g), ATTRIBUTE_BLOCK)
     return out
 
 # %% ../nbs/20c_attribute_kernels.ipynb #a4e6099f
@@ -572,6 +591,7 @@ def mix_kernel(
     weight_ptr: tl.tensor,  # (N,8)
     mixed_ptr: tl.tensor,  # out: (N,C) of points; where BACK their gradient
     n: tl.tensor,  # N
+    stride: tl.tensor,  # numbers from a row of `mixed` to the next
     C: tl.constexpr,  # channels
     WIDTH: tl.constexpr,  # the next power of two
     BACK: tl.constexpr,  # whether the gradient is wanted
@@ -582,7 +602,7 @@ def mix_kernel(
     c = tl.arange(0, WIDTH)[None, :]
     here = i < n
     both = here[:, None] & (c < C)
-    at = mixed_ptr + i[:, None] * C + c
+    at = mixed_ptr + i[:, None] * stride + c
     total = tl.zeros([BLOCK, WIDTH], tl.float32)
     if BACK:
         total += tl.load(at, mask=both, other=0.0)
@@ -608,11 +628,15 @@ class FusedMix(torch.autograd.Function):
         features: Tensor,  # (V,C)
         row: Tensor,  # (N,8) int64
         w: Tensor,  # (N,8)
-    ) -> Tensor:  # (N,C)
+        table: Tensor,  # (N,start+C) whose last columns they become
+        start: int,  # columns before them
+    ) -> Tensor:  # `table`
         "One program for 32 points."
         ctx.save_for_backward(row, w)
-        ctx.voxels = len(features)
-        return _mix(features, row, w, features.new_empty(len(row), features.shape[1]), False)
+        ctx.voxels, ctx.start = len(features), start
+        ctx.mark_dirty(table)
+        _mix(features, row, w, table[:, start:], False)
+        return table
 
     @staticmethod
     @once_differentiable
@@ -622,33 +646,36 @@ class FusedMix(torch.autograd.Function):
     ) -> tuple:  # of the arguments
         "The same, back."
         row, w = ctx.saved_tensors
+        d = rows_of(d)[:, ctx.start :]
         of_features = d.new_zeros(ctx.voxels, d.shape[1])
-        _mix(of_features, row, w, d.contiguous(), True)
-        return of_features, None, None
+        _mix(of_features, row, w, d, True)
+        return of_features, None, None, None, None
 
 # %% ../nbs/20c_attribute_kernels.ipynb #aa13e6ef
 def _mix(
     features: Tensor,  # (V,C) of voxels, or their gradient
     row: Tensor,  # (N,8) int64
     w: Tensor,  # (N,8)
-    mixed: Tensor,  # (N,C) of points, or their gradient
+    mixed: Tensor,  # (N,C) of points, or their gradient, each row in one piece
     back: bool,  # whether the gradient is wanted
-) -> Tensor:  # `mixed`
+) -> None:
     "Call the kernel."
     N, C = mixed.shape
     if N:
-        how = N, C, triton.next_power_of_2(C), back, 32
+        how = N, mixed.stride(0), C, triton.next_power_of_2(C), back, 32
         mix_kernel[(triton.cdiv(N, 32),)](features, row, w, mixed, *how)
-    return mixed
 
 # %% ../nbs/20c_attribute_kernels.ipynb #21d110c0
 def fused_mix(
     features: Tensor,  # (V,C) float32
     row: Tensor,  # (N,8) int64 rows
     w: Tensor,  # (N,8) float32 weights
-) -> Tensor:  # (N,C)
-    "What `mix_voxels` gives."
-    return FusedMix.apply(features.contiguous(), row.contiguous(), w.contiguous())
+    table: Tensor | None = None,  # (N,start+C), without gradient, whose last columns are written; None = (N,C)
+    start: int = 0,  # columns before them
+) -> Tensor:  # (N,start+C)
+    "What `mix_voxels` gives, behind what a table holds already."
+    table = features.new_empty(len(row), features.shape[1]) if table is None else table
+    return FusedMix.apply(features.contiguous(), row.contiguous(), w.contiguous(), table, start)
 
 # %% ../nbs/20c_attribute_kernels.ipynb #a546c159
 def kernels_change(

@@ -18,20 +18,22 @@ from .gaussians import Gaussians, gaussians_from, cat, opacity_inv, BACKGROUND, 
 from .clips import Clip
 from .clip_data import ClipData, clip_data, image_numbers
 from .settings import OpenShare, Share
-from .lift import checked_cap, lift_returns, no_visible_return, sound_stamps
+from .lift import checked_cap, gaussians_of, lift_returns, no_visible_return, sound_stamps
 from .camera_colours import clip_tones, in_reference_colours
 from .camera_overlap import coarser_blocks
 from .kernels import kernels_work
 from .search_kernels import CostCameras, fused_costs
+from .gap_kernels import block_gaussians
 from .gap_filling import Blocks, InitConfig, block_sides, clip_blocks, even_opacity, fill_gaps
+from .gap_filling import placed_blocks
 
 # %% auto #0
 __all__ = ['BackgroundConfig', 'pixels_at', 'shrunk_mask', 'motion_between', 'photometric_cost', 'shared_cost', 'shrunk_images',
            'photometric_costs', 'agreed_depth', 'one_camera', 'best_depth', 'far_depth', 'elevation_in_camera',
            'field_top', 'above_field', 'column_depth', 'depth_above', 'depth_behind', 'FarBlocks', 'far_blocks',
-           'far_gaussians', 'far_field', 'bounding_box', 'draw_hemisphere', 'first_colour', 'drawn_points',
-           'hemisphere', 'draw_ball', 'inside_ball', 'near_gaussians', 'near_field', 'background', 'without_taken',
-           'without_coarser', 'init_groups', 'init_data', 'clip_groups', 'init_gaussians']
+           'placed_far', 'stored_far', 'far_gaussians', 'far_field', 'bounding_box', 'draw_hemisphere', 'first_colour',
+           'drawn_points', 'hemisphere', 'draw_ball', 'inside_ball', 'near_gaussians', 'near_field', 'background',
+           'without_taken', 'without_coarser', 'init_groups', 'init_data', 'clip_groups', 'init_gaussians']
 
 # %% ../nbs/12_background.ipynb #380a93b9
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def motion_between(
     "How far each block would lie in each image from where it lies in its own."
     V = data.pose[..., 0, 0].numel()
     place = data.pose[..., :3, 3].reshape(-1, 3)[b.image] + depth * b.ray
-    world_to_cam = se3_inverse(data.pose).view(V, 1, 4, 4)
+    world_to_cam = data.world_to_cam.view(V, 1, 4, 4)
     uv, z = project(data.K.view(V, 1, 3, 3), world_to_cam, place[None, :, None])
     other = b.image != torch.arange(V, device=b.image.device)[:, None]
     return uv[:, :, 0].float().nan_to_num(-1e6) - b.uv, (z[..., 0] > 1) & other
@@ -170,7 +172,7 @@ def photometric_costs(
     "The photometric cost at several depths; on a GPU in one kernel."
     if not kernels_work(images.device):
         return torch.stack([photometric_cost(data, images, k, b, d[:, None], shown) for d in depths.unbind(1)], 1)
-    K, pose, inverse = data.K, data.pose, se3_inverse(data.pose)
+    K, pose, inverse = data.K, data.pose, data.world_to_cam
     cameras = CostCameras(images, shown, K.view(-1, 3, 3), pose.reshape(-1, 4, 4), inverse.view(-1, 4, 4))
     return fused_costs(cameras, b.image, b.uv, b.side, b.ray, depths, k)
 
@@ -210,6 +212,8 @@ def best_depth(
 ) -> Tensor:  # (B,) m
     "The depths at which the images of each block's own camera agree."
     z, cameras = depths[:, 0].clone(), data.shutter.shape[1]
+    if cameras == 1:
+        return agreed_depth(data, b, depths, *how)
     for c in range(cameras):
         rows = (b.image % cameras == c).nonzero()[:, 0]
         own = Blocks(*(a[rows] for a in b))
@@ -246,10 +250,15 @@ def field_top(
 ) -> Tensor:  # (C,) deg, in the axes of each camera; infinite without such returns
     "Where the LiDAR's field ends."
     tops = []
-    for pose in data.pose.unbind(1):  # (F,4,4)
-        x = transform_points(se3_inverse(pose), data.points)
-        e = elevation_in_camera(x)[x.norm(dim=-1) > nearest]  # padding is NaN, which is not farther than anything
-        tops.append(e.kthvalue(math.ceil(share * len(e))).values if len(e) else e.new_tensor(math.inf))
+    for world_to_cam in data.world_to_cam.unbind(1):  # (F,4,4)
+        x = transform_points(world_to_cam, data.points)
+        far = x.norm(dim=-1) > nearest  # padding is NaN, which is not farther than anything
+        e = torch.where(far, elevation_in_camera(x), -math.inf).flatten()
+        n = far.sum()
+        higher = n - torch.ceil(share * n.double()).long()  # returns; counted where they are, a GPU need not be asked
+        highest = e.topk(min(len(e), int((1 - share) * len(e)) + 2)).values
+        top = highest.index_select(0, higher.clamp_max(len(highest) - 1).view(1))[0]
+        tops.append(torch.where(n > 0, top, math.inf))
     return torch.stack(tops)
 
 # %% ../nbs/12_background.ipynb #12ab0003
@@ -335,16 +344,15 @@ def far_blocks(
     return FarBlocks(b._replace(z=z), above)
 
 # %% ../nbs/12_background.ipynb #196323f5
-def far_gaussians(
+def placed_far(
     data: ClipData,  # the clip
-    far: FarBlocks,  # of its images
+    b: Blocks,  # of its images, with depth
     lift: InitConfig,  # read: fill_scale
-    cfg: BackgroundConfig,  # read: opacity, above_opacity
+    cfg: BackgroundConfig,  # read: opacity
 ) -> Gaussians:  # kind BACKGROUND, world
-    "Far blocks as Gaussians that project to their block."
-    b = far.blocks
+    "Far blocks as Gaussians of one opacity."
     means = data.pose[..., :3, 3].reshape(-1, 3)[b.image] + b.z[:, None] * b.ray
-    g = gaussians_from(
+    return gaussians_from(
         means.float(),
         lift.fill_scale * b.side * b.z / data.K[..., 0, 0].flatten()[b.image].float(),
         b.colour,
@@ -353,6 +361,29 @@ def far_gaussians(
         kind=BACKGROUND,
         opacity=cfg.opacity,
     )
+
+
+def stored_far(
+    data: ClipData,  # the clip
+    b: Blocks,  # of its images, with depth
+    lift: InitConfig,  # read: fill_scale
+    cfg: BackgroundConfig,  # read: opacity
+) -> Gaussians:  # kind BACKGROUND, world
+    "Far blocks as Gaussians of one opacity, on a GPU, in one kernel."
+    rows = torch.arange(len(b.z), device=b.z.device)
+    given = *placed_blocks(data, b, data.shutter.flatten()), False, data.duration, lift.fill_scale
+    return gaussians_of(block_gaussians(rows, *given), BACKGROUND, cfg.opacity)
+
+
+def far_gaussians(
+    data: ClipData,  # the clip
+    far: FarBlocks,  # of its images
+    lift: InitConfig,  # read: fill_scale
+    cfg: BackgroundConfig,  # read: opacity, above_opacity
+) -> Gaussians:  # kind BACKGROUND, world
+    "Far blocks as Gaussians that project to their block."
+    b = far.blocks
+    g = stored_far(data, b, lift, cfg) if kernels_work(b.z.device) else placed_far(data, b, lift, cfg)
     unsure = opacity_inv(b.z.new_tensor(cfg.above_opacity))
     return replace(g, opacity_logits=torch.where(far.above, unsure, g.opacity_logits))
 

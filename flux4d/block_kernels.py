@@ -20,13 +20,12 @@ except ImportError:  # without a GPU there is none; spconv or tensor operations 
     triton = None
 
 # %% auto #0
-__all__ = ['READY', 'CONV_ROWS', 'TABLE_ROWS', 'CHUNKS', 'NORM_ROWS', 'NORM_COLS', 'network_kernel', 'launch', 'ReadTable',
-           'Pairs', 'LayerTable', 'read_table', 'table_pairs', 'beside_rows', 'coarse_voxels', 'same_layer',
-           'strided_layers', 'network_tables', 'use_kernel', 'group_kernel', 'beside_kernel', 'fused_read_table',
-           'fused_beside_rows', 'convolve_kernel', 'weight_kernel', 'moments_kernel', 'norm_kernel', 'norm_slope',
-           'slopes_kernel', 'norm_back_kernel', 'share_out', 'units', 'channel_block', 'convolve_rows',
-           'weight_gradient', 'Normed', 'norm_and_bend', 'norm_and_bend_back', 'BlockRule', 'FusedBlock', 'fused_block',
-           'kernels_convolve']
+__all__ = ['READY', 'CONV_ROWS', 'Z_BITS', 'CHUNKS', 'NORM_ROWS', 'NORM_COLS', 'network_kernel', 'launch', 'ReadTable', 'Pairs',
+           'LayerTable', 'read_table', 'table_pairs', 'beside_rows', 'z_codes', 'coarse_voxels', 'same_layer',
+           'strided_layers', 'strided_rows', 'network_tables', 'convolve_kernel', 'weight_kernel', 'moments_kernel',
+           'norm_kernel', 'norm_slope', 'slopes_kernel', 'norm_back_kernel', 'share_out', 'units', 'channel_block',
+           'convolve_rows', 'weight_gradient', 'Normed', 'norm_and_bend', 'norm_and_bend_back', 'BlockRule',
+           'block_features', 'FusedBlock', 'fused_block', 'kernels_convolve']
 
 # %% ../nbs/20d_block_kernels.ipynb #3096967d
 def network_kernel(
@@ -98,8 +97,6 @@ def read_table(
     rows: Tensor,  # (K,n) int32 rows read, -1 where there is none
 ) -> ReadTable:
     "Sort the voxels by the cells of the kernel that they use, so that programs can leave out whole cells."
-    if kernels_work(rows.device):
-        return fused_read_table(rows)
     K, n = rows.shape
     cell = torch.arange(K, device=rows.device)
     used = rows >= 0
@@ -128,8 +125,6 @@ def beside_rows(
     _, ny, nz = (n + 2 for n in shape)
     x, y, z = (at + 1).unbind(1)
     number = (x * ny + y) * nz + z
-    if kernels_work(at.device):
-        return fused_beside_rows(number, (ny * nz, nz))
     a = torch.arange(-1, 2, device=at.device)
     step = ((a[:, None, None] * ny + a[:, None]) * nz + a).flatten()
     ascending, order = number.sort()
@@ -138,44 +133,60 @@ def beside_rows(
     return torch.where(ascending[place] == wanted, order[place], -1).int()
 
 # %% ../nbs/20d_block_kernels.ipynb #9b390606
+Z_BITS = 20  # of a cell's number along each axis
+
+
+def z_codes(
+    at: Tensor,  # (V,3) int64 cells, less than 2^20 along each axis
+) -> Tensor:  # (V,) int64
+    "Numbers along the Z-curve, of the bits of x, y and z in turn; without its last three bits, the coarser cell's."
+    bit = torch.arange(Z_BITS, device=at.device)[:, None]
+    weight = 1 << (3 * bit + torch.tensor([2, 1, 0], device=at.device))
+    return ((at[:, None] >> bit & 1) * weight).sum((1, 2))
+
+
 def coarse_voxels(
     at: Tensor,  # (V,3) int64 cells of the voxels
-    shape: list[int],  # cells of the grid, even numbers
 ) -> tuple[Tensor, Tensor, Tensor]:  # (W,3) coarse voxels; (V,) row of each voxel's; (V,) which of its eighths
-    "Halve the resolution."
-    _, ny, nz = (n // 2 for n in shape)
-    x, y, z = (at // 2).unbind(1)
-    number, parent = torch.unique((x * ny + y) * nz + z, return_inverse=True)
-    coarse = torch.stack([number // (ny * nz), number // nz % ny, number % nz], 1)
-    i, j, k = (at % 2).unbind(1)
-    return coarse, parent, (i * 2 + j) * 2 + k
+    "Halve the resolution; coarse voxels stand in the order of the Z-curve."
+    codes = z_codes(at)
+    number, parent = torch.unique(codes >> 3, return_inverse=True)
+    coarse = at.new_empty(len(number), 3).index_put((parent,), at // 2)
+    return coarse, parent, codes & 7
+
 
 # %% ../nbs/20d_block_kernels.ipynb #c4f40190
 def same_layer(
-    at: Tensor,  # (V,3) int64 cells of the voxels
-    shape: list[int],  # cells of the grid
+    table: ReadTable,  # of the convolution
     train: bool,  # whether gradients will be wanted
 ) -> LayerTable:
-    "The table of a 3x3x3 convolution that keeps its voxels."
-    rows = beside_rows(at, shape)
-    table = read_table(rows)
-    return LayerTable(table, table, table_pairs(rows) if train else None, mirrored=True)
+    "What a 3x3x3 convolution that keeps its voxels needs."
+    return LayerTable(table, table, table_pairs(table.rows) if train else None, mirrored=True)
+
 
 # %% ../nbs/20d_block_kernels.ipynb #7f54efbf
 def strided_layers(
+    down: ReadTable,  # of a 2x2x2 convolution of stride 2
+    up: ReadTable,  # of its inverse
+    train: bool,  # whether gradients will be wanted
+) -> tuple[LayerTable, LayerTable]:  # down, up
+    "What a strided convolution and its inverse need."
+    pairs = table_pairs(up.rows) if train else None
+    there = LayerTable(down, up, pairs.turned() if train else None, mirrored=False)
+    return there, LayerTable(up, down, pairs, mirrored=False)
+
+
+def strided_rows(
     parent: Tensor,  # (V,) row of each voxel's coarse voxel
     part: Tensor,  # (V,) which of its eight parts each is
     coarse: int,  # coarse voxels
-    train: bool,  # whether gradients will be wanted
-) -> tuple[LayerTable, LayerTable]:  # down, up
-    "The tables of a 2x2x2 convolution of stride 2 and of its inverse."
+) -> tuple[Tensor, Tensor]:  # (8,coarse) and (8,V) int32 rows read on the way down and up, -1 where there is none
+    "Rows of a 2x2x2 convolution of stride 2 and of its inverse."
     row = torch.arange(len(parent), device=parent.device)
-    up = parent.new_full((8, len(parent)), -1).index_put((part, row), parent).int()
-    down = parent.new_full((8, coarse), -1).index_put((part, parent), row).int()
-    pairs = table_pairs(up) if train else None
-    down, up = read_table(down), read_table(up)
-    there = LayerTable(down, up, pairs.turned() if train else None, mirrored=False)
-    return there, LayerTable(up, down, pairs, mirrored=False)
+    up = parent.new_full((8, len(parent)), -1).index_put((part, row), parent)
+    down = parent.new_full((8, coarse), -1).index_put((part, parent), row)
+    return down.int(), up.int()
+
 
 # %% ../nbs/20d_block_kernels.ipynb #f25312cf
 def network_tables(
@@ -187,112 +198,14 @@ def network_tables(
     "The tables of all layers of a U-Net."
     tables = {}
     for i in range(levels):
-        tables[f"level{i}", "same"] = same_layer(at, shape, train)
+        tables[f"level{i}", "same"] = same_layer(read_table(beside_rows(at, shape)), train)
         if i + 1 < levels:
-            at, parent, part = coarse_voxels(at, shape)
+            at, parent, part = coarse_voxels(at)
             shape = [n // 2 for n in shape]
-            layers = strided_layers(parent, part, len(at), train)
-            tables[f"down{i}", "down"], tables[f"down{i}", "up"] = layers
+            down, up = (read_table(rows) for rows in strided_rows(parent, part, len(at)))
+            tables[f"down{i}", "down"], tables[f"down{i}", "up"] = strided_layers(down, up, train)
     return tables
 
-# %% ../nbs/20d_block_kernels.ipynb #ab555982
-@network_kernel
-def use_kernel(
-    rows_ptr: tl.tensor,  # (K,n) rows read, -1 where there is none
-    out_ptr: tl.tensor,  # out: (n,) a bit for each cell of the kernel that is used
-    n: tl.tensor,  # voxels written
-    cells: tl.tensor,  # K
-    ROWS: tl.constexpr,  # voxels of a program
-) -> None:
-    "Which cells of the kernel a voxel uses."
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    used = tl.zeros([ROWS], tl.int32)
-    for cell in range(cells):
-        source = tl.load(rows_ptr + cell * n + i, mask=i < n, other=-1)
-        used += tl.where(source >= 0, 1, 0) << cell
-    tl.store(out_ptr + i, used, mask=i < n)
-
-# %% ../nbs/20d_block_kernels.ipynb #804d6189
-@network_kernel
-def group_kernel(
-    rows_ptr: tl.tensor,  # (K,n) rows read, -1 where there is none
-    order_ptr: tl.tensor,  # (n,) rows written
-    out_ptr: tl.tensor,  # out: (groups,1+K) how many cells of the kernel are used, and which
-    n: tl.tensor,  # voxels written
-    cells: tl.tensor,  # K
-    ROWS: tl.constexpr,  # voxels of a group
-) -> None:
-    "Which cells of the kernel a group of voxels uses."
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = tl.load(order_ptr + i, mask=i < n, other=0)
-    out = out_ptr + tl.program_id(0) * (cells + 1)
-    count = 0
-    for cell in range(cells):
-        source = tl.load(rows_ptr + cell * n + row, mask=i < n, other=-1)
-        used = tl.max(source, 0) >= 0
-        tl.store(out + 1 + count, cell, mask=used)
-        count += used.to(tl.int32)
-    tl.store(out, count)
-
-# %% ../nbs/20d_block_kernels.ipynb #0e4f3340
-@network_kernel
-def beside_kernel(
-    number_ptr: tl.tensor,  # (n,) int64 number of each voxel
-    ascending_ptr: tl.tensor,  # (n,) int64 the same, sorted
-    order_ptr: tl.tensor,  # (n,) int64 rows in that order
-    rows_ptr: tl.tensor,  # out: (27,n) int32 rows of the voxels around each, -1 where there is none
-    n: tl.tensor,  # voxels
-    along_x: tl.tensor,  # numbers from a cell to the next along x
-    along_y: tl.tensor,  # numbers from a cell to the next along y
-    halvings: tl.tensor,  # 2 to this power is more than n
-    ROWS: tl.constexpr,  # voxels of a program
-) -> None:
-    "Look for one neighbour of each voxel by halving."
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cell = tl.program_id(1)
-    step = (cell // 9 - 1).to(tl.int64) * along_x + (cell // 3 % 3 - 1) * along_y + (cell % 3 - 1)
-    wanted = tl.load(number_ptr + i, mask=i < n, other=0) + step
-    low = tl.zeros([ROWS], tl.int32)  # the first place whose number is not less lies in low..high
-    high = low + n
-    for _ in range(halvings):
-        middle = (low + high) // 2
-        less = tl.load(ascending_ptr + middle, mask=middle < n, other=0) < wanted
-        open_ = low < high
-        low = tl.where(open_ & less, middle + 1, low)
-        high = tl.where(open_ & ~less, middle, high)
-    there = (low < n) & (i < n)
-    there &= tl.load(ascending_ptr + low, mask=there, other=-1) == wanted
-    row = tl.load(order_ptr + low, mask=there, other=-1).to(tl.int32)
-    tl.store(rows_ptr + cell * n + i, tl.where(there, row, -1), mask=i < n)
-
-# %% ../nbs/20d_block_kernels.ipynb #e93df12b
-TABLE_ROWS = 128  # voxels of a program that makes tables
-
-
-def fused_read_table(
-    rows: Tensor,  # (K,n) int32 rows read, -1 where there is none
-) -> ReadTable:
-    "What `read_table` gives, in two kernels and a sort."
-    K, n = rows.shape
-    used, groups = rows.new_empty(n), -(-n // CONV_ROWS)
-    cells = rows.new_empty(groups, 1 + K)
-    launch(use_kernel, (-(-n // TABLE_ROWS), 1, 1), (rows, used), (n, K), (TABLE_ROWS,))
-    order = used.sort(stable=True).indices.int()
-    launch(group_kernel, (groups, 1, 1), (rows, order, cells), (n, K), (CONV_ROWS,))
-    return ReadTable(rows, order, cells)
-
-# %% ../nbs/20d_block_kernels.ipynb #cf9718d8
-def fused_beside_rows(
-    number: Tensor,  # (V,) int64 number of each voxel
-    along: tuple[int, int],  # numbers from a cell to the next along x and y
-) -> Tensor:  # (27,V) int32
-    "What `beside_rows` gives, in a sort and a kernel."
-    n = len(number)
-    ascending, order = number.sort()
-    rows = torch.empty(27, n, dtype=torch.int32, device=number.device)
-    given = number, ascending, order, rows
-    launch(beside_kernel, (-(-n // TABLE_ROWS), 27, 1), given, (n, *along, n.bit_length() + 1), (TABLE_ROWS,))
-    return rows
 
 # %% ../nbs/20d_block_kernels.ipynb #0bf25e07
 @network_kernel
@@ -698,6 +611,17 @@ class BlockRule(NamedTuple):
     precision: str  # of the convolution, 'tf32' or 'float32'
 
 
+def block_features(
+    x: Tensor,  # (V,n_in)
+    weight: Tensor,  # (n_out,K,K,K,n_in)
+    norm: tuple[Tensor, Tensor],  # (n_out,) scale and shift
+    table: LayerTable,  # of the layer
+    rule: BlockRule,  # eps, slope, precision
+) -> Normed:  # (n,n_out)
+    "Three kernels."
+    return norm_and_bend(convolve_rows(x, weight, table.there, rule.precision), *norm, rule.eps, rule.slope)
+
+
 class FusedBlock(torch.autograd.Function):
     "Convolution, norm with the clip's own statistics, LeakyReLU."
 
@@ -711,9 +635,8 @@ class FusedBlock(torch.autograd.Function):
         table: LayerTable,  # of the layer
         rule: BlockRule,  # eps, slope, precision
     ) -> Tensor:  # (n,n_out)
-        "Three kernels."
-        parts = convolve_rows(x, weight, table.there, rule.precision)
-        made = norm_and_bend(parts, scale, shift, rule.eps, rule.slope)
+        "What `block_features` gives, and what its gradient needs."
+        made = block_features(x, weight, (scale, shift), table, rule)
         ctx.save_for_backward(x, weight, scale, shift, made.y, made.stats)
         ctx.table, ctx.rule = table, rule
         return made.out
@@ -745,7 +668,10 @@ def fused_block(
     precision: str,  # 'tf32' or 'float32'
 ) -> Tensor:  # (n,n_out)
     "A block of a network on voxels whose table is known."
-    return FusedBlock.apply(rows_of(x), weight, norm.weight, norm.bias, table, BlockRule(norm.eps, slope, precision))
+    given, rule = (norm.weight, norm.bias), BlockRule(norm.eps, slope, precision)
+    if not torch.is_grad_enabled():
+        return block_features(rows_of(x), weight, given, table, rule).out
+    return FusedBlock.apply(rows_of(x), weight, *given, table, rule)
 
 
 def kernels_convolve(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Annotated, NamedTuple
 import torch
 import torch.nn.functional as F
@@ -13,18 +14,23 @@ from torch import Tensor
 from annotated_types import Interval
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from fastcore.basics import patch
-from .frames import project, pixel_index, unproject, se3_inverse
+from .frames import project, pixel_index, unproject
 from .gaussians import Gaussians, gaussians_from, opacity_inv, LIDAR
 from .clip_data import ClipData, image_numbers
-from .lift import LiftConfig, capture_times, from_shutter, nearest_return, no_visible_return, random_quats
+from .gap_kernels import BlockCameras, BlockImages, BlockReturns, GapRule, PlacedBlocks, RasterShape
+from .gap_kernels import block_gaussians, fused_blocks, fused_cut, fused_layers, fused_raster
+from .kernels import kernels_work
+from .lift import LiftConfig, capture_times, from_shutter, gaussians_of, nearest_return, no_visible_return
+from .lift import random_quats
 from .settings import Share
 
 # %% auto #0
-__all__ = ['VERTICAL_DISCOUNT', 'GAP_CELL', 'InitConfig', 'block_sides', 'whole_blocks', 'block_moments', 'Tiles', 'cut_blocks',
-           'unmasked_tiles', 'AngularRaster', 'angular_raster', 'nearest_above', 'nearest_corners', 'CornerEdge',
-           'edge_between', 'interpolation_weights', 'gap_depth', 'Ground', 'fit_planes', 'ground_below', 'Blocks',
-           'continue_ground', 'returns_in_time', 'block_depth', 'block_rays', 'clip_blocks', 'fill_gaps',
-           'even_opacity']
+__all__ = ['VERTICAL_DISCOUNT', 'EDGE_WEIGHT', 'GAP_CELL', 'InitConfig', 'block_sides', 'whole_blocks', 'block_moments', 'Tiles',
+           'tile_places', 'cut_blocks', 'unmasked_tiles', 'AngularRaster', 'angular_raster', 'nearest_above',
+           'nearest_corners', 'CornerEdge', 'edge_between', 'interpolation_weights', 'gap_depth', 'Ground',
+           'fit_planes', 'ground_below', 'Blocks', 'continue_ground', 'in_time', 'corner_reach', 'returns_in_time',
+           'block_depth', 'block_rays', 'blocks_by_kernels', 'clip_blocks', 'placed_blocks', 'gaps_by_kernels',
+           'fill_gaps', 'even_opacity']
 
 # %% ../nbs/11_gap_filling.ipynb #928186a1
 @dataclass(frozen=True)
@@ -101,25 +107,44 @@ class Tiles(NamedTuple):
     kept: Tensor  # (V,M) bool, in the cut
 
 # %% ../nbs/11_gap_filling.ipynb #e18e3423
+@lru_cache(maxsize=16)
+def tile_places(
+    height: int,  # px, of the images
+    width: int,  # px
+    sides: tuple[int, ...],  # px, largest first, each half of the one before
+    device: torch.device,  # where
+) -> tuple[Tensor, Tensor]:  # (M,2) centres, px; (M,) sides, px
+    "Where the squares of every side lie; the same for all images of a size, and kept."
+    places, of_side = [], []
+    for side in sides:
+        shape = [-(-n // sides[0]) * sides[0] // side for n in (height, width)]
+        middle = [(torch.arange(n, device=device) + 0.5) * side for n in shape]
+        y, x = torch.meshgrid(*middle, indexing="ij")
+        places.append(torch.stack([x, y], -1).view(-1, 2))
+        of_side.append(torch.full_like(x, side).flatten())
+    return torch.cat(places), torch.cat(of_side)
+
+
 def cut_blocks(
     images: Tensor,  # (V,H,W,3) uint8
     sides: list[int],  # px, largest first, each half of the one before
     detail: float,  # largest standard deviation of the colours in a block that stays whole
 ) -> Tiles:  # float32
     "Cut images into squares, smaller where they have detail."
-    moments = block_moments(images, sides)
     h, w = images.shape[1:3]
+    uv, side_of = tile_places(h, w, tuple(sides), images.device)
+    if kernels_work(images.device):
+        return Tiles(uv, side_of, *fused_cut(images, sides, detail))
+    moments = block_moments(images, sides)
     alive = torch.ones_like(moments[0][0][..., 0], dtype=torch.bool)  # not covered by a larger block
-    levels = []
+    colours, kept = [], []
     for side, (mean, square) in zip(sides, moments):
         split = alive & ((square - mean**2).mean(-1) > detail**2) & (side > sides[-1])
-        middle = [(torch.arange(n, device=mean.device) + 0.5) * side for n in split.shape[1:]]
-        y, x = torch.meshgrid(*middle, indexing="ij")
-        kept = alive & ~split & (x < w) & (y < h)
-        uv = torch.stack([x, y], -1).view(-1, 2)
-        levels.append(Tiles(uv, torch.full_like(x, side).flatten(), mean.flatten(1, 2), kept.flatten(1)))
+        colours.append(mean.flatten(1, 2))
+        kept.append((alive & ~split).flatten(1))
         alive = split.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    return Tiles(*(torch.cat(fields, axis) for fields, axis in zip(zip(*levels), (0, 0, 1, 1))))
+    inside = (uv[:, 0] < w) & (uv[:, 1] < h)
+    return Tiles(uv, side_of, torch.cat(colours, 1), torch.cat(kept, 1) & inside)
 
 # %% ../nbs/11_gap_filling.ipynb #r2d00002
 def unmasked_tiles(
@@ -241,6 +266,9 @@ def interpolation_weights(
     return supported, torch.stack([(1 - t) * (1 - a), (1 - t) * a, t * (1 - b), t * b], 1)
 
 # %% ../nbs/11_gap_filling.ipynb #317acddb
+EDGE_WEIGHT = 0.2  # smallest weight of a corner that can make an edge
+
+
 def gap_depth(
     z: Tensor,  # (R,) m, returns
     colour: Tensor,  # (R,3) returns
@@ -248,7 +276,7 @@ def gap_depth(
     corner: Tensor,  # (B,4) from `nearest_corners`
     weight: Tensor,  # (B,4) from `interpolation_weights`
     agree: float,  # share by which corners may differ
-    matters: float = 0.2,  # smallest weight of a corner that can make an edge
+    matters: float = EDGE_WEIGHT,  # smallest weight of a corner that can make an edge
 ) -> tuple[Tensor, Tensor]:  # depth (B,) m, weight (B,4) the corners had in it
     "Depth between returns: a plane where they agree, the corner of like colour where they do not."
     has = corner >= 0
@@ -361,6 +389,20 @@ def continue_ground(
 GAP_CELL = 0.2, 0.1
 
 # %% ../nbs/11_gap_filling.ipynb #44e483d4
+def in_time(
+    cfg: InitConfig,  # read: lidar_sensors, late_after
+) -> float:  # s
+    "How far from the shutter a return may be taken that is read around blocks."
+    return cfg.late_after if 0 in cfg.lidar_sensors else 1.0
+
+
+def corner_reach(
+    cfg: InitConfig,  # read: fill_gap
+) -> int:  # columns of cells to each side
+    "How far corners of a block are looked for."
+    return math.ceil(cfg.fill_gap[0] / GAP_CELL[0]) - 1
+
+
 def returns_in_time(
     data: ClipData,  # the clip
     cfg: InitConfig,  # read: lidar_sensors, late_after
@@ -368,7 +410,7 @@ def returns_in_time(
 ) -> Tensor:  # (V,rows,cols) int64, the return of each cell, -1 = none
     "The nearest return of each cell of each image, of those taken at about the time of its shutter."
     seen = data.projected
-    soon = from_shutter(data) < (cfg.late_after if 0 in cfg.lidar_sensors else 1.0)
+    soon = from_shutter(data) < in_time(cfg)
     cell = torch.where(seen.visible & soon, raster.cells(seen.uv, image_numbers(data)), -1)
     cells = len(raster.px) * math.prod(raster.shape)
     return nearest_return(cell, seen.z.flatten(), cells).view(-1, *raster.shape).long()
@@ -381,7 +423,7 @@ def block_depth(
 ) -> Blocks:  # with depth and stamp where there is support
     "Depth of all blocks from the returns their own image sees in time."
     b, v, seen = blocks, blocks.image, data.projected
-    reach = math.ceil(cfg.fill_gap[0] / GAP_CELL[0]) - 1
+    reach = corner_reach(cfg)
     raster = angular_raster(data, GAP_CELL, (1, reach))
     i = returns_in_time(data, cfg, raster)
     z, uv = seen.z.flatten(), seen.uv.nan_to_num(0).view(-1, 2)
@@ -406,6 +448,24 @@ def block_rays(
     one = torch.ones(V, len(uv), dtype=torch.float64, device=uv.device)
     return unproject(K, pose, uv.double()[None], one) - pose[:, None, :3, 3]
 
+# %% ../nbs/11_gap_filling.ipynb #11blk001
+def blocks_by_kernels(
+    data: ClipData,  # the clip
+    cfg: InitConfig,  # read: lidar_sensors, late_after, fill_gap, fill_agree, fill_ground
+    tiles: Tiles,  # of its V images
+    chosen: Tensor,  # (B,2) int64 image and square of each block
+) -> Blocks:  # with depth and stamp where there is support
+    "What `block_depth` gives, on a GPU, in four kernels."
+    raster = RasterShape(*angular_raster(data, GAP_CELL, (1, corner_reach(cfg))))
+    uv, z, visible, colour = (a.flatten(0, 1) for a in data.projected)
+    K, pose, shutter = data.K.flatten(0, 1), data.pose.flatten(0, 1), data.shutter.flatten()
+    key = fused_raster(raster, uv, z, visible, data.stamps, shutter, in_time(cfg))
+    wide, high = (math.radians(a) for a in cfg.fill_gap)
+    deep = round(InitConfig.fill_gap[1] / GAP_CELL[1]) if cfg.fill_ground else 0
+    rule = GapRule(wide, high, VERTICAL_DISCOUNT, cfg.fill_agree, EDGE_WEIGHT, deep)
+    images = BlockImages(tiles.uv, tiles.side, tiles.colour, K, pose, shutter)
+    return Blocks(*fused_blocks(chosen, images, raster, key, BlockReturns(uv, z, colour, data.stamps), rule))
+
 # %% ../nbs/11_gap_filling.ipynb #b9a2eefa
 def clip_blocks(
     data: ClipData,  # the clip
@@ -420,6 +480,8 @@ def clip_blocks(
     if data.valid is not None:
         unmasked = unmasked_tiles(data.valid, block_sides(w, cfg.fill_blocks))
         kept = (kept.view(*data.images.shape[:2], -1) & unmasked).flatten(0, 1)
+    if kernels_work(kept.device):
+        return blocks_by_kernels(data, cfg, tiles, kept.nonzero())
     v, m = kept.nonzero(as_tuple=True)
     b = Blocks(
         image=v,
@@ -432,6 +494,31 @@ def clip_blocks(
     )
     return block_depth(data, cfg, b)
 
+# %% ../nbs/11_gap_filling.ipynb #11gap001
+def placed_blocks(
+    data: ClipData,  # the clip
+    blocks: Blocks,  # of its images
+    seconds: Tensor,  # (B,) of each block, or (V,) of each image
+) -> tuple[PlacedBlocks, BlockCameras]:
+    "What a kernel needs to make Gaussians of blocks."
+    b = PlacedBlocks(blocks.image, blocks.colour, blocks.side, blocks.ray, blocks.z, seconds)
+    return b, BlockCameras(data.K.flatten(0, 1), data.pose.flatten(0, 1), data.frames)
+
+
+def gaps_by_kernels(
+    data: ClipData,  # the clip
+    blocks: Blocks,  # of its images
+    cfg: InitConfig,  # read: fill_behind, fill_scale, opacity, time_source, rotation
+    rng: torch.Generator,  # of the rotations
+) -> Gaussians:  # kind LIDAR, world
+    "What `fill_gaps` gives, on a GPU, in one kernel."
+    rows = (blocks.z > 0).nonzero()[:, 0]
+    own = cfg.time_source == "return"
+    seconds = blocks.stamp if own else data.sweep_stamps[:, None].expand_as(data.shutter).flatten()
+    given = *placed_blocks(data, blocks, seconds), own, data.duration, cfg.fill_scale, cfg.fill_behind
+    quats = random_quats(len(rows), rng) if cfg.rotation == "random" else None
+    return gaussians_of(block_gaussians(rows, *given), LIDAR, cfg.opacity, quats)
+
 # %% ../nbs/11_gap_filling.ipynb #45460974
 def fill_gaps(
     data: ClipData,  # the clip
@@ -440,6 +527,8 @@ def fill_gaps(
     rng: torch.Generator,  # of the rotations
 ) -> Gaussians:  # kind LIDAR, world
     "Supported blocks as Gaussians that project to their block, behind the returns around them."
+    if kernels_work(blocks.z.device):
+        return gaps_by_kernels(data, blocks, cfg, rng)
     b = blocks.part(blocks.z > 0)
     f = b.image // data.shutter.shape[1]
     z = b.z * (1 + cfg.fill_behind)
@@ -459,15 +548,19 @@ def fill_gaps(
 def even_opacity(
     g: Gaussians,  # made from blocks
     data: ClipData,  # the cameras that see it
-    opacity: float,  # where every input frame sees it
+    opacity: float | Tensor,  # where every input frame sees it; (N,) each its own
     most: float = 0.98,  # no layer is more opaque than this
 ) -> Gaussians:  # the same set, opacities raised
-    "Make up for missing layers."
+    "Make up for missing layers; on a GPU in one kernel."
     V, frames = data.shutter.numel(), len(data.frames)
     h, w = data.images.shape[2:4]
+    if kernels_work(g.means.device):
+        each = opacity if torch.is_tensor(opacity) else g.means.new_full((1,), opacity)
+        cameras = data.K.view(V, 3, 3), data.world_to_cam.view(V, 4, 4)
+        return replace(g, opacity_logits=fused_layers(g.means, each, *cameras, frames, (w, h), most))
     x = g.means.double()[None]
     some = max(1, 4_000_000 // max(1, len(g)))  # views at a time, for memory
-    cameras = zip(data.K.view(V, 3, 3).split(some), se3_inverse(data.pose).view(V, 4, 4).split(some))
+    cameras = zip(data.K.view(V, 3, 3).split(some), data.world_to_cam.view(V, 4, 4).split(some))
     n = sum(pixel_index(project(K, T, x)[0], w, h)[2].sum(0) for K, T in cameras)
     layers = frames / n.clamp(1, frames)
     return replace(g, opacity_logits=opacity_inv((1 - (1 - opacity) ** layers).clamp_max(most)))

@@ -168,7 +168,9 @@ def to(
 def cat(
     sets: list[Gaussians],  # any number of sets
 ) -> Gaussians:
-    "One set from several."
+    "One set from several; a single one as it is."
+    if len(sets) == 1:
+        return sets[0]
     return Gaussians(*(torch.cat([getattr(g, o.name) for g in sets]) for o in fields(Gaussians)))
 
 # %% ../nbs/02_gaussians.ipynb #19e95caf

@@ -32,6 +32,7 @@ from .parameters import TrainingParameters, make_config
 from .presets import PRESETS
 from .records import markdown_table
 from .report_pages import write_report
+from .resume import read_resumable
 from .run import Run, logged_rows
 from .run_facts import plateau
 from .schema import check_metrics
@@ -44,10 +45,10 @@ from .view_scores import IMAGE_METRICS, REGIONS
 
 # %% auto #0
 __all__ = ['HELDOUT_WINDOWS', 'WINDOW_FRAMES', 'DeviceId', 'PROTOCOL', 'SHARED', 'UNTRAINED', 'JOINED', 'KEPT_BY_WINDOW',
-           'MAIN_SCORES', 'HeldoutParameters', 'WindowRun', 'window_parameters', 'window_runs', 'is_finished',
-           'check_left_out', 'fault_of_run', 'serve_windows', 'WindowWorker', 'Ended', 'device_ids', 'places',
-           'run_windows', 'same', 'named_once', 'joint_runtime', 'mean_course', 'joint_facts', 'window_facts',
-           'copy_worst', 'write_record', 'score_cells', 'windows_table']
+           'MAIN_SCORES', 'HeldoutParameters', 'WindowRun', 'window_parameters', 'window_runs', 'started_from',
+           'is_finished', 'own_frames', 'check_left_out', 'fault_of_run', 'serve_windows', 'WindowWorker', 'Ended',
+           'device_ids', 'places', 'run_windows', 'same', 'named_once', 'joint_runtime', 'mean_course', 'joint_facts',
+           'window_facts', 'copy_worst', 'write_record', 'score_cells', 'windows_table']
 
 # %% ../nbs/61a_heldout.ipynb #61a41750
 HELDOUT_WINDOWS = 0, 20, 40  # first frames; what is left of a log of 56 frames is trained on
@@ -78,6 +79,7 @@ class HeldoutParameters:
     train_stride: PositiveInt = 2
     seed: Seed = 0
     minutes: NonNegativeFloat = 0.0
+    start_from: FilePath = ""
     iters: NonNegativeInt = 2
     out_dir: FilePath = ""
     devices: Distinct[DeviceId] = ()
@@ -106,7 +108,8 @@ PROTOCOL = {  # parameter of 60_stage6 that the protocol decides -> where it is 
     "eval_logs": "logs",
     "eval_every": "iters",
     "overwrite": "out_dir",
-    "resume_from": "out_dir",
+    "resume_from": "start_from",
+    "resume_optimizer": "start_from",
     "device": "devices",
 }
 SHARED = "preset", "data_root", "image_scale", "train_settings", "train_stride", "seed", "minutes", "iters", "overrides"
@@ -131,6 +134,8 @@ def window_parameters(
         save_ckpt_every=0,
         save_renders=0,
         overwrite=True,  # what an interrupted run left is replaced
+        resume_from=p.start_from,
+        resume_optimizer=not p.start_from,
         **p.others,
     )
 
@@ -140,6 +145,10 @@ def window_runs(
     out: Path,  # its folder
 ) -> list[WindowRun]:  # one a window; raises DataError for a parameter that a window cannot have
     "The runs that a record is made of; those of all records in a folder share their lifted clips."
+    if p.start_from:
+        if not Path(p.start_from).is_file():
+            raise DataError(f"start_from: {p.start_from} is no file; name weights or a checkpoint.")
+        read_resumable(p.start_from, optimizer=False)
     runs = []
     for first in p.windows or HELDOUT_WINDOWS:
         folder = out.parent / "windows" / f"{out.name}_{first:02d}"
@@ -150,6 +159,13 @@ def window_runs(
     return runs
 
 # %% ../nbs/61a_heldout.ipynb #61a4876b
+def started_from(
+    of: dict,  # parameters of 60_stage6, or meta.json
+) -> dict[str, str]:
+    "Which weights a run starts from, beside its configuration."
+    return dict(start_from=Path(of.get("resume_from", "")).name or "nothing")
+
+
 def is_finished(
     run: WindowRun,  # of a record
 ) -> bool:  # raises DataError for a finished run of another configuration
@@ -158,20 +174,30 @@ def is_finished(
         return False
     asked = config_to_dict(make_config(read_parameters(TrainingParameters, run.parameters)))
     kept = yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))
-    if changed := changed_fields({name: kept.get(name) for name in asked}, asked):
+    meta = json.loads((run.folder / "meta.json").read_text(encoding="utf-8"))
+    before = {name: kept.get(name) for name in asked} | started_from(meta)
+    if changed := changed_fields(before, asked | started_from(run.parameters)):
         fault = f"holds a finished run of other choices ({changed[0]})"
         raise DataError(f"{run.folder.name}: {fault}; choose another out_dir, or remove that folder.")
     return True
 
 # %% ../nbs/61a_heldout.ipynb #61accaa9
+def own_frames(
+    meta: dict,  # of a run, or of a window of a record
+) -> set[int]:
+    "The frames of the scored logs that were trained on; weights to start from may know other logs of the same names."
+    logs = meta.get("trained", {}).get("logs", {}).values()
+    scored = set(meta.get("scored_logs", {}).values())
+    return {frame for log in logs if not scored or log["identity"] in scored for frame in log["frames"]}
+
+
 def check_left_out(
     run: WindowRun,  # a finished one
 ) -> None:  # raises DataError
     "Refuse a window that its own training has seen."
     meta = json.loads((run.folder / "meta.json").read_text(encoding="utf-8"))
     evaluated_on = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))["evaluated_on"]
-    trained = {frame for log in meta.get("trained", {}).get("logs", {}).values() for frame in log["frames"]}
-    if own := sorted(trained & set(run.frames)):
+    if own := sorted(own_frames(meta) & set(run.frames)):
         raise DataError(f"{run.folder.name}: was trained on frame {own[0]} of its own window; remove that folder.")
     if evaluated_on.startswith("training frames"):
         raise DataError(f"{run.folder.name}: was scored on {evaluated_on}; remove that folder.")
@@ -433,7 +459,8 @@ def window_facts(
     values = flat(m)
     scores = {path: values.get(f"{path}.mean") for path in KEPT_BY_WINDOW if f"{path}.mean" in values}
     of_training = {name: m["runtime"][name] for name in ("iters", "train_seconds")}
-    return nested(scores) | of_training | dict(clips=sorted(m["per_clip"]), trained=meta.get("trained", {}))
+    kept = {name: meta[name] for name in ("resume_from", "scored_logs") if meta.get(name)}
+    return nested(scores) | of_training | kept | dict(clips=sorted(m["per_clip"]), trained=meta.get("trained", {}))
 
 # %% ../nbs/61a_heldout.ipynb #61a3b574
 def copy_worst(

@@ -18,20 +18,24 @@ from torch.nn.utils.rnn import pad_sequence
 from pydantic import PositiveFloat, PositiveInt
 from fastcore.basics import patch
 from .frames import pixel_index, project, se3_inverse, transform_points
-from .gaussians import Gaussians, gaussians_from, LIDAR
+from .gaussians import Gaussians, gaussians_from, opacity_inv, LIDAR
 from .files import DataError
 from .clips import Clip
 from .clip_data import ClipData, clip_data, project_returns
+from .kernels import kernels_work
+from .return_kernels import PlaceDirections, ReturnImages, StoredGaussians, fused_nearest, fused_neighbours
+from .return_kernels import fused_returns
 from .visibility import project_sweep
 from .settings import OpenShare, Some
 
 # %% auto #0
 __all__ = ['WINDOWS', 'lift_sweep', 'LiftConfig', 'voxel_downsample', 'thin_sweeps', 'nearest_return', 'directions',
-           'DirectionRaster', 'window_distances', 'Query', 'queries_of', 'knn_distance', 'from_shutter', 'colour_late',
-           'colour_returns', 'check_own_times', 'warn_of_stamps', 'sound_stamps', 'capture_times', 'random_quats',
-           'return_sizes', 'lift_returns', 'direction_cells', 'ranks_in_cells', 'cap_by_coverage', 'no_visible_return',
-           'checked_cap', 'lift_data', 'lift_clip', 'draw_dots', 'blue_to_red', 'bird_view', 'sweep_from_above',
-           'shades', 'alignment_set', 'alignment_pictures']
+           'DirectionRaster', 'window_distances', 'Query', 'queries_of', 'from_cameras', 'window_neighbours',
+           'neighbours_by_kernels', 'knn_distance', 'from_shutter', 'colour_late', 'colour_returns', 'outside_clip',
+           'check_own_times', 'warn_of_stamps', 'sound_stamps', 'capture_times', 'random_quats', 'return_sizes',
+           'gaussians_of', 'returns_by_kernels', 'lift_returns', 'direction_cells', 'ranks_in_cells', 'cap_by_coverage',
+           'no_visible_return', 'checked_cap', 'lift_data', 'lift_clip', 'draw_dots', 'blue_to_red', 'bird_view',
+           'sweep_from_above', 'shades', 'alignment_set', 'alignment_pictures']
 
 # %% ../nbs/10_lift.ipynb #0f84ced7
 def lift_sweep(
@@ -132,6 +136,8 @@ def nearest_return(
     cells: int,  # how many cells
 ) -> Tensor:  # (cells,) int32 index into the flattened returns, -1 where empty
     "The nearest return of each cell, the first of equals."
+    if kernels_work(z.device):
+        return fused_nearest(cell, z, cells)
     number = torch.arange(z.numel(), device=z.device).view(z.shape)
     key = (z.contiguous().view(torch.int32).long() << 32) | number  # positive floats sort like their bits
     empty = 2**63 - 1
@@ -247,15 +253,22 @@ def queries_of(
 WINDOWS = (0.15, 3), (0.15, 9), (0.15, 24), (0.6, 18)  # deg and cells: side of a cell, and reach to each side
 
 # %% ../nbs/10_lift.ipynb #eb72af1d
-def knn_distance(
+def from_cameras(
+    data: ClipData,  # sweeps
+) -> Tensor:  # (F,N,3) float32, from the cameras of each sweep's frame, world axes, m
+    "Returns around the cameras."
+    return (data.points - data.pose[..., :3, 3].mean(1)[:, None]).float()
+
+
+def window_neighbours(
     data: ClipData,  # sweeps
     f: Tensor,  # (P,) int64, frame of each return, 0..F-1
     n: Tensor,  # (P,) int64, its place in its sweep
-    k: int = 3,  # neighbours
-    clip: bool = False,  # count neighbours in all sweeps
-) -> Tensor:  # (P,) float32, m
-    "Mean distance to the k nearest others."
-    x = (data.points - data.pose[..., :3, 3].mean(1)[:, None]).float()
+    k: int,  # neighbours
+    clip: bool,  # count neighbours in all sweeps
+) -> Tensor:  # (P,) float32 m, infinite where there are fewer
+    "Mean distance to the k nearest others, in larger windows where a small one does not settle it."
+    x = from_cameras(data)
     everywhere = directions(x)
     queries = queries_of(data, f, n, clip)
     best = torch.full_like(queries[0].distance, math.inf)
@@ -271,6 +284,37 @@ def knn_distance(
         unsure = (d[:, -1] > reach * math.radians(cell) * queries[0].distance).nonzero()[:, 0]
         todo = todo[unsure]
         queries = [q.part(unsure) for q in queries]
+    return best
+
+# %% ../nbs/10_lift.ipynb #10knn001
+def neighbours_by_kernels(
+    data: ClipData,  # sweeps
+    f: Tensor,  # (P,) int64, frame of each return, 0..F-1
+    n: Tensor,  # (P,) int64, its place in its sweep
+    k: int,  # neighbours
+    clip: bool,  # count neighbours in all sweeps
+) -> Tensor:  # (P,) float32 m, infinite where there are fewer
+    "What `window_neighbours` gives, on a GPU, in one kernel for each window."
+    x = from_cameras(data)
+    returns = PlaceDirections(x.view(-1, 3), *(a.flatten() for a in directions(x)))
+    wanted, row = returns, (f * x.shape[1] + n)[None]
+    if clip:
+        queries = queries_of(data, f, n, clip)
+        wanted = PlaceDirections(*(torch.cat([getattr(q, name) for q in queries]) for name in PlaceDirections._fields))
+        row = torch.arange(len(wanted.x), device=x.device).view(len(queries), -1)
+    return fused_neighbours(returns, wanted, row, f, len(x), WINDOWS, k)
+
+
+def knn_distance(
+    data: ClipData,  # sweeps
+    f: Tensor,  # (P,) int64, frame of each return, 0..F-1
+    n: Tensor,  # (P,) int64, its place in its sweep
+    k: int = 3,  # neighbours
+    clip: bool = False,  # count neighbours in all sweeps
+) -> Tensor:  # (P,) float32, m
+    "Mean distance to the k nearest others."
+    measure = neighbours_by_kernels if kernels_work(data.points.device) else window_neighbours
+    best = measure(data, f, n, k, clip)
     return torch.where(best < math.inf, best.clamp_min(1e-3), 0.1)
 
 # %% ../nbs/10_lift.ipynb #17b9c144
@@ -327,15 +371,23 @@ def colour_returns(
     return colour.scatter(2, of_colour, new), visible.scatter(2, each, kept)
 
 # %% ../nbs/10_lift.ipynb #c0b68984
+def outside_clip(
+    data: ClipData,  # read: duration, period
+    seconds: Tensor,  # (...) since the clip's start
+) -> Tensor:  # (...) bool
+    """Which times lie more than 10 % outside the clip.
+
+    A sweep's first returns may be a whole sweep older than its stamp."""
+    slack = max(0.1 * data.duration, 1.1 * data.period)
+    return (seconds < -slack) | (seconds > data.duration + slack)
+
+
 def check_own_times(
     data: ClipData,  # read: duration, period, id
     seconds: Tensor,  # (P,) since the clip's start, of what becomes Gaussians
 ) -> None:  # raises DataError
-    """Stop when times lie more than 10 % outside the clip.
-
-    A sweep's first returns may be a whole sweep older than its stamp."""
-    slack = max(0.1 * data.duration, 1.1 * data.period)
-    outside = (seconds < -slack) | (seconds > data.duration + slack)
+    "Stop when times lie more than 10 % outside the clip."
+    outside = outside_clip(data, seconds)
     if not outside.any():
         return
     low = seconds.min().item() / data.duration
@@ -368,8 +420,12 @@ def sound_stamps(
     timely = data.projected.visible & (data.sensor == 0)[:, None]  # sensor 1 is late by design
     late = timely & (from_shutter(data) > late_after)
     wrong = 2 * late.sum(-1) > timely.sum(-1)  # (F,C)
-    check_own_times(data, data.stamps[data.projected.visible.any(1)])
-    if not wrong.any():
+    seen = data.projected.visible.any(1)
+    outside = seen & outside_clip(data, data.stamps)
+    some_outside, some_wrong = torch.stack([outside.any(), wrong.any()]).tolist()  # a GPU is asked once
+    if some_outside:
+        check_own_times(data, data.stamps[seen])
+    if not some_wrong:
         return data
     replaced = timely & wrong[..., None]
     warn_of_stamps(data, from_shutter(data)[replaced].median().item(), late_after)
@@ -412,6 +468,41 @@ def return_sizes(
         return scale
     return torch.minimum(scale, largest_px * data.projected.z[f, c, n] / data.K[f, c, 0, 0].float())
 
+# %% ../nbs/10_lift.ipynb #10ret001
+def gaussians_of(
+    stored: StoredGaussians,  # (P) from a kernel
+    kind: int,  # LIDAR or BACKGROUND
+    opacity: float,  # of each
+    quats: Tensor | None = None,  # (P,4) w,x,y,z; identity when left out
+) -> Gaussians:  # world
+    "What a kernel wrote, and what it did not, as Gaussians."
+    n, device = len(stored.means), stored.means.device
+    if quats is None:
+        quats = torch.zeros(n, 4, device=device)
+        quats[:, 0] = 1
+    logits = torch.full((n,), opacity_inv(torch.tensor(float(opacity), device="cpu")).item(), device=device)
+    means, log_scales, colours, t, frame = stored
+    return Gaussians(means, quats, log_scales, logits, colours, t, frame, torch.full_like(frame, kind))
+
+
+def returns_by_kernels(
+    data: ClipData,  # the clip
+    cfg: LiftConfig,  # read: knn, neighbours, scale_factor, time_source, rotation, opacity
+    at: tuple[Tensor, Tensor, Tensor],  # (P,) frame, camera and place in its sweep of each return
+    colour: Tensor,  # (F,C,N,3) of all returns
+    rng: torch.Generator,  # of the rotations
+    largest_px: float | None,  # px, no return is drawn with a larger standard deviation; None: no limit
+) -> Gaussians:  # kind LIDAR, world
+    "Returns as Gaussians on a GPU: their neighbours, then one kernel."
+    f, _, n = at
+    distance = knn_distance(data, f, n, cfg.knn, cfg.neighbours == "clip")
+    seconds = data.stamps if cfg.time_source == "return" else data.sweep_stamps
+    seen = ReturnImages(data.points, seconds, data.projected.z, colour, data.K, data.frames)
+    largest = math.inf if largest_px is None else largest_px
+    stored = fused_returns(at, distance, seen, data.duration, cfg.scale_factor, largest)
+    quats = random_quats(len(f), rng) if cfg.rotation == "random" else None
+    return gaussians_of(stored, LIDAR, cfg.opacity, quats)
+
 # %% ../nbs/10_lift.ipynb #6166992e
 def lift_returns(
     data: ClipData,  # the clip
@@ -426,7 +517,10 @@ def lift_returns(
     if data.taken is not None:
         usable = usable & ~data.taken[:, None]
     f, n = usable.any(1).nonzero(as_tuple=True)
-    c = usable[f, :, n].int().argmax(1)  # the first camera that sees it
+    one = usable.shape[1] == 1
+    c = torch.zeros_like(f) if one else usable[f, :, n].int().argmax(1)  # the first camera that sees it
+    if kernels_work(f.device):
+        return returns_by_kernels(data, cfg, (f, c, n), colour, rng, largest_px)
     return gaussians_from(
         data.points[f, n].float(),
         return_sizes(data, cfg, (f, c, n), largest_px),

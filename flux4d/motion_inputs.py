@@ -11,15 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from .frames import normalise
 from .gaussians import Gaussians, gaussians_from
+from .kernels import kernels_work
 from .voxels import VoxelConfig
+from .grid_kernels import fused_local_velocity
 from .occupancy import MotionPriorConfig, SweepPoints
 from .motion_prior import FINE_PRIOR, MotionPrior, estimate_motion_prior
 from .unet import pool_mean
 
 # %% auto #0
 __all__ = ['PRIOR_CHANNELS', 'N_PRIOR', 'StreetGaussians', 'street_gaussians', 'MotionInputs', 'group_by_cell', 'LocalVelocity',
-           'local_velocity', 'prior_of_points', 'pack_prior', 'unpack_prior', 'MotionFeatures', 'motion_features',
-           'motion_feature_count']
+           'local_velocity', 'prior_of_points', 'pack_prior', 'unpack_prior', 'local_channels', 'MotionFeatures',
+           'motion_features', 'motion_feature_count']
 
 # %% ../nbs/30a_motion_inputs.ipynb #0f75a129
 class StreetGaussians(NamedTuple):
@@ -164,6 +166,25 @@ def unpack_prior(
         may_move=part["may_move"][:, 0] > 0,
     )
 
+# %% ../nbs/30a_motion_inputs.ipynb #30a10c01
+def local_channels(
+    points: SweepPoints,  # M points, float32, in the range of the grid
+    voxel: VoxelConfig,  # the grid
+    how: MotionInputs,  # read: the sizes of cell, their height, the scale
+) -> Tensor:  # (M,4C) of each of C sizes of cell: local velocity, spread of time; of order one
+    "The local velocity at all sizes of cell, as channels."
+    cells, height = how.local_velocity_cells, how.local_velocity_height
+    if cells and kernels_work(points.points.device):
+        found = fused_local_velocity(points.points, points.seconds, voxel, cells, height)
+        found[..., :3] *= 1 / how.velocity_scale
+        found[..., 3] *= 2
+        return found.flatten(1)
+    local = [points.points.new_zeros(len(points.points), 0)]
+    for cell in cells:
+        velocity, spread = local_velocity(points.points, points.seconds, cell, height)
+        local += [velocity * (1 / how.velocity_scale), 2 * spread[:, None]]
+    return torch.cat(local, 1)
+
 # %% ../nbs/30a_motion_inputs.ipynb #2fb5a3d5
 class MotionFeatures(NamedTuple):
     "What is known of the motion of M points, each channel of order one."
@@ -190,14 +211,10 @@ def motion_features(
         local = empty.new_zeros(0, 4 * len(how.local_velocity_cells))
         return MotionFeatures(local, empty.new_zeros(0, N_PRIOR * how.has_prior))
     points = points._replace(points=points.points.float())
-    local = [empty]
-    for cell in how.local_velocity_cells:
-        velocity, spread = local_velocity(points.points, points.seconds, cell, how.local_velocity_height)
-        local += [velocity * (1 / how.velocity_scale), 2 * spread[:, None]]
     prior = empty
     if how.has_prior:
         prior = pack_prior(prior_of_points(points, returns, voxel, how), how.velocity_scale)
-    return MotionFeatures(torch.cat(local, 1), prior)
+    return MotionFeatures(local_channels(points, voxel, how), prior)
 
 # %% ../nbs/30a_motion_inputs.ipynb #6ae51b0c
 def motion_feature_count(

@@ -9,17 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .voxels import VoxelConfig
+from .kernels import kernels_work
 from .occupancy import BevGrid, MotionPriorConfig, SmallMoverConfig, SweepPoints, bev_grid
 from .occupancy import ground_planes, height_above_ground, occupancy_maps
 from .matching import BlockMap, Consensus, Displacement
 from .matching import adopt_displacements, best_displacement, consensus, match_scores
+from .matching_kernels import BlockMatches, fused_matches
+from .ground_kernels import fused_heights
 from .small_movers import find_small_movers, query_small_movers
 from .trajectories import cell_means, density_map, member_cells, merge_trajectories, refine_trajectories
+from .trajectory_kernels import fused_query, fused_trajectories
 
 # %% auto #0
-__all__ = ['FINE_PRIOR', 'MotionPrior', 'no_motion', 'BlockMotion', 'sweep_times', 'mean_gap', 'block_prior', 'fit_trajectories',
-           'estimate_block_motion', 'query_motion', 'GroundHeights', 'ground_heights', 'single_scale_prior',
-           'with_small_movers', 'estimate_motion_prior']
+__all__ = ['FINE_PRIOR', 'MotionPrior', 'no_motion', 'BlockMotion', 'sweep_times', 'mean_gap', 'SweepClock', 'sweep_clock',
+           'block_matches', 'block_prior', 'fit_trajectories', 'estimate_block_motion', 'query_motion', 'GroundHeights',
+           'ground_heights', 'single_scale_prior', 'with_small_movers', 'estimate_motion_prior']
 
 # %% ../nbs/14_motion_prior.ipynb #96918d08
 class MotionPrior(NamedTuple):
@@ -70,7 +74,8 @@ def sweep_times(
 ) -> Tensor:  # (S,) float32 s, mean of each sweep
     "When the sweeps were taken."
     total = torch.zeros(sweeps, device=seconds.device).index_add(0, sweep, seconds.float())
-    return total / torch.bincount(sweep, minlength=sweeps)
+    count = sweep.new_zeros(sweeps).index_add(0, sweep, torch.ones_like(sweep))  # without waiting for the GPU
+    return total / count
 
 # %% ../nbs/14_motion_prior.ipynb #8b48dbc1
 def mean_gap(
@@ -78,6 +83,46 @@ def mean_gap(
 ) -> Tensor:  # scalar, s
     "Mean time from one sweep to the next."
     return (times[-1] - times[0]) / (len(times) - 1)
+
+# %% ../nbs/14_motion_prior.ipynb #14c10c01
+class SweepClock(NamedTuple):
+    "Which sweeps M returns are of, and when these were."
+
+    frames: Tensor  # (S,) int64 source frames, ascending
+    sweep: Tensor  # (M,) int64 which of them each return is of, 0..S-1
+    times: Tensor  # (S,) float32 s, mean of each
+    gap: float  # s, mean from one sweep to the next; 0 for fewer than two
+
+
+def sweep_clock(
+    returns: SweepPoints,  # M returns
+) -> SweepClock:
+    "Sort the returns into sweeps, once for all sizes of cell."
+    frames, sweep = torch.unique(returns.frame, return_inverse=True)
+    times = sweep_times(returns.seconds, sweep, len(frames))
+    return SweepClock(frames, sweep, times, float(mean_gap(times)) if len(frames) > 1 else 0.0)
+
+# %% ../nbs/14_motion_prior.ipynb #14c10c03
+def block_matches(
+    returns: SweepPoints,  # M returns; `frame` counts the sweeps from 0 on
+    height: Tensor,  # (M,) above ground, m
+    clock: SweepClock,  # of the S sweeps
+    bev: BevGrid,  # the cells
+    cfg: MotionPriorConfig,  # all settings
+) -> BlockMatches:
+    "Steps 1 to 4: occupancy, match scores, best displacement, consensus."
+    S = len(clock.frames)
+    far = cfg.few_inliers or cfg.adopt_rounds  # rules of which the kernels know nothing
+    if kernels_work(height.device) and not far:
+        return fused_matches(returns, height, S, clock.gap, bev, cfg)
+    maps = occupancy_maps(returns.points, height, returns.frame, S, bev, cfg.height, cfg.observed_radius)
+    scores = match_scores(maps, bev, cfg.reach, cfg.neighbour_sweeps)
+    found = best_displacement(scores.score, scores.zero_motion, cfg.cell, cfg.zero_motion_penalty)
+    agreed = consensus(found, scores, mean_gap(clock.times), cfg.consensus_rule)
+    if cfg.adopt_rounds:
+        agreed = adopt_displacements(agreed, found, scores, cfg.cell, cfg.confirmed_margin, cfg.adopt_rounds)
+    movable = F.max_pool2d(maps.occupied.float()[:, None], 3, 1, 1)[:, 0] > 0
+    return BlockMatches(scores.blocks, found, agreed, movable)
 
 # %% ../nbs/14_motion_prior.ipynb #06a596e0
 def block_prior(
@@ -110,6 +155,8 @@ def fit_trajectories(
     velocity = agreed.xy / mean_gap(times)
     if not cfg.refine_steps:
         return torch.stack([velocity, torch.zeros_like(velocity)], 1)
+    if kernels_work(velocity.device):
+        return fused_trajectories(velocity, agreed.trusted, matched, blocks, times, grid, cfg)
     density = density_map(matched, len(times), grid, cfg.fine_cell, cfg.blur_std)
     cells = cell_means(matched, density.low, cfg.fine_cell)
     members = member_cells(cells, agreed.trusted, blocks, density.low)
@@ -127,25 +174,18 @@ def estimate_block_motion(
     height: Tensor,  # (M,) above ground, m
     grid: VoxelConfig,  # whose extent in the plane is covered
     cfg: MotionPriorConfig = MotionPriorConfig(),  # all settings
+    clock: SweepClock | None = None,  # of the returns; None = found here
 ) -> BlockMotion:
     "Match the sweeps, keep what others confirm, and refine it."
-    frames, sweep = torch.unique(returns.frame, return_inverse=True)
-    times = sweep_times(returns.seconds, sweep, len(frames))
-    cfg = cfg.at_gap(float(mean_gap(times)), len(frames))
+    clock = sweep_clock(returns) if clock is None else clock
+    cfg = cfg.at_gap(clock.gap, len(clock.frames))
     bev = bev_grid(grid, cfg)
-    maps = occupancy_maps(
-        returns.points, height, sweep, len(frames), bev, cfg.height, cfg.observed_radius
-    )
-    scores = match_scores(maps, bev, cfg.reach, cfg.neighbour_sweeps)
-    found = best_displacement(scores.score, scores.zero_motion, cfg.cell, cfg.zero_motion_penalty)
-    agreed = consensus(found, scores, mean_gap(times), cfg.consensus_rule)
-    if cfg.adopt_rounds:
-        agreed = adopt_displacements(agreed, found, scores, cfg.cell, cfg.confirmed_margin, cfg.adopt_rounds)
-    matched = (height > cfg.height[0]) & (height < cfg.height[1])
-    matched = SweepPoints(returns.points, returns.seconds, sweep).part(matched)
-    trajectory = fit_trajectories(matched, agreed, scores.blocks, times, grid, cfg)
-    movable = F.max_pool2d(maps.occupied.float()[:, None], 3, 1, 1)[:, 0] > 0
-    return BlockMotion(block_prior(trajectory, found, agreed.trusted), scores.blocks, movable, bev, frames)
+    returns = SweepPoints(returns.points, returns.seconds, clock.sweep)
+    blocks, found, agreed, movable = block_matches(returns, height, clock, bev, cfg)
+    if cfg.refine_steps:  # on the returns at matched heights, which nothing else reads
+        returns = returns.part((height > cfg.height[0]) & (height < cfg.height[1]))
+    trajectory = fit_trajectories(returns, agreed, blocks, clock.times, grid, cfg)
+    return BlockMotion(block_prior(trajectory, found, agreed.trusted), blocks, movable, bev, clock.frames)
 
 # %% ../nbs/14_motion_prior.ipynb #c35eba20
 def query_motion(
@@ -155,6 +195,9 @@ def query_motion(
     movable_height: tuple[float, float],  # m above the ground of what moves with its cell
 ) -> MotionPrior:  # of the N points
     "The prior of the block around each point, trusted only for what can move."
+    if kernels_work(height.device):
+        where = motion.blocks, motion.movable, motion.bev, motion.frames
+        return MotionPrior(*fused_query(motion.prior, *where, query, height, movable_height))
     ij = motion.bev.cell_at(query.points)
     sweep = torch.searchsorted(motion.frames, query.frame).clamp_max(len(motion.frames) - 1)
     at = motion.bev.block_at(ij)
@@ -189,6 +232,8 @@ def ground_heights(
     if cfg.ground == "planes":
         surface = ground_planes(points, cfg.ground_cell, cfg.ground_share)
         return GroundHeights(*(surface.above(p) + cfg.ground_slack for p in (points, query)))
+    if kernels_work(points.device):
+        return GroundHeights(*fused_heights(points, query, cfg.ground_cell, cfg.ground_share))
     both = height_above_ground(points, cfg.ground_cell, cfg.ground_share, query=torch.cat([points, query]))
     return GroundHeights(*both.split((len(points), len(query))))
 
@@ -200,15 +245,17 @@ def single_scale_prior(
     cfg: MotionPriorConfig = MotionPriorConfig(),  # all settings
     query: SweepPoints | None = None,  # N points whose motion is wanted; None = the returns
     heights: GroundHeights | None = None,  # of both; None = found here
+    clock: SweepClock | None = None,  # of the returns; None = found here
 ) -> MotionPrior:  # of the N points; zeros with a single sweep
     "How each point's neighbourhood moves, by the sweeps alone, at one size of cell."
     returns = returns._replace(points=returns.points.float())
     query = returns if query is None else query._replace(points=query.points.float())
-    if not len(returns.frame) or (returns.frame == returns.frame[0]).all():
+    clock = sweep_clock(returns) if clock is None else clock
+    if len(clock.frames) < 2:
         return no_motion(len(query.points), returns.points.device)
     if heights is None:
         heights = ground_heights(returns.points, query.points, cfg)
-    motion = estimate_block_motion(returns, heights.returns, grid, cfg)
+    motion = estimate_block_motion(returns, heights.returns, grid, cfg, clock)
     return query_motion(motion, query, heights.query, cfg.movable_height)
 
 # %% ../nbs/14_motion_prior.ipynb #0c9770aa
@@ -249,11 +296,12 @@ def estimate_motion_prior(
     "The motion prior, a finer one where nothing is trusted, and small movers where neither is."
     query = returns if query is None else query._replace(points=query.points.float())
     heights = ground_heights(returns.points, query.points, cfg)
-    prior = single_scale_prior(returns, grid, cfg, query, heights)
+    clock = sweep_clock(returns)
+    prior = single_scale_prior(returns, grid, cfg, query, heights, clock)
     if fine_prior.reach:
-        fine = single_scale_prior(returns, grid, fine_prior, query, heights)
+        fine = single_scale_prior(returns, grid, fine_prior, query, heights, clock)
         chosen = fine.where(~prior.trusted & fine.trusted & prior.may_move, prior)
         prior = chosen._replace(may_move=prior.may_move)
-    if not cfg.small.min_sweeps or len(torch.unique(returns.frame)) < cfg.small.min_sweeps:
+    if not cfg.small.min_sweeps or len(clock.frames) < cfg.small.min_sweeps:
         return prior
     return with_small_movers(prior, returns, query, heights, grid, cfg.small)

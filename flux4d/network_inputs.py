@@ -8,14 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from .attribute_kernels import fused_point, kernels_change
+from .input_kernels import fused_means, fused_slots
 from .frames import quat_to_mat, transform_points
 from .gaussians import Gaussians
 from .voxels import VoxelConfig, Voxels
 from .unet import constants, count_rows, grid_position, pool_mean
 
 # %% auto #0
-__all__ = ['N_POINT', 'N_BIN', 'PointFeatures', 'point_features', 'orientation', 'describe_points', 'TimeBins', 'TimeInBin',
-           'time_in_bin', 'TimeSlots', 'time_slots', 'binned_features', 'voxel_features', 'voxel_feature_count']
+__all__ = ['N_POINT', 'N_BIN', 'PointFeatures', 'point_features', 'orientation', 'grid_numbers', 'describe_points', 'TimeBins',
+           'TimeInBin', 'time_in_bin', 'TimeSlots', 'time_slots', 'binned_features', 'voxel_features',
+           'voxel_feature_count']
 
 # %% ../nbs/30b_network_inputs.ipynb #d030d7a3
 class PointFeatures(NamedTuple):
@@ -60,6 +62,14 @@ def orientation(
     return (to_ego[:3, :3].to(quats.dtype) @ quat_to_mat(quats)).reshape(-1, 9).float()
 
 # %% ../nbs/30b_network_inputs.ipynb #831b7bcf
+def grid_numbers(
+    voxel: VoxelConfig,  # the grid
+    like: Tensor,  # whose type and device they get
+) -> Tensor:  # (7,) lower corner, cells along each axis, edge of a voxel
+    "The grid as kernels read it."
+    return constants((*voxel.low, *voxel.shape, voxel.size), like)
+
+
 def describe_points(
     g: Gaussians,  # M Gaussians in the grid, world
     seconds: Tensor,  # (M,) since the clip's start
@@ -69,8 +79,7 @@ def describe_points(
 ) -> tuple[PointFeatures, Tensor]:  # of the M Gaussians; (M,9) float32, rotation matrix in ego0
     "A point's own features and its orientation."
     if kernels_change(g.means, g.quats, g.log_scales, g.opacity_logits, g.colour_logits):
-        grid = constants((*voxel.low, *voxel.shape, voxel.size), to_ego)
-        channels, turn = fused_point(g, seconds, cell, to_ego, grid)
+        channels, turn = fused_point(g, seconds, cell, to_ego, grid_numbers(voxel, to_ego))
         return PointFeatures(*channels.split([3, 3, 1, 3, 1, 3], 1)), turn
     points = transform_points(to_ego, g.means.double())
     return point_features(g, points, seconds, cell, voxel), orientation(g.quats, to_ego)
@@ -119,13 +128,18 @@ def time_slots(
     voxel: Tensor,  # (M,) int64, voxel of each point
     n: int,  # voxels
     bins: TimeBins,  # the bins
+    points: Tensor | None = None,  # (n,) int64 points of each voxel; None = counted here
 ) -> TimeSlots:
-    "Sort points by voxel and time bin."
+    "Sort points by voxel and time bin; on a GPU by two kernels."
+    points = count_rows(voxel, n) if points is None else points
+    if len(seconds) and kernels_change(seconds):
+        return TimeSlots(*fused_slots(seconds, voxel, points, bins))
     time = time_in_bin(seconds, bins)
     slot = voxel * bins.count + time.number
     count = count_rows(slot, n * bins.count)
     s = seconds[:, None]
-    spread = pool_mean((s - pool_mean(s, voxel, n)[voxel]) ** 2, voxel, n).sqrt()
+    off = s - pool_mean(s, voxel, n, points)[voxel]
+    spread = pool_mean(off**2, voxel, n, points).sqrt()
     return TimeSlots(slot, time.place[:, None], count, count[:, None].log1p(), spread)
 
 # %% ../nbs/30b_network_inputs.ipynb #d0d983b8
@@ -152,8 +166,10 @@ def voxel_features(
     bins: TimeBins,  # the bins
     slots: TimeSlots | None = None,  # of the same points; None = found here
 ) -> Tensor:  # (V,C+2+N_BIN*bins.count)
-    "What the U-Net sees of each voxel: means, spread of time, count, time bins."
-    slots = time_slots(seconds, v.voxel, len(v), bins) if slots is None else slots
+    "What the U-Net sees of each voxel: means, spread of time, count, time bins; on a GPU by two kernels."
+    slots = time_slots(seconds, v.voxel, len(v), bins, v.count) if slots is None else slots
+    if len(v) and kernels_change(channels, slots.place):
+        return fused_means(channels, v.voxel, v.count, slots, bins.count)
     mean = pool_mean(channels, v.voxel, len(v), v.count)
     binned = binned_features(point, seconds, v.voxel, len(v), bins, slots)
     return torch.cat([mean, 4 * slots.spread, v.count[:, None].log1p() / 3, binned], 1)

@@ -164,6 +164,8 @@ class SweepPoints(NamedTuple):
         rows: Tensor,  # (M,) bool or (R,) int64
     ) -> SweepPoints:
         "Some of the points."
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero()[:, 0]  # once for all fields
         return SweepPoints(*(a[rows] for a in self))
 
 # %% ../nbs/13a_occupancy.ipynb #475e3613

@@ -16,18 +16,23 @@ from .frames import se3_inverse, transform_points
 from .settings import OpenShare
 from .gaussians import BACKGROUND, LIDAR, Gaussians
 from .clip_data import Returns
+from .kernels import kernels_work
 from .voxels import VoxelConfig, Voxels
+from .grid_kernels import fused_place
 from .occupancy import MotionPriorConfig, SweepPoints
 from .motion_prior import FINE_PRIOR, MotionPrior
+from .attribute_kernels import fused_mix, kernels_change
+from .input_kernels import fused_channels, fused_means, gaussian_rows
 from .unet import SparseUNet, UNetConfig, grid_position, mix_voxels, neighbours, voxelise
 from .motion_inputs import MotionInputs, motion_feature_count, motion_features, unpack_prior
-from .network_inputs import N_POINT, TimeBins, TimeSlots, describe_points, time_slots
+from .network_inputs import N_POINT, TimeBins, TimeSlots, describe_points, grid_numbers, time_slots
 from .network_inputs import voxel_feature_count, voxel_features
 from .decode import AttributeBounds, MotionDecoding, decode_residual, decode_velocity, make_head
 from .decode import motion_head_width
 
 # %% auto #0
-__all__ = ['PredictorConfig', 'returns_in_grid', 'gaussians_in_grid', 'GridIndex', 'make_grid_index', 'BasePredictor']
+__all__ = ['PredictorConfig', 'ego_in_grid', 'returns_in_grid', 'gaussians_in_grid', 'GridIndex', 'make_grid_index',
+           'BasePredictor']
 
 # %% ../nbs/31_predictor.ipynb #fc4def75
 @dataclass(frozen=True)
@@ -102,6 +107,18 @@ def decoding(self: PredictorConfig) -> MotionDecoding:
         dead_zone=self.dead_zone,
     )
 
+# %% ../nbs/31_predictor.ipynb #31e60c01
+def ego_in_grid(
+    points: Tensor,  # (N,3) float64 world, m
+    to_world: Tensor,  # (4,4) float64 ego0-to-world
+    voxel: VoxelConfig,  # the network's grid
+) -> tuple[Tensor, Tensor]:  # (N,3) float64 ego0, m; (N,) bool, in the grid
+    "Points in the vehicle's frame, and which of them the network's grid holds."
+    if kernels_work(points.device):
+        return fused_place(points, to_world, voxel)
+    points = transform_points(se3_inverse(to_world), points)
+    return points, grid_position(points, voxel)[1]
+
 # %% ../nbs/31_predictor.ipynb #2c89c552
 def returns_in_grid(
     returns: Returns,  # world, on the device of `to_world`
@@ -109,9 +126,9 @@ def returns_in_grid(
     voxel: VoxelConfig,  # the network's grid
 ) -> SweepPoints:  # those in the grid, ego0, float32
     "The returns inside the network's grid."
-    points = transform_points(se3_inverse(to_world), returns.points)
-    kept = grid_position(points, voxel)[1]
-    return SweepPoints(points[kept].float(), returns.seconds[kept].float(), returns.frame[kept])
+    points, inside = ego_in_grid(returns.points, to_world, voxel)
+    kept = SweepPoints(points, returns.seconds, returns.frame).part(inside)
+    return kept._replace(points=kept.points.float(), seconds=kept.seconds.float())
 
 # %% ../nbs/31_predictor.ipynb #e61ab770
 def gaussians_in_grid(
@@ -121,8 +138,8 @@ def gaussians_in_grid(
     voxel: VoxelConfig,  # the network's grid
 ) -> tuple[Tensor, SweepPoints]:  # (M,) int64 their rows; their centres, float64 ego0, with seconds and frames
     "The LiDAR Gaussians inside the network's grid."
-    points = transform_points(se3_inverse(to_world), g.means.double())
-    inside = (grid_position(points, voxel)[1] & (g.kind == LIDAR)).nonzero()[:, 0]
+    points, there = ego_in_grid(g.means.double(), to_world, voxel)
+    inside = (there & (g.kind == LIDAR)).nonzero()[:, 0]
     return inside, SweepPoints(points[inside], (g.t[inside] * duration).float(), g.frame[inside])
 
 # %% ../nbs/31_predictor.ipynb #1acb7e59
@@ -160,7 +177,7 @@ def slots(
 ) -> TimeSlots:  # of the M Gaussians
     "The Gaussians by voxel and time bin, sorted once for all passes."
     if bins not in self.kept:
-        self.kept[bins] = time_slots(self.seconds, self.voxels.voxel, len(self.voxels), bins)
+        self.kept[bins] = time_slots(self.seconds, self.voxels.voxel, len(self.voxels), bins, self.voxels.count)
     return self.kept[bins]
 
 # %% ../nbs/31_predictor.ipynb #567b97ec
@@ -235,7 +252,9 @@ def encode(
     index: GridIndex,  # of their lift
     extra: Tensor | None,  # (M,n_extra) further channels of order one, as the refiner's feedback
 ) -> Tensor:  # (M,C) own channels, motion, extra; 9 of orientation; then the U-Net's n_out
-    "A point's own features, its orientation, and the U-Net's features around it."
+    "A point's own features, its orientation, and the U-Net's features around it; on a GPU in one table from the start."
+    if len(g) and kernels_change(g.means, g.quats, g.log_scales, g.opacity_logits, g.colour_logits, index.motion):
+        return self._encode_fused(g, index, extra if self.n_extra else None)
     point, turn = describe_points(g, index.seconds, index.cells, index.to_ego, self.voxel)
     channels = torch.cat([*point, index.motion, *([extra.float()] if self.n_extra else [])], 1)
     slots = index.slots(self.cfg.bins)
@@ -243,6 +262,23 @@ def encode(
     voxels = self.unet(replace(index.voxels, features=features), self.voxel.shape, index.tables)
     around = mix_voxels(voxels, index.corners, index.weights)
     return torch.cat([channels, turn, around], 1)
+
+# %% ../nbs/31_predictor.ipynb #f1ba07e5
+@patch
+def _encode_fused(
+    self: BasePredictor,
+    g: Gaussians,  # M Gaussians in the grid, world, on a GPU
+    index: GridIndex,  # of their lift
+    extra: Tensor | None,  # (M,n_extra) further channels
+) -> Tensor:  # (M,C) what `encode` gives
+    "Each kernel writes its columns of the table."
+    place = index.seconds, index.cells, index.to_ego, grid_numbers(self.voxel, index.to_ego)
+    extra = extra if extra is None else extra.float()
+    table, own = fused_channels(g, place, index.motion, extra, self.unet.n_out)
+    v, bins = index.voxels, self.cfg.bins
+    features = fused_means(table[:, :own], v.voxel, v.count, index.slots(bins), bins.count)
+    voxels = self.unet(replace(v, features=features), self.voxel.shape, index.tables)
+    return fused_mix(voxels, index.corners, index.weights, table, own + 9)
 
 # %% ../nbs/31_predictor.ipynb #e40559ce
 @patch
@@ -259,13 +295,13 @@ def forward(
     velocity = g.means.new_zeros(len(g), self.cfg.degree + 1, 3) if self.motion else None
     if not len(index.inside):
         return dG, velocity
-    some = g[index.inside]
+    some = gaussian_rows(g, index.inside)
     features = self.encode(some, index, None if extra is None else extra[index.inside])
     residual = decode_residual(self.attributes(features).to(dG.dtype), some, index.to_world, self.cfg.bounds)
-    dG = dG.index_copy(0, index.inside, residual)
+    dG.index_copy_(0, index.inside, residual)
     if self.motion:
         raw = self.motion(features).to(dG.dtype)
         dead_zone = not self.training
         found = decode_velocity(raw, index.prior, index.seconds, index.to_world, self.cfg.decoding, dead_zone)
-        velocity = velocity.index_copy(0, index.inside, found)
+        velocity.index_copy_(0, index.inside, found)
     return dG, velocity

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from annotated_types import Interval
 from pydantic import NonNegativeFloat
 from .attribute_kernels import apply_change, fused_feedback, kernels_change
+from .input_kernels import fused_far, fused_slopes, gaussian_rows
 from .clip_data import InputViews, ViewGroups, Views, shown_only, size_groups
 from .config import Config
 from .frames import mat_to_quat, quat_mul, rotate_vectors, transform_points
@@ -22,15 +23,15 @@ from .training_loss import reconstruction_loss
 from .model import ClipInputs, Flux4DBase
 from .predictor import BasePredictor, GridIndex, PredictorConfig
 from .decode import decode_residual, make_head
-from .render import Rendered
+from .render import Rendered, background_colour, draw_image, draws_fused
 from .scene import Scene
 from .unet import UNetConfig
 from .voxels import VoxelConfig
 
 # %% auto #0
 __all__ = ['N_FEEDBACK', 'RefineConfig', 'FullConfig', 'feedback_error', 'feedback_slopes', 'Feedback', 'refuse_targets',
-           'feedback', 'feedback_features', 'in_residual_terms', 'rms_over', 'plain_features', 'Refiner',
-           'far_features', 'Flux4D']
+           'plain_pictures', 'shown_and_slopes', 'feedback', 'feedback_features', 'in_residual_terms', 'rms_over',
+           'plain_features', 'Refiner', 'far_features', 'far_channels', 'Flux4D']
 
 # %% ../nbs/50_refine.ipynb #6d44b00e
 @dataclass
@@ -118,6 +119,37 @@ def refuse_targets(
                 "a reconstruction never sees its targets."
             )
 
+# %% ../nbs/50_refine.ipynb #76161817
+def plain_pictures(
+    scene: Scene,  # as it is drawn
+    views: InputViews,  # of one size
+    cfg: RefineConfig,  # read: error
+) -> bool:
+    "Whether the error follows from drawn images pixel by pixel: no camera curve, no mask, no window."
+    own_colours = any(name in scene.tones for name in views.camera)
+    return cfg.error == "robust" and views.valid is None and not own_colours and views.images.dtype == torch.float32
+
+
+def shown_and_slopes(
+    scene: Scene,  # N Gaussians, their raw numbers with gradient
+    views: InputViews,  # of one size
+    nothing: Tensor,  # (N,1) a channel that is zero everywhere
+    cfg: RefineConfig,  # read: error, rgb, depth
+    loss: LossConfig,  # read where `error` is "training"
+) -> tuple[list[Tensor], list[Tensor]]:  # what is shown; the gradient of the error by it, of `nothing`'s pictures 1
+    "Draw the input views and compare; on a GPU without making pictures where none is needed."
+    g, draw_cfg = scene.gaussians, scene.render_cfg
+    if plain_pictures(scene, views, cfg) and draws_fused(g, scene.velocity, views, draw_cfg, nothing):
+        drawn = draw_image(g, scene.velocity, scene.duration, views, draw_cfg, nothing)
+        fixed = *(x.detach() for x in drawn), background_colour(g, draw_cfg)
+        return [*drawn], [*fused_slopes(fixed, views.images, views.depth, (cfg.rgb, cfg.depth), nothing.shape[1])]
+    if cfg.error == "robust":
+        draw_cfg = replace(draw_cfg, depth_reach=0.0)  # depth from around has no gradient
+    out = scene.render(views, draw_cfg, nothing)
+    out = out._replace(rgb=shown_only(out.rgb, views))
+    slopes = *feedback_slopes(out, views, cfg, loss), torch.ones_like(out.features)
+    return [out.rgb, out.depth, out.features], [*slopes]
+
 # %% ../nbs/50_refine.ipynb #76161818
 def feedback(
     scene: Scene,  # N Gaussians
@@ -133,14 +165,8 @@ def feedback(
         raw = {name: getattr(g, name).detach().requires_grad_() for name in FLAT}
         nothing = g.means.new_zeros(len(g), 1).requires_grad_()  # a channel that is zero everywhere
         fresh = replace(scene, gaussians=replace(g, **raw), velocity=scene.velocity.detach())
-        found = [fresh.render(views, features=nothing) for views in groups]
-        found = [out._replace(rgb=shown_only(out.rgb, views)) for out, views in zip(found, groups)]
-        slopes = [
-            slope
-            for out, views in zip(found, groups)
-            for slope in (*feedback_slopes(out, views, cfg, loss), torch.ones_like(out.features))
-        ]
-        pictures = [picture for out in found for picture in (out.rgb, out.depth, out.features)]
+        found = [shown_and_slopes(fresh, views, nothing, cfg, loss) for views in groups]
+        pictures, slopes = ([x for part in parts for x in part] for parts in zip(*found))
         *grad, filled = torch.autograd.grad(pictures, (*raw.values(), nothing), slopes)
     return Feedback(torch.cat([d.reshape(len(g), -1) for d in grad], 1), filled[:, 0])
 
@@ -228,10 +254,10 @@ class Refiner(nn.Module):
     ) -> Tensor:  # (N,14) dG, world
         "The residual of one stage."
         residual, _ = self.net(g, index, extra)
-        far = g[index.background]
-        x = torch.cat([far_features(far, index), extra[index.background]], 1).float()
+        far = gaussian_rows(g, index.background)
+        x = far_channels(far, index, extra)
         of_far = decode_residual(self.far(x).to(residual.dtype), far, index.to_world, self.cfg.bounds)
-        return residual.index_copy(0, index.background, of_far)
+        return residual.index_copy_(0, index.background, of_far)
 
 # %% ../nbs/50_refine.ipynb #e76323c4
 def far_features(
@@ -251,6 +277,16 @@ def far_features(
         ],
         1,
     )
+
+def far_channels(
+    far: Gaussians,  # (B) background Gaussians, world
+    index: GridIndex,  # read: to_ego, background
+    extra: Tensor,  # (N,15) feedback of all Gaussians
+) -> Tensor:  # (B,26) float32, of order one
+    "What the far field's head reads; on a GPU by one kernel."
+    if kernels_change(far.means, far.log_scales, far.opacity_logits, far.colour_logits, far.t, extra):
+        return fused_far(far, index.to_ego, extra, index.background)
+    return torch.cat([far_features(far, index), extra[index.background]], 1).float()
 
 # %% ../nbs/50_refine.ipynb #f179fe1e
 class Flux4D(Flux4DBase):

@@ -20,13 +20,13 @@ from .raster import DrawRules, Ellipsoids, Pinhole, rasterise
 from .raster_compiled import have_numba, rasterise_compiled
 from .splat_kernels import Placement, finish_pictures, place_splats
 from .kernels import kernels_work
-from .tile_kernels import Splats2D, TILE_SIDE, TileLists, draw_lists, tiles_take
+from .tile_kernels import Splats2D, TILE_SIDE, TileLists, draw_lists, gsplat_channels, tiles_take
 from .tile_lists import list_splats, order_fits
-
 
 # %% auto #0
 __all__ = ['RenderConfig', 'Cameras', 'Rendered', 'drawn_scales', 'tile_size_for', 'pick_backend', 'background_colour',
-           'lidar_depth', 'place_plain', 'finish_plain', 'kernels_take', 'render', 'compare_backends']
+           'lidar_depth', 'place_plain', 'finish_plain', 'kernels_take', 'draws_fused', 'draw_image', 'render',
+           'compare_backends']
 
 # %% ../nbs/21_render.ipynb #e542d582
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _with_gsplat(
     rules["rasterize_mode"] = "antialiased" if cfg.antialiased else "classic"
     how = dict(packed=False, tile_size=tile_size_for(e, values), render_mode="RGB")
     image, alpha, _ = rasterization(*splats, *cameras, views.width, views.height, **rules, **how)
-    return image[:, 0], alpha[:, 0, ..., 0]
+    return image.squeeze(1), alpha.squeeze(1).squeeze(-1)
 
 # %% ../nbs/21_render.ipynb #7d20a002
 def _project_with_gsplat(
@@ -202,7 +202,7 @@ def _project_with_gsplat(
     rules = dict(near_plane=cfg.near, far_plane=cfg.far, eps2d=cfg.eps2d, calc_compensations=cfg.antialiased)
     size = views.width, views.height
     found = fully_fused_projection(e.means, None, quats, scales, *cameras, *size, opacities=opacities, **rules)
-    *splats, compensation = (x if x is None else x[:, 0] for x in found)
+    *splats, compensation = (x if x is None else x.squeeze(1) for x in found)
     return *splats, opacities if compensation is None else opacities * compensation
 
 # %% ../nbs/21_render.ipynb #7d20a003
@@ -313,13 +313,15 @@ def place_plain(
 
 # %% ../nbs/21_render.ipynb #1bedae1b
 def finish_plain(
-    image: Tensor,  # (V,H,W,5+F) colour, weight of LiDAR Gaussians, their weighted depth, features
+    image: Tensor,  # (V,H,W,C) colour, weight of LiDAR Gaussians, their weighted depth, F features, the rest unused
     alpha: Tensor,  # (V,H,W)
     background: Tensor,  # (3,)
     reach: int,  # px, see `lidar_depth`
+    features: int | None = None,  # F; None = all that follow
 ) -> tuple[Tensor, Tensor, Tensor]:  # rgb (V,H,W,3), depth (V,H,W) m, features (V,H,W,F)
     "Pictures of what the rasteriser drew."
     colour, weight, weighted, blended = image.split([3, 1, 1, image.shape[-1] - 5], -1)
+    blended = blended if features is None else blended[..., :features]
     rgb = colour + (1 - alpha)[..., None] * background
     return rgb, lidar_depth(weighted[..., 0], weight[..., 0], reach), blended
 
@@ -346,13 +348,41 @@ def _place_fused(
     views: Any,  # V views
     cfg: RenderConfig,  # read: max_scale
     features: Tensor | None,  # (N,F) or (V,N,F)
-) -> tuple[Ellipsoids, Tensor]:  # of each view: V copies of the N Gaussians; values (V,N,5+F)
-    "What `place_plain` gives, copied for each view."
+) -> tuple[Ellipsoids, Tensor]:  # of each view: V copies of the N Gaussians; values (V,N,C), C at least 5+F
+    "What `place_plain` gives, copied for each view, with as many channels as gsplat draws."
     times, cameras = views.t.to(g.means), views.world_to_cam.to(g.means)
-    placed = place_splats(g, velocity, features, Placement(g.t, g.kind, times, cameras, duration, cfg.max_scale))
+    at = Placement(g.t, g.kind, times, cameras, duration, cfg.max_scale)
+    channels = 5 + (0 if features is None else features.shape[-1])
+    placed = place_splats(g, velocity, features, at, gsplat_channels(channels))
     return Ellipsoids(*placed[:4]), placed[4]
 
 # %% ../nbs/21_render.ipynb #bd9fdecc
+def draws_fused(
+    g: Gaussians,  # N Gaussians
+    velocity: Tensor | None,  # (N,l+1,3)
+    views: Any,  # V views
+    cfg: RenderConfig,  # read: backend
+    features: Tensor | None,  # (N,F) or (V,N,F)
+) -> bool:
+    "Whether the kernels of `20b_splat_kernels` stand before and after the rasteriser."
+    draw = pick_backend(cfg.backend, g.means.device)
+    return draw in (_with_gsplat, _with_tiles) and kernels_take(g, velocity, features, views)
+
+
+def draw_image(
+    g: Gaussians,  # N Gaussians, world
+    velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world; None = nothing moves
+    duration: float,  # length of the clip, s
+    views: Any,  # V views: K, world_to_cam, t, height, width
+    cfg: RenderConfig,  # planes, widening, mode, back end
+    features: Tensor | None,  # (N,F) or (V,N,F)
+) -> tuple[Tensor, Tensor]:  # image (V,H,W,C), C at least 5+F: colour, LiDAR weight, weighted depth; alpha (V,H,W)
+    "What the rasteriser gives, before it is made a picture."
+    place = _place_fused if draws_fused(g, velocity, views, cfg, features) else place_plain
+    e, values = place(g, velocity, duration, views, cfg, features)
+    return pick_backend(cfg.backend, g.means.device)(e, values, views, cfg)
+
+# %% ../nbs/21_render.ipynb #bd9fdecd
 def render(
     g: Gaussians,  # N Gaussians, world
     velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world; None = nothing moves
@@ -364,13 +394,11 @@ def render(
     "Draw the scene as each view sees it at its own time."
     with torch.autocast(g.means.device.type, enabled=False):
         velocity, features = (v if v is None else v.to(g.means.dtype) for v in (velocity, features))
-        draw = pick_backend(cfg.backend, g.means.device)
-        fused = draw in (_with_gsplat, _with_tiles) and kernels_take(g, velocity, features, views)
-        place, finish = (_place_fused, finish_pictures) if fused else (place_plain, finish_plain)
-        e, values = place(g, velocity, duration, views, cfg, features)
-        image, alpha = draw(e, values, views, cfg)
+        image, alpha = draw_image(g, velocity, duration, views, cfg, features)
+        finish = finish_pictures if draws_fused(g, velocity, views, cfg, features) else finish_plain
         reach = round(cfg.depth_reach * views.width / 1920)
-        rgb, depth, blended = finish(image, alpha, background_colour(g, cfg), reach)
+        count = 0 if features is None else features.shape[-1]
+        rgb, depth, blended = finish(image, alpha, background_colour(g, cfg), reach, count)
         return Rendered(rgb, depth, alpha, None if features is None else blended)
 
 # %% ../nbs/21_render.ipynb #6de67195

@@ -11,18 +11,37 @@ from .clips import Clip
 from .config import Config, changed_fields, config_to_dict, flattened, refuse_renamed, without_retired
 from .model import model_class
 from .checkpoint import PARTS, check_checkpoint, check_numbers, load_checkpoint
+from .files import DataError
+from .tensor_file import is_tensor_file
+from .weights import read_weights
 
 # %% auto #0
-__all__ = ['read_resumable', 'random_state', 'restore_random', 'other_config', 'other_clips', 'new_tensors']
+__all__ = ['state_of_weights', 'read_resumable', 'random_state', 'restore_random', 'other_config', 'other_clips', 'new_tensors']
 
 # %% ../nbs/33d_resume.ipynb #a32t0009
+def state_of_weights(
+    path: str | Path,  # a file that `flux4d-weights` wrote
+    optimizer: bool,  # whether more than the weights is asked for
+    device: Any,  # where its tensors go
+) -> dict:  # as a checkpoint without an optimizer; raises DataError
+    "The content of a weights file as a run starts from it."
+    name = Path(path).name
+    if optimizer:
+        raise DataError(f"{name}: holds weights alone; add resume_optimizer=False to start a new run from them.")
+    weights = read_weights(path, device)
+    averaged = {f"module.{key}": x for key, x in weights.tensors.items()}
+    known = dict(step=0) | weights.history
+    return known | dict(model=weights.tensors, ema=averaged, kind=weights.kind, config=weights.config)
+
+
 def read_resumable(
-    path: str | Path,  # a checkpoint
+    path: str | Path,  # a checkpoint, or weights where only these are wanted
     optimizer: bool = True,  # False: only its weights are wanted
     device: Any = "cpu",  # where its tensors go
 ) -> dict:  # its content; raises DataError where a run cannot start from it
-    "Read a checkpoint and check that it holds what is needed to go on from it."
-    state = load_checkpoint(path, device)
+    "Read a checkpoint or weights, and check that they hold what is needed to go on from them."
+    known = is_tensor_file(path)
+    state = state_of_weights(path, optimizer, device) if known else load_checkpoint(path, device)
     name = Path(path).name
     check_checkpoint(state, name, tuple(PARTS) if optimizer else ("kind", "model", "ema", "config", "step"))
     state["config"] = without_retired(state["config"])

@@ -21,13 +21,15 @@ from .processes import ALONE, Processes
 from .refine import FullConfig
 from .run import Run, newest_run, next_run, refuse_foreign, refuse_held
 from .settings import refuse_missing
+from .checkpoint import trained_frames
 from .resume import read_resumable
+from .run_facts import frames_of
 from .terminal import progress_bar
 
 # %% auto #0
 __all__ = ['find_data', 'index_config', 'example_split', 'check_judged', 'check_sides', 'make_index', 'check_images',
            'frames_used', 'keep_aside', 'check_fixed_frame', 'first_frames', 'split_clips', 'RunClips', 'choose_clips',
-           'resume_point', 'open_run', 'resolved']
+           'resume_point', 'refuse_seen', 'open_run', 'resolved']
 
 # %% ../nbs/58_run_setup.ipynb #b8656bfb
 def find_data(
@@ -255,6 +257,18 @@ def resume_point(
     if own and not overwrite:
         refuse_held(own, goes_on)
     return checkpoint, own or next_run(), goes_on
+
+# %% ../nbs/58_run_setup.ipynb #58a0f001
+def refuse_seen(
+    checkpoint: Path,  # or weights, that a run starts from
+    left_out: list[Clip],  # clips that the run's own training leaves out
+) -> None:  # raises DataError
+    "Refuse weights that were trained on what a run leaves out of its training."
+    trained = trained_frames(read_resumable(checkpoint, optimizer=False), checkpoint.name) or {}
+    for log, frames in frames_of(left_out).items():
+        if seen := sorted(frames & trained.get(log, set())):
+            fault = f"was trained on frame {seen[0]} of log {log[0]}, which this run leaves out"
+            raise DataError(f"{checkpoint.name}: {fault}; start from weights that never saw it.")
 
 # %% ../nbs/58_run_setup.ipynb #6184325f
 def open_run(

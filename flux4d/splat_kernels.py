@@ -110,6 +110,7 @@ def splat_kernel(
     opacities_ptr: tl.tensor,  # (N,)
     colours_ptr: tl.tensor,  # (N,3)
     velocity_ptr: tl.tensor,  # (N,ORDERS,3) m/s^(j+1); not read where ORDERS is 0
+    features_ptr: tl.tensor,  # (N,FEATURES) or (V,N,FEATURES); not read where FEATURES is 0
     t_ptr: tl.tensor,  # (N,) own time, normalised
     kind_ptr: tl.tensor,  # (N,)
     moments_ptr: tl.tensor,  # (V,) of the views, normalised
@@ -118,18 +119,20 @@ def splat_kernel(
     out_quats_ptr: tl.tensor,  # out: (V,N,4)
     out_scales_ptr: tl.tensor,  # out: (V,N,3)
     out_opacities_ptr: tl.tensor,  # out: (V,N)
-    out_values_ptr: tl.tensor,  # out: (V,N,CHANNELS), the first five
+    out_values_ptr: tl.tensor,  # out: (V,N,CHANNELS), behind the features zeros
     n: tl.tensor,  # N
     means_stride: tl.tensor,  # numbers from a row to the next
     quats_stride: tl.tensor,  # numbers from a row to the next
     scales_stride: tl.tensor,  # numbers from a row to the next
     opacities_stride: tl.tensor,  # numbers from a row to the next
     colours_stride: tl.tensor,  # numbers from a row to the next
+    features_step: tl.tensor,  # numbers from a view's features to the next view's
     duration: tl.tensor,  # s
     max_scale: tl.tensor,  # m, of LiDAR Gaussians
     lidar: tl.tensor,  # their kind
     ORDERS: tl.constexpr,  # velocity coefficients; 0 = nothing moves
-    CHANNELS: tl.constexpr,  # numbers that are drawn
+    FEATURES: tl.constexpr,  # numbers that are drawn as they are
+    CHANNELS: tl.constexpr,  # numbers that are drawn, at least five more
     BLOCK: tl.constexpr,  # Gaussians of a program
 ) -> None:
     "Gaussians as a view sees them."
@@ -159,6 +162,12 @@ def splat_kernel(
     tl.store(values[:, None] + c, colour, mask=three)
     tl.store(values + 3, tl.where(is_lidar, 1.0, 0.0), mask=here)
     tl.store(values + 4, tl.where(is_lidar, depth, 0.0), mask=here)
+    features = features_ptr + view * features_step + i * FEATURES
+    for k in tl.static_range(CHANNELS - 5):
+        feature = tl.zeros([BLOCK], tl.float32)
+        if k < FEATURES:
+            feature = tl.load(features + k, mask=here, other=0.0)
+        tl.store(values + 5 + k, feature, mask=here)
 
 # %% ../nbs/20b_splat_kernels.ipynb #e8a99608
 @kernel
@@ -274,17 +283,19 @@ def rows_of(
 def _placed(
     raw: list[Tensor],  # means, quats, scales, opacities, colours of N Gaussians, as stored
     velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world
+    features: Tensor | None,  # (N,F) or (V,N,F), drawn as they are
     channels: int,  # numbers that are drawn
     at: Placement,  # times, cameras, limits
 ) -> list[Tensor]:  # means (V,N,3), quats (V,N,4), scales (V,N,3), opacities (V,N), values (V,N,channels)
     "Call `splat_kernel`: one program for 128 Gaussians of a view."
     N, V = len(raw[0]), len(at.moments)
     out = [raw[0].new_empty(V, N, *size) for size in ((3,), (4,), (3,), (), (channels,))]
-    moving = raw[0] if velocity is None else velocity  # a pointer is needed, read or not
+    moving, drawn = (raw[0] if x is None else x for x in (velocity, features))  # a pointer is needed, read or not
     orders = 0 if velocity is None else velocity.shape[1]
-    strides = [x.stride(0) for x in raw]
-    how = at.duration, at.max_scale, LIDAR, orders, channels, SPLAT_BLOCK
-    splat_kernel[(triton.cdiv(N, SPLAT_BLOCK), V)](*raw, moving, *at[:4], *out, N, *strides, *how)
+    count = 0 if features is None else features.shape[-1]
+    steps = *(x.stride(0) for x in raw), N * count if drawn.dim() == 3 else 0
+    how = at.duration, at.max_scale, LIDAR, orders, count, channels, SPLAT_BLOCK
+    splat_kernel[(triton.cdiv(N, SPLAT_BLOCK), V)](*raw, moving, drawn, *at[:4], *out, N, *steps, *how)
     return out
 
 # %% ../nbs/20b_splat_kernels.ipynb #3c04c226
@@ -317,13 +328,12 @@ class PlaceSplats(torch.autograd.Function):
         velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world; None = nothing moves
         features: Tensor | None,  # (N,F) or (V,N,F), drawn as they are
         at: Placement,  # times, cameras, limits
-    ) -> tuple[Tensor, ...]:  # means (V,N,3), quats (V,N,4), scales (V,N,3), opacities (V,N), values (V,N,5+F)
-        "The copies; features stand behind what the kernel draws."
+        channels: int,  # C, at least 5+F
+    ) -> tuple[Tensor, ...]:  # means (V,N,3), quats (V,N,4), scales (V,N,3), opacities (V,N), values (V,N,C)
+        "The copies; features stand behind colour and depth, and behind them zeros."
         raw = [rows_of(x) for x in (means, quats, log_scales, opacity_logits, colour_logits)]
-        velocity = None if velocity is None else velocity.contiguous()
-        out = _placed(raw, velocity, 5 + (0 if features is None else features.shape[-1]), at)
-        if features is not None:
-            out[-1][..., 5:] = features
+        velocity, features = (x if x is None else x.contiguous() for x in (velocity, features))
+        out = _placed(raw, velocity, features, channels, at)
         ctx.save_for_backward(*raw[1:])
         ctx.at = at
         ctx.orders = velocity.shape[1] if ctx.needs_input_grad[5] else 0
@@ -341,8 +351,8 @@ class PlaceSplats(torch.autograd.Function):
         *of_raw, of_velocity = _placed_back(ctx.saved_tensors, slopes, ctx.orders, ctx.at)
         of_features = None
         if ctx.features is not None and ctx.needs_input_grad[6]:
-            of_features = slopes[-1][..., 5:].sum_to_size(ctx.features)
-        return *of_raw, of_velocity if ctx.orders else None, of_features, None
+            of_features = slopes[-1][..., 5 : 5 + ctx.features[-1]].sum_to_size(ctx.features)
+        return *of_raw, of_velocity if ctx.orders else None, of_features, None, None
 
 # %% ../nbs/20b_splat_kernels.ipynb #9ae87830
 def place_splats(
@@ -350,11 +360,13 @@ def place_splats(
     velocity: Tensor | None,  # (N,l+1,3) m/s^(j+1), world; None = nothing moves
     features: Tensor | None,  # (N,F) or (V,N,F), drawn as they are
     at: Placement,  # times, cameras, limits
+    channels: int | None = None,  # C, at least 5+F, which it is where left out
 ) -> tuple[Tensor, ...]:  # means (V,N,3), quats (V,N,4), scales (V,N,3), opacities (V,N), values (V,N,5+F)
     "What the rasteriser takes: every view's copy of the Gaussians, and what it draws."
     raw = g.means, g.quats, g.log_scales, g.opacity_logits, g.colour_logits
     at = Placement(*(x.contiguous() for x in at[:4]), *at[4:])
-    return PlaceSplats.apply(*raw, velocity, features, at)
+    channels = channels or 5 + (0 if features is None else features.shape[-1])
+    return PlaceSplats.apply(*raw, velocity, features, at, channels)
 
 # %% ../nbs/20b_splat_kernels.ipynb #13396f00
 @kernel
@@ -425,10 +437,11 @@ def picture_grad_kernel(
     background_ptr: tl.tensor,  # (3,)
     d_rgb_ptr: tl.tensor,  # (P,3) gradients
     d_depth_ptr: tl.tensor,  # (P,)
-    d_features_ptr: tl.tensor,  # (P,CHANNELS-5); not read where there are none
+    d_features_ptr: tl.tensor,  # (P,FEATURES); not read where there are none
     d_image_ptr: tl.tensor,  # out: (P,CHANNELS)
     d_alpha_ptr: tl.tensor,  # out: (P,)
     pixels: tl.tensor,  # P
+    FEATURES: tl.constexpr,  # of the channels behind the first five
     CHANNELS: tl.constexpr,  # that were drawn
     BLOCK: tl.constexpr,  # pixels of a program
 ) -> None:
@@ -448,7 +461,9 @@ def picture_grad_kernel(
         of_alpha -= of_colour * tl.load(background_ptr + c)
         tl.store(d_image_ptr + at * CHANNELS + c, of_colour, mask=here)
     for c in tl.static_range(CHANNELS - 5):
-        of_feature = tl.load(d_features_ptr + at * (CHANNELS - 5) + c, mask=here, other=0.0)
+        of_feature = tl.zeros([BLOCK], tl.float32)
+        if c < FEATURES:
+            of_feature = tl.load(d_features_ptr + at * FEATURES + c, mask=here, other=0.0)
         tl.store(d_image_ptr + at * CHANNELS + 5 + c, of_feature, mask=here)
     tl.store(d_alpha_ptr + at, of_alpha, mask=here)
 
@@ -480,15 +495,17 @@ class FinishPictures(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,  # what the gradient needs
-        image: Tensor,  # (V,H,W,5+F) colour, weight of LiDAR Gaussians, their weighted depth, features
+        image: Tensor,  # (V,H,W,C) colour, weight of LiDAR Gaussians, their weighted depth, F features, the rest unused
         alpha: Tensor,  # (V,H,W)
         background: Tensor,  # (3,)
         reach: int,  # px
+        features: int,  # F
     ) -> tuple[Tensor, ...]:  # rgb (V,H,W,3), depth (V,H,W) m, and features (V,H,W,F) where there are any
         "Pictures, and what is drawn beside them."
         ctx.save_for_backward(image, background)
+        ctx.count = features
         found = _pictures(image, alpha, background, reach)
-        return found if image.shape[-1] == 5 else (*found, image[..., 5:].clone())
+        return (*found, image[..., 5 : 5 + features].clone()) if features else found
 
     @staticmethod
     @once_differentiable
@@ -505,16 +522,19 @@ class FinishPictures(torch.autograd.Function):
         slopes = [d.contiguous() for d in (d_rgb, d_depth, d_depth if d_features is None else d_features)]
         of_image, of_alpha = torch.empty_like(image), image.new_empty(image.shape[:-1])
         grid = (triton.cdiv(pixels, PICTURE_BLOCK),)
-        picture_grad_kernel[grid](image, background, *slopes, of_image, of_alpha, pixels, C, PICTURE_BLOCK)
-        return of_image, of_alpha, None, None
+        how = pixels, ctx.count, C, PICTURE_BLOCK
+        picture_grad_kernel[grid](image, background, *slopes, of_image, of_alpha, *how)
+        return of_image, of_alpha, None, None, None
 
 # %% ../nbs/20b_splat_kernels.ipynb #7fab0c25
 def finish_pictures(
-    image: Tensor,  # (V,H,W,5+F) colour, weight of LiDAR Gaussians, their weighted depth, features
+    image: Tensor,  # (V,H,W,C) colour, weight of LiDAR Gaussians, their weighted depth, F features, the rest unused
     alpha: Tensor,  # (V,H,W)
     background: Tensor,  # (3,)
     reach: int,  # px, half the side of the square in which a missing depth is looked for
+    features: int | None = None,  # F; None = C - 5
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # rgb (V,H,W,3), depth (V,H,W) m, features (V,H,W,F)
     "Pictures of what the rasteriser drew."
-    found = FinishPictures.apply(image.contiguous(), alpha.contiguous(), background, reach)
+    features = image.shape[-1] - 5 if features is None else features
+    found = FinishPictures.apply(image.contiguous(), alpha.contiguous(), background, reach, features)
     return *found[:2], found[2] if len(found) > 2 else None

@@ -32,7 +32,7 @@ from .report import summary_table
 from .report_pages import write_report
 from .run import Run, provenance
 from .run_facts import About, frames_of, training_overlap
-from .run_setup import RunClips, choose_clips, open_run, resolved, resume_point
+from .run_setup import RunClips, choose_clips, open_run, refuse_seen, resolved, resume_point
 from .terminal import duration_said, open_bar, progress_bar, tell
 from .train import Trainer, every
 from .flow_metrics import FlowScoreConfig
@@ -132,6 +132,7 @@ def run_meta(
         save_ckpt_every=given.save_ckpt_every,
         resume_from=given.resume_from,
         resume_optimizer=given.resume_optimizer,
+        **(dict(scored_logs=dict(frames_of(clips.evaluated).keys())) if given.resume_from else {}),
         **(dict(processes=processes.count) if processes.count > 1 else {}),
         **provenance(processes.device or given.device),
     )
@@ -167,6 +168,8 @@ def begin_run(
     check_baselines(p.baselines)
     start = resume_point(p.resume_from, p.out_dir, p.resume_optimizer, p.overwrite) if processes.first else None
     checkpoint, folder, goes_on = processes.same(start)
+    if checkpoint and p.train_without_frames and processes.first:
+        refuse_seen(checkpoint, clips.evaluated)
     if not processes.first:
         return Job(given, cfg, eval_cfg, clips, checkpoint, SilentRun(folder), processes)
     used = files_of([*clips.train, *clips.watched, *clips.evaluated], cfg.data.cameras)

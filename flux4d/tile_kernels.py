@@ -345,9 +345,9 @@ def tile_gradients(
 def gsplat_channels(
     channels: int,  # that are drawn
 ) -> int:
-    "How many channels gsplat's kernel draws then."
+    "How many channels gsplat's kernel draws then; above nine gsplat cuts them up itself."
     compiled = 1, 2, 3, 4, 5, 8, 9
-    return min(n for n in compiled if n >= channels)
+    return min((n for n in compiled if n >= channels), default=channels)
 
 # %% ../nbs/20e_tile_kernels.ipynb #8c419a51
 @lru_cache
@@ -408,4 +408,4 @@ def draw_lists(
     more = gsplat_channels(channels) - channels
     features = F.pad(s.features, (0, more)) if more else s.features
     image, alpha = BlendTiles.apply(s.means, s.conics, features, s.opacities, lists)
-    return image[..., :channels], alpha[..., 0]
+    return image[..., :channels] if more else image, alpha.squeeze(-1)

@@ -11,14 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple
 import numpy as np
+import psutil
 import torch
 from fastcore.basics import patch
 from .records import one_line
 
 # %% auto #0
-__all__ = ['LEAST_CALLS', 'Timing', 'timing_of', 'wait_for', 'seconds_of', 'PeakMemory', 'measure', 'Ceilings', 'tf32_products',
-           'product_rate', 'measure_ceilings', 'Work', 'least_seconds', 'tensor_bytes', 'growth_exponent', 'Timings',
-           'growth_by_group', 'union_length', 'Activity', 'device_activity']
+__all__ = ['LEAST_CALLS', 'Timing', 'timing_of', 'wait_for', 'seconds_of', 'PeakMemory', 'measure', 'memory_in_use', 'Ceilings',
+           'tf32_products', 'product_rate', 'measure_ceilings', 'Work', 'least_seconds', 'tensor_bytes',
+           'growth_exponent', 'Timings', 'growth_by_group', 'union_length', 'Activity', 'device_activity']
 
 # %% ../nbs/09e_timing.ipynb #7d92f8a5
 class Timing(NamedTuple):
@@ -99,6 +100,17 @@ def measure(
     while len(spent) < repeats and (len(spent) < least or sum(spent) < seconds):
         spent.append(seconds_of(f, device, clock))
     return timing_of([s / per for s in spent], peak())
+
+# %% ../nbs/09e_timing.ipynb #a1b0c3d5
+def memory_in_use(
+    device: Any,  # torch device
+) -> dict[str, int]:  # bytes: `host_bytes`, and on a GPU `device_bytes`
+    "What this process holds in memory, on the host and on a GPU."
+    device = torch.device(device)
+    held = dict(host_bytes=psutil.Process().memory_info().rss)
+    if device.type == "cuda":
+        held["device_bytes"] = torch.cuda.memory_reserved(device)
+    return held
 
 # %% ../nbs/09e_timing.ipynb #3c12c0e6
 class Ceilings(NamedTuple):

@@ -20,6 +20,7 @@ from .model import Flux4DBase
 from .resume import new_tensors, other_clips, other_config, random_state, read_resumable, restore_random
 from .run import Run, provenance
 from .checkpoint import load_weights, prune_checkpoints, save_checkpoint
+from .timing import memory_in_use
 from .train_step import TrainStep
 
 # %% auto #0
@@ -242,6 +243,7 @@ def log(
     if self.trained_on.unread:
         counts["unread"] = sum(self.trained_on.unread.values())
     lr = self.opt.param_groups[0]["lr"]
+    counts |= memory_in_use(self.device)
     self.run.record(dict(step=self.step, **row, lr=lr, **counts, clips=self.trained_on.pending))
     self.trained_on.pending = []
     if found is not None:

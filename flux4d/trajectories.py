@@ -93,9 +93,9 @@ def cell_means(
     ij = ((xy - xy.new_tensor(low)) / cell).floor().long()
     half = 1 << 19
     keys = (matched.frame << 40) + ((ij[:, 0] + half) << 20) + ij[:, 1] + half
-    keys, cell_of_point = torch.unique(keys, return_inverse=True)
+    keys, cell_of_point, count = torch.unique(keys, return_inverse=True, return_counts=True)
     total = xy.new_zeros(len(keys), 2).index_add_(0, cell_of_point, xy)
-    return CellMeans(total / torch.bincount(cell_of_point)[:, None], keys >> 40)
+    return CellMeans(total / count[:, None], keys >> 40)
 
 # %% ../nbs/13c_trajectories.ipynb #8ca6bcb9
 class MemberCells(NamedTuple):

@@ -18,10 +18,13 @@ from fastcore.basics import patch
 from annotated_types import MinLen
 from pydantic import PositiveInt
 from .attribute_kernels import fused_mix, kernels_change
-from .block_kernels import fused_block, kernels_convolve, network_tables
+from .block_kernels import fused_block, kernels_convolve
+from .level_tables import level_tables
 from .settings import Share
 from .sparse_convolution import plain_spconv
+from .kernels import kernels_work
 from .voxels import VoxelConfig, Voxels
+from .grid_kernels import fused_neighbours
 
 try:
     with warnings.catch_warnings():
@@ -108,12 +111,13 @@ def voxelise(
     "Group points by cell and average their features; the twin of `voxelise_np`."
     at, inside = grid_position(points, cfg)
     _, ny, nz = cfg.shape
-    key = cell_key(at[inside].detach().floor().long(), cfg)
+    rows = inside.nonzero()[:, 0]
+    key = cell_key(at[rows].detach().floor().long(), cfg)
     keys, row, count = torch.unique(key, return_inverse=True, return_counts=True)
     voxel = torch.full((len(points),), -1, device=points.device)
-    voxel[inside] = row
+    voxel[rows] = row
     coords = torch.stack([keys // (ny * nz), keys // nz % ny, keys % nz], 1)
-    return Voxels(keys, coords, pool_mean(features[inside], row, len(keys)), count, voxel, inside)
+    return Voxels(keys, coords, pool_mean(features[rows], row, len(keys), count), count, voxel, inside)
 
 # %% ../nbs/30_unet.ipynb #87ac6688
 def trilinear_corners(
@@ -135,6 +139,8 @@ def neighbours(
     cfg: VoxelConfig,  # read: low, size, shape
 ) -> tuple[Tensor, Tensor]:  # (N,8) int64 rows of `keys`; (N,8) weights, 0 for an absent voxel, else with sum 1
     "Which voxels to mix for each point."
+    if kernels_work(points.device) and points.dtype == torch.float32 and len(keys):
+        return fused_neighbours(keys, points, cfg)
     cell, w = trilinear_corners(points, cfg)
     key = cell_key(cell, cfg)
     row = torch.searchsorted(keys, key).clamp_max(len(keys) - 1)
@@ -481,7 +487,7 @@ def levels_fused(
 ) -> Tensor:  # (V,n_out) of the same voxels
     "What `levels` does, block by block in the kernels of `block_kernels`."
     if (f"level{len(self.enc) - 1}", "same") not in known:  # a network of fewer levels leaves tables of fewer
-        known.update(network_tables(coords, shape, len(self.enc), torch.is_grad_enabled()))
+        known.update(level_tables(coords, shape, len(self.enc), torch.is_grad_enabled()))
     return self.levels_again(x, known | dict(precision=pick_precision(self.cfg.precision, x.device)))
 
 # %% ../nbs/30_unet.ipynb #329c0246
@@ -497,7 +503,8 @@ def forward(
     shape = self.padded_shape(shape)
     precision = pick_precision(self.cfg.precision, device)
     fused = Kernels.fused and self.cfg.norm == "clip" and kernels_convolve(v.features)
-    known = {} if tables is None else tables.setdefault((torch.is_grad_enabled(), *shape, fused), {})
+    of_grid = () if fused else shape  # the fused blocks' tables do not depend on the grid's padding
+    known = {} if tables is None else tables.setdefault((torch.is_grad_enabled(), *of_grid, fused), {})
     with torch.autocast(device.type, enabled=False):
         features = self.stem(v.features.float())
         if fused:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # loaded where tensors are made, so that the commands start a
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['unoccluded', 'project_sweep', 'splat_depth']
+__all__ = ['COARSE_CELL', 'QUADRANT', 'MARGIN', 'unoccluded', 'project_sweep', 'splat_depth']
 
 # %% ../nbs/04a_visibility.ipynb #637ffbad
 def _quadrant_far(
@@ -34,6 +34,11 @@ def _quadrant_far(
     return torch.stack([above[..., :cols], above[..., aside:], below[..., :cols], below[..., aside:]]).amax(0)
 
 # %% ../nbs/04a_visibility.ipynb #0c84b7b6
+COARSE_CELL = 0.2  # deg, cell of the coarse depth image
+QUADRANT = 1.2, 0.6  # deg, reach of a quadrant: vertical, horizontal
+MARGIN = 0.1  # how much nearer, as a share of the depth, an occluder must be
+
+
 def unoccluded(
     uv: Tensor,  # (V,N,2) px
     z: Tensor,  # (V,N) m
@@ -41,15 +46,16 @@ def unoccluded(
     focal: Tensor,  # (V,) px
     width: int,  # px
     height: int,  # px
-    cell: float = 0.2,  # deg, cell of the coarse depth image
-    window: tuple[float, float] = (1.2, 0.6),  # deg, reach of a quadrant: vertical, horizontal
-    margin: float = 0.1,  # how much nearer, as a share of the depth, an occluder must be
+    cell: float = COARSE_CELL,  # deg
+    window: tuple[float, float] = QUADRANT,  # deg
+    margin: float = MARGIN,  # share of the depth
 ) -> Tensor:  # (V,N) bool, in the image and not hidden
     "Which returns of V images nothing nearer surrounds."
     import torch
 
     px = math.radians(cell) * focal  # of a cell, by image
-    rows, cols = (int(n / float(px.min())) + 1 for n in (height, width))
+    least = float(px.min())
+    rows, cols = (int(n / least) + 1 for n in (height, width))
     image, which = inside.nonzero(as_tuple=True)
     col, row = torch.floor(uv[image, which] / px[image, None]).long().unbind(-1)
     at = (image * rows + row.clamp_max(rows - 1)) * cols + col.clamp_max(cols - 1)

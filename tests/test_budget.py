@@ -52,7 +52,7 @@ def trained(folder: Path, cfg: Config, clips: list, cache: LiftCache) -> Trainer
 
 def record(trainer: Trainer) -> list:
     "What a run logged, without what the clock says."
-    return [{k: v for k, v in r.items() if k not in ("seconds", "waited")} for r in trainer.run.rows()]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "waited", "host_bytes")} for r in trainer.run.rows()]
 
 
 def equal(a: Trainer, b: Trainer) -> bool:

@@ -5,32 +5,38 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
 import torch
-from flux4d import block_kernels, kernels, losses_fused, render as render_module, splat_kernels, tile_kernels, unet
+from flux4d import attribute_kernels, block_kernels, kernels, level_tables, losses_fused, splat_kernels
+from flux4d import render as render_module, tile_kernels, unet
 from flux4d.background import photometric_cost
 from flux4d.attribute_kernels import fused_feedback, fused_mix, fused_point, fused_residual, fused_sum
 from flux4d.decode import AttributeBounds, decode_residual
 from flux4d.frames import quat_to_mat, se3_inverse
 from flux4d.gap_filling import Blocks
-from flux4d.gaussians import Gaussians
+from flux4d.gaussians import BACKGROUND, LIDAR, Gaussians
 from flux4d.losses import LossConfig, image_terms
 from flux4d.losses_fused import can_fuse, fused_image_terms
 from flux4d.kernels import kernels_work
 from flux4d.tile_kernels import TILE_SIDE, Splats2D, TileLists, blend_plain, pixel_strengths, tile_gradients
 from flux4d.tile_lists import list_splats
-from flux4d.network_inputs import describe_points
+from flux4d.input_kernels import fused_channels, fused_far, fused_means, fused_rows, fused_slopes, fused_slots
+from flux4d.motion_inputs import street_gaussians
+from flux4d.network_inputs import PointFeatures, TimeBins, describe_points, grid_numbers, time_slots, voxel_features
 from flux4d.raster import Ellipsoids
-from flux4d.refine import Feedback, RefineConfig, feedback_features
+from flux4d.occupancy import MotionPriorConfig
+from flux4d.predictor import BasePredictor, PredictorConfig
+from flux4d.refine import Feedback, RefineConfig, Refiner, far_channels, feedback_features, feedback_slopes
 from flux4d.render import Cameras, RenderConfig, render
 from flux4d.search_kernels import CostCameras, RefineRule, fused_costs, fused_refine
 from flux4d.sparse_convolution import convolve_pairs
 from flux4d.training_loss import reconstruction_loss
 from flux4d.trajectories import DensityMap, MemberCells, refine_trajectories
 from flux4d.unet import SparseUNet, UNetConfig, mix_voxels, voxelise
-from flux4d.voxels import VoxelConfig
+from flux4d.voxels import VoxelConfig, Voxels
 
 ROOT = Path(__file__).parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -349,6 +355,8 @@ def test_splats_are_placed_as_by_tensor_operations(orders, features):
     found = []
     for place in (render_module._place_fused, render_module.place_plain):
         e, values = place(g, velocity, 1.5, three_cameras(), RenderConfig(), drawn)
+        values, unused = values.split([5 + (size or [0])[-1], values.shape[-1] - 5 - (size or [0])[-1]], -1)
+        assert not unused.any()
         parts = [x if len(x) == 3 and x.dim() > 1 else x.expand(3, *x.shape) for x in (*e, values)]
         weights = [torch.linspace(-1, 1, x.numel(), device=DEVICE).view(x.shape).sin() for x in parts]
         total = sum((x * w).sum() for x, w in zip(parts, weights))
@@ -358,8 +366,8 @@ def test_splats_are_placed_as_by_tensor_operations(orders, features):
 
 
 @with_kernels
-@pytest.mark.parametrize("channels,reach", [(5, 2), (6, 0), (7, 8)])
-def test_pictures_are_finished_as_by_tensor_operations(channels, reach):
+@pytest.mark.parametrize("channels,reach,features", [(5, 2, 0), (6, 0, 1), (7, 8, 2), (8, 2, 1), (8, 0, 0)])
+def test_pictures_are_finished_as_by_tensor_operations(channels, reach, features):
     gen = torch.Generator().manual_seed(0)
     image = torch.rand(2, 21, 70, channels, generator=gen)
     empty = torch.rand(2, 21, 70, generator=gen) < 0.3
@@ -370,7 +378,7 @@ def test_pictures_are_finished_as_by_tensor_operations(channels, reach):
     background = torch.tensor([0.1, 0.5, 0.9], device=DEVICE)
     found = []
     for finish in (splat_kernels.finish_pictures, render_module.finish_plain):
-        pictures = [x for x in finish(*inputs, background, reach) if x is not None and x.shape[-1]]
+        pictures = [x for x in finish(*inputs, background, reach, features) if x is not None and x.shape[-1]]
         total = sum((x * torch.linspace(-1, 1, x.numel(), device=DEVICE).view(x.shape)).sum() for x in pictures)
         found.append((pictures, torch.autograd.grad(total, inputs)))
     for a, b in zip(found[0][0], found[1][0]):
@@ -483,6 +491,75 @@ def test_feedback_is_read_as_by_tensor_operations():
 
 
 @with_kernels
+def test_some_gaussians_are_those_of_an_index():
+    g, *_ = gaussians(device="cpu")
+    g = g.map(torch.Tensor.detach)
+    rows = torch.randint(0, 300, (170,), generator=torch.Generator().manual_seed(10))
+    for some in (rows, rows[:0]):
+        found, wanted = fused_rows(g.to(DEVICE), some.to(DEVICE)), g[some]
+        for name, x in vars(wanted).items():
+            made = getattr(found, name)
+            assert made.dtype == x.dtype and torch.equal(made.cpu(), x), name
+
+
+@with_kernels
+def test_the_far_field_is_described_as_by_tensor_operations():
+    g, *_ = gaussians(device="cpu")
+    g = g.map(torch.Tensor.detach)
+    rows = torch.arange(3, 300, 2)
+    extra = torch.randn(300, 15, generator=torch.Generator().manual_seed(11))
+    index = SimpleNamespace(to_ego=turn_and_move(), background=rows)
+    wanted = far_channels(g[rows], index, extra)
+    given = (g[rows].to(DEVICE), *(x.to(DEVICE) for x in (turn_and_move(), extra, rows)))
+    close(fused_far(*given).split(1, 1), wanted.split(1, 1))
+
+
+@with_kernels
+@pytest.mark.parametrize("channels, features", [(8, 1), (5, 0), (7, 2)])
+def test_the_slope_of_an_error_is_that_of_tensor_operations(channels, features):
+    gen = torch.Generator().manual_seed(13)
+    image, alpha = torch.rand(2, 21, 30, channels, generator=gen), torch.rand(2, 21, 30, generator=gen)
+    image[..., 4] *= 60
+    image[0, :9, :, 3:5] = 0  # nothing of the LiDAR is drawn there
+    image[1, 3, 4, 3:5] = 1e-12
+    photos, returns = torch.rand(2, 21, 30, 3, generator=gen), 60 * torch.rand(2, 21, 30, generator=gen)
+    views = SimpleNamespace(images=photos, depth=returns)
+    views.depth[:, ::3] = 0
+    views.depth[0, 9:12] = (image[..., 4] / image[..., 3])[0, 9:12]  # measured just so
+    cfg, background = RefineConfig(rgb=0.7, depth=3.0), torch.tensor([0.1, 0.5, 0.9])
+    inputs = [x.clone().requires_grad_() for x in (image, alpha)]
+    rgb, depth, drawn = render_module.finish_plain(*inputs, background, 2, features)
+    slopes = feedback_slopes(SimpleNamespace(rgb=rgb, depth=depth), views, cfg)
+    wanted = torch.autograd.grad((rgb, depth, drawn), inputs, (*slopes, torch.ones_like(drawn)))
+    given = [x.to(DEVICE) for x in (image, alpha, background, views.images, views.depth)]
+    found = fused_slopes(given[:3], *given[3:], (cfg.rgb, cfg.depth), features)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.shape == b.shape and ((a.cpu() - b).abs() <= 1e-5 * b.abs() + 1e-5).all()
+
+
+@with_kernels
+@pytest.mark.parametrize("bins, extra", [(TimeBins(), 15), (TimeBins(3, 0.4, 0.0), 0)])
+def test_voxels_are_averaged_as_by_tensor_operations(bins, extra):
+    gen = torch.Generator().manual_seed(12)
+    n, V = 400, 37
+    seconds, voxel = 1.7 * torch.rand(n, generator=gen) - 0.1, torch.randint(0, V, (n,), generator=gen)
+    seconds[:9] = 0.2 * torch.arange(9) - 0.15  # on the edges of bins
+    channels = torch.randn(n, 14 + extra, generator=gen)
+    count = torch.bincount(voxel, minlength=V)
+    point = PointFeatures(*channels[:, :14].split([3, 3, 1, 3, 1, 3], 1))
+    slots = time_slots(seconds, voxel, V, bins)
+    moved = [x.to(DEVICE) for x in (seconds, voxel, count)]
+    made = fused_slots(*moved, bins)
+    for name in ("slot", "count"):
+        assert torch.equal(getattr(made, name).cpu(), getattr(slots, name))
+    close([made.place, made.log_count, made.spread], [slots.place, slots.log_count, slots.spread])
+    v = Voxels(torch.arange(V), None, None, count, voxel, None)
+    wanted = voxel_features(channels, point, seconds, v, bins, slots)
+    found = fused_means(channels.to(DEVICE), *moved[1:], made, bins.count)
+    assert found.shape == wanted.shape and (found.cpu() - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@with_kernels
 @pytest.mark.parametrize("channels", [32, 5])
 def test_voxels_are_mixed_as_by_tensor_operations(channels):
     gen = torch.Generator().manual_seed(9)
@@ -490,11 +567,73 @@ def test_voxels_are_mixed_as_by_tensor_operations(channels):
     w = torch.rand(70, 8, generator=gen) * (torch.rand(70, 8, generator=gen) < 0.6)
     weights = torch.randn(70, channels, generator=gen)
     found = []
-    for mix, device in ((fused_mix, DEVICE), (mix_voxels, "cpu")):
+    for mix, device in ((fused_mix, DEVICE), (fused_mix_behind, DEVICE), (mix_voxels, "cpu")):
         x = features.to(device).requires_grad_()
         y = mix(x, row.to(device), w.to(device))
         found.append((y.detach(), torch.autograd.grad((y * weights.to(device)).sum(), x)[0]))
-    close(*found)
+    for one in found[:2]:
+        close(one, found[2])
+
+
+def fused_mix_behind(features, row, w):
+    "Mixed into the last columns of a table."
+    table = torch.full((len(row), 3 + features.shape[1]), 7.0, device=features.device)
+    mixed = fused_mix(features, row, w, table, 3)
+    assert mixed.data_ptr() == table.data_ptr() and (mixed[:, :3] == 7).all()
+    return mixed[:, 3:]
+
+
+@with_kernels
+@pytest.mark.parametrize("extra", [0, 4])
+def test_a_table_of_channels_is_their_tables_side_by_side(extra):
+    g, *_ = gaussians(device="cpu")
+    g = g.map(torch.Tensor.detach)
+    gen = torch.Generator().manual_seed(14)
+    seconds, voxel, motion = torch.rand(300, generator=gen), VoxelConfig(), torch.randn(300, 5, generator=gen)
+    cells = torch.randint(0, 100, (300, 3), generator=gen)
+    more = torch.randn(300, extra, generator=gen) if extra else None
+    point, turn = describe_points(g, seconds, cells, turn_and_move(), voxel)
+    wanted = [*point, motion, *([more] if extra else []), turn]
+    place = [x.to(DEVICE) for x in (seconds, cells, turn_and_move(), grid_numbers(voxel, turn_and_move()))]
+    given = motion.to(DEVICE), more if more is None else more.to(DEVICE)
+    table, own = fused_channels(g.to(DEVICE), place, *given, 6)
+    assert own == 19 + extra and table.shape == (300, own + 9 + 6)
+    close(table[:, :-6].split([x.shape[1] for x in wanted], 1), wanted)
+
+
+@with_kernels
+def test_networks_with_kernels_are_those_without(monkeypatch):
+    "Base and refiner on a small street, with gradients."
+    gen = torch.Generator().manual_seed(15)
+    g = street_gaussians(n_ground=20, n_box=8).gaussians
+    g = replace(g, kind=torch.where(torch.arange(len(g)) % 9 == 0, BACKGROUND, LIDAR))
+    unet_cfg = UNetConfig(widths=(16, 16), blocks=1, precision="float32")
+    bare = MotionPriorConfig(reach=0)
+    cfg = PredictorConfig(unet=unet_cfg, hidden=8, motion_prior=bare, fine_prior=bare, degree=1)
+    grid = VoxelConfig(0.5, (-4.0, -20.0, -3.0), (36.0, 20.0, 3.0))
+    torch.manual_seed(0)
+    base, refiner = BasePredictor(cfg, grid), Refiner(cfg, grid)
+    for head in (base.attributes, base.motion, refiner.net.attributes, refiner.far):
+        torch.nn.init.normal_(head[-1].weight, std=0.1)
+    extra = torch.randn(len(g), 15, generator=gen)
+    weight = torch.randn(len(g), 14, generator=gen)
+    found = []
+    for device, fused in (("cpu", False), (DEVICE, True)):
+        if INTERPRETED:
+            for module in (attribute_kernels, block_kernels, level_tables):
+                monkeypatch.setattr(module, "kernels_work", lambda device: fused)
+        elif fused:
+            assert kernels_work(torch.device(device))
+        there, nets = g.to(device), [net.to(device) for net in (base, refiner)]
+        index = nets[0].grid_index(there, torch.eye(4), 1.2, None)
+        results = *nets[0](there, index), nets[1](there, index, extra.to(device))
+        with torch.no_grad():
+            close(nets[1](there, index, extra.to(device)).split(14, 1), results[2].split(14, 1))
+        totals = [(results[k] * weight.to(device)).sum() for k in (0, 2)]
+        grads = [torch.autograd.grad(t, list(n.unet.parameters())) for t, n in zip(totals, (nets[0], nets[1].net))]
+        found.append([x.detach().cpu() for x in (*results, *grads[0], *grads[1])])
+    for a, b in zip(*found, strict=True):
+        assert a.shape == b.shape and (a - b).norm() <= 1e-3 * a.norm() + 1e-6
 
 
 def test_a_convolution_on_known_voxels_gives_spconv_what_its_layers_do(monkeypatch):
@@ -614,20 +753,29 @@ def test_a_block_is_what_tensor_operations_give(monkeypatch, name, kind, n_in, n
 
 
 @with_kernels
-def test_tables_made_by_kernels_are_those_made_by_tensor_operations():
-    at, grid = voxels_of_a_street()
-    rows = block_kernels.beside_rows(at, grid)
-    _, ny, nz = (n + 2 for n in grid)
-    x, y, z = (at + 1).unbind(1)
-    number = ((x * ny + y) * nz + z).to(DEVICE)
-    assert torch.equal(block_kernels.fused_beside_rows(number, (ny * nz, nz)).cpu(), rows)
-    coarse, parent, part = block_kernels.coarse_voxels(at, grid)
-    down, up = block_kernels.strided_layers(parent, part, len(coarse), train=False)
-    for table in (block_kernels.read_table(rows), down.there, up.there):
-        made = block_kernels.fused_read_table(table.rows.to(DEVICE))
-        assert torch.equal(made.order.cpu(), table.order)
-        for one, other in zip(made.cells.cpu(), table.cells, strict=True):
-            assert torch.equal(one[: 1 + one[0]], other[: 1 + other[0]])
+@pytest.mark.parametrize("levels, points", [(1, 130), (3, 130), (5, 900), (2, 1)])
+def test_tables_made_by_kernels_are_those_made_by_tensor_operations(levels, points):
+    at, grid = voxels_of_a_street(points)
+    wanted = block_kernels.network_tables(at, [16 * n for n in grid], levels, train=True)
+    found = level_tables.fused_tables(at.to(DEVICE), levels, train=True)
+    assert found.keys() == wanted.keys()
+    for name, layer in wanted.items():
+        made = found[name]
+        assert made.mirrored == layer.mirrored
+        for one, other in ((made.there, layer.there), (made.back, layer.back)):
+            assert torch.equal(one.rows.cpu(), other.rows) and torch.equal(one.order.cpu(), other.order)
+            for counted, plain in zip(one.cells.cpu(), other.cells, strict=True):
+                assert torch.equal(counted[: 1 + counted[0]], plain[: 1 + plain[0]])
+        for one, other in zip(made.pairs, layer.pairs, strict=True):
+            assert torch.equal(one.cpu(), other)
+
+
+@with_kernels
+def test_tables_at_the_ends_of_a_grid():
+    at = torch.tensor([[0, 0, 0], [0, 0, 2], [2**20 - 2, 5, 7], [2**20 - 2, 4, 7], [2**20 - 2, 2**20 - 2, 2**20 - 2]])
+    wanted = block_kernels.network_tables(at, [2**20 - 1] * 3, 1, train=False)["level0", "same"].there
+    found = level_tables.fused_tables(at.to(DEVICE), 1, train=False)["level0", "same"].there
+    assert torch.equal(found.rows.cpu(), wanted.rows) and (wanted.rows >= 0).sum() == 7
 
 
 @with_kernels
@@ -665,7 +813,7 @@ def test_depths_cost_what_they_do_by_tensor_operations(masked):
     zero = torch.zeros(B)
     image = torch.randint(0, V, (B,), generator=gen)
     blocks = Blocks(image, uv, torch.zeros(B, 3), torch.full((B,), 4.0), ray, zero, zero.double())
-    data = SimpleNamespace(pose=pose[:, None], K=K[:, None])
+    data = SimpleNamespace(pose=pose[:, None], K=K[:, None], world_to_cam=se3_inverse(pose)[:, None])
     wanted = torch.stack([photometric_cost(data, images, 4, blocks, d[:, None], shown) for d in depths.unbind(1)], 1)
     cameras = CostCameras(images, shown, K, pose, se3_inverse(pose))
     cameras = CostCameras(*(x if x is None else x.to(DEVICE) for x in cameras))

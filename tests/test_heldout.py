@@ -11,7 +11,8 @@ import pytest
 from flux4d import heldout
 from flux4d.ablation import ABLATIONS, IMPORTANT, ablation_row, ablation_table, variant_runs
 from flux4d.files import DataError
-from flux4d.heldout import HeldoutParameters, WindowRun, WindowWorker, places, run_windows, window_runs, windows_table
+from flux4d.heldout import HeldoutParameters, WindowRun, WindowWorker, own_frames, places, run_windows
+from flux4d.heldout import window_runs, windows_table
 from flux4d.records import repo_root, runs_of_record
 from flux4d.scores import SCORES, flat, metrics_from, facts_of, read_scores
 from flux4d.settings import read_parameters
@@ -100,6 +101,26 @@ def test_what_the_protocol_decides_is_refused_among_the_others(name):
         window_runs(asked(others={name: 1}), Path("a"))
 
 
+def test_what_every_window_starts_from_is_opened_before_anything_is_trained(tmp_path):
+    wrong = tmp_path / "notes.pt"
+    wrong.write_text("no weights")
+    foreign = tmp_path / "foreign.safetensors"
+    foreign.write_bytes((2).to_bytes(8, "little") + b"{}")
+    for path, fault in ((tmp_path / "no.pt", "is no file; name weights or a checkpoint"), (wrong, ""), (foreign, "")):
+        with pytest.raises(DataError) as e:
+            window_runs(asked(start_from=str(path)), tmp_path / "a")
+        assert path.name in str(e.value) and fault in str(e.value) and str(e.value).count(". ") == 0
+    assert not (tmp_path / "windows").exists()
+
+
+def test_weights_to_start_from_may_know_other_logs_of_the_same_name():
+    logs = {"002": dict(identity="city", frames=[0, 1, 2]), "002@real": dict(identity="real", frames=[16, 17])}
+    meta = dict(trained=dict(logs=logs))
+    assert own_frames(meta | dict(scored_logs={"002": "real"})) == {16, 17}
+    assert own_frames(meta) == {0, 1, 2, 16, 17}  # where nothing says which log is scored, all count
+    assert own_frames({}) == set()
+
+
 def test_important_variants_are_trained_first(tmp_path):
     runs = variant_runs(list(ABLATIONS), tmp_path, dict(iters=2))
     names = list(dict.fromkeys(run.folder.name[:-3].removeprefix("ablation_") for run in runs))
@@ -124,8 +145,7 @@ def test_no_window_was_trained_on_and_each_is_what_the_scores_say(run):
     table = read_scores(run / SCORES)
     assert "training frames" not in metrics["evaluated_on"]
     for first, kept in meta["windows"].items():
-        trained = {frame for log in kept["trained"].get("logs", {}).values() for frame in log["frames"]}
-        assert not trained & set(range(int(first), int(first) + 16))
+        assert not own_frames(kept) & set(range(int(first), int(first) + 16))
         of_window = table[table["clip"].isin(kept["clips"])]
         again = flat(metrics_from(of_window, facts_of(metrics)))
         for path, value in flat({k: kept[k] for k in ("nvs", "scene_flow", "baselines", "zero_motion")}).items():

@@ -112,7 +112,7 @@ def gap(a: Path, b: Path) -> float:
 def rows(folder: Path) -> list:
     "The record without what the clock says."
     found = Run(folder, goes_on=True).rows()
-    return [{k: v for k, v in r.items() if k not in ("seconds", "waited")} for r in found]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "waited", "host_bytes")} for r in found]
 
 
 def alike(a: list, b: list) -> bool:

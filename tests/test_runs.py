@@ -26,6 +26,7 @@ from flux4d.log_files import fabricate_log
 from flux4d.predictor import PredictorConfig
 from flux4d.run import logged_rows as logged
 from flux4d.run import Run, commit_of, newest_run
+from flux4d.run_setup import refuse_seen
 from flux4d.file_damage import damaged_files, refuse_damaged
 from flux4d.checkpoint import load_checkpoint, trained_frames
 from flux4d.config import RENAMED, RETIRED, Config, DataConfig, TrainConfig, config_from_dict
@@ -35,6 +36,7 @@ from flux4d.optimiser import lr_at
 from flux4d.loader import Loader, files_of
 from flux4d.model import load_model
 from flux4d.unet import UNetConfig
+from flux4d.weights import averaged_weights, save_weights
 
 TINY = Config(
     data=DataConfig(image_scale=1.0, loader_threads=1),
@@ -178,6 +180,27 @@ def test_weights_bring_their_history_and_two_data_sets_are_told_apart(trainer, t
     found = trained_frames(grown.save())
     assert {k: found[k] for k in t.trained_on.frames} == t.trained_on.frames
     assert len({identity for log, identity in found if log == other[0].log.id}) == 2
+
+
+def test_a_run_starts_from_a_weights_file_and_never_from_frames_it_leaves_out(trainer, tmp_path):
+    t = trainer("first")
+    t.fit(2)
+    written = save_weights(tmp_path / "small.safetensors", averaged_weights(t.state(), "first"))
+    other = clips_of(fabricate_log(tmp_path / "other", "002", speed=8.0).parent)
+    begun = trainer("second", clips=other)
+    begun.resume(written, optimizer=False)
+    averaged = t.ema.module.state_dict()
+    assert begun.step == 0 and begun.trained_on.frames == t.trained_on.frames
+    assert all(torch.equal(x, averaged[key]) for key, x in begun.model.state_dict().items())
+    said = (begun.run.folder / "train.log").read_text()
+    assert "starts at step 0 from the weights of small.safetensors, step 2" in said
+    begun.fit(1)
+    assert len(step_rows(begun)) == 1 and {log for log, _ in trained_frames(begun.save())} == {"002"}
+    with pytest.raises(DataError, match="^small.safetensors: holds weights alone; add resume_optimizer=False to start"):
+        trainer("third").resume(written)
+    refuse_seen(written, other)  # another recording of the same name
+    with pytest.raises(DataError, match="^small.safetensors: was trained on frame [0-9]+ of log 002, which this run"):
+        refuse_seen(written, t.loader.clips)
 
 
 def test_unknown_history_stays_unknown(trainer, tmp_path):
@@ -913,7 +936,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(trainer, number):
     again.fit(6)
 
     def same(t):
-        return [{k: v for k, v in r.items() if k not in ("seconds", "waited")} for r in step_rows(t)]
+        return [{k: v for k, v in r.items() if k not in ("seconds", "waited", "host_bytes")} for r in step_rows(t)]
 
     assert same(again) == same(straight)  # bit for bit
     assert all(
@@ -990,7 +1013,7 @@ def test_a_validation_that_was_cut_off_is_made_up_for(trainer, kill, at):
     again.fit()
 
     def same(t):
-        return [{k: v for k, v in r.items() if k not in ("seconds", "waited")} for r in t.run.rows()]
+        return [{k: v for k, v in r.items() if k not in ("seconds", "waited", "host_bytes")} for r in t.run.rows()]
 
     assert same(again) == same(straight) and [r["step"] for r in same(again) if "score" in r] == [2, 4]
 
