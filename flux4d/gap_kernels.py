@@ -235,16 +235,16 @@ def column_returns(
 # %% ../nbs/10b_gap_kernels.ipynb #10bc0031
 @kernel
 def solve_three(
-    xx: tl.tensor,  # entries of a symmetric matrix
-    xy: tl.tensor,
-    xz: tl.tensor,
-    yy: tl.tensor,
-    yz: tl.tensor,
-    zz: tl.tensor,
-    a: tl.tensor,  # right side
-    b: tl.tensor,
-    c: tl.tensor,
-) -> tl.tensor:
+    xx: tl.tensor,  # entries of a symmetric matrix, row by row
+    xy: tl.tensor,  # first row
+    xz: tl.tensor,  # first row
+    yy: tl.tensor,  # second row
+    yz: tl.tensor,  # second row
+    zz: tl.tensor,  # third row
+    a: tl.tensor,  # right side, its three entries
+    b: tl.tensor,  # second
+    c: tl.tensor,  # third
+) -> tl.tensor:  # the three unknowns
     "Three unknowns by cofactors."
     p, q, r = yy * zz - yz * yz, yz * xz - xy * zz, xy * yz - yy * xz
     s, t, u = xx * zz - xz * xz, xy * xz - xx * yz, xx * yy - xy * xy
