@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple
 import numpy as np
-import psutil
 import torch
 from fastcore.basics import patch
 from .records import one_line
@@ -104,10 +103,15 @@ def measure(
 # %% ../nbs/09e_timing.ipynb #a1b0c3d5
 def memory_in_use(
     device: Any,  # torch device
-) -> dict[str, int]:  # bytes: `host_bytes`, and on a GPU `device_bytes`
+) -> dict[str, int]:  # bytes: `host_bytes`, where the platform tells it, and on a GPU `device_bytes`
     "What this process holds in memory, on the host and on a GPU."
+    try:
+        import psutil
+
+        held = dict(host_bytes=psutil.Process().memory_info().rss)
+    except ImportError:
+        held = {}
     device = torch.device(device)
-    held = dict(host_bytes=psutil.Process().memory_info().rss)
     if device.type == "cuda":
         held["device_bytes"] = torch.cuda.memory_reserved(device)
     return held
