@@ -86,6 +86,12 @@ class Config:
     flow: FlowConfig = field(default_factory=FlowConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        "Refuse what does not go together."
+        if self.render.fade is not None and self.background.mode == "hemisphere":
+            fault = "has one moment for all its points, so it would fade from a clip's later views"
+            raise ValueError(f"render.fade: the hemisphere {fault}; leave fade out, or choose background.mode=grid.")
+
 # %% ../nbs/31a_config.ipynb #2b15ce04
 def config_to_dict(
     cfg: Any,  # a config dataclass
