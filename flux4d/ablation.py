@@ -28,7 +28,7 @@ from .settings import Distinct, LogId, Seed, read_parameters
 from .config import RETIRED, config_to_dict, flattened, merged
 
 # %% auto #0
-__all__ = ['ADDED', 'ABLATIONS', 'IMPORTANT', 'VARIANT_LABELS', 'FIELDS', 'ABLATION_TABLES', 'PAPER_FIGURES', 'WHEN',
+__all__ = ['ADDED', 'LATEST', 'ABLATIONS', 'IMPORTANT', 'VARIANT_LABELS', 'FIELDS', 'ABLATION_TABLES', 'PAPER_FIGURES', 'WHEN',
            'NVS_METRICS', 'ABLATION_COLUMNS', 'SCORED_COLUMNS', 'BUDGET', 'NO_EFFECT', 'NOTHING_LEARNED', 'AT_REST',
            'MOVING', 'MOST_COLUMNS', 'NOT_COMPARABLE', 'SIDE_BY_SIDE', 'CHAIN', 'STEPS', 'LEAST_SPAN', 'CHART_PANELS',
            'chained', 'without', 'variant_config', 'variant_fields', 'differ_in', 'differing_fields', 'is_variant',
@@ -55,7 +55,10 @@ ADDED = {  # what is added to the paper's choices, in turn -> its fields
     "motion_prior": ("model.motion_prior.reach",),
     "dead_zone": ("model.dead_zone",),
     "random_background": ("train.random_background", "render.background"),
-    "full": ("refine.error", "refine.normalisation"),
+    "feedback": ("refine.error", "refine.normalisation"),
+    "fading": ("render.fade",),
+    "membership": ("model.membership.edge",),
+    "full": ("model.max_residual",),
 }
 
 # %% ../nbs/62_ablation.ipynb #62ab0001
@@ -69,11 +72,17 @@ def chained() -> dict[str, dict]:  # by name; parameters of 61a_heldout
     return found | dict(full=dict(preset="default", overrides={}))  # the same, by its own name
 
 
+LATEST = "fading", "membership", "full"  # links that are younger than the runs without a part
+
+
 def without(
     **fields: Any,  # dotted, with __ for each dot
 ) -> dict:  # parameters of 61a_heldout
-    "The preset *default* with some fields changed."
-    return dict(preset="default", overrides=nested({name.replace("__", "."): x for name, x in fields.items()}))
+    "The link *feedback*, the preset *default* without the latest links, with some fields changed."
+    paper = flattened(config_to_dict(preset_config("paper")))
+    before = {field: paper[field] for name in LATEST for field in ADDED[name]}
+    changed = {name.replace("__", "."): x for name, x in fields.items()}
+    return dict(preset="default", overrides=nested(before | changed))
 
 
 ABLATIONS = chained() | dict(
@@ -85,7 +94,7 @@ ABLATIONS = chained() | dict(
     base=without(flow__enabled=False, model__degree=0, refine__steps=1),
     unregularised=without(flow__enabled=False, loss__velocity=0.0),
 )
-IMPORTANT = "full", "paper", "learned"  # are run before the others
+IMPORTANT = "feedback", "paper", "learned"  # are run before the others
 VARIANT_LABELS = dict(
     paper="the paper's choices",
     depth_loss="+ depth ten times, by its square beyond 8 m",
@@ -98,14 +107,17 @@ VARIANT_LABELS = dict(
     motion_prior="+ motion prior",
     dead_zone="+ dead zone of the heads",
     random_background="+ random background",
-    full="+ robust, scaled feedback = default",
-    learned="default without the motion prior",
-    one_stage="default without refinement (one stage)",
-    full_unregularised="default without the velocity term",
-    polynomial="default without re-weighting",
-    refinement="default without re-weighting, polynomial motion",
-    base="default without these two and refinement",
-    unregularised="default without re-weighting, velocity term",
+    feedback="+ robust, scaled feedback",
+    fading="+ opacities that fade with time",
+    membership="+ each return decides whether it travels along",
+    full="+ trusted velocities stay = default",
+    learned="feedback, without the motion prior",
+    one_stage="feedback, without refinement (one stage)",
+    full_unregularised="feedback, without the velocity term",
+    polynomial="feedback, without re-weighting",
+    refinement="feedback, without re-weighting, polynomial motion",
+    base="feedback, without these two and refinement",
+    unregularised="feedback, without re-weighting, velocity term",
 )
 
 # %% ../nbs/62_ablation.ipynb #62ab0003
@@ -136,14 +148,14 @@ FIELDS = tuple(differ_in(*ABLATIONS))  # all in which any variant differs
 
 # %% ../nbs/62_ablation.ipynb #62ab0002
 ABLATION_TABLES = {
-    "Table 7": ("base", "refinement", "polynomial", "full"),
-    "Table 8": ("full", "polynomial", "unregularised", "full_unregularised"),
+    "Table 7": ("base", "refinement", "polynomial", "feedback"),
+    "Table 8": ("feedback", "polynomial", "unregularised", "full_unregularised"),
 }
 PAPER_FIGURES = dict(  # moving regions: PSNR dB, SSIM, D_RMSE m, V_RMSE (paper Tables 7 and 8)
     base=(18.89, 0.472, 1.98, 0.165),
     refinement=(21.32, 0.636, 1.66, 0.167),
     polynomial=(21.45, 0.641, 1.55, 0.167),
-    full=(21.99, 0.662, 1.63, 0.157),
+    feedback=(21.99, 0.662, 1.63, 0.157),
     unregularised=(21.08, 0.614, 1.44, 0.532),
 )
 
@@ -476,11 +488,11 @@ CHAIN = "paper", *ADDED
 STEPS = {VARIANT_LABELS[name].lstrip("+ "): (before, name) for before, name in zip(CHAIN, CHAIN[1:])} | {
     "refinement": ("base", "refinement"),
     "polynomial motion": ("refinement", "polynomial"),
-    "velocity re-weighting": ("polynomial", "full"),
+    "velocity re-weighting": ("polynomial", "feedback"),
     "dropping the velocity term": ("polynomial", "unregularised"),
-    "dropping it from the full model": ("full", "full_unregularised"),
-    "dropping the motion prior from it": ("full", "learned"),
-    "dropping refinement from it": ("full", "one_stage"),
+    "dropping it from the full model": ("feedback", "full_unregularised"),
+    "dropping the motion prior from it": ("feedback", "learned"),
+    "dropping refinement from it": ("feedback", "one_stage"),
 }
 
 # %% ../nbs/62_ablation.ipynb #68f9a406

@@ -23,6 +23,7 @@ from .predictor import PredictorConfig, make_grid_index
 from .decode import decode_velocity, motion_head_width
 from .model import ClipInputs
 from .scene import Scene
+from .presets import preset_config
 
 # %% auto #0
 __all__ = ['BASELINES', 'still', 'sweep_pairs', 'nearest_sweep', 'NSFPConfig', 'spread_along', 'cell_distances', 'DistanceMap',
@@ -258,10 +259,11 @@ def nsfp(
 def motion_prior_alone(
     inputs: ClipInputs,  # read: its lift, and its returns, which are matched between sweeps, all around
     voxel: VoxelConfig = VoxelConfig(),  # read: the range in which motion is looked for
-    cfg: PredictorConfig = PredictorConfig(degree=1),  # read: the prior; degree 1 keeps its acceleration
+    cfg: PredictorConfig | None = None,  # read: the prior; None: the preset default's
     lidar_sensors: tuple[int, ...] = (0,),  # whose returns are matched
 ) -> Scene:  # the lift; velocity (N,2,3) coefficients, m/s and m/s^2, world
     "The lift, moving as the motion prior says: what a network predicts that has learned nothing."
+    cfg = cfg or preset_config().model
     lift = inputs.scene
     g0 = lift.gaussians
     returns = clip_returns(inputs.clip, lidar_sensors).to(lift.device)
