@@ -4,13 +4,17 @@
 
 # %% ../nbs/80b_long_runs.ipynb #80b00004
 from __future__ import annotations
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 from .files import DataError
 from .records import markdown_table
+from .run import logged_rows
 
 # %% auto #0
-__all__ = ['STEADY_FROM', 'LOSS_ROWS', 'growth_after', 'Milestone', 'milestone', 'milestones_said', 'seconds_of_step']
+__all__ = ['STEADY_FROM', 'LOSS_ROWS', 'MILESTONES', 'MEMORY', 'growth_after', 'Milestone', 'milestone', 'milestones_said',
+           'seconds_of_step', 'long_run_metrics']
 
 # %% ../nbs/80b_long_runs.ipynb #80b00007
 STEADY_FROM = 1000  # steps, after which every clip has been seen and caches are full
@@ -93,3 +97,23 @@ def seconds_of_step(
         raise DataError(f"a log with less than two rows after step {after} has no time of a step; train longer.")
     (first, begun), (last, ended) = timed[0], timed[-1]
     return (ended - begun) / (last - first)
+
+# %% ../nbs/80b_long_runs.ipynb #80b00012
+MILESTONES = 1000, 3000, 10_000, 30_000  # steps
+MEMORY = "host_bytes", "device_bytes"
+
+
+def long_run_metrics(
+    run: Path,  # folder of a run that took all steps of MILESTONES
+) -> dict:  # what its metrics.json holds where it was not evaluated; raises DataError
+    "Growth of memory and milestones of a long run, from its log."
+    rows = logged_rows(run / "metrics.jsonl")
+    meta = json.loads((run / "meta.json").read_text(encoding="utf-8"))
+    found = [milestone(rows, step) for step in MILESTONES]
+    known = {name: meta[name] for name in ("flux4d", "commit", "python", "torch", "machine", "gpu")}
+    return dict(
+        subject=f"memory and validation over {rows[-1]['step']:,} steps",
+        runtime=dict(known, iters=rows[-1]["step"], train_seconds=found[-1].seconds),
+        growth={key: growth_after(rows, key) for key in MEMORY},
+        milestones={str(m.step): m._asdict() for m in found},
+    )
