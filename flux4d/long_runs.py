@@ -115,5 +115,5 @@ def long_run_metrics(
         subject=f"memory and validation over {rows[-1]['step']:,} steps",
         runtime=dict(known, iters=rows[-1]["step"], train_seconds=found[-1].seconds),
         growth={key: growth_after(rows, key) for key in MEMORY},
-        milestones={str(m.step): m._asdict() for m in found},
+        milestones={f"step_{m.step}": m._asdict() for m in found},
     )

@@ -46,7 +46,8 @@ class RenderConfig:
     depth_reach: NonNegativeFloat = 8.0
     # colour where no Gaussian is; None: the mean colour of the LiDAR Gaussians
     background: tuple[Share, Share, Share] | None = None
-    # s: what was recorded farther in time from a view counts less, 1/e after this time; None: all of it alike
+    # s: what was recorded farther in time from a view counts less, 1/e after this time; None: all of it alike;
+    # preset default: 0.1
     fade: PositiveFloat | None = None
 
     def __post_init__(self) -> None:
