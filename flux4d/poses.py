@@ -137,7 +137,8 @@ def picture_pair(
     "Draw what other frames have given from a view's recorded pose."
     others = without_frame(scene, int(view.frame[0]))
     drawn = others if len(others) else scene  # a clip of one image: a picture, of which nothing is compared
-    out = drawn.render(view, features=moving_share(drawn, view.t, cfg.least_speed))
+    alike = replace(drawn.render_cfg, fade=None)  # all other frames speak, however far in time
+    out = drawn.render(view, alike, features=moving_share(drawn, view.t, cfg.least_speed))
     compared = (out.alpha[0] >= cfg.least_alpha) & (len(others) > 0)
     if out.features is not None:
         compared = compared & (out.features[0, ..., 0] < 0.1)
