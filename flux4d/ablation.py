@@ -31,12 +31,13 @@ from .config import RETIRED, config_to_dict, flattened, merged
 __all__ = ['ADDED', 'LATEST', 'ABLATIONS', 'IMPORTANT', 'VARIANT_LABELS', 'FIELDS', 'ABLATION_TABLES', 'PAPER_FIGURES', 'WHEN',
            'NVS_METRICS', 'ABLATION_COLUMNS', 'SCORED_COLUMNS', 'BUDGET', 'NO_EFFECT', 'NOTHING_LEARNED', 'AT_REST',
            'MOVING', 'MOST_COLUMNS', 'NOT_COMPARABLE', 'SIDE_BY_SIDE', 'CHAIN', 'STEPS', 'LEAST_SPAN', 'CHART_PANELS',
-           'chained', 'without', 'variant_config', 'variant_fields', 'differ_in', 'differing_fields', 'is_variant',
-           'variant_of', 'AblationParameters', 'variant_parameters', 'variant_runs', 'execute', 'run_variant',
-           'value_of_entry', 'pace', 'circumstances_mark', 'finished_run', 'still_path', 'ablation_row', 'as_table',
-           'table_cells', 'untrained_scores', 'ablation_table', 'variant_line', 'paper_tables', 'circumstances',
-           'clips_helped', 'difference', 'changes', 'changes_table', 'at_least_as_wide', 'draw_bars', 'ablation_chart',
-           'time_table', 'took_equally_long', 'near_in_time', 'recorded', 'paired', 'group_report', 'ablation_report']
+           'chained', 'without', 'variant_config', 'variant_fields', 'differ_in', 'whole_config', 'differing_fields',
+           'is_variant', 'variant_of', 'AblationParameters', 'variant_parameters', 'variant_runs', 'execute',
+           'run_variant', 'value_of_entry', 'pace', 'circumstances_mark', 'finished_run', 'still_path', 'ablation_row',
+           'as_table', 'table_cells', 'untrained_scores', 'ablation_table', 'variant_line', 'paper_tables',
+           'circumstances', 'clips_helped', 'difference', 'changes', 'changes_table', 'at_least_as_wide', 'draw_bars',
+           'ablation_chart', 'time_table', 'took_equally_long', 'near_in_time', 'recorded', 'paired', 'group_report',
+           'ablation_report']
 
 # %% ../nbs/62_ablation.ipynb #72670efe
 ADDED = {  # what is added to the paper's choices, in turn -> its fields
@@ -160,6 +161,13 @@ PAPER_FIGURES = dict(  # moving regions: PSNR dB, SSIM, D_RMSE m, V_RMSE (paper 
 )
 
 # %% ../nbs/62_ablation.ipynb #686a9da7
+def whole_config(
+    config: dict,  # the content of a run's config.yaml
+) -> dict:
+    "A configuration with the fields that a file of an earlier version leaves out, as the class has them."
+    return merged(config_to_dict(FullConfig()), config)
+
+
 def differing_fields(
     a: dict,  # configuration
     b: dict,  # another
@@ -183,7 +191,7 @@ def variant_of(
     config: dict,  # the content of a run's config.yaml
 ) -> str | None:  # a key of ABLATIONS; None = none of them
     "Which variant a configuration is."
-    flat = flattened(config)
+    flat = flattened(whole_config(config))
     return next((name for name in ABLATIONS if is_variant(flat, name)), None)
 
 # %% ../nbs/62_ablation.ipynb #afd2a5a5
@@ -363,7 +371,7 @@ def finished_run(
     missing = [name for name in ("config.yaml", "metrics.json") if not (folder / name).is_file()]
     if missing:
         raise DataError(f"{folder.name}: has no {missing[0]}; name a finished run of 60_stage6.")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = whole_config(yaml.safe_load((folder / "config.yaml").read_text()))
     metrics = json.loads((folder / "metrics.json").read_text())
     log = folder / "metrics.jsonl"
     logged = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
