@@ -17,7 +17,8 @@ from .voxels import VoxelConfig
 # %% auto #0
 __all__ = ['USUAL_GAP', 'MOST_REACH', 'LEVEL', 'ConsensusRule', 'SmallMoverConfig', 'MotionPriorConfig', 'SweepPoints',
            'low_points', 'height_above_ground', 'solve_3x3', 'window_kernels', 'window_planes', 'GroundPlanes',
-           'ground_planes', 'BevGrid', 'bev_grid', 'Occupancy', 'occupancy_maps', 'StreetSweeps', 'street_sweeps']
+           'ground_planes', 'BevGrid', 'bev_grid', 'widened', 'Occupancy', 'occupancy_maps', 'StreetSweeps',
+           'street_sweeps']
 
 # %% ../nbs/13a_occupancy.ipynb #32d2c078
 class ConsensusRule(NamedTuple):
@@ -355,6 +356,23 @@ def bev_grid(
         block=cfg.block,
     )
 
+# %% ../nbs/13a_occupancy.ipynb #13a0d002
+def widened(
+    mask: Tensor,  # (S,X,Y) bool
+    radius: int,  # cells
+) -> Tensor:  # (S,X,Y) bool, also within the radius along both axes
+    "A mask grown by squares."
+    if mask.device.type != "cpu":
+        wide = F.max_pool2d(mask.float(), (2 * radius + 1, 1), 1, (radius, 0))
+        return F.max_pool2d(wide, (1, 2 * radius + 1), 1, (0, radius)) > 0
+    for axis in (1, 2):
+        wide, size = mask.clone(), mask.shape[axis]
+        for k in range(1, min(radius, size - 1) + 1):
+            wide.narrow(axis, k, size - k).logical_or_(mask.narrow(axis, 0, size - k))
+            wide.narrow(axis, 0, size - k).logical_or_(mask.narrow(axis, k, size - k))
+        mask = wide
+    return mask
+
 # %% ../nbs/13a_occupancy.ipynb #d622e910
 class Occupancy(NamedTuple):
     "BEV maps of S sweeps, with a border of B cells on each side."
@@ -379,9 +397,7 @@ def occupancy_maps(
     occupied[sweep[matched], ij[matched, 0], ij[matched, 1]] = True
     observed[sweep, ij[:, 0], ij[:, 1]] = True
     r = round(observed_radius / bev.cell)
-    wide = F.max_pool2d(observed.float(), (2 * r + 1, 1), 1, (r, 0))
-    wide = F.max_pool2d(wide, (1, 2 * r + 1), 1, (0, r))
-    return Occupancy(occupied, wide > 0)
+    return Occupancy(occupied, widened(observed, r))
 
 # %% ../nbs/13a_occupancy.ipynb #220fceab
 class StreetSweeps(NamedTuple):

@@ -372,7 +372,8 @@ def tile_work(
 ) -> TileWork:
     "Fresh arrays for one thread."
     sheet = np.zeros(SHEET, np.float32)
-    sheet[:SIDE] = np.arange(SIDE).astype(np.float32)
+    for x in range(SIDE):  # number by number here and below: an array put into an array takes seconds to compile
+        sheet[x] = x
     bits = np.empty(AREA, np.int32)
     return TileWork(
         near_e=np.empty((CHUNK, COLUMNS)),
@@ -441,8 +442,8 @@ def blend_tiles(
         x0, y0 = t % across * SIDE, t // across * SIDE
         mark_inside(x0, y0, width, height, w.light)
         blend_entries(tiles.ptr[t], tiles.ptr[t + 1], e, f, tiles.splat, (x0, y0, width), w, total)
-        drawn.lights[t] = np.abs(w.light)
-        drawn.ends[t] = w.end
+        for p in range(AREA):
+            drawn.lights[t, p], drawn.ends[t, p] = abs(w.light[p]), w.end[p]
         put_tile(total, x0, y0, drawn.picture)
 
 # %% ../nbs/20a_raster_compiled.ipynb #fdb6df23
@@ -618,8 +619,8 @@ def unblend_tiles(
     for t in range(first, stop):
         x0, y0 = t % across * SIDE, t // across * SIDE
         get_tile(grad, x0, y0, b.g)
-        w.light[:] = drawn.lights[t]
-        w.end[:] = drawn.ends[t]
+        for p in range(AREA):
+            w.light[p], w.end[p] = drawn.lights[t, p], drawn.ends[t, p]
         undo_entries(tiles.ptr[t], e, f, tiles, (x0, y0, width), w, b, found)
 
 # %% ../nbs/20a_raster_compiled.ipynb #8d141fc0

@@ -9,13 +9,14 @@ import math
 import re
 import subprocess
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 # %% auto #0
 __all__ = ['MARKUP', 'RUN_FILES', 'repo_root', 'printable', 'one_line', 'literal', 'as_sentence', 'table_cell', 'markdown_table',
-           'measured', 'shown_quantity', 'MeasuredGroup', 'measured_groups', 'metrics_table', 'is_number',
-           'check_measured', 'read_metrics', 'run_circumstances', 'run_summary', 'show_run', 'run_file',
+           'measured', 'mean_at', 'shown_quantity', 'MeasuredGroup', 'measured_groups', 'metrics_table', 'is_number',
+           'check_measured', 'read_metrics', 'run_circumstances', 'run_summary', 'show_run', 'values_in', 'run_file',
            'check_pictures', 'record_files', 'git_files', 'runs_of_record', 'kept_runs']
 
 # %% ../nbs/09a_records.ipynb #701fc258
@@ -105,15 +106,32 @@ def measured(
     return found
 
 # %% ../nbs/09a_records.ipynb #22caa527
+def mean_at(
+    metrics: dict,  # the content of a metrics.json, or a group in it
+    path: str,  # keys with blanks between them
+) -> float | None:  # None: not measured
+    "The mean of one of the quantities that `measured` finds."
+    for key, value in metrics.items():
+        if not isinstance(value, dict):
+            continue
+        if "mean" in value:
+            if key == path:
+                return value["mean"]
+        elif path.startswith(f"{key} "):
+            mean = mean_at(value, path[len(key) + 1 :])
+            if mean is not None:
+                return mean
+    return None
+
+
 def shown_quantity(
     metrics: dict,  # the content of a metrics.json
     path: str,  # keys with blanks between them; * stands for interpolation and future
     form: str = ".4g",  # of a number
 ) -> str:  # such as 24.98 / 22.06; a dash for what was not measured
     "A quantity of a run as text."
-    found = {" ".join(keys): mean for keys, mean, _ in measured(metrics)}
     when = ("interpolation", "future") if "*" in path else ("",)
-    means = [found.get(path.replace("*", w)) for w in when]
+    means = [mean_at(metrics, path.replace("*", w)) for w in when]
     return " / ".join(table_cell(m, form) for m in means)
 
 # %% ../nbs/09a_records.ipynb #1869d99d
@@ -230,17 +248,27 @@ def show_run(
 RUN_FILES = "config", "gate", "limits", "meta"  # files of a run, beside metrics.json, that can be named
 
 
+@lru_cache(maxsize=256)  # a thousand figures come from a hundred files
+def values_in(
+    path: Path,  # of a file that holds values
+    content: bytes,  # what it holds today
+) -> Any:  # plain values, not to be changed; raises ValueError
+    "The values of a file, which is parsed again when its content is another."
+    if path.suffix == ".json":
+        return read_metrics(path)
+    import yaml
+
+    return yaml.safe_load(content.decode("utf-8"))
+
+
 def run_file(
     run: Path,  # a run's folder
     stem: str,  # name of a file without its ending
-) -> Any:  # plain values; raises ValueError
+) -> Any:  # plain values, not to be changed; raises ValueError
     "A file of a run that holds values."
-    if (run / f"{stem}.json").is_file():
-        return read_metrics(run / f"{stem}.json")
-    if (run / f"{stem}.yaml").is_file():
-        import yaml
-
-        return yaml.safe_load((run / f"{stem}.yaml").read_text(encoding="utf-8"))
+    for path in (run / f"{stem}.json", run / f"{stem}.yaml"):
+        if path.is_file():
+            return values_in(path, path.read_bytes())
     raise ValueError(f"papermill_runs/{run.name} has no file {stem}")
 
 # %% ../nbs/09a_records.ipynb #e74821ba

@@ -2,6 +2,7 @@
 process is left with one at the end."""
 
 LONG = (
+    "test_kill",
     "test_parallel",
     "test_runs",
     "test_own_vehicle",

@@ -12,7 +12,9 @@ from flux4d.clips import Clip, ClipConfig, build_index, select_clips
 from flux4d.pandaset import PandaSet
 from flux4d.cache import LiftCache
 from flux4d.config import Config, DataConfig, TrainConfig
+from flux4d.gap_filling import InitConfig
 from flux4d.loader import Loader
+from flux4d.occupancy import MotionPriorConfig
 from flux4d.train import Trainer
 from flux4d.run import Run
 from flux4d.checkpoint import load_checkpoint
@@ -20,6 +22,7 @@ from flux4d.predictor import PredictorConfig
 from flux4d.unet import UNetConfig
 
 KILLS = 20
+PRELOAD = ["torch._dynamo", "flux4d.train", "flux4d.city.logs", "flux4d.clips", "flux4d.cache"]  # once for all children
 
 
 def small_trainer(folder: Path) -> Trainer:
@@ -28,7 +31,10 @@ def small_trainer(folder: Path) -> Trainer:
     clips = [Clip(PandaSet(root)[r["scene_id"]], r) for r in select_clips(build_index(root, ClipConfig()))]
     cfg = Config(
         data=DataConfig(image_scale=0.25, loader_threads=1),
-        model=PredictorConfig(unet=UNetConfig(widths=(4, 8), blocks=1)),
+        init=InitConfig(fill_blocks=(64, 32), voxel_downsample=1.0),
+        model=PredictorConfig(
+            unet=UNetConfig(widths=(4, 8), blocks=1), hidden=16, motion_prior=MotionPriorConfig(reach=0)
+        ),
         train=TrainConfig(
             iters=100_000, warmup=1, eval_every=0, log_every=1, save_ckpt_every=1, views_per_step=1
         ),
@@ -56,7 +62,7 @@ def work(folder: str) -> None:
 def test_twenty_kills(tmp_path: Path) -> None:
     "Checkpoints and cached lifts load after every kill, and the run goes on from where it was."
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["flux4d.train", "flux4d.city.logs", "flux4d.clips", "flux4d.cache"])
+    context.set_forkserver_preload(PRELOAD)
     rng, steps, last = random.Random(0), [], tmp_path / "ckpt_last.pt"
     for k in range(KILLS):
         before = os.readlink(last) if last.exists() else ""
