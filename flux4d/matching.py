@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .occupancy import BevGrid, ConsensusRule, Occupancy, widened
+from .occupancy import BevGrid, ConsensusRule, Occupancy, grown_mask
 
 # %% auto #0
 __all__ = ['MOST_PAIRS', 'BlockMap', 'index_blocks', 'sum_around', 'HitCounts', 'soft_occupancy', 'count_hits', 'MatchScores',
@@ -78,7 +78,7 @@ def soft_occupancy(
     maps: Occupancy,  # of S sweeps
 ) -> Tensor:  # (S,rows,columns) 1 where occupied, a half beside it, else 0
     "What landing on a cell is worth."
-    return 0.5 * (maps.occupied.float() + widened(maps.occupied, 1))
+    return 0.5 * (maps.occupied.float() + grown_mask(maps.occupied, 1))
 
 # %% ../nbs/13b_matching.ipynb #0703c895
 MOST_PAIRS = 2**24  # of a cell and a displacement that are looked up at once

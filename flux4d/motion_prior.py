@@ -11,7 +11,7 @@ from torch import Tensor
 from .voxels import VoxelConfig
 from .kernels import kernels_work
 from .occupancy import BevGrid, MotionPriorConfig, SmallMoverConfig, SweepPoints, bev_grid
-from .occupancy import ground_planes, height_above_ground, occupancy_maps, widened
+from .occupancy import ground_planes, height_above_ground, occupancy_maps, grown_mask
 from .matching import BlockMap, Consensus, Displacement
 from .matching import adopt_displacements, best_displacement, consensus, match_scores
 from .matching_kernels import BlockMatches, fused_matches
@@ -120,7 +120,7 @@ def block_matches(
     agreed = consensus(found, scores, mean_gap(clock.times), cfg.consensus_rule)
     if cfg.adopt_rounds:
         agreed = adopt_displacements(agreed, found, scores, cfg.cell, cfg.confirmed_margin, cfg.adopt_rounds)
-    movable = widened(maps.occupied, 1)
+    movable = grown_mask(maps.occupied, 1)
     return BlockMatches(scores.blocks, found, agreed, movable)
 
 # %% ../nbs/14_motion_prior.ipynb #06a596e0

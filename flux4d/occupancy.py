@@ -17,7 +17,7 @@ from .voxels import VoxelConfig
 # %% auto #0
 __all__ = ['USUAL_GAP', 'MOST_REACH', 'LEVEL', 'ConsensusRule', 'SmallMoverConfig', 'MotionPriorConfig', 'SweepPoints',
            'low_points', 'height_above_ground', 'solve_3x3', 'window_kernels', 'window_planes', 'GroundPlanes',
-           'ground_planes', 'BevGrid', 'bev_grid', 'widened', 'Occupancy', 'occupancy_maps', 'StreetSweeps',
+           'ground_planes', 'BevGrid', 'bev_grid', 'grown_mask', 'Occupancy', 'occupancy_maps', 'StreetSweeps',
            'street_sweeps']
 
 # %% ../nbs/13a_occupancy.ipynb #32d2c078
@@ -357,7 +357,7 @@ def bev_grid(
     )
 
 # %% ../nbs/13a_occupancy.ipynb #13a0d002
-def widened(
+def grown_mask(
     mask: Tensor,  # (S,X,Y) bool
     radius: int,  # cells
 ) -> Tensor:  # (S,X,Y) bool, also within the radius along both axes
@@ -397,7 +397,7 @@ def occupancy_maps(
     occupied[sweep[matched], ij[matched, 0], ij[matched, 1]] = True
     observed[sweep, ij[:, 0], ij[:, 1]] = True
     r = round(observed_radius / bev.cell)
-    return Occupancy(occupied, widened(observed, r))
+    return Occupancy(occupied, grown_mask(observed, r))
 
 # %% ../nbs/13a_occupancy.ipynb #220fceab
 class StreetSweeps(NamedTuple):
