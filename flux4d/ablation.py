@@ -58,8 +58,7 @@ ADDED = {  # what is added to the paper's choices, in turn -> its fields
     "random_background": ("train.random_background", "render.background"),
     "feedback": ("refine.error", "refine.normalisation"),
     "fading": ("render.fade",),
-    "membership": ("model.membership.edge",),
-    "full": ("model.max_residual",),
+    "full": ("model.membership.edge",),
 }
 
 # %% ../nbs/62_ablation.ipynb #62ab0001
@@ -73,7 +72,7 @@ def chained() -> dict[str, dict]:  # by name; parameters of 61a_heldout
     return found | dict(full=dict(preset="default", overrides={}))  # the same, by its own name
 
 
-LATEST = "fading", "membership", "full"  # links that are younger than the runs without a part
+LATEST = "fading", "full"  # links that are younger than the runs without a part
 
 
 def without(
@@ -87,6 +86,7 @@ def without(
 
 
 ABLATIONS = chained() | dict(
+    kept_velocities=dict(preset="default", overrides=dict(model=dict(max_residual=0.02))),
     learned=without(model__motion_prior__reach=0),
     one_stage=without(refine__steps=1),
     full_unregularised=without(loss__velocity=0.0),
@@ -110,8 +110,8 @@ VARIANT_LABELS = dict(
     random_background="+ random background",
     feedback="+ robust, scaled feedback",
     fading="+ opacities that fade with time",
-    membership="+ each return decides whether it travels along",
-    full="+ trusted velocities stay = default",
+    full="+ each return decides whether it travels along = default",
+    kept_velocities="default, trusted velocities all but kept",
     learned="feedback, without the motion prior",
     one_stage="feedback, without refinement (one stage)",
     full_unregularised="feedback, without the velocity term",
@@ -501,6 +501,7 @@ STEPS = {VARIANT_LABELS[name].lstrip("+ "): (before, name) for before, name in z
     "dropping it from the full model": ("feedback", "full_unregularised"),
     "dropping the motion prior from it": ("feedback", "learned"),
     "dropping refinement from it": ("feedback", "one_stage"),
+    "keeping trusted velocities": ("full", "kept_velocities"),
 }
 
 # %% ../nbs/62_ablation.ipynb #68f9a406

@@ -25,7 +25,7 @@ __all__ = ['HALF', 'MembershipConfig', 'Offers', 'cell_keys', 'carried_along', '
 class MembershipConfig:
     "How returns are tested against a trusted motion beside them."
 
-    edge: NonNegativeFloat = 0.0  # m, of the cells in which a trusted motion is offered; 0 = nothing is tested
+    edge: NonNegativeFloat = 0.0  # m, of the cells in which a trusted motion is offered; 0 = none; preset default: 0.3
     cell: PositiveFloat = 0.2  # m, on the ground, of the cells in which a sweep has returns
     cell_height: PositiveFloat = 0.1  # m, their height, less than the road's distance from what drives on it
     margin: Share = 0.2  # share of sweeps by which the motion must explain a return better than rest

@@ -58,7 +58,7 @@ class PredictorConfig:
     colour_bound: PositiveFloat = 4.0  # largest change of a colour logit
     velocity_scale: PositiveFloat = 10.0  # m/s (and m/s^2) per unit of the head's output
     velocity_bound: PositiveFloat = 50.0  # largest component without a trusted prior, m/s (and m/s^2)
-    max_residual: PositiveFloat = 0.5  # largest departure from a trusted prior, m/s and m/s^2; preset default: 0.02
+    max_residual: PositiveFloat = 0.5  # largest departure from a trusted prior along an axis, m/s and m/s^2
     dead_zone: NonNegativeFloat = 0.5  # m/s, without a trusted prior: slower is rest, up to twice this is reduced
 
 # %% ../nbs/31_predictor.ipynb #8997b59f

@@ -16,7 +16,6 @@ OUR_CHOICES = dict(
     model=dict(
         degree=1,  # velocity changes linearly with time
         membership=dict(edge=0.3),  # each return decides for itself whether it travels with what moves
-        max_residual=0.02,  # m/s and m/s^2: pixels do not improve a trusted velocity
     ),
     render=dict(fade=0.1),  # s: what was recorded near a view's moment counts more
     flow=dict(enabled=True),  # colour term weighted by 1 + |v_r| (supp. A.1)
