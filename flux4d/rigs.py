@@ -4,6 +4,7 @@
 
 # %% ../nbs/76_rigs.ipynb #ffe10215
 from __future__ import annotations
+from dataclasses import replace
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -60,13 +61,13 @@ def motion_error(
 def lift_scores(
     clip: Clip,  # any clip with labels or exact truth
     cameras: tuple[str, ...] = ("front_camera",),  # that are lifted and scored
-    cfg: Config | None = None,  # of the lift and the prior; None: as they stand
+    cfg: Config | None = None,  # of the lift and the prior; None: as the class has them, without membership
     moments: list[int] | None = None,  # input frames at which motion is scored; None: all
 ) -> LiftScores:
     "Score a clip by its lift and its motion prior."
     cfg = cfg or Config(data=DataConfig(cameras=cameras))
     inputs = read_inputs(clip, cfg)
-    lift, prior = still(inputs), motion_prior_alone(inputs)
+    lift, prior = still(inputs), motion_prior_alone(inputs, cfg=replace(cfg.model, degree=1))
     truth = clip_truth(clip, cameras=list(cameras))
     truth = truth._replace(frames=[t for t in truth.frames if moments is None or t.frame in moments])
     return LiftScores(
