@@ -180,6 +180,8 @@ def make_config(
     "The run's configuration from the notebook's parameters."
     given = given_fields(p)
     usual = dict(train=dict(warmup=min(200, p.iters // 10 + 1)))
+    if given.get("background.mode") == "hemisphere":
+        usual["render"] = dict(fade=None)  # all its points have one moment
     named = merged(usual, nested(given))
     cfg = preset_config(p.preset, merged(named, p.overrides), "overrides")
     for field in flattened(p.overrides):
