@@ -16,9 +16,9 @@ from .occupancy import MotionPriorConfig, SweepPoints
 from .motion_prior import FINE_PRIOR, MotionPrior, estimate_motion_prior, sweep_times
 
 # %% auto #0
-__all__ = ['HALF', 'MembershipConfig', 'Offers', 'cell_keys', 'carried_along', 'offer_motion', 'sums_at', 'offered_at',
-           'Explained', 'filled_cells', 'is_filled', 'explain', 'Verdict', 'judge', 'with_membership',
-           'apply_membership', 'member_motion_prior']
+__all__ = ['HALF', 'MembershipConfig', 'Offers', 'cell_keys', 'carried_along', 'offer_motion', 'sums_at', 'sums_around',
+           'Offered', 'offered_at', 'Explained', 'filled_cells', 'is_filled', 'SweepMaps', 'sweep_maps', 'explain',
+           'backed', 'Verdict', 'judge', 'with_membership', 'apply_membership', 'member_motion_prior']
 
 # %% ../nbs/14a_membership.ipynb #14a00008
 @dataclass(frozen=True)
@@ -27,9 +27,11 @@ class MembershipConfig:
 
     edge: NonNegativeFloat = 0.0  # m, of the cells in which a trusted motion is offered; 0 = none; preset default: 0.3
     cell: PositiveFloat = 0.2  # m, on the ground, of the cells in which a sweep has returns
-    cell_height: PositiveFloat = 0.1  # m, their height, less than the road's distance from what drives on it
+    cell_height: PositiveFloat = 0.12  # m, their height, less than the road's distance from what drives on it
+    support_edge: PositiveFloat = 0.5  # m, of the cells in which trusted returns speak for each other
+    support: Share = 0.1  # share of sweeps by which, on average, a motion explains the returns around better
     margin: Share = 0.2  # share of sweeps by which the motion must explain a return better than rest
-    least: Share = 0.5  # share of sweeps that it must explain
+    least: Share = 0.4  # share of sweeps that it must explain
     keep: Share = 0.2  # what was trusted stays so unless rest explains it better by more than this
     rest: Share = 0.8  # what is at its place in so many sweeps, and does not move, may not move
 
@@ -38,7 +40,7 @@ class Offers(NamedTuple):
     "The motion that is offered in U cells of S sweeps."
 
     keys: Tensor  # (U,) int64, ascending: sweep, x, y and z of a cell
-    total: Tensor  # (U,5) sums of velocity x, y, m/s, of acceleration x, y, m/s^2, and how many were summed
+    total: Tensor  # (U,C) weighted sums; of a motion five: velocity x, y, m/s, acceleration x, y, m/s^2, the weights
     edge: float  # m
 
 
@@ -69,42 +71,67 @@ def offer_motion(
     motion: Tensor,  # (M,4) of each, see `carried_along`
     times: Tensor,  # (S,) of the sweeps, s
     edge: float,  # m, of the cells
+    weight: Tensor | None = None,  # (M,) of each in the sums; None = 1
 ) -> Offers:
     "Carry every trusted return into every sweep."
+    weight = torch.ones_like(motion[:, 0]) if weight is None else weight.to(motion.dtype)
     keys, offered = [], []
     for k in range(len(times)):
         dt = times[k] - times[movers.frame]
         at = (carried_along(movers.points, motion, dt) / edge).floor().long()
         keys.append(cell_keys(torch.full_like(movers.frame, k), at))
         velocity = motion[:, :2] + motion[:, 2:] * dt[:, None]
-        offered.append(torch.cat([velocity, motion[:, 2:], torch.ones_like(velocity[:, :1])], 1))
+        offered.append(weight[:, None] * torch.cat([velocity, motion[:, 2:], torch.ones_like(velocity[:, :1])], 1))
     keys, cell = torch.unique(torch.cat(keys), return_inverse=True)
     total = motion.new_zeros(len(keys), 5).index_add_(0, cell, torch.cat(offered))
     return Offers(keys, total, edge)
 
 
+# %% ../nbs/14a_membership.ipynb #14a0011b
 def sums_at(
     offers: Offers,  # of S sweeps
     keys: Tensor,  # (N,) cells
-) -> Tensor:  # (N,5) sums; 0 where nothing is offered
+) -> tuple[Tensor, Tensor]:  # (N,C) sums, 0 where nothing is offered; (N,) bool, something is, be its weight 0
     "What is offered in some cells."
     if not len(offers.keys):
-        return offers.total.new_zeros(len(keys), 5)
+        return offers.total.new_zeros(len(keys), offers.total.shape[1]), torch.zeros_like(keys, dtype=torch.bool)
     row = torch.searchsorted(offers.keys, keys).clamp_max(len(offers.keys) - 1)
-    return offers.total[row] * (offers.keys[row] == keys)[:, None]
+    here = offers.keys[row] == keys
+    return offers.total[row] * here[:, None], here
+
+
+def sums_around(
+    offers: Offers,  # of S sweeps
+    sweep: Tensor,  # (N,) int64
+    ijk: Tensor,  # (N,3) int64 cells
+    layers: int,  # how many cells above and below count
+) -> tuple[Tensor, Tensor]:  # as `sums_at`
+    "What is offered in some cells and those beside them."
+    side, height = torch.arange(-1, 2, device=ijk.device), torch.arange(-layers, layers + 1, device=ijk.device)
+    found = [sums_at(offers, cell_keys(sweep, ijk + step)) for step in torch.cartesian_prod(side, side, height)]
+    return sum(total for total, _ in found), torch.stack([here for _, here in found]).any(0)
+
+
+class Offered(NamedTuple):
+    "What is offered to N points."
+
+    motion: Tensor  # (N,4) the mean, see `carried_along`
+    known: Tensor  # (N,) bool, there is one
+    doubtful: Tensor  # (N,) bool, only motions of weight 0 are offered
 
 
 def offered_at(
     offers: Offers,  # of S sweeps
     query: SweepPoints,  # N points; `frame` counts the sweeps from 0 on
-) -> tuple[Tensor, Tensor]:  # (N,4) the motion; (N,) bool, there is one
+) -> Offered:
     "The mean motion offered in a point's cell, or else around it."
     ijk = (query.points / offers.edge).floor().long()
-    own = sums_at(offers, cell_keys(query.frame, ijk))
-    steps = torch.cartesian_prod(*[torch.arange(-1, 2, device=ijk.device)] * 3)
-    around = sum(sums_at(offers, cell_keys(query.frame, ijk + step)) for step in steps)
+    own, _ = sums_at(offers, cell_keys(query.frame, ijk))
+    around, near = sums_around(offers, query.frame, ijk, 1)
     chosen = torch.where(own[:, 4:] > 0, own, around)
-    return chosen[:, :4] / chosen[:, 4:].clamp_min(1), chosen[:, 4] > 0
+    known = chosen[:, 4] > 0
+    return Offered(chosen[:, :4] / chosen[:, 4:].clamp_min(1), known, near & ~known)
+
 
 # %% ../nbs/14a_membership.ipynb #14a00014
 class Explained(NamedTuple):
@@ -126,9 +153,8 @@ def filled_cells(
     ijk = ijk[((ijk >= 0) & (ijk < ijk.new_tensor(size))).all(1)] + 1
     filled = torch.zeros(X * Y * Z, dtype=torch.bool, device=points.device)
     key = torch.unique((ijk[:, 0] * Y + ijk[:, 1]) * Z + ijk[:, 2])
-    steps = torch.cartesian_prod(*[torch.arange(-1, 2, device=key.device)] * 3)
-    for dx, dy, dz in steps.tolist():
-        filled[key + (dx * Y + dy) * Z + dz] = True
+    dx, dy, dz = torch.cartesian_prod(*[torch.arange(-1, 2, device=key.device)] * 3).T[..., None]
+    filled[key + (dx * Y + dy) * Z + dz] = True
     return filled.view(X, Y, Z)
 
 
@@ -146,26 +172,63 @@ def is_filled(
     return filled[x, y, z] & inside
 
 # %% ../nbs/14a_membership.ipynb #14a00015
-def explain(
+class SweepMaps(NamedTuple):
+    "Where S sweeps have returns."
+
+    filled: list[Tensor]  # S times (X,Y,Z) bool, from `filled_cells`
+    low: Tensor  # (3,) m, corner of the first cell
+    cell: Tensor  # (3,) m
+
+
+def sweep_maps(
     returns: SweepPoints,  # M returns of S sweeps; `frame` counts them from 0 on
-    query: SweepPoints,  # N points, their frames counted alike
-    motion: Tensor,  # (N,4) that is offered, see `carried_along`
-    times: Tensor,  # (S,) of the sweeps, s
+    count: int,  # S
     grid: VoxelConfig,  # its extent
     cfg: MembershipConfig,  # read: cell, cell_height
-) -> Explained:
-    "How many of the other sweeps speak for motion, and for rest; sweep by sweep, so that one map is held at a time."
+) -> SweepMaps:
+    "A map of each sweep: together a byte a cell and sweep, 0.2 GB for PandaSet's grid and six sweeps."
     low = returns.points.new_tensor(grid.low)
     cell = low.new_tensor([cfg.cell, cfg.cell, cfg.cell_height])
     size = tuple(((low.new_tensor(grid.high) - low) / cell).ceil().long().tolist())
+    filled = [filled_cells(returns.points[returns.frame == k], low, size, cell) for k in range(count)]
+    return SweepMaps(filled, low, cell)
+
+
+def explain(
+    maps: SweepMaps,  # of S sweeps
+    query: SweepPoints,  # N points; `frame` counts the sweeps from 0 on
+    motion: Tensor,  # (N,4) that is offered, see `carried_along`
+    times: Tensor,  # (S,) of the sweeps, s
+) -> Explained:
+    "How many of the other sweeps speak for motion, and for rest."
     moving, rest = motion.new_zeros(2, len(motion))
-    for k in range(len(times)):
-        filled = filled_cells(returns.points[returns.frame == k], low, size, cell)
+    for k, filled in enumerate(maps.filled):
         other = query.frame != k
         there = carried_along(query.points, motion, times[k] - times[query.frame])
-        moving += is_filled(filled, there, low, cell) & other
-        rest += is_filled(filled, query.points, low, cell) & other
+        moving += is_filled(filled, there, maps.low, maps.cell) & other
+        rest += is_filled(filled, query.points, maps.low, maps.cell) & other
     return Explained(moving / (len(times) - 1), rest / (len(times) - 1))
+
+
+# %% ../nbs/14a_membership.ipynb #14a0016b
+def backed(
+    movers: SweepPoints,  # M returns that are trusted to move; `frame` counts the sweeps from 0 on
+    motion: Tensor,  # (M,4) of each, see `carried_along`
+    maps: SweepMaps,  # of S sweeps
+    times: Tensor,  # (S,) of the sweeps, s
+    cfg: MembershipConfig,  # read: support_edge, support
+) -> Tensor:  # (M,) bool
+    "Whether a motion explains the trusted returns around a return better than rest does."
+    own = explain(maps, movers, motion, times)
+    at = carried_along(movers.points, motion, times.mean() - times[movers.frame])
+    ijk = (at / cfg.support_edge).floor().long()
+    together = torch.zeros_like(movers.frame)
+    keys, cell = torch.unique(cell_keys(together, ijk), return_inverse=True)
+    votes = torch.stack([own.moving - own.rest, torch.ones_like(own.rest)], 1)
+    total = votes.new_zeros(len(keys), 2).index_add_(0, cell, votes)
+    better, count = sums_around(Offers(keys, total, cfg.support_edge), together, ijk, 0)[0].unbind(1)
+    return better >= cfg.support * count
+
 
 # %% ../nbs/14a_membership.ipynb #14a00018
 class Verdict(NamedTuple):
@@ -178,15 +241,16 @@ class Verdict(NamedTuple):
 
 def judge(
     prior: MotionPrior,  # of N points
-    known: Tensor,  # (N,) bool, a motion is offered
+    offered: Offered,  # to the N points
     found: Explained,  # of the N points
     cfg: MembershipConfig,  # read: margin, least, keep, rest
 ) -> Verdict:
-    "Compare the two hypotheses."
+    "Compare the two hypotheses; what is at its place in every other sweep leaves for a lesser reason."
     better = found.moving - found.rest
     slack = 1e-4  # shares are counts divided by the number of sweeps
-    joins = ~prior.trusted & known & (better > cfg.margin - slack) & (found.moving > cfg.least - slack)
-    leaves = prior.trusted & known & (better < -cfg.keep - slack)
+    joins = ~prior.trusted & offered.known & (better > cfg.margin - slack) & (found.moving > cfg.least - slack)
+    keep = torch.where(found.rest > 1 - slack, 0.0, cfg.keep)
+    leaves = prior.trusted & ((offered.known & (better < -keep - slack)) | offered.doubtful)
     moves = (prior.trusted & ~leaves) | joins
     return Verdict(joins, leaves, ~moves & (found.rest > cfg.rest - slack))
 
@@ -215,15 +279,16 @@ def apply_membership(
     grid: VoxelConfig,  # its extent
     cfg: MembershipConfig,  # all settings
 ) -> MotionPrior:  # of the N points
-    "Offer the trusted motions, test the points, and decide."
+    "Offer the trusted motions that are backed, test the points, and decide."
     n = len(returns.points)
     of_returns, of_query = (MotionPrior(*(x[part] for x in prior)) for part in (slice(n), slice(n, None)))
     movers = of_returns.trusted
     motion = torch.cat([of_returns.velocity[movers, :2], of_returns.acceleration[movers, :2]], 1)
-    offers = offer_motion(returns.part(movers), motion, times, cfg.edge)
-    offered, known = offered_at(offers, query)
-    found = explain(returns, query, offered, times, grid, cfg)
-    return with_membership(of_query, offered, found, judge(of_query, known, found, cfg))
+    maps = sweep_maps(returns, len(times), grid, cfg)
+    weight = backed(returns.part(movers), motion, maps, times, cfg)
+    offered = offered_at(offer_motion(returns.part(movers), motion, times, cfg.edge, weight), query)
+    found = explain(maps, query, offered.motion, times)
+    return with_membership(of_query, offered.motion, found, judge(of_query, offered, found, cfg))
 
 
 @torch.no_grad()
