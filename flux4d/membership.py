@@ -86,7 +86,6 @@ def offer_motion(
     total = motion.new_zeros(len(keys), 5).index_add_(0, cell, torch.cat(offered))
     return Offers(keys, total, edge)
 
-
 # %% ../nbs/14a_membership.ipynb #14a0011b
 def sums_at(
     offers: Offers,  # of S sweeps
@@ -131,7 +130,6 @@ def offered_at(
     chosen = torch.where(own[:, 4:] > 0, own, around)
     known = chosen[:, 4] > 0
     return Offered(chosen[:, :4] / chosen[:, 4:].clamp_min(1), known, near & ~known)
-
 
 # %% ../nbs/14a_membership.ipynb #14a00014
 class Explained(NamedTuple):
@@ -209,7 +207,6 @@ def explain(
         rest += is_filled(filled, query.points, maps.low, maps.cell) & other
     return Explained(moving / (len(times) - 1), rest / (len(times) - 1))
 
-
 # %% ../nbs/14a_membership.ipynb #14a0016b
 def backed(
     movers: SweepPoints,  # M returns that are trusted to move; `frame` counts the sweeps from 0 on
@@ -228,7 +225,6 @@ def backed(
     total = votes.new_zeros(len(keys), 2).index_add_(0, cell, votes)
     better, count = sums_around(Offers(keys, total, cfg.support_edge), together, ijk, 0)[0].unbind(1)
     return better >= cfg.support * count
-
 
 # %% ../nbs/14a_membership.ipynb #14a00018
 class Verdict(NamedTuple):

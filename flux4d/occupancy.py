@@ -83,7 +83,7 @@ class MotionPriorConfig:
     # 1/m, score taken off per metre of displacement between input frames 0.2 s apart, see `at_gap`
     zero_motion_penalty: NonNegativeFloat = 0.08
     # power of the spacing with which that penalty falls where three or more input frames are farther apart
-    penalty_power: Share = 0.5
+    penalty_power: Share = 1.0
     margin: NonNegativeFloat = 0.3  # this and the next five: see `ConsensusRule`
     min_cells: NonNegativeInt = 4
     confirmed_margin: NonNegativeFloat = 0.15

@@ -4,17 +4,17 @@
 
 # %% ../nbs/76_rigs.ipynb #ffe10215
 from __future__ import annotations
-from dataclasses import replace
 from typing import NamedTuple
 import numpy as np
 import torch
 from .baselines import motion_prior_alone, still
 from .clip_data import load_views
 from .clips import Clip
-from .config import Config, DataConfig
+from .config import Config
 from .flow_truth import ClipTruth, clip_truth, score_flow
 from .image_metrics import psnr
 from .model import read_inputs
+from .presets import preset_config
 from .scene import Scene
 
 # %% auto #0
@@ -61,13 +61,13 @@ def motion_error(
 def lift_scores(
     clip: Clip,  # any clip with labels or exact truth
     cameras: tuple[str, ...] = ("front_camera",),  # that are lifted and scored
-    cfg: Config | None = None,  # of the lift and the prior; None: as the class has them, without membership
+    cfg: Config | None = None,  # of the lift and the prior; None: the default preset's, drawn without fading
     moments: list[int] | None = None,  # input frames at which motion is scored; None: all
 ) -> LiftScores:
     "Score a clip by its lift and its motion prior."
-    cfg = cfg or Config(data=DataConfig(cameras=cameras))
+    cfg = cfg or preset_config("default", dict(data=dict(cameras=list(cameras)), render=dict(fade=None)))
     inputs = read_inputs(clip, cfg)
-    lift, prior = still(inputs), motion_prior_alone(inputs, cfg=replace(cfg.model, degree=1))
+    lift, prior = still(inputs), motion_prior_alone(inputs, cfg=cfg.model)
     truth = clip_truth(clip, cameras=list(cameras))
     truth = truth._replace(frames=[t for t in truth.frames if moments is None or t.frame in moments])
     return LiftScores(
