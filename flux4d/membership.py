@@ -16,9 +16,9 @@ from .occupancy import MotionPriorConfig, SweepPoints
 from .motion_prior import FINE_PRIOR, MotionPrior, estimate_motion_prior, sweep_times
 
 # %% auto #0
-__all__ = ['HALF', 'MembershipConfig', 'Offers', 'cell_keys', 'carried_along', 'offer_motion', 'sums_at', 'sums_around',
-           'Offered', 'offered_at', 'Explained', 'filled_cells', 'is_filled', 'SweepMaps', 'sweep_maps', 'explain',
-           'backed', 'Verdict', 'judge', 'with_membership', 'apply_membership', 'member_motion_prior']
+__all__ = ['HALF', 'MembershipConfig', 'Offers', 'cell_keys', 'carried_along', 'offer_motion', 'sums_at', 'spread', 'Offered',
+           'offered_at', 'Explained', 'filled_cells', 'is_filled', 'SweepMaps', 'sweep_maps', 'explain', 'backed',
+           'Verdict', 'judge', 'with_membership', 'apply_membership', 'member_motion_prior']
 
 # %% ../nbs/14a_membership.ipynb #14a00008
 @dataclass(frozen=True)
@@ -99,16 +99,19 @@ def sums_at(
     return offers.total[row] * here[:, None], here
 
 
-def sums_around(
-    offers: Offers,  # of S sweeps
-    sweep: Tensor,  # (N,) int64
-    ijk: Tensor,  # (N,3) int64 cells
+def spread(
+    offers: Offers,  # in U cells of S sweeps
     layers: int,  # how many cells above and below count
-) -> tuple[Tensor, Tensor]:  # as `sums_at`
-    "What is offered in some cells and those beside them."
-    side, height = torch.arange(-1, 2, device=ijk.device), torch.arange(-layers, layers + 1, device=ijk.device)
-    found = [sums_at(offers, cell_keys(sweep, ijk + step)) for step in torch.cartesian_prod(side, side, height)]
-    return sum(total for total, _ in found), torch.stack([here for _, here in found]).any(0)
+) -> Offers:  # in those cells and the ones beside them
+    "Each cell with the sums of its neighbours and its own."
+    side, height = torch.arange(-1, 2), torch.arange(-layers, layers + 1)
+    steps = torch.cartesian_prod(side, side, height).to(offers.keys.device)
+    apart = cell_keys(torch.zeros_like(steps[:, 0]), steps)
+    apart = apart - apart[len(apart) // 2]  # of keys; the middle one is the cell itself
+    keys, cell = torch.unique((offers.keys[:, None] + apart).flatten(), return_inverse=True)
+    total = offers.total.new_zeros(len(keys), offers.total.shape[1])
+    total.index_add_(0, cell, offers.total.repeat_interleave(len(apart), 0))
+    return Offers(keys, total, offers.edge)
 
 
 class Offered(NamedTuple):
@@ -124,9 +127,9 @@ def offered_at(
     query: SweepPoints,  # N points; `frame` counts the sweeps from 0 on
 ) -> Offered:
     "The mean motion offered in a point's cell, or else around it."
-    ijk = (query.points / offers.edge).floor().long()
-    own, _ = sums_at(offers, cell_keys(query.frame, ijk))
-    around, near = sums_around(offers, query.frame, ijk, 1)
+    keys = cell_keys(query.frame, (query.points / offers.edge).floor().long())
+    own, _ = sums_at(offers, keys)
+    around, near = sums_at(spread(offers, 1), keys)
     chosen = torch.where(own[:, 4:] > 0, own, around)
     known = chosen[:, 4] > 0
     return Offered(chosen[:, :4] / chosen[:, 4:].clamp_min(1), known, near & ~known)
@@ -218,12 +221,12 @@ def backed(
     "Whether a motion explains the trusted returns around a return better than rest does."
     own = explain(maps, movers, motion, times)
     at = carried_along(movers.points, motion, times.mean() - times[movers.frame])
-    ijk = (at / cfg.support_edge).floor().long()
-    together = torch.zeros_like(movers.frame)
-    keys, cell = torch.unique(cell_keys(together, ijk), return_inverse=True)
+    own_cell = cell_keys(torch.zeros_like(movers.frame), (at / cfg.support_edge).floor().long())
+    keys, cell = torch.unique(own_cell, return_inverse=True)
     votes = torch.stack([own.moving - own.rest, torch.ones_like(own.rest)], 1)
     total = votes.new_zeros(len(keys), 2).index_add_(0, cell, votes)
-    better, count = sums_around(Offers(keys, total, cfg.support_edge), together, ijk, 0)[0].unbind(1)
+    around = spread(Offers(keys, total, cfg.support_edge), 0)
+    better, count = sums_at(around, own_cell)[0].unbind(1)
     return better >= cfg.support * count
 
 # %% ../nbs/14a_membership.ipynb #14a00018
