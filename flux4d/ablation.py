@@ -164,8 +164,12 @@ PAPER_FIGURES = dict(  # moving regions: PSNR dB, SSIM, D_RMSE m, V_RMSE (paper 
 def whole_config(
     config: dict,  # the content of a run's config.yaml
 ) -> dict:
-    "A configuration with the fields that a file of an earlier version leaves out, as the class has them."
-    return merged(config_to_dict(FullConfig()), config)
+    "A configuration with what an earlier version of the file leaves out, or what is off, as the class has it."
+    plain = config_to_dict(FullConfig())
+    whole = merged(plain, config)
+    if not whole["model"]["membership"]["edge"]:
+        whole["model"]["membership"] = plain["model"]["membership"]
+    return whole
 
 
 def differing_fields(
@@ -331,6 +335,8 @@ def pace(
 BUDGET = "runtime.iters", "train.iters", "train.minutes", "train.warmup"  # steps taken, and what decides their number
 NO_EFFECT = (  # fields that change no result
     *RETIRED,
+    "model.motion_prior.penalty_power",  # where input frames are 0.2 s apart, as in every run here
+    "model.fine_prior.penalty_power",
     "data.host_gb",
     "data.device_gb",
     "data.loader_threads",
