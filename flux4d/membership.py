@@ -4,6 +4,7 @@
 
 # %% ../nbs/14a_membership.ipynb #14a00005
 from __future__ import annotations
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 import torch
@@ -17,8 +18,8 @@ from .motion_prior import FINE_PRIOR, MotionPrior, estimate_motion_prior, sweep_
 
 # %% auto #0
 __all__ = ['HALF', 'MembershipConfig', 'Offers', 'cell_keys', 'carried_along', 'offer_motion', 'sums_at', 'spread', 'Offered',
-           'offered_at', 'Explained', 'filled_cells', 'is_filled', 'SweepMaps', 'sweep_maps', 'explain', 'backed',
-           'Verdict', 'judge', 'with_membership', 'apply_membership', 'member_motion_prior']
+           'offered_at', 'Explained', 'SweepMaps', 'sweep_maps', 'hits', 'explain', 'backed', 'Verdict', 'judge',
+           'with_membership', 'apply_membership', 'member_motion_prior']
 
 # %% ../nbs/14a_membership.ipynb #14a00008
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ def cell_keys(
 def carried_along(
     points: Tensor,  # (M,3) ego0, m
     motion: Tensor,  # (M,4) velocity x, y, m/s, and acceleration x, y, m/s^2, at their own time
-    dt: Tensor,  # (M,) s
-) -> Tensor:  # (M,3) m
+    dt: Tensor,  # (...,M) s
+) -> Tensor:  # (...,M,3) m
     "Where points are some time later."
-    way = motion[:, :2] * dt[:, None] + motion[:, 2:] * (dt * dt / 2)[:, None]
+    way = motion[:, :2] * dt[..., None] + motion[:, 2:] * (dt * dt / 2)[..., None]
     return points + F.pad(way, (0, 1))
 
 # %% ../nbs/14a_membership.ipynb #14a00011
@@ -75,15 +76,13 @@ def offer_motion(
 ) -> Offers:
     "Carry every trusted return into every sweep."
     weight = torch.ones_like(motion[:, 0]) if weight is None else weight.to(motion.dtype)
-    keys, offered = [], []
-    for k in range(len(times)):
-        dt = times[k] - times[movers.frame]
-        at = (carried_along(movers.points, motion, dt) / edge).floor().long()
-        keys.append(cell_keys(torch.full_like(movers.frame, k), at))
-        velocity = motion[:, :2] + motion[:, 2:] * dt[:, None]
-        offered.append(weight[:, None] * torch.cat([velocity, motion[:, 2:], torch.ones_like(velocity[:, :1])], 1))
-    keys, cell = torch.unique(torch.cat(keys), return_inverse=True)
-    total = motion.new_zeros(len(keys), 5).index_add_(0, cell, torch.cat(offered))
+    dt = times[:, None] - times[movers.frame]  # (S,M)
+    at = (carried_along(movers.points, motion, dt) / edge).floor().long()
+    sweep = torch.arange(len(times), device=dt.device)[:, None].expand_as(dt)
+    keys, cell = torch.unique(cell_keys(sweep, at).flatten(), return_inverse=True)
+    velocity = motion[:, :2] + motion[:, 2:] * dt[..., None]
+    offered = torch.cat([velocity, motion[:, 2:].expand_as(velocity), torch.ones_like(velocity[..., :1])], 2)
+    total = motion.new_zeros(len(keys), 5).index_add_(0, cell, (weight[:, None] * offered).flatten(0, 1))
     return Offers(keys, total, edge)
 
 # %% ../nbs/14a_membership.ipynb #14a0011b
@@ -142,43 +141,21 @@ class Explained(NamedTuple):
     rest: Tensor  # (N,) 0..1, a return near the own place
 
 
-def filled_cells(
-    points: Tensor,  # (M,3) of one sweep, m
-    low: Tensor,  # (3,) m, corner of the first cell
-    size: tuple[int, int, int],  # cells along x, y and z
-    cell: Tensor,  # (3,) m
-) -> Tensor:  # (X+2,Y+2,Z+2) bool, with an empty cell on each side
-    "Cells with a return in them or in a neighbour."
-    X, Y, Z = (n + 2 for n in size)
-    ijk = ((points - low) / cell).floor().long()
-    ijk = ijk[((ijk >= 0) & (ijk < ijk.new_tensor(size))).all(1)] + 1
-    filled = torch.zeros(X * Y * Z, dtype=torch.bool, device=points.device)
-    key = torch.unique((ijk[:, 0] * Y + ijk[:, 1]) * Z + ijk[:, 2])
-    dx, dy, dz = torch.cartesian_prod(*[torch.arange(-1, 2, device=key.device)] * 3).T[..., None]
-    filled[key + (dx * Y + dy) * Z + dz] = True
-    return filled.view(X, Y, Z)
-
-
-def is_filled(
-    filled: Tensor,  # (X,Y,Z) from `filled_cells`
-    points: Tensor,  # (N,3) m
-    low: Tensor,  # (3,) m
-    cell: Tensor,  # (3,) m
-) -> Tensor:  # (N,) bool; False outside
-    "Whether a sweep has a return near some points."
-    ijk = ((points - low) / cell).floor().long() + 1
-    last = ijk.new_tensor(filled.shape) - 1
-    inside = ((ijk >= 0) & (ijk <= last)).all(1)
-    x, y, z = torch.minimum(ijk.clamp_min(0), last).unbind(1)
-    return filled[x, y, z] & inside
-
-# %% ../nbs/14a_membership.ipynb #14a00015
 class SweepMaps(NamedTuple):
     "Where S sweeps have returns."
 
-    filled: list[Tensor]  # S times (X,Y,Z) bool, from `filled_cells`
-    low: Tensor  # (3,) m, corner of the first cell
+    filled: Tensor  # (S,X,Y,Z) bool: a return in the cell or in a neighbour; the outermost cells are empty
+    low: Tensor  # (3,) m, corner of the first cell that is not outermost
     cell: Tensor  # (3,) m
+
+    def cells_at(
+        self,
+        points: Tensor,  # (...,3) ego0, m
+    ) -> Tensor:  # (...) int64, places in a sweep's flattened map; outside it an outermost cell
+        "Which cells points lie in."
+        ijk = ((points - self.low) / self.cell).floor().long() + 1
+        x, y, z = torch.minimum(ijk.clamp_min(0), ijk.new_tensor(self.filled.shape[1:]) - 1).unbind(-1)
+        return (x * self.filled.shape[2] + y) * self.filled.shape[3] + z
 
 
 def sweep_maps(
@@ -187,28 +164,46 @@ def sweep_maps(
     grid: VoxelConfig,  # its extent
     cfg: MembershipConfig,  # read: cell, cell_height
 ) -> SweepMaps:
-    "A map of each sweep: together a byte a cell and sweep, 0.2 GB for PandaSet's grid and six sweeps."
-    low = returns.points.new_tensor(grid.low)
-    cell = low.new_tensor([cfg.cell, cfg.cell, cfg.cell_height])
-    size = tuple(((low.new_tensor(grid.high) - low) / cell).ceil().long().tolist())
-    filled = [filled_cells(returns.points[returns.frame == k], low, size, cell) for k in range(count)]
-    return SweepMaps(filled, low, cell)
+    "A map of each sweep: a byte a cell, together 0.4 GB for PandaSet's grid and six sweeps."
+    cell = (cfg.cell, cfg.cell, cfg.cell_height)
+    inner = [math.ceil((high - low) / edge - 1e-6) for low, high, edge in zip(grid.low, grid.high, cell)]
+    X, Y, Z = (n + 2 for n in inner)
+    empty = torch.zeros(count, X, Y, Z, dtype=torch.bool, device=returns.points.device)
+    low, edges = (returns.points.new_tensor(x) for x in (grid.low, cell))
+    ijk = ((returns.points - low) / edges).floor().long() + 1
+    inside = ((ijk > 0) & (ijk < ijk.new_tensor([X, Y, Z]) - 1)).all(1)
+    x, y, z = ijk[inside].unbind(1)
+    at = torch.unique(((returns.frame[inside] * X + x) * Y + y) * Z + z)
+    dx, dy, dz = torch.cartesian_prod(*[torch.arange(-1, 2, device=at.device)] * 3).T[..., None]
+    empty.view(-1)[at + (dx * Y + dy) * Z + dz] = True
+    return SweepMaps(empty, low, edges)
+
+# %% ../nbs/14a_membership.ipynb #14a00015
+def hits(
+    maps: SweepMaps,  # of S sweeps
+    sweep: Tensor,  # (N,) int64, of the points, which is not asked
+    points: Tensor,  # (N,3), or (S,N,3) for places in each sweep, m
+) -> Tensor:  # (N,) 0..1
+    "In how many of the other sweeps there is a return near a point, as a share."
+    S = len(maps.filled)
+    filled = maps.filled.flatten()
+    each = torch.arange(S, device=filled.device)[:, None]
+    found = filled[each * (len(filled) // S) + maps.cells_at(points)] & (sweep != each)
+    return found.sum(0) / (S - 1)
 
 
 def explain(
     maps: SweepMaps,  # of S sweeps
     query: SweepPoints,  # N points; `frame` counts the sweeps from 0 on
-    motion: Tensor,  # (N,4) that is offered, see `carried_along`
+    motion: Tensor,  # (N,4) that is offered, see `carried_along`; 0 = none
     times: Tensor,  # (S,) of the sweeps, s
 ) -> Explained:
     "How many of the other sweeps speak for motion, and for rest."
-    moving, rest = motion.new_zeros(2, len(motion))
-    for k, filled in enumerate(maps.filled):
-        other = query.frame != k
-        there = carried_along(query.points, motion, times[k] - times[query.frame])
-        moving += is_filled(filled, there, maps.low, maps.cell) & other
-        rest += is_filled(filled, query.points, maps.low, maps.cell) & other
-    return Explained(moving / (len(times) - 1), rest / (len(times) - 1))
+    rest = hits(maps, query.frame, query.points)
+    rows = motion.any(1).nonzero()[:, 0]
+    moved = query.part(rows)
+    there = carried_along(moved.points, motion[rows], times[:, None] - times[moved.frame])
+    return Explained(rest.index_copy(0, rows, hits(maps, moved.frame, there)), rest)
 
 # %% ../nbs/14a_membership.ipynb #14a0016b
 def backed(
