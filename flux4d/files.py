@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -24,7 +25,7 @@ except ImportError:  # Windows has no such locks
 # %% auto #0
 __all__ = ['KEPT_ENDINGS', 'DataError', 'short_path', 'typed_path', 'report_fault', 'quoted', 'plain_fault', 'listing',
            'refuse_absent', 'log_names', 'known_logs', 'find_logs', 'find_misnamed', 'counts_otherwise', 'missing_text',
-           'report_missing', 'remove_unfinished', 'WriteError', 'writing', 'atomic_write']
+           'report_missing', 'remove_unfinished', 'one_at_a_time', 'WriteError', 'writing', 'atomic_write']
 
 # %% ../nbs/02a_files.ipynb #9994b2b9
 class DataError(ValueError):
@@ -404,6 +405,26 @@ def _temporary(path: Path) -> tuple[int | None, str]:
         if os.fstat(fd).st_nlink:
             return fd, tmp
         os.close(fd)
+
+# %% ../nbs/02a_files.ipynb #0ne00002
+@contextlib.contextmanager
+def one_at_a_time(
+    folder: str | Path,  # that is written; made if it is not there
+) -> Iterator[None]:
+    "Wait until no other process is in here with the same folder; a system without locks does not wait."
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError:
+        fd = None  # whoever writes there will say why it cannot be done
+    starting = getattr(current_process(), "_inheriting", False)  # a child that reads its parent's script again
+    try:
+        if fd is not None and fcntl is not None and not starting:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        if fd is not None:
+            os.close(fd)
 
 # %% ../nbs/02a_files.ipynb #86849bd8
 class WriteError(DataError, OSError):

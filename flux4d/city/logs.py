@@ -28,7 +28,7 @@ from .camera import RigCamera, camera_at, photograph
 from .labels import boxes
 from .rays import LIDAR_AXES, RIG, TURN_SHIFT, Raycaster, Recording, TrueSweep
 from .rays import ego_pose, make_street, sweep
-from ..files import DataError, atomic_write
+from ..files import DataError, atomic_write, one_at_a_time
 from ..frames import mat_to_quat, pixel_index, project, se3_inverse, transform_points
 from ..settings import command_parser
 
@@ -455,7 +455,7 @@ def make_city(
     progress: Callable = lambda parts, total: parts,  # wraps the parts as they are done, such as tqdm
     recording: Recording = Recording(),  # rate, stamps, axes, origin, lenses and names; PandaSet's unless given
 ) -> list:  # log ids
-    """Write a city of logs in PandaSet's layout; do nothing if it is there.
+    """Write a city of logs in PandaSet's layout; do nothing if it is there, and wait while another process writes it.
 
     Several workers are fresh processes: in a script, call it under `if __name__ == '__main__'`."""
     check_city_parameters(logs=logs, frames=frames, scale=scale, seed=seed, workers=workers, step=step)
@@ -465,9 +465,10 @@ def make_city(
     cfg = dict(logs=logs, frames=frames, scale=scale, seed=seed, cameras=list(cameras), step=step)
     if recording != Recording():
         cfg["recording"] = json.loads(json.dumps(asdict(recording)))
-    if not begin_city(Path(out), cfg):
-        write_logs(Path(out), ids, cfg, workers or free_cores(), progress)
-        write_json({**cfg, "complete": True}, Path(out) / "city.json")
+    with one_at_a_time(out):
+        if not begin_city(Path(out), cfg):
+            write_logs(Path(out), ids, cfg, workers or free_cores(), progress)
+            write_json({**cfg, "complete": True}, Path(out) / "city.json")
     return ids
 
 # %% ../../nbs/05i_logs.ipynb #1ad8fb3d
