@@ -73,7 +73,7 @@ test: $(READY)
 	$(PYTHON) -m ruff check --quiet nbs tests
 	$(REPO) check
 	@echo "cells flagged gpu, slow or data run only when asked for (FLAGS='gpu data'); asked for: $(or $(FLAGS),none)"
-	$(PYTHON) -c "from pathlib import Path; from flux4d.running_times import run_notebooks; run_notebooks(Path.cwd(), $(WORKERS), '$(FLAGS)')" | tee build/tests.txt
+	$(PYTHON) -c "from nbdev.test import nbdev_test; nbdev_test(n_workers=$(WORKERS), flags='$(FLAGS)', timing=True)" | tee build/tests.txt
 	$(PYTHON) -m pytest -q -rs -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 notebook: $(READY)

@@ -8,15 +8,12 @@ import csv
 import io
 import json
 import re
-import sys
 from pathlib import Path
-from fastcore.parallel import parallel
-from fastcore.xtras import working_directory
 from .notebooks import Notebook, read_notebook, read_notebooks, write_notebook
 
 # %% auto #0
-__all__ = ['TIMES', 'ROUND', 'SKIPPED', 'MAKES_CITY', 'HEAD_CELL', 'round_seconds', 'read_times', 'take_times', 'longest_first',
-           'run_notebooks', 'flagged', 'time_said', 'head_line', 'has_head', 'with_head', 'write_heads', 'head_faults']
+__all__ = ['TIMES', 'ROUND', 'SKIPPED', 'MAKES_CITY', 'HEAD_CELL', 'round_seconds', 'read_times', 'take_times', 'flagged',
+           'time_said', 'head_line', 'has_head', 'with_head', 'write_heads', 'head_faults']
 
 # %% ../nbs/90e_running_times.ipynb #6e924d30
 TIMES = "docs/notebook_times.csv"  # notebook, seconds
@@ -52,35 +49,6 @@ def take_times(
     lines = ["notebook,seconds", *(f"{name},{s}" for name, s in times.items())]
     (root / TIMES).parent.mkdir(exist_ok=True)
     (root / TIMES).write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-# %% ../nbs/90e_running_times.ipynb #a90e0021
-def longest_first(
-    names: list[str],  # of notebooks, without their ending
-    times: dict[str, int],  # from `read_times`
-) -> list[str]:
-    "The order in which the last one begun is short."
-    return sorted(names, key=lambda name: (-times.get(name, 0), name))
-
-
-def run_notebooks(
-    root: Path,  # the repository
-    workers: int,  # processes
-    flags: str = "",  # of cells that are run though tests leave them out, with spaces between
-) -> None:  # exits with 1 where a notebook fails
-    "Test every notebook as nbdev does, and print how long each took."
-    from nbdev.config import get_config
-    from nbdev.test import test_nb
-
-    cfg = get_config(path=root)
-    names = longest_first([nb.path.stem for nb in read_notebooks(root)], read_times(root))
-    files = [(root / "nbs" / f"{name}.ipynb").resolve() for name in names]
-    how = dict(skip_flags=cfg.tst_flags.split(), force_flags=flags.split(), basepath=cfg.config_path)
-    with working_directory(root / "nbs"):
-        passed, seconds = zip(*parallel(test_nb, files, n_workers=workers, pause=0.01, **how))
-    for name, s in sorted(zip(names, seconds), key=lambda row: -row[1]):
-        print(f"{name}.ipynb: {int(s)} secs")
-    if failed := [name for name, ok in zip(names, passed) if not ok]:
-        sys.exit(f"failed: {', '.join(failed)}")
 
 # %% ../nbs/90e_running_times.ipynb #5de42a67
 SKIPPED = {  # flag -> what the cell needs
