@@ -17,9 +17,9 @@ from .occupancy import MotionPriorConfig, SweepPoints
 from .motion_prior import FINE_PRIOR, MotionPrior, estimate_motion_prior, sweep_times
 
 # %% auto #0
-__all__ = ['HALF', 'MembershipConfig', 'Offers', 'cell_keys', 'carried_along', 'offer_motion', 'sums_at', 'spread', 'Offered',
-           'offered_at', 'Explained', 'SweepMaps', 'sweep_maps', 'hits', 'explain', 'backed', 'Verdict', 'judge',
-           'with_membership', 'apply_membership', 'member_motion_prior']
+__all__ = ['HALF', 'BORDER', 'MembershipConfig', 'Offers', 'cell_keys', 'carried_along', 'offer_motion', 'sums_at', 'spread',
+           'Offered', 'offered_at', 'Explained', 'SweepMaps', 'sweep_maps', 'hits', 'explain', 'backed', 'Verdict',
+           'judge', 'with_membership', 'apply_membership', 'member_motion_prior']
 
 # %% ../nbs/14a_membership.ipynb #14a00008
 @dataclass(frozen=True)
@@ -141,11 +141,14 @@ class Explained(NamedTuple):
     rest: Tensor  # (N,) 0..1, a return near the own place
 
 
-class SweepMaps(NamedTuple):
-    "Where S sweeps have returns."
+BORDER = 2  # cells around the grid: one that a return inside may fill, one that nothing fills
 
-    filled: Tensor  # (S,X,Y,Z) bool: a return in the cell or in a neighbour; the outermost cells are empty
-    low: Tensor  # (3,) m, corner of the first cell that is not outermost
+
+class SweepMaps(NamedTuple):
+    "Where S sweeps have returns: cells of the grid with two around it, of which the outermost stay empty."
+
+    filled: Tensor  # (S,X,Y,Z) bool, a return in the cell or in a neighbour
+    low: Tensor  # (3,) m, corner of the grid
     cell: Tensor  # (3,) m
 
     def cells_at(
@@ -153,7 +156,7 @@ class SweepMaps(NamedTuple):
         points: Tensor,  # (...,3) ego0, m
     ) -> Tensor:  # (...) int64, places in a sweep's flattened map; outside it an outermost cell
         "Which cells points lie in."
-        ijk = ((points - self.low) / self.cell).floor().long() + 1
+        ijk = ((points - self.low) / self.cell).floor().long() + BORDER
         x, y, z = torch.minimum(ijk.clamp_min(0), ijk.new_tensor(self.filled.shape[1:]) - 1).unbind(-1)
         return (x * self.filled.shape[2] + y) * self.filled.shape[3] + z
 
@@ -167,16 +170,16 @@ def sweep_maps(
     "A map of each sweep: a byte a cell, together 0.4 GB for PandaSet's grid and six sweeps."
     cell = (cfg.cell, cfg.cell, cfg.cell_height)
     inner = [math.ceil((high - low) / edge - 1e-6) for low, high, edge in zip(grid.low, grid.high, cell)]
-    X, Y, Z = (n + 2 for n in inner)
-    empty = torch.zeros(count, X, Y, Z, dtype=torch.bool, device=returns.points.device)
+    X, Y, Z = (n + 2 * BORDER for n in inner)
+    filled = torch.zeros(count, X, Y, Z, dtype=torch.bool, device=returns.points.device)
     low, edges = (returns.points.new_tensor(x) for x in (grid.low, cell))
-    ijk = ((returns.points - low) / edges).floor().long() + 1
-    inside = ((ijk > 0) & (ijk < ijk.new_tensor([X, Y, Z]) - 1)).all(1)
-    x, y, z = ijk[inside].unbind(1)
+    ijk = ((returns.points - low) / edges).floor().long()
+    inside = ((ijk >= 0) & (ijk < ijk.new_tensor(inner))).all(1)
+    x, y, z = (ijk[inside] + BORDER).unbind(1)
     at = torch.unique(((returns.frame[inside] * X + x) * Y + y) * Z + z)
     dx, dy, dz = torch.cartesian_prod(*[torch.arange(-1, 2, device=at.device)] * 3).T[..., None]
-    empty.view(-1)[at + (dx * Y + dy) * Z + dz] = True
-    return SweepMaps(empty, low, edges)
+    filled.view(-1)[at + (dx * Y + dy) * Z + dz] = True
+    return SweepMaps(filled, low, edges)
 
 # %% ../nbs/14a_membership.ipynb #14a00015
 def hits(
