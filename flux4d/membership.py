@@ -14,7 +14,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from .settings import Share
 from .voxels import VoxelConfig
 from .occupancy import MotionPriorConfig, SweepPoints
-from .motion_prior import FINE_PRIOR, MotionPrior, estimate_motion_prior, sweep_times
+from .motion_prior import FINE_PRIOR, MotionPrior, estimate_motion_prior, sweep_clock
 
 # %% auto #0
 __all__ = ['HALF', 'BORDER', 'MembershipConfig', 'Offers', 'cell_keys', 'carried_along', 'offer_motion', 'sums_at', 'spread',
@@ -299,13 +299,12 @@ def member_motion_prior(
 ) -> MotionPrior:  # of the N points
     "The motion prior, each point tested against the other sweeps; with fewer than three sweeps it stays as it is."
     query = returns if query is None else query
-    frames, sweep = torch.unique(returns.frame, return_inverse=True)
-    if not membership.edge or len(frames) < 3:
-        return estimate_motion_prior(returns, grid, cfg, fine_prior, query)
+    clock = sweep_clock(returns)
+    if not membership.edge or len(clock.frames) < 3:
+        return estimate_motion_prior(returns, grid, cfg, fine_prior, query, clock)
     both = SweepPoints(*(torch.cat([a.to(b.dtype), b]) for a, b in zip(returns, query)))
-    prior = estimate_motion_prior(returns, grid, cfg, fine_prior, both)
-    of_query = torch.searchsorted(frames, query.frame).clamp_max(len(frames) - 1)
-    counted = SweepPoints(returns.points.float(), returns.seconds, sweep)
+    prior = estimate_motion_prior(returns, grid, cfg, fine_prior, both, clock)
+    of_query = torch.searchsorted(clock.frames, query.frame).clamp_max(len(clock.frames) - 1)
+    counted = SweepPoints(returns.points.float(), returns.seconds, clock.sweep)
     asked = SweepPoints(query.points.float(), query.seconds, of_query)
-    times = sweep_times(returns.seconds, sweep, len(frames))
-    return apply_membership(prior, counted, asked, times, grid, membership)
+    return apply_membership(prior, counted, asked, clock.times, grid, membership)

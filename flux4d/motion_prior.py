@@ -291,11 +291,12 @@ def estimate_motion_prior(
     cfg: MotionPriorConfig = MotionPriorConfig(),  # the coarse prior
     fine_prior: MotionPriorConfig = FINE_PRIOR,  # the fine one; reach 0 = none
     query: SweepPoints | None = None,  # N points whose motion is wanted; None = the returns
+    clock: SweepClock | None = None,  # of the returns; None = found here
 ) -> MotionPrior:  # of the N points
     "The motion prior, a finer one where nothing is trusted, and small movers where neither is."
     query = returns if query is None else query._replace(points=query.points.float())
     heights = ground_heights(returns.points, query.points, cfg)
-    clock = sweep_clock(returns)
+    clock = sweep_clock(returns) if clock is None else clock
     prior = single_scale_prior(returns, grid, cfg, query, heights, clock)
     if fine_prior.reach:
         fine = single_scale_prior(returns, grid, fine_prior, query, heights, clock)
