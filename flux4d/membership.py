@@ -33,7 +33,7 @@ class MembershipConfig:
     support: Share = 0.1  # share of sweeps by which, on average, a motion explains the returns around better
     margin: Share = 0.2  # share of sweeps by which the motion must explain a return better than rest
     least: Share = 0.4  # share of sweeps that it must explain
-    keep: Share = 0.2  # what was trusted stays so unless rest explains it better by more than this
+    keep: Share = 0.1  # what was trusted stays so unless rest explains it better by more than this
     rest: Share = 0.8  # what is at its place in so many sweeps, and does not move, may not move
 
 # %% ../nbs/14a_membership.ipynb #14a00010
@@ -242,12 +242,11 @@ def judge(
     found: Explained,  # of the N points
     cfg: MembershipConfig,  # read: margin, least, keep, rest
 ) -> Verdict:
-    "Compare the two hypotheses; what is at its place in every other sweep leaves for a lesser reason."
+    "Compare the two hypotheses."
     better = found.moving - found.rest
     slack = 1e-4  # shares are counts divided by the number of sweeps
     joins = ~prior.trusted & offered.known & (better > cfg.margin - slack) & (found.moving > cfg.least - slack)
-    keep = torch.where(found.rest > 1 - slack, 0.0, cfg.keep)
-    leaves = prior.trusted & ((offered.known & (better < -keep - slack)) | offered.doubtful)
+    leaves = prior.trusted & ((offered.known & (better < -cfg.keep - slack)) | offered.doubtful)
     moves = (prior.trusted & ~leaves) | joins
     return Verdict(joins, leaves, ~moves & (found.rest > cfg.rest - slack))
 
