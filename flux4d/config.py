@@ -91,6 +91,9 @@ class Config:
         if self.render.fade is not None and self.background.mode == "hemisphere":
             fault = "has one moment for all its points, so it would fade from a clip's later views"
             raise ValueError(f"render.fade: the hemisphere {fault}; leave fade out, or choose background.mode=grid.")
+        if self.loss.teacher and self.model.teacher is None:
+            remedy = "set model.prior_role=teacher and model.motion_prior.reach above 0, or leave loss.teacher out"
+            raise ValueError(f"loss.teacher: is {self.loss.teacher}, but nothing teaches; {remedy}.")
 
 # %% ../nbs/31a_config.ipynb #2b15ce04
 def config_to_dict(

@@ -23,10 +23,12 @@ from .files import DataError
 from .image_velocity import view_gaps
 from .clip_data import Returns, clip_returns
 from .model import ClipInputs, Flux4DBase, grid_index_of, lift_scene
+from .motion_prior import MotionPrior
 from .predictor import GridIndex
 from .processes import ALONE, Processes
 from .scene import Scene
 from .store import Store
+from .teacher import taught_motion
 from .workers import Workers
 
 # %% auto #0
@@ -187,6 +189,24 @@ def _index(
     "Sort one lifted clip into the grid."
     return grid_index_of(self.lifted(i), self.returns(self.clips[i]), self.cfg)
 
+
+@patch
+def taught(
+    self: Loader,
+    i: int,  # clip number
+) -> MotionPrior:  # of the lifted clip's Gaussians in the grid, on the device
+    "What teaches the motion of a lifted clip."
+    return self.store.get(("taught", self.clips[i].id), partial(self._taught, i))
+
+
+@patch
+def _taught(
+    self: Loader,
+    i: int,  # clip number
+) -> MotionPrior:  # on the device
+    "Estimate the motion of one lifted clip."
+    return taught_motion(self.lifted(i), self.index(i), self.returns(self.clips[i]), self.cfg)
+
 # %% ../nbs/33_loader.ipynb #ade11d99
 @patch
 def _stacked(
@@ -237,6 +257,11 @@ class LoadedInputs(ClipInputs):
     def index(self) -> GridIndex:  # on the scene's device
         "Where the lifted Gaussians lie in the network's grid."
         return self.loader.index(self.number)
+
+    @cached_property
+    def taught(self) -> MotionPrior:  # of the Gaussians in the grid, on the scene's device
+        "What training tells a network that is shown no motion prior."
+        return self.loader.taught(self.number)
 
     @cached_property
     def views(self) -> InputViews:  # every camera of every input frame, on the scene's device
@@ -347,6 +372,8 @@ def _load(
     i, pairs = self.draw(step, micro)
     inputs = self.inputs(i)
     inputs.index  # made here, in the loader's thread
+    if self.cfg.loss.teacher:
+        inputs.taught  # likewise
     views = self.views(inputs.clip, pairs)
     number = step * self.micro_steps + micro
     return Batch(inputs, views, view_gaps(inputs.clip, views), number)

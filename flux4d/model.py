@@ -21,10 +21,12 @@ from .clip_data import InputViews, load_views
 from .config import Config, config_from_dict, config_to_dict, flattened, refuse_renamed, without_retired
 from .files import DataError
 from .gaussians import Gaussians
+from .motion_prior import MotionPrior
 from .clip_data import Returns, clip_returns
 from .predictor import BasePredictor, GridIndex, make_grid_index
 from .checkpoint import load_weights
 from .scene import Scene, scene_of
+from .teacher import taught_motion
 from .settings import find_device
 from .weights import read_weights
 
@@ -93,6 +95,11 @@ class ClipInputs:
     def index(self) -> GridIndex:  # on the scene's device
         "Where the lifted Gaussians lie in the network's grid, and how their surroundings move."
         return grid_index_of(self.scene, self.returns, self.cfg)
+
+    @cached_property
+    def taught(self) -> MotionPrior:  # of the Gaussians in the grid, on the scene's device
+        "What training tells a network that is shown no motion prior; a reconstruction never asks for it."
+        return taught_motion(self.scene, self.index, self.returns, self.cfg)
 
     @cached_property
     def views(self) -> InputViews:  # every camera of every input frame, on the scene's device

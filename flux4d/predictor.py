@@ -6,7 +6,7 @@
 from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 from fastcore.basics import patch
@@ -51,6 +51,8 @@ class PredictorConfig:
     motion_prior: MotionPriorConfig = MotionPriorConfig()  # how sweeps are matched; reach 0 = no prior
     fine_prior: MotionPriorConfig = FINE_PRIOR  # how they are matched again for what is small and slow
     membership: MembershipConfig = MembershipConfig()  # which points share a trusted motion; edge 0 = by height
+    # "input" = the network starts from the prior; "teacher" = it is shown none, and the prior is a target of training
+    prior_role: Literal["input", "teacher"] = "input"
     position_bound: PositiveFloat = 4.0  # largest shift along an axis, in the Gaussian's own standard deviations
     quat_bound: OpenShare = 0.5  # largest quaternion residual per component; below 1, so the sum never vanishes
     scale_bound: PositiveFloat = 3.0  # largest change of the stored scale, about a factor of 20
@@ -65,14 +67,22 @@ class PredictorConfig:
 @patch(as_prop=True)
 def motion_inputs(self: PredictorConfig) -> MotionInputs:
     "Which estimates of motion the network is given."
+    prior = self.motion_prior
     return MotionInputs(
         local_velocity_cells=self.local_velocity_cells,
         local_velocity_height=self.local_velocity_height,
         velocity_scale=self.velocity_scale,
-        motion_prior=self.motion_prior,
+        motion_prior=prior if self.prior_role == "input" else replace(prior, reach=0),
         fine_prior=self.fine_prior,
         membership=self.membership,
     )
+
+
+@patch(as_prop=True)
+def teacher(self: PredictorConfig) -> MotionInputs | None:  # None: nothing teaches
+    "How the motion is estimated that a network without a prior is to learn."
+    prior = self.motion_prior
+    return self.motion_inputs._replace(motion_prior=prior) if self.prior_role == "teacher" and prior.reach else None
 
 # %% ../nbs/31_predictor.ipynb #dca1ef70
 @patch(as_prop=True)

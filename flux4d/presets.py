@@ -9,7 +9,7 @@ from .refine import FullConfig
 from .config import config_from_dict, config_to_dict, flattened, merged
 
 # %% auto #0
-__all__ = ['OUR_CHOICES', 'PAPER_CHOICES', 'SMALL', 'NO_PRIOR', 'ONE_PASS', 'PRESETS', 'preset_config', 'preset_table']
+__all__ = ['OUR_CHOICES', 'PAPER_CHOICES', 'SMALL', 'TAUGHT', 'ONE_PASS', 'PRESETS', 'preset_config', 'preset_table']
 
 # %% ../nbs/51_presets.ipynb #88c145c1
 OUR_CHOICES = dict(
@@ -75,13 +75,13 @@ SMALL = dict(
     train=dict(ema=0.9, lr=5e-4),
 )
 
-NO_PRIOR = dict(model=dict(motion_prior=dict(reach=0)))
+TAUGHT = dict(model=dict(prior_role="teacher"), loss=dict(teacher=0.1))  # the network is shown no motion prior
 ONE_PASS = dict(refine=dict(steps=1), model=dict(degree=0), flow=dict(enabled=False))
 
 PRESETS = dict(
     default=OUR_CHOICES,
     paper=PAPER_CHOICES,
-    learned=merged(OUR_CHOICES, NO_PRIOR),
+    learned=merged(OUR_CHOICES, TAUGHT),
     base=merged(OUR_CHOICES, ONE_PASS),
     draft=merged(OUR_CHOICES, SMALL),
 )

@@ -21,11 +21,12 @@ from .image_velocity import render_weighted
 from .interrupt import Interrupted, NoMemory, StopRequest
 from .loader import Batch, Loader
 from .training_loss import reconstruction_loss
-from .model import Flux4DBase, build_model
+from .model import ClipInputs, Flux4DBase, build_model
 from .optimiser import adamw, averaged_model, lr_at
 from .processes import norm_state, running_norms
 from .render import RenderConfig
 from .run import Run
+from .teacher import teacher_loss
 from .scene import Scene
 
 # %% auto #0
@@ -97,9 +98,28 @@ def losses(
     "Render the supervised views, compare (paper Eq. 3-5, supp. A.1)."
     drawn = with_random_background(self.cfg, batch.number)
     out, weight = render_weighted(scene, batch.views, batch.dt, self.cfg.flow, drawn)
-    return reconstruction_loss(
+    losses = reconstruction_loss(
         out, batch.views, scene.velocity, scene.gaussians.kind, self.cfg.loss, weight, scene.duration
     )
+    return self._with_teacher(losses, batch.inputs, scene)
+
+
+@patch
+def _with_teacher(
+    self: TrainStep,
+    losses: dict,  # scalars, total among them
+    inputs: ClipInputs,  # of the micro-step
+    scene: Scene,  # of one stage
+) -> dict:  # with `taught`, m/s, where a teacher is asked for and the stage can learn motion
+    "Add the departure from the teacher; later stages have the first one's velocities, without gradient."
+    weight = self.cfg.loss.teacher
+    if not weight or not scene.velocity.requires_grad:
+        return losses
+    rows = inputs.index
+    velocity = scene.velocity[rows.inside]
+    moving = self.cfg.loss.teacher_moving
+    off = teacher_loss(velocity, inputs.taught, rows.seconds, scene.duration, rows.to_world, moving)
+    return losses | dict(total=losses["total"] + weight * off, taught=off)
 
 # %% ../nbs/33e_train_step.ipynb #6c1c4141
 @patch
@@ -197,12 +217,13 @@ def _backward(
 ) -> dict:  # scalars of the last stage, PSNR of the first, the clip's id
     "Add one micro-step's gradient, stage by stage."
     psnrs = []
+    row = {}
     for scene in self.model.stages(batch.inputs):
         losses = self.losses(batch, scene)
         (losses["total"] / self.loader.micro_steps).backward()
         self.stage_losses.append((micro, losses["total"].detach()))
         psnrs.append(losses["psnr"])
-    row = {k: v.detach() for k, v in losses.items()}
+        row |= {k: v.detach() for k, v in losses.items()}
     return row | dict(psnr_0=psnrs[0], clip=batch.clip.id)
 
 # %% ../nbs/33e_train_step.ipynb #0ac9fc37
