@@ -92,7 +92,7 @@ class Config:
             fault = "has one moment for all its points, so it would fade from a clip's later views"
             raise ValueError(f"render.fade: the hemisphere {fault}; leave fade out, or choose background.mode=grid.")
         if self.loss.teacher and self.model.teacher is None:
-            remedy = "set model.prior_role=teacher and model.motion_prior.reach above 0, or leave loss.teacher out"
+            remedy = "choose 0, or set model.prior_role=teacher and model.motion_prior.reach above 0"
             raise ValueError(f"loss.teacher: is {self.loss.teacher}, but nothing teaches; {remedy}.")
 
 # %% ../nbs/31a_config.ipynb #2b15ce04

@@ -27,7 +27,7 @@ class LossConfig:
     velocity: NonNegativeFloat = 5e-3  # weight of the mean speed, per unit of `velocity_unit`
     # what speed is counted in: "second" = m/s; "clip" = metres per clip, the paper's normalised time (supp. A.2)
     velocity_unit: Literal["second", "clip"] = "second"
-    teacher: NonNegativeFloat = 0.0  # weight of the departure from the motion prior, s/m; preset learned: 0.1
+    teacher: NonNegativeFloat = 0.0  # weight of the departure from the motion prior, s/m; preset learned: 0.5
     teacher_moving: PositiveFloat = 4.0  # how much more of it counts what moves by the prior than what rests
     use_depth: bool = True  # False: no depth supervision
     max_depth: PositiveFloat | None = None  # returns beyond do not supervise, m; None = every return counts

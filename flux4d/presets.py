@@ -75,7 +75,7 @@ SMALL = dict(
     train=dict(ema=0.9, lr=5e-4),
 )
 
-TAUGHT = dict(model=dict(prior_role="teacher"), loss=dict(teacher=0.1))  # the network is shown no motion prior
+TAUGHT = dict(model=dict(prior_role="teacher"), loss=dict(teacher=0.5))  # the network is shown no motion prior
 ONE_PASS = dict(refine=dict(steps=1), model=dict(degree=0), flow=dict(enabled=False))
 
 PRESETS = dict(

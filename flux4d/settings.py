@@ -298,7 +298,7 @@ def _with_dotted_name(
     "Put the dotted name before a sentence of `__post_init__`."
     if not name:
         return text
-    begins_with_field = text.partition(":")[0] in known
+    begins_with_field = text.partition(":")[0].partition(".")[0] in known
     return f"{name}.{text}" if begins_with_field else f"{name}: {text}"
 
 # %% ../nbs/02c_settings.ipynb #da7fed7c

@@ -5,7 +5,6 @@
 # %% ../nbs/31b_teacher.ipynb #31b00005
 from __future__ import annotations
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from .clip_data import Returns
 from .config import Config
