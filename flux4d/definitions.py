@@ -8,6 +8,7 @@ import ast
 import io
 import tokenize
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Iterator, NamedTuple
 from fastcore.basics import patch
 
@@ -187,10 +188,11 @@ def constant_definitions(
                 yield Definition(name.id, "constant", f"{name.id} = {short}", comments.of(item.lineno, item.lineno))
 
 # %% ../nbs/90a_definitions.ipynb #97fa1a7b
-def definitions(
+@lru_cache(maxsize=None)
+def _definitions_once(
     source: str,  # of a code cell
-) -> list[Definition]:  # public ones, in their order
-    "What a cell defines."
+) -> tuple[Definition, ...]:  # public ones, in their order
+    "What a cell defines, read once."
     comments, found = Comments(source), []
     for item in ast.parse(source).body:
         if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -199,4 +201,11 @@ def definitions(
             found.append(class_definition(item, comments))
         elif isinstance(item, (ast.Assign, ast.AnnAssign)):
             found += constant_definitions(item, comments)
-    return [d for d in found if not any(part.startswith("_") for part in d.name.split("."))]
+    return tuple(d for d in found if not any(part.startswith("_") for part in d.name.split(".")))
+
+
+def definitions(
+    source: str,  # of a code cell
+) -> list[Definition]:  # public ones, in their order
+    "What a cell defines."
+    return list(_definitions_once(source))

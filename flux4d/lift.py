@@ -210,9 +210,12 @@ def window_distances(
     _, rows, columns = held.shape
     row = (sweep * rows + at[0])[:, None] + offset
     column = (at[1][:, None] + offset) % columns
-    near = held.flatten()[(row[:, :, None] * columns + column[:, None]).flatten(1)].long()
-    d = (x.view(-1, 3)[near.clamp_min(0)] - centre[:, None]).square().sum(-1)
-    return torch.where((near >= 0) & (d > 0), d, math.inf)
+    near = held.flatten()[(row[:, :, None] * columns + column[:, None]).flatten(1)]
+    place, cell = (near >= 0).nonzero().unbind(1)  # most cells are empty
+    d = (x.view(-1, 3)[near[place, cell].long()] - centre[place]).square().sum(-1)
+    found = torch.full(near.shape, math.inf, dtype=x.dtype, device=x.device)
+    found[place, cell] = torch.where(d > 0, d, math.inf)
+    return found
 
 # %% ../nbs/10_lift.ipynb #33e9cfe4
 class Query(NamedTuple):

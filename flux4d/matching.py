@@ -107,8 +107,10 @@ def count_hits(
     other, gap, at, block = other[g, p], gap[g], place[p], block_of_cell[p]
     seen = observed[other, at].float()
     some = max(1, MOST_PAIRS // len(displacement))
+    base = other * soft.shape[1] + at  # in all sweeps one after the other
     for q in (slice(start, start + some) for start in range(0, len(p), some)):
-        hits.index_add_(0, block[q], soft[other[q, None], at[q, None] + gap[q, None] * displacement])
+        to = base[q, None] + gap[q, None] * displacement
+        hits.index_add_(0, block[q], soft.flatten().index_select(0, to.flatten()).view(to.shape))
     compared.index_add_(0, block, torch.ones_like(seen)[:, None])
     zero.index_add_(0, block, torch.stack([seen * soft[other, at], seen], 1))
     return HitCounts(hits, compared, zero[:, :1], zero[:, 1:])

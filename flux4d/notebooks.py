@@ -84,7 +84,8 @@ def subtitle(self: Notebook) -> str:  # the quoted line below the H1
 @patch(as_prop=True)
 def module(self: Notebook) -> str | None:  # name inside flux4d, None for a notebook that exports nothing
     "Where the notebook's exported cells go."
-    found = [re.search(r"^#\|\s*default_exp (\S+)", c["source"], re.M) for c in self.cells]
+    named = [c["source"] for c in self.cells if "default_exp" in c["source"]]
+    found = [re.search(r"^#\|\s*default_exp (\S+)", source, re.M) for source in named]
     return next((m[1] for m in found if m), None)
 
 # %% ../nbs/90_notebooks.ipynb #d002c9bb

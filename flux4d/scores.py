@@ -20,11 +20,12 @@ from .view_scores import IMAGE_METRICS, NO_RETURN, NO_SKY, NOTHING_MOVES, REGION
 
 # %% auto #0
 __all__ = ['SCORE_COLUMNS', 'ABSENT', 'TARGET_SETTINGS', 'MODEL_SCENES', 'SCORES', 'ROOT_MEAN_SQUARES', 'NO_AVERAGE', 'LEAF',
-           'COUNTED', 'VIEW_ENTRIES', 'FLOW_ENTRIES', 'CLIP_VIEWS', 'CLIP_FLOW', 'CAMERA_VIEWS', 'FACTS', 'RUN_FACTS',
-           'PLATEAU', 'BASELINE', 'TIME_ENTRIES', 'LPIPS_ENTRIES', 'score_table', 'write_scores', 'read_scores',
-           'averages', 'flat', 'nested', 'MetricEntry', 'scene_block', 'bucket_block', 'truth_block', 'flow_block',
-           'blocks_of_clip', 'worst_frames', 'blocks_of_camera', 'shortfall', 'moving_error', 'emptiness',
-           'null_reasons', 'reasons_of', 'facts_of', 'baseline_block', 'analysis_block', 'metrics_from']
+           'COUNTED', 'ENTRY_KEY', 'VIEW_ENTRIES', 'FLOW_ENTRIES', 'CLIP_VIEWS', 'CLIP_FLOW', 'CAMERA_VIEWS', 'FACTS',
+           'RUN_FACTS', 'PLATEAU', 'BASELINE', 'TIME_ENTRIES', 'LPIPS_ENTRIES', 'score_table', 'write_scores',
+           'read_scores', 'averages', 'flat', 'nested', 'MetricEntry', 'part_averages', 'scene_averages', 'entry_block',
+           'scene_block', 'bucket_block', 'truth_block', 'flow_block', 'blocks_of_clip', 'worst_frames',
+           'blocks_of_camera', 'shortfall', 'moving_error', 'emptiness', 'null_reasons', 'reasons_of', 'facts_of',
+           'baseline_block', 'analysis_block', 'metrics_from']
 
 # %% ../nbs/55_scores.ipynb #55000007
 SCORE_COLUMNS = dict(
@@ -162,16 +163,47 @@ class MetricEntry(NamedTuple):
         return kept[self.keep] if isinstance(self.keep, str) else {k: kept[k] for k in self.keep}
 
 # %% ../nbs/55_scores.ipynb #550000a3
+ENTRY_KEY = "metric", "region", "label"  # what an entry without a setting tells its rows by
+
+
+def part_averages(
+    parts: dict[Any, pd.DataFrame],  # rows, by the name of the part
+) -> dict[Any, dict[tuple, dict]]:  # by name: `averages` by ENTRY_KEY, and by those and setting
+    "Averages of several parts by one group-by, which takes little longer than that of one part."
+    if not parts:
+        return {}
+    names, found = list(parts), {name: {} for name in parts}
+    rows = pd.concat([part[[*ENTRY_KEY, "setting", "value", "count"]] for part in parts.values()], ignore_index=True)
+    rows["part"] = np.repeat(np.arange(len(parts)), [len(part) for part in parts.values()])
+    for key in (ENTRY_KEY, (*ENTRY_KEY, "setting")):
+        for (place, *group), average in averages(rows, ["part", *key]).items():
+            found[names[place]][tuple(group)] = average
+    return found
+
+
+def scene_averages(
+    table: pd.DataFrame,  # rows of all scenes
+    scenes: list[str],  # their names
+) -> dict[str, dict[tuple, dict]]:  # as `part_averages`, by scene
+    "Averages of some scenes, each with what is true of every scene."
+    return part_averages({scene: table[table.scene.isin((scene, "truth"))] for scene in scenes})
+
+
+def entry_block(
+    found: dict[tuple, dict],  # averages of one part
+    entries: dict[str, MetricEntry],  # by dotted path
+) -> dict:  # nested
+    "The entries that averages give; an average of nothing is empty with count 0."
+    return nested({path: entry.value(found) for path, entry in entries.items()})
+
+
 def scene_block(
     table: pd.DataFrame,  # rows of all scenes
     scene: str,  # its name
     entries: dict[str, MetricEntry],  # by dotted path
 ) -> dict:  # nested
     "Averages of one scene, and of what is true of every scene; an average of nothing is empty with count 0."
-    rows = table[table.scene.isin((scene, "truth"))]
-    key = ["metric", "region", "label"]
-    found = averages(rows, key) | averages(rows, [*key, "setting"])
-    return nested({path: entry.value(found) for path, entry in entries.items()})
+    return entry_block(scene_averages(table, [scene])[scene], entries)
 
 # %% ../nbs/55_scores.ipynb #55000015
 VIEW_ENTRIES = {
@@ -238,9 +270,10 @@ def truth_block(
 def flow_block(
     table: pd.DataFrame,  # rows of all scenes
     scene: str,  # its name
+    found: dict[tuple, dict] | None = None,  # its averages; None: taken here
 ) -> dict:  # nested; leaves: mean, std, count over frames; pooled, points over returns
     "Scene flow of one scene."
-    block = scene_block(table, scene, FLOW_ENTRIES)
+    block = entry_block(found or scene_averages(table, [scene])[scene], FLOW_ENTRIES)
     counts, groups = block["counts"], block["epe_3way"]
     points = sum(counts.values())
     pooled = [groups[g]["pooled"] for g in GROUPS if counts[g]]
@@ -262,11 +295,13 @@ def blocks_of_clip(
     table: pd.DataFrame,  # rows of all scenes
 ) -> dict[str, dict]:  # per_clip {clip: {scene: PSNR by setting, dB}}, per_clip_flow {clip: {epe3d m, FD m, frames}}
     "Full images of the model's scenes and scene flow of the model, by clip."
-    views, flow = {}, {}
-    for clip, rows in table.groupby("clip", sort=False):
-        scored = set(rows[rows.metric == "psnr"].scene)
-        views[clip] = {s: scene_block(rows, s, CLIP_VIEWS) for s in MODEL_SCENES if s in scored}
-        flow[clip] = scene_block(rows, "model", CLIP_FLOW)
+    of_clip = dict(iter(table.groupby("clip", sort=False)))
+    scored = {clip: set(rows[rows.metric == "psnr"].scene) for clip, rows in of_clip.items()}
+    shown = {clip: [s for s in MODEL_SCENES if s in scored[clip]] for clip in of_clip}
+    pairs = dict.fromkeys((clip, s) for clip in of_clip for s in ("model", *shown[clip]))
+    found = part_averages({(c, s): of_clip[c][of_clip[c].scene.isin((s, "truth"))] for c, s in pairs})
+    views = {c: {s: entry_block(found[c, s], CLIP_VIEWS) for s in scenes} for c, scenes in shown.items()}
+    flow = {c: entry_block(found[c, "model"], CLIP_FLOW) for c in of_clip}
     return dict(per_clip=views, per_clip_flow=flow)
 
 # %% ../nbs/55_scores.ipynb #55000020
@@ -291,7 +326,9 @@ def blocks_of_camera(
     cameras = list(rows.camera.unique())
     if len(cameras) < 2:
         return {}
-    return dict(per_camera={c: scene_block(table[table.camera == c], "model", CAMERA_VIEWS) for c in cameras})
+    of_model = table[table.scene.isin(("model", "truth"))]
+    found = part_averages({c: of_model[of_model.camera == c] for c in cameras})
+    return dict(per_camera={c: entry_block(found[c], CAMERA_VIEWS) for c in cameras})
 
 # %% ../nbs/55_scores.ipynb #55000023
 def shortfall(
@@ -404,11 +441,14 @@ def baseline_block(
     table: pd.DataFrame,  # rows of all scenes
     scene: str,  # a baseline's name in it
     source_frames: int,  # input frames of a clip
+    found: dict[tuple, dict] | None = None,  # its averages; None: taken here
 ) -> dict[str, Any]:  # nvs, scene_flow, seconds_per_frame
     "What was scored beside the model."
-    nvs = scene_block(table, scene, VIEW_ENTRIES)["nvs"]
-    seconds = scene_block(table, scene, TIME_ENTRIES)["seconds_per_clip"]
-    return dict(nvs=nvs, scene_flow=flow_block(table, scene), seconds_per_frame=seconds and seconds / source_frames)
+    found = found or scene_averages(table, [scene])[scene]
+    nvs = entry_block(found, VIEW_ENTRIES)["nvs"]
+    seconds = entry_block(found, TIME_ENTRIES)["seconds_per_clip"]
+    flow = flow_block(table, scene, found)
+    return dict(nvs=nvs, scene_flow=flow, seconds_per_frame=seconds and seconds / source_frames)
 
 # %% ../nbs/55_scores.ipynb #55000031
 def analysis_block(
@@ -428,19 +468,21 @@ def metrics_from(
 ) -> dict:  # content of metrics.json
     "All that is derived from a table of scores."
     scored = set(table[table.metric == "psnr"].scene)
-    views = {s: scene_block(table, s, VIEW_ENTRIES) for s in MODEL_SCENES if s == "model" or s in scored}
-    flow, still = (flow_block(table, s) for s in ("model", "zero_motion"))
     beside = [s for s in table.scene.unique() if s.startswith(BASELINE)]
-    lpips = scene_block(table, "model", LPIPS_ENTRIES)
+    found = scene_averages(table, [*MODEL_SCENES, "zero_motion", *beside])
+    views = {s: entry_block(found[s], VIEW_ENTRIES) for s in MODEL_SCENES if s == "model" or s in scored}
+    flow, still = (flow_block(table, s, found[s]) for s in ("model", "zero_motion"))
+    lpips = entry_block(found["model"], LPIPS_ENTRIES)
+    others = {s: baseline_block(table, s, facts["source_frames"], found[s]) for s in beside}
     parts = blocks_of_clip(table) | blocks_of_camera(table)
     m = views.pop("model") | views | {k: facts[k] for k in FACTS} | parts | dict(
         scene_flow=flow,
         zero_motion=dict(scene_flow=still),
-        baselines={s.removeprefix(BASELINE): baseline_block(table, s, facts["source_frames"]) for s in beside},
+        baselines={s.removeprefix(BASELINE): block for s, block in others.items()},
         lpips=dict.fromkeys(TARGET_SETTINGS) if facts["no_lpips"] else lpips,
         worst=worst_frames(table),
         analysis=analysis_block(table, flow, still, facts["plateau"]),
-        runtime=facts["runtime"] | scene_block(table, "model", TIME_ENTRIES),
+        runtime=facts["runtime"] | entry_block(found["model"], TIME_ENTRIES),
     )
     no_lpips = {"lpips": facts["no_lpips"]} if facts["no_lpips"] else {}
     return m | dict(reasons=reasons_of(m, table) | no_lpips)

@@ -22,7 +22,7 @@ from flux4d.predictor import PredictorConfig
 from flux4d.unet import UNetConfig
 
 KILLS = 20
-PRELOAD = ["torch._dynamo", "flux4d.train", "flux4d.city.logs", "flux4d.clips", "flux4d.cache"]  # once for all children
+PRELOAD = ["tests.preloaded", "torch._dynamo", "flux4d.train", "flux4d.city.logs", "flux4d.clips", "flux4d.cache"]
 
 
 def small_trainer(folder: Path) -> Trainer:

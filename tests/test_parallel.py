@@ -30,7 +30,7 @@ from flux4d.run import Run
 from flux4d.train import Trainer
 from flux4d.unet import UNetConfig
 
-PRELOAD = ["torch._dynamo", "flux4d.train", "flux4d.refine", "flux4d.city.logs", "flux4d.clips", "flux4d.cache"]
+PRELOAD = ["tests.preloaded", "pytest", "torch._dynamo", "flux4d.refine", "flux4d.train", "flux4d.city.logs"]
 
 
 STEPS = dict(iters=5, warmup=1, eval_every=0, log_every=1, save_ckpt_every=0, views_per_step=1, prefetch=1)
