@@ -14,7 +14,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from .settings import Share
 from .voxels import VoxelConfig
 from .occupancy import MotionPriorConfig, SweepPoints
-from .outlines import Outlines
+from .outlines import Outlines, outlines_of
 from .motion_prior import FINE_PRIOR, MotionPrior, estimate_motion_prior, sweep_clock
 
 # %% auto #0
@@ -303,10 +303,13 @@ def member_motion_prior(
     fine_prior: MotionPriorConfig = FINE_PRIOR,  # the fine one; reach 0 = none
     query: SweepPoints | None = None,  # N points whose motion is wanted; None = the returns
     membership: MembershipConfig = MembershipConfig(),  # how points are tested; edge 0 = not
+    find_view: bool = False,  # whether a cloud that shows a part of what is around is looked for
 ) -> MotionPrior:  # of the N points
     "The motion prior, each point tested against the other sweeps; with fewer than three sweeps it stays as it is."
     query = returns if query is None else query
     clock = sweep_clock(returns)
+    if find_view:
+        clock = clock._replace(outlines=outlines_of(returns.points, clock.sweep, len(clock.frames)))
     if not membership.edge or len(clock.frames) < 3:
         return estimate_motion_prior(returns, grid, cfg, fine_prior, query, clock)
     both = SweepPoints(*(torch.cat([a.to(b.dtype), b]) for a, b in zip(returns, query)))

@@ -16,7 +16,7 @@ from .matching import BlockMap, Consensus, Displacement
 from .matching import adopt_displacements, best_displacement, consensus, match_scores
 from .matching_kernels import BlockMatches, fused_matches
 from .ground_kernels import fused_heights
-from .outlines import Outlines, cells_in_view, outlines_of
+from .outlines import Outlines, cells_in_view
 from .small_movers import find_small_movers, query_small_movers
 from .trajectories import cell_means, density_map, member_cells, merge_trajectories, refine_trajectories
 from .trajectory_kernels import fused_query, fused_trajectories
@@ -102,8 +102,7 @@ def sweep_clock(
     "Sort the returns into sweeps, once for all sizes of cell."
     frames, sweep = torch.unique(returns.frame, return_inverse=True)
     times = sweep_times(returns.seconds, sweep, len(frames))
-    gap = float(mean_gap(times)) if len(frames) > 1 else 0.0
-    return SweepClock(frames, sweep, times, gap, outlines_of(returns.points, sweep, len(frames)))
+    return SweepClock(frames, sweep, times, float(mean_gap(times)) if len(frames) > 1 else 0.0)
 
 # %% ../nbs/14_motion_prior.ipynb #14c10c03
 def block_matches(
