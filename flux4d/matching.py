@@ -151,11 +151,15 @@ def match_scores(
     *counts, cell_count = sum_around(torch.cat(values, 1), blocks).split([v.shape[1] for v in values], 1)
     counts = HitCounts(*counts)
     compared = counts.compared
+    zero_motion = counts.zero_hits / counts.zero_compared.clamp_min(1)
     if in_view is not None:  # a displacement that leads most cells out of view is known too little
         compared = torch.maximum(compared, LEAST_COMPARED * compared.amax(1, keepdim=True))
+    score = counts.hits / compared.clamp_min(1)
+    if in_view is not None:  # a place in view may show no road, and be empty all the same
+        zero_motion = score[:, score.shape[1] // 2, None]
     return MatchScores(
-        score=counts.hits / compared.clamp_min(1),
-        zero_motion=counts.zero_hits[:, 0] / counts.zero_compared[:, 0].clamp_min(1),
+        score=score,
+        zero_motion=zero_motion[:, 0],
         cells=cell_count[:, 0],
         blocks=blocks,
     )
