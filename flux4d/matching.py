@@ -12,9 +12,9 @@ from torch import Tensor
 from .occupancy import BevGrid, ConsensusRule, Occupancy, grown_mask
 
 # %% auto #0
-__all__ = ['MOST_PAIRS', 'BlockMap', 'index_blocks', 'sum_around', 'HitCounts', 'soft_occupancy', 'count_hits', 'MatchScores',
-           'match_scores', 'Displacement', 'best_displacement', 'blocks_met', 'InlierMean', 'inlier_mean', 'Consensus',
-           'consensus', 'score_of', 'adopt_displacements']
+__all__ = ['MOST_PAIRS', 'LEAST_COMPARED', 'BlockMap', 'index_blocks', 'sum_around', 'HitCounts', 'soft_occupancy', 'count_hits',
+           'MatchScores', 'match_scores', 'Displacement', 'best_displacement', 'blocks_met', 'InlierMean',
+           'inlier_mean', 'Consensus', 'consensus', 'score_of', 'adopt_displacements']
 
 # %% ../nbs/13b_matching.ipynb #00dedd18
 class BlockMap(NamedTuple):
@@ -69,7 +69,7 @@ class HitCounts(NamedTuple):
     "How many cells of each of K blocks land on occupied cells of other sweeps."
 
     hits: Tensor  # (K,D) by displacement; landing beside an occupied cell is half a hit
-    compared: Tensor  # (K,1) pairs of a cell and another sweep that were compared
+    compared: Tensor  # (K,1), or (K,D) where sweeps see a part: pairs of a cell and another sweep that were compared
     zero_hits: Tensor  # (K,1) hits without displacement, in sweeps that observe the place
     zero_compared: Tensor  # (K,1) such pairs, of sweeps that observe the place
 
@@ -82,6 +82,7 @@ def soft_occupancy(
 
 # %% ../nbs/13b_matching.ipynb #0703c895
 MOST_PAIRS = 2**24  # of a cell and a displacement that are looked up at once
+LEAST_COMPARED = 0.25  # of the pairs of the displacement that has most of them in view, which the others count as
 
 
 def count_hits(
@@ -91,6 +92,7 @@ def count_hits(
     K: int,  # blocks
     reach: int,  # cells, largest displacement along an axis from one sweep to the next
     neighbour_sweeps: int,  # sweeps on each side that are compared
+    in_view: Tensor | None = None,  # (S,rows,columns) bool, what each sweep sees; None = everything
 ) -> HitCounts:  # of each block without its neighbours, D = (2 reach + 1)^2
     "Move the cells of each block by every displacement into the sweeps before and after."
     S, _, columns = maps.occupied.shape
@@ -100,18 +102,24 @@ def count_hits(
     place = cells[:, 1] * columns + cells[:, 2]
     d = torch.arange(-reach, reach + 1, device=place.device)
     displacement = (d[:, None] * columns + d).flatten()
-    hits, compared, zero = (torch.zeros(K, n, device=place.device) for n in (len(displacement), 1, 2))
+    D = len(displacement)
+    hits, compared, zero = (torch.zeros(K, n, device=place.device) for n in (D, D if in_view is not None else 1, 2))
     gap = torch.arange(-neighbour_sweeps, neighbour_sweeps + 1, device=place.device)
     other = sweep + gap[:, None]
     g, p = ((other >= 0) & (other < S) & (gap != 0)[:, None]).nonzero().unbind(1)  # pairs of a cell and another sweep
     other, gap, at, block = other[g, p], gap[g], place[p], block_of_cell[p]
     seen = observed[other, at].float()
-    some = max(1, MOST_PAIRS // len(displacement))
+    some = max(1, MOST_PAIRS // D)
     base = other * soft.shape[1] + at  # in all sweeps one after the other
     for q in (slice(start, start + some) for start in range(0, len(p), some)):
         to = base[q, None] + gap[q, None] * displacement
-        hits.index_add_(0, block[q], soft.flatten().index_select(0, to.flatten()).view(to.shape))
-    compared.index_add_(0, block, torch.ones_like(seen)[:, None])
+        found = soft.flatten().index_select(0, to.flatten()).view(to.shape)
+        hits.index_add_(0, block[q], found)
+        if in_view is not None:
+            visible = in_view.flatten().index_select(0, to.flatten()).view(to.shape)
+            compared.index_add_(0, block[q], torch.maximum(visible.float(), found))
+    if in_view is None:
+        compared.index_add_(0, block, torch.ones_like(seen)[:, None])
     zero.index_add_(0, block, torch.stack([seen * soft[other, at], seen], 1))
     return HitCounts(hits, compared, zero[:, :1], zero[:, 1:])
 
@@ -130,20 +138,28 @@ def match_scores(
     bev: BevGrid,  # their cells
     reach: int,  # cells, largest displacement along an axis from one sweep to the next
     neighbour_sweeps: int,  # sweeps on each side that are compared
+    in_view: Tensor | None = None,  # (S,rows,columns) bool, what each sweep sees; None = everything
 ) -> MatchScores:
     "Score every displacement of every block that holds an occupied cell."
     cells = maps.occupied.nonzero()
     blocks, block_of_cell = index_blocks(cells, len(maps.occupied), bev)
     K = len(blocks.place)
-    alone = count_hits(maps, cells, block_of_cell, K, reach, neighbour_sweeps)
+    alone = count_hits(maps, cells, block_of_cell, K, reach, neighbour_sweeps, in_view)
     one = torch.ones(len(cells), 1, device=cells.device)
     cell_count = torch.zeros(K, 1, device=cells.device).index_add_(0, block_of_cell, one)
     values = *alone, cell_count
     *counts, cell_count = sum_around(torch.cat(values, 1), blocks).split([v.shape[1] for v in values], 1)
     counts = HitCounts(*counts)
+    compared = counts.compared
+    zero_motion = counts.zero_hits / counts.zero_compared.clamp_min(1)
+    if in_view is not None:  # a displacement that leads most cells out of view is known too little
+        compared = torch.maximum(compared, LEAST_COMPARED * compared.amax(1, keepdim=True))
+    score = counts.hits / compared.clamp_min(1)
+    if in_view is not None:  # a place in view may show no road, and be empty all the same
+        zero_motion = score[:, score.shape[1] // 2, None]
     return MatchScores(
-        score=counts.hits / counts.compared.clamp_min(1),
-        zero_motion=counts.zero_hits[:, 0] / counts.zero_compared[:, 0].clamp_min(1),
+        score=score,
+        zero_motion=zero_motion[:, 0],
         cells=cell_count[:, 0],
         blocks=blocks,
     )

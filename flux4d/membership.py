@@ -14,6 +14,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from .settings import Share
 from .voxels import VoxelConfig
 from .occupancy import MotionPriorConfig, SweepPoints
+from .outlines import Outlines, outlines_of
 from .motion_prior import FINE_PRIOR, MotionPrior, estimate_motion_prior, sweep_clock
 
 # %% auto #0
@@ -150,6 +151,7 @@ class SweepMaps(NamedTuple):
     filled: Tensor  # (S,X,Y,Z) bool, a return in the cell or in a neighbour
     low: Tensor  # (3,) m, corner of the grid
     cell: Tensor  # (3,) m
+    outlines: Outlines | None = None  # of what each sweep sees; None: all that is around
 
     def cells_at(
         self,
@@ -166,6 +168,7 @@ def sweep_maps(
     count: int,  # S
     grid: VoxelConfig,  # its extent
     cfg: MembershipConfig,  # read: cell, cell_height
+    outlines: Outlines | None = None,  # of what each sweep sees; None: all that is around
 ) -> SweepMaps:
     "A map of each sweep: a byte a cell, together 0.4 GB for PandaSet's grid and six sweeps."
     cell = (cfg.cell, cfg.cell, cfg.cell_height)
@@ -179,7 +182,7 @@ def sweep_maps(
     at = torch.unique(((returns.frame[inside] * X + x) * Y + y) * Z + z)
     dx, dy, dz = torch.cartesian_prod(*[torch.arange(-1, 2, device=at.device)] * 3).T[..., None]
     filled.view(-1)[at + (dx * Y + dy) * Z + dz] = True
-    return SweepMaps(filled, low, edges)
+    return SweepMaps(filled, low, edges, outlines)
 
 # %% ../nbs/14a_membership.ipynb #14a00015
 def hits(
@@ -187,12 +190,16 @@ def hits(
     sweep: Tensor,  # (N,) int64, of the points, which is not asked
     points: Tensor,  # (N,3), or (S,N,3) for places in each sweep, m
 ) -> Tensor:  # (N,) 0..1
-    "In how many of the other sweeps there is a return near a point, as a share."
+    "In how many of the other sweeps there is a return near a point, as a share of those that see the place."
     S = len(maps.filled)
     filled = maps.filled.flatten()
     each = torch.arange(S, device=filled.device)[:, None]
     found = filled[each * (len(filled) // S) + maps.cells_at(points)] & (sweep != each)
-    return found.sum(0) / (S - 1)
+    if maps.outlines is None:
+        return found.sum(0) / (S - 1)
+    places = points.expand(S, *points.shape[-2:])
+    seen = torch.stack([maps.outlines.hold(k, places[k]) for k in range(S)]) & (sweep != each)
+    return found.sum(0) / (seen | found).sum(0).clamp_min(1)
 
 
 def explain(
@@ -274,13 +281,14 @@ def apply_membership(
     times: Tensor,  # (S,) of the sweeps, s
     grid: VoxelConfig,  # its extent
     cfg: MembershipConfig,  # all settings
+    outlines: Outlines | None = None,  # of what each sweep sees; None: all that is around
 ) -> MotionPrior:  # of the N points
     "Offer the trusted motions that are backed, test the points, and decide."
     n = len(returns.points)
     of_returns, of_query = (MotionPrior(*(x[part] for x in prior)) for part in (slice(n), slice(n, None)))
     movers = of_returns.trusted
     motion = torch.cat([of_returns.velocity[movers, :2], of_returns.acceleration[movers, :2]], 1)
-    maps = sweep_maps(returns, len(times), grid, cfg)
+    maps = sweep_maps(returns, len(times), grid, cfg, outlines)
     weight = backed(returns.part(movers), motion, maps, times, cfg)
     offered = offered_at(offer_motion(returns.part(movers), motion, times, cfg.edge, weight), query)
     found = explain(maps, query, offered.motion, times)
@@ -295,10 +303,13 @@ def member_motion_prior(
     fine_prior: MotionPriorConfig = FINE_PRIOR,  # the fine one; reach 0 = none
     query: SweepPoints | None = None,  # N points whose motion is wanted; None = the returns
     membership: MembershipConfig = MembershipConfig(),  # how points are tested; edge 0 = not
+    find_view: bool = False,  # whether a cloud that shows a part of what is around is looked for
 ) -> MotionPrior:  # of the N points
     "The motion prior, each point tested against the other sweeps; with fewer than three sweeps it stays as it is."
     query = returns if query is None else query
     clock = sweep_clock(returns)
+    if find_view:
+        clock = clock._replace(outlines=outlines_of(returns.points, clock.sweep, len(clock.frames)))
     if not membership.edge or len(clock.frames) < 3:
         return estimate_motion_prior(returns, grid, cfg, fine_prior, query, clock)
     both = SweepPoints(*(torch.cat([a.to(b.dtype), b]) for a, b in zip(returns, query)))
@@ -306,4 +317,4 @@ def member_motion_prior(
     of_query = torch.searchsorted(clock.frames, query.frame).clamp_max(len(clock.frames) - 1)
     counted = SweepPoints(returns.points.float(), returns.seconds, clock.sweep)
     asked = SweepPoints(query.points.float(), query.seconds, of_query)
-    return apply_membership(prior, counted, asked, clock.times, grid, membership)
+    return apply_membership(prior, counted, asked, clock.times, grid, membership, clock.outlines)

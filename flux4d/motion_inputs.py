@@ -134,8 +134,10 @@ def prior_of_points(
     how: MotionInputs,  # the coarse and the fine prior
 ) -> MotionPrior:  # of the M points
     "The motion prior at some points, coarse to fine."
-    matched = points if returns is None else returns
-    return member_motion_prior(matched, voxel, how.motion_prior, how.fine_prior, points, how.membership)
+    alone = returns is None
+    matched = points if alone else returns
+    priors = how.motion_prior, how.fine_prior
+    return member_motion_prior(matched, voxel, *priors, points, how.membership, find_view=not alone)
 
 # %% ../nbs/30a_motion_inputs.ipynb #faa0413e
 PRIOR_CHANNELS = dict(velocity=2, acceleration=2, score=1, zero_motion_score=1, trusted=1, may_move=1)

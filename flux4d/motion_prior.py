@@ -16,6 +16,7 @@ from .matching import BlockMap, Consensus, Displacement
 from .matching import adopt_displacements, best_displacement, consensus, match_scores
 from .matching_kernels import BlockMatches, fused_matches
 from .ground_kernels import fused_heights
+from .outlines import Outlines, cells_in_view
 from .small_movers import find_small_movers, query_small_movers
 from .trajectories import cell_means, density_map, member_cells, merge_trajectories, refine_trajectories
 from .trajectory_kernels import fused_query, fused_trajectories
@@ -92,6 +93,7 @@ class SweepClock(NamedTuple):
     sweep: Tensor  # (M,) int64 which of them each return is of, 0..S-1
     times: Tensor  # (S,) float32 s, mean of each
     gap: float  # s, mean from one sweep to the next; 0 for fewer than two
+    outlines: Outlines | None = None  # of what each sweep sees; None: all that is around
 
 
 def sweep_clock(
@@ -115,7 +117,8 @@ def block_matches(
     if kernels_work(height.device) and not cfg.far_apart:
         return fused_matches(returns, height, S, clock.gap, bev, cfg)
     maps = occupancy_maps(returns.points, height, returns.frame, S, bev, cfg.height, cfg.observed_radius)
-    scores = match_scores(maps, bev, cfg.reach, cfg.neighbour_sweeps)
+    in_view = None if clock.outlines is None else cells_in_view(clock.outlines, bev).to(height.device)
+    scores = match_scores(maps, bev, cfg.reach, cfg.neighbour_sweeps, in_view)
     found = best_displacement(scores.score, scores.zero_motion, cfg.cell, cfg.zero_motion_penalty)
     agreed = consensus(found, scores, mean_gap(clock.times), cfg.consensus_rule)
     if cfg.adopt_rounds:
@@ -178,6 +181,8 @@ def estimate_block_motion(
     "Match the sweeps, keep what others confirm, and refine it."
     clock = sweep_clock(returns) if clock is None else clock
     cfg = cfg.at_gap(clock.gap, len(clock.frames))
+    if clock.outlines is not None:
+        cfg = cfg.for_a_part()
     bev = bev_grid(grid, cfg)
     returns = SweepPoints(returns.points, returns.seconds, clock.sweep)
     blocks, found, agreed, movable = block_matches(returns, height, clock, bev, cfg)

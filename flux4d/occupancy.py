@@ -157,6 +157,13 @@ def at_gap(
         adopt_rounds=self.far_adopt_rounds if far else self.adopt_rounds,
     )
 
+
+@patch
+def for_a_part(self: MotionPriorConfig) -> MotionPriorConfig:
+    "The same where sweeps see a part of what is around: what leaves the view is in few of them."
+    rounds = max(self.adopt_rounds, self.far_adopt_rounds)
+    return replace(self, few_inliers=self.few_inliers or 2, adopt_rounds=rounds)
+
 # %% ../nbs/13a_occupancy.ipynb #b476b8a8
 class SweepPoints(NamedTuple):
     "Points of several sweeps."
