@@ -22,6 +22,7 @@ from flux4d.matching_kernels import fused_matches
 from flux4d.motion_inputs import local_velocity, street_gaussians
 from flux4d.motion_prior import block_prior, estimate_block_motion, fit_trajectories, mean_gap, query_motion
 from flux4d.occupancy import MotionPriorConfig, SweepPoints, bev_grid, height_above_ground, occupancy_maps
+from flux4d.outlines import sees_a_part
 from flux4d.predictor import PredictorConfig, make_grid_index
 from flux4d.trajectories import density_map, merge_trajectories
 from flux4d.trajectory_kernels import fused_density, fused_merge, fused_query, fused_trajectories
@@ -247,8 +248,9 @@ class Count(TorchDispatchMode):
 @on_gpu
 def test_a_grid_index_by_kernels_is_one_by_tensor_operations(monkeypatch):
     g, _, _ = street_gaussians(velocity=torch.tensor([6.0, 1.5, 0]), n_ground=9000, n_box=2500)
-    g = g.to("cuda")
+    g = replace(g, means=g.means - torch.tensor([8.0, 0, 0])).to("cuda")  # the vehicle stands in the street
     returns = Returns(g.means.double(), g.t.clone(), g.frame)
+    assert not sees_a_part(g.means, g.frame == 0)  # as kernels need it
     given = g, torch.eye(4, dtype=torch.float64), 1.0, VoxelConfig(), PredictorConfig().motion_inputs, returns
     make_grid_index(*given)
     with Count() as count:
