@@ -16,21 +16,20 @@ __all__ = ['sees_a_part', 'Outlines', 'outlines_of', 'cells_in_view']
 
 # %% ../nbs/13k_outlines.ipynb #13k00008
 def sees_a_part(
-    points: Tensor,  # (M,3) ego0, m
-    first: Tensor,  # (M,) bool, of the clip's first sweep, when the vehicle stands at the origin
+    points: Tensor,  # (M,3) of the clip's first sweep, when the vehicle stands at the origin, ego0, m
     directions: int = 32,  # that are tried
 ) -> bool:
-    "Whether some line through the vehicle has all returns of the first sweep on one side."
+    "Whether some line through the vehicle has all returns on one side."
     angle = torch.arange(directions, device=points.device) * (2 * math.pi / directions)
     along = points[:, :2].float() @ torch.stack([angle.cos(), angle.sin()])
-    farthest = along.masked_fill(~first[:, None], -math.inf).amax(0)
-    return bool((farthest < 0).any())
+    return bool((along.amax(0) < 0).any())
 
 # %% ../nbs/13k_outlines.ipynb #13k00011
 class Outlines(NamedTuple):
     "Convex outlines of S sweeps from above."
 
-    edges: tuple[Tensor, ...]  # S of (E,3): a place (x, y) is inside where x a + y b + c <= 0 for each row (a, b, c)
+    # S of (E,3) float64 on the CPU: a place (x, y) is inside where x a + y b + c <= 0 for each row (a, b, c)
+    edges: tuple[Tensor, ...]
 
     def hold(
         self,
@@ -39,7 +38,7 @@ class Outlines(NamedTuple):
     ) -> Tensor:  # (N,) bool
         "Which places lie in a sweep's outline."
         inside = torch.ones(len(points), dtype=torch.bool, device=points.device)
-        for a, b, c in self.edges[sweep].to(points).tolist():
+        for a, b, c in self.edges[sweep].tolist():
             inside &= points[:, 0] * a + points[:, 1] * b + c <= 0
         return inside
 
@@ -50,7 +49,7 @@ def outlines_of(
     count: int,  # S
 ) -> Outlines | None:  # None: the sweeps see all around
     "The outline of each sweep, where the sweeps see a part."
-    if not count or not sees_a_part(points, sweep == 0):
+    if not count or not sees_a_part(points[sweep == 0]):
         return None
     edges = []
     for k in range(count):

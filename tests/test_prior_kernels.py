@@ -250,7 +250,7 @@ def test_a_grid_index_by_kernels_is_one_by_tensor_operations(monkeypatch):
     g, _, _ = street_gaussians(velocity=torch.tensor([6.0, 1.5, 0]), n_ground=9000, n_box=2500)
     g = replace(g, means=g.means - torch.tensor([8.0, 0, 0])).to("cuda")  # the vehicle stands in the street
     returns = Returns(g.means.double(), g.t.clone(), g.frame)
-    assert not sees_a_part(g.means, g.frame == 0)  # as kernels need it
+    assert not sees_a_part(g.means[g.frame == 0])  # as kernels need it
     given = g, torch.eye(4, dtype=torch.float64), 1.0, VoxelConfig(), PredictorConfig().motion_inputs, returns
     make_grid_index(*given)
     with Count() as count:
