@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from .raster import ALPHA_MAX, ALPHA_MIN, Blend, DrawRules, EDGE, Ellipsoids, Pinhole, Raster, Splats
 from .raster import T_MIN, rasterise, splat_ellipses
+from .signals import uninterrupted
 
 try:
     import numba
@@ -678,6 +679,7 @@ def in_threads(
             done.result()
 
 # %% ../nbs/20a_raster_compiled.ipynb #86a1a3b6
+@uninterrupted()
 def draw_tiles(
     s: Splats,  # uv, conic and opacity, float32, nearest first
     features: Tensor,  # (n,C)
@@ -695,6 +697,7 @@ def draw_tiles(
     return e, f, tiles, drawn
 
 # %% ../nbs/20a_raster_compiled.ipynb #fdf7c0a4
+@uninterrupted()
 def undraw_tiles(
     kept: tuple[np.ndarray, np.ndarray, SplatTiles, Drawn],  # from `draw_tiles`
     grad: Tensor,  # (pixels,C) gradient of the picture

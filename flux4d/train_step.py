@@ -26,6 +26,7 @@ from .optimiser import adamw, averaged_model, lr_at
 from .processes import norm_state, running_norms
 from .render import RenderConfig
 from .run import Run
+from .signals import uninterrupted
 from .teacher import teacher_loss
 from .scene import Scene
 
@@ -220,7 +221,8 @@ def _backward(
     row = {}
     for scene in self.model.stages(batch.inputs):
         losses = self.losses(batch, scene)
-        (losses["total"] / self.loader.micro_steps).backward()
+        with uninterrupted():
+            (losses["total"] / self.loader.micro_steps).backward()
         self.stage_losses.append((micro, losses["total"].detach()))
         psnrs.append(losses["psnr"])
         row |= {k: v.detach() for k, v in losses.items()}

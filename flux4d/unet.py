@@ -21,6 +21,7 @@ from .attribute_kernels import fused_mix, kernels_change
 from .block_kernels import fused_block, kernels_convolve
 from .level_tables import level_tables
 from .settings import Share
+from .signals import uninterrupted
 from .sparse_convolution import plain_spconv
 from .kernels import kernels_work
 from .voxels import VoxelConfig, Voxels
@@ -199,6 +200,7 @@ class SparseConv(spconv.conv.SparseConvolution):
 
 # %% ../nbs/30_unet.ipynb #3ed352b7
 @patch
+@uninterrupted()  # spconv takes an exception for a fault of its own and prints its tables
 def forward(
     self: SparseConv,
     x: spconv.SparseConvTensor,  # input voxels
@@ -246,6 +248,7 @@ NO_TIMER = CUDAKernelTimer(False)
 
 # %% ../nbs/30_unet.ipynb #44d08791
 @patch
+@uninterrupted()
 def again(
     self: SparseConv,
     features: Tensor,  # (V,n_in)

@@ -1,7 +1,8 @@
 """The compiled rasteriser beside the readable one: batches of views, feature channels, threads, a missing package,
-folders that cannot be written to."""
+folders that cannot be written to, Ctrl-C."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 import torch
 from flux4d import raster_compiled, render as render_module
 from flux4d.raster import Blend, DrawRules, Ellipsoids, Pinhole, rasterise
-from flux4d.raster_compiled import CompiledBlend, have_numba, in_threads, rasterise_compiled
+from flux4d.raster_compiled import CompiledBlend, blend_tiles, have_numba, in_threads, rasterise_compiled
+from flux4d.raster_compiled import sum_entries, unblend_tiles
 from flux4d.render import Cameras, RenderConfig, pick_backend, render
 from flux4d.gaussians import gaussians_from
 
@@ -136,3 +138,25 @@ def test_import_compiles_nothing_and_the_cache_is_used(tmp_path):
     before, after = first.stdout.split("\n")[:2]
     assert before == "0 0" and int(after.split()[0]) > 0
     assert second.stdout.split("\n")[1].split()[1] == "1"
+
+
+@needs_numba
+@pytest.mark.parametrize("strikes_at", [blend_tiles, unblend_tiles, sum_entries], ids=lambda kernel: kernel.__name__)
+def test_an_interrupt_waits_until_compiled_code_has_ended(monkeypatch, strikes_at):
+    "An exception while numba hands over its results would end the process with a segmentation fault."
+    ended = []
+
+    def struck(kernel, *args):
+        if kernel is strikes_at:
+            signal.raise_signal(signal.SIGINT)
+        in_threads(kernel, *args)
+        ended.append(kernel)
+
+    monkeypatch.setattr(raster_compiled, "in_threads", struck)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            drawn("compiled")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended[-1] is (blend_tiles if strikes_at is blend_tiles else sum_entries)
