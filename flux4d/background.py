@@ -60,7 +60,7 @@ class BackgroundConfig:
     above_cell: PositiveFloat = 1.9  # deg, grid: side of the cells whose blocks share their cost there
     above_opacity: OpenShare = 0.35  # grid: of blocks there, whose depth is less sure: more layers are averaged
     # grid: try many depths for each small cell there, and keep what another image finds too
-    above_sweep: bool = False
+    above_sweep: bool = True
     scale_factor: PositiveFloat = 0.5  # hemisphere: rendered standard deviation per mean spacing of the points
     opacity: OpenShare = 0.5  # grid: six input images overlap, so each may be half transparent
     # hemisphere: one layer, scattered at random; 0.5 is the paper's opacity of every Gaussian (supp. A.2)

@@ -15,7 +15,7 @@ from .clip_data import ClipData
 from .gap_filling import block_rays
 
 # %% auto #0
-__all__ = ['MOST', 'SAME_DEPTH', 'CellGrid', 'cell_grid', 'window_mean', 'sweep_cost', 'plane_sweep', 'agreed_depths']
+__all__ = ['MOST', 'AT_ONCE', 'SAME_DEPTH', 'CellGrid', 'cell_grid', 'window_mean', 'sweep_cost', 'plane_sweep', 'agreed_depths']
 
 # %% ../nbs/11c_plane_sweep.ipynb #ps000008
 class CellGrid(NamedTuple):
@@ -49,16 +49,18 @@ def cell_grid(
 def into_all(
     self: CellGrid,
     v: int,  # an image
-    z: Tensor,  # (h,w) m, depth of its cells
-) -> tuple[Tensor, Tensor]:  # (V,h,w,2) cells; (V,h,w) m
+    z: Tensor,  # (...,h,w) m, depths of its cells
+) -> tuple[Tensor, Tensor]:  # (V,...,h,w,2) cells; (V,...,h,w) m
     "Where one image's cells lie in every image."
-    place = self.origin[v] + z[..., None] * self.ray[v]
-    at = transform_points(self.world_to_cam, place.view(1, -1, 3)).view(-1, *place.shape)
-    uvw = at @ self.K[:, None].mT
+    place = (self.origin[v] + z[..., None] * self.ray[v]).view(1, -1, 3)
+    at = transform_points(self.world_to_cam, place)
+    uvw = (at @ self.K.mT).view(-1, *z.shape, 3)
+    at = at.view(-1, *z.shape, 3)
     return uvw[..., :2] / uvw[..., 2:].clamp_min(1e-6), at[..., 2]
 
 # %% ../nbs/11c_plane_sweep.ipynb #ps000013
 MOST = 0.15  # largest difference of two colours that counts, 0..1
+AT_ONCE = 9  # depths that are tried together
 
 
 def window_mean(
@@ -75,20 +77,21 @@ def sweep_cost(
     small: Tensor,  # (V,H,W,3) these images, a pixel for each cell, 0..1
     shown: Tensor | None,  # (V,H,W) bool, False where the own vehicle is seen; None: nowhere
     v: int,  # the image whose cells are tried
-    z: Tensor,  # (h,w) m, depth of its cells
+    z: Tensor,  # (D,h,w) m, depths of its cells
     window: int,  # cells, odd
-) -> Tensor:  # (h,w) 0..MOST
-    "How differently the other images look if that is the depth."
+) -> Tensor:  # (D,h,w) 0..MOST
+    "How differently the other images look at each of these depths."
     uv, depth = grid.into_all(v, z)
     size = uv.new_tensor([small.shape[2], small.shape[1]])
     at = uv / size * 2 - 1
-    colour = F.grid_sample(small.permute(0, 3, 1, 2), at, align_corners=False)
     there = (depth > 1) & (at.abs() < 1).all(-1)
+    at, rows = at.flatten(1, 2), z.shape[1]
+    colour = F.grid_sample(small.permute(0, 3, 1, 2), at, align_corners=False).unflatten(2, z.shape[:2])
     if shown is not None:
-        there &= F.grid_sample(shown[:, None].float(), at, align_corners=False)[:, 0] > 0.99
-        there &= shown[v, : z.shape[0]]
+        seen = F.grid_sample(shown[:, None].float(), at, align_corners=False).view(there.shape)
+        there &= (seen > 0.99) & shown[v, :rows]
     there[v] = False
-    own = small[v, : z.shape[0]].permute(2, 0, 1)
+    own = small[v, :rows].permute(2, 0, 1)[:, None]
     difference = (colour - own).abs().mean(1).clamp_max(MOST) * there
     weight = window_mean(there.float(), window)
     sees = weight > 0.3
@@ -107,7 +110,7 @@ def plane_sweep(
     "The depth of each cell at which the images look most alike."
     best = []
     for v, tried in enumerate(depths):
-        cost = torch.stack([sweep_cost(grid, small, shown, v, z, window) for z in tried])
+        cost = torch.cat([sweep_cost(grid, small, shown, v, z, window) for z in tried.split(AT_ONCE)])
         least, which = cost.min(0, keepdim=True)
         found = tried.gather(0, which)[0]
         best.append(torch.where(cost.mean(0) - least[0] > gain, found, math.nan))

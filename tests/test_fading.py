@@ -105,8 +105,7 @@ def data():
 
 
 def test_the_sweep_moves_only_what_lies_above_the_field(data):
-    plain = init_data(data)
-    swept = init_data(data, bg_cfg=BackgroundConfig(above_sweep=True))
+    plain, swept = (init_data(data, bg_cfg=BackgroundConfig(above_sweep=on)) for on in (False, True))
     assert len(plain) == len(swept)
     moved = (plain.means != swept.means).any(1)
     assert moved.any() and (swept.kind[moved] == BACKGROUND).all()
@@ -122,7 +121,7 @@ def test_hidden_cells_have_no_say(data):
         images = data.images.clone()
         noise = torch.randint(0, 255, images[:, :, :, : w // 2].shape, generator=torch.Generator().manual_seed(seed))
         images[:, :, :, : w // 2] = noise.to(images)
-        results.append(init_data(replace(data, images=images, valid=valid), bg_cfg=BackgroundConfig(above_sweep=True)))
+        results.append(init_data(replace(data, images=images, valid=valid)))
     assert len(results[0]) == len(results[1])
     assert torch.equal(results[0].means, results[1].means)
 
