@@ -337,6 +337,8 @@ NO_EFFECT = (  # fields that change no result
     *RETIRED,
     "model.motion_prior.penalty_power",  # where input frames are 0.2 s apart, as in every run here
     "model.fine_prior.penalty_power",
+    "background.above_sweep",  # log 002's front camera sees nothing above the highest beam
+    "voxel.map_gb",  # and nothing behind the vehicle
     "data.host_gb",
     "data.device_gb",
     "data.loader_threads",

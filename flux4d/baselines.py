@@ -21,7 +21,7 @@ from .voxels import VoxelConfig
 from .occupancy import height_above_ground
 from .predictor import PredictorConfig, make_grid_index
 from .decode import decode_velocity, motion_head_width
-from .model import ClipInputs
+from .model import ClipInputs, grid_for
 from .scene import Scene
 from .presets import preset_config
 
@@ -258,7 +258,7 @@ def nsfp(
 @torch.no_grad()
 def motion_prior_alone(
     inputs: ClipInputs,  # read: its lift, and its returns, which are matched between sweeps, all around
-    voxel: VoxelConfig = VoxelConfig(),  # read: the range in which motion is looked for
+    voxel: VoxelConfig = VoxelConfig(),  # the range in which motion is looked for where no camera looks back
     cfg: PredictorConfig | None = None,  # read: the prior; None: the preset default's
     lidar_sensors: tuple[int, ...] = (0,),  # whose returns are matched
 ) -> Scene:  # the lift; velocity (N,2,3) coefficients, m/s and m/s^2, world
@@ -267,7 +267,8 @@ def motion_prior_alone(
     lift = inputs.scene
     g0 = lift.gaussians
     returns = clip_returns(inputs.clip, lidar_sensors).to(lift.device)
-    index = make_grid_index(g0, lift.ego0, lift.duration, voxel, cfg.motion_inputs, returns)
+    grid = grid_for(lift, inputs.cfg.data.cameras, voxel)
+    index = make_grid_index(g0, lift.ego0, lift.duration, grid, cfg.motion_inputs, returns)
     width = motion_head_width(cfg.degree, cfg.motion_inputs.has_prior)
     nothing = g0.means.new_zeros(len(index.inside), width)
     how = cfg.decoding

@@ -235,7 +235,7 @@ def time_prior(
     shares: tuple[float, ...] = SHARES,  # of the returns
 ) -> None:
     "The motion prior alone, by returns; and the whole grid index, of which it is a part."
-    how, voxel, points = m.cfg.model.motion_inputs, m.cfg.voxel, grid_points(m)
+    how, voxel, points = m.cfg.model.motion_inputs, m.inputs.index.grid, grid_points(m)
     around = returns_in_grid(m.returns, m.inputs.index.to_world, voxel)
     t.time("prior", "grid_index", lambda: grid_index_of(m.inputs.scene, m.returns, m.cfg))
     for share in shares:
@@ -250,7 +250,7 @@ def time_voxels(
     shares: tuple[float, ...] = SHARES,  # of the points
 ) -> None:
     "Sorting points into voxels, and finding the eight voxels around each."
-    voxel, points = m.cfg.voxel, grid_points(m).points
+    voxel, points = m.inputs.index.grid, grid_points(m).points
     for share in shares:
         some = points[nearest_rows(points, share)]
         nothing = some[:, :0]
@@ -311,7 +311,7 @@ def time_unet(
     shares: tuple[float, ...] = SHARES,  # of the points
 ) -> None:
     "The base network's U-Net by voxels: forward, forward with neighbour tables that are kept, forward and backward."
-    net, voxel, points = m.model.base.unet, m.cfg.voxel, grid_points(m).points
+    net, voxel, points = m.model.base.unet, m.inputs.index.grid, grid_points(m).points
     n_in = net.stem.in_features
     for share in shares:
         v = random_voxels(points[nearest_rows(points, share)], n_in, voxel)

@@ -10,6 +10,7 @@ from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+import numpy as np
 import torch
 from torch import Tensor, nn
 from fastcore.basics import patch
@@ -20,19 +21,20 @@ from .clips import Clip
 from .clip_data import InputViews, load_views
 from .config import Config, config_from_dict, config_to_dict, flattened, refuse_renamed, without_retired
 from .files import DataError
-from .gaussians import Gaussians
+from .gaussians import LIDAR, Gaussians
 from .motion_prior import MotionPrior
 from .clip_data import Returns, clip_returns
-from .predictor import BasePredictor, GridIndex, make_grid_index
+from .predictor import BasePredictor, GridIndex, gaussians_in_grid, make_grid_index
 from .checkpoint import load_weights
 from .scene import Scene, scene_of
 from .teacher import taught_motion
 from .settings import find_device
+from .voxels import VoxelConfig
 from .weights import read_weights
 
 # %% auto #0
-__all__ = ['with_sensors_of', 'lift_scene', 'grid_index_of', 'ClipInputs', 'read_inputs', 'Flux4DBase', 'build_model',
-           'model_class', 'load_model']
+__all__ = ['with_sensors_of', 'lift_scene', 'grid_for', 'share_outside', 'grid_index_of', 'ClipInputs', 'read_inputs',
+           'Flux4DBase', 'build_model', 'model_class', 'load_model']
 
 # %% ../nbs/32_model.ipynb #d02eb42c
 def with_sensors_of(
@@ -69,13 +71,35 @@ def _input_views(clip: Clip, cfg: Config) -> InputViews:
     )
 
 # %% ../nbs/32_model.ipynb #8ba35ae0
+def grid_for(
+    scene: Scene,  # a lift, with its recorded cameras
+    cameras: tuple[str, ...],  # names of those in use
+    voxel: VoxelConfig,  # the grid where no camera looks back
+) -> VoxelConfig:
+    "The grid that holds what a scene's cameras see."
+    rays = [scene.cameras[name].border_rays() for name in cameras if name in scene.cameras]
+    return voxel.seen_from(np.concatenate(rays) @ scene.ego0[:3, :3]) if rays else voxel
+
+
+def share_outside(
+    scene: Scene,  # a lift, with its recorded cameras
+    cfg: Config,  # read: voxel, data.cameras
+) -> float:  # 0..1
+    "How many of its Gaussians that are no background lie outside the network's grid, where none is changed or moved."
+    g = scene.gaussians
+    to_world = torch.as_tensor(scene.ego0, device=g.means.device)
+    inside, _ = gaussians_in_grid(g, to_world, scene.duration, grid_for(scene, cfg.data.cameras, cfg.voxel))
+    return 1 - len(inside) / max(int((g.kind == LIDAR).sum()), 1)
+
+
 def grid_index_of(
     scene: Scene,  # a lift
     returns: Returns,  # of its input sweeps, on the same device
-    cfg: Config,  # read: voxel, model
+    cfg: Config,  # read: voxel, model, data.cameras
 ) -> GridIndex:  # on the scene's device
     "Sort a lift into the network's grid."
-    return make_grid_index(scene.gaussians, scene.ego0, scene.duration, cfg.voxel, cfg.model.motion_inputs, returns)
+    grid = grid_for(scene, cfg.data.cameras, cfg.voxel)
+    return make_grid_index(scene.gaussians, scene.ego0, scene.duration, grid, cfg.model.motion_inputs, returns)
 
 # %% ../nbs/32_model.ipynb #3dfd105d
 @dataclass(eq=False)

@@ -169,6 +169,7 @@ class GridIndex:
     weights: Tensor  # (M,8) trilinear weights of these voxels
     motion: Tensor  # (M,F) channels of `motion_features`
     prior: MotionPrior | None  # of the M Gaussians; None = no prior
+    grid: VoxelConfig  # where the voxels are
     tables: dict = field(default_factory=dict)  # neighbour tables of the U-Net's layers, filled by the first pass
     kept: dict = field(default_factory=dict)  # answers of `slots`, one for each `TimeBins`
 
@@ -220,6 +221,7 @@ def make_grid_index(
         weights=weights,
         motion=motion.channels,
         prior=unpack_prior(motion.prior, how.velocity_scale) if how.has_prior else None,
+        grid=voxel,
     )
 
 # %% ../nbs/31_predictor.ipynb #f0c35365
@@ -268,11 +270,11 @@ def encode(
     "A point's own features, its orientation, and the U-Net's features around it; on a GPU in one table from the start."
     if len(g) and kernels_change(g.means, g.quats, g.log_scales, g.opacity_logits, g.colour_logits, index.motion):
         return self._encode_fused(g, index, extra if self.n_extra else None)
-    point, turn = describe_points(g, index.seconds, index.cells, index.to_ego, self.voxel)
+    point, turn = describe_points(g, index.seconds, index.cells, index.to_ego, index.grid)
     channels = torch.cat([*point, index.motion, *([extra.float()] if self.n_extra else [])], 1)
     slots = index.slots(self.cfg.bins)
     features = voxel_features(channels, point, index.seconds, index.voxels, self.cfg.bins, slots)
-    voxels = self.unet(replace(index.voxels, features=features), self.voxel.shape, index.tables)
+    voxels = self.unet(replace(index.voxels, features=features), index.grid.shape, index.tables)
     around = mix_voxels(voxels, index.corners, index.weights)
     return torch.cat([channels, turn, around], 1)
 
@@ -285,12 +287,12 @@ def _encode_fused(
     extra: Tensor | None,  # (M,n_extra) further channels
 ) -> Tensor:  # (M,C) what `encode` gives
     "Each kernel writes its columns of the table."
-    place = index.seconds, index.cells, index.to_ego, grid_numbers(self.voxel, index.to_ego)
+    place = index.seconds, index.cells, index.to_ego, grid_numbers(index.grid, index.to_ego)
     extra = extra if extra is None else extra.float()
     table, own = fused_channels(g, place, index.motion, extra, self.unet.n_out)
     v, bins = index.voxels, self.cfg.bins
     features = fused_means(table[:, :own], v.voxel, v.count, index.slots(bins), bins.count)
-    voxels = self.unet(replace(v, features=features), self.voxel.shape, index.tables)
+    voxels = self.unet(replace(v, features=features), index.grid.shape, index.tables)
     return fused_mix(voxels, index.corners, index.weights, table, own + 9)
 
 # %% ../nbs/31_predictor.ipynb #e40559ce

@@ -63,6 +63,16 @@ def recorded_cameras(
         found[name] = CameraPath(size @ camera.K, camera.poses[clip.frames], t, height, width)
     return found
 
+# %% ../nbs/22_scene.ipynb #22ry0001
+@patch
+def border_rays(
+    self: CameraPath,
+) -> np.ndarray:  # (9,3) world
+    "Where the first image looks: directions through its border and its middle, one pixel of depth long."
+    u, v = np.meshgrid([0.0, self.width / 2, self.width], [0.0, self.height / 2, self.height])
+    pixels = np.stack([u.ravel(), v.ravel(), np.ones(9)])
+    return (self.poses[0, :3, :3] @ np.linalg.inv(self.K) @ pixels).T
+
 # %% ../nbs/22_scene.ipynb #4321a844
 @dataclass
 class Scene(LazyMethods):

@@ -63,6 +63,7 @@ SCHEMA["baselines"][...]["nvs"] = (SCHEMA["nvs"], None)  # null: flow alone was 
 # not every evaluation has these scenes, nor older ones the rest
 OPTIONAL = {k: SCHEMA.pop(k) for k in (*MODEL_SCENES[1:], "scored_with", "left_out")}
 OPTIONAL["per_camera"] = {...: dict(nvs=SCHEMA["nvs"])}  # where several cameras were scored
+OPTIONAL["grid"] = dict(outside=float)
 
 # %% ../nbs/55b_schema.ipynb #dc9a151e
 def value_faults(

@@ -28,7 +28,7 @@ from .flow_metrics import FlowScoreConfig, score_row
 from .flow_truth import clip_truth, score_flow, score_truth
 from .image_metrics import lpips_metric
 from .loader import Loader, time_reconstruction
-from .model import ClipInputs
+from .model import ClipInputs, share_outside
 from .render import Rendered
 from .run_facts import About, clip_facts, run_facts
 from .scene import Scene
@@ -323,8 +323,10 @@ def score_cost(
     clip: Clip,  # one of the loader's
     found: ClipScenes,  # of it
 ) -> None:
-    "Seconds of each reconstruction, and the size of the lift."
-    self.add(clip, [score_row("gaussians", len(found.scenes["lift"]), 1)], "model")
+    "Seconds of each reconstruction, the size of the lift, and the share of it that the network does not reach."
+    lift = found.scenes["lift"]
+    outside = share_outside(lift, self.loader.cfg)
+    self.add(clip, [score_row("gaussians", len(lift), 1), score_row("outside_grid", outside, 1)], "model")
     for name, seconds in found.seconds.items():
         self.add(clip, [score_row("seconds", seconds, 1)], name)
 

@@ -21,11 +21,11 @@ from .view_scores import IMAGE_METRICS, NO_RETURN, NO_SKY, NOTHING_MOVES, REGION
 # %% auto #0
 __all__ = ['SCORE_COLUMNS', 'ABSENT', 'TARGET_SETTINGS', 'MODEL_SCENES', 'SCORES', 'ROOT_MEAN_SQUARES', 'NO_AVERAGE', 'LEAF',
            'COUNTED', 'ENTRY_KEY', 'VIEW_ENTRIES', 'FLOW_ENTRIES', 'CLIP_VIEWS', 'CLIP_FLOW', 'CAMERA_VIEWS', 'FACTS',
-           'RUN_FACTS', 'PLATEAU', 'BASELINE', 'TIME_ENTRIES', 'LPIPS_ENTRIES', 'score_table', 'write_scores',
-           'read_scores', 'averages', 'flat', 'nested', 'MetricEntry', 'part_averages', 'scene_averages', 'entry_block',
-           'scene_block', 'bucket_block', 'truth_block', 'flow_block', 'blocks_of_clip', 'worst_frames',
-           'blocks_of_camera', 'shortfall', 'moving_error', 'emptiness', 'null_reasons', 'reasons_of', 'facts_of',
-           'baseline_block', 'analysis_block', 'metrics_from']
+           'RUN_FACTS', 'PLATEAU', 'BASELINE', 'TIME_ENTRIES', 'GRID_ENTRIES', 'LPIPS_ENTRIES', 'score_table',
+           'write_scores', 'read_scores', 'averages', 'flat', 'nested', 'MetricEntry', 'part_averages',
+           'scene_averages', 'entry_block', 'scene_block', 'bucket_block', 'truth_block', 'flow_block',
+           'blocks_of_clip', 'worst_frames', 'blocks_of_camera', 'shortfall', 'moving_error', 'emptiness',
+           'null_reasons', 'reasons_of', 'facts_of', 'baseline_block', 'analysis_block', 'metrics_from']
 
 # %% ../nbs/55_scores.ipynb #55000007
 SCORE_COLUMNS = dict(
@@ -434,6 +434,7 @@ TIME_ENTRIES = dict(
     seconds_per_frame=MetricEntry("render_seconds", keep="mean"),
     gaussians_per_clip=MetricEntry("gaussians", keep="mean"),
 )
+GRID_ENTRIES = dict(outside=MetricEntry("outside_grid", keep="mean"))
 LPIPS_ENTRIES = {setting: MetricEntry("lpips", "full", "", setting, COUNTED) for setting in TARGET_SETTINGS}
 
 # %% ../nbs/55_scores.ipynb #5500002d
@@ -484,5 +485,7 @@ def metrics_from(
         analysis=analysis_block(table, flow, still, facts["plateau"]),
         runtime=facts["runtime"] | entry_block(found["model"], TIME_ENTRIES),
     )
+    if (table.metric == "outside_grid").any():  # not asked in older tables
+        m["grid"] = entry_block(found["model"], GRID_ENTRIES)
     no_lpips = {"lpips": facts["no_lpips"]} if facts["no_lpips"] else {}
     return m | dict(reasons=reasons_of(m, table) | no_lpips)

@@ -24,12 +24,12 @@ def taught_motion(
     scene: Scene,  # a lift
     index: GridIndex,  # its M Gaussians in the grid
     returns: Returns | None,  # of its input sweeps, on the same device; None = only the Gaussians show motion
-    cfg: Config,  # read: voxel, model.teacher
+    cfg: Config,  # read: model.teacher
 ) -> MotionPrior:  # of the M Gaussians
     "The motion that a network without a prior is to learn."
-    _, here = gaussians_in_grid(scene.gaussians, index.to_world, scene.duration, cfg.voxel)
-    around = None if returns is None else returns_in_grid(returns, index.to_world, cfg.voxel)
-    return prior_of_points(here, around, cfg.voxel, cfg.model.teacher)
+    _, here = gaussians_in_grid(scene.gaussians, index.to_world, scene.duration, index.grid)
+    around = None if returns is None else returns_in_grid(returns, index.to_world, index.grid)
+    return prior_of_points(here, around, index.grid, cfg.model.teacher)
 
 # %% ../nbs/31b_teacher.ipynb #31b00012
 def teacher_loss(

@@ -5,15 +5,17 @@
 # %% ../nbs/13_voxels.ipynb #ec5dd6af
 from __future__ import annotations
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 import numpy as np
+from fastcore.basics import patch
 from pydantic import PositiveFloat
 from .frames import Array
 
 # %% auto #0
-__all__ = ['VoxelConfig', 'Voxels', 'cell_of', 'voxelise_np', 'fate_of_points', 'voxel_report', 'draw_cloud', 'plot_bev']
+__all__ = ['BACK_STEP', 'VoxelConfig', 'Voxels', 'cell_of', 'voxelise_np', 'fate_of_points', 'voxel_report', 'draw_cloud',
+           'plot_bev']
 
 # %% ../nbs/13_voxels.ipynb #bca1d02e
 @dataclass(frozen=True)
@@ -21,8 +23,9 @@ class VoxelConfig:
     "The grid the network sees, in ego0."
 
     size: PositiveFloat = 0.2  # edge of a voxel, m
-    low: tuple[float, float, float] = (-10.0, -50.0, -6.0)  # lower corner, ego0, m
+    low: tuple[float, float, float] = (-10.0, -50.0, -6.0)  # lower corner where no camera looks back, ego0, m
     high: tuple[float, float, float] = (140.0, 50.0, 14.0)  # upper corner, ego0, m
+    map_gb: PositiveFloat = 0.1  # GB, of a map with a byte for each cell; how far a grid reaches back is cut to it
 
     def __post_init__(self) -> None:
         "Refuse a grid without cells."
@@ -40,6 +43,24 @@ class VoxelConfig:
     def shape(self) -> tuple[int, int, int]:  # cells along x, y, z
         "Cells along each axis."
         return tuple(int(np.ceil(round((b - a) / self.size, 6))) for a, b in zip(self.low, self.high))
+
+# %% ../nbs/13_voxels.ipynb #13vx0002
+BACK_STEP = 10.0  # m; a few sizes of grids are enough
+
+
+@patch
+def seen_from(
+    self: VoxelConfig,
+    rays: np.ndarray,  # (N,3) directions in which cameras look, ego0
+) -> VoxelConfig:  # the same where no ray points back
+    "The grid that also holds what cameras see behind the vehicle."
+    limit = np.where(rays > 0, self.high, [-self.high[0], *self.low[1:]])
+    steps = np.divide(limit, rays, out=np.full(rays.shape, np.inf), where=rays != 0)
+    back = -(rays[:, 0] * steps.min(1)).min(initial=0.0)
+    cells = self.map_gb * 1e9 / math.prod(self.shape[1:])
+    most = math.floor(cells * self.size - self.high[0] + 1e-6)
+    reach = min(math.ceil(back / BACK_STEP - 1e-6) * BACK_STEP, most)
+    return replace(self, low=(min(self.low[0], -float(reach)), *self.low[1:]))
 
 # %% ../nbs/13_voxels.ipynb #810c0e27
 @dataclass
