@@ -339,6 +339,7 @@ NO_EFFECT = (  # fields that change no result
     "model.fine_prior.penalty_power",
     "background.above_sweep",  # log 002's front camera sees nothing above the highest beam
     "voxel.map_gb",  # and nothing behind the vehicle
+    "refine.megapixels",  # one camera's six images are drawn at once
     "data.host_gb",
     "data.device_gb",
     "data.loader_threads",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from fastcore.basics import patch
 from annotated_types import Interval
-from pydantic import NonNegativeFloat
+from pydantic import NonNegativeFloat, PositiveFloat
 from .attribute_kernels import apply_change, fused_feedback, kernels_change
 from .input_kernels import fused_far, fused_slopes, gaussian_rows
 from .clip_data import InputViews, ViewGroups, Views, shown_only, size_groups
@@ -30,8 +30,8 @@ from .voxels import VoxelConfig
 
 # %% auto #0
 __all__ = ['N_FEEDBACK', 'RefineConfig', 'FullConfig', 'feedback_error', 'feedback_slopes', 'Feedback', 'refuse_targets',
-           'plain_pictures', 'shown_and_slopes', 'feedback', 'feedback_features', 'in_residual_terms', 'rms_over',
-           'plain_features', 'Refiner', 'far_features', 'far_channels', 'Flux4D']
+           'plain_pictures', 'shown_and_slopes', 'drawn_at_once', 'feedback', 'feedback_features', 'in_residual_terms',
+           'rms_over', 'plain_features', 'Refiner', 'far_features', 'far_channels', 'Flux4D']
 
 # %% ../nbs/50_refine.ipynb #6d44b00e
 @dataclass
@@ -44,6 +44,8 @@ class RefineConfig:
     rgb: NonNegativeFloat = 1.0  # weight of the squared colour error, per pixel
     depth: NonNegativeFloat = 5.0  # weight of the relative depth error, per return
     floor: NonNegativeFloat = 1.0  # px, Gaussians that fill less of the input views get smaller features
+    # million pixels of input views that are drawn at once; more are drawn in parts, so memory does not grow with them
+    megapixels: PositiveFloat = 25.0
     # "robust" = squared colour and relative depth errors; "training" = Eq. 3 with the weights of `loss`
     error: Literal["robust", "training"] = "robust"
     # "scaled" = per filled pixel, each attribute by its typical size; "plain" = each channel by its largest
@@ -151,6 +153,19 @@ def shown_and_slopes(
     return [out.rgb, out.depth, out.features], [*slopes]
 
 
+def drawn_at_once(
+    groups: list[InputViews],  # by size
+    cfg: RefineConfig,  # read: megapixels, error
+) -> list[InputViews]:  # parts of these groups
+    "Views in parts of a set size. The training loss is a mean over its views, so these stay together."
+    parts = []
+    for views in groups:
+        most = max(1, int(cfg.megapixels * 1e6 / (views.height * views.width)))
+        step = len(views) if cfg.error == "training" else most
+        parts += [views[k : k + step] for k in range(0, len(views), step)] if len(views) > step else [views]
+    return parts
+
+
 def feedback(
     scene: Scene,  # N Gaussians
     inputs: InputViews | ViewGroups,  # raises TypeError for any other views
@@ -161,13 +176,16 @@ def feedback(
     groups = size_groups(inputs)
     refuse_targets(groups)
     g = scene.gaussians
+    total = None
     with torch.enable_grad():
         raw = {name: getattr(g, name).detach().requires_grad_() for name in FLAT}
         nothing = g.means.new_zeros(len(g), 1).requires_grad_()  # a channel that is zero everywhere
         fresh = replace(scene, gaussians=replace(g, **raw), velocity=scene.velocity.detach())
-        found = [shown_and_slopes(fresh, views, nothing, cfg, loss) for views in groups]
-        pictures, slopes = ([x for part in parts for x in part] for parts in zip(*found))
-        *grad, filled = torch.autograd.grad(pictures, (*raw.values(), nothing), slopes)
+        for views in drawn_at_once(groups, cfg):
+            pictures, slopes = shown_and_slopes(fresh, views, nothing, cfg, loss)
+            found = torch.autograd.grad(pictures, (*raw.values(), nothing), slopes)
+            total = found if total is None else [a + b for a, b in zip(total, found)]
+    *grad, filled = total
     return Feedback(torch.cat([d.reshape(len(g), -1) for d in grad], 1), filled[:, 0])
 
 # %% ../nbs/50_refine.ipynb #9005a661
