@@ -4,6 +4,8 @@
 
 # %% ../nbs/07l_unified.ipynb #c9bd780c
 from __future__ import annotations
+import argparse
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from .rig import poses_at
 # %% auto #0
 __all__ = ['PLACES', 'LIDAR_AXES_123D', 'need_py123d', 'find_scenes', 'scene_cameras', 'intrinsics_record', 'camera_record',
            'SceneFrame', 'reading_scene', 'scene_lidar', 'scene_frame', 'world_returns', 'Moments', 'moments_of',
-           'lidar_mounting', 'lidar_poses_of', 'rig_of_scene', 'convert_scene']
+           'lidar_mounting', 'lidar_poses_of', 'rig_of_scene', 'convert_scene', 'unified_options', 'convert_unified']
 
 # %% ../nbs/07l_unified.ipynb #69fa6b51
 def need_py123d() -> Any:  # the class that opens a log's folder; raises DataError
@@ -281,3 +283,24 @@ def convert_scene(
         _write_scene_lists(scene, frames, chosen, timed, part)
         os.replace(part, log)
     return log
+
+# %% ../nbs/07l_unified.ipynb #e637a8cb
+def unified_options(
+    p: argparse.ArgumentParser,  # of `flux4d-convert 123d`
+) -> None:
+    "Add what the command line takes for logs of py123d beside source, folder and quality."
+    p.add_argument("--cameras", nargs="+", default=[], help="names in the log, such as front_camera; default all")
+
+
+def convert_unified(
+    args: argparse.Namespace,  # read: source, out, quality, cameras
+) -> None:  # raises DataError
+    "Convert what a command line names, and say what was written."
+    folders = find_scenes(args.source)
+    open_scene = need_py123d()
+    for folder in folders:
+        scene = open_scene(folder)
+        log = convert_scene(scene, args.out, args.quality, tuple(args.cameras), progress=True)
+        kept = len(json.loads((log / "meta/converted.json").read_text())["frames"])
+        lost = scene.number_of_iterations - kept
+        print(f"{log}: {kept} frames" + (f", {lost} that lack a sensor left out" if lost else ""))
