@@ -24,7 +24,8 @@ from .rig import poses_at
 # %% auto #0
 __all__ = ['PLACES', 'LIDAR_AXES_123D', 'need_py123d', 'find_scenes', 'scene_cameras', 'intrinsics_record', 'camera_record',
            'SceneFrame', 'reading_scene', 'scene_lidar', 'scene_frame', 'world_returns', 'Moments', 'moments_of',
-           'lidar_mounting', 'lidar_poses_of', 'rig_of_scene', 'convert_scene', 'unified_options', 'convert_unified']
+           'all_went_on', 'lidar_mounting', 'lidar_poses_of', 'rig_of_scene', 'convert_scene', 'unified_options',
+           'convert_unified']
 
 # %% ../nbs/07l_unified.ipynb #69fa6b51
 def need_py123d() -> Any:  # the class that opens a log's folder; raises DataError
@@ -118,7 +119,7 @@ def reading_scene(
         yield
     except (AssertionError, ImportError, OSError, ValueError) as e:
         why = next(iter(str(e).splitlines()), "").strip().rstrip(".") or type(e).__name__
-        remedy = "name the data set's folder in the variable that py123d asks for, or convert the log again"
+        remedy = "set the data set's folder as py123d wants it (as AV2_DATA_ROOT), or let it store sweeps and images"
         raise DataError(f"{scene.log_name}: py123d cannot read it ({why}); {remedy}.") from e
 
 # %% ../nbs/07l_unified.ipynb #3e79e527
@@ -184,7 +185,19 @@ def moments_of(
     ego = frame.ego.timestamp.time_s, frame.ego.imu_se3.transformation_matrix
     return Moments(frame.number, turn, ego, shots)
 
-# %% ../nbs/07l_unified.ipynb #20447ecc
+# %% ../nbs/07l_unified.ipynb #82963ede
+def all_went_on(
+    frame: Moments,  # the next one
+    before: list[Moments],  # the frames before
+) -> bool:
+    "Has each sensor something new? A camera that is slower than the LiDAR shows an image twice."
+    if not before:
+        return True
+    last = before[-1]
+    shots = all(stamp > last.cameras[name][0] for name, (stamp, _) in frame.cameras.items())
+    return shots and frame.turn[1] > last.turn[1] and frame.ego[0] > last.ego[0]
+
+# %% ../nbs/07l_unified.ipynb #0764efd9
 def lidar_mounting(
     scene: Any,  # of py123d
 ) -> np.ndarray:  # (3,) m, in the ego's axes
@@ -205,7 +218,7 @@ def lidar_poses_of(
     at_end[:, :3, 3] = transform_points(at_end, np.broadcast_to(mounting, (len(frames), 1, 3)))[:, 0]
     return at_end
 
-# %% ../nbs/07l_unified.ipynb #da5f7c20
+# %% ../nbs/07l_unified.ipynb #efb6e713
 LIDAR_AXES_123D = "forward left up"  # of the ego, which LiDAR poses keep
 
 
@@ -233,7 +246,7 @@ def _scene_lists(scene: Any, frames: list[Moments], cameras: dict[str, Any]) -> 
         lists[f"camera/{name}/intrinsics"] = intrinsics_record(about, scene.dataset)
     return lists
 
-# %% ../nbs/07l_unified.ipynb #746fcbdf
+# %% ../nbs/07l_unified.ipynb #f06694d3
 def _write_scene_frame(frame: SceneFrame, k: int, log: Path, quality: int) -> Moments:
     "Sweep and images of one frame, the log's k-th; what is left to write of it."
     dump_table(need_pandas().DataFrame(world_returns(frame)), log / f"lidar/{k:02d}.pkl.gz")
@@ -254,7 +267,7 @@ def _write_scene_lists(scene: Any, frames: list[Moments], cameras: dict[str, Any
     source = dict(dataset=scene.dataset, source=scene.log_name, frames=[f.number for f in frames], cameras=own)
     write_json(source, log / "meta/converted.json")
 
-# %% ../nbs/07l_unified.ipynb #e747d06c
+# %% ../nbs/07l_unified.ipynb #8d58960f
 def convert_scene(
     scene: Any,  # of py123d: a log, or a part of one
     out: str | Path,  # data root to write into
@@ -274,7 +287,7 @@ def convert_scene(
         shutil.rmtree(part, ignore_errors=True)
         for number in tqdm(range(scene.number_of_iterations), log.name, disable=not progress):
             frame = scene_frame(scene, number, chosen)
-            if frame is not None:
+            if frame is not None and all_went_on(moments_of(frame), frames):
                 timed = timed and frame.sweep.timestamps is not None
                 frames.append(_write_scene_frame(frame, len(frames), part, quality))
         if len(frames) < 2:
@@ -284,7 +297,7 @@ def convert_scene(
         os.replace(part, log)
     return log
 
-# %% ../nbs/07l_unified.ipynb #e637a8cb
+# %% ../nbs/07l_unified.ipynb #a83ab3ca
 def unified_options(
     p: argparse.ArgumentParser,  # of `flux4d-convert 123d`
 ) -> None:
@@ -303,4 +316,4 @@ def convert_unified(
         log = convert_scene(scene, args.out, args.quality, tuple(args.cameras), progress=True)
         kept = len(json.loads((log / "meta/converted.json").read_text())["frames"])
         lost = scene.number_of_iterations - kept
-        print(f"{log}: {kept} frames" + (f", {lost} that lack a sensor left out" if lost else ""))
+        print(f"{log}: {kept} frames" + (f", {lost} without something new of each sensor left out" if lost else ""))
