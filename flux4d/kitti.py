@@ -24,7 +24,7 @@ from .log_files import GET_AGAIN, open_image
 # %% auto #0
 __all__ = ['KITTI_AXES', 'find_drives', 'drive_name', 'Calibration', 'read_calibration', 'read_kitti_stamps', 'VehiclePath',
            'read_path', 'azimuth_times', 'compensated', 'read_scan', 'upright_misfit', 'turned_about', 'Turn',
-           'fitted_heading', 'DriveFrames', 'drive_frames', 'convert_drive', 'convert_main']
+           'fitted_heading', 'DriveFrames', 'drive_frames', 'convert_drive', 'kitti_options', 'convert_kitti']
 
 # %% ../nbs/07j_kitti.ipynb #9c8376a6
 def find_drives(
@@ -398,27 +398,11 @@ def convert_drive(
     return log
 
 # %% ../nbs/07j_kitti.ipynb #74c665b8
-_CONVERT_EXAMPLE = """Each drive becomes a log in PandaSet's layout; go on with flux4d-check and flux4d-index.
-
-example:
-  flux4d-convert kitti data/kitti_raw/2011_09_26/2011_09_26_drive_0013_sync data/kitti
-  flux4d-convert kitti data/kitti_raw data/kitti --quality 98"""
-
-
-def _parser() -> argparse.ArgumentParser:
-    "Options of `flux4d-convert`."
-    p = argparse.ArgumentParser(
-        "flux4d-convert",
-        description="Write recordings of another data set as logs that flux4d reads.",
-        epilog=_CONVERT_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("format", choices=("kitti",), help="kitti: drives of KITTI raw, synced and rectified, with GPS/IMU")
-    p.add_argument("source", help="a drive, a day's folder, or a folder of days")
-    p.add_argument("out", help="data root to write into; made if it is not there")
+def kitti_options(
+    p: argparse.ArgumentParser,  # of `flux4d-convert kitti`
+) -> None:
+    "Add what the command line takes for KITTI beside source, folder and quality."
     p.add_argument("--as-calibrated", action="store_true", help="keep the IMU's heading as the calibration has it")
-    p.add_argument("--quality", type=int, default=95, help="of the JPEGs, 1 to 100, default 95")
-    return p
 
 # %% ../nbs/07j_kitti.ipynb #8f516ce9
 def _say(log: Path, drive: Path) -> None:
@@ -431,21 +415,9 @@ def _say(log: Path, drive: Path) -> None:
     print(f"{log}: {len(frames.numbers)} frames, {seconds:.1f} s{gaps}{turned}")
 
 # %% ../nbs/07j_kitti.ipynb #3115d164
-def convert_main(
-    argv: list[str] | None = None,  # command line, None: the process's own
-) -> int:  # 0, or 1 after an error
-    "Command `flux4d-convert`: recordings of another data set as logs."
-    p = _parser()
-    args = p.parse_args(argv)
-    if not 1 <= args.quality <= 100:
-        p.error(f"--quality is {args.quality}; choose 1 to 100")
-    try:
-        for drive in find_drives(args.source):
-            _say(convert_drive(drive, args.out, args.quality, not args.as_calibrated, progress=True), drive)
-    except DataError as e:
-        print(e)
-        return 1
-    except OSError as e:
-        print(f"{e.filename or args.source}: cannot be read ({e.strerror}); check the path and its permissions.")
-        return 1
-    return 0
+def convert_kitti(
+    args: argparse.Namespace,  # read: source, out, quality, as_calibrated
+) -> None:  # raises DataError
+    "Convert what a command line names, and say what was written."
+    for drive in find_drives(args.source):
+        _say(convert_drive(drive, args.out, args.quality, not args.as_calibrated, progress=True), drive)

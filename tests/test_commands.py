@@ -11,7 +11,7 @@ import pytest
 from flux4d import scene_commands
 from flux4d.check import check_main
 from flux4d.city.logs import city_main
-from flux4d.kitti import convert_main
+from flux4d.convert import convert_main
 from flux4d.notebooks import new_notebook, write_notebook
 from flux4d.records import repo_root
 from flux4d.repo import repo_main

@@ -8,7 +8,8 @@ import pytest
 from flux4d.check import check_main
 from flux4d.clips import ClipConfig, build_index
 from flux4d.files import DataError
-from flux4d.kitti import convert_drive, convert_main, drive_frames, find_drives, read_calibration, read_path
+from flux4d.convert import convert_main
+from flux4d.kitti import convert_drive, drive_frames, find_drives, read_calibration, read_path
 from flux4d.made_drive import make_drive
 from flux4d.pandaset import PandaSet
 

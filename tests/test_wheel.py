@@ -65,7 +65,7 @@ def test_the_wheel_is_whole(wheel):
     assert {name.split("/")[0] for name in names} == {"flux4d", about.split("/")[0]}
     for line in (f"Version: {flux4d.__version__}", "License-Expression: Apache-2.0", "Requires-Python: >=3.10"):
         assert line in said.splitlines()
-    for extra in ("viewer", "lenses", "kernels", "lpips", "docs", "dev"):
+    for extra in ("viewer", "lenses", "datasets", "kernels", "lpips", "docs", "dev"):
         assert f"Provides-Extra: {extra}" in said and f"| `{extra}` |" in (ROOT / "docs/run.md").read_text()
 
 
