@@ -153,13 +153,13 @@ class Flux4DBase(nn.Module):
 
     def __init__(
         self,
-        cfg: Config,  # read: voxel, model; data, init, background where a clip is read from its files
+        cfg: Config,  # read: model; data, init, background, voxel where a clip is read from its files
     ) -> None:
         "The base predictor."
         super().__init__()
         self.cfg = cfg
         self.origin = "weights in memory"  # where the weights come from, for `Scene.source`
-        self.base = BasePredictor(cfg.model, cfg.voxel)
+        self.base = BasePredictor(cfg.model)
 
     @property
     def device(self) -> torch.device:

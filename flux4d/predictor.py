@@ -231,14 +231,12 @@ class BasePredictor(nn.Module):
     def __init__(
         self,
         cfg: PredictorConfig = PredictorConfig(),  # what it is shown, how far it may go
-        voxel: VoxelConfig = VoxelConfig(),  # its grid
         n_extra: int = 0,  # further channels per point, of order one, in ego0 axes
         predict_velocity: bool = True,  # False: the residual only
     ) -> None:
         "A U-Net and one or two heads."
         super().__init__()
         self.cfg = cfg
-        self.voxel = voxel
         self.n_extra = n_extra
         n_point = cfg.point_channels + n_extra
         self.unet = SparseUNet(voxel_feature_count(n_point, cfg.bins), cfg.unet)
@@ -246,18 +244,6 @@ class BasePredictor(nn.Module):
         self.attributes = make_head(n, cfg.hidden, 14)
         n_motion = motion_head_width(cfg.degree, cfg.motion_inputs.has_prior)
         self.motion = make_head(n, cfg.hidden, n_motion) if predict_velocity else None
-
-# %% ../nbs/31_predictor.ipynb #9aaa7bef
-@patch
-def grid_index(
-    self: BasePredictor,
-    g: Gaussians,  # N lifted Gaussians, world
-    ego0: Any,  # (4,4) array or tensor, ego0-to-world
-    duration: float,  # length of the clip, s
-    returns: Returns | None,  # as for `make_grid_index`
-) -> GridIndex:  # on the Gaussians' device
-    "The index of a lifted clip for this predictor."
-    return make_grid_index(g, ego0, duration, self.voxel, self.cfg.motion_inputs, returns)
 
 # %% ../nbs/31_predictor.ipynb #f1ba07e4
 @patch

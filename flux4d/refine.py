@@ -26,7 +26,6 @@ from .decode import decode_residual, make_head
 from .render import Rendered, background_colour, draw_image, draws_fused
 from .scene import Scene
 from .unet import UNetConfig
-from .voxels import VoxelConfig
 
 # %% auto #0
 __all__ = ['N_FEEDBACK', 'RefineConfig', 'FullConfig', 'feedback_error', 'feedback_slopes', 'Feedback', 'refuse_targets',
@@ -256,12 +255,11 @@ class Refiner(nn.Module):
     def __init__(
         self,
         cfg: PredictorConfig,  # of the refiner
-        voxel: VoxelConfig,  # the grid of the base
     ) -> None:
         "A predictor for the grid, a head for the far field."
         super().__init__()
         self.cfg = cfg
-        self.net = BasePredictor(cfg, voxel, n_extra=N_FEEDBACK, predict_velocity=False)
+        self.net = BasePredictor(cfg, n_extra=N_FEEDBACK, predict_velocity=False)
         self.far = make_head(11 + N_FEEDBACK, cfg.hidden, 14)
 
     def forward(
@@ -321,7 +319,7 @@ class Flux4D(Flux4DBase):
         super().__init__(cfg)
         self.refiner = None
         if cfg.refine.steps > 1:
-            self.refiner = Refiner(replace(cfg.model, unet=cfg.refine.unet), cfg.voxel)
+            self.refiner = Refiner(replace(cfg.model, unet=cfg.refine.unet))
 
     def stages(
         self,

@@ -28,7 +28,7 @@ from flux4d.motion_inputs import street_gaussians
 from flux4d.network_inputs import PointFeatures, TimeBins, describe_points, grid_numbers, time_slots, voxel_features
 from flux4d.raster import Ellipsoids
 from flux4d.occupancy import MotionPriorConfig
-from flux4d.predictor import BasePredictor, PredictorConfig
+from flux4d.predictor import BasePredictor, PredictorConfig, make_grid_index
 from flux4d.refine import Feedback, RefineConfig, Refiner, far_channels, feedback_features, feedback_slopes
 from flux4d.render import Cameras, RenderConfig, render
 from flux4d.search_kernels import CostCameras, RefineRule, fused_costs, fused_refine
@@ -613,7 +613,7 @@ def test_networks_with_kernels_are_those_without(monkeypatch):
     cfg = PredictorConfig(unet=unet_cfg, hidden=8, motion_prior=bare, fine_prior=bare, degree=1)
     grid = VoxelConfig(0.5, (-4.0, -20.0, -3.0), (36.0, 20.0, 3.0))
     torch.manual_seed(0)
-    base, refiner = BasePredictor(cfg, grid), Refiner(cfg, grid)
+    base, refiner = BasePredictor(cfg), Refiner(cfg)
     for head in (base.attributes, base.motion, refiner.net.attributes, refiner.far):
         torch.nn.init.normal_(head[-1].weight, std=0.1)
     extra = torch.randn(len(g), 15, generator=gen)
@@ -626,7 +626,7 @@ def test_networks_with_kernels_are_those_without(monkeypatch):
         elif fused:
             assert kernels_work(torch.device(device))
         there, nets = g.to(device), [net.to(device) for net in (base, refiner)]
-        index = nets[0].grid_index(there, torch.eye(4), 1.2, None)
+        index = make_grid_index(there, torch.eye(4), 1.2, grid, cfg.motion_inputs, None)
         results = *nets[0](there, index), nets[1](there, index, extra.to(device))
         with torch.no_grad():
             close(nets[1](there, index, extra.to(device)).split(14, 1), results[2].split(14, 1))
