@@ -60,7 +60,7 @@ def into_all(
 
 # %% ../nbs/11c_plane_sweep.ipynb #ps000013
 MOST = 0.15  # largest difference of two colours that counts, 0..1
-AT_ONCE = 9  # depths that are tried together
+AT_ONCE = 9  # depths that are tried together on a CPU, whose caches hold no more; a GPU tries all of an image
 
 
 def window_mean(
@@ -109,8 +109,9 @@ def plane_sweep(
 ) -> Tensor:  # (V,h,w) m, NaN where depths are not told apart
     "The depth of each cell at which the images look most alike."
     best = []
+    together = AT_ONCE if depths.device.type == "cpu" else depths.shape[1]
     for v, tried in enumerate(depths):
-        cost = torch.cat([sweep_cost(grid, small, shown, v, z, window) for z in tried.split(AT_ONCE)])
+        cost = torch.cat([sweep_cost(grid, small, shown, v, z, window) for z in tried.split(together)])
         least, which = cost.min(0, keepdim=True)
         found = tried.gather(0, which)[0]
         best.append(torch.where(cost.mean(0) - least[0] > gain, found, math.nan))
