@@ -110,8 +110,8 @@ RESULT_ROWS = [
     ResultRow("three seconds of log 002, never seen: default preset", "ablation_full"),
     ResultRow("the same: motion prior alone", "pandaset002_untrained3"),
     ResultRow("the same: the paper's choices on the same data, as many steps", "ablation_paper"),
-    ResultRow("eight unseen made-up logs: default preset, trained on 64", "city_full"),
-    ResultRow("the same: motion prior alone", "city_full", "baselines motion_prior "),
+    ResultRow("twelve unseen made-up logs: default preset, trained on 64", "city_default_unseen"),
+    ResultRow("the same: motion prior alone", "city_default_unseen", "baselines motion_prior "),
 ]
 PAPER_ROW = ["the paper on ten other logs: not comparable", "23.84 / 21.81", "21.99 / -", "1.07 / 1.42", "0.391 (3.91)"]
 
