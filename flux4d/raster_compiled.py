@@ -5,63 +5,25 @@
 # %% ../nbs/20a_raster_compiled.ipynb #51f9b75e
 from __future__ import annotations
 import math
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from .compiled_code import compiled, in_threads
 from .raster import ALPHA_MAX, ALPHA_MIN, Blend, DrawRules, EDGE, Ellipsoids, Pinhole, Raster, Splats
 from .raster import T_MIN, rasterise, splat_ellipses
 from .signals import uninterrupted
 
-try:
-    import numba
-except ImportError:  # the package works without; the renderer then takes `20_raster`
-    numba = None
-
 # %% auto #0
 __all__ = ['S_MAX', 'A_MAX', 'LIGHT_MIN', 'LOG_MIN', 'SIDE', 'AREA', 'COLUMNS', 'B0', 'C0', 'D0', 'F0', 'Y0', 'DX', 'DY', 'EX',
            'SHEET', 'OUTSIDE', 'LOG2_E', 'LN2_HIGH', 'LN2_LOW', 'TO_WHOLE', 'P5', 'P4', 'P3', 'P2', 'P1', 'P0', 'ONE',
-           'NOTHING', 'FAR_DOWN', 'BIAS', 'MANTISSA', 'CHUNK', 'MOMENTS', 'have_numba', 'compiled', 'worker_threads',
-           'last_exponent', 'tile_box', 'count_entries', 'SplatTiles', 'tile_lists', 'first_column', 'row_numbers',
-           'exponents', 'strengths', 'take_light', 'is_dark', 'fetch', 'add_scaled', 'put_tile', 'mark_inside',
-           'TileWork', 'tile_work', 'Drawn', 'blend_entries', 'blend_tiles', 'give_back', 'sum_moments', 'sum_features',
-           'get_tile', 'drawn_until', 'dot_features', 'BackWork', 'back_work', 'undo_entries', 'unblend_tiles',
-           'add_places', 'sum_entries', 'in_threads', 'draw_tiles', 'undraw_tiles', 'CompiledBlend',
-           'rasterise_compiled']
-
-# %% ../nbs/20a_raster_compiled.ipynb #0f87ab2f
-def have_numba() -> bool:
-    "Whether the compiled rasteriser can be used."
-    return numba is not None
-
-# %% ../nbs/20a_raster_compiled.ipynb #9a4226d7
-def compiled(
-    *fast: str,  # liberties with rounding: "contract" (a*b+c in one step), "reassoc" (sums in any order)
-    merged: bool = False,  # whether its statements are put where it is called
-) -> Callable:  # decorator
-    "Compile a function at its first call and keep the result on disk where that is possible."
-
-    def decorate(f: Callable) -> Callable:
-        if numba is None:
-            return f
-        options = dict(inline="always" if merged else "never", nogil=True, error_model="numpy", fastmath=set(fast))
-        of_a_file = Path(f.__code__.co_filename).is_file()  # not of a notebook's cell
-        try:
-            return numba.njit(cache=of_a_file, **options)(f)
-        except RuntimeError:  # no folder for the cache can be written to
-            return numba.njit(**options)(f)
-
-    return decorate
-
-# %% ../nbs/20a_raster_compiled.ipynb #3c1e41d2
-def worker_threads() -> int:
-    "Threads that share the tiles: NUMBA_NUM_THREADS where that is set, else as many as torch uses."
-    return numba.config.NUMBA_NUM_THREADS if "NUMBA_NUM_THREADS" in os.environ else torch.get_num_threads()
+           'NOTHING', 'FAR_DOWN', 'BIAS', 'MANTISSA', 'CHUNK', 'MOMENTS', 'last_exponent', 'tile_box', 'count_entries',
+           'SplatTiles', 'tile_lists', 'first_column', 'row_numbers', 'exponents', 'strengths', 'take_light', 'is_dark',
+           'fetch', 'add_scaled', 'put_tile', 'mark_inside', 'TileWork', 'tile_work', 'Drawn', 'blend_entries',
+           'blend_tiles', 'give_back', 'sum_moments', 'sum_features', 'get_tile', 'drawn_until', 'dot_features',
+           'BackWork', 'back_work', 'undo_entries', 'unblend_tiles', 'add_places', 'sum_entries', 'draw_tiles',
+           'undraw_tiles', 'CompiledBlend', 'rasterise_compiled']
 
 # %% ../nbs/20a_raster_compiled.ipynb #68a177e9
 def last_exponent() -> np.float32:
@@ -662,21 +624,6 @@ def sum_entries(
         d_opacity[i] = m[0]
         for c in range(d_f.shape[1]):
             d_f[i, c] = m[MOMENTS + c]
-
-# %% ../nbs/20a_raster_compiled.ipynb #61fc5893
-def in_threads(
-    kernel: Callable,  # called with first and one past the last, then `args`
-    n: int,  # items to share
-    *args: Any,  # the rest of its arguments
-) -> None:
-    "Call a compiled function for all items, shared among threads."
-    threads = worker_threads()
-    if threads == 1 or n < 2:
-        return kernel(0, n, *args)
-    cuts = np.linspace(0, n, min(n, 4 * threads) + 1).astype(int)
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(kernel, int(a), int(b), *args) for a, b in zip(cuts, cuts[1:])]:
-            done.result()
 
 # %% ../nbs/20a_raster_compiled.ipynb #86a1a3b6
 @uninterrupted()

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from pydantic import NonNegativeFloat, PositiveFloat
 from fastcore.basics import patch
+from .compiled_code import have_numba
 from .settings import Share
 from .frames import TIME_SLACK
 from .gaussians import FLAT, Gaussians, LIDAR, advance
 from .lazy_methods import LazyMethods
 from .raster import DrawRules, Ellipsoids, Pinhole, rasterise
-from .raster_compiled import have_numba, rasterise_compiled
+from .raster_compiled import rasterise_compiled
 from .splat_kernels import Placement, finish_pictures, place_splats
 from .kernels import kernels_work
 from .tile_kernels import Splats2D, TILE_SIDE, TileLists, draw_lists, gsplat_channels, tiles_take

@@ -3,7 +3,8 @@ each process that draws."""
 
 import torch
 from flux4d.raster import Splats
-from flux4d.raster_compiled import draw_tiles, have_numba, undraw_tiles
+from flux4d.compiled_code import have_numba
+from flux4d.raster_compiled import draw_tiles, undraw_tiles
 
 SIDE = 16  # px
 

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 import pytest
 import torch
-from flux4d import raster_compiled, render as render_module
+from flux4d import compiled_code, raster_compiled, render as render_module
+from flux4d.compiled_code import have_numba, in_threads
 from flux4d.raster import Blend, DrawRules, Ellipsoids, Pinhole, rasterise
-from flux4d.raster_compiled import CompiledBlend, blend_tiles, have_numba, in_threads, rasterise_compiled
+from flux4d.raster_compiled import CompiledBlend, blend_tiles, rasterise_compiled
 from flux4d.raster_compiled import sum_entries, unblend_tiles
 from flux4d.render import Cameras, RenderConfig, pick_backend, render
 from flux4d.gaussians import gaussians_from
@@ -61,7 +62,7 @@ def test_batch_of_views_equals_torch(background, channels):
 def test_same_bits_at_any_number_of_threads(monkeypatch):
     found = []
     for threads in (1, 2, 5):
-        monkeypatch.setattr(raster_compiled, "worker_threads", lambda: threads)
+        monkeypatch.setattr(compiled_code, "worker_threads", lambda: threads)
         pictures, gradients = drawn("compiled")
         found.append([v.numpy().tobytes() for v in (*pictures, *gradients)])
     assert found[0] == found[1] == found[2]
@@ -99,7 +100,7 @@ def test_no_gradient_is_asked_for():
 
 
 def test_errors_in_threads_are_raised(monkeypatch):
-    monkeypatch.setattr(raster_compiled, "worker_threads", lambda: 2)
+    monkeypatch.setattr(compiled_code, "worker_threads", lambda: 2)
 
     def kernel(first, stop):
         raise ArithmeticError(f"{first}..{stop}")
@@ -109,7 +110,7 @@ def test_errors_in_threads_are_raised(monkeypatch):
 
 
 def test_without_numba(monkeypatch):
-    monkeypatch.setattr(raster_compiled, "numba", None)
+    monkeypatch.setattr(compiled_code, "numba", None)
     assert pick_backend("auto", torch.device("cpu")) is render_module._with_torch
     g, _ = scene(5)
     with pytest.raises(ImportError, match="pip install numba.*backend='torch'"):
