@@ -5,19 +5,20 @@
 # %% ../nbs/20_raster.ipynb #f42bddd1
 from __future__ import annotations
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from .frames import quat_to_mat, transform_points
+from .frames import quat_to_mat
 
 # %% auto #0
-__all__ = ['ALPHA_MIN', 'ALPHA_MAX', 'T_MIN', 'STRIP', 'EDGE', 'Ellipsoids', 'Pinhole', 'DrawRules', 'screen_covariance',
-           'nearest_first', 'Splats', 'widen', 'project_gaussians', 'Ellipses', 'splat_ellipses', 'ragged_index',
-           'Spans', 'row_spans', 'PixelPairs', 'pixel_pairs', 'transmittance', 'Strip', 'make_strip', 'strip_matrix',
-           'draw_strip', 'cut_strips', 'strength_gradient', 'pixel_moments', 'splat_gradients', 'strip_gradients',
-           'Blend', 'Raster', 'rasterise']
+__all__ = ['ALPHA_MIN', 'ALPHA_MAX', 'T_MIN', 'STRIP', 'EDGE', 'Ellipsoids', 'Pinhole', 'DrawRules', 'view_limits',
+           'screen_covariance', 'nearest_first', 'Splats', 'widen', 'project_gaussians', 'Ellipses', 'splat_ellipses',
+           'ragged_index', 'Spans', 'row_spans', 'PixelPairs', 'pixel_pairs', 'transmittance', 'Strip', 'make_strip',
+           'strip_matrix', 'draw_strip', 'cut_strips', 'strength_gradient', 'pixel_moments', 'splat_gradients',
+           'strip_gradients', 'Blend', 'Raster', 'rasterise']
 
 # %% ../nbs/20_raster.ipynb #37b63adc
 ALPHA_MIN = 1 / 255  # a Gaussian weaker than this at a pixel centre is skipped there
@@ -52,6 +53,16 @@ class DrawRules(NamedTuple):
     eps2d: float = 0.3  # px^2 added to both variances of a splat
     antialiased: bool = False  # keep each splat's total weight when eps2d widens it
 
+# %% ../nbs/20_raster.ipynb #20view01
+def view_limits(
+    camera: Pinhole,  # read: K, width, height
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # left, right, top, bottom
+    "Tangents of the angles at which the linearisation stops: 15 % beyond the picture's edges."
+    (fx, _, cx), (_, fy, cy) = camera.K[0], camera.K[1]
+    wide = 0.15 * camera.width / fx
+    tall = 0.15 * camera.height / fy
+    return -cx / fx - wide, (camera.width - cx) / fx + wide, -cy / fy - tall, (camera.height - cy) / fy + tall
+
 # %% ../nbs/20_raster.ipynb #ffa61903
 def screen_covariance(
     c: Tensor,  # (n,3) centres, camera, m, z > 0
@@ -59,12 +70,10 @@ def screen_covariance(
     camera: Pinhole,  # read: K, width, height
 ) -> Tensor:  # (n,3) xx, xy, yy, px^2
     "Covariance of each Gaussian's image, linearised at its centre (EWA splatting)."
-    (fx, _, cx), (_, fy, cy) = camera.K[0], camera.K[1]
-    z = c[:, 2]
-    wide = 0.15 * camera.width / fx
-    tall = 0.15 * camera.height / fy
-    tx = (c[:, 0] / z).clamp(-cx / fx - wide, (camera.width - cx) / fx + wide)
-    ty = (c[:, 1] / z).clamp(-cy / fy - tall, (camera.height - cy) / fy + tall)
+    left, right, top, bottom = view_limits(camera)
+    fx, fy, z = camera.K[0, 0], camera.K[1, 1], c[:, 2]
+    tx = (c[:, 0] / z).clamp(left, right)
+    ty = (c[:, 1] / z).clamp(top, bottom)
     u = (fx / z)[:, None] * (axes[:, 0] - tx[:, None] * axes[:, 2])
     v = (fy / z)[:, None] * (axes[:, 1] - ty[:, None] * axes[:, 2])
     return torch.stack([(u * u).sum(-1), (u * v).sum(-1), (v * v).sum(-1)], -1)
@@ -114,7 +123,8 @@ def project_gaussians(
 ) -> Splats:  # nearest first
     "Gaussians of the world as splats on the screen."
     K, world_to_cam = camera.K, camera.world_to_cam
-    c = transform_points(world_to_cam, e.means)
+    x, y, z = world_to_cam[:3, :3].T
+    c = e.means[:, :1] * x + e.means[:, 1:2] * y + e.means[:, 2:] * z + world_to_cam[:3, 3]
     ids = nearest_first(c[:, 2].detach(), rules.near, rules.far)
     c, q, s, o = (v.index_select(0, ids) for v in (c, e.quats, e.scales, e.opacities))
     axes = (world_to_cam[:3, :3] @ quat_to_mat(q)) * s[:, None]
@@ -421,9 +431,10 @@ def rasterise(
     camera: Pinhole,  # the view
     rules: DrawRules = DrawRules(),  # planes, and how narrow splats are treated
     blend: type = Blend,  # the operation from splats to pixels
+    project: Callable = project_gaussians,  # what makes splats of Gaussians
 ) -> Raster:
     "One camera's picture of the Gaussians, by the rules of gsplat's `rasterization`."
-    s = project_gaussians(e, camera, rules)
+    s = project(e, camera, rules)
     ones = torch.ones_like(s.depth)
     values = torch.cat([features.index_select(0, s.ids), s.depth[:, None], ones[:, None]], 1)
     on_cpu = [v.cpu() for v in (s.uv, s.conic, s.opacity, values)]

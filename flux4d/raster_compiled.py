@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from .compiled_code import compiled, in_threads
-from .raster import ALPHA_MAX, ALPHA_MIN, Blend, DrawRules, EDGE, Ellipsoids, Pinhole, Raster, Splats
-from .raster import T_MIN, rasterise, splat_ellipses
+from .raster import ALPHA_MAX, ALPHA_MIN, EDGE, Splats, T_MIN, splat_ellipses
 from .signals import uninterrupted
 
 # %% auto #0
@@ -23,7 +22,7 @@ __all__ = ['S_MAX', 'A_MAX', 'LIGHT_MIN', 'LOG_MIN', 'SIDE', 'AREA', 'COLUMNS', 
            'fetch', 'add_scaled', 'put_tile', 'mark_inside', 'TileWork', 'tile_work', 'Drawn', 'blend_entries',
            'blend_tiles', 'give_back', 'sum_moments', 'sum_features', 'get_tile', 'drawn_until', 'dot_features',
            'BackWork', 'back_work', 'undo_entries', 'unblend_tiles', 'add_places', 'sum_entries', 'draw_tiles',
-           'undraw_tiles', 'CompiledBlend', 'rasterise_compiled']
+           'undraw_tiles', 'CompiledBlend']
 
 # %% ../nbs/20a_raster_compiled.ipynb #68a177e9
 def last_exponent() -> np.float32:
@@ -687,14 +686,3 @@ class CompiledBlend(torch.autograd.Function):
     ) -> tuple:  # one entry an argument of `forward`
         "Gradients of centres, conics, opacities and features."
         return *undraw_tiles(ctx.kept, grad, ctx.saved_tensors), None, None
-
-# %% ../nbs/20a_raster_compiled.ipynb #96c6f2b9
-def rasterise_compiled(
-    e: Ellipsoids,  # N Gaussians, world
-    features: Tensor,  # (N,C) colours or anything else
-    camera: Pinhole,  # the view
-    rules: DrawRules = DrawRules(),  # planes, and how narrow splats are treated
-) -> Raster:
-    "What `rasterise` draws, drawn by compiled code; double precision is left to `rasterise` itself."
-    single = e.means.dtype == features.dtype == torch.float32
-    return rasterise(e, features, camera, rules, CompiledBlend if single else Blend)

@@ -18,7 +18,7 @@ from .frames import TIME_SLACK
 from .gaussians import FLAT, Gaussians, LIDAR, advance
 from .lazy_methods import LazyMethods
 from .raster import DrawRules, Ellipsoids, Pinhole, rasterise
-from .raster_compiled import rasterise_compiled
+from .compiled_projection import rasterise_compiled
 from .splat_kernels import Placement, finish_pictures, place_splats
 from .kernels import kernels_work
 from .tile_kernels import Splats2D, TILE_SIDE, TileLists, draw_lists, gsplat_channels, tiles_take

@@ -11,7 +11,8 @@ import torch
 from flux4d import compiled_code, raster_compiled, render as render_module
 from flux4d.compiled_code import have_numba, in_threads
 from flux4d.raster import Blend, DrawRules, Ellipsoids, Pinhole, rasterise
-from flux4d.raster_compiled import CompiledBlend, blend_tiles, rasterise_compiled
+from flux4d.compiled_projection import rasterise_compiled
+from flux4d.raster_compiled import CompiledBlend, blend_tiles
 from flux4d.raster_compiled import sum_entries, unblend_tiles
 from flux4d.render import Cameras, RenderConfig, pick_backend, render
 from flux4d.gaussians import gaussians_from
