@@ -18,10 +18,10 @@ from .raster_compiled import CompiledBlend
 from .signals import uninterrupted
 
 # %% auto #0
-__all__ = ['T0', 'FX', 'FY', 'CX', 'CY', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'NEAR', 'FAR', 'EPS', 'ONE', 'TWO', 'LEAST_DET',
-           'LEAST_SHARE', 'camera_row', 'rotation', 'seen_along', 'camera_axis', 'Sight', 'sight', 'on_screen',
-           'screen_axes', 'covariance', 'kept_share', 'reaches', 'in_picture', 'write_splat', 'project_rows',
-           'pull_covariance', 'pull_axis', 'pull_rotation', 'pull_centre', 'pull_splat', 'pull_rows',
+__all__ = ['T0', 'FX', 'FY', 'CX', 'CY', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'NEAR', 'FAR', 'EPS', 'NONE', 'ONE', 'TWO',
+           'LEAST_DET', 'LEAST_SHARE', 'camera_row', 'rotation', 'seen_along', 'camera_axis', 'Sight', 'sight',
+           'on_screen', 'screen_axes', 'covariance', 'kept_share', 'reaches', 'in_picture', 'write_splat',
+           'project_rows', 'pull_covariance', 'pull_axis', 'pull_rotation', 'pull_centre', 'pull_splat', 'pull_rows',
            'CompiledProjection', 'project_compiled', 'rasterise_compiled']
 
 # %% ../nbs/20j_compiled_projection.ipynb #20j00008
@@ -43,7 +43,7 @@ def camera_row(
     return torch.cat([T[:3, :3].flatten(), T[:3, 3], lens, of_rules]).numpy()
 
 # %% ../nbs/20j_compiled_projection.ipynb #20j00011
-ONE, TWO = np.float32(1), np.float32(2)
+NONE, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
 
 
 @compiled()
@@ -246,19 +246,19 @@ def pull_covariance(
     xx, xy, yy = cov[0] + eps, cov[1], cov[2] + eps
     det = xx * yy - xy * xy
     if not det > 0:
-        return 0.0, 0.0, 0.0, 0.0
+        return NONE, NONE, NONE, NONE
     area = max(det, LEAST_DET)
-    g_det = -(g[2] * yy - g[3] * xy + g[4] * xx) / (area * area) if det >= LEAST_DET else 0.0
-    g_sharp, g_opacity = 0.0, g[5]
+    g_det = -(g[2] * yy - g[3] * xy + g[4] * xx) / (area * area) if det >= LEAST_DET else NONE
+    g_sharp, g_opacity = NONE, g[5]
     if antialiased:
         share = kept_share(cov, det)
         g_opacity = g[5] * math.sqrt(share)
         if share > LEAST_SHARE:
-            g_sharp = g[5] * opacity / (2 * math.sqrt(share) * det)
+            g_sharp = g[5] * opacity / (TWO * math.sqrt(share) * det)
             g_det -= g_sharp * share
     g_xx = g[4] / area + g_det * yy + g_sharp * cov[2]
     g_yy = g[2] / area + g_det * xx + g_sharp * cov[0]
-    g_xy = -g[3] / area - 2 * xy * (g_det + g_sharp)
+    g_xy = -g[3] / area - TWO * xy * (g_det + g_sharp)
     return g_xx, g_xy, g_yy, g_opacity
 
 # %% ../nbs/20j_compiled_projection.ipynb #20j00027
@@ -296,10 +296,10 @@ def pull_rotation(
 ) -> None:
     "Back from the rotation matrix."
     (a, d, h, _), (b, e, i, _), (c, f, j, _) = g  # rows a b c, d e f, h i j
-    out[0] = 2 * (z * (d - b) + y * (c - h) + x * (i - f))
-    out[1] = 2 * (y * (b + d) + z * (c + h) + w * (i - f) - 2 * x * (e + j))
-    out[2] = 2 * (x * (b + d) + w * (c - h) + z * (f + i) - 2 * y * (a + j))
-    out[3] = 2 * (x * (c + h) + w * (d - b) + y * (f + i) - 2 * z * (a + e))
+    out[0] = TWO * (z * (d - b) + y * (c - h) + x * (i - f))
+    out[1] = TWO * (y * (b + d) + z * (c + h) + w * (i - f) - TWO * x * (e + j))
+    out[2] = TWO * (x * (b + d) + w * (c - h) + z * (f + i) - TWO * y * (a + j))
+    out[3] = TWO * (x * (c + h) + w * (d - b) + y * (f + i) - TWO * z * (a + e))
 
 # %% ../nbs/20j_compiled_projection.ipynb #20j00029
 @compiled()
@@ -342,9 +342,9 @@ def pull_splat(
     cov = covariance(((a, b), (c, d), (e, f)))
     xx, xy, yy, out[10] = pull_covariance(cov, cam[EPS], opacity, antialiased, g)
     g_at[:] = 0
-    g0 = pull_axis(cam, at, camera_axis(cam, m, 0), s[0], (2 * a * xx + b * xy, 2 * b * yy + a * xy), g_at)
-    g1 = pull_axis(cam, at, camera_axis(cam, m, 1), s[1], (2 * c * xx + d * xy, 2 * d * yy + c * xy), g_at)
-    g2 = pull_axis(cam, at, camera_axis(cam, m, 2), s[2], (2 * e * xx + f * xy, 2 * f * yy + e * xy), g_at)
+    g0 = pull_axis(cam, at, camera_axis(cam, m, 0), s[0], (TWO * a * xx + b * xy, TWO * b * yy + a * xy), g_at)
+    g1 = pull_axis(cam, at, camera_axis(cam, m, 1), s[1], (TWO * c * xx + d * xy, TWO * d * yy + c * xy), g_at)
+    g2 = pull_axis(cam, at, camera_axis(cam, m, 2), s[2], (TWO * e * xx + f * xy, TWO * f * yy + e * xy), g_at)
     pull_rotation(q[0], q[1], q[2], q[3], (g0, g1, g2), out[3:7])
     out[7], out[8], out[9] = g0[3], g1[3], g2[3]
     pull_centre(cam, at, g, g_at, out[:3])
@@ -365,7 +365,7 @@ def pull_rows(
     out: np.ndarray,  # (N,11) float32, gradient of the Gaussians; filled where seen
 ) -> None:
     "Back from some splats."
-    g_at = np.zeros(5, np.float64)
+    g_at = np.zeros(5, np.float32)
     for k in range(first, stop):
         i = ids[k]
         pull_splat(cam, means[i], quats[i], scales[i], opacities[i], antialiased, g[k], g_at, out[i])
