@@ -230,14 +230,12 @@ def take_light(
 ) -> None:
     "Weights of one entry, and the light behind it."
     number = np.int32(entry)
-    for p in range(AREA):
+    for p in range(AREA):  # a `not`, or a choice within a choice, would keep it from being done eight at a time
         before = light[p]
         after = before * (ONE - alpha[p])
-        alive = after > LIGHT_MIN
-        ends = (not alive) & (before > NOTHING)
-        weight[p] = alpha[p] * before if alive else NOTHING
-        light[p] = after if alive else (-before if ends else before)
-        end[p] = number if ends else end[p]
+        weight[p] = alpha[p] * before if after > LIGHT_MIN else NOTHING
+        light[p] = after if after > LIGHT_MIN else -abs(before)
+        end[p] = number if (after <= LIGHT_MIN) & (before > NOTHING) else end[p]
 
 # %% ../nbs/20a_raster_compiled.ipynb #5bd1d33e
 @compiled()
