@@ -10,18 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from .compiled_code import compiled, have_numba, in_threads
 from .matching import BlockMap, Consensus, Displacement, InlierMean, MatchScores, consensus, index_blocks
-from .occupancy import BevGrid, ConsensusRule, MotionPriorConfig, Occupancy, SweepPoints
+from .occupancy import BevGrid, ConsensusRule, MotionPriorConfig, Occupancy, SweepPoints, grown_mask
 from .search_kernels import RefineRule
 from .signals import uninterrupted
 from .trajectories import MemberCells, cell_means, member_cells
 from .voxels import VoxelConfig
 
 # %% auto #0
-__all__ = ['compiled_works', 'arrays', 'starts_of', 'by_step', 'add_window', 'count_landings', 'share_around', 'compiled_scores',
-           'add_agreeing', 'average_met', 'mean_motion', 'met_by_compiled', 'compiled_consensus', 'add_shares',
-           'blur_rows', 'compiled_density', 'between_cells', 'density_at_edge', 'density_at', 'add_pulls',
-           'refine_blocks', 'compiled_refine', 'compiled_trajectories', 'smallest', 'ground_cell', 'low_cells',
-           'heights_over', 'compiled_heights', 'fill_cells', 'compiled_fill']
+__all__ = ['compiled_works', 'arrays', 'starts_of', 'bev_cell', 'mark_cells', 'compiled_maps', 'ask_blocks', 'compiled_query',
+           'by_step', 'add_window', 'count_landings', 'share_around', 'compiled_scores', 'add_agreeing', 'average_met',
+           'mean_motion', 'met_by_compiled', 'compiled_consensus', 'add_shares', 'blur_rows', 'compiled_density',
+           'between_cells', 'density_at_edge', 'density_at', 'add_pulls', 'refine_blocks', 'compiled_refine',
+           'compiled_trajectories', 'smallest', 'ground_cell', 'low_cells', 'heights_over', 'compiled_heights',
+           'fill_cells', 'compiled_fill']
 
 # %% ../nbs/13l_compiled_matching.ipynb #13l00008
 def compiled_works(
@@ -45,6 +46,106 @@ def starts_of(
     "Sort rows by group."
     count = torch.bincount(group, minlength=K)
     return group.argsort(stable=True), F.pad(count.cumsum(0), (1, 0)).numpy()
+
+# %% ../nbs/13l_compiled_matching.ipynb #13l00061
+@compiled(merged=True)
+def bev_cell(
+    x: np.float32,  # m, along one axis
+    low: np.float32,  # m, of the first cell inside the border
+    cell: np.float32,  # m
+    border: int,  # cells
+    size: int,  # cells along the axis, both borders included
+) -> int:  # counted with the border
+    "The cell of a place; of one outside, the nearest one inside."
+    return min(max(int(np.floor((x - low) / cell)) + border, border), size - border - 1)
+
+
+@compiled()
+def mark_cells(
+    points: np.ndarray,  # (M,3) float32, ego0, m
+    height: np.ndarray,  # (M,) float32 above ground, m
+    sweep: np.ndarray,  # (M,) int64
+    low: np.ndarray,  # (2,) float32 m, of the first cell inside the border
+    cell: np.float32,  # m
+    border: int,  # cells
+    matched: np.ndarray,  # (2,) float32 m above the ground, from and to
+    occupied: np.ndarray,  # (S,X,Y) bool; marked
+    observed: np.ndarray,  # (S,X,Y) bool; marked
+) -> None:
+    "Mark the cells that returns are in."
+    _, X, Y = occupied.shape
+    for p in range(len(points)):
+        i = bev_cell(points[p, 0], low[0], cell, border, X)
+        j = bev_cell(points[p, 1], low[1], cell, border, Y)
+        observed[sweep[p], i, j] = True
+        if height[p] > matched[0] and height[p] < matched[1]:
+            occupied[sweep[p], i, j] = True
+
+# %% ../nbs/13l_compiled_matching.ipynb #13l00062
+@uninterrupted()
+def compiled_maps(
+    returns: SweepPoints,  # M returns; `frame` counts the sweeps from 0 on
+    height: Tensor,  # (M,) above ground, m
+    sweeps: int,  # S
+    bev: BevGrid,  # the cells
+    matched_height: tuple[float, float],  # m above the ground, from and to
+    observed_radius: float,  # m around a return that count as observed
+) -> Occupancy:
+    "What `occupancy_maps` gives."
+    occupied, observed = torch.zeros(2, sweeps, *bev.size, dtype=torch.bool)
+    cells = np.float32(bev.low), np.float32(bev.cell), bev.border, np.float32(matched_height)
+    mark_cells(*arrays(returns.points, height, returns.frame), *cells, *arrays(occupied, observed))
+    return Occupancy(occupied, grown_mask(observed, round(observed_radius / bev.cell)))
+
+# %% ../nbs/13l_compiled_matching.ipynb #13l00064
+@compiled()
+def ask_blocks(
+    first: int,  # point
+    stop: int,  # one past the last point
+    query: tuple[np.ndarray, np.ndarray, np.ndarray],  # (N,3) ego0, m; (N,) height, m; (N,) int64 frame
+    frames: np.ndarray,  # (S,) int64, ascending
+    cells: tuple[np.ndarray, np.float32, int, int],  # first corner and edge, m; border and block, cells
+    bounds: np.ndarray,  # (2,) float32 m above the ground of what moves with its cell
+    number: np.ndarray,  # (S,X,Y) int64, see `BlockMap`
+    movable: np.ndarray,  # (S,X+2B,Y+2B) bool
+    known: tuple[np.ndarray, ...],  # (K+1,3), (K+1,3), (K+1,), (K+1,), (K+1,), see `MotionPrior`
+    out: tuple[np.ndarray, ...],  # the same of N points, and (N,) bool, may move; filled
+) -> None:
+    "What is known of the blocks around some points."
+    low, cell, border, block = cells
+    for p in range(first, stop):
+        s = 0
+        while s < len(frames) - 1 and frames[s] < query[2][p]:
+            s += 1
+        i = bev_cell(query[0][p, 0], low[0], cell, border, movable.shape[1])
+        j = bev_cell(query[0][p, 1], low[1], cell, border, movable.shape[2])
+        x, y = min((i - border) // block, number.shape[1] - 1), min((j - border) // block, number.shape[2] - 1)
+        b, moves = number[s, x, y], movable[s, i, j] and query[1][p] > bounds[0] and query[1][p] < bounds[1]
+        for d in range(3):
+            out[0][p, d], out[1][p, d] = known[0][b, d], known[1][b, d]
+        out[2][p] = known[2][b] if moves else np.float32(0)
+        out[3][p] = known[3][b] if moves else np.float32(0)
+        out[4][p], out[5][p] = known[4][b] and moves, moves
+
+# %% ../nbs/13l_compiled_matching.ipynb #13l00065
+@uninterrupted()
+def compiled_query(
+    known: tuple[Tensor, ...],  # of K+1 blocks, the last for none: a `MotionPrior`
+    blocks: BlockMap,  # the K blocks
+    movable: Tensor,  # (S,X+2B,Y+2B) bool, the cell or one beside it is occupied
+    bev: BevGrid,  # the cells
+    frames: Tensor,  # (S,) int64 of the sweeps, ascending
+    query: SweepPoints,  # N points of the same frames
+    height: Tensor,  # (N,) above ground, m
+    movable_height: tuple[float, float],  # m above the ground of what moves with its cell
+) -> list[Tensor]:  # the fields of a `MotionPrior` of the N points
+    "What `query_motion` gives."
+    out = [x.new_empty(len(height), *x.shape[1:]) for x in known]
+    asked, cells = arrays(query.points, height, query.frame), (np.float32(bev.low), np.float32(bev.cell))
+    given = tuple(asked), *arrays(frames), (*cells, bev.border, bev.block), np.float32(movable_height)
+    fields = tuple(arrays(*known[:5])), tuple(arrays(*out))
+    in_threads(ask_blocks, len(height), *given, *arrays(blocks.number, movable), *fields)
+    return out
 
 # %% ../nbs/13l_compiled_matching.ipynb #13l00011
 def by_step(
@@ -108,7 +209,9 @@ def count_landings(
                         extra[k, 1] += worth[0, o, x, y]
                         extra[k, 2] += 1
         extra[k, 3] = starts[k + 1] - starts[k]
-        hits[k] = there + back[::-1, ::-1]
+        for i in range(n):
+            for j in range(n):
+                hits[k, i, j] = there[i, j] + back[n - 1 - i, n - 1 - j]
 
 # %% ../nbs/13l_compiled_matching.ipynb #13l00014
 @compiled()
@@ -124,15 +227,16 @@ def share_around(
 ) -> None:
     "Sums over blocks and their neighbours, as shares."
     K, half = len(place), np.float32(0.5)
-    total, e = np.zeros(hits.shape[1], np.int32), np.zeros(4, np.int64)
     for k in range(first, stop):
-        total[:], e[:] = 0, 0
+        total, e = np.zeros(hits.shape[1], np.int32), np.zeros(4, np.int64)
         s, x, y = place[k, 0], place[k, 1], place[k, 2]
         for i in range(max(x - 1, 0), min(x + 2, number.shape[1])):
             for b in number[s, i, max(y - 1, 0) : y + 2]:
                 if b < K:
-                    total += hits[b]
-                    e += extra[b]
+                    for d in range(len(total)):
+                        total[d] += hits[b, d]
+                    for d in range(4):
+                        e[d] += extra[b, d]
         pairs = np.float32(max(e[0], 1))
         for d in range(len(total)):
             score[k, d] = np.float32(total[d]) * half / pairs
@@ -217,7 +321,8 @@ def average_met(
             n = add_agreeing(sums, motion, inlier, number[s], k, at, t, tolerance)
             if n > 0:
                 met[k] += 1
-                total += sums / n
+                for d in range(4):
+                    total[d] += sums[d] / n
         for d in range(4):
             mean[k, d] = (motion[k, d // 2, d % 2] + total[d]) / np.float32(1 + met[k])
 
@@ -323,7 +428,7 @@ def compiled_density(
     return density
 
 # %% ../nbs/13l_compiled_matching.ipynb #13l00029
-@compiled(merged=True)
+@compiled()
 def between_cells(
     d: np.ndarray,  # (S,X,Y) float32
     s: int,  # sweep
@@ -435,7 +540,7 @@ def refine_blocks(
     "Mean shift of some blocks' trajectories."
     sums, path, prior = np.zeros(7), np.zeros(4, np.float32), sizes[2]
     for k in range(first, stop):
-        path[:2], path[2:] = velocity[k], 0
+        path[0], path[1], path[2], path[3] = velocity[k, 0], velocity[k, 1], 0, 0
         for _ in range(steps if starts[k] < starts[k + 1] else 0):
             sums[:] = 0
             for q in range(starts[k], starts[k + 1]):
@@ -444,7 +549,8 @@ def refine_blocks(
             for m in range(2):
                 u, v = sums[3 + m] + prior * velocity[k, m], sums[5 + m]
                 path[m], path[2 + m] = (c * u - b * v) / (a * c - b * b), (a * v - b * u) / (a * c - b * b)
-        out[k] = path
+        for m in range(4):
+            out[k, m] = path[m]
 
 # %% ../nbs/13l_compiled_matching.ipynb #13l00034
 @uninterrupted()

@@ -13,7 +13,7 @@ from .kernels import kernels_work
 from .occupancy import BevGrid, MotionPriorConfig, SmallMoverConfig, SweepPoints, bev_grid
 from .occupancy import ground_planes, height_above_ground, occupancy_maps, grown_mask
 from .compiled_matching import compiled_consensus, compiled_heights, compiled_scores, compiled_trajectories
-from .compiled_matching import compiled_works
+from .compiled_matching import compiled_maps, compiled_query, compiled_works
 from .matching import BlockMap, Consensus, Displacement
 from .matching import adopt_displacements, best_displacement, consensus, match_scores
 from .matching_kernels import BlockMatches, fused_matches
@@ -118,10 +118,13 @@ def block_matches(
     S = len(clock.frames)
     if kernels_work(height.device) and not cfg.far_apart:
         return fused_matches(returns, height, S, clock.gap, bev, cfg)
-    maps = occupancy_maps(returns.points, height, returns.frame, S, bev, cfg.height, cfg.observed_radius)
+    compiles = compiled_works(height)
+    if compiles:
+        maps = compiled_maps(returns, height, S, bev, cfg.height, cfg.observed_radius)
+    else:
+        maps = occupancy_maps(returns.points, height, returns.frame, S, bev, cfg.height, cfg.observed_radius)
     in_view = None if clock.outlines is None else cells_in_view(clock.outlines, bev).to(height.device)
     movable = grown_mask(maps.occupied, 1)
-    compiles = compiled_works(height)
     if compiles and in_view is None:
         scores = compiled_scores(maps, movable, bev, cfg.reach, cfg.neighbour_sweeps)
     else:
@@ -208,9 +211,11 @@ def query_motion(
     movable_height: tuple[float, float],  # m above the ground of what moves with its cell
 ) -> MotionPrior:  # of the N points
     "The prior of the block around each point, trusted only for what can move."
+    where = motion.blocks, motion.movable, motion.bev, motion.frames
     if kernels_work(height.device):
-        where = motion.blocks, motion.movable, motion.bev, motion.frames
         return MotionPrior(*fused_query(motion.prior, *where, query, height, movable_height))
+    if compiled_works(height):
+        return MotionPrior(*compiled_query(motion.prior, *where, query, height, movable_height))
     ij = motion.bev.cell_at(query.points)
     sweep = torch.searchsorted(motion.frames, query.frame).clamp_max(len(motion.frames) - 1)
     at = motion.bev.block_at(ij)
