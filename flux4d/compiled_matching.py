@@ -59,7 +59,7 @@ def bev_cell(
     "The cell of a place; of one outside, the nearest one inside."
     return min(max(int(np.floor((x - low) / cell)) + border, border), size - border - 1)
 
-
+# %% ../nbs/13l_compiled_matching.ipynb #13l0006b
 @compiled()
 def mark_cells(
     points: np.ndarray,  # (M,3) float32, ego0, m
@@ -162,7 +162,7 @@ def by_step(
             worth[g - 1, :, :, start : start + part.shape[2]] = part
     return worth
 
-
+# %% ../nbs/13l_compiled_matching.ipynb #13l0001b
 @compiled(merged=True)
 def add_window(
     total: np.ndarray,  # (n,n) int32; added to
@@ -342,7 +342,7 @@ def mean_motion(
     in_threads(average_met, len(motion), *given, *bounds, *arrays(mean.view(-1, 4), met))
     return mean, met
 
-
+# %% ../nbs/13l_compiled_matching.ipynb #13l00067
 def met_by_compiled(
     xy: Tensor,  # (K,2) displacement of each block, m
     inlier: Tensor,  # (K,) bool
@@ -383,7 +383,7 @@ def add_shares(
             if i >= 0 and i < X and j >= 0 and j < Y:
                 count[sweep[p], int(i), int(j)] += (one - abs(u - i)) * (one - abs(v - j))
 
-
+# %% ../nbs/13l_compiled_matching.ipynb #13l0002f
 @compiled("contract")
 def blur_rows(
     first: int,  # row of all sweeps' maps
@@ -442,7 +442,7 @@ def between_cells(
     near = (one - b) * d[s, i, j] + b * d[s, i, j + 1]
     return (one - a) * near + a * ((one - b) * d[s, i + 1, j] + b * d[s, i + 1, j + 1])
 
-
+# %% ../nbs/13l_compiled_matching.ipynb #13l0002j
 @compiled()
 def density_at_edge(
     d: np.ndarray,  # (S,X,Y) float32
@@ -614,7 +614,7 @@ def smallest(
         low, high = (low, j) if k <= j else (i, high) if k >= i else (k, k)
     return z[k]
 
-
+# %% ../nbs/13l_compiled_matching.ipynb #13l0004b
 @compiled(merged=True)
 def ground_cell(
     points: np.ndarray,  # (M,3) float32, ego0, m
@@ -654,7 +654,7 @@ def low_cells(
             k = min(int(share * np.float32(n)), n - 1)
             flat[c] = smallest(z, starts[c], starts[c + 1] - 1, starts[c] + k)
 
-
+# %% ../nbs/13l_compiled_matching.ipynb #13l0004d
 @compiled()
 def heights_over(
     first: int,  # point
@@ -717,7 +717,7 @@ def fill_cells(
                 for j in range(y - 1, y + 2):
                     filled[sweep[p], i, j, z // 8] |= bit
 
-
+# %% ../nbs/13l_compiled_matching.ipynb #13l0004h
 @uninterrupted()
 def compiled_fill(
     returns: SweepPoints,  # M returns of S sweeps; `frame` counts them from 0 on
