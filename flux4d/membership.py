@@ -190,7 +190,7 @@ def sweep_maps(
     cfg: MembershipConfig,  # read: cell, cell_height
     outlines: Outlines | None = None,  # of what each sweep sees; None: all that is around
 ) -> SweepMaps:
-    "A map of each sweep: a byte a cell, together 0.4 GB for PandaSet's grid and six sweeps, or compiled a bit."
+    "A map of each sweep: a byte a cell, together 0.4 GB for PandaSet's grid and six sweeps; compiled, a bit."
     cell = (cfg.cell, cfg.cell, cfg.cell_height)
     inner = [math.ceil((high - low) / edge - 1e-6) for low, high, edge in zip(grid.low, grid.high, cell)]
     low, edges = (returns.points.new_tensor(x) for x in (grid.low, cell))
