@@ -32,9 +32,9 @@ def without_numba(monkeypatch):
 def test_a_prior_is_that_of_tensor_operations(monkeypatch, velocity, membership, nearer_than):
     returns = street(velocity)
     returns = returns.part(returns.points[:, 0] < nearer_than)  # also a cloud that shows a part of what is around
-    asked = SweepPoints(torch.cat([returns.points + 0.2, returns.points[:9] + 300.0]), *(
-        torch.cat([x, x[:9]]) for x in returns[1:]
-    ))
+    asked = SweepPoints(
+        torch.cat([returns.points + 0.2, returns.points[:9] + 300.0]), *(torch.cat([x, x[:9]]) for x in returns[1:])
+    )
     given = dict(query=asked, membership=membership, find_view=True)
     own = member_motion_prior(returns, GRID, **given)
     without_numba(monkeypatch)
