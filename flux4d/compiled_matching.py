@@ -253,6 +253,7 @@ def compiled_scores(
     neighbour_sweeps: int,  # sweeps on each side that are compared
 ) -> MatchScores:
     "What `match_scores` gives where all sweeps see everything."
+    assert bev.border >= reach * neighbour_sweeps, "displacements lead out of the maps"
     cells = maps.occupied.nonzero()
     blocks, block_of_cell = index_blocks(cells, len(beside), bev)
     K, n = len(blocks.place), 2 * reach + 1
