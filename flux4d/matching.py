@@ -5,6 +5,7 @@
 # %% ../nbs/13b_matching.ipynb #f6fa9db4
 from __future__ import annotations
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from .occupancy import BevGrid, ConsensusRule, Occupancy, grown_mask
 # %% auto #0
 __all__ = ['MOST_PAIRS', 'LEAST_COMPARED', 'BlockMap', 'index_blocks', 'sum_around', 'HitCounts', 'soft_occupancy', 'count_hits',
            'MatchScores', 'match_scores', 'Displacement', 'best_displacement', 'blocks_met', 'InlierMean',
-           'inlier_mean', 'Consensus', 'consensus', 'score_of', 'adopt_displacements']
+           'inlier_mean', 'Consensus', 'inliers_met', 'consensus', 'score_of', 'adopt_displacements']
 
 # %% ../nbs/13b_matching.ipynb #00dedd18
 class BlockMap(NamedTuple):
@@ -240,11 +241,23 @@ class Consensus(NamedTuple):
     trusted: Tensor  # (K,) bool, beats zero motion and is confirmed where it leads
 
 
+def inliers_met(
+    xy: Tensor,  # (K,2) displacement of each block, m
+    inlier: Tensor,  # (K,) bool
+    blocks: BlockMap,  # the K blocks
+    later: Tensor,  # (J,) int64, sweeps later
+    tolerance: Tensor | float,  # m, largest difference from an inlier
+) -> InlierMean:
+    "Average displacements with the inliers where they lead."
+    return inlier_mean(xy, inlier, blocks_met(blocks, later[:, None] * xy[:, None], later), tolerance)
+
+
 def consensus(
     found: Displacement,  # of K blocks
     scores: MatchScores,  # of the same blocks
     gap: Tensor | float,  # s from sweep to sweep
     rule: ConsensusRule,  # when a displacement is trusted
+    averaged: Callable = inliers_met,  # or what gives the same sooner
 ) -> Consensus:
     "Trust a displacement that beats zero motion and is confirmed where it leads."
     blocks = scores.blocks
@@ -254,8 +267,7 @@ def consensus(
     inlier = (margin > rule.margin) & (scores.cells >= rule.min_cells)
     xy = found.xy
     for _ in range(rule.rounds):
-        near = blocks_met(blocks, k[:, None] * xy[:, None], k)
-        xy, sweeps = inlier_mean(xy, inlier, near, rule.inlier_speed * gap)
+        xy, sweeps = averaged(xy, inlier, blocks, k, rule.inlier_speed * gap)
         inlier = (margin > rule.confirmed_margin) & (sweeps >= enough)
         if rule.few_inliers:
             inlier = inlier | ((margin > rule.few_margin) & (sweeps >= rule.few_inliers))

@@ -13,6 +13,7 @@ from torch import Tensor
 from pydantic import NonNegativeFloat, PositiveFloat
 from .settings import Share
 from .voxels import VoxelConfig
+from .compiled_matching import compiled_fill, compiled_works
 from .occupancy import MotionPriorConfig, SweepPoints
 from .outlines import Outlines, outlines_of
 from .motion_prior import FINE_PRIOR, MotionPrior, estimate_motion_prior, sweep_clock
@@ -148,7 +149,8 @@ BORDER = 2  # cells around the grid: one that a return inside may fill, one that
 class SweepMaps(NamedTuple):
     "Where S sweeps have returns: cells of the grid with two around it, of which the outermost stay empty."
 
-    filled: Tensor  # (S,X,Y,Z) bool, a return in the cell or in a neighbour
+    # (S,X,Y,Z) bool, a return in the cell or in a neighbour; or uint8 (S,X,Y,Z/8), bit k for the k-th of eight cells
+    filled: Tensor
     low: Tensor  # (3,) m, corner of the grid
     cell: Tensor  # (3,) m
     outlines: Outlines | None = None  # of what each sweep sees; None: all that is around
@@ -159,8 +161,26 @@ class SweepMaps(NamedTuple):
     ) -> Tensor:  # (...) int64, places in a sweep's flattened map; outside it an outermost cell
         "Which cells points lie in."
         ijk = ((points - self.low) / self.cell).floor().long() + BORDER
-        x, y, z = torch.minimum(ijk.clamp_min(0), ijk.new_tensor(self.filled.shape[1:]) - 1).unbind(-1)
-        return (x * self.filled.shape[2] + y) * self.filled.shape[3] + z
+        X, Y, Z = self.size
+        x, y, z = torch.minimum(ijk.clamp_min(0), ijk.new_tensor((X, Y, Z)) - 1).unbind(-1)
+        return (x * Y + y) * Z + z
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        "Cells of a sweep along x, y and z."
+        X, Y, Z = self.filled.shape[1:]
+        return X, Y, Z if self.filled.dtype == torch.bool else 8 * Z
+
+    def near_return(
+        self,
+        points: Tensor,  # (N,3), or (S,N,3) for places in each sweep, m
+    ) -> Tensor:  # (S,N) bool
+        "Whether each sweep has a return in a point's cell or beside it."
+        S = len(self.filled)
+        at = torch.arange(S, device=points.device)[:, None] * math.prod(self.size) + self.cells_at(points)
+        if self.filled.dtype == torch.bool:
+            return self.filled.flatten()[at]
+        return (self.filled.flatten()[at >> 3] >> (at & 7)) & 1 > 0
 
 
 def sweep_maps(
@@ -170,12 +190,14 @@ def sweep_maps(
     cfg: MembershipConfig,  # read: cell, cell_height
     outlines: Outlines | None = None,  # of what each sweep sees; None: all that is around
 ) -> SweepMaps:
-    "A map of each sweep: a byte a cell, together 0.4 GB for PandaSet's grid and six sweeps."
+    "A map of each sweep: a byte a cell, together 0.4 GB for PandaSet's grid and six sweeps; compiled, a bit."
     cell = (cfg.cell, cfg.cell, cfg.cell_height)
     inner = [math.ceil((high - low) / edge - 1e-6) for low, high, edge in zip(grid.low, grid.high, cell)]
+    low, edges = (returns.points.new_tensor(x) for x in (grid.low, cell))
+    if compiled_works(returns.points):
+        return SweepMaps(compiled_fill(returns, count, low, edges, inner, BORDER), low, edges, outlines)
     X, Y, Z = (n + 2 * BORDER for n in inner)
     filled = torch.zeros(count, X, Y, Z, dtype=torch.bool, device=returns.points.device)
-    low, edges = (returns.points.new_tensor(x) for x in (grid.low, cell))
     ijk = ((returns.points - low) / edges).floor().long()
     inside = ((ijk >= 0) & (ijk < ijk.new_tensor(inner))).all(1)
     x, y, z = (ijk[inside] + BORDER).unbind(1)
@@ -192,9 +214,8 @@ def hits(
 ) -> Tensor:  # (N,) 0..1
     "In how many of the other sweeps there is a return near a point, as a share of those that see the place."
     S = len(maps.filled)
-    filled = maps.filled.flatten()
-    each = torch.arange(S, device=filled.device)[:, None]
-    found = filled[each * (len(filled) // S) + maps.cells_at(points)] & (sweep != each)
+    each = torch.arange(S, device=points.device)[:, None]
+    found = maps.near_return(points) & (sweep != each)
     if maps.outlines is None:
         return found.sum(0) / (S - 1)
     places = points.expand(S, *points.shape[-2:])

@@ -12,6 +12,8 @@ from .voxels import VoxelConfig
 from .kernels import kernels_work
 from .occupancy import BevGrid, MotionPriorConfig, SmallMoverConfig, SweepPoints, bev_grid
 from .occupancy import ground_planes, height_above_ground, occupancy_maps, grown_mask
+from .compiled_matching import compiled_consensus, compiled_heights, compiled_scores, compiled_trajectories
+from .compiled_matching import compiled_maps, compiled_query, compiled_works
 from .matching import BlockMap, Consensus, Displacement
 from .matching import adopt_displacements, best_displacement, consensus, match_scores
 from .matching_kernels import BlockMatches, fused_matches
@@ -116,14 +118,22 @@ def block_matches(
     S = len(clock.frames)
     if kernels_work(height.device) and not cfg.far_apart:
         return fused_matches(returns, height, S, clock.gap, bev, cfg)
-    maps = occupancy_maps(returns.points, height, returns.frame, S, bev, cfg.height, cfg.observed_radius)
+    compiles = compiled_works(height)
+    if compiles:
+        maps = compiled_maps(returns, height, S, bev, cfg.height, cfg.observed_radius)
+    else:
+        maps = occupancy_maps(returns.points, height, returns.frame, S, bev, cfg.height, cfg.observed_radius)
     in_view = None if clock.outlines is None else cells_in_view(clock.outlines, bev).to(height.device)
-    scores = match_scores(maps, bev, cfg.reach, cfg.neighbour_sweeps, in_view)
+    movable = grown_mask(maps.occupied, 1)
+    if compiles and in_view is None:
+        scores = compiled_scores(maps, movable, bev, cfg.reach, cfg.neighbour_sweeps)
+    else:
+        scores = match_scores(maps, bev, cfg.reach, cfg.neighbour_sweeps, in_view)
     found = best_displacement(scores.score, scores.zero_motion, cfg.cell, cfg.zero_motion_penalty)
-    agreed = consensus(found, scores, mean_gap(clock.times), cfg.consensus_rule)
+    agree = compiled_consensus if compiles else consensus
+    agreed = agree(found, scores, mean_gap(clock.times), cfg.consensus_rule)
     if cfg.adopt_rounds:
         agreed = adopt_displacements(agreed, found, scores, cfg.cell, cfg.confirmed_margin, cfg.adopt_rounds)
-    movable = grown_mask(maps.occupied, 1)
     return BlockMatches(scores.blocks, found, agreed, movable)
 
 # %% ../nbs/14_motion_prior.ipynb #06a596e0
@@ -159,6 +169,8 @@ def fit_trajectories(
         return torch.stack([velocity, torch.zeros_like(velocity)], 1)
     if kernels_work(velocity.device):
         return fused_trajectories(velocity, agreed.trusted, matched, blocks, times, grid, cfg)
+    if compiled_works(velocity):
+        return compiled_trajectories(velocity, agreed.trusted, matched, blocks, times, grid, cfg)
     density = density_map(matched, len(times), grid, cfg.fine_cell, cfg.blur_std)
     cells = cell_means(matched, density.low, cfg.fine_cell)
     members = member_cells(cells, agreed.trusted, blocks, density.low)
@@ -199,9 +211,11 @@ def query_motion(
     movable_height: tuple[float, float],  # m above the ground of what moves with its cell
 ) -> MotionPrior:  # of the N points
     "The prior of the block around each point, trusted only for what can move."
+    where = motion.blocks, motion.movable, motion.bev, motion.frames
     if kernels_work(height.device):
-        where = motion.blocks, motion.movable, motion.bev, motion.frames
         return MotionPrior(*fused_query(motion.prior, *where, query, height, movable_height))
+    if compiled_works(height):
+        return MotionPrior(*compiled_query(motion.prior, *where, query, height, movable_height))
     ij = motion.bev.cell_at(query.points)
     sweep = torch.searchsorted(motion.frames, query.frame).clamp_max(len(motion.frames) - 1)
     at = motion.bev.block_at(ij)
@@ -238,6 +252,8 @@ def ground_heights(
         return GroundHeights(*(surface.above(p) + cfg.ground_slack for p in (points, query)))
     if kernels_work(points.device):
         return GroundHeights(*fused_heights(points, query, cfg.ground_cell, cfg.ground_share))
+    if compiled_works(points) and cfg.ground_share < 1:
+        return GroundHeights(*compiled_heights(points, query, cfg.ground_cell, cfg.ground_share))
     both = height_above_ground(points, cfg.ground_cell, cfg.ground_share, query=torch.cat([points, query]))
     return GroundHeights(*both.split((len(points), len(query))))
 
