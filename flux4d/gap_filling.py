@@ -17,6 +17,8 @@ from fastcore.basics import patch
 from .frames import project, pixel_index, unproject
 from .gaussians import Gaussians, gaussians_from, opacity_inv, LIDAR
 from .clip_data import ClipData, image_numbers
+from .compiled_returns import runs_compiled
+from .compiled_search import EXACT_SIDE, compiled_corners, compiled_sums
 from .gap_kernels import BlockCameras, BlockImages, BlockReturns, GapRule, PlacedBlocks, RasterShape
 from .gap_kernels import block_gaussians, fused_blocks, fused_cut, fused_layers, fused_raster
 from .kernels import kernels_work
@@ -91,8 +93,11 @@ def block_moments(
         a = a.reshape(len(a), a.shape[1] // k, k, -1).sum(2)
         return a.view(*a.shape[:2], -1, k, 3).sum(3)
 
-    x = whole_blocks(images, sides[0]).float()
-    sums = [(pool(x, sides[-1]), pool(x.square_(), sides[-1]))]
+    if runs_compiled(images) and sides[-1] <= EXACT_SIDE:
+        sums = [compiled_sums(images, sides[-1], [-(-n // sides[0]) * sides[0] // sides[-1] for n in images.shape[1:3]])]
+    else:
+        x = whole_blocks(images, sides[0]).float()
+        sums = [(pool(x, sides[-1]), pool(x.square_(), sides[-1]))]
     for _ in sides[1:]:
         sums.insert(0, tuple(pool(a, 2) for a in sums[0]))
     return [(total / (255 * s**2), squares / (255 * s) ** 2) for (total, squares), s in zip(sums, sides)]
@@ -214,6 +219,8 @@ def nearest_corners(
     "The nearest return in each quadrant around a block."
     above = nearest_above(i)
     below = F.pad(nearest_above(i.flip(1)).flip(1)[:, 1:], (0, 0, 0, 1), value=-1)
+    if runs_compiled(uv):
+        return compiled_corners(torch.stack([above, below]), uv, cell, at, gap, reach, VERTICAL_DISCOUNT)
     columns = torch.arange(-reach, reach + 1, device=i.device)
     corners = []
     for near in (above, below):
