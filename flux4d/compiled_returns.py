@@ -44,7 +44,7 @@ def compiled_nearest(
     cells: int,  # how many cells
 ) -> Tensor:  # (cells,) int32 index into the flattened returns, -1 where empty
     "The nearest return of each cell, the first of equals."
-    held = torch.full((cells,), -1, dtype=torch.int32)
+    held = torch.full((cells,), -1, dtype=torch.int32, device=z.device)
     sort_returns(cell.reshape(-1).numpy(), z.reshape(-1).numpy(), held.numpy())
     return held
 
@@ -107,7 +107,7 @@ def compiled_neighbours(
     k: int,  # neighbours
 ) -> Tensor:  # (P,k) m^2, ascending, infinite where there are fewer
     "Squared distances to the k nearest others in the cells around."
-    least = torch.full((len(asked[0].x), k), torch.inf)
+    least = x.new_full((len(asked[0].x), k), torch.inf)
     given = held.contiguous().numpy(), x.reshape(-1, 3).numpy()
     for places in asked:
         where = (a.contiguous().numpy() for a in places)

@@ -39,7 +39,10 @@ def add_pixels(
                     value = np.int32(images[image, y, min(x, width - 1), channel])
                     sums[x // side, channel, 0] += value
                     sums[x // side, channel, 1] += value * value
-        total[image, r], squares[image, r] = sums[:, :, 0], sums[:, :, 1]
+        for c in range(columns):
+            for channel in range(3):
+                total[image, r, c, channel] = sums[c, channel, 0]
+                squares[image, r, c, channel] = sums[c, channel, 1]
 
 # %% ../nbs/10c_compiled_search.ipynb #10d00012
 @uninterrupted()
@@ -49,7 +52,7 @@ def compiled_sums(
     shape: tuple[int, int],  # rows and columns of blocks
 ) -> tuple[Tensor, Tensor]:  # (V,rows,columns,3) float32 sums, and sums of squares
     "Sums over the pixels of blocks."
-    total, squares = (torch.empty(len(images), *shape, 3) for _ in range(2))
+    total, squares = (images.new_empty(len(images), *shape, 3, dtype=torch.float32) for _ in range(2))
     given = images.contiguous().numpy(), side, total.numpy(), squares.numpy()
     in_threads(add_pixels, len(images) * shape[0], *given)
     return total, squares
@@ -85,8 +88,8 @@ def compiled_means(
 ) -> Tensor:  # (V,H/k,W/k,3) float32, 0..1
     "The images, each square of k by k pixels averaged."
     V, H, W = images.shape[:3]
-    small = torch.empty(V, H // k, W // k, 3)
-    share = torch.arange(256).float() / 255
+    small = images.new_empty(V, H // k, W // k, 3, dtype=torch.float32)
+    share = torch.arange(256, device=images.device).float() / 255
     in_threads(average_pixels, V * (H // k), images.contiguous().numpy(), k, share.numpy(), small.numpy())
     return small
 
@@ -131,7 +134,7 @@ def compiled_corners(
     discount: float,  # vertical distances count this many times less
 ) -> Tensor:  # (B,4) int64 return at the upper left, upper right, lower left, lower right; -1 = none
     "The nearest return in each quadrant around a block."
-    corner = torch.full((len(cell), 4), -1)
+    corner = cell.new_full((len(cell), 4), -1)
     given = (x.contiguous().numpy() for x in (near, uv, cell, at, gap))
     in_threads(search_corners, len(cell), *given, reach, np.float32(discount), corner.numpy())
     return corner
@@ -206,8 +209,8 @@ def compiled_differences(
 ) -> tuple[Tensor, Tensor]:  # (V,B) mean difference, 0 where nothing is compared; (V,B) bool, where something is
     "How differently other images see the patches of blocks."
     V, h, w = images.shape[:3]
-    shown = torch.ones(V, 0, dtype=torch.bool) if shown is None else shown.reshape(V, -1)
-    difference, sees = torch.empty(ahead.shape), torch.empty(ahead.shape, dtype=torch.bool)
+    shown = ahead.new_empty(V, 0) if shown is None else shown.reshape(V, -1)
+    difference, sees = images.new_empty(ahead.shape), torch.empty_like(ahead)
     given = [x.contiguous().numpy() for x in (image, uv, side, moved, ahead)]
     seen = images.reshape(V, -1, 3).contiguous().numpy(), shown.contiguous().numpy(), (h, w)
     in_threads(compare_patches, len(image), *seen, *given, np.float32(k), difference.numpy(), sees.numpy())
