@@ -18,10 +18,10 @@ __all__ = ['runs_compiled', 'sort_returns', 'compiled_nearest', 'keep_least', 's
 # %% ../nbs/04d_compiled_returns.ipynb #04d00011
 def runs_compiled(
     x: Tensor,  # what is read
+    dtype: torch.dtype = torch.float32,  # what they are made for
 ) -> bool:
-    "Whether compiled functions take over: numba is there, and the tensor holds float32 or bytes on the processor."
-    plain = x.device.type == "cpu" and not x.requires_grad
-    return have_numba() and plain and x.dtype in (torch.float32, torch.uint8)
+    "Whether compiled functions take over: numba is there, and the tensor lies on the processor, without a gradient."
+    return have_numba() and x.device.type == "cpu" and x.dtype == dtype and not x.requires_grad
 
 # %% ../nbs/04d_compiled_returns.ipynb #04d00021
 @compiled()

@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from .compiled_code import compiled, in_threads
+from .search_kernels import CostCameras
 from .signals import uninterrupted
 
 # %% auto #0
 __all__ = ['EXACT_SIDE', 'add_pixels', 'compiled_sums', 'average_pixels', 'compiled_means', 'search_corners', 'compiled_corners',
-           'pixel_number', 'colours_apart', 'compare_patches', 'compiled_differences']
+           'seen_at', 'count_views', 'compiled_views', 'pixel_number', 'colours_apart', 'patch_apart',
+           'compare_patches', 'compiled_differences']
 
 # %% ../nbs/10c_compiled_search.ipynb #10d00011
 EXACT_SIDE = 16  # px, largest block whose sums of squares single precision holds
@@ -139,17 +141,71 @@ def compiled_corners(
     in_threads(search_corners, len(cell), *given, reach, np.float32(discount), corner.numpy())
     return corner
 
+# %% ../nbs/10c_compiled_search.ipynb #10d00035
+@compiled()
+def seen_at(
+    K: np.ndarray,  # (V,3,3) float64 pinhole matrices, px
+    world_to_cam: np.ndarray,  # (V,4,4) float64
+    v: int,  # an image
+    x: float,  # place, world, m
+    y: float,  # its second coordinate
+    z: float,  # its third coordinate
+) -> tuple[float, float, float]:  # px, px, m; pixels mean nothing where the depth is not above 0
+    "Where an image shows a place, and how far away."
+    T, L = world_to_cam[v], K[v]
+    cx = T[0, 0] * x + T[0, 1] * y + T[0, 2] * z + T[0, 3]
+    cy = T[1, 0] * x + T[1, 1] * y + T[1, 2] * z + T[1, 3]
+    cz = T[2, 0] * x + T[2, 1] * y + T[2, 2] * z + T[2, 3]
+    u = (L[0, 0] * cx + L[0, 1] * cy + L[0, 2] * cz) / cz
+    return u, (L[1, 0] * cx + L[1, 1] * cy + L[1, 2] * cz) / cz, cz
+
+# %% ../nbs/10c_compiled_search.ipynb #10d00036
+@compiled()
+def count_views(
+    first: int,  # place
+    stop: int,  # one past the last place
+    means: np.ndarray,  # (N,3) float32, world, m
+    K: np.ndarray,  # (V,3,3) float64 pinhole matrices, px
+    world_to_cam: np.ndarray,  # (V,4,4) float64
+    width: int,  # px
+    height: int,  # px
+    count: np.ndarray,  # (N,) int64; filled
+) -> None:
+    "How many images have some places in view."
+    for i in range(first, stop):
+        n = 0
+        for v in range(len(K)):
+            x, y, z = np.float64(means[i, 0]), np.float64(means[i, 1]), np.float64(means[i, 2])
+            u, v_, depth = seen_at(K, world_to_cam, v, x, y, z)
+            n += depth > 0 and 0 <= u < width and 0 <= v_ < height
+        count[i] = n
+
+# %% ../nbs/10c_compiled_search.ipynb #10d00037
+@uninterrupted()
+def compiled_views(
+    means: Tensor,  # (N,3) float32, world, m
+    K: Tensor,  # (V,3,3) float64 pinhole matrices, px
+    world_to_cam: Tensor,  # (V,4,4) float64
+    width: int,  # px
+    height: int,  # px
+) -> Tensor:  # (N,) int64
+    "How many images have each place in view."
+    count = torch.empty(len(means), dtype=torch.int64, device=means.device)
+    given = (x.contiguous().numpy() for x in (means, K, world_to_cam))
+    in_threads(count_views, len(means), *given, width, height, count.numpy())
+    return count
+
 # %% ../nbs/10c_compiled_search.ipynb #10d00041
 @compiled()
 def pixel_number(
-    u: float,  # column of a place, px, as float32
-    v: float,  # row of a place, px
+    u: float,  # float32 px, column of a place
+    v: float,  # float32 px, row of a place
     shape: tuple[int, int],  # height and width of the image, px
 ) -> int:  # -1 outside
     "The pixel of an image that a place lies in."
     return int(v) * shape[1] + int(u) if 0 <= u < shape[1] and 0 <= v < shape[0] else -1
 
-# %% ../nbs/10c_compiled_search.ipynb #10d00042
+
 @compiled()
 def colours_apart(
     images: np.ndarray,  # (V,h w,3) float32
@@ -163,6 +219,30 @@ def colours_apart(
     green = abs(images[other, b, 1] - images[one, a, 1])
     return (red + green + abs(images[other, b, 2] - images[one, a, 2])) / np.float32(3)
 
+# %% ../nbs/10c_compiled_search.ipynb #10d00042
+@compiled()
+def patch_apart(
+    images: np.ndarray,  # (V,h w,3) float32
+    shown: np.ndarray,  # (V,h w) bool, what may be compared; (V,0): all
+    shape: tuple[int, int],  # h, w
+    views: tuple[int, int],  # the block's own image, and the other one
+    at: tuple[float, float],  # float32 px of small images, the block's centre
+    to: tuple[float, float],  # float32 px of small images, how far it would lie from there
+    step: float,  # float32 px of small images, from one sample to the next
+    k: float,  # float32 px, by which the images were shrunk
+) -> tuple[float, bool]:  # float32; whether anything was compared
+    "Mean difference of a block's patch."
+    total, count = np.float32(0), 0
+    for s in range(9):
+        q = (s + 8) % 9  # the last one first, as torch adds nine numbers
+        x = (at[0] + np.float32(q // 3 - 1) * step) / k
+        y = (at[1] + np.float32(q % 3 - 1) * step) / k
+        own, other = pixel_number(x, y, shape), pixel_number(x + to[0], y + to[1], shape)
+        if own >= 0 and other >= 0 and (not shown.shape[1] or shown[views[1], other]):
+            total += colours_apart(images, views[0], own, views[1], other)
+            count += 1
+    return total / np.float32(max(count, 1)), count > 0
+
 # %% ../nbs/10c_compiled_search.ipynb #10d00043
 @compiled()
 def compare_patches(
@@ -171,47 +251,49 @@ def compare_patches(
     images: np.ndarray,  # (V,h w,3) float32
     shown: np.ndarray,  # (V,h w) bool, what may be compared; (V,0): all
     shape: tuple[int, int],  # h, w
+    cameras: tuple[np.ndarray, np.ndarray, np.ndarray],  # float64 K (V,3,3), pose (V,4,4), world-to-camera (V,4,4)
     image: np.ndarray,  # (B,) int64, of each block
     uv: np.ndarray,  # (B,2) float32, centres of the blocks, px
     side: np.ndarray,  # (B,) float32, px
-    moved: np.ndarray,  # (V,B,2) float32 px, how far the blocks would lie from there
-    ahead: np.ndarray,  # (V,B) bool, images to compare with
-    k: float,  # float32, px by which the images were shrunk
+    ray: np.ndarray,  # (B,3) float64, world, m per m of depth
+    depth: np.ndarray,  # (B,) float64, m
+    k: float,  # float32 px, by which the images were shrunk
     difference: np.ndarray,  # (V,B) float32; filled
     sees: np.ndarray,  # (V,B) bool; filled
 ) -> None:
     "Mean difference of the patches of some blocks."
+    K, pose, world_to_cam = cameras
     for b in range(first, stop):
+        own, d = image[b], depth[b]
+        x, y, z = pose[own, 0, 3] + d * ray[b, 0], pose[own, 1, 3] + d * ray[b, 1], pose[own, 2, 3] + d * ray[b, 2]
         for v in range(len(images)):
-            to_u, to_v = moved[v, b, 0] / k, moved[v, b, 1] / k
-            total, count = np.float32(0), 0
-            for s in range(9 if ahead[v, b] else 0):
-                q = (s + 8) % 9  # the last one first, as torch adds nine numbers
-                x = (uv[b, 0] + np.float32(q // 3 - 1) * side[b]) / k
-                y = (uv[b, 1] + np.float32(q % 3 - 1) * side[b]) / k
-                own, other = pixel_number(x, y, shape), pixel_number(x + to_u, y + to_v, shape)
-                if own >= 0 and other >= 0 and (not shown.shape[1] or shown[v, other]):
-                    total += colours_apart(images, image[b], own, v, other)
-                    count += 1
-            difference[v, b], sees[v, b] = total / np.float32(max(count, 1)), count > 0
+            difference[v, b], sees[v, b] = 0, False
+            u, r, ahead = seen_at(K, world_to_cam, v, x, y, z)
+            if v != own and ahead > 1:
+                to = (np.float32(u) - uv[b, 0]) / k, (np.float32(r) - uv[b, 1]) / k
+                at = uv[b, 0], uv[b, 1]
+                found = patch_apart(images, shown, shape, (own, v), at, to, side[b], k)
+                difference[v, b], sees[v, b] = found
 
 # %% ../nbs/10c_compiled_search.ipynb #10d00045
 @uninterrupted()
 def compiled_differences(
-    images: Tensor,  # (V,h,w,3) float32, shrunk `k` times
-    shown: Tensor | None,  # (V,h,w) bool, what may be compared; None: all
+    cameras: CostCameras,  # V images
     image: Tensor,  # (B,) int64, of each block
     uv: Tensor,  # (B,2) float32, centres of the blocks, px
     side: Tensor,  # (B,) float32, px
-    moved: Tensor,  # (V,B,2) float32 px, how far each block would lie in each image from where it lies in its own
-    ahead: Tensor,  # (V,B) bool, images to compare with
-    k: int,  # px
+    ray: Tensor,  # (B,3) float64, world, m per m of depth
+    depth: Tensor,  # (B,) m
+    k: int,  # px, by which the images were shrunk
 ) -> tuple[Tensor, Tensor]:  # (V,B) mean difference, 0 where nothing is compared; (V,B) bool, where something is
-    "How differently other images see the patches of blocks."
+    "How differently other images see the patches of blocks, if that is their depth."
+    images, shown, *places = cameras
     V, h, w = images.shape[:3]
-    shown = ahead.new_empty(V, 0) if shown is None else shown.reshape(V, -1)
-    difference, sees = images.new_empty(ahead.shape), torch.empty_like(ahead)
-    given = [x.contiguous().numpy() for x in (image, uv, side, moved, ahead)]
+    shown = torch.empty(V, 0, dtype=torch.bool, device=uv.device) if shown is None else shown.reshape(V, -1)
+    difference = images.new_empty(V, len(image))
+    sees = torch.empty_like(difference, dtype=torch.bool)
     seen = images.reshape(V, -1, 3).contiguous().numpy(), shown.contiguous().numpy(), (h, w)
-    in_threads(compare_patches, len(image), *seen, *given, np.float32(k), difference.numpy(), sees.numpy())
+    given = [x.contiguous().numpy() for x in (image, uv, side, ray, depth.double())]
+    places = tuple(x.contiguous().numpy() for x in places)
+    in_threads(compare_patches, len(image), *seen, places, *given, np.float32(k), difference.numpy(), sees.numpy())
     return difference, sees
