@@ -94,7 +94,8 @@ def block_moments(
         return a.view(*a.shape[:2], -1, k, 3).sum(3)
 
     if runs_compiled(images, torch.uint8) and sides[-1] <= EXACT_SIDE:
-        sums = [compiled_sums(images, sides[-1], [-(-n // sides[0]) * sides[0] // sides[-1] for n in images.shape[1:3]])]
+        shape = [-(-n // sides[0]) * sides[0] // sides[-1] for n in images.shape[1:3]]
+        sums = [compiled_sums(images, sides[-1], shape)]
     else:
         x = whole_blocks(images, sides[0]).float()
         sums = [(pool(x, sides[-1]), pool(x.square_(), sides[-1]))]
