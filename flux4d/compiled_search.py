@@ -12,9 +12,9 @@ from .search_kernels import CostCameras
 from .signals import uninterrupted
 
 # %% auto #0
-__all__ = ['EXACT_SIDE', 'add_pixels', 'compiled_sums', 'average_pixels', 'compiled_means', 'search_corners', 'compiled_corners',
-           'seen_at', 'count_views', 'compiled_views', 'pixel_number', 'colours_apart', 'patch_apart',
-           'compare_patches', 'compiled_differences']
+__all__ = ['EXACT_SIDE', 'add_pixels', 'compiled_sums', 'average_pixels', 'compiled_means', 'carry_returns', 'search_corners',
+           'compiled_corners', 'seen_at', 'count_views', 'compiled_views', 'pixel_number', 'colours_apart',
+           'fill_patch', 'patch_apart', 'compare_patches', 'compiled_differences']
 
 # %% ../nbs/10c_compiled_search.ipynb #10d00011
 EXACT_SIDE = 16  # px, largest block whose sums of squares single precision holds
@@ -95,6 +95,26 @@ def compiled_means(
     in_threads(average_pixels, V * (H // k), images.contiguous().numpy(), k, share.numpy(), small.numpy())
     return small
 
+# %% ../nbs/10c_compiled_search.ipynb #10d00030
+@compiled()
+def carry_returns(
+    first: int,  # image
+    stop: int,  # one past the last image
+    held: np.ndarray,  # (V,rows,columns) int64, the return of each cell, -1 = none
+    near: np.ndarray,  # (2,V,rows,columns) int64, the return at or above each cell, and the one below; filled
+) -> None:
+    "Carry each return down and up its column until the next."
+    rows, columns = held.shape[1:]
+    for v in range(first, stop):
+        for c in range(columns):
+            near[0, v, 0, c], near[1, v, rows - 1, c] = held[v, 0, c], -1
+        for r in range(1, rows):
+            for c in range(columns):
+                near[0, v, r, c] = held[v, r, c] if held[v, r, c] >= 0 else near[0, v, r - 1, c]
+        for r in range(rows - 2, -1, -1):
+            for c in range(columns):
+                near[1, v, r, c] = held[v, r + 1, c] if held[v, r + 1, c] >= 0 else near[1, v, r + 1, c]
+
 # %% ../nbs/10c_compiled_search.ipynb #10d00031
 @compiled()
 def search_corners(
@@ -127,7 +147,7 @@ def search_corners(
 # %% ../nbs/10c_compiled_search.ipynb #10d00032
 @uninterrupted()
 def compiled_corners(
-    near: Tensor,  # (2,V,rows,columns) int64, the return at or above each cell, and the one below, -1 = none
+    held: Tensor,  # (V,rows,columns) int64, the return of each cell, -1 = none; `reach` columns of border
     uv: Tensor,  # (R,2) float32 px of the returns
     cell: Tensor,  # (B,) int64, the cell of each block
     at: Tensor,  # (B,2) float32 px of the blocks
@@ -136,7 +156,8 @@ def compiled_corners(
     discount: float,  # vertical distances count this many times less
 ) -> Tensor:  # (B,4) int64 return at the upper left, upper right, lower left, lower right; -1 = none
     "The nearest return in each quadrant around a block."
-    corner = cell.new_full((len(cell), 4), -1)
+    near, corner = held.new_empty(2, *held.shape), cell.new_full((len(cell), 4), -1)
+    in_threads(carry_returns, len(held), held.contiguous().numpy(), near.numpy())
     given = (x.contiguous().numpy() for x in (near, uv, cell, at, gap))
     in_threads(search_corners, len(cell), *given, reach, np.float32(discount), corner.numpy())
     return corner
@@ -221,25 +242,40 @@ def colours_apart(
 
 # %% ../nbs/10c_compiled_search.ipynb #10d00042
 @compiled()
+def fill_patch(
+    u: float,  # float32 px, centre of a block
+    v: float,  # float32 px, its row
+    side: float,  # float32 px
+    k: float,  # float32 px, by which the images were shrunk
+    shape: tuple[int, int],  # height and width of small images, px
+    patch: np.ndarray,  # (9,2) float32 px of small images; filled
+    own: np.ndarray,  # (9,) int64 pixels, -1 outside; filled
+) -> None:
+    "Where the samples of a block lie in its own image."
+    for q in range(9):
+        patch[q, 0] = (u + np.float32(q // 3 - 1) * side) / k
+        patch[q, 1] = (v + np.float32(q % 3 - 1) * side) / k
+        own[q] = pixel_number(patch[q, 0], patch[q, 1], shape)
+
+
+@compiled()
 def patch_apart(
     images: np.ndarray,  # (V,h w,3) float32
     shown: np.ndarray,  # (V,h w) bool, what may be compared; (V,0): all
     shape: tuple[int, int],  # h, w
     views: tuple[int, int],  # the block's own image, and the other one
-    at: tuple[float, float],  # float32 px of small images, the block's centre
-    to: tuple[float, float],  # float32 px of small images, how far it would lie from there
-    step: float,  # float32 px of small images, from one sample to the next
-    k: float,  # float32 px, by which the images were shrunk
+    patch: np.ndarray,  # (9,2) float32 px of small images
+    own: np.ndarray,  # (9,) int64 pixels, -1 outside
+    to_u: float,  # float32 px of small images, how far the block would lie to the right
+    to_v: float,  # float32 px of small images, and down
 ) -> tuple[float, bool]:  # float32; whether anything was compared
     "Mean difference of a block's patch."
     total, count = np.float32(0), 0
     for s in range(9):
         q = (s + 8) % 9  # the last one first, as torch adds nine numbers
-        x = (at[0] + np.float32(q // 3 - 1) * step) / k
-        y = (at[1] + np.float32(q % 3 - 1) * step) / k
-        own, other = pixel_number(x, y, shape), pixel_number(x + to[0], y + to[1], shape)
-        if own >= 0 and other >= 0 and (not shown.shape[1] or shown[views[1], other]):
-            total += colours_apart(images, views[0], own, views[1], other)
+        other = pixel_number(patch[q, 0] + to_u, patch[q, 1] + to_v, shape)
+        if own[q] >= 0 and other >= 0 and (not shown.shape[1] or shown[views[1], other]):
+            total += colours_apart(images, views[0], own[q], views[1], other)
             count += 1
     return total / np.float32(max(count, 1)), count > 0
 
@@ -263,16 +299,17 @@ def compare_patches(
 ) -> None:
     "Mean difference of the patches of some blocks."
     K, pose, world_to_cam = cameras
+    patch, pixels = np.empty((9, 2), np.float32), np.empty(9, np.int64)
     for b in range(first, stop):
         own, d = image[b], depth[b]
         x, y, z = pose[own, 0, 3] + d * ray[b, 0], pose[own, 1, 3] + d * ray[b, 1], pose[own, 2, 3] + d * ray[b, 2]
+        fill_patch(uv[b, 0], uv[b, 1], side[b], k, shape, patch, pixels)
         for v in range(len(images)):
             difference[v, b], sees[v, b] = 0, False
             u, r, ahead = seen_at(K, world_to_cam, v, x, y, z)
             if v != own and ahead > 1:
-                to = (np.float32(u) - uv[b, 0]) / k, (np.float32(r) - uv[b, 1]) / k
-                at = uv[b, 0], uv[b, 1]
-                found = patch_apart(images, shown, shape, (own, v), at, to, side[b], k)
+                to_u, to_v = (np.float32(u) - uv[b, 0]) / k, (np.float32(r) - uv[b, 1]) / k
+                found = patch_apart(images, shown, shape, (own, v), patch, pixels, to_u, to_v)
                 difference[v, b], sees[v, b] = found
 
 # %% ../nbs/10c_compiled_search.ipynb #10d00045

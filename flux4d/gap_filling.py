@@ -218,10 +218,10 @@ def nearest_corners(
     reach: int,  # columns to each side
 ) -> Tensor:  # (B,4) int64 return at the upper left, upper right, lower left, lower right; -1 = none
     "The nearest return in each quadrant around a block."
+    if runs_compiled(uv):
+        return compiled_corners(i, uv, cell, at, gap, reach, VERTICAL_DISCOUNT)
     above = nearest_above(i)
     below = F.pad(nearest_above(i.flip(1)).flip(1)[:, 1:], (0, 0, 0, 1), value=-1)
-    if runs_compiled(uv):
-        return compiled_corners(torch.stack([above, below]), uv, cell, at, gap, reach, VERTICAL_DISCOUNT)
     columns = torch.arange(-reach, reach + 1, device=i.device)
     corners = []
     for near in (above, below):
