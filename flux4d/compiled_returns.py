@@ -45,7 +45,7 @@ def compiled_nearest(
 ) -> Tensor:  # (cells,) int32 index into the flattened returns, -1 where empty
     "The nearest return of each cell, the first of equals."
     held = torch.full((cells,), -1, dtype=torch.int32, device=z.device)
-    sort_returns(cell.reshape(-1).numpy(), z.reshape(-1).numpy(), held.numpy())
+    sort_returns(cell.contiguous().view(-1).numpy(), z.contiguous().view(-1).numpy(), held.numpy())
     return held
 
 # %% ../nbs/04d_compiled_returns.ipynb #04d00031
@@ -108,7 +108,7 @@ def compiled_neighbours(
 ) -> Tensor:  # (P,k) m^2, ascending, infinite where there are fewer
     "Squared distances to the k nearest others in the cells around."
     least = x.new_full((len(asked[0].x), k), torch.inf)
-    given = held.contiguous().numpy(), x.reshape(-1, 3).numpy()
+    given = held.contiguous().numpy(), x.contiguous().view(-1, 3).numpy()
     for places in asked:
         where = (a.contiguous().numpy() for a in places)
         in_threads(search_windows, len(least), *given, *where, reach, least.numpy())
