@@ -79,14 +79,18 @@ def search_windows(
     "Lower the smallest squared distances by the returns in the cells around."
     columns, last = held.shape[2], least.shape[1] - 1
     for p in range(first, stop):
+        a, b, c = centre[p, 0], centre[p, 1], centre[p, 2]
         for r in range(row[p] - reach, row[p] + reach + 1):
-            for q in range(column[p] - reach, column[p] + reach + 1):
-                near = held[sweep[p], r, q + columns if q < 0 else q - columns if q >= columns else q]
-                if near >= 0:
-                    dx, dy, dz = x[near, 0] - centre[p, 0], x[near, 1] - centre[p, 1], x[near, 2] - centre[p, 2]
-                    d = dx * dx + dy * dy + dz * dz
-                    if 0 < d < least[p, last]:
-                        keep_least(least, p, d)
+            line = held[sweep[p], r]
+            for turn in (-columns, 0, columns):  # what reaches beyond the seam is looked up at the other end
+                begin, end = column[p] + turn - reach, column[p] + turn + reach + 1
+                for q in range(max(begin, 0), min(end, columns)):
+                    near = line[q]
+                    if near >= 0:
+                        dx, dy, dz = x[near, 0] - a, x[near, 1] - b, x[near, 2] - c
+                        d = dx * dx + dy * dy + dz * dz
+                        if 0 < d < least[p, last]:
+                            keep_least(least, p, d)
 
 # %% ../nbs/04d_compiled_returns.ipynb #04d00034
 class SearchedPlaces(NamedTuple):
