@@ -17,6 +17,8 @@ from .frames import project, pixel_index, se3_inverse, transform_points
 from .gaussians import Gaussians, gaussians_from, cat, opacity_inv, BACKGROUND, LIDAR
 from .clips import Clip
 from .clip_data import ClipData, clip_data, image_numbers
+from .compiled_returns import runs_compiled
+from .compiled_search import compiled_differences, compiled_means
 from .settings import OpenShare, Share
 from .lift import checked_cap, gaussians_of, lift_returns, no_visible_return, sound_stamps
 from .camera_colours import clip_tones, in_reference_colours
@@ -29,13 +31,13 @@ from .gap_filling import placed_blocks
 from .plane_sweep import agreed_depths, cell_grid, plane_sweep
 
 # %% auto #0
-__all__ = ['SWEPT', 'SWEPT_GAIN', 'BackgroundConfig', 'pixels_at', 'shrunk_mask', 'motion_between', 'photometric_cost',
-           'shared_cost', 'shrunk_images', 'photometric_costs', 'agreed_depth', 'one_camera', 'best_depth', 'far_depth',
-           'elevation_in_camera', 'field_top', 'above_field', 'column_depth', 'swept_above', 'depth_above',
-           'depth_behind', 'FarBlocks', 'far_blocks', 'placed_far', 'stored_far', 'far_gaussians', 'far_field',
-           'bounding_box', 'draw_hemisphere', 'first_colour', 'drawn_points', 'hemisphere', 'draw_ball', 'inside_ball',
-           'near_gaussians', 'near_field', 'background', 'without_taken', 'without_coarser', 'init_groups', 'init_data',
-           'clip_groups', 'init_gaussians']
+__all__ = ['SWEPT', 'SWEPT_GAIN', 'BackgroundConfig', 'pixels_at', 'shrunk_mask', 'motion_between', 'cost_cameras',
+           'patch_differences', 'photometric_cost', 'shared_cost', 'shrunk_images', 'photometric_costs', 'agreed_depth',
+           'one_camera', 'best_depth', 'far_depth', 'elevation_in_camera', 'field_top', 'above_field', 'column_depth',
+           'swept_above', 'depth_above', 'depth_behind', 'FarBlocks', 'far_blocks', 'placed_far', 'stored_far',
+           'far_gaussians', 'far_field', 'bounding_box', 'draw_hemisphere', 'first_colour', 'drawn_points',
+           'hemisphere', 'draw_ball', 'inside_ball', 'near_gaussians', 'near_field', 'background', 'without_taken',
+           'without_coarser', 'init_groups', 'init_data', 'clip_groups', 'init_gaussians']
 
 # %% ../nbs/12_background.ipynb #380a93b9
 @dataclass(frozen=True)
@@ -116,16 +118,25 @@ def motion_between(
     return uv[:, :, 0].float().nan_to_num(-1e6) - b.uv, (z[..., 0] > 1) & other
 
 # %% ../nbs/12_background.ipynb #5d684d1d
-def photometric_cost(
+def cost_cameras(
     data: ClipData,  # cameras
-    images: Tensor,  # (V,h,w,3) its images, shrunk `k` times
-    k: int,  # px
+    images: Tensor,  # (V,h,w,3) its images, shrunk
+    shown: Tensor | None,  # (V,h,w) bool from `shrunk_mask`; None: no image shows the own vehicle
+) -> CostCameras:
+    "Images and cameras as kernels and compiled loops read them."
+    K, pose, inverse = data.K, data.pose, data.world_to_cam
+    return CostCameras(images, shown, K.reshape(-1, 3, 3), pose.reshape(-1, 4, 4), inverse.reshape(-1, 4, 4))
+
+
+def patch_differences(
+    images: Tensor,  # (V,h,w,3) shrunk `k` times
+    shown: Tensor | None,  # (V,h,w) bool from `shrunk_mask`; None: no image shows the own vehicle
     b: Blocks,  # B blocks
-    depth: float | Tensor,  # m, where they are put; (B,1) when each has its own
-    shown: Tensor | None = None,  # (V,h,w) bool from `shrunk_mask`; None: no image shows the own vehicle
-) -> Tensor:  # (B,) mean colour difference over the other images that see them, 0..0.2; 0 where none does
-    "How differently the other images see the blocks, if that is their depth."
-    moved, ahead = motion_between(data, b, depth)
+    moved: Tensor,  # (V,B,2) px, from `motion_between`
+    ahead: Tensor,  # (V,B) bool, from `motion_between`
+    k: int,  # px
+) -> tuple[Tensor, Tensor]:  # (V,B) mean difference, 0 where nothing is compared; (V,B) bool, where something is
+    "How differently the other images see the patches of blocks."
     step = torch.tensor([-1.0, 0, 1], device=images.device)
     offsets = torch.cartesian_prod(step, step) * b.side[:, None, None]
     patch = (b.uv[:, None] + offsets) / k
@@ -135,8 +146,23 @@ def photometric_cost(
     there &= here & ahead[..., None]
     if shown is not None:
         there &= pixels_at(shown, v, patch + moved[:, :, None] / k)[0]
-    sees = there.any(-1)
-    difference = ((other - own).abs().mean(-1) * there).sum(-1) / there.sum(-1).clamp_min(1)
+    return ((other - own).abs().mean(-1) * there).sum(-1) / there.sum(-1).clamp_min(1), there.any(-1)
+
+
+def photometric_cost(
+    data: ClipData,  # cameras
+    images: Tensor,  # (V,h,w,3) its images, shrunk `k` times
+    k: int,  # px
+    b: Blocks,  # B blocks
+    depth: float | Tensor,  # m, where they are put; (B,1) when each has its own
+    shown: Tensor | None = None,  # (V,h,w) bool from `shrunk_mask`; None: no image shows the own vehicle
+) -> Tensor:  # (B,) mean colour difference over the other images that see them, 0..0.2; 0 where none does
+    "How differently the other images see the blocks, if that is their depth."
+    if runs_compiled(images):
+        z = torch.as_tensor(depth, device=images.device).reshape(-1).expand(len(b.image))
+        difference, sees = compiled_differences(cost_cameras(data, images, shown), b.image, b.uv, b.side, b.ray, z, k)
+    else:
+        difference, sees = patch_differences(images, shown, b, *motion_between(data, b, depth), k)
     return (difference.clamp_max(0.2) * sees).sum(0) / sees.sum(0).clamp_min(1)
 
 # %% ../nbs/12_background.ipynb #db0d0f99
@@ -161,7 +187,10 @@ def shrunk_images(
     k: int,  # px
 ) -> Tensor:  # (V,h/k,w/k,3) float32, 0..1
     "The images, each square of k by k pixels averaged."
-    images = data.images.view(-1, *data.images.shape[2:]).permute(0, 3, 1, 2).float() / 255
+    images = data.images.view(-1, *data.images.shape[2:])
+    if runs_compiled(images, torch.uint8):
+        return compiled_means(images, k)
+    images = images.permute(0, 3, 1, 2).float() / 255
     return F.avg_pool2d(images, k).permute(0, 2, 3, 1).contiguous()
 
 # %% ../nbs/12_background.ipynb #c0575a11
@@ -176,9 +205,7 @@ def photometric_costs(
     "The photometric cost at several depths; on a GPU in one kernel."
     if not kernels_work(images.device):
         return torch.stack([photometric_cost(data, images, k, b, d[:, None], shown) for d in depths.unbind(1)], 1)
-    K, pose, inverse = data.K, data.pose, data.world_to_cam
-    cameras = CostCameras(images, shown, K.view(-1, 3, 3), pose.reshape(-1, 4, 4), inverse.view(-1, 4, 4))
-    return fused_costs(cameras, b.image, b.uv, b.side, b.ray, depths, k)
+    return fused_costs(cost_cameras(data, images, shown), b.image, b.uv, b.side, b.ray, depths, k)
 
 # %% ../nbs/12_background.ipynb #921b671b
 def agreed_depth(

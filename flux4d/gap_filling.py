@@ -17,6 +17,8 @@ from fastcore.basics import patch
 from .frames import project, pixel_index, unproject
 from .gaussians import Gaussians, gaussians_from, opacity_inv, LIDAR
 from .clip_data import ClipData, image_numbers
+from .compiled_returns import runs_compiled
+from .compiled_search import EXACT_SIDE, compiled_corners, compiled_sums, compiled_views
 from .gap_kernels import BlockCameras, BlockImages, BlockReturns, GapRule, PlacedBlocks, RasterShape
 from .gap_kernels import block_gaussians, fused_blocks, fused_cut, fused_layers, fused_raster
 from .kernels import kernels_work
@@ -91,8 +93,12 @@ def block_moments(
         a = a.reshape(len(a), a.shape[1] // k, k, -1).sum(2)
         return a.view(*a.shape[:2], -1, k, 3).sum(3)
 
-    x = whole_blocks(images, sides[0]).float()
-    sums = [(pool(x, sides[-1]), pool(x.square_(), sides[-1]))]
+    if runs_compiled(images, torch.uint8) and sides[-1] <= EXACT_SIDE:
+        shape = [-(-n // sides[0]) * sides[0] // sides[-1] for n in images.shape[1:3]]
+        sums = [compiled_sums(images, sides[-1], shape)]
+    else:
+        x = whole_blocks(images, sides[0]).float()
+        sums = [(pool(x, sides[-1]), pool(x.square_(), sides[-1]))]
     for _ in sides[1:]:
         sums.insert(0, tuple(pool(a, 2) for a in sums[0]))
     return [(total / (255 * s**2), squares / (255 * s) ** 2) for (total, squares), s in zip(sums, sides)]
@@ -212,6 +218,8 @@ def nearest_corners(
     reach: int,  # columns to each side
 ) -> Tensor:  # (B,4) int64 return at the upper left, upper right, lower left, lower right; -1 = none
     "The nearest return in each quadrant around a block."
+    if runs_compiled(uv):
+        return compiled_corners(i, uv, cell, at, gap, reach, VERTICAL_DISCOUNT)
     above = nearest_above(i)
     below = F.pad(nearest_above(i.flip(1)).flip(1)[:, 1:], (0, 0, 0, 1), value=-1)
     columns = torch.arange(-reach, reach + 1, device=i.device)
@@ -558,9 +566,12 @@ def even_opacity(
         each = opacity if torch.is_tensor(opacity) else g.means.new_full((1,), opacity)
         cameras = data.K.view(V, 3, 3), data.world_to_cam.view(V, 4, 4)
         return replace(g, opacity_logits=fused_layers(g.means, each, *cameras, frames, (w, h), most))
-    x = g.means.double()[None]
-    some = max(1, 4_000_000 // max(1, len(g)))  # views at a time, for memory
-    cameras = zip(data.K.view(V, 3, 3).split(some), data.world_to_cam.view(V, 4, 4).split(some))
-    n = sum(pixel_index(project(K, T, x)[0], w, h)[2].sum(0) for K, T in cameras)
+    if runs_compiled(g.means):
+        n = compiled_views(g.means, data.K.view(V, 3, 3), data.world_to_cam.view(V, 4, 4), w, h)
+    else:
+        x = g.means.double()[None]
+        some = max(1, 4_000_000 // max(1, len(g)))  # views at a time, for memory
+        cameras = zip(data.K.view(V, 3, 3).split(some), data.world_to_cam.view(V, 4, 4).split(some))
+        n = sum(pixel_index(project(K, T, x)[0], w, h)[2].sum(0) for K, T in cameras)
     layers = frames / n.clamp(1, frames)
     return replace(g, opacity_logits=opacity_inv((1 - (1 - opacity) ** layers).clamp_max(most)))

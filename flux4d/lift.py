@@ -22,6 +22,7 @@ from .gaussians import Gaussians, gaussians_from, opacity_inv, LIDAR
 from .files import DataError
 from .clips import Clip
 from .clip_data import ClipData, clip_data, project_returns
+from .compiled_returns import SearchedPlaces, compiled_nearest, compiled_neighbours, runs_compiled
 from .kernels import kernels_work
 from .return_kernels import PlaceDirections, ReturnImages, StoredGaussians, fused_nearest, fused_return_neighbours
 from .return_kernels import fused_returns
@@ -30,12 +31,12 @@ from .settings import OpenShare, Some
 
 # %% auto #0
 __all__ = ['WINDOWS', 'lift_sweep', 'LiftConfig', 'voxel_downsample', 'thin_sweeps', 'nearest_return', 'directions',
-           'DirectionRaster', 'window_distances', 'Query', 'queries_of', 'from_cameras', 'window_neighbours',
-           'neighbours_by_kernels', 'knn_distance', 'from_shutter', 'colour_late', 'colour_returns', 'outside_clip',
-           'check_own_times', 'warn_of_stamps', 'sound_stamps', 'capture_times', 'random_quats', 'return_sizes',
-           'gaussians_of', 'returns_by_kernels', 'lift_returns', 'direction_cells', 'ranks_in_cells', 'cap_by_coverage',
-           'no_visible_return', 'checked_cap', 'lift_data', 'lift_clip', 'draw_dots', 'blue_to_red', 'bird_view',
-           'sweep_from_above', 'shades', 'alignment_set', 'alignment_pictures']
+           'DirectionRaster', 'window_distances', 'Query', 'queries_of', 'from_cameras', 'nearest_squares',
+           'window_neighbours', 'neighbours_by_kernels', 'knn_distance', 'from_shutter', 'colour_late',
+           'colour_returns', 'outside_clip', 'check_own_times', 'warn_of_stamps', 'sound_stamps', 'capture_times',
+           'random_quats', 'return_sizes', 'gaussians_of', 'returns_by_kernels', 'lift_returns', 'direction_cells',
+           'ranks_in_cells', 'cap_by_coverage', 'no_visible_return', 'checked_cap', 'lift_data', 'lift_clip',
+           'draw_dots', 'blue_to_red', 'bird_view', 'sweep_from_above', 'shades', 'alignment_set', 'alignment_pictures']
 
 # %% ../nbs/10_lift.ipynb #0f84ced7
 def lift_sweep(
@@ -138,6 +139,8 @@ def nearest_return(
     "The nearest return of each cell, the first of equals."
     if kernels_work(z.device):
         return fused_nearest(cell, z, cells)
+    if runs_compiled(z):
+        return compiled_nearest(cell, z, cells)
     number = torch.arange(z.numel(), device=z.device).view(z.shape)
     key = (z.contiguous().view(torch.int32).long() << 32) | number  # positive floats sort like their bits
     empty = 2**63 - 1
@@ -263,6 +266,22 @@ def from_cameras(
     return (data.points - data.pose[..., :3, 3].mean(1)[:, None]).float()
 
 
+def nearest_squares(
+    held: Tensor,  # (F,rows,columns) int32, the return of each cell of directions, -1 = none
+    x: Tensor,  # (F,N,3) float32, returns, from their frame's cameras, m
+    raster: DirectionRaster,  # of these cells
+    queries: list[Query],  # the same P places, once for each sweep that is asked
+    reach: int,  # cells
+    k: int,  # neighbours
+) -> Tensor:  # (P,k) m^2, ascending, infinite where there are fewer
+    "Squared distances to the k nearest others in the cells around; on a processor in one compiled loop."
+    at = [raster.at(q.elevation, q.azimuth) for q in queries]
+    if runs_compiled(x):
+        return compiled_neighbours(held, x, [SearchedPlaces(q.sweep, *a, q.x) for q, a in zip(queries, at)], reach, k)
+    around = [window_distances(held, x, q.sweep, a, q.x, reach) for q, a in zip(queries, at)]
+    return torch.cat(around, 1).topk(k, 1, largest=False)[0]
+
+
 def window_neighbours(
     data: ClipData,  # sweeps
     f: Tensor,  # (P,) int64, frame of each return, 0..F-1
@@ -281,8 +300,7 @@ def window_neighbours(
         if cell != raster.cell:
             raster = raster._replace(cell=cell)
             held = raster.nearest(*everywhere)
-        around = [window_distances(held, x, q.sweep, raster.at(q.elevation, q.azimuth), q.x, reach) for q in queries]
-        d = torch.cat(around, 1).topk(k, 1, largest=False)[0].sqrt()
+        d = nearest_squares(held, x, raster, queries, reach, k).sqrt()
         best[todo] = torch.minimum(best[todo], d.mean(1))
         unsure = (d[:, -1] > reach * math.radians(cell) * queries[0].distance).nonzero()[:, 0]
         todo = todo[unsure]
