@@ -17,7 +17,7 @@ from .frames import project, pixel_index, se3_inverse, transform_points
 from .gaussians import Gaussians, gaussians_from, cat, opacity_inv, BACKGROUND, LIDAR
 from .clips import Clip
 from .clip_data import ClipData, clip_data, image_numbers
-from .compiled_returns import runs_compiled
+from .compiled_code import runs_compiled
 from .compiled_search import compiled_differences, compiled_means
 from .settings import OpenShare, Share
 from .lift import checked_cap, gaussians_of, lift_returns, no_visible_return, sound_stamps

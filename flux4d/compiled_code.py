@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 import torch
+from torch import Tensor
 
 try:
     import numba
@@ -18,7 +19,7 @@ except ImportError:  # the package works without; the plain functions then do th
     numba = None
 
 # %% auto #0
-__all__ = ['have_numba', 'compiled', 'worker_threads', 'in_threads']
+__all__ = ['have_numba', 'compiled', 'worker_threads', 'in_threads', 'runs_compiled']
 
 # %% ../nbs/02l_compiled_code.ipynb #0f87ab2f
 def have_numba() -> bool:
@@ -63,3 +64,11 @@ def in_threads(
     with ThreadPoolExecutor(threads) as pool:
         for done in [pool.submit(kernel, int(a), int(b), *args) for a, b in zip(cuts, cuts[1:])]:
             done.result()
+
+# %% ../nbs/02l_compiled_code.ipynb #04d00011
+def runs_compiled(
+    x: Tensor,  # what is read
+    dtype: torch.dtype = torch.float32,  # what they are made for
+) -> bool:
+    "Whether compiled functions take over: numba is there, and the tensor lies on the processor, without a gradient."
+    return have_numba() and x.device.type == "cpu" and x.dtype == dtype and not x.requires_grad

@@ -8,20 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from .compiled_code import compiled, have_numba, in_threads
+from .compiled_code import compiled, in_threads
 from .signals import uninterrupted
 
 # %% auto #0
-__all__ = ['runs_compiled', 'sort_returns', 'compiled_nearest', 'keep_least', 'search_windows', 'SearchedPlaces',
-           'compiled_neighbours']
-
-# %% ../nbs/04d_compiled_returns.ipynb #04d00011
-def runs_compiled(
-    x: Tensor,  # what is read
-    dtype: torch.dtype = torch.float32,  # what they are made for
-) -> bool:
-    "Whether compiled functions take over: numba is there, and the tensor lies on the processor, without a gradient."
-    return have_numba() and x.device.type == "cpu" and x.dtype == dtype and not x.requires_grad
+__all__ = ['sort_returns', 'compiled_nearest', 'keep_least', 'search_windows', 'SearchedPlaces', 'compiled_neighbours']
 
 # %% ../nbs/04d_compiled_returns.ipynb #04d00021
 @compiled()

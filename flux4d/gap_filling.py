@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from .frames import project, pixel_index, unproject
 from .gaussians import Gaussians, gaussians_from, opacity_inv, LIDAR
 from .clip_data import ClipData, image_numbers
-from .compiled_returns import runs_compiled
+from .compiled_code import runs_compiled
 from .compiled_search import EXACT_SIDE, compiled_corners, compiled_sums, compiled_views
 from .gap_kernels import BlockCameras, BlockImages, BlockReturns, GapRule, PlacedBlocks, RasterShape
 from .gap_kernels import block_gaussians, fused_blocks, fused_cut, fused_layers, fused_raster

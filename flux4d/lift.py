@@ -22,7 +22,8 @@ from .gaussians import Gaussians, gaussians_from, opacity_inv, LIDAR
 from .files import DataError
 from .clips import Clip
 from .clip_data import ClipData, clip_data, project_returns
-from .compiled_returns import SearchedPlaces, compiled_nearest, compiled_neighbours, runs_compiled
+from .compiled_code import runs_compiled
+from .compiled_returns import SearchedPlaces, compiled_nearest, compiled_neighbours
 from .kernels import kernels_work
 from .return_kernels import PlaceDirections, ReturnImages, StoredGaussians, fused_nearest, fused_return_neighbours
 from .return_kernels import fused_returns

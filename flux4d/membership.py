@@ -13,7 +13,8 @@ from torch import Tensor
 from pydantic import NonNegativeFloat, PositiveFloat
 from .settings import Share
 from .voxels import VoxelConfig
-from .compiled_matching import compiled_fill, compiled_works
+from .compiled_code import runs_compiled
+from .compiled_matching import compiled_fill
 from .occupancy import MotionPriorConfig, SweepPoints
 from .outlines import Outlines, outlines_of
 from .motion_prior import FINE_PRIOR, MotionPrior, estimate_motion_prior, sweep_clock
@@ -194,7 +195,7 @@ def sweep_maps(
     cell = (cfg.cell, cfg.cell, cfg.cell_height)
     inner = [math.ceil((high - low) / edge - 1e-6) for low, high, edge in zip(grid.low, grid.high, cell)]
     low, edges = (returns.points.new_tensor(x) for x in (grid.low, cell))
-    if compiled_works(returns.points):
+    if runs_compiled(returns.points):
         return SweepMaps(compiled_fill(returns, count, low, edges, inner, BORDER), low, edges, outlines)
     X, Y, Z = (n + 2 * BORDER for n in inner)
     filled = torch.zeros(count, X, Y, Z, dtype=torch.bool, device=returns.points.device)

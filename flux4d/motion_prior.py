@@ -13,7 +13,8 @@ from .kernels import kernels_work
 from .occupancy import BevGrid, MotionPriorConfig, SmallMoverConfig, SweepPoints, bev_grid
 from .occupancy import ground_planes, height_above_ground, occupancy_maps, grown_mask
 from .compiled_matching import compiled_consensus, compiled_heights, compiled_scores, compiled_trajectories
-from .compiled_matching import compiled_maps, compiled_query, compiled_works
+from .compiled_code import runs_compiled
+from .compiled_matching import compiled_maps, compiled_query
 from .matching import BlockMap, Consensus, Displacement
 from .matching import adopt_displacements, best_displacement, consensus, match_scores
 from .matching_kernels import BlockMatches, fused_matches
@@ -118,7 +119,7 @@ def block_matches(
     S = len(clock.frames)
     if kernels_work(height.device) and not cfg.far_apart:
         return fused_matches(returns, height, S, clock.gap, bev, cfg)
-    compiles = compiled_works(height)
+    compiles = runs_compiled(height)
     if compiles:
         maps = compiled_maps(returns, height, S, bev, cfg.height, cfg.observed_radius)
     else:
@@ -169,7 +170,7 @@ def fit_trajectories(
         return torch.stack([velocity, torch.zeros_like(velocity)], 1)
     if kernels_work(velocity.device):
         return fused_trajectories(velocity, agreed.trusted, matched, blocks, times, grid, cfg)
-    if compiled_works(velocity):
+    if runs_compiled(velocity):
         return compiled_trajectories(velocity, agreed.trusted, matched, blocks, times, grid, cfg)
     density = density_map(matched, len(times), grid, cfg.fine_cell, cfg.blur_std)
     cells = cell_means(matched, density.low, cfg.fine_cell)
@@ -214,7 +215,7 @@ def query_motion(
     where = motion.blocks, motion.movable, motion.bev, motion.frames
     if kernels_work(height.device):
         return MotionPrior(*fused_query(motion.prior, *where, query, height, movable_height))
-    if compiled_works(height):
+    if runs_compiled(height):
         return MotionPrior(*compiled_query(motion.prior, *where, query, height, movable_height))
     ij = motion.bev.cell_at(query.points)
     sweep = torch.searchsorted(motion.frames, query.frame).clamp_max(len(motion.frames) - 1)
@@ -252,7 +253,7 @@ def ground_heights(
         return GroundHeights(*(surface.above(p) + cfg.ground_slack for p in (points, query)))
     if kernels_work(points.device):
         return GroundHeights(*fused_heights(points, query, cfg.ground_cell, cfg.ground_share))
-    if compiled_works(points) and cfg.ground_share < 1:
+    if runs_compiled(points) and cfg.ground_share < 1:
         return GroundHeights(*compiled_heights(points, query, cfg.ground_cell, cfg.ground_share))
     both = height_above_ground(points, cfg.ground_cell, cfg.ground_share, query=torch.cat([points, query]))
     return GroundHeights(*both.split((len(points), len(query))))

@@ -5,8 +5,8 @@ import signal
 import pytest
 import torch
 from flux4d import compiled_code, compiled_matching
-from flux4d.compiled_code import have_numba, in_threads
-from flux4d.compiled_matching import compiled_heights, compiled_maps, compiled_scores, compiled_works
+from flux4d.compiled_code import have_numba, in_threads, runs_compiled
+from flux4d.compiled_matching import compiled_heights, compiled_maps, compiled_scores
 from flux4d.matching import match_scores
 from flux4d.membership import MembershipConfig, member_motion_prior
 from flux4d.occupancy import BevGrid, Occupancy, SweepPoints, grown_mask, height_above_ground, street_sweeps
@@ -38,7 +38,7 @@ def test_a_prior_is_that_of_tensor_operations(monkeypatch, velocity, membership,
     given = dict(query=asked, membership=membership, find_view=True)
     own = member_motion_prior(returns, GRID, **given)
     without_numba(monkeypatch)
-    assert not compiled_works(returns.points)
+    assert not runs_compiled(returns.points)
     plain = member_motion_prior(returns, GRID, **given)
     for name in ("score", "zero_motion_score", "trusted", "may_move"):
         assert torch.equal(getattr(own, name), getattr(plain, name)), name
@@ -84,7 +84,7 @@ def test_the_same_bits_at_any_number_of_threads(monkeypatch):
 
 def test_what_is_compiled_is_asked_for_single_precision_on_the_processor():
     x = torch.zeros(3)
-    assert compiled_works(x) and not compiled_works(x.double()) and not compiled_works(x.to("meta"))
+    assert runs_compiled(x) and not runs_compiled(x.double()) and not runs_compiled(x.to("meta"))
 
 
 def test_tensors_in_any_order_of_memory():
