@@ -49,9 +49,9 @@ NONE, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
 @compiled()
 def rotation(
     w: float,  # quaternion of unit length
-    x: float,
-    y: float,
-    z: float,
+    x: float,  # its second number
+    y: float,  # its third
+    z: float,  # its fourth
 ) -> tuple:  # 3 rows of 3
     "The rotation matrix of a quaternion."
     return (
@@ -65,9 +65,9 @@ def rotation(
 def seen_along(
     cam: np.ndarray,  # (23,) float32, a view
     i: int,  # axis of the camera: 0 right, 1 down, 2 ahead
-    x: float,  # a direction of the world
-    y: float,
-    z: float,
+    x: float,  # of a direction of the world
+    y: float,  # of it
+    z: float,  # of it
 ) -> float:
     "A direction's part along an axis of the camera."
     return cam[3 * i] * x + cam[3 * i + 1] * y + cam[3 * i + 2] * z
@@ -88,18 +88,18 @@ class Sight(NamedTuple):
     "Where a Gaussian's centre is seen."
 
     x: float  # m, camera
-    y: float
-    z: float
-    tx: float  # tangents at which the projection is linearised
-    ty: float
+    y: float  # m
+    z: float  # m, depth
+    tx: float  # x/z at which the projection is linearised
+    ty: float  # y/z there
 
 
 @compiled()
 def sight(
     cam: np.ndarray,  # (23,) float32, a view
-    x: float,  # centre, world, m
-    y: float,
-    z: float,
+    x: float,  # of the centre, world, m
+    y: float,  # of it, m
+    z: float,  # of it, m
 ) -> Sight:
     "A centre in the camera."
     cx = seen_along(cam, 0, x, y, z) + cam[T0]
@@ -288,9 +288,9 @@ def pull_axis(
 @compiled()
 def pull_rotation(
     w: float,  # quaternion of unit length
-    x: float,
-    y: float,
-    z: float,
+    x: float,  # its second number
+    y: float,  # its third
+    z: float,  # its fourth
     g: tuple,  # of each axis, see `pull_axis`: gradient of a column of the rotation matrix
     out: np.ndarray,  # (4,) gradient of the quaternion; filled
 ) -> None:
@@ -407,9 +407,9 @@ class CompiledProjection(torch.autograd.Function):
         ctx: Any,  # what autograd keeps for later
         of_ids: None,  # rows have no gradient
         uv: Tensor,  # (n,2) gradient of the centres
-        conic: Tensor,  # (n,3)
-        opacity: Tensor,  # (n,)
-        depth: Tensor,  # (n,)
+        conic: Tensor,  # (n,3) of the conics
+        opacity: Tensor,  # (n,) of the opacities
+        depth: Tensor,  # (n,) of the depths
     ) -> tuple:  # one entry an argument of `forward`
         "Gradients of the Gaussians; zero where nothing is seen."
         *inputs, ids = ctx.saved_tensors

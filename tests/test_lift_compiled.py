@@ -6,8 +6,7 @@ import torch
 from test_lift_kernels import DEVICE, street
 from flux4d import background, gap_filling, lift
 from flux4d.background import BackgroundConfig, init_data, photometric_cost, shrunk_images
-from flux4d.compiled_code import have_numba
-from flux4d.compiled_code import runs_compiled
+from flux4d.compiled_code import have_numba, runs_compiled
 from flux4d.compiled_search import EXACT_SIDE
 from flux4d.gap_filling import InitConfig, block_moments, clip_blocks, cut_blocks, even_opacity
 from flux4d.gaussians import gaussians_from
