@@ -24,6 +24,7 @@ from fastcore.basics import patch
 from numpy.lib import format as npy
 from . import frames, gaussians, files, unpickle, lazy_methods, columns, tables, log_files, pandaset, rig
 from . import clips, visibility, clip_data, lift, gap_filling, kernels, search_kernels
+from . import compiled_code, compiled_returns, compiled_search, signals
 from . import return_kernels, gap_kernels, plane_sweep, camera_overlap, camera_colours, background
 from .files import atomic_write, remove_unfinished, short_path
 from .gaussians import BACKGROUND, LIDAR, Gaussians
@@ -129,6 +130,7 @@ def load_arrays(
 _MODULES = (
     *(frames, gaussians, files, unpickle, lazy_methods, columns, tables, log_files, rig, pandaset),  # reading
     *(clips, visibility, clip_data, lift, gap_filling, kernels, search_kernels),  # lifting
+    *(compiled_code, compiled_returns, compiled_search, signals),  # its loops on a CPU
     *(return_kernels, gap_kernels, plane_sweep, camera_overlap, camera_colours, background),
 )
 _CODE = hashlib.sha256(b"".join(Path(m.__file__).read_bytes() for m in _MODULES)).hexdigest()
