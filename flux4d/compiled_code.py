@@ -19,7 +19,7 @@ except ImportError:  # the package works without; the plain functions then do th
     numba = None
 
 # %% auto #0
-__all__ = ['have_numba', 'compiled', 'worker_threads', 'in_threads', 'runs_compiled']
+__all__ = ['have_numba', 'compiled', 'worker_threads', 'in_threads', 'runs_compiled', 'arrays']
 
 # %% ../nbs/02l_compiled_code.ipynb #0f87ab2f
 def have_numba() -> bool:
@@ -72,3 +72,10 @@ def runs_compiled(
 ) -> bool:
     "Whether compiled functions take over: numba is there, and the tensor lies on the processor, without a gradient."
     return have_numba() and x.device.type == "cpu" and x.dtype == dtype and not x.requires_grad
+
+# %% ../nbs/02l_compiled_code.ipynb #02l00010
+def arrays(
+    *tensors: Tensor,  # on the CPU
+) -> list[np.ndarray]:  # in the order of rows; changing one changes its tensor, if that was in this order
+    "Tensors as compiled functions take them."
+    return [x.detach().contiguous().numpy() for x in tensors]

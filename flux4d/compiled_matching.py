@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .compiled_code import compiled, in_threads
+from .compiled_code import arrays, compiled, in_threads
 from .matching import BlockMap, Consensus, Displacement, InlierMean, MatchScores, consensus, index_blocks
 from .occupancy import BevGrid, ConsensusRule, MotionPriorConfig, Occupancy, SweepPoints, grown_mask
 from .search_kernels import RefineRule
@@ -17,21 +17,13 @@ from .trajectories import MemberCells, cell_means, member_cells
 from .voxels import VoxelConfig
 
 # %% auto #0
-__all__ = ['arrays', 'starts_of', 'bev_cell', 'mark_cells', 'compiled_maps', 'ask_blocks', 'compiled_query', 'by_step',
-           'add_window', 'count_landings', 'share_around', 'compiled_scores', 'add_agreeing', 'average_met',
-           'mean_motion', 'met_by_compiled', 'compiled_consensus', 'add_shares', 'blur_rows', 'compiled_density',
-           'between_cells', 'density_at_edge', 'density_at', 'add_pulls', 'refine_blocks', 'compiled_refine',
-           'compiled_trajectories', 'smallest', 'ground_cell', 'low_cells', 'heights_over', 'compiled_heights',
-           'fill_cells', 'compiled_fill']
+__all__ = ['starts_of', 'bev_cell', 'mark_cells', 'compiled_maps', 'ask_blocks', 'compiled_query', 'by_step', 'add_window',
+           'count_landings', 'share_around', 'compiled_scores', 'add_agreeing', 'average_met', 'mean_motion',
+           'met_by_compiled', 'compiled_consensus', 'add_shares', 'blur_rows', 'compiled_density', 'between_cells',
+           'density_at_edge', 'density_at', 'add_pulls', 'refine_blocks', 'compiled_refine', 'compiled_trajectories',
+           'smallest', 'ground_cell', 'low_cells', 'heights_over', 'compiled_heights', 'fill_cells', 'compiled_fill']
 
 # %% ../nbs/13l_compiled_matching.ipynb #13l00008
-def arrays(
-    *tensors: Tensor,  # on the CPU
-) -> list[np.ndarray]:  # in the order of rows; changing one changes its tensor, if that was in this order
-    "Tensors as compiled functions take them."
-    return [x.detach().contiguous().numpy() for x in tensors]
-
-
 def starts_of(
     group: Tensor,  # (P,) int64, 0..K-1
     K: int,  # groups

@@ -10,18 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from .compiled_code import compiled, in_threads
+from .compiled_code import arrays, compiled, in_threads
 from .frames import normalise
 from .raster import ALPHA_MIN, Blend, DrawRules, Ellipsoids, Pinhole, Raster, Splats
 from .raster import project_gaussians, rasterise, view_limits
-from .raster_compiled import CompiledBlend
+from .raster_compiled import CompiledBlend, NOTHING, ONE
 from .signals import uninterrupted
 
 # %% auto #0
-__all__ = ['T0', 'FX', 'FY', 'CX', 'CY', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'NEAR', 'FAR', 'EPS', 'NONE', 'ONE', 'TWO',
-           'LEAST_DET', 'LEAST_SHARE', 'camera_row', 'rotation', 'seen_along', 'camera_axis', 'Sight', 'sight',
-           'on_screen', 'screen_axes', 'covariance', 'kept_share', 'reaches', 'in_picture', 'write_splat',
-           'project_rows', 'pull_covariance', 'pull_axis', 'pull_rotation', 'pull_centre', 'pull_splat', 'pull_rows',
+__all__ = ['T0', 'FX', 'FY', 'CX', 'CY', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'NEAR', 'FAR', 'EPS', 'TWO', 'LEAST_DET',
+           'LEAST_SHARE', 'camera_row', 'rotation', 'seen_along', 'camera_axis', 'Sight', 'sight', 'on_screen',
+           'screen_axes', 'covariance', 'kept_share', 'reaches', 'in_picture', 'write_splat', 'project_rows',
+           'pull_covariance', 'pull_axis', 'pull_rotation', 'pull_centre', 'pull_splat', 'pull_rows',
            'CompiledProjection', 'project_compiled', 'rasterise_compiled']
 
 # %% ../nbs/20j_compiled_projection.ipynb #20j00008
@@ -43,7 +43,7 @@ def camera_row(
     return torch.cat([T[:3, :3].flatten(), T[:3, 3], lens, of_rules]).numpy()
 
 # %% ../nbs/20j_compiled_projection.ipynb #20j00011
-NONE, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
+TWO = np.float32(2)
 
 
 @compiled()
@@ -246,10 +246,10 @@ def pull_covariance(
     xx, xy, yy = cov[0] + eps, cov[1], cov[2] + eps
     det = xx * yy - xy * xy
     if not det > 0:
-        return NONE, NONE, NONE, NONE
+        return NOTHING, NOTHING, NOTHING, NOTHING
     area = max(det, LEAST_DET)
-    g_det = -(g[2] * yy - g[3] * xy + g[4] * xx) / (area * area) if det >= LEAST_DET else NONE
-    g_sharp, g_opacity = NONE, g[5]
+    g_det = -(g[2] * yy - g[3] * xy + g[4] * xx) / (area * area) if det >= LEAST_DET else NOTHING
+    g_sharp, g_opacity = NOTHING, g[5]
     if antialiased:
         share = kept_share(cov, det)
         g_opacity = g[5] * math.sqrt(share)
@@ -386,7 +386,7 @@ class CompiledProjection(torch.autograd.Function):
         rules: DrawRules,  # planes, and how narrow splats are treated
     ) -> tuple[Tensor, ...]:  # rows (n,); centres (n,2) px; conics (n,3) px^-2; opacities (n,); depths (n,) m
         "Project, and sort what is seen."
-        numbers = [v.detach().contiguous().numpy() for v in (means, quats, scales, opacities)]
+        numbers = arrays(means, quats, scales, opacities)
         ctx.rest = camera_row(camera, rules), rules.antialiased
         splats, seen = np.empty((len(means), 8), np.float32), np.empty(len(means), np.bool_)
         size = (camera.width, camera.height)
@@ -415,7 +415,7 @@ class CompiledProjection(torch.autograd.Function):
         *inputs, ids = ctx.saved_tensors
         g = torch.cat([uv, conic, opacity[:, None], depth[:, None]], 1).numpy()
         out = torch.zeros(len(inputs[0]), 11)
-        numbers = [v.detach().contiguous().numpy() for v in inputs]
+        numbers = arrays(*inputs)
         in_threads(pull_rows, len(ids), ids.numpy(), *numbers, *ctx.rest, g, out.numpy())
         means, quats, scales, opacities = out.split([3, 4, 3, 1], 1)
         return means, quats, scales, opacities[:, 0], None, None
@@ -436,14 +436,15 @@ def rasterise_compiled(
     camera: Pinhole,  # the view
     rules: DrawRules = DrawRules(),  # planes, and how narrow splats are treated
 ) -> Raster:
-    "What `rasterise` draws, by compiled code; double precision and gradients of a camera are left to plain torch."
+    "What `rasterise` draws, compiled; plain torch projects in double precision, on a GPU and for a camera's gradient."
     single = e.means.dtype == features.dtype == torch.float32
-    fixed = single and not (camera.K.requires_grad or camera.world_to_cam.requires_grad)
+    fixed = not (camera.K.requires_grad or camera.world_to_cam.requires_grad)
+    here = single and fixed and e.means.device.type == "cpu"
     return rasterise(
         e,
         features,
         camera,
         rules,
         blend=CompiledBlend if single else Blend,
-        project=project_compiled if fixed else project_gaussians,
+        project=project_compiled if here else project_gaussians,
     )

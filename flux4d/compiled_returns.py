@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from .compiled_code import compiled, in_threads
+from .compiled_code import arrays, compiled, in_threads
 from .signals import uninterrupted
 
 # %% auto #0
@@ -36,7 +36,7 @@ def compiled_nearest(
 ) -> Tensor:  # (cells,) int32 index into the flattened returns, -1 where empty
     "The nearest return of each cell, the first of equals."
     held = torch.full((cells,), -1, dtype=torch.int32, device=z.device)
-    sort_returns(cell.contiguous().view(-1).numpy(), z.contiguous().view(-1).numpy(), held.numpy())
+    sort_returns(*arrays(cell.flatten(), z.flatten()), held.numpy())
     return held
 
 # %% ../nbs/04d_compiled_returns.ipynb #04d00031
@@ -103,8 +103,7 @@ def compiled_neighbours(
 ) -> Tensor:  # (P,k) m^2, ascending, infinite where there are fewer
     "Squared distances to the k nearest others in the cells around."
     least = x.new_full((len(asked[0].x), k), torch.inf)
-    given = held.contiguous().numpy(), x.contiguous().view(-1, 3).numpy()
+    given = arrays(held, x.reshape(-1, 3))
     for places in asked:
-        where = (a.contiguous().numpy() for a in places)
-        in_threads(search_windows, len(least), *given, *where, reach, least.numpy())
+        in_threads(search_windows, len(least), *given, *arrays(*places), reach, least.numpy())
     return least

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from .compiled_code import compiled, in_threads
+from .compiled_code import arrays, compiled, in_threads
 from .search_kernels import CostCameras
 from .signals import uninterrupted
 
@@ -55,8 +55,7 @@ def compiled_sums(
 ) -> tuple[Tensor, Tensor]:  # (V,rows,columns,3) float32 sums, and sums of squares
     "Sums over the pixels of blocks."
     total, squares = (images.new_empty(len(images), *shape, 3, dtype=torch.float32) for _ in range(2))
-    given = images.contiguous().numpy(), side, total.numpy(), squares.numpy()
-    in_threads(add_pixels, len(images) * shape[0], *given)
+    in_threads(add_pixels, len(images) * shape[0], *arrays(images), side, total.numpy(), squares.numpy())
     return total, squares
 
 # %% ../nbs/10c_compiled_search.ipynb #10d00021
@@ -92,7 +91,7 @@ def compiled_means(
     V, H, W = images.shape[:3]
     small = images.new_empty(V, H // k, W // k, 3, dtype=torch.float32)
     share = torch.arange(256, device=images.device).float() / 255
-    in_threads(average_pixels, V * (H // k), images.contiguous().numpy(), k, share.numpy(), small.numpy())
+    in_threads(average_pixels, V * (H // k), *arrays(images), k, share.numpy(), small.numpy())
     return small
 
 # %% ../nbs/10c_compiled_search.ipynb #10d00030
@@ -157,8 +156,8 @@ def compiled_corners(
 ) -> Tensor:  # (B,4) int64 return at the upper left, upper right, lower left, lower right; -1 = none
     "The nearest return in each quadrant around a block."
     near, corner = held.new_empty(2, *held.shape), cell.new_full((len(cell), 4), -1)
-    in_threads(carry_returns, len(held), held.contiguous().numpy(), near.numpy())
-    given = (x.contiguous().numpy() for x in (near, uv, cell, at, gap))
+    in_threads(carry_returns, len(held), *arrays(held), near.numpy())
+    given = arrays(near, uv, cell, at, gap)
     in_threads(search_corners, len(cell), *given, reach, np.float32(discount), corner.numpy())
     return corner
 
@@ -212,8 +211,7 @@ def compiled_views(
 ) -> Tensor:  # (N,) int64
     "How many images have each place in view."
     count = torch.empty(len(means), dtype=torch.int64, device=means.device)
-    given = (x.contiguous().numpy() for x in (means, K, world_to_cam))
-    in_threads(count_views, len(means), *given, width, height, count.numpy())
+    in_threads(count_views, len(means), *arrays(means, K, world_to_cam), width, height, count.numpy())
     return count
 
 # %% ../nbs/10c_compiled_search.ipynb #10d00041
@@ -329,8 +327,7 @@ def compiled_differences(
     shown = torch.empty(V, 0, dtype=torch.bool, device=uv.device) if shown is None else shown.reshape(V, -1)
     difference = images.new_empty(V, len(image))
     sees = torch.empty_like(difference, dtype=torch.bool)
-    seen = images.reshape(V, -1, 3).contiguous().numpy(), shown.contiguous().numpy(), (h, w)
-    given = [x.contiguous().numpy() for x in (image, uv, side, ray, depth.double())]
-    places = tuple(x.contiguous().numpy() for x in places)
-    in_threads(compare_patches, len(image), *seen, places, *given, np.float32(k), difference.numpy(), sees.numpy())
+    seen = *arrays(images.reshape(V, -1, 3), shown), (h, w), tuple(arrays(*places))
+    given = *arrays(image, uv, side, ray, depth.double()), np.float32(k)
+    in_threads(compare_patches, len(image), *seen, *given, difference.numpy(), sees.numpy())
     return difference, sees

@@ -12,9 +12,9 @@ from .voxels import VoxelConfig
 from .kernels import kernels_work
 from .occupancy import BevGrid, MotionPriorConfig, SmallMoverConfig, SweepPoints, bev_grid
 from .occupancy import ground_planes, height_above_ground, occupancy_maps, grown_mask
-from .compiled_matching import compiled_consensus, compiled_heights, compiled_scores, compiled_trajectories
 from .compiled_code import runs_compiled
-from .compiled_matching import compiled_maps, compiled_query
+from .compiled_matching import compiled_consensus, compiled_heights, compiled_maps, compiled_query
+from .compiled_matching import compiled_scores, compiled_trajectories
 from .matching import BlockMap, Consensus, Displacement
 from .matching import adopt_displacements, best_displacement, consensus, match_scores
 from .matching_kernels import BlockMatches, fused_matches
