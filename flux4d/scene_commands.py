@@ -144,8 +144,8 @@ def view_main(
         scene = asked_scene(args).to("cpu")
         actors = () if args.no_actors else None
         viewer = scene.view(args.port, args.host, not args.no_browser, actors)
-        print(f"{viewer.url} shows {len(scene):,} Gaussians; end with Ctrl-C.", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
+            print(f"{viewer.url} shows {len(scene):,} Gaussians; end with Ctrl-C.", flush=True)
             threading.Event().wait()
         viewer.close()
 
