@@ -43,7 +43,7 @@ LOG_MIN = math.log(ALPHA_MIN)
 
 # %% ../nbs/20a_raster_compiled.ipynb #ba1671ba
 SIDE = 8  # px, side of a tile
-AREA = SIDE * SIDE  # pixels of a tile
+AREA = SIDE * SIDE  # pixels of a tile, numbered column by column
 COLUMNS = 8  # numbers of a splat: x, y, A, B, C, log_o, top, bottom, as in `Ellipses`
 
 # %% ../nbs/20a_raster_compiled.ipynb #39dc4afd
@@ -182,10 +182,10 @@ def exponents(
     for r in range(SIDE):
         b, c, d, first, dy = sheet[B0 + r], sheet[C0 + r], sheet[D0 + r], sheet[F0 + r], sheet[Y0 + r]
         for k in range(SIDE):
-            dx = d + (first + sheet[k])
-            sheet[DX + r * SIDE + k] = dx
-            sheet[DY + r * SIDE + k] = dy
-            sheet[EX + r * SIDE + k] = (a * dx + b) * dx + c
+            dx = d + (first + np.float32(k))
+            sheet[DX + k * SIDE + r] = dx
+            sheet[DY + k * SIDE + r] = dy
+            sheet[EX + k * SIDE + r] = (a * dx + b) * dx + c
 
 # %% ../nbs/20a_raster_compiled.ipynb #c31e1865
 LOG2_E = np.float32(1.4426950408889634)
@@ -296,7 +296,7 @@ def put_tile(
     for y in range(y0, min(y0 + SIDE, picture.shape[0])):
         for x in range(x0, min(x0 + SIDE, picture.shape[1])):
             for c in range(picture.shape[2]):
-                picture[y, x, c] = tile[c, (y - y0) * SIDE + x - x0]
+                picture[y, x, c] = tile[c, (x - x0) * SIDE + y - y0]
 
 # %% ../nbs/20a_raster_compiled.ipynb #4e6ce5cd
 @compiled()
@@ -309,7 +309,7 @@ def mark_inside(
 ) -> None:
     "Full light for the pixels of a tile that lie inside the picture."
     for p in range(AREA):
-        light[p] = ONE if (y0 + p // SIDE < height) & (x0 + p % SIDE < width) else NOTHING
+        light[p] = ONE if (x0 + p // SIDE < width) & (y0 + p % SIDE < height) else NOTHING
 
 # %% ../nbs/20a_raster_compiled.ipynb #f3bb3e5a
 class TileWork(NamedTuple):
@@ -483,7 +483,7 @@ def get_tile(
     for y in range(y0, min(y0 + SIDE, picture.shape[0])):
         for x in range(x0, min(x0 + SIDE, picture.shape[1])):
             for c in range(picture.shape[2]):
-                tile[c, (y - y0) * SIDE + x - x0] = picture[y, x, c]
+                tile[c, (x - x0) * SIDE + y - y0] = picture[y, x, c]
 
 # %% ../nbs/20a_raster_compiled.ipynb #41c6564f
 @compiled()
