@@ -39,6 +39,17 @@ def wheel(tmp_path_factory):
     return built
 
 
+def share_compiled(source, copy):
+    "What numba has made of these files serves for their copies too, once those have the same times."
+    for path in source.rglob("*"):
+        if path.suffix in (".py", ".nbi", ".nbc"):
+            place = copy / path.relative_to(source)
+            place.parent.mkdir(exist_ok=True)
+            if path.suffix != ".py":
+                shutil.copy(path, place)
+            os.utime(place, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+
+
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
     "A fresh environment with the wheel; what it needs comes from the running one."
@@ -50,6 +61,7 @@ def installed(wheel, tmp_path_factory):
     packages = run([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], home).strip()
     theirs = sorted({sysconfig.get_paths()[kind] for kind in ("purelib", "platlib")})
     Path(packages, "running_environment.pth").write_text("\n".join(theirs) + "\n")
+    share_compiled(ROOT / "flux4d", Path(packages, "flux4d"))
     return home
 
 
